@@ -1,0 +1,154 @@
+"""Nouns a user writes, and the refusal of nonsense before any work starts.
+
+`parse_*` turn command-line text into numbers and raise `SpecError`, whose text says what was
+asked, the numbers, the rule that broke and what to do.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+BatchMode = Literal["fixed", "adaptive"]
+MAX_WORKERS = 65_536
+"""More than any pool known; a larger count is a typing error."""
+
+_UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
+
+
+class SpecError(ValueError):
+    """The user asked for something that cannot be. The message is complete."""
+
+
+def parse_count(text: str, *, what: str) -> int:
+    """A whole number from 1 to `MAX_WORKERS`, or a `SpecError` naming `what`."""
+    try:
+        count = int(text)
+    except ValueError:
+        raise SpecError(f"{what} is {text!r}: not a whole number. Give a count such as 4.") from None
+    if not 1 <= count <= MAX_WORKERS:
+        raise SpecError(f"{what} is {count}: it must be between 1 and {MAX_WORKERS}.")
+    return count
+
+
+def parse_workers(text: str) -> tuple[int, int]:
+    """`"2:8"` or `"4"` as (min, max)."""
+    low, colon, high = text.partition(":")
+    minimum = parse_count(low, what=f"--workers {text}: MIN")
+    maximum = parse_count(high, what=f"--workers {text}: MAX") if colon else minimum
+    if minimum > maximum:
+        raise SpecError(
+            f"--workers {text}: MIN {minimum} is above MAX {maximum}. "
+            f"Write the smaller first: --workers {maximum}:{minimum}."
+        )
+    return minimum, maximum
+
+
+def parse_duration(text: str, *, what: str) -> float:
+    """`"90s"`, `"2h"`, `"1h30m"` or plain seconds, as positive finite seconds."""
+    stripped = text.strip()
+    if _DURATION.fullmatch(stripped):
+        seconds = sum(
+            float(part[:-1]) * _UNIT_S[part[-1]] for part in re.findall(r"[\d.]+[smhd]", stripped)
+        )
+    else:
+        try:
+            seconds = float(stripped)
+        except ValueError:
+            raise SpecError(
+                f"{what} is {text!r}: not a time. Write 90s, 15m, 2h or 1h30m."
+            ) from None
+    if not math.isfinite(seconds) or seconds <= 0:
+        raise SpecError(f"{what} is {text}: a time must be positive and finite.")
+    return seconds
+
+
+def parse_money(text: str, *, what: str) -> float:
+    """A positive finite amount."""
+    try:
+        amount = float(text)
+    except ValueError:
+        raise SpecError(f"{what} is {text!r}: not a number. Write it as 2.50.") from None
+    if not math.isfinite(amount) or amount <= 0:
+        raise SpecError(f"{what} is {text}: it must be positive and finite.")
+    return amount
+
+
+def parse_schedule(text: str, *, minimum: int, maximum: int) -> tuple[tuple[float, int], ...]:
+    """`"20s:2,40s:4"` as ((20.0, 2), (40.0, 4)), in order of time and within MIN:MAX."""
+    steps: list[tuple[float, int]] = []
+    for part in text.split(","):
+        when, colon, count_text = part.strip().rpartition(":")
+        if not colon:
+            raise SpecError(
+                f"--schedule {text}: {part!r} has no count. Write TIME:COUNT, as in 20s:2,40s:4."
+            )
+        at_s = 0.0 if when in {"0", "0s"} else parse_duration(when, what=f"--schedule {text}: time")
+        count = parse_count(count_text, what=f"--schedule {text}: count")
+        if not minimum <= count <= maximum:
+            raise SpecError(
+                f"--schedule {text}: {count} workers at {when} is outside --workers "
+                f"{minimum}:{maximum}. Change one of the two."
+            )
+        if steps and at_s <= steps[-1][0]:
+            raise SpecError(
+                f"--schedule {text}: {when} does not come after {steps[-1][0]:g}s. "
+                "Put the times in increasing order."
+            )
+        steps.append((at_s, count))
+    return tuple(steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSpec:
+    """One elastic training job, as asked for. Times in seconds."""
+
+    name: str
+    script: str
+    function: str = "train"
+    min_workers: int = 1
+    max_workers: int = 1
+    schedule: tuple[tuple[float, int], ...] = ()
+    """Who decides the count: these (time since training began, count) pairs, or the planner where empty."""
+    batch: BatchMode = "fixed"
+    lr_rule: str = "auto"
+    reproducible: bool = False
+    num_logical_shards: int = 8
+    seed: int = 0
+    run_dir: str = "supple-runs"
+    resume: str | None = None
+    """A checkpoint's path."""
+    checkpoint_every_s: float = 300.0
+    ledger: bool = False
+    address: str | None = None
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    heartbeat_timeout_s: float = 4.0
+    max_failures: int = 3
+    """Losses in a row without a committed step between them, after which a job is not retried."""
+    max_steps: int | None = None
+    """End after so many committed steps (None: after all epochs)."""
+    price_per_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
+            raise SpecError(
+                f"the job name {self.name!r} is not usable as a folder: use up to 64 letters, "
+                "digits, '.', '_' and '-'."
+            )
+        if self.min_workers > self.max_workers:
+            raise SpecError(
+                f"MIN workers {self.min_workers} is above MAX {self.max_workers}: swap them."
+            )
+        if self.reproducible and self.max_workers > self.num_logical_shards:
+            raise SpecError(
+                f"--reproducible cuts a batch into {self.num_logical_shards} logical shards, so "
+                f"{self.max_workers} workers would leave some idle. Raise --logical-shards (it "
+                "changes the bits) or lower MAX."
+            )
+        if self.reproducible and self.batch == "adaptive":
+            raise SpecError(
+                "--reproducible promises the same bits for any history, --batch adaptive changes "
+                "the batch with the history: choose one."
+            )

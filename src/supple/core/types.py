@@ -1,0 +1,323 @@
+"""Nouns that are computed: what one part of Supple tells another.
+
+Values only. Every dataclass is frozen, slotted and keyword-only; events are past tense,
+actions imperative, and both carry the job and the generation they belong to.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal, NewType
+
+JobId = NewType("JobId", str)
+WorkerId = NewType("WorkerId", str)
+
+Source = Literal["measured", "fitted", "assumed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A number that says how sure it is: a value, an 80 % interval and where it came from."""
+
+    value: float
+    low: float
+    high: float
+    source: Source
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"interval [{self.low}, {self.high}] does not hold {self.value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelLayout:
+    """Degrees on the named mesh axes. Their product is the world size."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_replicate * self.dp_shard * self.cp * self.tp * self.pp
+
+    @property
+    def dp_degree(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """How one global batch is computed, and the learning rate that goes with it.
+
+    Shares of ranks differ by at most one sample, so
+    `micro_batch_size * num_accumulation_steps * dp_degree >= global_batch_size`.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    num_accumulation_steps: int
+    lr: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One row of `supple plan`: everything predicted for one number of workers."""
+
+    num_workers: int
+    layout: ParallelLayout
+    batch: BatchPlan
+    step_time_s: Estimate
+    samples_per_s: Estimate
+    efficiency: Estimate
+    goodput: Estimate
+    speedup: Estimate
+    memory_bytes: Estimate
+    time_to_end_s: Estimate
+    accelerator_hours: Estimate
+    cost: Estimate | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Infeasible:
+    """No plan satisfies what was asked. All four parts of a good error, as text."""
+
+    asked: str
+    numbers: str
+    rule: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.asked}: {self.numbers}. {self.rule}. {self.advice}"
+
+
+# --- one training job, as its controller sees it -------------------------------------------
+
+
+class WorkerStatus(Enum):
+    STARTING = "starting"
+    """Asked for: the process starts, imports, builds the model, rehearses one step."""
+    STANDBY = "standby"
+    """Ready to join the next generation."""
+    MEMBER = "member"
+    """In the current generation."""
+
+
+LossCause = Literal["raised", "died", "silent", "preempted", "start_failed"]
+"""Why a worker was lost: the user's code raised, the process died, its heartbeat stopped,
+its platform took it, or it never came up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened. `generation` is the one the sender was in (0 before any)."""
+
+    job_id: JobId
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReady(Event):
+    """A starting worker built its model, rehearsed, and stands by."""
+
+    worker_id: WorkerId
+    node_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStopped(Event):
+    """A member left its loop at a step boundary (asked to, or its step was abandoned) and
+    waits for the next generation. `step` counts its committed steps; -1: it holds no state."""
+
+    worker_id: WorkerId
+    step: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupFormed(Event):
+    """A member has the group of `generation` and the train state, and is stepping again."""
+
+    worker_id: WorkerId
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLost(Event):
+    worker_id: WorkerId
+    cause: LossCause
+    detail: str = ""
+    """The user's traceback, or one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFinished(Event):
+    """The training function of this worker returned."""
+
+    worker_id: WorkerId
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat(Event):
+    worker_id: WorkerId
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetChanged(Event):
+    """Someone wants another number of workers: the planner, a schedule, a person."""
+
+    num_workers: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchChanged(Event):
+    """Someone wants another global batch size and learning-rate factor, at the same count or not."""
+
+    global_batch_size: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreemptionNoticed(Event):
+    """The platform will take these workers at `deadline` (same clock as `now`)."""
+
+    worker_ids: tuple[WorkerId, ...]
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRequested(Event):
+    """Finish the step in flight, save, and end (Ctrl-C)."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSaved(Event):
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFailed(Event):
+    step: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticked(Event):
+    """Time passed. Sent a few times a second."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """Something to do. Its outcome comes back as an event."""
+
+    job_id: JobId
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartWorker(Action):
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopWorker(Action):
+    """Let a worker go: it leaves its loop and exits. Not an error."""
+
+    worker_id: WorkerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KillWorker(Action):
+    """Fence a worker that does not answer: SIGKILL, now."""
+
+    worker_id: WorkerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnounceGeneration(Action):
+    """Ask the members of `generation` to stop together at the next step boundary."""
+
+    members: tuple[WorkerId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbortGeneration(Action):
+    """Tell these members of `generation` to abandon the collective they may be blocked in."""
+
+    members: tuple[WorkerId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormGroup(Action):
+    """Form `generation` out of `members`, in rank order. Whoever has the most committed steps
+    gives its train state to the others; nobody having any, rank 0 starts from `restore`, or
+    from its own initial weights."""
+
+    members: tuple[WorkerId, ...]
+    global_batch_size: int | None
+    """None: what the user's script says."""
+    restore: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveCheckpoint(Action):
+    """Rank 0, stopped at a boundary, saves the train state durably (the last act of a stop)."""
+
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishJob(Action):
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailJob(Action):
+    reason: str
+    detail: str = ""
+    """The user's traceback, where there is one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision(Action):
+    """A choice worth telling the user, with its reason and the numbers in words. Executing it is logging it."""
+
+    kind: str
+    """One of: start, grow, shrink, recover, regrow, wait, batch, keep, stop, finish, fail."""
+    num_workers: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What rank 0 last knew, for the live line, the event log and the planner."""
+
+    generation: int
+    step: int
+    epoch: int
+    num_epochs: int
+    samples_done: int
+    """Samples committed in the whole run, over all epochs."""
+    samples_total: int | None
+    """All samples of the run; None while an iterable's length is unknown."""
+    num_workers: int
+    global_batch_size: int
+    lr: float
+    step_time_s: float
+    """Median of recent steps."""
+    sync_time_s: float
+    """Exposed part of it: waiting for gradients of others."""
+    data_time_s: float
+    noise_scale: float | None
+    efficiency: float | None
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    """What the script reported last."""
