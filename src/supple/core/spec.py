@@ -122,6 +122,8 @@ class TrainSpec:
     checkpoint_every_s: float = 300.0
     ledger: bool = False
     address: str | None = None
+    port: int = 0
+    """Where the workers of a generation find each other; 0: any free port."""
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     heartbeat_timeout_s: float = 4.0

@@ -1,0 +1,23 @@
+"""Supple: elastic training for PyTorch. How many workers, measured, and changed while it runs."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from supple.train.job import Job
+    from supple.train.local import run
+
+__all__ = ["Job", "__version__", "run"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Torch is imported when a name that needs it is first used, so that `supple.core` stays light."""
+    if name == "Job":
+        from supple.train.job import Job
+
+        return Job
+    if name == "run":
+        from supple.train.local import run
+
+        return run
+    raise AttributeError(f"module 'supple' has no attribute {name!r}")

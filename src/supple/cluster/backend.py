@@ -1,0 +1,49 @@
+"""The seams to the world: who executes actions and emits events, and what time it is."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Protocol, final
+
+from supple.core.types import Action, Decision, Event, Progress
+
+
+class Backend(Protocol):
+    """Executes actions; their outcome comes back as an event, never as a return value."""
+
+    async def execute(self, action: Action) -> None: ...
+
+    def events(self) -> AsyncIterator[Event]: ...
+
+    async def close(self) -> None:
+        """End every worker still alive and let go of the cluster."""
+        ...
+
+
+class Clock(Protocol):
+    def now(self) -> float:
+        """Seconds since some fixed moment; never goes back."""
+        ...
+
+
+@final
+class MonotonicClock:
+    def now(self) -> float:
+        return time.monotonic()
+
+
+class Observer(Protocol):
+    """Is told what happens; must not block. The live line, the event log and TensorBoard are three."""
+
+    def happened(self, event: Event) -> None:
+        """An event reached the controller (heartbeats and ticks are left out)."""
+        ...
+
+    def decided(self, decision: Decision) -> None: ...
+
+    def acted(self, action: Action) -> None: ...
+
+    def progressed(self, progress: Progress) -> None: ...
+
+    def printed(self, line: str) -> None:
+        """The script printed a line on rank 0."""
+        ...

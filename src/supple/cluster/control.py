@@ -1,0 +1,105 @@
+"""How another terminal speaks to a running job: one JSON line each way over a local socket.
+
+The socket is a file only its owner can open, named after the job; that it answers is also how a
+second job of the same name is refused.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, final
+
+from supple.core.spec import SpecError
+
+Handler = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def socket_path(job: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"supple-{os.getuid()}" / f"{job}.sock"
+
+
+def running_jobs() -> list[str]:
+    """Names of the jobs that answer on this machine."""
+    folder = socket_path("x").parent
+    if not folder.is_dir():
+        return []
+    return sorted(path.stem for path in folder.glob("*.sock") if _answers(path))
+
+
+def ask(job: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """The running job's answer. Raises `SpecError` if there is none, or if it refuses."""
+    path = socket_path(job)
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(10.0)
+            client.connect(str(path))
+            client.sendall(json.dumps(dict(request)).encode() + b"\n")
+            answer = json.loads(client.makefile().readline())
+    except (OSError, ValueError):
+        others = running_jobs()
+        hint = f"Running here: {', '.join(others)}." if others else "No job runs here now."
+        raise SpecError(
+            f"no running job {job!r} answers on this machine. {hint} Start one with "
+            f"`supple train SCRIPT --name {job}`."
+        ) from None
+    if "error" in answer:
+        raise SpecError(str(answer["error"]))
+    return answer
+
+
+@final
+class ControlServer:
+    """Answers requests for one job, in the controller's event loop."""
+
+    def __init__(self, job: str, handler: Handler) -> None:
+        self._path = socket_path(job)
+        self._handler = handler
+        self._server: asyncio.AbstractServer | None = None
+
+    async def start(self) -> None:
+        """Listen; raises `SpecError` if a job of this name already does."""
+        refuse_second(self._path.stem)
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._serve, str(self._path))
+        self._path.chmod(0o600)
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            line = await reader.readline()
+            try:
+                answer = self._handler(json.loads(line))
+            except (SpecError, ValueError, KeyError) as error:
+                answer = {"error": str(error)}
+            writer.write(json.dumps(answer).encode() + b"\n")
+            await writer.drain()
+            writer.close()
+
+
+def refuse_second(job: str) -> None:
+    """Raise `SpecError` if a job of this name runs on this machine."""
+    if _answers(socket_path(job)):
+        raise SpecError(
+            f"a job named {job!r} is already running on this machine. Choose another --name, "
+            f"watch it with `supple status {job}`, or stop it with Ctrl-C in its terminal."
+        )
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(1.0)
+        try:
+            client.connect(str(path))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,248 @@
+"""The shell around one lifecycle: events in, `lifecycle.step`, actions out. Decides nothing.
+
+Who may ask for another size: a schedule, the planner from live measurements (`advisor`), another
+terminal, the platform. All of them put an event in the same queue as the workers do.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+from supple.cluster.advisor import Advisor
+from supple.cluster.backend import Backend, Clock, Observer
+from supple.cluster.control import ControlServer
+from supple.core import lifecycle
+from supple.core.lifecycle import JobState, Phase
+from supple.core.spec import SpecError, TrainSpec, parse_count
+from supple.core.types import (
+    Action,
+    BatchChanged,
+    Decision,
+    Event,
+    FailJob,
+    FinishJob,
+    GroupFormed,
+    Heartbeat,
+    JobId,
+    PreemptionNoticed,
+    Progress,
+    StopRequested,
+    TargetChanged,
+    Ticked,
+    WorkerId,
+    WorkerStopped,
+)
+
+_TICK_S = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a job ended."""
+
+    status: Literal["finished", "stopped", "failed"]
+    reason: str
+    detail: str = ""
+    """The user's traceback, where the script raised."""
+
+
+@final
+class Controller:
+    """Runs one job to its end."""
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        backend: Backend,
+        *,
+        clock: Clock,
+        observers: Iterable[Observer],
+        advisor: Advisor | None,
+    ) -> None:
+        self._spec = spec
+        self._job_id = JobId(spec.name)
+        self._backend = backend
+        self._clock = clock
+        self._observers = tuple(observers)
+        self._advisor = advisor
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._state: JobState | None = None
+        self._outcome: Outcome | None = None
+        self._progress: Progress | None = None
+        self._stop_asked = False
+        self._running_since: float | None = None
+        self._pause_began: float | None = None
+
+    # -- what others may call ------------------------------------------------------------------
+
+    def request_stop(self, reason: str) -> None:
+        """Drain, save, end; called twice: end at once."""
+        self._stop_asked = True
+        self._put(StopRequested(job_id=self._job_id, generation=0, reason=reason))
+
+    def progressed(self, progress: Progress) -> None:
+        """Rank 0 published its progress."""
+        self._progress = progress
+        for observer in self._observers:
+            observer.progressed(progress)
+        if self._advisor is not None:
+            for event in self._advisor.consider(progress, self._clock.now()):
+                self._put(event)
+
+    def printed(self, line: str) -> None:
+        for observer in self._observers:
+            observer.printed(line)
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """One request from another terminal; raises `SpecError` to refuse it."""
+        match request.get("ask"):
+            case "resize":
+                count = parse_count(str(request["num_workers"]), what="the number of workers")
+                low, high = self._spec.min_workers, self._spec.max_workers
+                if not low <= count <= high:
+                    raise SpecError(
+                        f"{count} workers were asked for, the job runs with --workers {low}:{high}. "
+                        f"Ask for a count from {low} to {high}."
+                    )
+                if self._advisor is not None:
+                    self._advisor.mute()
+                self._want(count, "asked for by `supple resize`")
+                return {"accepted": count}
+            case "preempt":
+                return self._preempt(request)
+            case "stop":
+                self.request_stop("asked for by `supple stop`")
+                return {"accepted": "stop"}
+            case "status":
+                return self._status()
+            case other:
+                raise SpecError(f"unknown request {other!r}")
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    async def run(self) -> Outcome:
+        """Until the job has finished, was stopped, or failed."""
+        control = ControlServer(self._spec.name, self.answer)
+        await control.start()
+        background = [
+            asyncio.ensure_future(self._forward_events()),
+            asyncio.ensure_future(self._tick()),
+        ]
+        try:
+            state, actions = lifecycle.start(
+                self._spec, self._job_id, self._clock.now(), restore=self._spec.resume
+            )
+            await self._perform(state, actions)
+            while self._outcome is None:
+                event = await self._queue.get()
+                self._note(event)
+                state, actions = lifecycle.step(state, event, self._clock.now())
+                await self._perform(state, actions)
+            return self._outcome
+        finally:
+            for task in background:
+                task.cancel()
+            await control.stop()
+            await self._backend.close()
+
+    async def _perform(self, state: JobState, actions: Iterable[Action]) -> None:
+        self._state = state
+        for action in actions:
+            match action:
+                case Decision():
+                    for observer in self._observers:
+                        observer.decided(action)
+                case FinishJob():
+                    status = "stopped" if self._stop_asked else "finished"
+                    self._outcome = Outcome(status=status, reason=action.reason)
+                case FailJob():
+                    self._outcome = Outcome(
+                        status="failed", reason=action.reason, detail=action.detail
+                    )
+                case _:
+                    for observer in self._observers:
+                        observer.acted(action)
+                    await self._backend.execute(action)
+
+    def _note(self, event: Event) -> None:
+        """What the shell itself learns from an event: the resize cost, and whom to tell."""
+        now = self._clock.now()
+        match event:
+            case Heartbeat() | Ticked():
+                return
+            case WorkerStopped():
+                self._pause_began = self._pause_began or now
+            case GroupFormed():
+                if self._running_since is None:
+                    self._running_since = now
+                if self._pause_began is not None and self._advisor is not None:
+                    self._advisor.measured_pause(now - self._pause_began)
+                self._pause_began = None
+            case _:
+                pass
+        for observer in self._observers:
+            observer.happened(event)
+
+    async def _forward_events(self) -> None:
+        async for event in self._backend.events():
+            self._put(event)
+
+    async def _tick(self) -> None:
+        due = list(self._spec.schedule)
+        while True:
+            await asyncio.sleep(_TICK_S)
+            since = self._running_since
+            while due and since is not None and self._clock.now() - since >= due[0][0]:
+                at_s, count = due.pop(0)
+                self._want(count, f"the schedule says {count} workers from {at_s:g} s on")
+            self._put(Ticked(job_id=self._job_id, generation=0))
+
+    def _put(self, event: Event) -> None:
+        self._queue.put_nowait(event)
+
+    def _want(self, count: int, reason: str) -> None:
+        self._put(
+            TargetChanged(job_id=self._job_id, generation=0, num_workers=count, reason=reason)
+        )
+
+    def want_batch(self, global_batch_size: int, reason: str) -> None:
+        self._put(
+            BatchChanged(
+                job_id=self._job_id,
+                generation=0,
+                global_batch_size=global_batch_size,
+                reason=reason,
+            )
+        )
+
+    def _preempt(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        named = {str(name) for name in request["workers"]}
+        state = self._state
+        known = {str(worker_id) for worker_id in state.workers} if state else set[str]()
+        if not named <= known:
+            raise SpecError(
+                f"{', '.join(sorted(named - known))}: no such worker. The job has "
+                f"{', '.join(sorted(known)) or 'none yet'}."
+            )
+        self._put(
+            PreemptionNoticed(
+                job_id=self._job_id,
+                generation=0,
+                worker_ids=tuple(WorkerId(name) for name in sorted(named)),
+                deadline=self._clock.now() + float(request.get("notice_s", 30.0)),
+            )
+        )
+        return {"accepted": sorted(named)}
+
+    def _status(self) -> dict[str, Any]:
+        state, progress = self._state, self._progress
+        return {
+            "job": self._spec.name,
+            "phase": (state.phase if state else Phase.STARTING).value,
+            "generation": state.generation if state else 0,
+            "members": [str(worker_id) for worker_id in state.members] if state else [],
+            "progress": None
+            if progress is None
+            else {name: getattr(progress, name) for name in Progress.__slots__},
+        }

@@ -1,0 +1,288 @@
+"""`RayBackend`: workers are Ray actors, on this machine or on a cluster.
+
+Every worker is watched by one long poll, which brings its events and is its heartbeat. Ray tells
+of a dead process in milliseconds; of a silent one it tells nothing for a minute, which is why the
+lifecycle counts heartbeats itself.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import psutil
+import ray
+from ray.exceptions import ActorUnavailableError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from supple.cluster.worker import WorkerBody, WorkerSetup
+from supple.core.spec import SpecError, TrainSpec
+from supple.core.types import (
+    AbortGeneration,
+    Action,
+    AnnounceGeneration,
+    Event,
+    FormGroup,
+    Heartbeat,
+    JobId,
+    KillWorker,
+    LossCause,
+    Progress,
+    SaveCheckpoint,
+    StartWorker,
+    StopWorker,
+    WorkerId,
+    WorkerLost,
+)
+from supple.train.group import Rendezvous
+
+_POLL_S = 0.5
+_LEAVE_S = 5.0
+"""How long a worker that was let go may take to unwind its function before it is killed."""
+
+_HEALTH = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "5",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Ray's own detection of a dead node takes 14 to 64 s by default; these make it seconds."""
+
+
+def connect(spec: TrainSpec) -> None:
+    """Join the cluster at `spec.address`, or start Ray inside this process for this machine."""
+    if ray.is_initialized():
+        return
+    if spec.address is None:
+        for name, value in _HEALTH.items():
+            os.environ.setdefault(name, value)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if spec.address is None:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, int(spec.max_workers * spec.cpus_per_worker) + 1),
+                include_dashboard=False,
+                **quiet,
+            )
+        else:
+            ray.init(address=spec.address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SpecError(
+            f"no Ray cluster answers at {spec.address}: {str(error).splitlines()[0]}. Check the "
+            "address with `ray status`, or leave --address out to train on this machine."
+        ) from None
+
+
+@dataclass(slots=True)
+class _Worker:
+    actor: Any
+    pid: int = 0
+    hostname: str = ""
+    node_id: str = ""
+    leaving: bool = False
+    tasks: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])
+
+
+@final
+class RayBackend:
+    """The workers of one job. Ray must be connected; make it inside a running event loop."""
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        *,
+        run_path: str,
+        rehearsal_size: int,
+        on_progress: Callable[[Progress], None],
+        on_output: Callable[[str], None],
+        verbose: bool = False,
+    ) -> None:
+        self._spec = spec
+        self._job_id = JobId(spec.name)
+        self._run_path = run_path
+        self._rehearsal_size = rehearsal_size
+        self._on_progress = on_progress
+        self._on_output = on_output
+        self._verbose = verbose
+        self._host = "127.0.0.1" if spec.address is None else None
+        self._rendezvous = Rendezvous(self._host or ray.util.get_node_ip_address(), spec.port)
+        self._workers: dict[WorkerId, _Worker] = {}
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._actor_class = ray.remote(
+            concurrency_groups={"train": 1, "poll": 1, "post": 1}, max_restarts=0
+        )(WorkerBody)
+
+    @property
+    def pids(self) -> dict[WorkerId, int]:
+        """Process ids of the workers that have one."""
+        return {worker_id: w.pid for worker_id, w in self._workers.items() if w.pid}
+
+    @property
+    def nodes(self) -> dict[WorkerId, str]:
+        return {worker_id: w.node_id for worker_id, w in self._workers.items() if w.node_id}
+
+    async def events(self) -> AsyncIterator[Event]:
+        while True:
+            yield await self._queue.get()
+
+    async def execute(self, action: Action) -> None:
+        match action:
+            case StartWorker():
+                self._start(action.worker_id)
+            case KillWorker():
+                self._fence(action.worker_id)
+            case StopWorker():
+                self._post(action.worker_id, action)
+                self._let_go(action.worker_id)
+            case SaveCheckpoint():
+                self._post(action.worker_id, action)
+            case FormGroup() | AnnounceGeneration() | AbortGeneration():
+                for worker_id in action.members:
+                    self._post(worker_id, action)
+            case _:
+                return
+
+    async def close(self) -> None:
+        for worker_id in list(self._workers):
+            self._fence(worker_id)
+        self._workers.clear()
+
+    # -- one worker ------------------------------------------------------------------------
+
+    def _start(self, worker_id: WorkerId) -> None:
+        setup = WorkerSetup(
+            worker_id=worker_id,
+            spec=self._spec,
+            run_path=self._run_path,
+            rendezvous=self._rendezvous.address,
+            host=self._host,
+            rehearsal_size=self._rehearsal_size,
+            verbose=self._verbose,
+        )
+        actor = self._actor_class.options(
+            num_cpus=self._spec.cpus_per_worker,
+            num_gpus=self._spec.gpus_per_worker,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(int(self._spec.cpus_per_worker) or 1)}},
+        ).remote(setup)
+        worker = self._workers[worker_id] = _Worker(actor=actor)
+        actor.run.remote()
+        self._spawn(worker, self._watch(worker_id, worker))
+
+    async def _watch(self, worker_id: WorkerId, worker: _Worker) -> None:
+        if not await self._greet(worker_id, worker):
+            return
+        while True:
+            try:
+                report = await worker.actor.poll.remote(_POLL_S)
+            except ActorUnavailableError:
+                await asyncio.sleep(_POLL_S / 2)
+                continue
+            except RayError as error:
+                self._lose(worker_id, worker, "died", error)
+                return
+            for event in report.events:
+                self._queue.put_nowait(event)
+            self._beat(worker_id, report.generation, report.step)
+            for line in report.output:
+                self._on_output(line)
+            if report.progress is not None:
+                self._on_progress(report.progress)
+
+    async def _greet(self, worker_id: WorkerId, worker: _Worker) -> bool:
+        """Wait until the actor exists. Waiting for a free place in the cluster is not silence."""
+        greeting = asyncio.ensure_future(_resolved(worker.actor.hello.remote()))
+        while True:
+            done, _ = await asyncio.wait({greeting}, timeout=1.0)
+            if done:
+                break
+            self._beat(worker_id, 0, 0)
+        try:
+            worker.pid, worker.node_id, worker.hostname = greeting.result()
+        except RayError as error:
+            self._lose(worker_id, worker, "start_failed", error)
+            return False
+        return True
+
+    def _post(self, worker_id: WorkerId, action: Action) -> None:
+        worker = self._workers.get(worker_id)
+        if worker is not None:
+            with contextlib.suppress(RayError):
+                worker.actor.post.remote(action)
+
+    def _beat(self, worker_id: WorkerId, generation: int, step: int) -> None:
+        self._queue.put_nowait(
+            Heartbeat(
+                job_id=self._job_id, generation=generation, worker_id=worker_id, step=step
+            )
+        )
+
+    def _lose(
+        self, worker_id: WorkerId, worker: _Worker, cause: LossCause, error: Exception
+    ) -> None:
+        if worker.leaving or self._workers.pop(worker_id, None) is None:
+            return
+        self._queue.put_nowait(
+            WorkerLost(
+                job_id=self._job_id,
+                generation=0,
+                worker_id=worker_id,
+                cause=cause,
+                detail=_in_one_line(error),
+            )
+        )
+
+    def _let_go(self, worker_id: WorkerId) -> None:
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return
+        worker.leaving = True
+
+        async def end() -> None:
+            await asyncio.sleep(_LEAVE_S)
+            self._fence(worker_id)
+
+        self._spawn(worker, end())
+
+    def _fence(self, worker_id: WorkerId) -> None:
+        """End a process that may not be able to answer: a stopped one ignores Ray's own request."""
+        worker = self._workers.pop(worker_id, None)
+        if worker is None:
+            return
+        worker.leaving = True
+        with contextlib.suppress(RayError):
+            ray.kill(worker.actor)
+        if worker.pid and worker.hostname == os.uname().nodename:
+            _kill(worker.pid)
+        elif worker.pid:
+            remote_kill = ray.remote(num_cpus=0, max_retries=0)(_kill)
+            place = NodeAffinitySchedulingStrategy(worker.node_id, soft=False)
+            with contextlib.suppress(RayError):
+                remote_kill.options(scheduling_strategy=place).remote(worker.pid)
+        for task in worker.tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+
+    def _spawn(self, worker: _Worker, work: Coroutine[Any, Any, None]) -> None:
+        worker.tasks.append(asyncio.ensure_future(work))
+
+
+async def _resolved(reference: Any) -> Any:
+    return await reference
+
+
+def _kill(pid: int) -> None:
+    """SIGKILL, if the process is still one of Ray's (its number may have been given again)."""
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        if psutil.Process(pid).name().startswith("ray::"):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _in_one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__

@@ -1,0 +1,188 @@
+"""The body of a worker actor: runs the user's function in one thread, talks in two others."""
+
+import contextlib
+import io
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import ray
+import torch
+
+from supple.core.spec import SpecError, TrainSpec
+from supple.core.types import (
+    Action,
+    Event,
+    JobId,
+    Progress,
+    WorkerFinished,
+    WorkerId,
+    WorkerLost,
+)
+from supple.train.checkpoint import CheckpointError, CheckpointStore
+from supple.train.job import Elastic, Job, TrainingError
+from supple.train.ledger import Ledger
+from supple.train.mailbox import Mailbox
+from supple.train.member import Identity, LeaveLoop
+from supple.train.script import load, user_traceback
+
+_COMPLETE = (TrainingError, CheckpointError, SpecError, LoaderError)
+"""Errors whose text is all a user needs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSetup:
+    """What a worker is told when it is made."""
+
+    worker_id: WorkerId
+    spec: TrainSpec
+    run_path: str
+    rendezvous: tuple[str, int]
+    host: str | None
+    """The address to listen on; None: the one Ray knows this node by."""
+    rehearsal_size: int
+    verbose: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What one poll brings back. A poll that returns at all is also a heartbeat."""
+
+    events: tuple[Event, ...]
+    progress: Progress | None
+    output: tuple[str, ...]
+    generation: int
+    step: int
+
+
+@final
+class WorkerBody:
+    """One worker. `run` and `poll` and `post` are called from different threads."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self._setup = setup
+        self._mailbox = Mailbox()
+        self._output: list[str] = []
+        self._job: Job | None = None
+        torch.set_num_threads(max(1, int(setup.spec.cpus_per_worker)))
+
+    @ray.method(concurrency_group="post")
+    def hello(self) -> tuple[int, str, str]:
+        """(process id, node id, host name)."""
+        return os.getpid(), ray.get_runtime_context().get_node_id(), socket.gethostname()
+
+    @ray.method(concurrency_group="post")
+    def post(self, action: Action) -> None:
+        self._mailbox.post(action)
+
+    @ray.method(concurrency_group="poll")
+    def poll(self, timeout_s: float) -> Report:
+        """What happened since the last poll; after `timeout_s` at the latest."""
+        events, progress = self._mailbox.collect(timeout_s)
+        output, self._output = self._output, []
+        job = self._job
+        return Report(
+            events=tuple(events),
+            progress=progress,
+            output=tuple(output),
+            generation=0 if job is None else job.generation,
+            step=0 if job is None else job.step_count,
+        )
+
+    @ray.method(concurrency_group="train")
+    def run(self) -> None:
+        """The user's function, from top to bottom. Its end is told by an event."""
+        setup, spec = self._setup, self._setup.spec
+        job_id = JobId(spec.name)
+        run_path = Path(setup.run_path)
+        host = setup.host or ray.util.get_node_ip_address()
+        with self._captured_output(run_path / "logs" / f"{setup.worker_id}.log"):
+            try:
+                function = load(spec.script, spec.function)
+                job = self._job = Job(
+                    spec,
+                    elastic=Elastic(
+                        identity=Identity(
+                            job_id=job_id,
+                            worker_id=setup.worker_id,
+                            node_id=ray.get_runtime_context().get_node_id(),
+                            host=host,
+                            rendezvous=setup.rendezvous,
+                        ),
+                        mailbox=self._mailbox,
+                        rehearsal_size=setup.rehearsal_size,
+                    ),
+                    checkpoints=CheckpointStore(run_path / "checkpoints"),
+                    ledger=Ledger(run_path / "ledger" / f"{setup.worker_id}.jsonl")
+                    if spec.ledger
+                    else None,
+                )
+                function(job)
+                if not job.took_batches:
+                    raise TrainingError(
+                        f"{spec.function}(job) in {spec.script} returned without taking a batch: "
+                        "loop over job.batches(...) and call job.step(loss) for each."
+                    )
+            except LeaveLoop:
+                return
+            except BaseException as error:
+                print(user_traceback(error, whole=True))
+                self._mailbox.emit(
+                    WorkerLost(
+                        job_id=job_id,
+                        generation=0 if self._job is None else self._job.generation,
+                        worker_id=setup.worker_id,
+                        cause="raised",
+                        detail=str(error)
+                        if isinstance(error, _COMPLETE) and not setup.verbose
+                        else user_traceback(error, whole=setup.verbose),
+                    )
+                )
+            else:
+                self._mailbox.emit(
+                    WorkerFinished(
+                        job_id=job_id,
+                        generation=job.generation,
+                        worker_id=setup.worker_id,
+                        step=job.step_count,
+                    )
+                )
+
+    @contextlib.contextmanager
+    def _captured_output(self, path: Path) -> Iterator[None]:
+        """What the script prints goes to this worker's log, and rank 0's to the user as well."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8", buffering=1) as log:
+            tee = _Tee(log, self._say)
+            with contextlib.redirect_stdout(tee), contextlib.redirect_stderr(log):
+                yield
+
+    def _say(self, line: str) -> None:
+        job = self._job
+        if job is not None and job.is_leading:
+            self._output.append(line)
+
+
+class _Tee(io.TextIOBase):
+    """A text stream that writes to a file and hands whole lines to a function."""
+
+    def __init__(self, file: Any, on_line: Any) -> None:
+        self._file = file
+        self._on_line = on_line
+        self._rest = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self._file.write(text)
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._on_line(line)
+        return len(text)
+
+    def flush(self) -> None:
+        self._file.flush()

@@ -1,0 +1,175 @@
+"""A generation's process group: formed, used, abandoned, without ever blocking on a dead peer.
+
+Groups stand alone: there is no default group, no registry, nothing global. A collective that
+hangs cannot be interrupted in-process (gloo has no cancel), so it is *abandoned*: the wait is cut
+into short pieces, and between two of them the abort flag is read. An abandoned group is kept
+until its operations end by themselves, since dropping it earlier blocks.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+
+from supple.core.spec import SpecError
+
+_SLICE = timedelta(milliseconds=20)
+_LAST_RESORT = timedelta(minutes=30)
+_CONNECT = timedelta(seconds=60)
+
+
+class CollectiveFailed(Exception):
+    """A peer died, or this generation was aborted: the step in flight must be abandoned."""
+
+
+@final
+class Rendezvous:
+    """The store where the members of every generation find each other.
+
+    Lives with the controller, never with a worker that may die.
+    """
+
+    def __init__(self, host: str, port: int = 0) -> None:
+        try:
+            self._store = dist.TCPStore(
+                host, port, is_master=True, wait_for_workers=False, timeout=_CONNECT
+            )
+        except RuntimeError as error:
+            raise SpecError(
+                f"the rendezvous cannot listen on {host}:{port}: {_first_line(error)}. Another "
+                "program has the port: give another --port, or none to take a free one."
+            ) from None
+        self.address: tuple[str, int] = (host, self._store.port)
+
+
+@final
+class Group:
+    """The process group of one generation, seen from one of its ranks."""
+
+    def __init__(
+        self, process_group: Any, store: Any, rank: int, size: int, aborted: Callable[[], bool]
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self._group = process_group
+        self._store = store
+        self._aborted = aborted
+        self._inflight: list[Any] = []
+
+    def all_reduce(self, tensor: torch.Tensor) -> Any:
+        """Start summing `tensor` over all ranks in place; returns the work to `wait` for."""
+        return self._start(lambda: self._group.allreduce([tensor]))
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Every rank's `tensor` stacked in rank order: shape (size, *tensor.shape)."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        self.wait([self._start(lambda: self._group.allgather([parts], [tensor]))])
+        return torch.stack(parts)
+
+    def send(self, tensor: torch.Tensor, to_rank: int, tag: int) -> Any:
+        return self._start(lambda: self._group.send([tensor], to_rank, tag))
+
+    def receive(self, tensor: torch.Tensor, from_rank: int, tag: int) -> Any:
+        return self._start(lambda: self._group.recv([tensor], from_rank, tag))
+
+    def wait(self, works: Sequence[Any]) -> None:
+        """Return when all `works` are done; raise `CollectiveFailed` as soon as one failed or the
+        generation was aborted."""
+        for work in works:
+            while True:
+                try:
+                    work.wait(_SLICE)
+                    break
+                except RuntimeError as error:
+                    if work.is_completed():
+                        raise CollectiveFailed(_first_line(error)) from None
+                    if self._aborted():
+                        raise CollectiveFailed("the generation was aborted") from None
+            with contextlib.suppress(ValueError):
+                self._inflight.remove(work)
+
+    def close(self) -> None:
+        """Let go of the group at once. Peers blocked on us see the connection close."""
+        group, store, inflight = self._group, self._store, self._inflight
+        self._group = self._store = None
+        self._inflight = []
+        threading.Thread(
+            target=_drop, args=([group], [store], inflight), daemon=True, name="drop-group"
+        ).start()
+
+    def _start(self, operation: Callable[[], Any]) -> Any:
+        if self._aborted():
+            raise CollectiveFailed("the generation was aborted")
+        try:
+            work = operation()
+        except RuntimeError as error:
+            raise CollectiveFailed(_first_line(error)) from None
+        self._inflight.append(work)
+        return work
+
+
+def form(
+    rendezvous: tuple[str, int],
+    *,
+    key: str,
+    rank: int,
+    size: int,
+    host: str,
+    aborted: Callable[[], bool],
+) -> Group:
+    """The group of `size` members that meet under `key`. Raises `CollectiveFailed` if it is aborted
+    before all have come. `host` is this worker's address as its peers reach it."""
+    outcome: list[Any] = []
+    done = threading.Event()
+
+    def connect() -> None:
+        # A client of its own: an abandoned attempt blocks inside the store, and a shared client
+        # would make the next generation wait for it.
+        try:
+            store = dist.TCPStore(
+                rendezvous[0],
+                rendezvous[1],
+                is_master=False,
+                wait_for_workers=False,
+                timeout=_CONNECT,
+            )
+            options = dist.ProcessGroupGloo._Options()
+            options._timeout = _LAST_RESORT
+            options._threads = 2
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+            group = dist.ProcessGroupGloo(dist.PrefixStore(key, store), rank, size, options)
+            outcome.extend((group, store))
+        except RuntimeError as error:
+            outcome.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=connect, daemon=True, name=f"form-{key}").start()
+    while not done.wait(_SLICE.total_seconds()):
+        if aborted():
+            raise CollectiveFailed("the generation was aborted while its group was being formed")
+    if len(outcome) == 1:
+        raise CollectiveFailed(_first_line(outcome[0]))
+    group, store = outcome
+    return Group(group, store, rank, size, aborted)
+
+
+def _drop(group: list[Any], store: list[Any], inflight: list[Any]) -> None:
+    with contextlib.suppress(RuntimeError):
+        if all(work.is_completed() for work in inflight):
+            inflight.clear()
+        else:
+            group[0].abort()
+    for work in inflight:
+        with contextlib.suppress(RuntimeError):
+            work.wait(_LAST_RESORT)
+    group.clear()
+    store.clear()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,647 @@
+"""`Job`: what the user's training function is handed. Five calls; the rest is ordinary PyTorch.
+
+The function runs from top to bottom on every worker. A worker that joins later runs it up to its
+first batch, rehearses one step on it (so that everything is imported, allocated and warm), throws
+the effects away, and waits. When it is let in, it takes over its peers' train state and goes on in
+the middle of the run. Whatever happens to the membership happens inside `job.step`.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from supple.core.goodput import efficiency, family_of, learning_rate
+from supple.core.noise import NoiseState
+from supple.core.noise import update as update_noise
+from supple.core.spec import TrainSpec
+from supple.core.types import CheckpointFailed, CheckpointSaved, Progress
+from supple.train.checkpoint import CheckpointStore
+from supple.train.group import CollectiveFailed, Group
+from supple.train.ledger import Ledger
+from supple.train.loader import Loader, MicroBatch, make_loader
+from supple.train.mailbox import Mailbox
+from supple.train.member import Identity, Membership
+from supple.train.meter import Meter, StepTimes
+from supple.train.noise_meter import NoiseMeter
+from supple.train.reduce import GradientReducer
+from supple.train.reproducible import TreeReducer
+from supple.train.state import TrainState
+
+_SAMPLES, _HEARD, _LOSS, _SQ_NORM, _NUM_PARTS, _NUM_STATS = range(6)
+_PROGRESS_EVERY_S = 0.2
+
+
+class TrainingError(Exception):
+    """The user's script asked for something that cannot work. The message is complete."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Elastic:
+    """What makes a job elastic: who this worker is, and its line to the controller."""
+
+    identity: Identity
+    mailbox: Mailbox
+    rehearsal_size: int
+    """Workers expected in the first generation: it sets the shape of the rehearsed batch."""
+
+
+@final
+class Job:
+    """One training job, seen from one of its workers.
+
+    Without `elastic` it is a single worker: `python script.py` for debugging.
+    """
+
+    def __init__(
+        self,
+        spec: TrainSpec | None = None,
+        *,
+        elastic: Elastic | None = None,
+        checkpoints: CheckpointStore | None = None,
+        ledger: Ledger | None = None,
+        observe: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self._spec = spec or TrainSpec(name="local", script="")
+        self._elastic = elastic
+        self._membership = Membership(elastic.identity, elastic.mailbox) if elastic else None
+        self._checkpoints = checkpoints
+        self._ledger = ledger
+        self._observe = observe
+        self._model: nn.Module | None = None
+        self._optimizer: Optimizer | None = None
+        self._schedule: Callable[[float], float] = _constant
+        self._base_lr = 0.0
+        self._kept: dict[str, Any] = {}
+        self._loader: Loader | None = None
+        self._base_batch = 0
+        self._micro_limit = 0
+        self._global_batch = 0
+        self._step = 0
+        self._has_state = False
+        self._rehearsing = False
+        self._micro: MicroBatch | None = None
+        self._replaced = False
+        self._noise = NoiseState()
+        self._meter = Meter()
+        self._metrics: dict[str, Tensor | float] = {}
+        self._lr_factor = 1.0
+        self._lr_jump_from = 1.0
+        self._lr_jump_at = 0
+        self._published = 0.0
+        self._saved_at = time.monotonic()
+
+    # -- the user's five lines -------------------------------------------------------------
+
+    def model(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """The model that `build()` makes, with the same initial weights on every worker."""
+        if self._model is not None:
+            raise TrainingError("job.model was called twice: a job trains one model.")
+        torch.manual_seed(self._spec.seed)
+        self._model = build()
+        return self._model
+
+    def optimizer(
+        self,
+        cls: Callable[..., Optimizer],
+        *,
+        lr: float,
+        schedule: Callable[[float], float] | None = None,
+        **options: Any,
+    ) -> Optimizer:
+        """`cls(model.parameters(), lr=lr, **options)`.
+
+        `lr` is the learning rate tuned at the `batch_size` given to `batches`; it is scaled when
+        the global batch changes, and multiplied by `schedule(fraction of the run done, 0 to 1)`.
+        """
+        if self._model is None:
+            raise TrainingError("job.optimizer was called before job.model: swap the two lines.")
+        params = [param for param in self._model.parameters() if param.requires_grad]
+        if not params:
+            raise TrainingError("the model has no parameter that requires a gradient.")
+        self._optimizer = cls(params, lr=lr, **options)
+        self._base_lr = lr
+        self._schedule = schedule or _constant
+        return self._optimizer
+
+    def keep(self, name: str, thing: Any) -> None:
+        """Let `thing` (with `state_dict` and `load_state_dict`) travel with the train state."""
+        self._kept[name] = thing
+
+    def batches(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int,
+        epochs: int = 1,
+        shuffle: bool = True,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+        micro_batch_size: int | None = None,
+    ) -> Iterator[Any]:
+        """This worker's micro-batches, in order, until all epochs are done.
+
+        `batch_size` is the global batch: all workers together. A map-style dataset, or a list of
+        iterable shards. `micro_batch_size` caps what one worker computes at once (default:
+        `batch_size`, which is known to fit). Every iteration must call `job.step`.
+        """
+        if self._model is None or self._optimizer is None:
+            raise TrainingError("job.batches was called before job.model and job.optimizer.")
+        if self._loader is not None:
+            raise TrainingError("job.batches was called twice: a job has one training loop.")
+        if batch_size < 1 or epochs < 1 or (micro_batch_size or 1) < 1:
+            raise TrainingError(
+                f"batch_size={batch_size}, epochs={epochs}, micro_batch_size={micro_batch_size}: "
+                "all must be at least 1."
+            )
+        self._loader = make_loader(
+            dataset,
+            epochs=epochs,
+            shuffle=shuffle,
+            seed=self._spec.seed,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+        )
+        self._base_batch = self._global_batch = batch_size
+        self._micro_limit = micro_batch_size or batch_size
+        self._state = TrainState(self._model, self._optimizer, self._kept)
+        yield from self._rehearse()
+        self._build_reducer()
+        if self._membership is None:
+            self.begin(self._spec.resume)
+            self._place()
+        else:
+            self._membership.ready()
+            self._join()
+        while True:
+            while not self._is_done():
+                yield from self._one_step()
+            if self._pass_fence():
+                break
+        if self._membership is None and self._checkpoints is not None:
+            self.save()
+        self._publish(force=True)
+
+    def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
+        """Backward, and on the last micro-batch of a step: reduce, update, count.
+
+        True if a step was committed by this call. `clip_norm` bounds the gradient's norm over the
+        whole global batch.
+        """
+        micro = self._micro
+        if micro is None:
+            raise TrainingError(
+                "job.step was called without a batch: call it once for every batch that "
+                "job.batches yields."
+            )
+        self._micro = None
+        assert self._optimizer is not None and self._loader is not None
+        if self._rehearsing:
+            loss.backward()
+            self._optimizer.step()
+            return False
+        self._meter.lap("forward")
+        weight = micro.num_samples / self._loader.planned_samples
+        self._loss_sum += float(loss.detach()) * micro.num_samples
+        self._num_samples += micro.num_samples
+        if micro.is_last:
+            self._arm()
+        (loss * weight).backward()
+        self._meter.lap("backward")
+        self._after_micro_batch(micro, weight)
+        return self._finish_step(clip_norm) if micro.is_last else False
+
+    def report(self, **metrics: Tensor | float) -> None:
+        """Numbers to show beside the progress: the last value of each is kept."""
+        if not self._rehearsing:
+            self._metrics |= {
+                name: value.detach() if isinstance(value, Tensor) else float(value)
+                for name, value in metrics.items()
+            }
+
+    @property
+    def rank(self) -> int:
+        group = self._group
+        return 0 if group is None else group.rank
+
+    @property
+    def world_size(self) -> int:
+        group = self._group
+        return 1 if group is None else group.size
+
+    @property
+    def generation(self) -> int:
+        """The generation this worker is in: 0 before the first, and without a controller."""
+        return 0 if self._membership is None else self._membership.generation
+
+    @property
+    def is_leading(self) -> bool:
+        """Is this rank 0 of a running group, past its rehearsal?"""
+        return self._has_state and self.rank == 0
+
+    @property
+    def took_batches(self) -> bool:
+        return self._loader is not None
+
+    @property
+    def step_count(self) -> int:
+        """Committed steps."""
+        return self._step
+
+    @property
+    def epoch(self) -> int:
+        return 0 if self._loader is None else self._loader.epoch
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step in flight."""
+        return self._base_lr * self._factor_now() * self._schedule(self._fraction())
+
+    # -- one step --------------------------------------------------------------------------
+
+    def _one_step(self) -> Iterator[Any]:
+        assert self._loader is not None
+        self._replaced = False
+        self._loss_sum, self._num_samples = 0.0, 0
+        self._reducer.zero()
+        feed = (
+            self._loader.feed_shards(self._spec.num_logical_shards)
+            if self._spec.reproducible
+            else self._loader.feed()
+        )
+        any_batch = False
+        for micro in feed:
+            if not any_batch and not self._spec.reproducible:
+                self._noise_meter.begin(
+                    self._step, alone=self.world_size == 1, num_micro_batches=1 + (not micro.is_last)
+                )
+            any_batch = True
+            if self._ledger is not None:
+                self._ledger.read(
+                    self.generation, self._step, self._loader.epoch, self.rank, micro.ids
+                )
+            if self._spec.reproducible:
+                torch.manual_seed(_mix(self._spec.seed, self._step, micro.shard_id))
+            self._micro = micro
+            self._meter.lap("data")
+            yield micro.data
+            if self._micro is not None:
+                raise TrainingError(
+                    "a batch was taken and job.step(loss) was not called for it: every batch "
+                    "that job.batches yields must be stepped, or it would not count."
+                )
+            if self._replaced:
+                return
+        if not any_batch:
+            self._noise_meter.begin(self._step, alone=False, num_micro_batches=0)
+            self._arm()
+            self._finish_step(None)
+
+    def _arm(self) -> None:
+        assert self._loader is not None
+        self._reducer.arm(
+            self._group,
+            before_launch=self._noise_meter.before_launch,
+            stats=self._stats,
+            buffer_weight=float(self._num_samples),
+        )
+
+    def _stats(self) -> Sequence[float]:
+        assert self._loader is not None
+        sq_norm, parts = self._noise_meter.local_stats(
+            self._num_samples / self._loader.planned_samples
+        )
+        heard = self._membership is not None and self._membership.heard_of_next()
+        return (
+            float(self._num_samples),
+            float(heard),
+            self._loss_sum,
+            sq_norm,
+            parts,
+            *self._loader.stats(),
+        )
+
+    def _after_micro_batch(self, micro: MicroBatch, weight: float) -> None:
+        if isinstance(self._reducer, TreeReducer):
+            self._reducer.add(micro.shard_id, weight)
+        else:
+            self._noise_meter.after_micro_batch(weight)
+
+    def _finish_step(self, clip_norm: float | None) -> bool:
+        assert self._model is not None and self._optimizer is not None and self._loader is not None
+        try:
+            stats = self._reducer.finish()
+        except CollectiveFailed as failure:
+            self._reducer.abandon()
+            self._rejoin(str(failure))
+            return False
+        self._meter.lap("sync")
+        self._refuse_nonsense(stats)
+        self._correct_weights(stats[_SAMPLES])
+        sample = self._noise_meter.sample(stats[_SQ_NORM], stats[_NUM_PARTS], stats[_SAMPLES])
+        if sample is not None:
+            self._noise = update_noise(self._noise, sample)
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._model.parameters(), clip_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.lr * group.get("lr_scale", 1.0)
+        self._optimizer.step()
+        self._step += 1
+        self._loader.commit(stats[_NUM_STATS:])
+        self._meter.lap("optimizer")
+        self._meter.end_step()
+        self._publish()
+        self._save_if_due()
+        if stats[_HEARD] > 0:
+            self._rejoin("")
+        return True
+
+    def _refuse_nonsense(self, stats: Sequence[float]) -> None:
+        loss = stats[_LOSS] / max(stats[_SAMPLES], 1.0)
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise TrainingError(
+                f"the loss is {loss} at step {self._step + 1} (learning rate {self.lr:g}, global "
+                f"batch {self._global_batch}). A step with such a loss is not applied, the last "
+                "checkpoint is intact. Lower the learning rate, clip gradients "
+                "(job.step(loss, clip_norm=1.0)) or check the data."
+            )
+
+    def _correct_weights(self, num_samples: float) -> None:
+        assert self._loader is not None
+        planned = self._loader.planned_samples
+        if num_samples != planned:
+            for bucket in self._reducer.buckets:
+                bucket.grads.mul_(planned / num_samples)
+
+    # -- generations -----------------------------------------------------------------------
+
+    @property
+    def _group(self) -> Group | None:
+        return None if self._membership is None else self._membership.group
+
+    def _rehearse(self) -> Iterator[Any]:
+        """One step on a real batch, whose effects are thrown away."""
+        assert self._model is not None and self._optimizer is not None and self._loader is not None
+        before = [tensor.clone() for tensor in self._state.tensors().values()]
+        names = list(self._state.tensors())
+        versions = {name: buffer._version for name, buffer in self._model.named_buffers()}
+        size = 1 if self._elastic is None else self._elastic.rehearsal_size
+        self._loader.place(
+            self._loader.position, 0, size, self._global_batch, self._micro_limit
+        )
+        micro = next(iter(self._loader.feed()))
+        self._rehearsing, self._micro = True, micro
+        yield micro.data
+        if self._micro is not None:
+            raise TrainingError(
+                "the loop took a batch and did not call job.step(loss): nothing would be learned."
+            )
+        self._rehearsing = False
+        self._changed_buffers = [
+            buffer
+            for name, buffer in self._model.named_buffers()
+            if buffer._version != versions[name] and buffer.is_floating_point()
+        ]
+        now = self._state.tensors()
+        with torch.no_grad():
+            for name, tensor in zip(names, before, strict=True):
+                now[name].copy_(tensor)
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _build_reducer(self) -> None:
+        assert self._optimizer is not None and self._loader is not None
+        params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        num_stats = _NUM_STATS + self._loader.num_stats
+        if self._spec.reproducible:
+            self._reducer: GradientReducer | TreeReducer = TreeReducer(
+                params, self._changed_buffers, num_stats, self._spec.num_logical_shards
+            )
+        else:
+            self._reducer = GradientReducer(params, self._changed_buffers, num_stats)
+        self._noise_meter = NoiseMeter(self._reducer.buckets, self._optimizer)
+
+    def _rejoin(self, error: str) -> None:
+        assert self._membership is not None
+        self._membership.leave(self._step, error)
+        self._join()
+
+    def _join(self) -> None:
+        assert self._membership is not None
+        agreed = self._membership.join_next(self)
+        self._set_global_batch(agreed.global_batch_size or self._base_batch)
+        self._place()
+        if not self._spec.reproducible:
+            torch.manual_seed(_mix(self._spec.seed, self.generation, self.rank))
+
+    def _place(self) -> None:
+        assert self._loader is not None
+        self._loader.place(
+            self._loader.position,
+            self.rank,
+            self.world_size,
+            self._global_batch,
+            self._micro_limit,
+        )
+        self._replaced = True
+        self._meter.forget()
+
+    def _is_done(self) -> bool:
+        assert self._loader is not None
+        limit = self._spec.max_steps
+        return self._loader.done or (limit is not None and self._step >= limit)
+
+    def _pass_fence(self) -> bool:
+        """Leave the loop together: nobody does before everybody has the last step."""
+        group = self._group
+        if group is None or self._membership is None:
+            return True
+        heard = torch.tensor([float(self._membership.heard_of_next())])
+        try:
+            group.wait([group.all_reduce(heard)])
+        except CollectiveFailed as failure:
+            self._rejoin(str(failure))
+            return False
+        if float(heard) > 0:
+            self._rejoin("")
+            return False
+        return True
+
+    # -- the holder of the train state (see supple.train.member.Holder) -----------------------
+
+    @property
+    def committed_step(self) -> int | None:
+        return self._step if self._has_state else None
+
+    @property
+    def state(self) -> TrainState:
+        return self._state
+
+    def scalars(self) -> dict[str, Any]:
+        """The job's own part of the train state, beside tensors and optimizer settings."""
+        assert self._loader is not None
+        return {
+            "step": self._step,
+            "position": self._loader.position.to_json(),
+            "noise": self._noise.to_json(),
+            "global_batch_size": self._global_batch,
+            "lr_factor": self._lr_factor,
+            "lr_jump_from": self._lr_jump_from,
+            "lr_jump_at": self._lr_jump_at,
+        }
+
+    def adopt(self, scalars: Mapping[str, Any]) -> None:
+        """The tensors are in place; take these with them."""
+        assert self._loader is not None
+        self._step = int(scalars["step"])
+        self._loader.position = type(self._loader.position).from_json(scalars["position"])
+        self._noise = NoiseState.from_json(scalars["noise"])
+        self._global_batch = int(scalars["global_batch_size"])
+        self._lr_factor = float(scalars["lr_factor"])
+        self._lr_jump_from = float(scalars["lr_jump_from"])
+        self._lr_jump_at = int(scalars["lr_jump_at"])
+        self._has_state = True
+
+    def begin(self, restore: str | None) -> None:
+        """Nobody holds state: take a checkpoint's, or the initial one."""
+        self._state.reset_optimizer()
+        if restore is not None:
+            assert self._checkpoints is not None
+            payload, _ = self._checkpoints.load(
+                restore, expected_signature=self._state.signature()
+            )
+            self.adopt(self._state.restore(payload))
+        self._has_state = True
+
+    def save(self) -> str:
+        """Save durably before returning; the path."""
+        if self._checkpoints is None:
+            raise TrainingError("this job has no run directory, so it cannot save.")
+        payload = self._state.payload(self.scalars())
+        return str(self._checkpoints.save(self._step, payload, self._meta()))
+
+    def _save_if_due(self) -> None:
+        if self._checkpoints is None or self.rank != 0:
+            return
+        now = time.monotonic()
+        if now - self._saved_at < self._spec.checkpoint_every_s:
+            return
+        self._saved_at = now
+        step = self._step
+        payload = self._state.payload(self.scalars())
+        self._checkpoints.save_async(step, payload, self._meta(), self._on_saved)
+        self._meter.restart()
+
+    def _meta(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "signature": self._state.signature()}
+
+    def _on_saved(self, step: int, path: str, error: str) -> None:
+        if self._elastic is None:
+            return
+        me = self._elastic.identity
+        if error:
+            self._elastic.mailbox.emit(
+                CheckpointFailed(
+                    job_id=me.job_id, generation=self.generation, step=step, error=error
+                )
+            )
+        else:
+            self._elastic.mailbox.emit(
+                CheckpointSaved(
+                    job_id=me.job_id, generation=self.generation, step=step, path=path
+                )
+            )
+
+    # -- batch size, learning rate, progress -------------------------------------------------
+
+    def _set_global_batch(self, size: int) -> None:
+        if size == self._global_batch:
+            return
+        rule_lr, _ = learning_rate(
+            rule=self._spec.lr_rule,  # pyright: ignore[reportArgumentType]
+            family=family_of(type(self._optimizer).__name__),
+            base_lr=self._base_lr,
+            base_batch=self._base_batch,
+            batch=size,
+            noise_scale=self._noise.noise_scale,
+        )
+        self._lr_jump_from = self._factor_now()
+        self._lr_jump_at = self._step
+        self._lr_factor = rule_lr / self._base_lr
+        self._global_batch = size
+
+    def _factor_now(self) -> float:
+        """Warm-up after a jump: the factor goes from the old to the new over as many steps as the
+        ratio of the two asks for, 20 steps a doubling, at most 200."""
+        jump = self._lr_factor / self._lr_jump_from
+        if jump <= 1.0:
+            return self._lr_factor
+        length = min(200.0, 20.0 * jump)
+        done = min(1.0, (self._step - self._lr_jump_at + 1) / length)
+        return self._lr_jump_from + (self._lr_factor - self._lr_jump_from) * done
+
+    def _fraction(self) -> float:
+        loader = self._loader
+        if loader is None:
+            return 0.0
+        limit = self._spec.max_steps
+        parts = [self._step / limit] if limit else []
+        if loader.samples_total:
+            parts.append(loader.samples_done / loader.samples_total)
+        return min(1.0, max(parts, default=0.0))
+
+    def _publish(self, *, force: bool = False) -> None:
+        if self.rank != 0 or self._loader is None:
+            return
+        now = time.monotonic()
+        if now - self._published < _PROGRESS_EVERY_S and not force:
+            return
+        self._published = now
+        times = self._meter.medians() or _NO_TIMES
+        phi = self._noise.noise_scale
+        progress = Progress(
+            generation=self.generation,
+            step=self._step,
+            epoch=self._loader.epoch,
+            num_epochs=self._loader.num_epochs,
+            samples_done=self._loader.samples_done,
+            samples_total=self._loader.samples_total,
+            num_workers=self.world_size,
+            global_batch_size=self._global_batch,
+            lr=self.lr,
+            step_time_s=times.step_time_s,
+            sync_time_s=times.sync_s,
+            data_time_s=times.data_s,
+            noise_scale=phi,
+            efficiency=None
+            if phi is None
+            else efficiency(phi, self._base_batch, self._global_batch),
+            metrics={name: float(value) for name, value in self._metrics.items()},
+        )
+        if self._elastic is not None:
+            self._elastic.mailbox.publish(progress)
+        if self._observe is not None:
+            self._observe(progress)
+
+
+_NO_TIMES = StepTimes(
+    data_s=0.0, forward_s=0.0, backward_s=0.0, sync_s=0.0, optimizer_s=0.0, step_time_s=0.0
+)
+
+
+def _constant(_fraction: float) -> float:
+    return 1.0
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed out of several numbers (splitmix64 over their sequence)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1

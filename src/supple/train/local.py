@@ -1,0 +1,33 @@
+"""`supple.run`: the training function in this process, one worker, no Ray, for debugging."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from supple.core.types import Progress
+from supple.train.job import Job
+
+_EVERY_S = 2.0
+
+
+def run(train: Callable[[Job], None]) -> Job:
+    """Call `train(job)` with a job of one worker; the job, trained. Exceptions pass through, so a
+    debugger stops where they happen."""
+    last = 0.0
+
+    def show(progress: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last < _EVERY_S:
+            return
+        last = time.monotonic()
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in progress.metrics.items())
+        print(
+            f"epoch {progress.epoch + 1}/{progress.num_epochs}  step {progress.step}  "
+            f"{progress.global_batch_size / max(progress.step_time_s, 1e-9):.0f} samples/s  "
+            f"lr {progress.lr:.3g}  {numbers}",
+            file=sys.stderr,
+        )
+
+    job = Job(observe=show)
+    train(job)
+    return job

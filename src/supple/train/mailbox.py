@@ -1,0 +1,85 @@
+"""The two queues between a training loop and its controller, and the flags a collective looks at.
+
+The training thread reads commands and emits events; control threads post and collect them.
+Knows nothing of how either travels.
+"""
+
+import queue
+import threading
+
+from supple.core.types import (
+    AbortGeneration,
+    Action,
+    AnnounceGeneration,
+    Event,
+    FormGroup,
+    Progress,
+    SaveCheckpoint,
+    StopWorker,
+)
+
+
+class Mailbox:
+    """Commands in, events out, for one worker. Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._commands: queue.SimpleQueue[FormGroup | SaveCheckpoint | StopWorker] = (
+            queue.SimpleQueue()
+        )
+        self._events: list[Event] = []
+        self._progress: Progress | None = None
+        self._condition = threading.Condition()
+        self._announced = 0
+        self._aborted = 0
+        self._stopping = False
+
+    # -- controller's side -----------------------------------------------------------------
+
+    def post(self, action: Action) -> None:
+        """Deliver one action. An announcement or an abort only raises its flag; the rest queue."""
+        match action:
+            case AnnounceGeneration():
+                self._announced = max(self._announced, action.generation)
+            case AbortGeneration():
+                self._aborted = max(self._aborted, action.generation)
+            case StopWorker():
+                self._stopping = True
+                self._commands.put(action)
+            case FormGroup() | SaveCheckpoint():
+                self._commands.put(action)
+            case _:
+                raise TypeError(f"our bug: a worker was sent {type(action).__name__}")
+
+    def collect(self, timeout_s: float) -> tuple[list[Event], Progress | None]:
+        """Events emitted since the last call, at once if there are any, else after `timeout_s`
+        at the latest; with them the newest progress, if it is new."""
+        with self._condition:
+            if not self._events:
+                self._condition.wait(timeout_s)
+            events, self._events = self._events, []
+            progress, self._progress = self._progress, None
+            return events, progress
+
+    # -- training thread's side ------------------------------------------------------------
+
+    def emit(self, event: Event) -> None:
+        with self._condition:
+            self._events.append(event)
+            self._condition.notify_all()
+
+    def publish(self, progress: Progress) -> None:
+        """Keep the newest progress for the next `collect`; wakes nobody."""
+        with self._condition:
+            self._progress = progress
+
+    def next_command(self) -> FormGroup | SaveCheckpoint | StopWorker:
+        """Block until the controller says what to do next."""
+        return self._commands.get()
+
+    def heard_of_next(self, generation: int) -> bool:
+        """Was a generation after `generation` announced?"""
+        return self._announced > generation
+
+    def is_aborted(self, generation: int) -> bool:
+        """Must a collective of `generation` be abandoned?"""
+        return self._stopping or self._aborted >= generation

@@ -1,0 +1,185 @@
+"""The same bits for any number of workers: gradients summed over logical shards in one fixed tree.
+
+The global batch is cut into a fixed number of logical shards, each computed by itself, with its own
+random stream. Their gradients are the leaves of one binary tree; floating-point addition is not
+associative, but the tree says who is added to whom, whoever computes it. A rank adds up the whole
+subtrees that lie within its shards; then every rank finishes the tree for one slice of the
+gradient, and the slices are gathered. (EasyScale, SC 2023, fixes the order in the same spirit.)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from supple.core.order import share
+from supple.train.group import Group
+from supple.train.reduce import Bucket
+
+Node = tuple[int, int]
+"""(level, index): a leaf is (0, shard); a node's children are (level-1, 2*index) and +1."""
+
+
+def merge(nodes: dict[Node, Tensor], node: Node, value: Tensor, num_shards: int) -> None:
+    """Put `value` at `node` and add up, left before right, as far as siblings are there.
+
+    A node without a sibling (the number of shards is no power of two) moves up unchanged. Owns
+    `value`: it may be added into.
+    """
+    while True:
+        level, index = node
+        width = -(-num_shards // 2**level)
+        if width == 1:
+            break
+        sibling = (level, index ^ 1)
+        if sibling[1] >= width:
+            node = (level + 1, index // 2)
+            continue
+        other = nodes.pop(sibling, None)
+        if other is None:
+            break
+        value = value.add_(other) if index % 2 == 0 else other.add_(value)
+        node = (level + 1, index // 2)
+    nodes[node] = value
+
+
+def partial_nodes(first: int, count: int, num_shards: int) -> list[Node]:
+    """The subtrees that remain of the shards `first` to `first + count`, in a fixed order."""
+    marks: dict[Node, Tensor] = {}
+    for shard in range(first, first + count):
+        merge(marks, (0, shard), torch.zeros(0), num_shards)
+    return sorted(marks)
+
+
+@final
+class TreeReducer:
+    """Stands in for `GradientReducer` in reproducible mode; float32 parameters only."""
+
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        buffers: Sequence[Tensor],
+        num_stats: int,
+        num_shards: int,
+    ) -> None:
+        other = {str(param.dtype) for param in params} - {"torch.float32"}
+        if other:
+            raise ValueError(
+                f"--reproducible needs float32 parameters, this model has {sorted(other)}. "
+                "Keep the parameters in float32 and use autocast for the forward pass."
+            )
+        self._bucket = Bucket(params, sum(buffer.numel() for buffer in buffers))
+        self.buckets = [self._bucket]
+        self._buffers = list(buffers)
+        self._before = [buffer.clone() for buffer in buffers]
+        self._num_stats = num_stats
+        self._num_shards = num_shards
+        self._nodes: dict[Node, Tensor] = {}
+        self._added: set[int] = set()
+        self._group: Group | None = None
+        self._stats: Callable[[], Sequence[float]] = tuple
+
+    def zero(self) -> None:
+        """Begin a step: no shard has been added."""
+        self._nodes.clear()
+        self._added.clear()
+        self._before = [buffer.clone() for buffer in self._buffers]
+        self._zero_gradients()
+
+    def arm(
+        self,
+        group: Group | None,
+        *,
+        before_launch: Callable[[int], None],
+        stats: Callable[[], Sequence[float]],
+        buffer_weight: float,
+    ) -> None:
+        """The next backward pass is the step's last. Everything is sent in `finish`."""
+        self._group = group
+        self._stats = stats
+
+    def add(self, shard: int, weight: float) -> None:
+        """The gradient now in `.grad` is that of `shard`, whose loss was scaled by `weight`."""
+        for param, view in zip(self._bucket.params, self._bucket.views, strict=True):
+            if param.grad is not None and param.grad.data_ptr() != view.data_ptr():
+                view.copy_(param.grad)
+        parts = [buffer.reshape(-1) * weight for buffer in self._buffers]
+        if parts:
+            self._bucket.tail.copy_(torch.cat(parts))
+        merge(self._nodes, (0, shard), self._bucket.flat.clone(), self._num_shards)
+        self._added.add(shard)
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(before)
+        self._zero_gradients()
+
+    def finish(self) -> list[float]:
+        """Gradients become the sum over all shards; returns the summed statistics.
+
+        Raises `CollectiveFailed`: then nothing else has changed.
+        """
+        group = self._group
+        rank, size = (0, 1) if group is None else (group.rank, group.size)
+        first, count = share(self._num_shards, size, rank)
+        for shard in range(first, first + count):
+            if shard not in self._added:
+                empty = torch.zeros_like(self._bucket.flat)
+                merge(self._nodes, (0, shard), empty, self._num_shards)
+        stats = torch.tensor(list(self._stats()), dtype=torch.float64)
+        if group is None or size == 1:
+            (total,) = self._nodes.values()
+        else:
+            group.wait([group.all_reduce(stats)])
+            total = self._finish_tree(group)
+        self._bucket.flat.copy_(total)
+        self._nodes.clear()
+        for param, view in zip(self._bucket.params, self._bucket.views, strict=True):
+            param.grad = view
+        offset = 0
+        for buffer in self._buffers:
+            part = self._bucket.tail[offset : offset + buffer.numel()]
+            buffer.copy_(part.view_as(buffer))
+            offset += buffer.numel()
+        return stats.tolist()
+
+    def abandon(self) -> None:
+        """Forget the step in flight."""
+        self._nodes.clear()
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(before)
+
+    def _finish_tree(self, group: Group) -> Tensor:
+        length = self._bucket.flat.numel()
+        width = -(-length // group.size)
+        mine = partial_nodes(*share(self._num_shards, group.size, group.rank), self._num_shards)
+        padded = {
+            node: nn.functional.pad(value, (0, width * group.size - length))
+            for node, value in self._nodes.items()
+        }
+        works: list[Any] = []
+        arriving: list[tuple[int, list[Node], Tensor]] = []
+        for peer in range(group.size):
+            if peer == group.rank:
+                continue
+            start = peer * width
+            message = torch.cat([padded[node][start : start + width] for node in mine])
+            works.append(group.send(message, peer, 0))
+            theirs = partial_nodes(*share(self._num_shards, group.size, peer), self._num_shards)
+            landing = torch.empty(width * len(theirs))
+            works.append(group.receive(landing, peer, 0))
+            arriving.append((peer, theirs, landing))
+        start = group.rank * width
+        known = {node: padded[node][start : start + width].clone() for node in mine}
+        group.wait(works)
+        for _, theirs, landing in arriving:
+            known |= dict(zip(theirs, landing.split(width), strict=True))
+        tree: dict[Node, Tensor] = {}
+        for node in sorted(known):
+            merge(tree, node, known[node], self._num_shards)
+        (slice_sum,) = tree.values()
+        return group.all_gather(slice_sum).reshape(-1)[:length]
+
+    def _zero_gradients(self) -> None:
+        self._bucket.flat.zero_()
+        for param, view in zip(self._bucket.params, self._bucket.views, strict=True):
+            param.grad = view

@@ -1,0 +1,96 @@
+"""The user's script: checked without running it, loaded, and its errors told as its own."""
+
+import ast
+import difflib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from supple.core.spec import SpecError
+
+_MODULE = "supple_user_script"
+
+
+def check(script: str, function: str) -> None:
+    """Raise `SpecError` unless `script` is Python and defines `function` taking one argument."""
+    path = Path(script)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
+        hint = f" Did you mean {path.with_name(near[0])}?" if near else ""
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise SpecError(f"the script {script} {what}.{hint} Give the path of a Python file.")
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=script)
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        where = f"line {line}: " if line else ""
+        raise SpecError(f"the script {script} is not valid Python: {where}{error}.") from None
+    functions = {
+        node.name: len(node.args.posonlyargs) + len(node.args.args)
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+    }
+    imported = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    if function in imported:
+        return
+    if function not in functions:
+        takes_one = [name for name, count in functions.items() if count == 1]
+        hint = (
+            f" It has {', '.join(takes_one)}: name the one to run as {script}:{takes_one[0]}."
+            if takes_one
+            else ""
+        )
+        raise SpecError(
+            f"the script {script} has no function {function}(job).{hint} Supple calls "
+            f"`def {function}(job)`: put the training loop in one."
+        )
+    if functions[function] != 1:
+        raise SpecError(
+            f"{function} in {script} takes {functions[function]} arguments; it must take exactly "
+            "one, the job."
+        )
+
+
+def load(script: str, function: str) -> Callable[[Any], None]:
+    """The training function, its script imported under a name of its own (so that a block under
+    `if __name__ == "__main__"` does not run)."""
+    folder = str(Path(script).resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(_MODULE, script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[_MODULE] = module
+    spec.loader.exec_module(module)
+    return getattr(module, function)
+
+
+def user_traceback(error: BaseException, *, whole: bool = False) -> str:
+    """The traceback as the author of the script wants it: without the frames of this package."""
+    package = str(Path(__file__).resolve().parent.parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    if not whole:
+        frames = [
+            frame
+            for frame in frames
+            if not str(Path(frame.filename).resolve()).startswith(package)
+            and not frame.filename.startswith("<frozen importlib")
+        ]
+    lines = ["Traceback (most recent call last):\n", *traceback.format_list(frames)] if frames else []
+    lines += traceback.format_exception_only(error)
+    return "".join(lines).rstrip()
+
+
+def _names_beside(path: Path) -> list[str]:
+    try:
+        return [entry.name for entry in path.parent.iterdir() if entry.suffix == ".py"]
+    except OSError:
+        return []

@@ -1,0 +1,312 @@
+"""Train state: what it is made of, and how it moves from peers that have it to peers that need it.
+
+A state is a list of named tensors plus one small description (names, shapes, dtypes, step,
+position, optimizer settings). Moving it: the description first, then the tensors in buckets of
+16 MB, cut evenly over all ranks that hold them; large tensors go without a copy. Nothing touches
+the disk. A receiver that already holds an older valid state receives beside it and swaps at the
+end, so a death half-way costs nobody what they had.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from supple.train.group import Group
+
+_BUCKET_BYTES = 16 * 1024 * 1024
+_NEVER = -1
+"""The committed step of a rank that holds no state."""
+
+
+@final
+class TrainState:
+    """Everything a worker must have to go on as if it had been there from the start.
+
+    `scalars` is what the job adds (step, position, batch, ...): plain numbers, strings, lists and
+    dicts. `kept` are the user's extra objects with `state_dict` and `load_state_dict`.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, kept: Mapping[str, Any]) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._kept = kept
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name to tensor, in an order that is the same on every rank."""
+        found: dict[str, Tensor] = {}
+        for name, param in self._model.named_parameters():
+            found[f"param/{name}"] = param.detach()
+        for name, buffer in self._model.named_buffers():
+            found[f"buffer/{name}"] = buffer.detach()
+        for index, param in enumerate(_params(self._optimizer)):
+            for key, value in sorted(self._optimizer.state.get(param, {}).items()):
+                if isinstance(value, Tensor):
+                    found[f"optimizer/{index}/{key}"] = value.detach()
+        return found
+
+    def signature(self) -> list[list[Any]]:
+        """[name, shape, dtype] of every parameter and buffer: what makes it this model."""
+        return [
+            [name, list(tensor.shape), str(tensor.dtype)]
+            for name, tensor in self.tensors().items()
+            if not name.startswith("optimizer/")
+        ]
+
+    def describe(self, scalars: dict[str, Any]) -> dict[str, Any]:
+        """All that is not a tensor of the model or its optimizer; safe for `weights_only`."""
+        extra: dict[str, dict[str, Any]] = {}
+        for index, param in enumerate(_params(self._optimizer)):
+            rest = {
+                key: value
+                for key, value in self._optimizer.state.get(param, {}).items()
+                if not isinstance(value, Tensor)
+            }
+            if rest:
+                extra[str(index)] = rest
+        return {
+            "scalars": scalars,
+            "tensors": [
+                [name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+                for name, tensor in self.tensors().items()
+            ],
+            "groups": [
+                {key: value for key, value in group.items() if key != "params"}
+                for group in self._optimizer.param_groups
+            ],
+            "extra": extra,
+            "kept": {name: thing.state_dict() for name, thing in self._kept.items()},
+        }
+
+    def prepare(self, description: Mapping[str, Any]) -> list[Tensor]:
+        """Tensors of this worker that the described ones are to be written into, in order.
+
+        Optimizer tensors that do not exist yet, or in another shape, are made; others that were not
+        described are removed.
+        """
+        params = _params(self._optimizer)
+        mine = self.tensors()
+        wanted: dict[int, dict[str, Tensor]] = {}
+        targets: list[Tensor] = []
+        for name, shape, dtype_name in description["tensors"]:
+            dtype = getattr(torch, dtype_name)
+            tensor = mine.get(name)
+            if not name.startswith("optimizer/"):
+                if tensor is None or list(tensor.shape) != shape or tensor.dtype != dtype:
+                    raise ValueError(
+                        f"the state has {name} as {shape} {dtype_name}, this worker "
+                        f"{'has no such tensor' if tensor is None else list(tensor.shape)}: "
+                        "the model differs. Build the same model on every worker."
+                    )
+                targets.append(tensor)
+                continue
+            _, index, key = name.split("/", 2)
+            if tensor is None or list(tensor.shape) != shape or tensor.dtype != dtype:
+                tensor = torch.empty(shape, dtype=dtype)
+            wanted.setdefault(int(index), {})[key] = tensor
+            targets.append(tensor)
+        for index, param in enumerate(params):
+            if index in wanted:
+                self._optimizer.state[param] = wanted[index]
+            else:
+                self._optimizer.state.pop(param, None)
+        return targets
+
+    def adopt(self, description: Mapping[str, Any]) -> dict[str, Any]:
+        """Take over everything described that is not a tensor; returns the job's scalars."""
+        params = _params(self._optimizer)
+        for index, rest in description["extra"].items():
+            self._optimizer.state[params[int(index)]].update(rest)
+        for group, settings in zip(
+            self._optimizer.param_groups, description["groups"], strict=True
+        ):
+            group.update(settings)
+        for name, thing in self._kept.items():
+            if name in description["kept"]:
+                thing.load_state_dict(description["kept"][name])
+        return description["scalars"]
+
+    def payload(self, scalars: dict[str, Any]) -> dict[str, Any]:
+        """A private CPU copy of everything, for a durable checkpoint."""
+        return {
+            "description": self.describe(scalars),
+            "tensors": [
+                tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for tensor in self.tensors().values()
+            ],
+        }
+
+    def restore(self, payload: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of `payload`; returns the job's scalars."""
+        targets = self.prepare(payload["description"])
+        with torch.no_grad():
+            for target, tensor in zip(targets, payload["tensors"], strict=True):
+                target.copy_(tensor)
+        return self.adopt(payload["description"])
+
+    def reset_optimizer(self) -> None:
+        """The optimizer as it was built."""
+        self._optimizer.state.clear()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """What a state transfer did, for the log."""
+
+    source_ranks: tuple[int, ...]
+    num_receivers: int
+    sent_bytes: int
+
+
+def share_state(
+    group: Group, state: TrainState, scalars: dict[str, Any] | None, step: int | None
+) -> tuple[dict[str, Any] | None, Transfer]:
+    """Bring every rank to the state of those with the most committed steps.
+
+    `step` is None on a rank without state. Returns the scalars this rank now has (None: nobody had
+    any, and nothing was done) and what was moved. Raises `CollectiveFailed`; a rank that had a
+    valid state before still has it then.
+    """
+    mine = torch.tensor([_NEVER if step is None else step], dtype=torch.int64)
+    steps: list[int] = group.all_gather(mine).flatten().tolist()
+    newest = max(steps)
+    sources = [rank for rank, at in enumerate(steps) if at == newest]
+    receivers = [rank for rank, at in enumerate(steps) if at != newest]
+    if newest == _NEVER:
+        return None, Transfer(source_ranks=(), num_receivers=0, sent_bytes=0)
+    if not receivers:
+        return scalars, Transfer(source_ranks=tuple(sources), num_receivers=0, sent_bytes=0)
+    if group.rank in sources:
+        assert scalars is not None
+        sent = _send(group, state, scalars, sources, receivers)
+        return scalars, Transfer(
+            source_ranks=tuple(sources), num_receivers=len(receivers), sent_bytes=sent
+        )
+    received = _receive(group, state, sources, in_place=step is None)
+    return received, Transfer(
+        source_ranks=tuple(sources), num_receivers=len(receivers), sent_bytes=0
+    )
+
+
+def _send(
+    group: Group,
+    state: TrainState,
+    scalars: dict[str, Any],
+    sources: Sequence[int],
+    receivers: Sequence[int],
+) -> int:
+    works: list[Any] = []
+    description = state.describe(scalars)
+    if group.rank == sources[0]:
+        encoded = _encode(description)
+        length = torch.tensor([encoded.numel()], dtype=torch.int64)
+        for receiver in receivers:
+            works.append(group.send(length, receiver, 0))
+            works.append(group.send(encoded, receiver, 1))
+    tensors = list(state.tensors().values())
+    sent = 0
+    buckets = _buckets([tensor.numel() * tensor.element_size() for tensor in tensors])
+    for tag, pieces in enumerate(buckets, start=2):
+        if sources[tag % len(sources)] != group.rank:
+            continue
+        message = _pack(tensors, pieces)
+        for receiver in receivers:
+            works.append(group.send(message, receiver, tag))
+            sent += message.numel()
+    group.wait(works)
+    return sent
+
+
+def _receive(
+    group: Group, state: TrainState, sources: Sequence[int], *, in_place: bool
+) -> dict[str, Any]:
+    length = torch.zeros(1, dtype=torch.int64)
+    group.wait([group.receive(length, sources[0], 0)])
+    encoded = torch.empty(int(length), dtype=torch.uint8)
+    group.wait([group.receive(encoded, sources[0], 1)])
+    description = torch.load(io.BytesIO(encoded.numpy().tobytes()), weights_only=True)
+    targets = state.prepare(description) if in_place else None
+    landing = [
+        torch.empty(shape, dtype=getattr(torch, dtype_name))
+        if targets is None or not targets[index].is_contiguous()
+        else targets[index]
+        for index, (_, shape, dtype_name) in enumerate(description["tensors"])
+    ]
+    arriving: list[tuple[Any, Tensor, list[Piece]]] = []
+    buckets = _buckets([tensor.numel() * tensor.element_size() for tensor in landing])
+    for tag, pieces in enumerate(buckets, start=2):
+        if len(pieces) == 1:
+            message = _flat_bytes(landing[pieces[0].tensor])[pieces[0].start : pieces[0].stop]
+        else:
+            message = torch.empty(sum(p.stop - p.start for p in pieces), dtype=torch.uint8)
+        arriving.append((group.receive(message, sources[tag % len(sources)], tag), message, pieces))
+    for work, message, pieces in arriving:
+        group.wait([work])
+        if len(pieces) > 1:
+            _unpack(landing, pieces, message)
+    with torch.no_grad():
+        for target, tensor in zip(targets or state.prepare(description), landing, strict=True):
+            if target is not tensor:
+                target.copy_(tensor)
+    return state.adopt(description)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes `start` to `stop` of tensor number `tensor`."""
+
+    tensor: int
+    start: int
+    stop: int
+
+
+def _buckets(sizes: Sequence[int]) -> list[list[Piece]]:
+    """Cut tensors of these sizes (bytes) into messages: small ones together, large ones in slices."""
+    buckets: list[list[Piece]] = []
+    room = 0
+    for index, size in enumerate(sizes):
+        if size >= _BUCKET_BYTES // 4:
+            slices = range(0, size, _BUCKET_BYTES)
+            buckets += [[Piece(index, at, min(at + _BUCKET_BYTES, size))] for at in slices]
+            room = 0
+        elif size:
+            if room < size:
+                buckets.append([])
+                room = _BUCKET_BYTES
+            buckets[-1].append(Piece(index, 0, size))
+            room -= size
+    return buckets
+
+
+def _pack(tensors: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
+    parts = [
+        _flat_bytes(tensors[piece.tensor])[piece.start : piece.stop] for piece in pieces
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _unpack(landing: Sequence[Tensor], pieces: Sequence[Piece], message: Tensor) -> None:
+    offset = 0
+    for piece in pieces:
+        size = piece.stop - piece.start
+        _flat_bytes(landing[piece.tensor]).copy_(message[offset : offset + size])
+        offset += size
+
+
+def _flat_bytes(tensor: Tensor) -> Tensor:
+    """The tensor's bytes: its own memory where it is contiguous, else a copy."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _encode(description: dict[str, Any]) -> Tensor:
+    stream = io.BytesIO()
+    torch.save(description, stream)
+    return torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
+
+
+def _params(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
