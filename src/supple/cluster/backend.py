@@ -1,10 +1,10 @@
 """The seams to the world: who executes actions and emits events, and what time it is."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Protocol, final
 
-from supple.core.types import Action, Decision, Event, Progress
+from supple.core.types import Action, Decision, Event, Progress, WorkerId
 
 
 class Backend(Protocol):
@@ -13,6 +13,11 @@ class Backend(Protocol):
     async def execute(self, action: Action) -> None: ...
 
     def events(self) -> AsyncIterator[Event]: ...
+
+    @property
+    def pids(self) -> Mapping[WorkerId, int]:
+        """Process ids of the workers that have one, for people and for fault tests."""
+        ...
 
     async def close(self) -> None:
         """End every worker still alive and let go of the cluster."""

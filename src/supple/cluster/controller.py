@@ -242,6 +242,7 @@ class Controller:
             "phase": (state.phase if state else Phase.STARTING).value,
             "generation": state.generation if state else 0,
             "members": [str(worker_id) for worker_id in state.members] if state else [],
+            "pids": {str(worker_id): pid for worker_id, pid in self._backend.pids.items()},
             "progress": None
             if progress is None
             else {name: getattr(progress, name) for name in Progress.__slots__},

@@ -16,6 +16,7 @@ from typing import Any, final
 
 import psutil
 import ray
+from ray._private import worker as ray_worker
 from ray.exceptions import ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -62,6 +63,8 @@ def connect(spec: TrainSpec) -> None:
         for name, value in _HEALTH.items():
             os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; we tell it ourselves.
+    ray_worker._worker_logs_enabled = False
     try:
         if spec.address is None:
             ray.init(

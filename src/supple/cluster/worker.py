@@ -29,7 +29,7 @@ from supple.train.mailbox import Mailbox
 from supple.train.member import Identity, LeaveLoop
 from supple.train.script import load, user_traceback
 
-_COMPLETE = (TrainingError, CheckpointError, SpecError, LoaderError)
+_COMPLETE = (TrainingError, CheckpointError, SpecError)
 """Errors whose text is all a user needs."""
 
 

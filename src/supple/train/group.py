@@ -2,8 +2,10 @@
 
 Groups stand alone: there is no default group, no registry, nothing global. A collective that
 hangs cannot be interrupted in-process (gloo has no cancel), so it is *abandoned*: the wait is cut
-into short pieces, and between two of them the abort flag is read. An abandoned group is kept
-until its operations end by themselves, since dropping it earlier blocks.
+into short pieces, and between two of them the abort flag is read. A message between two ranks is
+waited for in a thread instead: cut into pieces, its wait would close the connection at the first
+(gloo takes a time-out of a send or a receive for a failure). An abandoned group is kept until its
+operations end by themselves, since dropping it earlier blocks.
 """
 
 import contextlib
@@ -71,26 +73,54 @@ class Group:
         return torch.stack(parts)
 
     def send(self, tensor: torch.Tensor, to_rank: int, tag: int) -> Any:
+        """Start sending `tensor`; returns the message to `wait_for_messages`."""
         return self._start(lambda: self._group.send([tensor], to_rank, tag))
 
     def receive(self, tensor: torch.Tensor, from_rank: int, tag: int) -> Any:
+        """Start receiving into `tensor`; returns the message to `wait_for_messages`."""
         return self._start(lambda: self._group.recv([tensor], from_rank, tag))
+
+    def wait_for_messages(self, messages: Sequence[Any]) -> None:
+        """Like `wait`, for what `send` and `receive` returned."""
+        errors: list[RuntimeError] = []
+        done = threading.Event()
+
+        def block() -> None:
+            try:
+                for message in messages:
+                    message.wait()
+            except RuntimeError as error:
+                errors.append(error)
+            finally:
+                done.set()
+
+        waiter = threading.Thread(target=block, daemon=True, name="wait-for-messages")
+        waiter.start()
+        while not done.wait(_SLICE.total_seconds()):
+            if self._aborted():
+                raise CollectiveFailed("the generation was aborted")
+        if errors:
+            raise CollectiveFailed(_first_line(errors[0]))
+        for message in messages:
+            self._inflight.remove(message)
 
     def wait(self, works: Sequence[Any]) -> None:
         """Return when all `works` are done; raise `CollectiveFailed` as soon as one failed or the
         generation was aborted."""
         for work in works:
+            ended = False
             while True:
                 try:
                     work.wait(_SLICE)
                     break
                 except RuntimeError as error:
-                    if work.is_completed():
+                    # A failure is told again by every wait; a time-out of the slice is not.
+                    if ended:
                         raise CollectiveFailed(_first_line(error)) from None
                     if self._aborted():
                         raise CollectiveFailed("the generation was aborted") from None
-            with contextlib.suppress(ValueError):
-                self._inflight.remove(work)
+                    ended = work.is_completed()
+            self._inflight.remove(work)
 
     def close(self) -> None:
         """Let go of the group at once. Peers blocked on us see the connection close."""
@@ -159,11 +189,6 @@ def form(
 
 
 def _drop(group: list[Any], store: list[Any], inflight: list[Any]) -> None:
-    with contextlib.suppress(RuntimeError):
-        if all(work.is_completed() for work in inflight):
-            inflight.clear()
-        else:
-            group[0].abort()
     for work in inflight:
         with contextlib.suppress(RuntimeError):
             work.wait(_LAST_RESORT)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from supple.core.goodput import efficiency, family_of, learning_rate
+from supple.core.goodput import efficiency
 from supple.core.noise import NoiseState
 from supple.core.noise import update as update_noise
 from supple.core.spec import TrainSpec
-from supple.core.types import CheckpointFailed, CheckpointSaved, Progress
+from supple.core.types import Progress
 from supple.train.checkpoint import CheckpointStore
 from supple.train.group import CollectiveFailed, Group
 from supple.train.ledger import Ledger
@@ -28,8 +28,10 @@ from supple.train.mailbox import Mailbox
 from supple.train.member import Identity, Membership
 from supple.train.meter import Meter, StepTimes
 from supple.train.noise_meter import NoiseMeter
+from supple.train.rate import LearningRate, constant
 from supple.train.reduce import GradientReducer
 from supple.train.reproducible import TreeReducer
+from supple.train.saver import Saver
 from supple.train.state import TrainState
 
 _SAMPLES, _HEARD, _LOSS, _SQ_NORM, _NUM_PARTS, _NUM_STATS = range(6)
@@ -69,16 +71,18 @@ class Job:
         self._spec = spec or TrainSpec(name="local", script="")
         self._elastic = elastic
         self._membership = Membership(elastic.identity, elastic.mailbox) if elastic else None
-        self._checkpoints = checkpoints
+        self._saver = Saver(
+            checkpoints,
+            self._spec.checkpoint_every_s,
+            elastic.identity if elastic else None,
+            elastic.mailbox if elastic else None,
+        )
         self._ledger = ledger
         self._observe = observe
         self._model: nn.Module | None = None
         self._optimizer: Optimizer | None = None
-        self._schedule: Callable[[float], float] = _constant
-        self._base_lr = 0.0
         self._kept: dict[str, Any] = {}
         self._loader: Loader | None = None
-        self._base_batch = 0
         self._micro_limit = 0
         self._global_batch = 0
         self._step = 0
@@ -89,11 +93,7 @@ class Job:
         self._noise = NoiseState()
         self._meter = Meter()
         self._metrics: dict[str, Tensor | float] = {}
-        self._lr_factor = 1.0
-        self._lr_jump_from = 1.0
-        self._lr_jump_at = 0
         self._published = 0.0
-        self._saved_at = time.monotonic()
 
     # -- the user's five lines -------------------------------------------------------------
 
@@ -124,8 +124,9 @@ class Job:
         if not params:
             raise TrainingError("the model has no parameter that requires a gradient.")
         self._optimizer = cls(params, lr=lr, **options)
-        self._base_lr = lr
-        self._schedule = schedule or _constant
+        self._rate = LearningRate(self._spec.lr_rule, type(self._optimizer).__name__)
+        self._rate.base_lr = lr
+        self._rate.schedule = schedule or constant
         return self._optimizer
 
     def keep(self, name: str, thing: Any) -> None:
@@ -166,7 +167,7 @@ class Job:
             collate_fn=collate_fn,
             num_workers=num_workers,
         )
-        self._base_batch = self._global_batch = batch_size
+        self._rate.base_batch = self._global_batch = batch_size
         self._micro_limit = micro_batch_size or batch_size
         self._state = TrainState(self._model, self._optimizer, self._kept)
         yield from self._rehearse()
@@ -182,8 +183,6 @@ class Job:
                 yield from self._one_step()
             if self._pass_fence():
                 break
-        if self._membership is None and self._checkpoints is not None:
-            self.save()
         self._publish(force=True)
 
     def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
@@ -259,7 +258,7 @@ class Job:
     @property
     def lr(self) -> float:
         """The learning rate of the step in flight."""
-        return self._base_lr * self._factor_now() * self._schedule(self._fraction())
+        return self._rate.at(self._step, self._fraction())
 
     # -- one step --------------------------------------------------------------------------
 
@@ -355,7 +354,9 @@ class Job:
         self._meter.lap("optimizer")
         self._meter.end_step()
         self._publish()
-        self._save_if_due()
+        if self.rank == 0 and self._saver.due():
+            self._saver.behind(self._state, self.scalars(), self.generation)
+            self._meter.restart()
         if stats[_HEARD] > 0:
             self._rejoin("")
         return True
@@ -432,7 +433,7 @@ class Job:
     def _join(self) -> None:
         assert self._membership is not None
         agreed = self._membership.join_next(self)
-        self._set_global_batch(agreed.global_batch_size or self._base_batch)
+        self._set_global_batch(agreed.global_batch_size or self._rate.base_batch)
         self._place()
         if not self._spec.reproducible:
             torch.manual_seed(_mix(self._spec.seed, self.generation, self.rank))
@@ -488,9 +489,7 @@ class Job:
             "position": self._loader.position.to_json(),
             "noise": self._noise.to_json(),
             "global_batch_size": self._global_batch,
-            "lr_factor": self._lr_factor,
-            "lr_jump_from": self._lr_jump_from,
-            "lr_jump_at": self._lr_jump_at,
+            "rate": self._rate.to_json(),
         }
 
     def adopt(self, scalars: Mapping[str, Any]) -> None:
@@ -500,88 +499,27 @@ class Job:
         self._loader.position = type(self._loader.position).from_json(scalars["position"])
         self._noise = NoiseState.from_json(scalars["noise"])
         self._global_batch = int(scalars["global_batch_size"])
-        self._lr_factor = float(scalars["lr_factor"])
-        self._lr_jump_from = float(scalars["lr_jump_from"])
-        self._lr_jump_at = int(scalars["lr_jump_at"])
+        self._rate.from_json(scalars["rate"])
         self._has_state = True
 
     def begin(self, restore: str | None) -> None:
         """Nobody holds state: take a checkpoint's, or the initial one."""
         self._state.reset_optimizer()
         if restore is not None:
-            assert self._checkpoints is not None
-            payload, _ = self._checkpoints.load(
-                restore, expected_signature=self._state.signature()
-            )
-            self.adopt(self._state.restore(payload))
+            self.adopt(self._saver.load(restore, self._state))
         self._has_state = True
 
     def save(self) -> str:
         """Save durably before returning; the path."""
-        if self._checkpoints is None:
-            raise TrainingError("this job has no run directory, so it cannot save.")
-        payload = self._state.payload(self.scalars())
-        return str(self._checkpoints.save(self._step, payload, self._meta()))
-
-    def _save_if_due(self) -> None:
-        if self._checkpoints is None or self.rank != 0:
-            return
-        now = time.monotonic()
-        if now - self._saved_at < self._spec.checkpoint_every_s:
-            return
-        self._saved_at = now
-        step = self._step
-        payload = self._state.payload(self.scalars())
-        self._checkpoints.save_async(step, payload, self._meta(), self._on_saved)
-        self._meter.restart()
-
-    def _meta(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "signature": self._state.signature()}
-
-    def _on_saved(self, step: int, path: str, error: str) -> None:
-        if self._elastic is None:
-            return
-        me = self._elastic.identity
-        if error:
-            self._elastic.mailbox.emit(
-                CheckpointFailed(
-                    job_id=me.job_id, generation=self.generation, step=step, error=error
-                )
-            )
-        else:
-            self._elastic.mailbox.emit(
-                CheckpointSaved(
-                    job_id=me.job_id, generation=self.generation, step=step, path=path
-                )
-            )
+        return self._saver.now(self._state, self.scalars())
 
     # -- batch size, learning rate, progress -------------------------------------------------
 
     def _set_global_batch(self, size: int) -> None:
-        if size == self._global_batch:
-            return
-        rule_lr, _ = learning_rate(
-            rule=self._spec.lr_rule,  # pyright: ignore[reportArgumentType]
-            family=family_of(type(self._optimizer).__name__),
-            base_lr=self._base_lr,
-            base_batch=self._base_batch,
-            batch=size,
-            noise_scale=self._noise.noise_scale,
-        )
-        self._lr_jump_from = self._factor_now()
-        self._lr_jump_at = self._step
-        self._lr_factor = rule_lr / self._base_lr
-        self._global_batch = size
-
-    def _factor_now(self) -> float:
-        """Warm-up after a jump: the factor goes from the old to the new over as many steps as the
-        ratio of the two asks for, 20 steps a doubling, at most 200."""
-        jump = self._lr_factor / self._lr_jump_from
-        if jump <= 1.0:
-            return self._lr_factor
-        length = min(200.0, 20.0 * jump)
-        done = min(1.0, (self._step - self._lr_jump_at + 1) / length)
-        return self._lr_jump_from + (self._lr_factor - self._lr_jump_from) * done
+        if size != self._global_batch:
+            noise_scale = self._noise.noise_scale
+            self._rate.change_batch(size, step=self._step, noise_scale=noise_scale)
+            self._global_batch = size
 
     def _fraction(self) -> float:
         loader = self._loader
@@ -618,7 +556,7 @@ class Job:
             noise_scale=phi,
             efficiency=None
             if phi is None
-            else efficiency(phi, self._base_batch, self._global_batch),
+            else efficiency(phi, self._rate.base_batch, self._global_batch),
             metrics={name: float(value) for name, value in self._metrics.items()},
         )
         if self._elastic is not None:
@@ -630,10 +568,6 @@ class Job:
 _NO_TIMES = StepTimes(
     data_s=0.0, forward_s=0.0, backward_s=0.0, sync_s=0.0, optimizer_s=0.0, step_time_s=0.0
 )
-
-
-def _constant(_fraction: float) -> float:
-    return 1.0
 
 
 def _mix(*numbers: int) -> int:

@@ -31,6 +31,8 @@ class NoiseMeter:
         self._previous: list[Tensor] | None = None
         self._parts: list[float] = []
         self._local = 0.0
+        self._pairing = self._within = self._across = False
+        self._first_of_pair = self._second_of_pair = False
 
     def begin(self, step: int, *, alone: bool, num_micro_batches: int) -> None:
         """Before the first backward pass of a step. `alone`: there are no other ranks."""

@@ -170,7 +170,7 @@ class TreeReducer:
             arriving.append((peer, theirs, landing))
         start = group.rank * width
         known = {node: padded[node][start : start + width].clone() for node in mine}
-        group.wait(works)
+        group.wait_for_messages(works)
         for _, theirs, landing in arriving:
             known |= dict(zip(theirs, landing.split(width), strict=True))
         tree: dict[Node, Tensor] = {}

@@ -217,7 +217,7 @@ def _send(
         for receiver in receivers:
             works.append(group.send(message, receiver, tag))
             sent += message.numel()
-    group.wait(works)
+    group.wait_for_messages(works)
     return sent
 
 
@@ -225,9 +225,9 @@ def _receive(
     group: Group, state: TrainState, sources: Sequence[int], *, in_place: bool
 ) -> dict[str, Any]:
     length = torch.zeros(1, dtype=torch.int64)
-    group.wait([group.receive(length, sources[0], 0)])
+    group.wait_for_messages([group.receive(length, sources[0], 0)])
     encoded = torch.empty(int(length), dtype=torch.uint8)
-    group.wait([group.receive(encoded, sources[0], 1)])
+    group.wait_for_messages([group.receive(encoded, sources[0], 1)])
     description = torch.load(io.BytesIO(encoded.numpy().tobytes()), weights_only=True)
     targets = state.prepare(description) if in_place else None
     landing = [
@@ -245,7 +245,7 @@ def _receive(
             message = torch.empty(sum(p.stop - p.start for p in pieces), dtype=torch.uint8)
         arriving.append((group.receive(message, sources[tag % len(sources)], tag), message, pieces))
     for work, message, pieces in arriving:
-        group.wait([work])
+        group.wait_for_messages([work])
         if len(pieces) > 1:
             _unpack(landing, pieces, message)
     with torch.no_grad():

@@ -1,0 +1,83 @@
+"""Runs `supple train` as a user would, in a process of its own, and reads what it wrote down."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run: its folder and the records of its event log."""
+
+    path: Path
+    returncode: int
+    stderr: str
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / "events.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def training(script: Path, *arguments: str, env: dict[str, str] | None = None) -> Iterator[Any]:
+    """`supple train script ...` in the background; yields (process, run folder). Ended at exit."""
+    with tempfile.TemporaryDirectory(prefix="supple-bench-") as folder:
+        name = f"bench-{os.getpid()}-{time.monotonic_ns() % 10**9}"
+        command = [
+            *(sys.executable, "-m", "supple.cli", "train", str(script)),
+            *("--name", name, "--run-dir", folder, *arguments),
+        ]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            **(env or {}),
+        }
+        with open(Path(folder) / "stderr.txt", "w") as errors:
+            process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT
+            )
+            try:
+                yield process, Path(folder) / name
+            finally:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+                    try:
+                        process.wait(30)
+                    except subprocess.TimeoutExpired:
+                        process.kill()
+                        process.wait()
+        if process.returncode not in (0, -signal.SIGTERM):
+            sys.stderr.write((Path(folder) / "stderr.txt").read_text()[-2000:])
+
+
+def wait_for_records(path: Path, process: Any, wanted: Any, timeout_s: float) -> dict[str, Any]:
+    """The first record of the event log at `path` for which `wanted(record)`; follows the file."""
+    log = path / "events.jsonl"
+    deadline = time.monotonic() + timeout_s
+    seen = 0
+    while time.monotonic() < deadline:
+        if log.exists():
+            lines = log.read_text().splitlines()
+            for line in lines[seen:]:
+                seen += 1
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    seen -= 1
+                    break
+                if wanted(record):
+                    return record
+        if process.poll() is not None:
+            raise RuntimeError(f"the run ended (exit code {process.returncode}) before its time")
+        time.sleep(0.02)
+    raise TimeoutError(f"not seen in {timeout_s:g} s in {log.name}")

@@ -1,0 +1,15 @@
+"""The digits job, long enough to be resized and killed a hundred times."""
+
+import torch
+import torch.nn.functional as F
+from examples.digits import build_model, load
+
+import supple
+
+
+def train(job: supple.Job) -> None:
+    dataset, _, _ = load()
+    model = job.model(build_model)
+    job.optimizer(torch.optim.AdamW, lr=1e-3)
+    for x, y in job.batches(dataset, batch_size=61, epochs=100_000):
+        job.step(F.cross_entropy(model(x), y))

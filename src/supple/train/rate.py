@@ -1,0 +1,70 @@
+"""The learning rate in force: what the user tuned, times the rule for another batch, times the
+schedule; with a warm-up after a jump."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+from supple.core.goodput import family_of, learning_rate
+
+_WARM_UP_STEPS_PER_FACTOR = 20.0
+_WARM_UP_STEPS_MAX = 200.0
+
+
+@final
+class LearningRate:
+    """`base_lr` belongs to `base_batch` samples; `schedule` maps the fraction done to a factor."""
+
+    def __init__(self, rule: str, optimizer_name: str) -> None:
+        self._rule = rule
+        self._family = family_of(optimizer_name)
+        self.base_lr = 0.0
+        self.base_batch = 1
+        self.schedule: Callable[[float], float] = constant
+        self._factor = 1.0
+        self._jumped_from = 1.0
+        self._jumped_at = 0
+
+    def change_batch(self, batch: int, *, step: int, noise_scale: float | None) -> None:
+        """The global batch is `batch` from `step` on."""
+        scaled, _ = learning_rate(
+            rule=self._rule,  # pyright: ignore[reportArgumentType]
+            family=self._family,
+            base_lr=self.base_lr,
+            base_batch=self.base_batch,
+            batch=batch,
+            noise_scale=noise_scale,
+        )
+        self._jumped_from = self._factor_at(step)
+        self._jumped_at = step
+        self._factor = scaled / self.base_lr
+
+    def at(self, step: int, fraction: float) -> float:
+        """The learning rate of `step`, with `fraction` (0 to 1) of the run done."""
+        return self.base_lr * self._factor_at(step) * self.schedule(fraction)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "factor": self._factor,
+            "jumped_from": self._jumped_from,
+            "jumped_at": self._jumped_at,
+        }
+
+    def from_json(self, values: Mapping[str, Any]) -> None:
+        self._factor = float(values["factor"])
+        self._jumped_from = float(values["jumped_from"])
+        self._jumped_at = int(values["jumped_at"])
+
+    def _factor_at(self, step: int) -> float:
+        """A jump up is walked in a straight line (Goyal et al. 2017 warm up for the same reason), 20
+        steps for every time it doubles the rate, 200 at most; a jump down is taken at once."""
+        jump = self._factor / self._jumped_from
+        if jump <= 1.0:
+            return self._factor
+        length = min(_WARM_UP_STEPS_MAX, _WARM_UP_STEPS_PER_FACTOR * jump)
+        walked = min(1.0, max(0, step - self._jumped_at + 1) / length)
+        return self._jumped_from + (self._factor - self._jumped_from) * walked
+
+
+def constant(_fraction: float) -> float:
+    """The schedule that changes nothing."""
+    return 1.0
