@@ -176,14 +176,17 @@ class Position:
         return Position(epoch=int(data["epoch"]), offset=int(data["offset"]))
 
 
-def batch_bounds(
-    position: Position, dataset_size: int, global_batch_size: int
-) -> tuple[int, int]:
+def batch_bounds(position: Position, dataset_size: int, global_batch_size: int) -> tuple[int, int]:
     """(start, stop): the places of the next batch within its epoch.
 
     The last batch of an epoch is smaller where the batch size does not divide what is left; no
     batch crosses into the next epoch.
     """
+    if global_batch_size < 1 or not 0 <= position.offset < dataset_size:
+        raise ValueError(
+            f"a batch of {global_batch_size} from place {position.offset} of {dataset_size}: a "
+            "batch has at least 1 sample and begins within the dataset."
+        )
     return position.offset, min(position.offset + global_batch_size, dataset_size)
 
 
@@ -278,9 +281,7 @@ def advance_shards(
     """The position after a step that used `consumed[i]` more samples of shard i and found the end
     of those with `ended[i]`, read as `assignment` says. When all have ended, the next epoch's
     start."""
-    offsets = tuple(
-        offset + more for offset, more in zip(position.offsets, consumed, strict=True)
-    )
+    offsets = tuple(offset + more for offset, more in zip(position.offsets, consumed, strict=True))
     over = tuple(was or now for was, now in zip(position.ended, ended, strict=True))
     if all(over):
         return replace(

@@ -1,0 +1,48 @@
+"""A micro-batch: what a loader hands out, and how samples become one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from supple.core.spec import SpecError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """The samples of one forward and backward pass on one rank."""
+
+    data: Any
+    """What the user's loop gets: the collated samples."""
+    num_samples: int
+    ids: Sequence[int | str]
+    """The samples by name, for the ledger: indices, or "shard:number" for iterable shards."""
+    is_last: bool
+    """Is it this rank's last of the step?"""
+    shard_id: int = 0
+    """The logical shard it is, in reproducible mode."""
+
+
+def check_sizes(global_batch_size: int, micro_batch_size: int) -> None:
+    """Raise `SpecError` unless both are at least 1."""
+    if global_batch_size < 1 or micro_batch_size < 1:
+        raise SpecError(
+            f"a global batch of {global_batch_size} samples in micro-batches of at most "
+            f"{micro_batch_size}: both must be at least 1. Set batch_size (and micro_batch_size) "
+            "to 1 or more."
+        )
+
+
+def to_device(data: Any, device: torch.device) -> Any:
+    """`data` with every tensor in it on `device`, through tuples, lists and mappings."""
+    if isinstance(data, Tensor):
+        return data.to(device, non_blocking=True)
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(to_device(part, device) for part in data))
+    if isinstance(data, list | tuple):
+        return type(data)(to_device(part, device) for part in data)
+    if isinstance(data, Mapping):
+        return {key: to_device(part, device) for key, part in data.items()}
+    return data
