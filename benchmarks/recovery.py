@@ -4,7 +4,6 @@ random kills and resizes, and the ledger's proof that no sample was lost or used
     python benchmarks/recovery.py
 """
 
-import itertools
 import json
 import os
 import random
@@ -18,10 +17,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import workload
 from benchmarks.machine import report
 from benchmarks.peers import torchrun
-from benchmarks.runs import training, wait_for_records
+
+from benchmarks import workload
+from benchmarks.runs import training
 from supple.cluster.control import ask
 from supple.core.ledger import prove
 

@@ -14,8 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import workload
 from benchmarks.machine import report
+
+from benchmarks import workload
 from benchmarks.runs import training
 
 SCRIPT = Path(__file__).resolve().parent / "reproducible_script.py"
@@ -70,8 +71,7 @@ def main() -> None:
     expected = final_weights("--workers", "1")
     others = [final_weights("--workers", str(count)) for count in (2, 3, 4)]
     others += [
-        final_weights("--workers", "1:4", "--schedule", history(chooser))
-        for _ in range(_HISTORIES)
+        final_weights("--workers", "1:4", "--schedule", history(chooser)) for _ in range(_HISTORIES)
     ]
     mismatches = sum(not same(expected, other) for other in others)
     costs = [

@@ -15,9 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import workload
 from benchmarks.machine import report
 from benchmarks.peers import floor, ray_train, torchrun
+
+from benchmarks import workload
 from benchmarks.runs import training
 
 _SIZES = (2, 3) * 6
@@ -35,7 +36,7 @@ def pauses() -> tuple[list[float], list[float]]:
         ) as (process, _):
             try:
                 process.wait(_EVERY_S * len(_SIZES) + 40)
-            except Exception:  # noqa: BLE001 - the run is longer than the schedule on purpose
+            except Exception:
                 process.terminate()
                 process.wait(30)
         return split_pauses([row for row in workload.committed_steps(Path(folder)) if row[1] == 0])

@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from examples.digits import build_model, load
 
 import supple
+from examples.digits import build_model, load
 
 
 def train(job: supple.Job) -> None:

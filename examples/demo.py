@@ -1,6 +1,6 @@
 """`make demo`: plan the digits job, then train it with a grow, a shrink and a worker killed on the way.
 
-    python examples/demo.py
+python examples/demo.py
 """
 
 import json

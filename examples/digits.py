@@ -1,8 +1,8 @@
 """Handwritten digits (scikit-learn's, 1,797 real scans) with a small network: 96 % in seconds.
 
-    python examples/digits.py                                # one worker, for debugging
-    supple plan examples/digits.py                           # how many workers does it deserve?
-    supple train examples/digits.py --workers 1:3            # elastic
+python examples/digits.py                                # one worker, for debugging
+supple plan examples/digits.py                           # how many workers does it deserve?
+supple train examples/digits.py --workers 1:3            # elastic
 """
 
 import torch
@@ -28,7 +28,12 @@ def load() -> tuple[TensorDataset, torch.Tensor, torch.Tensor]:
 
 def build_model() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+        nn.Linear(64, 256),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, 10),
     )
 
 

@@ -29,9 +29,7 @@ def run_ranks(
     address = rendezvous().address
 
     def one(rank: int) -> Result:
-        group = form(
-            address, key=key, rank=rank, size=size, host="127.0.0.1", aborted=flag.is_set
-        )
+        group = form(address, key=key, rank=rank, size=size, host="127.0.0.1", aborted=flag.is_set)
         try:
             return body(group)
         finally:
@@ -45,6 +43,4 @@ def come_late(key: str, *, rank: int, size: int) -> None:
     """Complete a group that its other ranks have given up forming, so that the threads they left
     in native code end: such a thread must not outlive the test run."""
     address = rendezvous().address
-    form(
-        address, key=key, rank=rank, size=size, host="127.0.0.1", aborted=lambda: False
-    ).close()
+    form(address, key=key, rank=rank, size=size, host="127.0.0.1", aborted=lambda: False).close()

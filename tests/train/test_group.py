@@ -20,9 +20,12 @@ def test_all_reduce_sums_over_all_ranks() -> None:
 
 
 def test_all_gather_stacks_in_rank_order() -> None:
-    assert run_ranks(
-        3, lambda group: group.all_gather(torch.tensor([group.rank * 10])).flatten().tolist()
-    ) == [[0, 10, 20]] * 3
+    assert (
+        run_ranks(
+            3, lambda group: group.all_gather(torch.tensor([group.rank * 10])).flatten().tolist()
+        )
+        == [[0, 10, 20]] * 3
+    )
 
 
 def test_a_message_arrives_at_the_rank_it_was_sent_to() -> None:

@@ -62,9 +62,10 @@ def test_everyone_ends_with_the_state_of_the_most_committed_steps(
 
 def test_a_state_that_nobody_has_is_not_invented() -> None:
     states = [make_state(rank, 0) for rank in range(2)]
-    assert run_ranks(
-        2, lambda group: share_state(group, states[group.rank], None, None)[0]
-    ) == [None, None]
+    assert run_ranks(2, lambda group: share_state(group, states[group.rank], None, None)[0]) == [
+        None,
+        None,
+    ]
 
 
 def test_a_fresh_optimizer_state_replaces_a_rehearsed_one() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from supple.train.checkpoint import CheckpointStore
+
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     AbortGeneration,
@@ -21,7 +23,6 @@ from supple.core.types import (
     WorkerReady,
     WorkerStopped,
 )
-from supple.train.checkpoint import CheckpointStore
 from supple.train.job import Elastic, Job
 from supple.train.mailbox import Mailbox
 from supple.train.member import Identity, LeaveLoop
@@ -146,7 +147,7 @@ class World:
             self._train(job)
         except LeaveLoop:
             return
-        except BaseException as error:  # noqa: BLE001 - handed to the test's thread
+        except BaseException as error:
             self.errors[name] = error
             return
         self.mailboxes[name].emit(

@@ -89,9 +89,7 @@ class Advisor:
         if count == progress.num_workers:
             return []
         return [
-            TargetChanged(
-                job_id=JobId(spec.name), generation=0, num_workers=count, reason=reason
-            )
+            TargetChanged(job_id=JobId(spec.name), generation=0, num_workers=count, reason=reason)
         ]
 
 

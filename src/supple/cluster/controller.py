@@ -5,7 +5,7 @@ terminal, the platform. All of them put an event in the same queue as the worker
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, final
 

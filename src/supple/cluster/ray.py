@@ -171,7 +171,9 @@ class RayBackend:
         actor = self._actor_class.options(
             num_cpus=self._spec.cpus_per_worker,
             num_gpus=self._spec.gpus_per_worker,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(int(self._spec.cpus_per_worker) or 1)}},
+            runtime_env={
+                "env_vars": {"OMP_NUM_THREADS": str(int(self._spec.cpus_per_worker) or 1)}
+            },
         ).remote(setup)
         worker = self._workers[worker_id] = _Worker(actor=actor)
         actor.run.remote()
@@ -220,9 +222,7 @@ class RayBackend:
 
     def _beat(self, worker_id: WorkerId, generation: int, step: int) -> None:
         self._queue.put_nowait(
-            Heartbeat(
-                job_id=self._job_id, generation=generation, worker_id=worker_id, step=step
-            )
+            Heartbeat(job_id=self._job_id, generation=generation, worker_id=worker_id, step=step)
         )
 
     def _lose(

@@ -245,8 +245,9 @@ class _Turn:
             f"(--max-failures {limit}), the last was {worker_id}, which {_CAUSE[cause]}"
         )
         if len(self.state.joinable) < state.spec.min_workers:
-            self.fail(f"{reason}; {len(self.state.joinable)} are left, MIN is "
-                      f"{state.spec.min_workers}")
+            self.fail(
+                f"{reason}; {len(self.state.joinable)} are left, MIN is {state.spec.min_workers}"
+            )
             return
         wait_s = BACK_OFF_S * 2.0 ** (count - limit - 1)
         self.set(retry_at=self.now + wait_s)
@@ -328,9 +329,7 @@ def _on_preemption(turn: _Turn, event: PreemptionNoticed) -> None:
     for worker_id in named:
         turn.see(worker_id, leaving=True)
     left_s = max(0.0, event.deadline - turn.now)
-    turn.decide(
-        "shrink", turn.state.desired, f"{', '.join(named)} will be taken in {left_s:.0f} s"
-    )
+    turn.decide("shrink", turn.state.desired, f"{', '.join(named)} will be taken in {left_s:.0f} s")
 
 
 def _on_stop(turn: _Turn, event: StopRequested) -> None:

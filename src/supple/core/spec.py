@@ -26,7 +26,9 @@ def parse_count(text: str, *, what: str) -> int:
     try:
         count = int(text)
     except ValueError:
-        raise SpecError(f"{what} is {text!r}: not a whole number. Give a count such as 4.") from None
+        raise SpecError(
+            f"{what} is {text!r}: not a whole number. Give a count such as 4."
+        ) from None
     if not 1 <= count <= MAX_WORKERS:
         raise SpecError(f"{what} is {count}: it must be between 1 and {MAX_WORKERS}.")
     return count

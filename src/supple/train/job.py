@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from supple.core.goodput import efficiency
 from supple.core.noise import NoiseState
 from supple.core.noise import update as update_noise
+from supple.core.order import mix
 from supple.core.spec import TrainSpec
 from supple.core.types import Progress
 from supple.train.checkpoint import CheckpointStore
@@ -276,7 +277,9 @@ class Job:
         for micro in feed:
             if not any_batch and not self._spec.reproducible:
                 self._noise_meter.begin(
-                    self._step, alone=self.world_size == 1, num_micro_batches=1 + (not micro.is_last)
+                    self._step,
+                    alone=self.world_size == 1,
+                    num_micro_batches=1 + (not micro.is_last),
                 )
             any_batch = True
             if self._ledger is not None:
@@ -284,7 +287,7 @@ class Job:
                     self.generation, self._step, self._loader.epoch, self.rank, micro.ids
                 )
             if self._spec.reproducible:
-                torch.manual_seed(_mix(self._spec.seed, self._step, micro.shard_id))
+                torch.manual_seed(mix(self._spec.seed, self._step, micro.shard_id))
             self._micro = micro
             self._meter.lap("data")
             yield micro.data
@@ -391,9 +394,7 @@ class Job:
         names = list(self._state.tensors())
         versions = {name: buffer._version for name, buffer in self._model.named_buffers()}
         size = 1 if self._elastic is None else self._elastic.rehearsal_size
-        self._loader.place(
-            self._loader.position, 0, size, self._global_batch, self._micro_limit
-        )
+        self._loader.place(self._loader.position, 0, size, self._global_batch, self._micro_limit)
         micro = next(iter(self._loader.feed()))
         self._rehearsing, self._micro = True, micro
         yield micro.data
@@ -436,7 +437,7 @@ class Job:
         self._set_global_batch(agreed.global_batch_size or self._rate.base_batch)
         self._place()
         if not self._spec.reproducible:
-            torch.manual_seed(_mix(self._spec.seed, self.generation, self.rank))
+            torch.manual_seed(mix(self._spec.seed, self.generation, self.rank))
 
     def _place(self) -> None:
         assert self._loader is not None
@@ -568,14 +569,3 @@ class Job:
 _NO_TIMES = StepTimes(
     data_s=0.0, forward_s=0.0, backward_s=0.0, sync_s=0.0, optimizer_s=0.0, step_time_s=0.0
 )
-
-
-def _mix(*numbers: int) -> int:
-    """One 63-bit seed out of several numbers (splitmix64 over their sequence)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1

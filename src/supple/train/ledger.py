@@ -19,9 +19,7 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
-    def read(
-        self, generation: int, step: int, epoch: int, rank: int, ids: Sequence[Any]
-    ) -> None:
+    def read(self, generation: int, step: int, epoch: int, rank: int, ids: Sequence[Any]) -> None:
         """This rank feeds the samples `ids` to `step` (counted from 0) in `generation`."""
         record = {
             "kind": "read",

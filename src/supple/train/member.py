@@ -158,9 +158,7 @@ class Membership:
         step = holder.committed_step
         assert step is not None
         self._mailbox.emit(
-            GroupFormed(
-                job_id=me.job_id, generation=generation, worker_id=me.worker_id, step=step
-            )
+            GroupFormed(job_id=me.job_id, generation=generation, worker_id=me.worker_id, step=step)
         )
 
     def _share(self, group: Group, holder: Holder) -> tuple[dict[str, Any] | None, Transfer]:
@@ -183,7 +181,5 @@ class Membership:
             )
         else:
             self._mailbox.emit(
-                CheckpointSaved(
-                    job_id=me.job_id, generation=self.generation, step=step, path=path
-                )
+                CheckpointSaved(job_id=me.job_id, generation=self.generation, step=step, path=path)
             )

@@ -34,8 +34,7 @@ class Bucket:
         self.grads = self.flat[: sum(sizes)]
         self.tail = self.flat[sum(sizes) :]
         self.views = [
-            part.view_as(param)
-            for part, param in zip(self.grads.split(sizes), params, strict=True)
+            part.view_as(param) for part, param in zip(self.grads.split(sizes), params, strict=True)
         ]
 
 

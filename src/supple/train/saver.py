@@ -47,9 +47,7 @@ class Saver:
     def now(self, state: TrainState, scalars: dict[str, Any]) -> str:
         """Write before returning; the path. Raises `CheckpointError`."""
         assert self._store is not None, "our bug: a job without a run folder was told to save"
-        path = self._store.save(
-            int(scalars["step"]), state.payload(scalars), _meta(state, scalars)
-        )
+        path = self._store.save(int(scalars["step"]), state.payload(scalars), _meta(state, scalars))
         return str(path)
 
     def load(self, path: str, state: TrainState) -> dict[str, Any]:

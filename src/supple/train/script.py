@@ -84,7 +84,9 @@ def user_traceback(error: BaseException, *, whole: bool = False) -> str:
             if not str(Path(frame.filename).resolve()).startswith(package)
             and not frame.filename.startswith("<frozen importlib")
         ]
-    lines = ["Traceback (most recent call last):\n", *traceback.format_list(frames)] if frames else []
+    lines = (
+        ["Traceback (most recent call last):\n", *traceback.format_list(frames)] if frames else []
+    )
     lines += traceback.format_exception_only(error)
     return "".join(lines).rstrip()
 

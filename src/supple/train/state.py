@@ -283,9 +283,7 @@ def _buckets(sizes: Sequence[int]) -> list[list[Piece]]:
 
 
 def _pack(tensors: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
-    parts = [
-        _flat_bytes(tensors[piece.tensor])[piece.start : piece.stop] for piece in pieces
-    ]
+    parts = [_flat_bytes(tensors[piece.tensor])[piece.start : piece.stop] for piece in pieces]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
