@@ -1,0 +1,84 @@
+"""The gradient noise scale: the batch size at which noise equals signal, in samples.
+
+Unbiased estimates from gradient norms at two sizes (McCandlish et al. 2018, "An Empirical Model
+of Large-Batch Training", appendix A.1): with b samples a part and B = c b in all,
+
+    |G|^2 = (B |G_B|^2 - b |G_b|^2) / (B - b)        tr(Sigma) = (|G_b|^2 - |G_B|^2) / (1/b - 1/B)
+
+The two are averaged apart and divided last: the mean of their ratio would be biased.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+HORIZON_SAMPLES = 20
+"""Estimates that the moving average remembers (time constant, in noise samples)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseSample:
+    """Gradient norms of one step, seen as `num_parts` parts of about `samples_per_part` samples."""
+
+    num_parts: int
+    local_sq_norm: float
+    """Mean over the parts of |gradient of the part|^2."""
+    total_sq_norm: float
+    """|mean of the parts' gradients|^2."""
+    samples_per_part: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseState:
+    """Bias-corrected moving averages of |G|^2 and tr(Sigma)."""
+
+    sq_norm: float = 0.0
+    variance: float = 0.0
+    weight: float = 0.0
+    """Sum of the weights in the averages: 0 before the first sample, towards 1."""
+
+    @property
+    def noise_scale(self) -> float | None:
+        """tr(Sigma) / |G|^2 in samples; None before the first sample, or while the averaged
+        signal is not positive (noise drowns it: any batch tried so far is far too small to tell)."""
+        if self.weight <= 0.0 or self.sq_norm <= 0.0:
+            return None
+        return max(0.0, self.variance) / self.sq_norm
+
+    def to_json(self) -> dict[str, Any]:
+        return {"sq_norm": self.sq_norm, "variance": self.variance, "weight": self.weight}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "NoiseState":
+        return NoiseState(
+            sq_norm=float(values["sq_norm"]),
+            variance=float(values["variance"]),
+            weight=float(values["weight"]),
+        )
+
+
+def moments(sample: NoiseSample) -> tuple[float, float] | None:
+    """Unbiased (|G|^2, tr(Sigma)) of one sample; None if it says nothing: fewer than two parts,
+    or a norm that is not finite (an overflow in mixed precision)."""
+    count, size = sample.num_parts, sample.samples_per_part
+    finite = math.isfinite(sample.local_sq_norm) and math.isfinite(sample.total_sq_norm)
+    if count < 2 or size <= 0 or not finite:
+        return None
+    signal = (count * sample.total_sq_norm - sample.local_sq_norm) / (count - 1)
+    variance = (sample.local_sq_norm - sample.total_sq_norm) * size * count / (count - 1)
+    return signal, variance
+
+
+def update(state: NoiseState, sample: NoiseSample) -> NoiseState:
+    """The averages with one more sample; unchanged by one that says nothing."""
+    found = moments(sample)
+    if found is None:
+        return state
+    signal, variance = found
+    keep = 1.0 - 1.0 / HORIZON_SAMPLES
+    return NoiseState(
+        sq_norm=keep * state.sq_norm + (1.0 - keep) * signal,
+        variance=keep * state.variance + (1.0 - keep) * variance,
+        weight=keep * state.weight + (1.0 - keep),
+    )
