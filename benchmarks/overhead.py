@@ -5,6 +5,7 @@
 Both are measured in turn, five times, in this one run; each ratio is of neighbours in time.
 """
 
+import itertools
 import statistics
 import sys
 import tempfile
@@ -33,7 +34,7 @@ def ours() -> float:
         ) as (process, _):
             process.wait(120)
         times = [row[0] for row in workload.committed_steps(Path(folder)) if row[1] == 0]
-    steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(times)]
     return statistics.median(steps[_SKIP:])
 
 

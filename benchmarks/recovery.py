@@ -95,7 +95,7 @@ def wait_until_generation(name: str, generation: int, timeout_s: float = 60.0) -
 
 
 def torture(seed: int) -> dict[str, float]:
-    """Random kills and resizes of the digits job until `_FAULTS` of them; what the ledger proves."""
+    """Random kills and resizes of the digits job, `_FAULTS` of them; what the ledger proves."""
     chooser = random.Random(seed)
     script = ROOT / "benchmarks" / "torture_script.py"
     faults, resizes, kills = 0, 0, 0
@@ -128,14 +128,15 @@ def torture(seed: int) -> dict[str, float]:
             for file in sorted((run_path / "ledger").glob("*.jsonl"))
             for line in file.read_text().splitlines()
         ]
-    found = prove(records, dataset_size=1500, epochs=None)
+    complete = max(record.get("epoch", 0) for record in records)
+    found = prove(records, expected=range(1500), num_epochs=complete)
     return {
         "faults": float(faults),
         "kills": float(kills),
         "resizes": float(resizes),
-        "samples_lost": float(found.num_lost),
-        "samples_doubled": float(found.num_doubled),
-        "samples_seen": float(found.num_seen),
+        "samples_lost": float(found.lost),
+        "samples_doubled": float(found.doubled),
+        "samples_seen": float(found.samples_seen),
     }
 
 

@@ -4,6 +4,7 @@ reproducible mode costs.
     python benchmarks/reproducible.py
 """
 
+import itertools
 import random
 import statistics
 import sys
@@ -62,7 +63,7 @@ def step_time(*arguments: str) -> float:
         ) as (process, _):
             process.wait(120)
         times = [row[0] for row in workload.committed_steps(Path(folder)) if row[1] == 0]
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
     return statistics.median(gaps[10:])
 
 

@@ -1,5 +1,5 @@
 """The pause of a planned grow 2→3 and shrink 3→2 with 102 MB of train state, beside torchrun
-elastic, Ray Train elastic, and the floor (a bare group re-form and one broadcast of the same bytes).
+elastic, Ray Train elastic, and the floor: a bare group re-form and a broadcast of the same bytes.
 
     python benchmarks/resize.py
 

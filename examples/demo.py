@@ -1,4 +1,4 @@
-"""`make demo`: plan the digits job, then train it with a grow, a shrink and a worker killed on the way.
+"""`make demo`: plan the digits job, then train it with a grow, a kill and a shrink on the way.
 
 python examples/demo.py
 """

@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Torch is imported when a name that needs it is first used, so that `supple.core` stays light."""
+    """Import torch when a name that needs it is first used, so that `supple.core` stays light."""
     if name == "Job":
         from supple.train.job import Job
 

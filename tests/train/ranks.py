@@ -23,7 +23,7 @@ def rendezvous() -> Rendezvous:
 def run_ranks(
     size: int, body: Callable[[Group], Result], *, aborted: threading.Event | None = None
 ) -> list[Result]:
-    """`body` on every rank of a fresh group, results in rank order; the first exception is raised."""
+    """`body` on every rank of a fresh group, results in rank order; raises what it raises."""
     key = f"test-{next(_keys)}"
     flag = aborted or threading.Event()
     address = rendezvous().address

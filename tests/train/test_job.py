@@ -249,7 +249,7 @@ def prepared() -> tuple[Job, nn.Module]:
 def test_a_loss_that_is_not_a_number_ends_the_run_before_it_is_applied() -> None:
     job, model = prepared()
     before: list[torch.Tensor] = []
-    with pytest.raises(TrainingError, match="loss is nan at step 3.*Lower the learning rate"):
+    with pytest.raises(TrainingError, match=r"loss is nan at step 3.*Lower the learning rate"):
         for x, y in job.batches(TensorDataset(X, Y), batch_size=BATCH):
             bad = float("nan") if job.step_count == 2 else 1.0
             before.append(weights(model))

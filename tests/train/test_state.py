@@ -14,7 +14,7 @@ from tests.train.ranks import run_ranks
 
 
 def make_state(seed: int, num_steps: int) -> TrainState:
-    """A model with every kind of tensor (channels-last, buffers, integer buffer), trained a little."""
+    """A model with every kind of tensor, trained a little."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3),

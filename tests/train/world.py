@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from supple.train.checkpoint import CheckpointStore
-
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     AbortGeneration,
@@ -23,6 +21,7 @@ from supple.core.types import (
     WorkerReady,
     WorkerStopped,
 )
+from supple.train.checkpoint import CheckpointStore
 from supple.train.job import Elastic, Job
 from supple.train.mailbox import Mailbox
 from supple.train.member import Identity, LeaveLoop

@@ -37,7 +37,7 @@ class MonotonicClock:
 
 
 class Observer(Protocol):
-    """Is told what happens; must not block. The live line, the event log and TensorBoard are three."""
+    """Is told what happens; must not block. The live line and the event log are two."""
 
     def happened(self, event: Event) -> None:
         """An event reached the controller (heartbeats and ticks are left out)."""

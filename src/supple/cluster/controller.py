@@ -102,7 +102,7 @@ class Controller:
                 low, high = self._spec.min_workers, self._spec.max_workers
                 if not low <= count <= high:
                     raise SpecError(
-                        f"{count} workers were asked for, the job runs with --workers {low}:{high}. "
+                        f"{count} workers were asked for, the job has --workers {low}:{high}. "
                         f"Ask for a count from {low} to {high}."
                     )
                 if self._advisor is not None:

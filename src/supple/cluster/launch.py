@@ -1,4 +1,4 @@
-"""One training job from a spec to its end: connects Ray, wires controller and backend, catches Ctrl-C."""
+"""One training job from a spec to its end: connects Ray, wires the parts, catches Ctrl-C."""
 
 import asyncio
 import signal

@@ -63,7 +63,7 @@ def connect(spec: TrainSpec) -> None:
         for name, value in _HEALTH.items():
             os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; we tell it ourselves.
+    # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; we say it.
     ray_worker._worker_logs_enabled = False
     try:
         if spec.address is None:
@@ -117,9 +117,10 @@ class RayBackend:
         self._rendezvous = Rendezvous(self._host or ray.util.get_node_ip_address(), spec.port)
         self._workers: dict[WorkerId, _Worker] = {}
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
-        self._actor_class = ray.remote(
+        make_actor_class: Any = ray.remote(
             concurrency_groups={"train": 1, "poll": 1, "post": 1}, max_restarts=0
-        )(WorkerBody)
+        )
+        self._actor_class = make_actor_class(WorkerBody)
 
     @property
     def pids(self) -> dict[WorkerId, int]:

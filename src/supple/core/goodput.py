@@ -34,7 +34,10 @@ _FAMILIES: tuple[tuple[str, OptimizerFamily], ...] = (
 def family_of(optimizer_name: str) -> OptimizerFamily:
     """The family an optimizer's class name belongs to."""
     lowered = optimizer_name.lower()
-    return next((family for part, family in _FAMILIES if part in lowered), "other")
+    for part, family in _FAMILIES:
+        if part in lowered:
+            return family
+    return "other"
 
 
 def efficiency(noise_scale: float, base_batch: float, batch: float) -> float:
@@ -122,4 +125,3 @@ def _rule_for(family: OptimizerFamily, noise_scale: float | None) -> LrRule:
 
 def _capped(ratio: float, family: OptimizerFamily) -> float:
     return min(ratio, MAX_ADAM_RATIO) if family == "adam" else ratio
-

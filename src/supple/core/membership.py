@@ -1,4 +1,4 @@
-"""The state of one job, and who is in it: facts only. What follows from them is in `lifecycle.py`."""
+"""The state of one job, and who is in it: facts only. `lifecycle.py` says what follows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -41,7 +41,7 @@ class NoiseState:
     @property
     def noise_scale(self) -> float | None:
         """tr(Sigma) / |G|^2 in samples; None before the first sample, or while the averaged
-        signal is not positive (noise drowns it: any batch tried so far is far too small to tell)."""
+        signal is not positive (noise drowns it at the batches seen so far)."""
         if self.weight <= 0.0 or self.sq_norm <= 0.0:
             return None
         return max(0.0, self.variance) / self.sq_norm

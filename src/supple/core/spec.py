@@ -112,7 +112,7 @@ class TrainSpec:
     min_workers: int = 1
     max_workers: int = 1
     schedule: tuple[tuple[float, int], ...] = ()
-    """Who decides the count: these (time since training began, count) pairs, or the planner where empty."""
+    """(time since training began, count) pairs; where empty, the planner decides the count."""
     batch: BatchMode = "fixed"
     lr_rule: str = "auto"
     reproducible: bool = False

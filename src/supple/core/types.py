@@ -175,7 +175,7 @@ class TargetChanged(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchChanged(Event):
-    """Someone wants another global batch size and learning-rate factor, at the same count or not."""
+    """Someone wants another global batch size; the learning rate follows it."""
 
     global_batch_size: int
     reason: str
@@ -289,7 +289,7 @@ class FailJob(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision(Action):
-    """A choice worth telling the user, with its reason and the numbers in words. Executing it is logging it."""
+    """A choice worth telling the user, with its reason and the numbers in words."""
 
     kind: str
     """One of: start, grow, shrink, recover, regrow, wait, batch, keep, stop, finish, fail."""

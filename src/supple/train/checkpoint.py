@@ -218,9 +218,7 @@ def _verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _compare(
-    path: Path, saved: Sequence[Sequence[Any]], expected: Sequence[Sequence[Any]]
-) -> None:
+def _compare(path: Path, saved: Sequence[Sequence[Any]], expected: Sequence[Sequence[Any]]) -> None:
     if [list(row) for row in saved] == [list(row) for row in expected]:
         return
     theirs = {row[0]: (list(row[1]), row[2]) for row in saved}

@@ -15,10 +15,12 @@ from datetime import timedelta
 from typing import Any, final
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from supple.core.spec import SpecError
 
+_c10d: Any = torch.distributed
+"""Groups outside the registry are used, and torch's type stubs do not know them."""
 _SLICE = timedelta(milliseconds=20)
 _LAST_RESORT = timedelta(minutes=30)
 _CONNECT = timedelta(seconds=60)
@@ -37,7 +39,7 @@ class Rendezvous:
 
     def __init__(self, host: str, port: int = 0) -> None:
         try:
-            self._store = dist.TCPStore(
+            self._store = _c10d.TCPStore(
                 host, port, is_master=True, wait_for_workers=False, timeout=_CONNECT
             )
         except RuntimeError as error:
@@ -57,8 +59,8 @@ class Group:
     ) -> None:
         self.rank = rank
         self.size = size
-        self._group = process_group
-        self._store = store
+        self._group: Any = process_group
+        self._store: Any = store
         self._aborted = aborted
         self._inflight: list[Any] = []
 
@@ -160,18 +162,18 @@ def form(
         # A client of its own: an abandoned attempt blocks inside the store, and a shared client
         # would make the next generation wait for it.
         try:
-            store = dist.TCPStore(
+            store = _c10d.TCPStore(
                 rendezvous[0],
                 rendezvous[1],
                 is_master=False,
                 wait_for_workers=False,
                 timeout=_CONNECT,
             )
-            options = dist.ProcessGroupGloo._Options()
+            options = _c10d.ProcessGroupGloo._Options()
             options._timeout = _LAST_RESORT
             options._threads = 2
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-            group = dist.ProcessGroupGloo(dist.PrefixStore(key, store), rank, size, options)
+            options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=host)]
+            group = _c10d.ProcessGroupGloo(_c10d.PrefixStore(key, store), rank, size, options)
             outcome.extend((group, store))
         except RuntimeError as error:
             outcome.append(error)

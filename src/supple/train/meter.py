@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from statistics import median
 
 _WINDOW = 50
+_PARTS = ("data", "forward", "backward", "sync", "optimizer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """Seconds of one step, or their medians over recent steps. Parts are sums over micro-batches."""
+    """Seconds of one step, or medians over recent steps. Parts are sums over micro-batches."""
 
     data_s: float
     forward_s: float
@@ -26,7 +27,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._steps: deque[StepTimes] = deque(maxlen=_WINDOW)
-        self._parts = dict.fromkeys(("data", "forward", "backward", "sync", "optimizer"), 0.0)
+        self._parts: dict[str, float] = dict.fromkeys(_PARTS, 0.0)
         self._mark = self._began = time.perf_counter()
 
     def lap(self, part: str) -> None:

@@ -55,8 +55,8 @@ class LearningRate:
         self._jumped_at = int(values["jumped_at"])
 
     def _factor_at(self, step: int) -> float:
-        """A jump up is walked in a straight line (Goyal et al. 2017 warm up for the same reason), 20
-        steps for every time it doubles the rate, 200 at most; a jump down is taken at once."""
+        """A jump up is walked in a straight line (Goyal et al. 2017 warm up for the same reason),
+        20 steps times the factor it jumps by, 200 at most; a jump down is taken at once."""
         jump = self._factor / self._jumped_from
         if jump <= 1.0:
             return self._factor

@@ -12,7 +12,7 @@ from supple.train.state import TrainState
 
 @final
 class Saver:
-    """Durable checkpoints of one job. Without a store it does nothing when due, and refuses `now`."""
+    """Durable checkpoints of one job; without a store it is never due."""
 
     def __init__(
         self,

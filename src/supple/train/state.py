@@ -265,7 +265,7 @@ class Piece:
 
 
 def _buckets(sizes: Sequence[int]) -> list[list[Piece]]:
-    """Cut tensors of these sizes (bytes) into messages: small ones together, large ones in slices."""
+    """Cut tensors of these sizes in bytes into messages: small together, large in slices."""
     buckets: list[list[Piece]] = []
     room = 0
     for index, size in enumerate(sizes):
