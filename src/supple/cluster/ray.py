@@ -117,7 +117,8 @@ class RayBackend:
         self._rendezvous = Rendezvous(self._host or ray.util.get_node_ip_address(), spec.port)
         self._workers: dict[WorkerId, _Worker] = {}
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
-        make_actor_class: Any = ray.remote(
+        remote: Any = ray.remote
+        make_actor_class = remote(
             concurrency_groups={"train": 1, "poll": 1, "post": 1}, max_restarts=0
         )
         self._actor_class = make_actor_class(WorkerBody)

@@ -7,7 +7,7 @@ the middle of the run. Whatever happens to the membership happens inside `job.st
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -17,30 +17,22 @@ from torch.optim import Optimizer
 
 from supple.core.goodput import efficiency
 from supple.core.noise import NoiseState
-from supple.core.noise import update as update_noise
 from supple.core.order import mix
 from supple.core.spec import TrainSpec
 from supple.core.types import Progress
 from supple.train.checkpoint import CheckpointStore
+from supple.train.engine import StepEngine, TrainingError
 from supple.train.group import CollectiveFailed, Group
 from supple.train.ledger import Ledger
 from supple.train.loader import Loader, MicroBatch, make_loader
 from supple.train.mailbox import Mailbox
 from supple.train.member import Identity, Membership
-from supple.train.meter import Meter, StepTimes
-from supple.train.noise_meter import NoiseMeter
+from supple.train.meter import StepTimes
 from supple.train.rate import LearningRate, constant
-from supple.train.reduce import GradientReducer
-from supple.train.reproducible import TreeReducer
 from supple.train.saver import Saver
 from supple.train.state import TrainState
 
-_SAMPLES, _HEARD, _LOSS, _SQ_NORM, _NUM_PARTS, _NUM_STATS = range(6)
 _PROGRESS_EVERY_S = 0.2
-
-
-class TrainingError(Exception):
-    """The user's script asked for something that cannot work. The message is complete."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +78,11 @@ class Job:
         self._loader: Loader | None = None
         self._micro_limit = 0
         self._global_batch = 0
-        self._step = 0
+        self._engine: StepEngine | None = None
         self._has_state = False
         self._rehearsing = False
         self._micro: MicroBatch | None = None
         self._replaced = False
-        self._noise = NoiseState()
-        self._meter = Meter()
         self._metrics: dict[str, Tensor | float] = {}
         self._published = 0.0
 
@@ -172,7 +162,6 @@ class Job:
         self._micro_limit = micro_batch_size or batch_size
         self._state = TrainState(self._model, self._optimizer, self._kept)
         yield from self._rehearse()
-        self._build_reducer()
         if self._membership is None:
             self.begin(self._spec.resume)
             self._place()
@@ -199,21 +188,13 @@ class Job:
                 "job.batches yields."
             )
         self._micro = None
-        assert self._optimizer is not None and self._loader is not None
         if self._rehearsing:
+            assert self._optimizer is not None
             loss.backward()
             self._optimizer.step()
             return False
-        self._meter.lap("forward")
-        weight = micro.num_samples / self._loader.planned_samples
-        self._loss_sum += float(loss.detach()) * micro.num_samples
-        self._num_samples += micro.num_samples
-        if micro.is_last:
-            self._arm()
-        (loss * weight).backward()
-        self._meter.lap("backward")
-        self._after_micro_batch(micro, weight)
-        return self._finish_step(clip_norm) if micro.is_last else False
+        self._steps.backward(loss, micro, self._group, self._heard_of_next)
+        return self._commit(clip_norm) if micro.is_last else False
 
     def report(self, **metrics: Tensor | float) -> None:
         """Numbers to show beside the progress: the last value of each is kept."""
@@ -250,7 +231,7 @@ class Job:
     @property
     def step_count(self) -> int:
         """Committed steps."""
-        return self._step
+        return 0 if self._engine is None else self._engine.step
 
     @property
     def epoch(self) -> int:
@@ -259,37 +240,25 @@ class Job:
     @property
     def lr(self) -> float:
         """The learning rate of the step in flight."""
-        return self._rate.at(self._step, self._fraction())
+        return self._rate.at(self.step_count, self._fraction())
 
     # -- one step --------------------------------------------------------------------------
 
+    @property
+    def _steps(self) -> StepEngine:
+        assert self._engine is not None, "our bug: there are no steps before the first batch"
+        return self._engine
+
     def _one_step(self) -> Iterator[Any]:
-        assert self._loader is not None
         self._replaced = False
-        self._loss_sum, self._num_samples = 0.0, 0
-        self._reducer.zero()
-        feed = (
-            self._loader.feed_shards(self._spec.num_logical_shards)
-            if self._spec.reproducible
-            else self._loader.feed()
-        )
         any_batch = False
-        for micro in feed:
-            if not any_batch and not self._spec.reproducible:
-                self._noise_meter.begin(
-                    self._step,
-                    alone=self.world_size == 1,
-                    num_micro_batches=1 + (not micro.is_last),
-                )
+        for micro in self._steps.micro_batches(alone=self.world_size == 1):
             any_batch = True
             if self._ledger is not None:
                 self._ledger.read(
-                    self.generation, self._step, self._loader.epoch, self.rank, micro.ids
+                    self.generation, self.step_count, self.epoch, self.rank, micro.ids
                 )
-            if self._spec.reproducible:
-                torch.manual_seed(mix(self._spec.seed, self._step, micro.shard_id))
             self._micro = micro
-            self._meter.lap("data")
             yield micro.data
             if self._micro is not None:
                 raise TrainingError(
@@ -299,87 +268,27 @@ class Job:
             if self._replaced:
                 return
         if not any_batch:
-            self._noise_meter.begin(self._step, alone=False, num_micro_batches=0)
-            self._arm()
-            self._finish_step(None)
+            self._steps.arm(self._group, self._heard_of_next)
+            self._commit(None)
 
-    def _arm(self) -> None:
-        assert self._loader is not None
-        self._reducer.arm(
-            self._group,
-            before_launch=self._noise_meter.before_launch,
-            stats=self._stats,
-            buffer_weight=float(self._num_samples),
-        )
-
-    def _stats(self) -> Sequence[float]:
-        assert self._loader is not None
-        sq_norm, parts = self._noise_meter.local_stats(
-            self._num_samples / self._loader.planned_samples
-        )
-        heard = self._membership is not None and self._membership.heard_of_next()
-        return (
-            float(self._num_samples),
-            float(heard),
-            self._loss_sum,
-            sq_norm,
-            parts,
-            *self._loader.stats(),
-        )
-
-    def _after_micro_batch(self, micro: MicroBatch, weight: float) -> None:
-        if isinstance(self._reducer, TreeReducer):
-            self._reducer.add(micro.shard_id, weight)
-        else:
-            self._noise_meter.after_micro_batch(weight)
-
-    def _finish_step(self, clip_norm: float | None) -> bool:
-        assert self._model is not None and self._optimizer is not None and self._loader is not None
+    def _commit(self, clip_norm: float | None) -> bool:
+        steps = self._steps
         try:
-            stats = self._reducer.finish()
+            someone_heard = steps.commit(clip_norm, self._fraction())
         except CollectiveFailed as failure:
-            self._reducer.abandon()
+            steps.abandon()
             self._rejoin(str(failure))
             return False
-        self._meter.lap("sync")
-        self._refuse_nonsense(stats)
-        self._correct_weights(stats[_SAMPLES])
-        sample = self._noise_meter.sample(stats[_SQ_NORM], stats[_NUM_PARTS], stats[_SAMPLES])
-        if sample is not None:
-            self._noise = update_noise(self._noise, sample)
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._model.parameters(), clip_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.lr * group.get("lr_scale", 1.0)
-        self._optimizer.step()
-        self._step += 1
-        self._loader.commit(stats[_NUM_STATS:])
-        self._meter.lap("optimizer")
-        self._meter.end_step()
         self._publish()
         if self.rank == 0 and self._saver.due():
             self._saver.behind(self._state, self.scalars(), self.generation)
-            self._meter.restart()
-        if stats[_HEARD] > 0:
+            steps.meter.restart()
+        if someone_heard:
             self._rejoin("")
         return True
 
-    def _refuse_nonsense(self, stats: Sequence[float]) -> None:
-        loss = stats[_LOSS] / max(stats[_SAMPLES], 1.0)
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise TrainingError(
-                f"the loss is {loss} at step {self._step + 1} (learning rate {self.lr:g}, global "
-                f"batch {self._global_batch}). A step with such a loss is not applied, the last "
-                "checkpoint is intact. Lower the learning rate, clip gradients "
-                "(job.step(loss, clip_norm=1.0)) or check the data."
-            )
-
-    def _correct_weights(self, num_samples: float) -> None:
-        assert self._loader is not None
-        planned = self._loader.planned_samples
-        if num_samples != planned:
-            for bucket in self._reducer.buckets:
-                bucket.grads.mul_(planned / num_samples)
+    def _heard_of_next(self) -> bool:
+        return self._membership is not None and self._membership.heard_of_next()
 
     # -- generations -----------------------------------------------------------------------
 
@@ -403,7 +312,7 @@ class Job:
                 "the loop took a batch and did not call job.step(loss): nothing would be learned."
             )
         self._rehearsing = False
-        self._changed_buffers = [
+        changed_buffers = [
             buffer
             for name, buffer in self._model.named_buffers()
             if buffer._version != versions[name] and buffer.is_floating_point()
@@ -413,22 +322,13 @@ class Job:
             for name, tensor in zip(names, before, strict=True):
                 now[name].copy_(tensor)
         self._optimizer.zero_grad(set_to_none=True)
-
-    def _build_reducer(self) -> None:
-        assert self._optimizer is not None and self._loader is not None
-        params = [param for group in self._optimizer.param_groups for param in group["params"]]
-        num_stats = _NUM_STATS + self._loader.num_stats
-        if self._spec.reproducible:
-            self._reducer: GradientReducer | TreeReducer = TreeReducer(
-                params, self._changed_buffers, num_stats, self._spec.num_logical_shards
-            )
-        else:
-            self._reducer = GradientReducer(params, self._changed_buffers, num_stats)
-        self._noise_meter = NoiseMeter(self._reducer.buckets, self._optimizer)
+        self._engine = StepEngine(
+            self._spec, self._model, self._optimizer, self._loader, self._rate, changed_buffers
+        )
 
     def _rejoin(self, error: str) -> None:
         assert self._membership is not None
-        self._membership.leave(self._step, error)
+        self._membership.leave(self.step_count, error)
         self._join()
 
     def _join(self) -> None:
@@ -449,19 +349,19 @@ class Job:
             self._micro_limit,
         )
         self._replaced = True
-        self._meter.forget()
+        self._steps.meter.forget()
 
     def _is_done(self) -> bool:
         assert self._loader is not None
         limit = self._spec.max_steps
-        return self._loader.done or (limit is not None and self._step >= limit)
+        return self._loader.done or (limit is not None and self.step_count >= limit)
 
     def _pass_fence(self) -> bool:
         """Leave the loop together: nobody does before everybody has the last step."""
         group = self._group
         if group is None or self._membership is None:
             return True
-        heard = torch.tensor([float(self._membership.heard_of_next())])
+        heard = torch.tensor([float(self._heard_of_next())])
         try:
             group.wait([group.all_reduce(heard)])
         except CollectiveFailed as failure:
@@ -476,7 +376,7 @@ class Job:
 
     @property
     def committed_step(self) -> int | None:
-        return self._step if self._has_state else None
+        return self.step_count if self._has_state else None
 
     @property
     def state(self) -> TrainState:
@@ -486,9 +386,9 @@ class Job:
         """The job's own part of the train state, beside tensors and optimizer settings."""
         assert self._loader is not None
         return {
-            "step": self._step,
+            "step": self.step_count,
             "position": self._loader.position.to_json(),
-            "noise": self._noise.to_json(),
+            "noise": self._steps.noise.to_json(),
             "global_batch_size": self._global_batch,
             "rate": self._rate.to_json(),
         }
@@ -496,9 +396,9 @@ class Job:
     def adopt(self, scalars: Mapping[str, Any]) -> None:
         """The tensors are in place; take these with them."""
         assert self._loader is not None
-        self._step = int(scalars["step"])
+        self._steps.step = int(scalars["step"])
         self._loader.position = type(self._loader.position).from_json(scalars["position"])
-        self._noise = NoiseState.from_json(scalars["noise"])
+        self._steps.noise = NoiseState.from_json(scalars["noise"])
         self._global_batch = int(scalars["global_batch_size"])
         self._rate.from_json(scalars["rate"])
         self._has_state = True
@@ -518,8 +418,8 @@ class Job:
 
     def _set_global_batch(self, size: int) -> None:
         if size != self._global_batch:
-            noise_scale = self._noise.noise_scale
-            self._rate.change_batch(size, step=self._step, noise_scale=noise_scale)
+            noise_scale = self._steps.noise.noise_scale
+            self._rate.change_batch(size, step=self.step_count, noise_scale=noise_scale)
             self._global_batch = size
 
     def _fraction(self) -> float:
@@ -527,7 +427,7 @@ class Job:
         if loader is None:
             return 0.0
         limit = self._spec.max_steps
-        parts = [self._step / limit] if limit else []
+        parts = [self.step_count / limit] if limit else []
         if loader.samples_total:
             parts.append(loader.samples_done / loader.samples_total)
         return min(1.0, max(parts, default=0.0))
@@ -539,11 +439,11 @@ class Job:
         if now - self._published < _PROGRESS_EVERY_S and not force:
             return
         self._published = now
-        times = self._meter.medians() or _NO_TIMES
-        phi = self._noise.noise_scale
+        times = self._steps.meter.medians() or _NO_TIMES
+        phi = self._steps.noise.noise_scale
         progress = Progress(
             generation=self.generation,
-            step=self._step,
+            step=self.step_count,
             epoch=self._loader.epoch,
             num_epochs=self._loader.num_epochs,
             samples_done=self._loader.samples_done,

@@ -4,7 +4,7 @@ schedule; with a warm-up after a jump."""
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
-from supple.core.goodput import family_of, learning_rate
+from supple.core.goodput import OptimizerFamily, family_of, learning_rate
 
 _WARM_UP_STEPS_PER_FACTOR = 20.0
 _WARM_UP_STEPS_MAX = 200.0
@@ -16,7 +16,7 @@ class LearningRate:
 
     def __init__(self, rule: str, optimizer_name: str) -> None:
         self._rule = rule
-        self._family = family_of(optimizer_name)
+        self._family: OptimizerFamily = family_of(optimizer_name)
         self.base_lr = 0.0
         self.base_batch = 1
         self.schedule: Callable[[float], float] = constant
