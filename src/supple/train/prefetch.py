@@ -9,6 +9,7 @@ here. So a resize waits for the fetching of one sample at most, not of everythin
 
 import random
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class Prefetcher:
             multiprocessing_context="fork" if sys.platform == "linux" else None,
         )
         self._results: Iterator[Any] | None = None
+        self._release: weakref.finalize[..., Any] | None = None
 
     def restart(self, tasks: Iterator[Task | None]) -> None:
         """Forget all that was asked for and fetch these from now on. A None is passed over: it lets
@@ -95,6 +97,11 @@ class Prefetcher:
         if self._results is None:
             self._queue.issued.clear()
             self._results = iter(self._loader)
+            # Someone outside must hold the iterator: collected together with its own queues, as
+            # part of a cycle of garbage, it could not tell its processes to end and would wait
+            # for them (5 s).
+            self._release = weakref.finalize(self, _let_go, self._results)
+            self._release.atexit = False
         while True:
             plan, task = self._queue.issued.popleft()
             data = next(self._results)
@@ -103,6 +110,8 @@ class Prefetcher:
 
     def close(self) -> None:
         """End the worker processes; `next` starts them again."""
+        if self._release is not None:
+            self._release.detach()
         self._results = None
 
 
@@ -148,3 +157,7 @@ class _Numbered(Dataset[Any]):
 
 def _unchanged(result: Any) -> Any:
     return result
+
+
+def _let_go(_results: Iterator[Any]) -> None:
+    """The reference held by the caller was the last."""
