@@ -7,9 +7,8 @@ terminal, the platform. All of them put an event in the same queue as the worker
 import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
-from supple.cluster.advisor import Advisor
 from supple.cluster.backend import Backend, Clock, Observer
 from supple.cluster.control import ControlServer
 from supple.core import lifecycle
@@ -34,6 +33,9 @@ from supple.core.types import (
     WorkerStopped,
 )
 
+if TYPE_CHECKING:
+    from supple.cluster.advisor import Advisor
+
 _TICK_S = 0.25
 
 
@@ -45,6 +47,8 @@ class Outcome:
     reason: str
     detail: str = ""
     """The user's traceback, where the script raised."""
+    checkpoint: str | None = None
+    """The newest durable checkpoint."""
 
 
 @final
@@ -58,7 +62,7 @@ class Controller:
         *,
         clock: Clock,
         observers: Iterable[Observer],
-        advisor: Advisor | None,
+        advisor: "Advisor | None",
     ) -> None:
         self._spec = spec
         self._job_id = JobId(spec.name)
@@ -155,10 +159,15 @@ class Controller:
                         observer.decided(action)
                 case FinishJob():
                     status = "stopped" if self._stop_asked else "finished"
-                    self._outcome = Outcome(status=status, reason=action.reason)
+                    self._outcome = Outcome(
+                        status=status, reason=action.reason, checkpoint=state.restore
+                    )
                 case FailJob():
                     self._outcome = Outcome(
-                        status="failed", reason=action.reason, detail=action.detail
+                        status="failed",
+                        reason=action.reason,
+                        detail=action.detail,
+                        checkpoint=state.restore,
                     )
                 case _:
                     for observer in self._observers:

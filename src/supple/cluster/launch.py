@@ -3,16 +3,17 @@
 import asyncio
 import signal
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import ray
 
-from supple.cluster.advisor import Advisor
 from supple.cluster.backend import MonotonicClock, Observer
 from supple.cluster.control import refuse_second
 from supple.cluster.controller import Controller, Outcome
 from supple.cluster.ray import RayBackend, connect
 from supple.core.spec import SpecError, TrainSpec
+from supple.train.checkpoint import CheckpointStore
 from supple.train.script import check
 
 
@@ -21,11 +22,8 @@ def run_path_of(spec: TrainSpec) -> Path:
     return (Path(spec.run_dir) / spec.name).resolve()
 
 
-def train(spec: TrainSpec, *, observers: Iterable[Observer], verbose: bool = False) -> Outcome:
-    """Train until the job finishes, is stopped or fails.
-
-    Raises `SpecError` before anything is started where the request cannot work.
-    """
+def prepare(spec: TrainSpec) -> Path:
+    """Refuse what cannot work, before anything is started; make the run's folder and return it."""
     check(spec.script, spec.function)
     refuse_second(spec.name)
     run_path = run_path_of(spec)
@@ -35,6 +33,31 @@ def train(spec: TrainSpec, *, observers: Iterable[Observer], verbose: bool = Fal
         raise SpecError(
             f"the run folder {run_path} cannot be made: {error.strerror}. Give another --run-dir."
         ) from None
+    return run_path
+
+
+def resumed(spec: TrainSpec, resume: str) -> tuple[TrainSpec, str]:
+    """`spec` with the checkpoint that `resume` names, a folder or "latest", and a line about it."""
+    if resume != "latest":
+        if not Path(resume).is_dir():
+            raise SpecError(
+                f"--resume {resume}: no such checkpoint. Give a checkpoint's folder, or latest."
+            )
+        return replace(spec, resume=str(Path(resume).resolve())), f"resuming from {resume}"
+    folder = run_path_of(spec) / "checkpoints"
+    found = CheckpointStore(folder).latest()
+    if found is None:
+        raise SpecError(
+            f"--resume latest: there is no good checkpoint in {folder}. Start without --resume, "
+            "or check --name and --run-dir."
+        )
+    skipped = "".join(f" Skipped: {problem}" for problem in found.skipped)
+    return replace(spec, resume=str(found.path)), f"resuming from step {found.step}.{skipped}"
+
+
+def train(spec: TrainSpec, *, observers: Iterable[Observer], verbose: bool = False) -> Outcome:
+    """Train until the job finishes, is stopped or fails. Raises `SpecError` as `prepare` does."""
+    run_path = prepare(spec)
     connect(spec)
     try:
         return asyncio.run(_train(spec, run_path, tuple(observers), verbose))
@@ -60,10 +83,19 @@ async def _train(
         backend,
         clock=MonotonicClock(),
         observers=observers,
-        advisor=None if spec.schedule or spec.min_workers == spec.max_workers else Advisor(spec),
+        advisor=_advisor(spec),
     )
     controllers.append(controller)
     loop = asyncio.get_running_loop()
     for number, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
         loop.add_signal_handler(number, controller.request_stop, name)
     return await controller.run()
+
+
+def _advisor(spec: TrainSpec) -> "Advisor | None":
+    """The planner decides unless a schedule does, or there is nothing to decide."""
+    if spec.schedule or spec.min_workers == spec.max_workers:
+        return None
+    from supple.cluster.advisor import Advisor
+
+    return Advisor(spec)

@@ -7,7 +7,7 @@ asked, the numbers, the rule that broke and what to do.
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 BatchMode = Literal["fixed", "adaptive"]
 MAX_WORKERS = 65_536
@@ -140,6 +140,24 @@ class TrainSpec:
             raise SpecError(
                 f"the job name {self.name!r} is not usable as a folder: use up to 64 letters, "
                 "digits, '.', '_' and '-'."
+            )
+        if self.batch not in get_args(BatchMode):
+            raise SpecError(f"--batch {self.batch}: choose fixed or adaptive.")
+        for what, value, least in (
+            ("--logical-shards", self.num_logical_shards, 1),
+            ("--max-failures", self.max_failures, 0),
+            ("--max-steps", 1 if self.max_steps is None else self.max_steps, 1),
+            ("--port", self.port, 0),
+            ("--seed", self.seed, 0),
+            ("--gpus-per-worker", self.gpus_per_worker, 0),
+        ):
+            if value < least:
+                raise SpecError(f"{what} is {value}: it must be at least {least}.")
+        if self.port > 65_535:
+            raise SpecError(f"--port is {self.port}: ports end at 65535.")
+        if not 0 < self.cpus_per_worker <= 1024:
+            raise SpecError(
+                f"--cpus-per-worker is {self.cpus_per_worker:g}: give more than 0, at most 1024."
             )
         if self.min_workers > self.max_workers:
             raise SpecError(

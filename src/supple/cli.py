@@ -1,0 +1,292 @@
+"""The command line: plan, train, resize, preempt, stop, status, doctor.
+
+Torch and Ray are imported inside the commands that need them, so that `--help` is immediate.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from supple.core.spec import (
+    SpecError,
+    TrainSpec,
+    parse_duration,
+    parse_money,
+    parse_schedule,
+    parse_workers,
+)
+
+if TYPE_CHECKING:
+    from supple.cluster.controller import Outcome
+
+REFUSED, FAILED = 2, 1
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Elastic training for PyTorch: how many workers a job deserves, and changing the number "
+    "while it runs.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs, nothing else.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")]
+
+
+@contextmanager
+def messages(verbose: bool) -> Iterator[None]:
+    """A refusal is one message on stderr and exit code 2; no traceback unless `verbose`."""
+    try:
+        yield
+    except SpecError as error:
+        if verbose:
+            raise
+        typer.echo(f"supple: {error}", err=True)
+        raise typer.Exit(REFUSED) from None
+
+
+@app.command(
+    epilog="Examples:\n\n  supple train examples/digits.py --workers 1:4\n\n"
+    "  supple train train.py --workers 2:4 --schedule 0s:2,60s:4\n\n"
+    "  supple train train.py --workers 4 --resume latest\n\n"
+    "Exit codes: 0 finished, or stopped and saved; 1 failed; 2 refused before any work."
+)
+def train(
+    script: Annotated[str, typer.Argument(help="A Python file, or FILE:FUNCTION.")],
+    workers: Annotated[str, typer.Option(help="MIN:MAX, or one number.")] = "1:4",
+    name: Annotated[str | None, typer.Option(help="Of the job; default: the script's.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="TIME:COUNT,... instead of the planner: 20s:2,40s:4.")
+    ] = None,
+    batch: Annotated[
+        str,
+        typer.Option(help="fixed: the global batch of the script. adaptive: by the noise scale."),
+    ] = "fixed",
+    lr_rule: Annotated[
+        str, typer.Option(help="auto (by optimizer), linear, sqrt, adascale or constant.")
+    ] = "auto",
+    reproducible: Annotated[
+        bool, typer.Option(help="The same bits in the weights for any count and history.")
+    ] = False,
+    logical_shards: Annotated[
+        int, typer.Option(help="Parts a batch is cut into with --reproducible.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(help="Of weights, order and dropout.")] = 0,
+    resume: Annotated[
+        str | None, typer.Option(help="A checkpoint's folder, or latest: the newest good one.")
+    ] = None,
+    checkpoint_every: Annotated[str, typer.Option(help="Time between checkpoints.")] = "5m",
+    ledger: Annotated[bool, typer.Option(help="Write down which samples were used.")] = False,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: here.")] = None,
+    port: Annotated[int, typer.Option(help="Of the rendezvous; 0: any free one.")] = 0,
+    cpus_per_worker: Annotated[float, typer.Option(help="Cores a worker reserves.")] = 1.0,
+    gpus_per_worker: Annotated[float, typer.Option(help="GPUs a worker reserves.")] = 0.0,
+    heartbeat_timeout: Annotated[
+        str, typer.Option(help="Silence after which a worker is given up.")
+    ] = "4s",
+    max_failures: Annotated[
+        int, typer.Option(help="Losses in a row without progress that are retried.")
+    ] = 3,
+    max_steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
+    price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
+    run_dir: Annotated[str, typer.Option(help="Where runs keep their files.")] = "supple-runs",
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train SCRIPT with a number of workers that changes while it runs."""
+    with messages(verbose):
+        low, high = parse_workers(workers)
+        path, function = split_target(script)
+        spec = TrainSpec(
+            name=name or Path(path).stem,
+            script=path,
+            function=function,
+            min_workers=low,
+            max_workers=high,
+            schedule=parse_schedule(schedule, minimum=low, maximum=high) if schedule else (),
+            batch=batch,  # pyright: ignore[reportArgumentType]
+            lr_rule=lr_rule,
+            reproducible=reproducible,
+            num_logical_shards=logical_shards,
+            seed=seed,
+            run_dir=run_dir,
+            checkpoint_every_s=parse_duration(checkpoint_every, what="--checkpoint-every"),
+            ledger=ledger,
+            address=address,
+            port=port,
+            cpus_per_worker=cpus_per_worker,
+            gpus_per_worker=gpus_per_worker,
+            heartbeat_timeout_s=parse_duration(heartbeat_timeout, what="--heartbeat-timeout"),
+            max_failures=max_failures,
+            max_steps=max_steps,
+            price_per_hour=parse_money(price, what="--price") if price else None,
+        )
+        outcome = _train(spec, resume, as_json, verbose)
+    raise typer.Exit(FAILED if outcome.status == "failed" else 0)
+
+
+def split_target(target: str) -> tuple[str, str]:
+    """`"train.py:main"` as ("train.py", "main"); the function is `train` unless named."""
+    path, colon, function = target.rpartition(":")
+    return (path, function) if colon and function.isidentifier() else (target, "train")
+
+
+def _train(spec: TrainSpec, resume: str | None, as_json: bool, verbose: bool) -> "Outcome":
+    from supple.cluster import launch
+    from supple.curves import Curves
+    from supple.eventlog import EventLog, LedgerLog
+    from supple.live import LiveLine
+
+    run = launch.prepare(spec)
+    spec = replace(spec, script=str(Path(spec.script).resolve()))
+    if resume is not None:
+        spec, said = launch.resumed(spec, resume)
+        typer.echo(said, err=True)
+    console = Console(stderr=as_json, quiet=as_json, highlight=False)
+    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+        log = EventLog(file, *([sys.stdout] if as_json else []))
+        ledger = LedgerLog(run / "ledger" / "controller.jsonl") if spec.ledger else None
+        with LiveLine(console, spec.name) as live, Curves(run / "tensorboard") as curves:
+            observers = [log, live, curves, *([ledger] if ledger else [])]
+            outcome = launch.train(spec, observers=observers, verbose=verbose)
+        if ledger is not None:
+            ledger.close()
+    _tell_end(spec, run, outcome)
+    return outcome
+
+
+def _tell_end(spec: TrainSpec, run: Path, outcome: "Outcome") -> None:
+    from supple.picture import draw_run
+
+    def tell(text: str) -> None:
+        typer.echo(text, err=True)
+
+    tell(f"supple: {outcome.status}: {outcome.reason}")
+    if outcome.detail:
+        tell(outcome.detail)
+    if outcome.status == "stopped" and outcome.checkpoint:
+        target = spec.script if spec.function == "train" else f"{spec.script}:{spec.function}"
+        tell(
+            f"Go on with: supple train {target} --name {spec.name} --run-dir {spec.run_dir} "
+            f"--workers {spec.min_workers}:{spec.max_workers} --resume {outcome.checkpoint}"
+        )
+    if draw_run(run / "events.jsonl", run / "run.png"):
+        tell(f"picture {run / 'run.png'}")
+    tell(f"log {run / 'events.jsonl'}   curves: tensorboard --logdir {run / 'tensorboard'}")
+
+
+@app.command(epilog="Example:\n\n  supple resize digits 3")
+def resize(
+    job: Annotated[str, typer.Argument(help="The running job's name.")],
+    count: Annotated[str, typer.Argument(metavar="N", help="Workers it should have.")],
+    as_json: Json = False,
+) -> None:
+    """Change the number of workers of a running job."""
+    _ask(
+        job,
+        {"ask": "resize", "num_workers": count},
+        as_json,
+        lambda answer: f"{job}: {answer['accepted']} workers wanted",
+    )
+
+
+@app.command(epilog="Example:\n\n  supple preempt digits w1 w2 --within 30s")
+def preempt(
+    job: Annotated[str, typer.Argument(help="The running job's name.")],
+    worker: Annotated[list[str], typer.Argument(help="Workers that will be taken.")],
+    within: Annotated[str, typer.Option("--within", help="Time until then.")] = "30s",
+    as_json: Json = False,
+) -> None:
+    """Tell a running job that its platform will take some of its workers."""
+    with messages(False):
+        notice_s = parse_duration(within, what="--within")
+    _ask(
+        job,
+        {"ask": "preempt", "workers": worker, "notice_s": notice_s},
+        as_json,
+        lambda answer: f"{job}: {', '.join(answer['accepted'])} will leave",
+    )
+
+
+@app.command(epilog="Example:\n\n  supple stop digits")
+def stop(
+    job: Annotated[str, typer.Argument(help="The running job's name.")], as_json: Json = False
+) -> None:
+    """Stop a running job after the step in flight, and save."""
+    _ask(job, {"ask": "stop"}, as_json, lambda _: f"{job}: stopping")
+
+
+@app.command(epilog="Examples:\n\n  supple status\n\n  supple status digits --json")
+def status(
+    job: Annotated[str | None, typer.Argument(help="A job; default: all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the jobs that run on this machine."""
+    from supple.cluster.control import ask, running_jobs
+
+    with messages(False):
+        if job is not None:
+            _ask(job, {"ask": "status"}, as_json, _status_line)
+            return
+        answers = [ask(name, {"ask": "status"}) for name in running_jobs()]
+    if as_json:
+        typer.echo(json.dumps(answers))
+        return
+    for answer in answers:
+        typer.echo(_status_line(answer))
+    if not answers:
+        typer.echo("no job runs on this machine")
+
+
+def _status_line(answer: dict[str, Any]) -> str:
+    members = ", ".join(f"{w} (pid {answer['pids'].get(w, '?')})" for w in answer["members"])
+    progress = answer["progress"] or {}
+    where = f"step {progress['step']}, " if progress else ""
+    return (
+        f"{answer['job']}: {answer['phase']}, {where}generation {answer['generation']}, "
+        f"{len(answer['members'])} workers: {members}"
+    )
+
+
+def _ask(
+    job: str, request: dict[str, Any], as_json: bool, tell: Callable[[dict[str, Any]], str]
+) -> None:
+    from supple.cluster.control import ask
+
+    with messages(False):
+        answer = ask(job, request)
+    typer.echo(json.dumps(answer) if as_json else tell(answer))
+
+
+@app.command(epilog="Example:\n\n  supple doctor")
+def doctor(as_json: Json = False) -> None:
+    """Check what this machine offers, and what is missing."""
+    from supple.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([{"what": f.what, "found": f.found, "ok": f.ok} for f in findings]))
+    else:
+        table = Table(box=None, show_header=False)
+        for finding in findings:
+            table.add_row("ok" if finding.ok else "!!", finding.what, finding.found)
+        Console(highlight=False).print(table)
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else FAILED)
+
+
+def main() -> None:
+    """The `supple` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
