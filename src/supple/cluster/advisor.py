@@ -14,6 +14,8 @@ from supple.core.throughput import StepMeasurement, fit
 from supple.core.types import Event, JobId, Progress, TargetChanged
 
 _EVERY_S = 5.0
+_GRADIENT_BYTES = 4_000_000
+"""The controller does not know the model: the fitted bandwidth makes up for the difference."""
 _MIN_STEPS = 20
 """Steps at one size before its step time is believed."""
 
@@ -54,7 +56,7 @@ class Advisor:
         model = fit(
             list(self._measured.values()),
             [],
-            gradient_bytes=0,
+            gradient_bytes=_GRADIENT_BYTES,
             link=lookup("loopback"),
             workers_per_node=spec.max_workers,
         )
@@ -68,7 +70,7 @@ class Advisor:
             base_batch_size=progress.global_batch_size,
             base_lr=progress.lr,
             optimizer_family=self._family,
-            lr_rule=spec.lr_rule,
+            lr_rule="auto",
             measured_workers=tuple(sorted(self._measured)),
             device_memory_bytes=None,
             device_name="",

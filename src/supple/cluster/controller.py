@@ -7,8 +7,9 @@ terminal, the platform. All of them put an event in the same queue as the worker
 import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import Any, Literal, final
 
+from supple.cluster.advisor import Advisor
 from supple.cluster.backend import Backend, Clock, Observer
 from supple.cluster.control import ControlServer
 from supple.core import lifecycle
@@ -32,9 +33,6 @@ from supple.core.types import (
     WorkerId,
     WorkerStopped,
 )
-
-if TYPE_CHECKING:
-    from supple.cluster.advisor import Advisor
 
 _TICK_S = 0.25
 
@@ -62,7 +60,7 @@ class Controller:
         *,
         clock: Clock,
         observers: Iterable[Observer],
-        advisor: "Advisor | None",
+        advisor: Advisor | None,
     ) -> None:
         self._spec = spec
         self._job_id = JobId(spec.name)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ray
 
+from supple.cluster.advisor import Advisor
 from supple.cluster.backend import MonotonicClock, Observer
 from supple.cluster.control import refuse_second
 from supple.cluster.controller import Controller, Outcome
@@ -92,10 +93,8 @@ async def _train(
     return await controller.run()
 
 
-def _advisor(spec: TrainSpec) -> "Advisor | None":
+def _advisor(spec: TrainSpec) -> Advisor | None:
     """The planner decides unless a schedule does, or there is nothing to decide."""
     if spec.schedule or spec.min_workers == spec.max_workers:
         return None
-    from supple.cluster.advisor import Advisor
-
     return Advisor(spec)

@@ -1,0 +1,56 @@
+"""A small catalogue of links, for what one machine cannot measure. Its numbers are priors: every
+prediction that rests on one is marked assumed and gets a wide interval."""
+
+from dataclasses import dataclass
+
+from supple.core.spec import SpecError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interconnect:
+    """What one hop of a ring costs, and the bandwidth of a ring per worker."""
+
+    name: str
+    latency_s: float
+    bandwidth_bytes_per_s: float
+    source: str
+
+
+_BASIS = "nominal rate, {} of it achieved by large ring all-reduces"
+
+
+def _link(name: str, latency_us: float, gigabytes_per_s: float, source: str) -> Interconnect:
+    return Interconnect(
+        name=name,
+        latency_s=latency_us * 1e-6,
+        bandwidth_bytes_per_s=gigabytes_per_s * 1e9,
+        source=source,
+    )
+
+
+INTERCONNECTS: dict[str, Interconnect] = {
+    link.name: link
+    for link in (
+        _link("loopback", 100.0, 1.5, "gloo between processes of one machine, order of magnitude"),
+        _link("pcie4", 15.0, 12.0, _BASIS.format("half of 25 GB/s")),
+        _link("nvlink-a100", 3.4, 230.0, _BASIS.format("three quarters of 300 GB/s")),
+        _link("nvlink-h100", 3.4, 360.0, _BASIS.format("four fifths of 450 GB/s")),
+        _link("ethernet-10", 50.0, 1.0, _BASIS.format("80 % of 10 Gbit/s")),
+        _link("ethernet-25", 30.0, 2.5, _BASIS.format("80 % of 25 Gbit/s")),
+        _link("ethernet-100", 25.0, 10.0, _BASIS.format("80 % of 100 Gbit/s")),
+        _link("efa-400", 25.0, 40.0, _BASIS.format("80 % of 400 Gbit/s")),
+        _link("infiniband-200", 14.0, 22.0, _BASIS.format("88 % of 200 Gbit/s")),
+        _link("infiniband-400", 14.0, 44.0, _BASIS.format("88 % of 400 Gbit/s")),
+    )
+}
+
+
+def lookup(name: str) -> Interconnect:
+    """The link of this name; `SpecError` with the valid names otherwise."""
+    found = INTERCONNECTS.get(name)
+    if found is None:
+        raise SpecError(
+            f"--interconnect {name}: not in the catalogue. Choose one of "
+            f"{', '.join(INTERCONNECTS)}: the one between your nodes."
+        )
+    return found
