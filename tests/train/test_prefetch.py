@@ -34,6 +34,13 @@ class Gated(Dataset[Any]):
         return index
 
 
+class GatedTogether(Gated):
+    """The same, giving all samples of a batch in one call."""
+
+    def __getitems__(self, indices: list[int]) -> list[int]:
+        return [self[index] for index in indices]
+
+
 def task(*indices: int) -> Task:
     return Task(indices=indices, seed=None)
 
@@ -52,8 +59,11 @@ def test_results_come_in_the_order_of_the_tasks() -> None:
         assert data.tolist() == [index, index + 1]
 
 
-def test_a_new_plan_waits_for_one_sample_and_not_for_all_that_was_asked_for() -> None:
-    dataset = Gated()
+@pytest.mark.parametrize(("kind", "waited_for"), [(Gated, [100]), (GatedTogether, [100, 101])])
+def test_a_new_plan_waits_for_one_fetch_and_not_for_all_that_was_asked_for(
+    kind: type[Gated], waited_for: list[int]
+) -> None:
+    dataset = kind()
     fetching = prefetcher(dataset)
     fetching.restart(iter([task(0, 1), task(100, 101), task(102, 103), task(104, 105)]))
     assert fetching.next()[1].tolist() == [0, 1]
@@ -61,7 +71,7 @@ def test_a_new_plan_waits_for_one_sample_and_not_for_all_that_was_asked_for() ->
     fetching.restart(iter([task(2, 3)]))
     dataset.gate.set()
     assert fetching.next()[1].tolist() == [2, 3]
-    assert dataset.given.nonzero().flatten().tolist() == [0, 1, 2, 3, 100]
+    assert dataset.given.nonzero().flatten().tolist() == [0, 1, 2, 3, *waited_for]
 
 
 def test_nothing_of_an_old_plan_is_handed_out() -> None:

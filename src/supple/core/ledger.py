@@ -194,7 +194,7 @@ def _committed(
     for read in reads:
         step, generation = int(read["step"]), int(read["generation"])
         place = bisect_right(starts, step) - 1
-        if step < num_steps and place >= 0 and owners[place][1] == generation:
+        if step < num_steps and owners[place][1] == generation:
             used[int(read["epoch"])].update(read["ids"])
             committing.add(generation)
         else:

@@ -4,7 +4,8 @@ The DataLoader is made once and iterated once, for the life of the job: its work
 restarted, and what they are to fetch can be replaced at any moment. Every task carries the number
 of the plan it belongs to. A new plan raises the number, which the workers see in shared memory:
 they pass over outdated tasks without fetching them, and what they had already fetched is dropped
-here. So a resize waits for the fetching of one sample at most, not of everything in flight.
+here. So a resize waits for one sample (one batch of a dataset with `__getitems__`) at most, not
+for all that is in flight.
 """
 
 import random
