@@ -154,6 +154,8 @@ def _train(spec: TrainSpec, resume: str | None, as_json: bool, verbose: bool) ->
     console = Console(stderr=as_json, quiet=as_json, highlight=False)
     with (run / "events.jsonl").open("a", encoding="utf-8") as file:
         log = EventLog(file, *([sys.stdout] if as_json else []))
+        for old in (run / "ledger").glob("*.jsonl"):
+            old.unlink()
         ledger = LedgerLog(run / "ledger" / "controller.jsonl") if spec.ledger else None
         with LiveLine(console, spec.name) as live, Curves(run / "tensorboard") as curves:
             observers = [log, live, curves, *([ledger] if ledger else [])]

@@ -51,7 +51,7 @@ class TrainRun:
             self.records.append(record)
             if record.get("type") == type_name and (condition is None or condition(record)):
                 return record
-        seen = [record.get("type") for record in self.records[-30:]]
+        seen = [record for record in self.records if record["kind"] != "progress"][-12:]
         raise AssertionError(f"no {type_name} came; last records: {seen}; {self._errors()}")
 
     def wait_running(self, num_workers: int) -> list[str]:

@@ -196,7 +196,7 @@ class Controller:
             self._put(event)
 
     async def _tick(self) -> None:
-        due = list(self._spec.schedule)
+        due = [(at_s, count) for at_s, count in self._spec.schedule if at_s > 0]
         while True:
             await asyncio.sleep(_TICK_S)
             since = self._running_since

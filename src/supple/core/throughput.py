@@ -255,8 +255,8 @@ def fit(
         soft = np.sign(raw) * np.sqrt(2.0 * (np.sqrt(1.0 + raw**2 / 4.0) - 1.0)) * math.sqrt(2.0)
         return np.concatenate([soft, (x_log - prior) / width])
 
-    least_squares: Any = optimize.least_squares  # scipy ships no types
-    found = least_squares(with_priors, prior, method="trf", x_scale=width, max_nfev=60)
+    optimizers: Any = optimize  # scipy ships no types
+    found = optimizers.least_squares(with_priors, prior, method="trf", x_scale=width, max_nfev=60)
     x_log: _Vector = found.x
     raw = residuals(x_log) * NOISE_FLOOR
     fitted = raw[len(compute) : 2 * len(compute)]

@@ -159,6 +159,6 @@ class StepEngine:
     def _correct_weights(self, num_samples: float) -> None:
         """Iterable shards may run dry before the planned batch is full."""
         planned = self._loader.planned_samples
-        if num_samples != planned:
+        if num_samples not in (0, planned):
             for bucket in self._reducer.buckets:
                 bucket.grads.mul_(planned / num_samples)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from supple.core.goodput import efficiency
 from supple.core.noise import NoiseState
-from supple.core.order import mix
+from supple.core.order import mix, share
 from supple.core.spec import TrainSpec
 from supple.core.types import Progress
 from supple.train.checkpoint import CheckpointStore
@@ -303,7 +303,8 @@ class Job:
         names = list(self._state.tensors())
         versions = {name: buffer._version for name, buffer in self._model.named_buffers()}
         size = 1 if self._elastic is None else self._elastic.rehearsal_size
-        self._loader.place(self._loader.position, 0, size, self._global_batch, self._micro_limit)
+        _, rehearsed = share(self._global_batch, size, 0)
+        self._loader.place(self._loader.position, 0, 1, rehearsed, self._micro_limit)
         micro = next(iter(self._loader.feed()))
         self._rehearsing, self._micro = True, micro
         yield micro.data
