@@ -4,6 +4,7 @@ Torch and Ray are imported inside the commands that need them, so that `--help` 
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,17 +16,26 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from supple.core.interconnects import lookup
 from supple.core.spec import (
+    KNEE_RULE,
+    Limits,
+    Objective,
     SpecError,
     TrainSpec,
+    parse_batch,
+    parse_count,
     parse_duration,
     parse_money,
+    parse_rule,
     parse_schedule,
     parse_workers,
 )
+from supple.core.types import Infeasible
 
 if TYPE_CHECKING:
     from supple.cluster.controller import Outcome
+    from supple.core.planner import PlanTable
 
 REFUSED, FAILED = 2, 1
 
@@ -113,8 +123,8 @@ def train(
             min_workers=low,
             max_workers=high,
             schedule=parse_schedule(schedule, minimum=low, maximum=high) if schedule else (),
-            batch=batch,  # pyright: ignore[reportArgumentType]
-            lr_rule=lr_rule,
+            batch=parse_batch(batch),
+            lr_rule=parse_rule(lr_rule),
             reproducible=reproducible,
             num_logical_shards=logical_shards,
             seed=seed,
@@ -132,6 +142,107 @@ def train(
         )
         outcome = _train(spec, resume, as_json, verbose)
     raise typer.Exit(FAILED if outcome.status == "failed" else 0)
+
+
+@app.command(
+    epilog=f"Without --deadline and --budget it recommends {KNEE_RULE}.\n\n"
+    "Examples:\n\n  supple plan examples/digits.py\n\n"
+    "  supple plan train.py --deadline 2h --interconnect infiniband-200 --workers-per-node 8\n\n"
+    "  supple plan train.py --budget 50 --price 2.50 --plot plan.png"
+)
+def plan(
+    script: Annotated[str, typer.Argument(help="A Python file, or FILE:FUNCTION.")],
+    max_workers: Annotated[str | None, typer.Option(help="Cap; default: none.")] = None,
+    deadline: Annotated[str | None, typer.Option(help="Latest end: 90s, 2h.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Money, or accelerator-hours without --price.")
+    ] = None,
+    price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
+    interconnect: Annotated[str, typer.Option(help="Between nodes.")] = "ethernet-25",
+    workers_per_node: Annotated[
+        str | None, typer.Option(help="Default: this machine's cores.")
+    ] = None,
+    batch: Annotated[
+        str, typer.Option(help="fixed, or adaptive: grows where that is faster.")
+    ] = "fixed",
+    lr_rule: Annotated[
+        str, typer.Option(help="auto (by optimizer), linear, sqrt, adascale or constant.")
+    ] = "auto",
+    measure_workers: Annotated[
+        str | None, typer.Option(help="Most workers to measure; default: 4 or the cores.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time and cost into this file.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure SCRIPT for half a minute; say how many workers it deserves, and why."""
+    with messages(verbose):
+        path, function = split_target(script)
+        limits = Limits(
+            max_workers=parse_count(max_workers, what="--max-workers") if max_workers else None,
+            price_per_hour=parse_money(price, what="--price") if price else None,
+            batch=parse_batch(batch),
+        )
+        if deadline and budget:
+            raise SpecError("--deadline and --budget were both given: choose the one that binds.")
+        objective = Objective(
+            deadline_s=parse_duration(deadline, what="--deadline") if deadline else None,
+            budget=parse_money(budget, what="--budget") if budget else None,
+        )
+        lookup(interconnect)
+        per_node = (
+            parse_count(workers_per_node, what="--workers-per-node")
+            if workers_per_node
+            else os.cpu_count() or 1
+        )
+        most = parse_count(measure_workers, what="--measure-workers") if measure_workers else None
+        if plot is not None and not plot.resolve().parent.is_dir():
+            raise SpecError(f"--plot {plot}: there is no folder {plot.parent}. Make it first.")
+        table = _plan(
+            (path, function), limits, objective, (interconnect, per_node, lr_rule), most, verbose
+        )
+    from supple import plan_view
+
+    if isinstance(table, Infeasible):
+        typer.echo(f"supple: {table}", err=True)
+        raise typer.Exit(FAILED)
+    if as_json:
+        typer.echo(json.dumps(plan_view.to_json(table)))
+    else:
+        plan_view.show(table, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
+    if plot is not None:
+        from supple.picture import draw_plan
+
+        draw_plan(table, plot, title=Path(path).name)
+        typer.echo(f"picture {plot}", err=True)
+
+
+def _plan(
+    target: tuple[str, str],
+    limits: Limits,
+    objective: Objective,
+    setting: tuple[str, int, str],
+    most: int | None,
+    verbose: bool,
+) -> "PlanTable | Infeasible":
+    from supple.cluster.measure import ScriptFailed, job_model, measure
+    from supple.core.planner import plan as make_plan
+
+    interconnect, per_node, lr_rule = setting
+    try:
+        found = measure(
+            *target,
+            max_local_workers=most,
+            verbose=verbose,
+            on_line=lambda line: typer.echo(line, err=True),
+        )
+    except ScriptFailed as error:
+        typer.echo(f"supple: the script failed while it was measured:\n{error}", err=True)
+        raise typer.Exit(FAILED) from None
+    job = job_model(
+        found, interconnect=interconnect, workers_per_node=per_node, lr_rule=parse_rule(lr_rule)
+    )
+    return make_plan(job, limits, objective)
 
 
 def split_target(target: str) -> tuple[str, str]:

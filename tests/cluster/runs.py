@@ -26,14 +26,17 @@ class TrainRun:
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         command = [sys.executable, "-m", "supple.cli", "train", str(script), "--json"]
         command += ["--name", name, "--run-dir", str(folder), *arguments]
+        self._stderr = folder / f"{name}.stderr"
+        self._stderr_file = self._stderr.open("w")
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._stderr_file,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def wait(
         self, type_name: str, condition: Callable[[dict[str, Any]], bool] | None = None
@@ -96,8 +99,7 @@ class TrainRun:
 
     def errors(self) -> str:
         """What was printed on stderr, after the end."""
-        assert self.process.stderr is not None
-        return self.process.stderr.read()
+        return self._stderr.read_text()
 
     def of_type(self, type_name: str) -> list[dict[str, Any]]:
         return [record for record in self.records if record.get("type") == type_name]
@@ -117,6 +119,10 @@ class TrainRun:
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.wait()
+        self._reader.join(10)
+        self._stderr_file.close()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -127,5 +133,4 @@ class TrainRun:
     def _errors(self) -> str:
         if self.process.poll() is None:
             return "still running"
-        assert self.process.stderr is not None
-        return f"exit {self.process.returncode}: {self.process.stderr.read()[-2000:]}"
+        return f"exit {self.process.returncode}: {self._stderr.read_text()[-2000:]}"

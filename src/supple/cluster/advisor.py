@@ -70,7 +70,7 @@ class Advisor:
             base_batch_size=progress.global_batch_size,
             base_lr=progress.lr,
             optimizer_family=self._family,
-            lr_rule="auto",
+            lr_rule=spec.lr_rule,
             measured_workers=tuple(sorted(self._measured)),
             device_memory_bytes=None,
             device_name="",

@@ -9,22 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from supple.core.goodput import (
-    LrRule,
     OptimizerFamily,
     best_global_batch,
     efficiency,
     learning_rate,
 )
 from supple.core.memory import MemoryModel
-from supple.core.spec import BatchMode
+from supple.core.spec import KNEE_RULE, KNEE_SHARE, Limits, LrRule, Objective
 from supple.core.throughput import StepTimeModel
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan, Source
 
-KNEE_SHARE = 0.5
-KNEE_RULE = (
-    "the knee: the largest count up to which every doubling still adds at least "
-    f"{KNEE_SHARE:g} of a worker's speed for every worker added"
-)
 LARGEST_COUNT = 4096
 _MEMORY_SHARE = 0.92
 """Of a device's memory that a plan may use."""
@@ -51,25 +45,6 @@ class JobModel:
     measured_workers: tuple[int, ...]
     device_memory_bytes: int | None
     device_name: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a plan may use."""
-
-    min_workers: int = 1
-    max_workers: int | None = None
-    price_per_hour: float | None = None
-    batch: BatchMode = "fixed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Objective:
-    """What a plan is for; neither: the knee. `budget` is money, or accelerator-hours without a
-    price."""
-
-    deadline_s: float | None = None
-    budget: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,11 +10,18 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 BatchMode = Literal["fixed", "adaptive"]
+LrRule = Literal["auto", "linear", "sqrt", "adascale", "constant"]
 MAX_WORKERS = 65_536
 """More than any pool known; a larger count is a typing error."""
 
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
+
+KNEE_SHARE = 0.5
+KNEE_RULE = (
+    "the knee: the largest count up to which every doubling still adds at least "
+    f"{KNEE_SHARE:g} of a worker's speed for every worker added"
+)
 
 
 class SpecError(ValueError):
@@ -45,6 +52,22 @@ def parse_workers(text: str) -> tuple[int, int]:
             f"Write the smaller first: --workers {maximum}:{minimum}."
         )
     return minimum, maximum
+
+
+def parse_batch(text: str) -> BatchMode:
+    """`"fixed"` or `"adaptive"`."""
+    for mode in get_args(BatchMode):
+        if text == mode:
+            return mode
+    raise SpecError(f"--batch {text}: choose {' or '.join(get_args(BatchMode))}.")
+
+
+def parse_rule(text: str) -> LrRule:
+    """The learning-rate rule of this name, or a `SpecError` with the valid ones."""
+    for rule in get_args(LrRule):
+        if text == rule:
+            return rule
+    raise SpecError(f"--lr-rule {text}: no such rule. Choose one of {', '.join(get_args(LrRule))}.")
 
 
 def parse_duration(text: str, *, what: str) -> float:
@@ -114,7 +137,7 @@ class TrainSpec:
     schedule: tuple[tuple[float, int], ...] = ()
     """(time since training began, count) pairs; where empty, the planner decides the count."""
     batch: BatchMode = "fixed"
-    lr_rule: str = "auto"
+    lr_rule: LrRule = "auto"
     reproducible: bool = False
     num_logical_shards: int = 8
     seed: int = 0
@@ -141,8 +164,6 @@ class TrainSpec:
                 f"the job name {self.name!r} is not usable as a folder: use up to 64 letters, "
                 "digits, '.', '_' and '-'."
             )
-        if self.batch not in get_args(BatchMode):
-            raise SpecError(f"--batch {self.batch}: choose fixed or adaptive.")
         for what, value, least in (
             ("--logical-shards", self.num_logical_shards, 1),
             ("--max-failures", self.max_failures, 0),
@@ -174,3 +195,22 @@ class TrainSpec:
                 "--reproducible promises the same bits for any history, --batch adaptive changes "
                 "the batch with the history: choose one."
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a plan may use."""
+
+    min_workers: int = 1
+    max_workers: int | None = None
+    price_per_hour: float | None = None
+    batch: BatchMode = "fixed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What a plan is for; neither: the knee. `budget` is money, or accelerator-hours without a
+    price."""
+
+    deadline_s: float | None = None
+    budget: float | None = None

@@ -22,9 +22,10 @@ EVERY = 8
 
 @final
 class NoiseMeter:
-    """Collects one `NoiseSample` every `EVERY` steps."""
+    """Collects one `NoiseSample` every `every` steps (at least 2)."""
 
-    def __init__(self, buckets: Sequence[Bucket], optimizer: Optimizer) -> None:
+    def __init__(self, buckets: Sequence[Bucket], optimizer: Optimizer, every: int = EVERY) -> None:
+        self._every = every
         self._buckets = buckets
         self._optimizer = optimizer
         self._inverse: list[Tensor | None] = []
@@ -36,7 +37,7 @@ class NoiseMeter:
 
     def begin(self, step: int, *, alone: bool, num_micro_batches: int) -> None:
         """Before the first backward pass of a step. `alone`: there are no other ranks."""
-        phase = step % EVERY
+        phase = step % self._every
         self._pairing = alone and num_micro_batches == 1
         self._within = alone and num_micro_batches > 1 and phase == 0
         self._across = not alone and phase == 0

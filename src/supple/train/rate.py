@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from supple.core.goodput import OptimizerFamily, family_of, learning_rate
+from supple.core.spec import LrRule
 
 _WARM_UP_STEPS_PER_FACTOR = 20.0
 _WARM_UP_STEPS_MAX = 200.0
@@ -14,8 +15,8 @@ _WARM_UP_STEPS_MAX = 200.0
 class LearningRate:
     """`base_lr` belongs to `base_batch` samples; `schedule` maps the fraction done to a factor."""
 
-    def __init__(self, rule: str, optimizer_name: str) -> None:
-        self._rule = rule
+    def __init__(self, rule: LrRule, optimizer_name: str) -> None:
+        self._rule: LrRule = rule
         self._family: OptimizerFamily = family_of(optimizer_name)
         self.base_lr = 0.0
         self.base_batch = 1
@@ -27,7 +28,7 @@ class LearningRate:
     def change_batch(self, batch: int, *, step: int, noise_scale: float | None) -> None:
         """The global batch is `batch` from `step` on."""
         scaled, _ = learning_rate(
-            rule=self._rule,  # pyright: ignore[reportArgumentType]
+            rule=self._rule,
             family=self._family,
             base_lr=self.base_lr,
             base_batch=self.base_batch,
