@@ -1,11 +1,30 @@
-"""The state of one job, and who is in it: facts only. `lifecycle.py` says what follows."""
+"""The state of one job, who is in it, and the moves that change both. `lifecycle.py` says when.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+A `Turn` is one call of `lifecycle.step`: its moves change the state and write down the actions
+that make the world follow.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any, final
 
 from supple.core.spec import TrainSpec
-from supple.core.types import JobId, WorkerId, WorkerStatus
+from supple.core.types import (
+    AbortGeneration,
+    Action,
+    AnnounceGeneration,
+    Decision,
+    FailJob,
+    FinishJob,
+    FormGroup,
+    JobId,
+    SaveCheckpoint,
+    StartWorker,
+    StopWorker,
+    WorkerId,
+    WorkerStatus,
+)
 
 
 class Phase(Enum):
@@ -36,10 +55,12 @@ class WorkerView:
     status: WorkerStatus
     heard_at: float
     ready_at: float = 0.0
-    joined_step: int = 0
-    """The step at which it became a member."""
     step: int = -1
-    """Committed steps it last told of; -1: it holds no state."""
+    """Committed steps it last told of at the end of a step or a forming; -1: no state."""
+    joined_step: int | None = None
+    """The step at which it first became a member."""
+    proven: bool = False
+    """It took part in enough committed steps to say that it did start."""
     stopped: bool = False
     """It left its loop and waits for a generation."""
     formed: bool = False
@@ -60,27 +81,43 @@ class JobState:
     members: tuple[WorkerId, ...] = ()
     """Of the current generation, in rank order; those lost since are no longer in `workers`."""
     desired: int = 1
+    desired_reason: str = ""
+    full_size: int = 0
+    """Most workers that trained together since a shrink was last wanted: up to it, a grow only
+    makes good what was lost."""
     batch_wanted: int | None = None
     batch_in_force: int | None = None
     restore: str | None = None
     """The newest durable checkpoint."""
+    restore_step: int = -1
     step: int = 0
     """Most committed steps known of the current lineage."""
     num_started: int = 0
     """Workers ever asked for; names are never used twice."""
     failed_starts: int = 0
-    """Workers lost in a row before they proved themselves."""
+    """Attempts in a row whose worker was lost before it proved itself."""
+    attempt_from: int = 0
+    """Workers from this number on were asked for after the last failed start was counted."""
     strikes: int = 0
-    """Generations in a row that lost a member without a step committed between."""
-    struck_generation: int = -1
-    advanced: bool = False
-    """A step was committed since the last strike."""
+    """Generations in a row that broke with no committed step between."""
+    struck_generation: int = 0
+    struck_step: int = -1
+    """The highest step at which a generation broke."""
+    raised: frozenset[WorkerId] = frozenset()
+    """Members of this generation (once a member has finished: of the last ones) in which the
+    script raised."""
+    num_raised: int = 0
+    """Times that it raised in a member at `raised_step`."""
+    raised_step: int = -1
+    detail: str = ""
+    """The last traceback of the user's script."""
     retry_at: float = 0.0
     """No replacement is asked for before this time."""
-    raised: frozenset[WorkerId] = frozenset()
-    traceback: str = ""
-    """The last one of the user's script."""
     stop_reason: str | None = None
+    saver: WorkerId | None = None
+    ending: bool = False
+    """A member has finished: nobody needs to join any more."""
+    ticked_at: float = 0.0
     why: tuple[str, str] = ("start", "")
     """(kind, reason) of the decision that the next FormGroup carries out."""
 
@@ -89,18 +126,207 @@ class JobState:
         """Members that have not been lost, in rank order."""
         return tuple(worker_id for worker_id in self.members if worker_id in self.workers)
 
-    def with_status(self, status: WorkerStatus) -> tuple[WorkerId, ...]:
-        """Workers of this status, oldest first."""
-        found = [w for w, view in self.workers.items() if view.status is status]
-        return tuple(sorted(found, key=_age))
+    @property
+    def unfinished(self) -> tuple[WorkerId, ...]:
+        return tuple(w for w in self.present if not self.workers[w].finished)
+
+    @property
+    def standing_by(self) -> tuple[WorkerId, ...]:
+        """Ready and in no generation: those that still hold state first, then the oldest."""
+        found = self._with_status(WorkerStatus.STANDBY)
+        return tuple(sorted(found, key=lambda w: self.workers[w].step < 0))
+
+    @property
+    def starting(self) -> tuple[WorkerId, ...]:
+        """Expected to stand by one day, oldest first."""
+        return tuple(
+            w for w in self._with_status(WorkerStatus.STARTING) if not self.workers[w].leaving
+        )
 
     @property
     def joinable(self) -> tuple[WorkerId, ...]:
-        """Who could be in the next generation: members by seniority, then those standing by."""
-        pool = (*self.present, *self.with_status(WorkerStatus.STANDBY))
-        return tuple(worker_id for worker_id in pool if not self.workers[worker_id].leaving)
+        """Who may be in the next generation: members by seniority, then those standing by."""
+        return tuple(
+            w
+            for w in (*self.present, *self.standing_by)
+            if not self.workers[w].leaving and not self.workers[w].finished
+        )
+
+    @property
+    def next_members(self) -> tuple[WorkerId, ...]:
+        """The next generation in rank order, its members having stopped; empty: too few.
+
+        Someone with the newest state is always in it, even if it is one too many and about to be
+        taken by its platform: the next shrink lets it go, when others have the state too. Without
+        MIN others, those about to be taken stay as long as they can.
+        """
+        order = [w for w in (*self.present, *self.standing_by) if not self.workers[w].finished]
+        pool = list(self.joinable)
+        if len(pool) < self.spec.min_workers:
+            pool += [w for w in order if self.workers[w].leaving]
+        if len(pool) < self.spec.min_workers:
+            return ()
+        chosen = pool[: self.desired]
+        newest = max(order, key=lambda w: self.workers[w].step)
+        if self.workers[newest].step > max(self.workers[w].step for w in chosen):
+            if not self.workers[newest].leaving:
+                chosen = chosen[: self.desired - 1]
+            chosen.append(newest)
+        return tuple(w for w in order if w in chosen)
+
+    @property
+    def holders(self) -> tuple[WorkerId, ...]:
+        """Stopped workers that hold train state, the newest state first."""
+        found = [w for w, view in self.workers.items() if view.step >= 0 and view.stopped]
+        return tuple(sorted(found, key=lambda w: -self.workers[w].step))
+
+    def _with_status(self, status: WorkerStatus) -> list[WorkerId]:
+        found = [w for w, view in self.workers.items() if view.status is status]
+        return sorted(found, key=ordinal)
 
 
-def _age(worker_id: WorkerId) -> tuple[int, str]:
-    digits = worker_id[1:]
-    return (int(digits) if digits.isdigit() else 0, worker_id)
+def ordinal(worker_id: WorkerId) -> int:
+    """The how-manieth worker of its job this is, from 0."""
+    return int(worker_id[1:])
+
+
+def in_words(num_workers: int) -> str:
+    return "1 worker" if num_workers == 1 else f"{num_workers} workers"
+
+
+@final
+class Turn:
+    """One call of `step`: the state as it becomes, and the actions so far."""
+
+    def __init__(self, state: JobState, now: float) -> None:
+        self.state = state
+        self.now = now
+        self.actions: list[Action] = []
+
+    def settle(self, rules: Mapping[Phase, Callable[["Turn"], None]]) -> None:
+        """Apply the rule of the phase until it changes nothing."""
+        while True:
+            before = self.state
+            rules[before.phase](self)
+            if self.state is before:
+                return
+
+    def set(self, **changes: Any) -> None:
+        self.state = replace(self.state, **changes)
+
+    def see(self, worker_id: WorkerId, **changes: Any) -> None:
+        """Change what is known of one worker."""
+        view = replace(self.state.workers[worker_id], **changes)
+        self.set(workers={**self.state.workers, worker_id: view})
+
+    def forget(self, worker_id: WorkerId) -> None:
+        self.set(workers={w: v for w, v in self.state.workers.items() if w != worker_id})
+
+    def act(self, action: type[Action], **fields: Any) -> None:
+        fields = {"generation": self.state.generation, **fields}
+        self.actions.append(action(job_id=self.state.job_id, **fields))
+
+    def decide(self, kind: str, num_workers: int, reason: str) -> None:
+        self.act(Decision, kind=kind, num_workers=num_workers, reason=reason)
+
+    # -- workers ---------------------------------------------------------------------------------
+
+    def ask_for_one(self) -> None:
+        worker_id = WorkerId(f"w{self.state.num_started}")
+        view = WorkerView(status=WorkerStatus.STARTING, heard_at=self.now)
+        self.set(
+            workers={**self.state.workers, worker_id: view},
+            num_started=self.state.num_started + 1,
+        )
+        self.act(StartWorker, worker_id=worker_id)
+
+    def let_go(self, worker_id: WorkerId, reason: str) -> None:
+        self.forget(worker_id)
+        self.act(StopWorker, worker_id=worker_id, reason=reason)
+
+    # -- moves between phases --------------------------------------------------------------------
+
+    def announce(self, kind: str, reason: str) -> None:
+        """Ask the members to stop together at a step boundary."""
+        self.set(phase=Phase.DRAINING, why=(kind, reason))
+        self.act(
+            AnnounceGeneration, generation=self.state.generation + 1, members=self.state.present
+        )
+
+    def abort(self, reason: str) -> None:
+        """The step in flight is lost: make everybody who is still in it leave it."""
+        state = self.state
+        kind, known = state.why
+        if state.phase is Phase.DRAINING and kind == "recover":
+            reason = known if reason in known else f"{known}, {reason}"
+        self.set(phase=Phase.DRAINING, why=("recover", reason))
+        blocked = tuple(w for w in state.present if not state.workers[w].stopped)
+        if blocked:
+            self.act(AbortGeneration, members=blocked)
+
+    def form(self, chosen: Iterable[WorkerId]) -> None:
+        """Tell the next generation to form. Who is not in it is kept until that runs: it may be
+        the only one left with the state."""
+        before, members = self.state, tuple(chosen)
+        workers = dict(before.workers)
+        for worker_id, view in before.workers.items():
+            if worker_id in members:
+                workers[worker_id] = replace(
+                    view, status=WorkerStatus.MEMBER, stopped=False, formed=False
+                )
+            elif view.status is WorkerStatus.MEMBER:
+                workers[worker_id] = replace(view, status=WorkerStatus.STANDBY)
+        self.set(
+            phase=Phase.FORMING,
+            generation=before.generation + 1,
+            members=members,
+            workers=workers,
+            batch_in_force=before.batch_wanted,
+            raised=before.raised if before.ending else frozenset[WorkerId](),
+        )
+        self.act(
+            FormGroup,
+            members=members,
+            global_batch_size=before.batch_wanted,
+            restore=before.restore,
+        )
+        self.decide(*_account(before, members))
+
+    def save(self) -> None:
+        """Ask the newest state's holder to write it; with none, the rule of SAVING ends the job."""
+        holders = self.state.holders
+        self.set(phase=Phase.SAVING, saver=holders[0] if holders else None)
+        if holders:
+            self.act(SaveCheckpoint, worker_id=holders[0])
+
+    def finish(self, reason: str) -> None:
+        self._end(Phase.FINISHED, "finish", reason)
+        self.act(FinishJob, reason=reason)
+
+    def fail(self, reason: str) -> None:
+        self._end(Phase.FAILED, "fail", reason)
+        self.act(FailJob, reason=reason, detail=self.state.detail)
+
+    def _end(self, phase: Phase, kind: str, reason: str) -> None:
+        for worker_id in tuple(self.state.workers):
+            self.let_go(worker_id, reason)
+        self.set(phase=phase)
+        self.decide(kind, 0, reason)
+
+
+def _account(before: JobState, members: tuple[WorkerId, ...]) -> tuple[str, int, str]:
+    """(kind, count, reason) of what really happens now: it may have been wanted otherwise when
+    the members were asked to stop."""
+    kind, reason = before.why
+    was, now = len(before.members), len(members)
+    if kind == "start":
+        return kind, now, f"{in_words(now)} ready" + (f"; {reason}" if reason else "")
+    if kind in ("grow", "regrow", "shrink"):
+        if set(members) == set(before.members):
+            kind, reason = "keep", f"{before.desired_reason}, so nothing changes after all"
+        elif now < was:
+            kind = "shrink"
+        elif kind == "shrink" and now > was:
+            kind = "grow"
+    size = f"{was} -> {in_words(now)}" if was != now else in_words(now)
+    return kind, now, f"{size}: {reason}"

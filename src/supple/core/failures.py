@@ -1,0 +1,139 @@
+"""What a loss means: whom to blame, when to try again, when to give up.
+
+Two things are counted, and each is forgotten as soon as it is proven wrong. Strikes: generations
+in a row that broke with no step committed between (a bad step, a bad network). Failed starts:
+attempts in a row whose new worker did not last a few steps (a bad machine). Past --max-failures,
+a job goes on with whom it has and tries again ever more rarely; with too few, it fails.
+"""
+
+from supple.core.membership import JobState, Phase, Turn, in_words, ordinal
+from supple.core.types import LossCause, StopWorker, WorkerId
+
+BACK_OFF_S = 30.0
+BACK_OFF_DOUBLINGS = 7
+"""Replacements of workers that keep failing come ever later, at last about once an hour."""
+PROVEN_STEPS = 3
+"""Committed steps after which a worker that dies did not fail to start."""
+
+_CAUSE: dict[LossCause, str] = {
+    "raised": "raised in the script",
+    "died": "died",
+    "silent": "fell silent",
+    "preempted": "was taken by its platform",
+    "start_failed": "failed to start",
+}
+
+
+def advance(turn: Turn, worker_id: WorkerId, committed: int) -> None:
+    """A member has committed so many steps."""
+    if committed > turn.state.step:
+        progress = committed > turn.state.struck_step
+        turn.set(step=committed, strikes=0 if progress else turn.state.strikes)
+    view = turn.state.workers[worker_id]
+    joined = view.joined_step
+    if not view.proven and joined is not None and committed - joined >= PROVEN_STEPS:
+        turn.see(worker_id, proven=True)
+        turn.set(failed_starts=0)
+
+
+def lose(turn: Turn, worker_id: WorkerId, cause: LossCause, detail: str) -> None:
+    """A worker is gone, whatever it was doing."""
+    state = turn.state
+    view = state.workers[worker_id]
+    turn.forget(worker_id)
+    if cause == "raised":  # its function is over, its process is not
+        turn.set(detail=detail)
+        turn.act(StopWorker, worker_id=worker_id, reason=_CAUSE[cause])
+    if view.finished:
+        return
+    told = f"{worker_id} {_CAUSE[cause]}" + (f": {in_short(detail)}" if detail else "")
+    broke = worker_id in state.members and state.phase not in (Phase.WAITING, Phase.SAVING)
+    if broke:
+        turn.abort(told)
+    if cause == "preempted":
+        return
+    if not broke:
+        turn.decide("keep", len(turn.state.present), f"{told} ({view.status.value})")
+    if cause == "raised" and _blame_the_script(turn, worker_id, broke=broke):
+        return
+    if not view.proven and ordinal(worker_id) >= state.attempt_from:
+        turn.set(failed_starts=state.failed_starts + 1, attempt_from=state.num_started)
+    if broke:
+        strike(turn)
+    _back_off(turn)
+
+
+def _blame_the_script(turn: Turn, worker_id: WorkerId, *, broke: bool) -> bool:
+    """Fail the job if another try would only raise again."""
+    state, limit = turn.state, max(1, turn.state.spec.max_failures)
+    if state.generation == 0:
+        turn.fail("the script failed before the first step")
+    elif broke:
+        again = state.step <= state.raised_step
+        turn.set(
+            raised=state.raised | {worker_id},
+            num_raised=state.num_raised + 1 if again else 1,
+            raised_step=max(state.step, state.raised_step),
+        )
+        at = f"at step {state.step + 1}"
+        if not state.ending and set(state.members) <= turn.state.raised:
+            turn.fail(f"the script raised on every worker {at}")
+        elif not state.ending and turn.state.num_raised >= limit:
+            times = "once" if limit == 1 else f"{limit} times"
+            turn.fail(f"the script raised {times} {at} (--max-failures {state.spec.max_failures})")
+    return turn.state.phase.is_over
+
+
+def strike(turn: Turn) -> None:
+    """The generation broke. Counted once, and forgotten with the next committed step."""
+    state = turn.state
+    if state.struck_generation != state.generation:
+        turn.set(
+            strikes=state.strikes + 1,
+            struck_generation=state.generation,
+            struck_step=max(state.struck_step, state.step),
+        )
+
+
+def _back_off(turn: Turn) -> None:
+    """Ask for the next replacement later, if the last ones were lost in a row."""
+    state, limit = turn.state, turn.state.spec.max_failures
+    excess = max(state.failed_starts, state.strikes) - limit
+    if excess <= 0 or turn.now < state.retry_at:
+        return
+    wait_s = BACK_OFF_S * 2.0 ** min(excess - 1, BACK_OFF_DOUBLINGS)
+    turn.set(retry_at=turn.now + wait_s)
+    reason = f"{_in_a_row(state)}; going on with {in_words(len(state.joinable))}, the next "
+    turn.decide("keep", len(state.joinable), f"{reason}attempt to replace it in {wait_s:g} s")
+
+
+def is_hopeless(turn: Turn) -> bool:
+    """Fail the job if workers keep being lost without progress, and too few are left; or if
+    collectives keep failing although nobody was lost."""
+    state = turn.state
+    if max(state.failed_starts, state.strikes) <= state.spec.max_failures:
+        return False
+    if not state.next_members:
+        left, least = len(state.joinable), state.spec.min_workers
+        turn.fail(f"{_in_a_row(state)}; {in_words(left)} left, MIN is {least}")
+    elif state.strikes > state.spec.max_failures and state.present == state.members:
+        turn.fail(
+            f"{_in_a_row(state)}, though no worker was lost ({state.why[1]}): check that the "
+            "workers' nodes can reach each other"
+        )
+    return turn.state.phase.is_over
+
+
+def _in_a_row(state: JobState) -> str:
+    limit = f"(--max-failures {state.spec.max_failures})"
+    if state.strikes >= state.failed_starts:
+        return f"{state.strikes} generations in a row broke without a committed step {limit}"
+    return (
+        f"{state.failed_starts} new workers in a row were lost within {PROVEN_STEPS} steps {limit}"
+    )
+
+
+def in_short(text: str) -> str:
+    """The last line that says something: of a traceback, the exception."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:160] if lines else ""
