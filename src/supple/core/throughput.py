@@ -10,7 +10,7 @@ textbook cost of an all-reduce; the p-norm that lets communication hide behind t
 Pollux's (OSDI 2021, equation 11). All parameters are positive and fitted as logarithms, together
 with priors on the link (from the catalogue), on overlap and on stragglers: one count on one machine
 already gives an answer, with a wide interval. Errors are relative, so residuals are logarithms too,
-and large ones count less (soft L1): an outlier bends the fit little. The interval is Laplace's: the
+and large ones hardly count (Cauchy): an outlier bends the fit little. The interval is Laplace's: the
 curvature at the optimum, plus what the fit leaves unexplained.
 """
 
@@ -30,6 +30,9 @@ Z80 = 1.2815515655446004
 """Half-width of an 80 % interval in standard deviations."""
 NOISE_FLOOR = 0.03
 """Relative scatter that repeated measurements of one configuration have at least."""
+
+_CAUCHY = 3.0
+"""Residuals beyond so many times the scatter count as outliers."""
 
 _A, _B, _ALPHA, _BETA, _ALPHA_X, _BETA_X, _OVERLAP, _STRAGGLE = range(8)
 _Vector = npt.NDArray[np.float64]
@@ -250,9 +253,9 @@ def fit(
         return np.concatenate([own, whole, 0.5 * rings]) / NOISE_FLOOR
 
     def with_priors(x_log: _Vector) -> _Vector:
-        # Soft L1 by hand, so that it bends the measurements and not the priors.
+        # By hand, so that it holds for the measurements and not for the priors.
         raw = residuals(x_log)
-        soft = np.sign(raw) * np.sqrt(2.0 * (np.sqrt(1.0 + raw**2 / 4.0) - 1.0)) * math.sqrt(2.0)
+        soft = np.sign(raw) * _CAUCHY * np.sqrt(np.log1p((raw / _CAUCHY) ** 2))
         return np.concatenate([soft, (x_log - prior) / width])
 
     optimizers: Any = optimize  # scipy ships no types

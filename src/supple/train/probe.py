@@ -1,5 +1,5 @@
 """`Probe`: handed to the user's training function in place of `Job`, it measures a few steps of
-each of several sizes and ends the function. The same step engine does the work, so what is measured is
+each of several sizes and ends the function. The same step engine does the work, so it measures
 what `supple train` will run. Nothing is written and nothing is kept.
 """
 

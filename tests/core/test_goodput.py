@@ -1,0 +1,99 @@
+"""What a batch is worth, and its learning rate."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supple.core.goodput import (
+    best_global_batch,
+    efficiency,
+    family_of,
+    gain,
+    learning_rate,
+    samples_to_target,
+)
+
+noise = st.floats(0.1, 1e6)
+size = st.integers(1, 100_000)
+
+
+@given(noise, size, st.integers(1, 64))
+def test_a_larger_batch_is_less_efficient_and_still_worth_more_a_step(
+    phi: float, base: int, factor: int
+) -> None:
+    assert 0 < efficiency(phi, base, base * factor) <= 1.0
+    assert 1.0 <= gain(phi, base, base * factor) <= factor * 1.000001
+    assert gain(phi, base, base * factor) <= (phi + base) / base * 1.000001
+
+
+@given(noise, size)
+def test_the_base_batch_is_the_unit(phi: float, base: int) -> None:
+    assert efficiency(phi, base, base) == 1.0
+    assert samples_to_target(1000.0, base, base, phi) == 1000.0
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("SGD", "sgd"), ("AdamW", "adam"), ("LAMB", "lamb"), ("LARS", "lars"), ("Muon", "other")],
+)
+def test_an_optimizer_is_known_by_its_name(name: str, family: str) -> None:
+    assert family_of(name) == family
+
+
+def rate(family: str, ratio: float, phi: float | None, rule: str = "auto") -> float:
+    lr, _ = learning_rate(
+        rule=rule,  # type: ignore[arg-type]
+        family=family,  # type: ignore[arg-type]
+        base_lr=1.0,
+        base_batch=100,
+        batch=int(100 * ratio),
+        noise_scale=phi,
+    )
+    return lr
+
+
+def test_sgd_follows_the_adascale_gain() -> None:
+    assert rate("sgd", 4, 1e9) == pytest.approx(4.0, rel=1e-3)
+    assert rate("sgd", 4, 100.0) == pytest.approx(4 * 200 / 500)
+    assert rate("sgd", 4, 1e-9) == pytest.approx(1.0, rel=1e-3)
+
+
+@given(st.sampled_from(["adam", "lars", "lamb"]), st.integers(2, 256), st.none() | noise)
+def test_adam_lars_and_lamb_are_never_scaled_linearly(
+    family: str, ratio: int, phi: float | None
+) -> None:
+    assert rate(family, ratio, phi) <= math.sqrt(ratio) * 1.000001
+
+
+def test_adam_stops_growing_at_four_times_the_batch_and_says_so() -> None:
+    lr, why = learning_rate(
+        rule="auto", family="adam", base_lr=1.0, base_batch=10, batch=640, noise_scale=1e6
+    )
+    assert lr == 2.0
+    assert "probe" in why
+
+
+def test_an_explicit_rule_is_obeyed() -> None:
+    assert rate("adam", 4, None, "linear") == 4.0
+    assert rate("sgd", 4, 1.0, "constant") == 1.0
+    assert rate("sgd", 4, 1.0, "sqrt") == 2.0
+
+
+def test_the_best_batch_grows_with_the_noise_scale() -> None:
+    def throughput(batch: int) -> float:
+        return batch / (1.0 + batch / 1000.0)
+
+    small = best_global_batch(noise_scale=10, base_batch=32, largest=4096, throughput=throughput)
+    large = best_global_batch(
+        noise_scale=10_000, base_batch=32, largest=4096, throughput=throughput
+    )
+    assert 32 <= small < large <= 4096
+
+
+def test_no_batch_but_the_base_is_tried_where_none_may_be_larger() -> None:
+    assert (
+        best_global_batch(noise_scale=1.0, base_batch=32, largest=16, throughput=lambda _: 1.0)
+        == 32
+    )

@@ -1,0 +1,50 @@
+"""Memory is never under-predicted by the measurements it was fitted to."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supple.core.memory import MemoryMeasurement, fit_memory
+
+measured = st.lists(st.tuples(st.integers(1, 4096), st.integers(1, 10**11)), min_size=1, max_size=8)
+
+
+@given(measured)
+def test_no_measurement_lies_above_the_model(pairs: list[tuple[int, int]]) -> None:
+    model = fit_memory(
+        [MemoryMeasurement(micro_batch_size=size, peak_bytes=peak) for size, peak in pairs]
+    )
+    for size, peak in pairs:
+        assert model.predict(size).high >= peak * 0.999999
+
+
+@given(measured, st.integers(1, 10_000), st.integers(1, 10_000))
+def test_more_samples_never_need_less(pairs: list[tuple[int, int]], one: int, other: int) -> None:
+    model = fit_memory(
+        [MemoryMeasurement(micro_batch_size=size, peak_bytes=peak) for size, peak in pairs]
+    )
+    low, high = sorted((one, other))
+    plain = model.fixed_bytes + model.bytes_per_sample * low
+    assert plain <= model.fixed_bytes + model.bytes_per_sample * high
+
+
+def line(fixed: int, slope: int, *sizes: int) -> list[MemoryMeasurement]:
+    return [
+        MemoryMeasurement(micro_batch_size=size, peak_bytes=fixed + slope * size) for size in sizes
+    ]
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
+    model = fit_memory(line(1000, 10, 8, 16))
+    largest = model.largest_micro_batch(3000)
+    assert model.predict(largest).high <= 3000 < model.predict(largest + 1).high
+    assert 100 <= largest <= 200
+
+
+def test_nothing_fits_below_the_fixed_part() -> None:
+    assert fit_memory(line(1000, 10, 8, 16)).largest_micro_batch(900) == 0
+
+
+def test_an_empty_measurement_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        fit_memory([])

@@ -1,0 +1,190 @@
+"""The table, the choice, and the reason."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from supple.core.interconnects import lookup
+from supple.core.memory import MemoryMeasurement, fit_memory
+from supple.core.planner import JobModel, PlanTable, advise, plan
+from supple.core.spec import KNEE_SHARE, Limits, Objective
+from supple.core.throughput import fit
+from supple.core.types import Infeasible
+from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
+
+
+def job(**changes: object) -> JobModel:
+    model = fit(
+        [*ALONE, measured(2, 32)],
+        gradient_bytes=GRADIENT_BYTES,
+        link=lookup("infiniband-200"),
+        local_link=lookup("loopback"),
+        workers_per_node=64,
+    )
+    fields: dict[str, object] = {
+        "step_time": model,
+        "memory": None,
+        "noise_scale": 500.0,
+        "startup_s": 5.0,
+        "dataset_size": 100_000,
+        "epochs": 10,
+        "base_batch_size": 256,
+        "base_lr": 1e-3,
+        "optimizer_family": "adam",
+        "lr_rule": "auto",
+        "measured_workers": (1, 2),
+        "device_memory_bytes": None,
+        "device_name": "cpu",
+    }
+    return JobModel(**(fields | changes))  # type: ignore[arg-type]
+
+
+def table(found: PlanTable | Infeasible) -> PlanTable:
+    assert isinstance(found, PlanTable), str(found)
+    return found
+
+
+def test_rows_double_until_more_workers_stop_helping() -> None:
+    found = table(plan(job(), Limits(), Objective()))
+    counts = [row.num_workers for row in found.rows]
+    assert counts == [2**i for i in range(len(counts))]
+    assert 4 <= len(counts) <= 13
+    assert found.rows[-1].time_to_end_s.value > found.rows[-2].time_to_end_s.value / 1.05
+
+
+def test_a_cap_is_kept_and_stands_in_the_table() -> None:
+    found = table(plan(job(), Limits(max_workers=6), Objective()))
+    assert [row.num_workers for row in found.rows] == [1, 2, 4, 6]
+
+
+def test_the_knee_is_where_a_worker_adds_half_of_one() -> None:
+    found = table(plan(job(), Limits(), Objective()))
+    rows, knee = found.rows, found.recommended
+    for before, after in itertools.pairwise(rows[: knee + 1]):
+        added = after.num_workers - before.num_workers
+        assert after.speedup.value - before.speedup.value >= KNEE_SHARE * added
+    after, before = rows[knee + 1], rows[knee]
+    assert after.speedup.value - before.speedup.value < KNEE_SHARE * (
+        after.num_workers - before.num_workers
+    )
+    assert "of a worker's speed for every worker added" in found.reason
+
+
+def test_a_deadline_takes_the_cheapest_row_that_surely_meets_it() -> None:
+    rows = table(plan(job(), Limits(), Objective())).rows
+    deadline_s = rows[2].time_to_end_s.high * 1.001
+    found = table(plan(job(), Limits(), Objective(deadline_s=deadline_s)))
+    assert found.choice.time_to_end_s.high <= deadline_s
+    cheaper = [
+        row for row in rows if row.accelerator_hours.value < found.choice.accelerator_hours.value
+    ]
+    assert all(row.time_to_end_s.high > deadline_s for row in cheaper)
+    assert "fewest accelerator-hours" in found.reason
+
+
+def test_an_impossible_deadline_is_answered_with_the_fastest_time() -> None:
+    found = plan(job(), Limits(), Objective(deadline_s=1.0))
+    assert isinstance(found, Infeasible)
+    assert "the fastest is" in str(found)
+    assert "1.0 s" in str(found)
+
+
+def test_a_budget_takes_the_fastest_row_that_surely_costs_no_more() -> None:
+    limits = Limits(price_per_hour=2.0)
+    rows = table(plan(job(), limits, Objective())).rows
+    costs = [row.cost.high for row in rows if row.cost is not None]
+    found = table(plan(job(), limits, Objective(budget=costs[1] * 1.001)))
+    assert found.choice.cost is not None
+    assert found.choice.cost.high <= costs[1] * 1.001
+    assert isinstance(plan(job(), limits, Objective(budget=costs[0] / 100)), Infeasible)
+
+
+def test_a_model_that_fits_no_memory_is_refused_with_the_bytes() -> None:
+    memory = fit_memory(
+        [
+            MemoryMeasurement(micro_batch_size=size, peak_bytes=10**10 + size * 10**8)
+            for size in (8, 16)
+        ]
+    )
+    found = plan(job(memory=memory, device_memory_bytes=10**9), Limits(), Objective())
+    assert isinstance(found, Infeasible)
+    assert "9.4 GiB" in str(found)
+
+
+def test_a_share_that_does_not_fit_is_accumulated() -> None:
+    memory = fit_memory(
+        [
+            MemoryMeasurement(micro_batch_size=size, peak_bytes=10**8 + size * 10**7)
+            for size in (8, 16)
+        ]
+    )
+    found = table(plan(job(memory=memory, device_memory_bytes=10**9), Limits(), Objective()))
+    first = found.rows[0].batch
+    assert first.num_accumulation_steps > 1
+    assert first.micro_batch_size * first.num_accumulation_steps >= 256
+    assert found.rows[0].memory_bytes.high <= 10**9
+
+
+def test_an_adaptive_batch_grows_with_the_count_and_its_rate_follows() -> None:
+    fixed = table(plan(job(), Limits(), Objective()))
+    grown = table(plan(job(), Limits(batch="adaptive"), Objective()))
+    assert {row.batch.global_batch_size for row in fixed.rows} == {256}
+    sizes = [row.batch.global_batch_size for row in grown.rows]
+    assert sizes[-1] > sizes[0] >= 256
+    assert grown.rows[-1].batch.lr > 1e-3
+    assert grown.rows[-1].efficiency.value < 1.0
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 5000), st.integers(1, 200), st.floats(1.0, 1e6))
+def test_every_number_is_finite_and_inside_its_interval(
+    base_batch: int, epochs: int, phi: float
+) -> None:
+    found = table(
+        plan(job(base_batch_size=base_batch, epochs=epochs, noise_scale=phi), Limits(), Objective())
+    )
+    for row in found.rows:
+        for name in ("step_time_s", "goodput", "speedup", "time_to_end_s", "accelerator_hours"):
+            estimate = getattr(row, name)
+            assert 0 < estimate.low <= estimate.value <= estimate.high < math.inf
+        batch = row.batch
+        assert (
+            batch.micro_batch_size * batch.num_accumulation_steps * row.num_workers
+            >= batch.global_batch_size
+        )
+
+
+def ask(current: int, remaining: int, cost_s: float, maximum: int = 8) -> tuple[int, str]:
+    return advise(
+        job(measured_workers=(current,)),
+        Limits(max_workers=maximum),
+        current_workers=current,
+        remaining_samples=remaining,
+        resize_cost_s=cost_s,
+    )
+
+
+def test_a_running_job_grows_to_at_most_twice_what_was_measured() -> None:
+    count, reason = ask(1, 10**7, 0.2)
+    assert count == 2
+    assert "samples/s expected at 2 workers" in reason
+
+
+def test_a_resize_that_does_not_pay_back_is_not_made() -> None:
+    count, reason = ask(1, 500, 1000.0)
+    assert count == 1
+    assert "the resize costs 1000.00 s" in reason
+
+
+def test_a_job_above_its_knee_gives_workers_back() -> None:
+    count, reason = ask(64, 10**7, 0.2, maximum=64)
+    assert count < 64
+    assert "add too little" in reason
+
+
+@pytest.mark.parametrize("current", [1, 2, 3])
+def test_advice_stays_within_the_limits(current: int) -> None:
+    assert 1 <= ask(current, 10**7, 0.1, maximum=3)[0] <= 3

@@ -1,0 +1,112 @@
+"""What a user writes is parsed exactly, and nonsense is refused in words."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supple.core.spec import (
+    SpecError,
+    TrainSpec,
+    parse_batch,
+    parse_count,
+    parse_duration,
+    parse_money,
+    parse_rule,
+    parse_schedule,
+    parse_workers,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("4", (4, 4)), ("1:8", (1, 8)), ("65536", (65536, 65536))]
+)
+def test_workers_are_one_number_or_a_range(text: str, expected: tuple[int, int]) -> None:
+    assert parse_workers(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("8:2", "MIN 8 is above MAX 2.*2:8"),
+        ("0", "between 1 and 65536"),
+        ("-3", "between 1 and 65536"),
+        ("70000", "between 1 and 65536"),
+        ("two", "not a whole number"),
+        ("1:", "not a whole number"),
+        ("2.5", "not a whole number"),
+    ],
+)
+def test_nonsense_workers_are_refused_with_the_rule(text: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        parse_workers(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("15m", 900), ("2h", 7200), ("1h30m", 5400), ("7.5", 7.5)]
+)
+def test_times_have_units(text: str, seconds: float) -> None:
+    assert parse_duration(text, what="--deadline") == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-5s", "soon", "inf", "nan", "", "5x", "1e400"])
+def test_nonsense_times_are_refused_by_name(text: str) -> None:
+    with pytest.raises(SpecError, match="--deadline is"):
+        parse_duration(text, what="--deadline")
+
+
+@given(st.floats(min_value=0.001, max_value=1e6, allow_nan=False))
+def test_plain_seconds_are_themselves(seconds: float) -> None:
+    assert parse_duration(repr(seconds), what="x") == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "free"])
+def test_nonsense_prices_are_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="--price is"):
+        parse_money(text, what="--price")
+
+
+def test_a_schedule_is_times_and_counts_in_order() -> None:
+    assert parse_schedule("0s:2,20s:4,1m:1", minimum=1, maximum=4) == ((0, 2), (20, 4), (60, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("20s", "has no count"),
+        ("20s:9", r"9 workers.*outside --workers 1:4"),
+        ("20s:2,10s:3", "does not come after"),
+        ("x:2", "not a time"),
+        ("5s:0", "between 1"),
+    ],
+)
+def test_nonsense_schedules_are_refused(text: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        parse_schedule(text, minimum=1, maximum=4)
+
+
+def test_names_of_modes_and_rules_are_listed_when_misspelt() -> None:
+    assert parse_batch("adaptive") == "adaptive"
+    assert parse_rule("sqrt") == "sqrt"
+    with pytest.raises(SpecError, match="fixed or adaptive"):
+        parse_batch("auto")
+    with pytest.raises(SpecError, match="linear, sqrt"):
+        parse_rule("cubic")
+    assert parse_count("3", what="x") == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"name": "../x"}, "not usable as a folder"),
+        ({"name": "a", "min_workers": 3, "max_workers": 2}, "above MAX"),
+        ({"name": "a", "reproducible": True, "max_workers": 9}, "--logical-shards"),
+        ({"name": "a", "reproducible": True, "batch": "adaptive"}, "choose one"),
+        ({"name": "a", "max_steps": 0}, "--max-steps is 0"),
+        ({"name": "a", "port": 70_000}, "65535"),
+        ({"name": "a", "cpus_per_worker": 0.0}, "--cpus-per-worker"),
+        ({"name": "a", "max_failures": -1}, "--max-failures"),
+    ],
+)
+def test_a_job_that_cannot_be_is_refused(fields: dict[str, object], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        TrainSpec(script="x.py", **fields)  # type: ignore[arg-type]

@@ -1,0 +1,174 @@
+"""The step-time model recovers a known physics, extrapolates it, and says how sure it is."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from supple.core.interconnects import INTERCONNECTS, lookup
+from supple.core.spec import SpecError
+from supple.core.throughput import CollectiveMeasurement, StepMeasurement, StepTimeModel, fit
+
+GRADIENT_BYTES = 34_000_000
+
+
+def true_time(workers: int, micro_batch: int, per_node: int = 64) -> tuple[float, float]:
+    """(step, compute) of a made-up machine: 1.2 GB/s and 0.2 ms inside a node."""
+    nodes = -(-workers // per_node)
+    local = workers / nodes
+    compute = 0.004 + 0.0008 * micro_batch
+    network = 2 * (local - 1) * 2e-4 + 2 * (local - 1) / local * GRADIENT_BYTES / 1.2e9
+    return (compute**1.6 + network**1.6) ** (1 / 1.6) + 0.008, compute
+
+
+def measured(workers: int, micro_batch: int, factor: float = 1.0) -> StepMeasurement:
+    step, compute = true_time(workers, micro_batch)
+    return StepMeasurement(
+        num_workers=workers,
+        num_nodes=1,
+        micro_batch_size=micro_batch,
+        num_accumulation_steps=1,
+        forward_s=compute / 3,
+        backward_s=compute * 2 / 3,
+        optimizer_s=0.008,
+        data_s=0.0,
+        sync_s=max(0.0, step - compute - 0.008),
+        step_time_s=step * factor,
+    )
+
+
+def model_of(*steps: StepMeasurement) -> StepTimeModel:
+    return fit(
+        steps,
+        gradient_bytes=GRADIENT_BYTES,
+        link=lookup("ethernet-25"),
+        local_link=lookup("loopback"),
+        workers_per_node=64,
+    )
+
+
+ALONE = [measured(1, size) for size in (8, 16, 32, 64)]
+
+
+def test_what_was_measured_is_reproduced_and_called_measured() -> None:
+    model = model_of(*ALONE, measured(2, 32))
+    for workers, size in ((1, 8), (1, 64), (2, 32)):
+        found = model.predict(workers, size)
+        assert found.value == pytest.approx(true_time(workers, size)[0], rel=0.04)
+        assert found.source == "measured"
+
+
+@pytest.mark.parametrize("workers", [3, 4, 8, 16])
+def test_counts_never_measured_lie_in_the_interval(workers: int) -> None:
+    model = model_of(*ALONE, measured(2, 32), measured(2, 16))
+    found = model.predict(workers, 32)
+    true, _ = true_time(workers, 32)
+    assert found.low <= true <= found.high
+    assert found.value == pytest.approx(true, rel=0.1)
+    assert found.source == "fitted"
+
+
+def test_one_count_on_one_machine_already_answers_widely() -> None:
+    narrow = model_of(*ALONE).predict(1, 48)
+    wide = model_of(*ALONE).predict(8, 48)
+    assert wide.source == "assumed"
+    assert wide.high / wide.low > 1.5 * narrow.high / narrow.low
+
+
+def test_measuring_a_second_count_narrows_the_interval() -> None:
+    before = model_of(*ALONE).predict(8, 32)
+    after = model_of(*ALONE).refine(measured(2, 32)).predict(8, 32)
+    assert after.high / after.low < before.high / before.low
+
+
+def test_another_node_is_assumed_until_it_was_measured() -> None:
+    assert model_of(*ALONE, measured(2, 32)).predict(128, 32).source == "assumed"
+
+
+def test_an_outlier_bends_the_fit_little() -> None:
+    clean = model_of(*ALONE, measured(2, 32), measured(3, 32)).predict(4, 32).value
+    bent = model_of(*ALONE, measured(2, 32), measured(3, 32, factor=10.0)).predict(4, 32).value
+    assert bent == pytest.approx(clean, rel=0.25)
+
+
+def test_collectives_alone_teach_the_network() -> None:
+    collectives = [
+        CollectiveMeasurement(num_workers=2, message_bytes=size, time_s=2 * 2e-4 + size / 1.2e9)
+        for size in (4096, 1_000_000, 16_000_000, 64_000_000)
+    ]
+    model = fit(
+        ALONE,
+        collectives,
+        gradient_bytes=GRADIENT_BYTES,
+        link=lookup("ethernet-25"),
+        local_link=lookup("loopback"),
+        workers_per_node=64,
+    )
+    assert model.predict(4, 32).value == pytest.approx(true_time(4, 32)[0], rel=0.2)
+
+
+def test_the_parts_add_up_to_the_step() -> None:
+    model = model_of(*ALONE, measured(2, 32))
+    parts = model.parts(2, 32)
+    whole = parts.compute_s + parts.sync_s + parts.optimizer_s + parts.data_s
+    assert whole == pytest.approx(model.predict(2, 32).value, rel=1e-6)
+
+
+@settings(max_examples=25)
+@given(st.floats(0.01, 100.0))
+def test_a_slower_clock_scales_the_prediction(scale: float) -> None:
+    def scaled(step: StepMeasurement) -> StepMeasurement:
+        return StepMeasurement(
+            num_workers=step.num_workers,
+            num_nodes=1,
+            micro_batch_size=step.micro_batch_size,
+            num_accumulation_steps=1,
+            forward_s=step.forward_s * scale,
+            backward_s=step.backward_s * scale,
+            optimizer_s=step.optimizer_s * scale,
+            data_s=0.0,
+            sync_s=0.0,
+            step_time_s=step.step_time_s * scale,
+        )
+
+    plain = model_of(*ALONE).predict(1, 32).value
+    slow = model_of(*[scaled(step) for step in ALONE]).predict(1, 32).value
+    assert slow == pytest.approx(plain * scale, rel=0.02)
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 4096), st.integers(1, 512), st.integers(1, 8))
+def test_every_prediction_is_positive_finite_and_inside_its_interval(
+    workers: int, size: int, accumulation: int
+) -> None:
+    found = model_of(*ALONE).predict(workers, size, accumulation)
+    assert 0 < found.low <= found.value <= found.high < math.inf
+
+
+def broken(**fields: float) -> StepMeasurement:
+    good = {name: getattr(ALONE[0], name) for name in StepMeasurement.__slots__}
+    return StepMeasurement(**(good | fields))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [],
+        [broken(step_time_s=0.0)],
+        [broken(step_time_s=-1.0)],
+        [broken(step_time_s=float("nan"))],
+        [broken(forward_s=float("inf"))],
+        [broken(num_workers=0)],
+        [broken(data_s=-0.1)],
+    ],
+)
+def test_measurements_that_cannot_be_are_refused(steps: list[StepMeasurement]) -> None:
+    with pytest.raises(ValueError, match=r"at least 1|positive and finite"):
+        model_of(*steps)
+
+
+def test_an_unknown_link_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(SpecError, match=r"carrier-pigeon.*infiniband-200"):
+        lookup("carrier-pigeon")
+    assert all(link.source for link in INTERCONNECTS.values())
