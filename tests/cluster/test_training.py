@@ -154,3 +154,4 @@ def test_a_second_job_of_the_same_name_is_refused(start: Start) -> None:
     second = TrainRun(DIGITS, run.folder.parent, "--workers", "1", name=run.name)
     assert second.end() == 2
     assert "already running" in second.errors()
+    second.close()
