@@ -49,7 +49,9 @@ def lose(turn: Turn, worker_id: WorkerId, cause: LossCause, detail: str) -> None
     told = f"{worker_id} {_CAUSE[cause]}" + (f": {in_short(detail)}" if detail else "")
     broke = worker_id in state.members and state.phase not in (Phase.WAITING, Phase.SAVING)
     if broke:
-        turn.abort(told)
+        others = len(turn.state.members) - len(turn.state.present) > 1
+        turn.set(why=("recover", f"{state.why[1]}, {told}" if others else told))
+        turn.abort()
     if cause == "preempted":
         return
     if not broke:
@@ -75,7 +77,7 @@ def _blame_the_script(turn: Turn, worker_id: WorkerId, *, broke: bool) -> bool:
             num_raised=state.num_raised + 1 if again else 1,
             raised_step=max(state.step, state.raised_step),
         )
-        at = f"at step {state.step + 1}"
+        at = f"after step {state.step}"
         if not state.ending and set(state.members) <= turn.state.raised:
             turn.fail(f"the script raised on every worker {at}")
         elif not state.ending and turn.state.num_raised >= limit:

@@ -106,9 +106,12 @@ def _on_stopped(turn: Turn, event: WorkerStopped) -> None:
         return
     turn.see(event.worker_id, stopped=True, step=event.step)
     advance(turn, event.worker_id, event.step)
-    if event.error or state.phase is not Phase.DRAINING:
-        turn.abort(f"{event.worker_id}: {in_short(event.error) or 'it stopped unasked'}")
+    if state.phase is not Phase.DRAINING:
+        reason = f"{event.worker_id}: {in_short(event.error) or 'it stopped unasked'}"
+        turn.set(why=("recover", reason))
         strike(turn)
+    if event.error or state.phase is not Phase.DRAINING:
+        turn.abort()
 
 
 def _on_formed(turn: Turn, event: GroupFormed) -> None:

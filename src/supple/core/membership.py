@@ -82,6 +82,8 @@ class JobState:
     """Of the current generation, in rank order; those lost since are no longer in `workers`."""
     desired: int = 1
     desired_reason: str = ""
+    aborted: bool = False
+    """The members of this generation were told to abandon their step."""
     full_size: int = 0
     """Most workers that trained together since a shrink was last wanted: up to it, a grow only
     makes good what was lost."""
@@ -253,15 +255,12 @@ class Turn:
             AnnounceGeneration, generation=self.state.generation + 1, members=self.state.present
         )
 
-    def abort(self, reason: str) -> None:
+    def abort(self) -> None:
         """The step in flight is lost: make everybody who is still in it leave it."""
         state = self.state
-        kind, known = state.why
-        if state.phase is Phase.DRAINING and kind == "recover":
-            reason = known if reason in known else f"{known}, {reason}"
-        self.set(phase=Phase.DRAINING, why=("recover", reason))
         blocked = tuple(w for w in state.present if not state.workers[w].stopped)
-        if blocked:
+        self.set(phase=Phase.DRAINING, aborted=True)
+        if blocked and not state.aborted:
             self.act(AbortGeneration, members=blocked)
 
     def form(self, chosen: Iterable[WorkerId]) -> None:
@@ -282,6 +281,7 @@ class Turn:
             members=members,
             workers=workers,
             batch_in_force=before.batch_wanted,
+            aborted=False,
             raised=before.raised if before.ending else frozenset[WorkerId](),
         )
         self.act(
