@@ -13,10 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import workload
 from benchmarks.machine import report
 from benchmarks.peers import ddp
-
-from benchmarks import workload
 from benchmarks.runs import training
 
 _ROUNDS = 5
@@ -41,11 +40,7 @@ def ours() -> float:
 def main() -> None:
     ratios, mine, theirs = [], [], []
     for _ in range(_ROUNDS):
-        bare = statistics.median(
-            ddp.run_ddp(workload.build_model, workload.make_dataset, workload.BATCH_SIZE, _STEPS)[
-                _SKIP:
-            ]
-        )
+        bare = statistics.median(ddp.step_times(_STEPS)[_SKIP:])
         supple = ours()
         ratios.append(bare / supple)
         mine.append(workload.BATCH_SIZE / supple)

@@ -13,15 +13,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import workload
 from benchmarks.machine import report
 from benchmarks.peers import torchrun
-
-from benchmarks import workload
-from benchmarks.runs import training
+from benchmarks.runs import status, training, wait_until_running
 from supple.cluster.control import ask
 from supple.core.ledger import prove
 
@@ -29,25 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 _KILLS = 7
 _FAULTS = 100
 _FAULTS_LIMIT_S = 330.0
-
-
-def status(name: str) -> dict[str, Any]:
-    return ask(name, {"ask": "status"})
-
-
-def wait_until_running(name: str, num_workers: int, timeout_s: float = 60.0) -> dict[str, Any]:
-    """The job's status once it runs with so many workers."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            now = status(name)
-        except ValueError:
-            time.sleep(0.1)
-            continue
-        if now["phase"] == "running" and len(now["members"]) == num_workers:
-            return now
-        time.sleep(0.05)
-    raise TimeoutError(f"{name} did not reach {num_workers} running workers in {timeout_s:g} s")
 
 
 def recoveries() -> tuple[list[float], int]:

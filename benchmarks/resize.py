@@ -1,5 +1,5 @@
 """The pause of a planned grow 2→3 and shrink 3→2 with 102 MB of train state, beside torchrun
-elastic, Ray Train elastic, and the floor: a bare group re-form and a broadcast of the same bytes.
+elastic and the floor: a bare group re-form and a broadcast of the same bytes.
 
     python benchmarks/resize.py
 
@@ -11,34 +11,38 @@ import itertools
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.machine import report
-from benchmarks.peers import floor, ray_train, torchrun
-
 from benchmarks import workload
-from benchmarks.runs import training
+from benchmarks.machine import report
+from benchmarks.peers import floor, torchrun
+from benchmarks.runs import training, wait_until_running
+from supple.cluster.control import ask
 
-_SIZES = (2, 3) * 6
-_EVERY_S = 6
+_PAIRS = 5
+_STEADY_S = 2.5
 
 
 def pauses() -> tuple[list[float], list[float]]:
-    """Pauses in seconds of every grow and every shrink in one run of a minute."""
-    schedule = ",".join(f"{index * _EVERY_S}s:{size}" for index, size in enumerate(_SIZES))
+    """Pauses in seconds of every grow and every shrink in one run of a minute or two."""
     with tempfile.TemporaryDirectory() as folder:
         with training(
             Path(workload.__file__),
-            *("--workers", "2:3", "--schedule", schedule),
+            *("--workers", "2:3", "--schedule", "0s:2"),
             env={workload.STEPS_ENV: folder},
-        ) as (process, _):
-            try:
-                process.wait(_EVERY_S * len(_SIZES) + 40)
-            except Exception:
-                process.terminate()
-                process.wait(30)
+        ) as (process, run_path):
+            name = run_path.name
+            wait_until_running(name, 2)
+            for size in (3, 2) * _PAIRS:
+                time.sleep(_STEADY_S)
+                ask(name, {"ask": "resize", "num_workers": size})
+                wait_until_running(name, size)
+            time.sleep(_STEADY_S)
+            ask(name, {"ask": "stop"})
+            process.wait(60)
         return split_pauses([row for row in workload.committed_steps(Path(folder)) if row[1] == 0])
 
 
@@ -70,18 +74,13 @@ def main() -> None:
         "num_grows": float(len(grows)),
         "num_shrinks": float(len(shrinks)),
     }
-    peers = {
-        "torchrun": (torchrun.pause_grow_2_to_3, torchrun.pause_shrink_3_to_2),
-        "ray_train": (ray_train.pause_grow_2_to_3, ray_train.pause_shrink_3_to_2),
+    theirs_grow, theirs_shrink = torchrun.pause_grow_2_to_3(), torchrun.pause_shrink_3_to_2()
+    metrics |= {
+        "torchrun_grow_pause_s": theirs_grow,
+        "torchrun_shrink_pause_s": theirs_shrink,
+        "grow_vs_torchrun": theirs_grow / grow,
+        "shrink_vs_torchrun": theirs_shrink / shrink,
     }
-    for name, (measure_grow, measure_shrink) in peers.items():
-        theirs_grow, theirs_shrink = measure_grow(), measure_shrink()
-        metrics |= {
-            f"{name}_grow_pause_s": theirs_grow,
-            f"{name}_shrink_pause_s": theirs_shrink,
-            f"grow_vs_{name}": theirs_grow / grow,
-            f"shrink_vs_{name}": theirs_shrink / shrink,
-        }
     floor_grow, floor_shrink = floor.floor_grow(), floor.floor_shrink()
     metrics |= {
         "floor_grow_s": floor_grow,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from supple.cluster.control import ask
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -60,24 +62,20 @@ def training(script: Path, *arguments: str, env: dict[str, str] | None = None) -
             sys.stderr.write((Path(folder) / "stderr.txt").read_text()[-2000:])
 
 
-def wait_for_records(path: Path, process: Any, wanted: Any, timeout_s: float) -> dict[str, Any]:
-    """The first record of the event log at `path` for which `wanted(record)`; follows the file."""
-    log = path / "events.jsonl"
+def status(name: str) -> dict[str, Any]:
+    return ask(name, {"ask": "status"})
+
+
+def wait_until_running(name: str, num_workers: int, timeout_s: float = 60.0) -> dict[str, Any]:
+    """The job's status once it runs with so many workers."""
     deadline = time.monotonic() + timeout_s
-    seen = 0
     while time.monotonic() < deadline:
-        if log.exists():
-            lines = log.read_text().splitlines()
-            for line in lines[seen:]:
-                seen += 1
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    seen -= 1
-                    break
-                if wanted(record):
-                    return record
-        if process.poll() is not None:
-            raise RuntimeError(f"the run ended (exit code {process.returncode}) before its time")
-        time.sleep(0.02)
-    raise TimeoutError(f"not seen in {timeout_s:g} s in {log.name}")
+        try:
+            now = status(name)
+        except ValueError:
+            time.sleep(0.1)
+            continue
+        if now["phase"] == "running" and len(now["members"]) == num_workers:
+            return now
+        time.sleep(0.05)
+    raise TimeoutError(f"{name} did not reach {num_workers} running workers in {timeout_s:g} s")
