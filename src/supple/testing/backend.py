@@ -70,7 +70,8 @@ class ScriptedBackend:
         self.outcome: FinishJob | FailJob | None = None
         self._job_id = job_id
         self._spec = spec
-        self._history: list[str] = []
+        self.history: list[str] = []
+        """What the lifecycle was told and said, one line each; heartbeats and ticks left out."""
         self._faults = list(faults.faults if faults else ())
         self._random = random.Random(seed)
         self._known: set[WorkerId] = set()
@@ -79,7 +80,8 @@ class ScriptedBackend:
         self.state, actions = lifecycle.start(
             spec, job_id, self.clock.now(), restore=restore, initial=initial
         )
-        self._execute(actions)
+        for action in actions:
+            self.execute(action)
 
     @property
     def decisions(self) -> list[Decision]:
@@ -210,40 +212,41 @@ class ScriptedBackend:
         self.state, actions = lifecycle.step(before, event, self.clock.now())
         if before.phase.is_over and (self.state is not before or actions):
             raise self._violation("a job that is over went on")
-        self._execute(actions)
+        for action in actions:
+            self.execute(action)
 
     def _send(self, event: type[Event], **fields: Any) -> None:
         self.send(event(job_id=self._job_id, generation=0, **fields))
 
-    def _execute(self, actions: Iterable[Action]) -> None:
-        for action in actions:
-            self._note(action)
-            self.actions.append(action)
-            match action:
-                case StartWorker():
-                    if action.worker_id in self.world.workers:
-                        raise self._violation(f"{action.worker_id} was started twice")
-                    worker = SimulatedWorker(worker_id=action.worker_id)
-                    self.world.workers[action.worker_id] = worker
-                    self._known.add(action.worker_id)
-                case FormGroup():
-                    self._check_form(action)
-                    self._post(action.members, action)
-                case AnnounceGeneration() | AbortGeneration():
-                    self._post(action.members, action)
-                case SaveCheckpoint():
-                    self._post((action.worker_id,), action)
-                case KillWorker():
-                    self._known.discard(action.worker_id)
-                    self.kill(action.worker_id)
-                case StopWorker():
-                    self._let_go(action)
-                case FinishJob() | FailJob():
-                    if self._known or self.outcome:
-                        raise self._violation("a job ended twice, or left workers behind")
-                    self.outcome = action
-                case _:
-                    pass
+    def execute(self, action: Action) -> None:
+        """Do it, or raise `ProtocolViolation` if it must not be done."""
+        self._note(action)
+        self.actions.append(action)
+        match action:
+            case StartWorker():
+                if action.worker_id in self.world.workers:
+                    raise self._violation(f"{action.worker_id} was started twice")
+                worker = SimulatedWorker(worker_id=action.worker_id)
+                self.world.workers[action.worker_id] = worker
+                self._known.add(action.worker_id)
+            case FormGroup():
+                self._check_form(action)
+                self._post(action.members, action)
+            case AnnounceGeneration() | AbortGeneration():
+                self._post(action.members, action)
+            case SaveCheckpoint():
+                self._post((action.worker_id,), action)
+            case KillWorker():
+                self._known.discard(action.worker_id)
+                self.kill(action.worker_id)
+            case StopWorker():
+                self._let_go(action)
+            case FinishJob() | FailJob():
+                if self._known or self.outcome:
+                    raise self._violation("a job ended twice, or left workers behind")
+                self.outcome = action
+            case _:
+                pass
 
     def _post(self, worker_ids: Iterable[WorkerId], action: Action) -> None:
         for worker_id in worker_ids:
@@ -289,7 +292,7 @@ class ScriptedBackend:
             if (value := getattr(what, name)) not in ("", None)
         ]
         text = f"{type(what).__name__}(generation={what.generation}, {', '.join(fields)})"
-        self._history.append(f"{self.clock.now():8.2f} {text}")
+        self.history.append(f"{self.clock.now():8.2f} {text}")
 
     def _violation(self, what: str) -> ProtocolViolation:
-        return ProtocolViolation("\n".join([what, "It happened so:", *self._history[-60:]]))
+        return ProtocolViolation("\n".join([what, "It happened so:", *self.history[-60:]]))

@@ -1,0 +1,213 @@
+"""Any order of events, with kills, freezes, exceptions and wishes in every state.
+
+The world itself (`supple.testing`) refuses two live generations, two computations of one step in
+one job, a state thrown away while its holder lives, an action for a worker that is not there. Here
+hypothesis chooses the order of everything, and afterwards a fair world without new faults must
+come to rest: the wanted size training on, or an end that the faults justify.
+"""
+
+from typing import Any, cast
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from supple.core.lifecycle import Phase
+from supple.core.spec import TrainSpec
+from supple.core.types import (
+    FailJob,
+    KillWorker,
+    LossCause,
+    SaveCheckpoint,
+    WorkerId,
+)
+from supple.testing import ScriptedBackend, TrainedState
+
+SOMEONE = st.integers(0, 63)
+MOVE = st.sampled_from(["arrive", "work", "work", "work", "torn", "poll", "hear", "hear"])
+MOVES = st.lists(st.tuples(MOVE, SOMEONE), min_size=1, max_size=40)
+NEVER_ENDS = 1_000_000
+
+
+def lineage(state: TrainedState) -> list[TrainedState]:
+    """A state and all it was made from, the oldest first."""
+    found: list[TrainedState] = []
+    at: TrainedState | None = state
+    while at is not None:
+        found.append(at)
+        at = at.parent
+    return found[::-1]
+
+
+class AnyHistory(RuleBasedStateMachine):
+    backend: ScriptedBackend
+    spec: TrainSpec
+
+    @initialize(
+        low=st.sampled_from([1, 1, 2, 3]),
+        more=st.integers(0, 3),
+        initial=st.integers(1, 6),
+        max_failures=st.sampled_from([0, 3, 3, 8]),
+        num_steps=st.sampled_from([12, NEVER_ENDS, NEVER_ENDS]),
+        restore=st.sampled_from([None, "old"]),
+        seed=st.integers(0, 7),
+        is_running=st.sampled_from([True, True, True, False]),
+    )
+    def begin(self, *, low: int, more: int, is_running: bool, **options: Any) -> None:
+        self.spec = TrainSpec(
+            name="job",
+            script="train.py",
+            min_workers=low,
+            max_workers=low + more,
+            max_failures=options.pop("max_failures"),
+        )
+        self.backend = ScriptedBackend(self.spec, checkpoints={"old": 2}, **options)
+        self.num_thrown = 0
+        self.stops = 0
+        self.highest_generation = 0
+        if is_running:
+            self.backend.run(lambda: self.backend.state.phase is Phase.RUNNING)
+
+    def someone(self, number: int) -> WorkerId:
+        return WorkerId(f"w{number % len(self.backend.world.workers)}")
+
+    # -- everything that may happen, in any order ------------------------------------------------
+
+    @rule(moves=MOVES)
+    def unfair_moves(self, moves: list[tuple[str, int]]) -> None:
+        for move, number in moves:
+            worker_id = self.someone(number)
+            if move == "torn":
+                self.backend.work(worker_id, lucky=False)
+            else:
+                getattr(self.backend, move)(worker_id)
+
+    @rule(moves=MOVES, number=SOMEONE, cause=st.sampled_from(["died", "preempted", "frozen"]))
+    def fault_in_the_middle(self, moves: list[tuple[str, int]], number: int, cause: str) -> None:
+        self.unfair_moves(moves)
+        if cause == "frozen":
+            self.backend.freeze(self.someone(number))
+        else:
+            self.backend.kill(self.someone(number), cast(LossCause, cause))
+
+    @rule(num_rounds=st.integers(1, 12))
+    def fair_rounds(self, num_rounds: int) -> None:
+        for _ in range(num_rounds):
+            self.backend.round()
+
+    @rule(num_rounds=st.integers(13, 24))
+    def fair_seconds(self, num_rounds: int) -> None:
+        self.fair_rounds(num_rounds)
+
+    @rule(seconds=st.sampled_from([0.25, 1.0, 1.9, 5.0, 31.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.backend.tick(seconds)
+
+    @rule(number=SOMEONE)
+    def one_is_not_heard_for_a_while(self, number: int) -> None:
+        for _ in range(18):
+            for worker_id in list(self.backend.world.workers):
+                if worker_id != self.someone(number):
+                    self.backend.poll(worker_id)
+                    self.backend.hear(worker_id)
+            self.backend.tick(0.25)
+
+    @rule(number=SOMEONE)
+    @precondition(lambda self: self.num_thrown < 2 and self.backend.state.generation)
+    def throw(self, number: int) -> None:
+        self.num_thrown += 1
+        self.backend.throw(self.someone(number))
+
+    @rule(num_workers=st.integers(0, 8))
+    def resize(self, num_workers: int) -> None:
+        self.backend.resize(num_workers)
+
+    @rule(size=st.sampled_from([32, 64, 128]), is_disk_full=st.booleans(), number=SOMEONE)
+    def change_batch_and_save(self, size: int, is_disk_full: bool, number: int) -> None:
+        self.backend.world.disk_is_full = is_disk_full
+        self.backend.change_batch(size)
+        self.backend.world.save_behind(self.backend.world.workers[self.someone(number)])
+
+    @rule(numbers=st.lists(SOMEONE, max_size=4))
+    def notice(self, numbers: list[int]) -> None:
+        self.backend.notice({self.someone(number) for number in numbers})
+
+    @rule()
+    @precondition(lambda self: self.backend.state.generation > 3)
+    def stop(self) -> None:
+        self.stops += 1
+        self.backend.stop()
+
+    # -- what holds after every move -------------------------------------------------------------
+
+    @invariant()
+    def the_state_is_sound(self) -> None:
+        state = self.backend.state
+        assert state.generation >= self.highest_generation
+        self.highest_generation = state.generation
+        assert self.spec.min_workers <= state.desired <= self.spec.max_workers
+        assert state.phase.is_over == (self.backend.outcome is not None)
+        if state.phase.is_over:
+            assert not state.workers
+        if state.phase is Phase.RUNNING:
+            assert state.present == state.members
+        if state.phase is Phase.STARTING:
+            assert state.generation == 0
+
+    # -- and in the end --------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        if not hasattr(self, "backend"):
+            return
+        backend = self.backend
+        backend.run(self.is_at_rest, max_rounds=3000)
+        self.the_state_is_sound()
+        for worker in backend.world.workers.values():
+            if worker.state is not None:
+                steps = [state.step for state in lineage(worker.state)]
+                assert steps == list(range(steps[0], steps[-1] + 1))
+        if isinstance(backend.outcome, FailJob):
+            self.check_failure_is_justified(backend.outcome)
+        elif backend.outcome is not None and not self.stops:
+            finished = [
+                w for w in backend.world.workers.values() if w.step == backend.world.num_steps
+            ]
+            assert finished, "the job finished, and nobody took its last step"
+        elif backend.outcome is not None and "saved step" in backend.outcome.reason:
+            self.check_saved_state_is_the_newest()
+
+    def is_at_rest(self) -> bool:
+        """As many as wanted train on, or as many as a back-off allows, or all is over."""
+        state, now = self.backend.state, self.backend.clock.now()
+        if state.phase.is_over:
+            return True
+        if state.phase is not Phase.RUNNING or state.stop_reason or state.ending:
+            return False
+        backing_off = now < state.retry_at and self.spec.min_workers <= len(state.members)
+        whole = len(state.members) == state.desired and state.batch_wanted == state.batch_in_force
+        return (whole or backing_off) and state.step > state.struck_step
+
+    def check_failure_is_justified(self, failed: FailJob) -> None:
+        lost = [a for a in self.backend.actions if isinstance(a, KillWorker)]
+        events = [line for line in self.backend.history if " WorkerLost(" in line]
+        assert self.num_thrown or len(lost) + len(events) > self.spec.max_failures
+        if "raised" in failed.reason or "before the first step" in failed.reason:
+            assert self.num_thrown
+            assert "bad sample" in failed.detail
+
+    def check_saved_state_is_the_newest(self) -> None:
+        saved = [a for a in self.backend.actions if isinstance(a, SaveCheckpoint)][-1]
+        holder = self.backend.world.workers[saved.worker_id]
+        restore = self.backend.state.restore
+        assert restore is not None
+        assert self.backend.world.checkpoints[restore].step == holder.step
+
+
+TestAnyHistory: Any = AnyHistory.TestCase
+TestAnyHistory.settings = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=150,
+    stateful_step_count=40,
+    suppress_health_check=list(HealthCheck),
+)
