@@ -10,8 +10,8 @@ textbook cost of an all-reduce; the p-norm that lets communication hide behind t
 Pollux's (OSDI 2021, equation 11). All parameters are positive and fitted as logarithms, together
 with priors on the link (from the catalogue), on overlap and on stragglers: one count on one machine
 already gives an answer, with a wide interval. Errors are relative, so residuals are logarithms too,
-and large ones hardly count (Cauchy): an outlier bends the fit little. The interval is Laplace's: the
-curvature at the optimum, plus what the fit leaves unexplained.
+and large ones hardly count (Cauchy): an outlier bends the fit little. The interval is Laplace's:
+the curvature at the optimum, plus what the fit leaves unexplained.
 """
 
 import math
@@ -94,22 +94,32 @@ class StepTimeModel:
     def predict(
         self, num_workers: int, micro_batch_size: int, num_accumulation_steps: int = 1
     ) -> Estimate:
-        """Seconds of a step with an 80 % interval. `measured` if this configuration was, `assumed`
-        if it crosses to other nodes and none was measured doing so, else `fitted`."""
+        """Seconds of a step with an 80 % interval. A configuration that was measured is given as
+        measured; `assumed` if it crosses to other nodes and none was measured doing so, else
+        `fitted`."""
+        for step in self.steps:
+            if _key(step) == (num_workers, micro_batch_size, num_accumulation_steps):
+                width = math.exp(Z80 * NOISE_FLOOR)
+                return Estimate(
+                    value=step.step_time_s,
+                    low=step.step_time_s / width,
+                    high=step.step_time_s * width,
+                    source="measured",
+                )
         x = np.asarray(self.log_parameters)
         value = self._time(x, num_workers, micro_batch_size, num_accumulation_steps)
-        step = 1e-4
+        nudge = 1e-4
         gradient = np.array(
             [
                 (
                     math.log(
                         self._time(
-                            x + step * unit, num_workers, micro_batch_size, num_accumulation_steps
+                            x + nudge * unit, num_workers, micro_batch_size, num_accumulation_steps
                         )
                     )
                     - math.log(value)
                 )
-                / step
+                / nudge
                 for unit in np.eye(len(x))
             ]
         )
@@ -119,7 +129,7 @@ class StepTimeModel:
             value=value,
             low=value * math.exp(-width),
             high=value * math.exp(width),
-            source=self._source(num_workers, micro_batch_size, num_accumulation_steps),
+            source=self._source(num_workers),
         )
 
     def parts(
@@ -162,9 +172,7 @@ class StepTimeModel:
         fixed = self.optimizer_s + self.data_s_per_sample * micro_batch * accumulation
         return float(_step_time(np.exp(log_parameters), shape, self.gradient_bytes, fixed))
 
-    def _source(self, num_workers: int, micro_batch: int, accumulation: int) -> Source:
-        if (num_workers, micro_batch, accumulation) in {_key(step) for step in self.steps}:
-            return "measured"
+    def _source(self, num_workers: int) -> Source:
         crossed = num_workers > self.workers_per_node
         seen = any(step.num_nodes > 1 for step in self.steps)
         alone = all(step.num_workers == 1 for step in self.steps) and not self.collectives
@@ -252,14 +260,21 @@ def fit(
         )
         return np.concatenate([own, whole, 0.5 * rings]) / NOISE_FLOOR
 
-    def with_priors(x_log: _Vector) -> _Vector:
-        # By hand, so that it holds for the measurements and not for the priors.
+    # Losses by hand, so that they hold for the measurements and not for the priors. Soft L1 first:
+    # from far away, Cauchy would take every surprising measurement for an outlier.
+    def soft(x_log: _Vector) -> _Vector:
         raw = residuals(x_log)
-        soft = np.sign(raw) * _CAUCHY * np.sqrt(np.log1p((raw / _CAUCHY) ** 2))
-        return np.concatenate([soft, (x_log - prior) / width])
+        bent = np.sign(raw) * np.sqrt(2.0 * (np.sqrt(1.0 + raw**2) - 1.0))
+        return np.concatenate([bent, (x_log - prior) / width])
+
+    def cauchy(x_log: _Vector) -> _Vector:
+        raw = residuals(x_log)
+        bent = np.sign(raw) * _CAUCHY * np.sqrt(np.log1p((raw / _CAUCHY) ** 2))
+        return np.concatenate([bent, (x_log - prior) / width])
 
     optimizers: Any = optimize  # scipy ships no types
-    found = optimizers.least_squares(with_priors, prior, method="trf", x_scale=width, max_nfev=60)
+    near = optimizers.least_squares(soft, prior, x_scale=width, max_nfev=60)
+    found = optimizers.least_squares(cauchy, near.x, x_scale=width, max_nfev=60)
     x_log: _Vector = found.x
     raw = residuals(x_log) * NOISE_FLOOR
     fitted = raw[len(compute) : 2 * len(compute)]
