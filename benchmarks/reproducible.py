@@ -15,9 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.machine import report
-
 from benchmarks import workload
+from benchmarks.machine import report
 from benchmarks.runs import training
 
 SCRIPT = Path(__file__).resolve().parent / "reproducible_script.py"
