@@ -1,4 +1,4 @@
-"""A small net with dropout and batch normalisation on the digits; rank 0 writes the last weights."""
+"""A small net with dropout and batch norm on the digits; rank 0 writes the last weights."""
 
 import os
 
