@@ -1,15 +1,14 @@
-"""Durable checkpoints: atomic, checksummed, safe to load, written behind the training loop.
+"""Durable checkpoints of a job: which are kept, which is the last good one, and never losing it.
 
-A checkpoint is a folder `step-00001200` with `state.pt` and `manifest.json` (its SHA-256, size,
-step and the model's signature). It is written into a temporary folder beside it, flushed to the
-disk, and renamed; so it is whole or it is not there. An older one is removed only after a newer
-one is whole. Loading checks the sum first and then unpickles with `weights_only`.
+A checkpoint is a folder `000007-step-1200`: the seventh save, after step 1200. It is written into
+a temporary folder beside it, flushed to the disk, and renamed; so it is whole or it is not there.
+An older one is removed only after a newer one is whole. The newest is the one saved last, not the
+one of the highest step: a job begun again, or resumed from an earlier step, goes on from there.
 """
 
 import errno
-import hashlib
-import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -17,19 +16,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-import torch
+from supple.train.checkpoint_folder import (
+    CheckpointError,
+    flush_folder,
+    read_state,
+    refuse_other_model,
+    size_of,
+    verify,
+    write,
+)
 
-_TEMPORARY = ".writing-"
-_STATE, _MANIFEST = "state.pt", "manifest.json"
+__all__ = ["CheckpointError", "CheckpointInfo", "CheckpointStore"]
 
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be written or read. The message is complete."""
+_TEMPORARY = ".temporary-"
+_NAME = re.compile(r"(\d+)-step-(\d+)")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointInfo:
-    """A checkpoint whose sum was verified, and those newer ones that were not good."""
+    """A checkpoint whose sums were verified, and those newer ones that were not good."""
 
     path: Path
     step: int
@@ -39,9 +45,11 @@ class CheckpointInfo:
 
 @final
 class CheckpointStore:
-    """The checkpoints of one job, in `directory`; keeps the newest `keep`."""
+    """The checkpoints of one job, in `directory`; keeps the `keep` that were saved last."""
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep}: the last checkpoint is never removed. Keep 1 or more.")
         self._directory = Path(directory)
         self._keep = keep
         self._writing: threading.Thread | None = None
@@ -53,28 +61,27 @@ class CheckpointStore:
         return CheckpointStore(Path(path).parent)
 
     def save(self, step: int, payload: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
-        """Write `payload` (tensors and primitives) and return once it is on the disk.
+        """Write `payload` and return the checkpoint's folder once it is on the disk.
 
-        Raises `CheckpointError` and leaves every earlier checkpoint as it was.
+        `payload` is made of tensors, plain values and containers of them; `meta` is what JSON can
+        hold, with the model's "signature". Raises `CheckpointError`, and then every earlier
+        checkpoint is as it was and nothing else is left behind.
         """
         with self._lock:
-            target = self._directory / f"step-{step:08d}"
-            temporary = self._directory / f"{_TEMPORARY}{os.getpid()}-{step:08d}"
+            temporary = self._directory / f"{_TEMPORARY}{os.getpid()}"
             try:
-                self._directory.mkdir(parents=True, exist_ok=True)
+                self._make_directory()
                 self._remove_leftovers()
                 temporary.mkdir()
-                manifest = {"step": step, **meta, **_write_state(temporary / _STATE, payload)}
-                _write_text(temporary / _MANIFEST, json.dumps(manifest))
-                if target.exists():
-                    shutil.rmtree(target)
+                write(temporary, step, payload, meta)
+                number = 1 + max((_number(path) for path in self._paths()), default=0)
+                target = self._directory / f"{number:06d}-step-{step}"
                 os.replace(temporary, target)
-                _flush_folder(self._directory)
-            except (OSError, RuntimeError) as error:
+                flush_folder(self._directory)
+            except (OSError, RuntimeError, TypeError, ValueError) as error:
                 shutil.rmtree(temporary, ignore_errors=True)
-                raise self._cannot_write(target, error, payload) from None
-            for old in self._paths()[self._keep :]:
-                shutil.rmtree(old, ignore_errors=True)
+                raise CheckpointError(self._why_not(step, error, payload)) from None
+            self._prune()
             return target
 
     def save_async(
@@ -84,23 +91,28 @@ class CheckpointStore:
         meta: Mapping[str, Any],
         told: Callable[[str, str], None],
     ) -> None:
-        """Write in a thread and call `told(path, "")` or `told("", error)` from it.
+        """Write in a thread and call `told(path, "")` or `told("", error)` from it, once.
 
-        `payload` must be a private copy. While one is being written, another is not begun.
+        `payload` must be a private copy. While one is being written another is not begun: `told`
+        hears so at once.
         """
         if self._writing is not None and self._writing.is_alive():
-            told("", f"step {step} was not saved: the save before it is still being written.")
+            told(
+                "",
+                f"step {step} was not saved: the save before it is still being written to "
+                f"{self._directory}, and one is written at a time. Save less often "
+                "(--checkpoint-every) or to a faster disk (--run-dir).",
+            )
             return
 
-        def write() -> None:
+        def write_behind() -> None:
             try:
-                path = self.save(step, payload, meta)
-            except CheckpointError as error:
-                told("", str(error))
-            else:
-                told(str(path), "")
+                path, error = str(self.save(step, payload, meta)), ""
+            except Exception as problem:
+                path, error = "", str(problem) or type(problem).__name__
+            told(path, error)
 
-        self._writing = threading.Thread(target=write, daemon=True, name="checkpoint")
+        self._writing = threading.Thread(target=write_behind, daemon=True, name="checkpoint")
         self._writing.start()
 
     def wait(self) -> None:
@@ -108,142 +120,121 @@ class CheckpointStore:
         if self._writing is not None:
             self._writing.join()
 
-    def latest(self) -> CheckpointInfo | None:
-        """The newest checkpoint that verifies; None if there is none."""
+    def latest(self, *, besides: str = "") -> CheckpointInfo | None:
+        """The last saved checkpoint that verifies; None if there is none.
+
+        The one whose folder is named `besides` is passed over. Raises `CheckpointError` if the
+        folder is there and cannot be listed.
+        """
         skipped: list[str] = []
-        for path in self._paths():
+        try:
+            paths = self._paths()
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoints in {self._directory} cannot be listed: {error.strerror} for user "
+                f"id {os.geteuid()}. Run as the user who wrote them, or check --run-dir."
+            ) from None
+        for path in paths:
+            if path.name == besides:
+                continue
             try:
-                manifest = _verify(path)
+                step = verify(path).step
             except CheckpointError as error:
                 skipped.append(str(error))
-                continue
-            return CheckpointInfo(path=path, step=int(manifest["step"]), skipped=tuple(skipped))
+            else:
+                return CheckpointInfo(path=path, step=step, skipped=tuple(skipped))
         return None
 
     def load(
         self, path: str | Path, *, expected_signature: Sequence[Sequence[Any]]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(payload, manifest) of a checkpoint. Raises `CheckpointError` if it is not whole, or if
-        its model is another than `expected_signature` ([name, shape, dtype] of every tensor)."""
+        """(payload, manifest) of the checkpoint at `path`.
+
+        Raises `CheckpointError` if it is not whole or not safe to load, naming the good one to
+        resume from instead; or if its model is another than `expected_signature`, which is
+        [name, shape, dtype] of every parameter and buffer.
+        """
         path = Path(path)
         try:
-            manifest = _verify(path)
+            manifest = verify(path)
+            payload = read_state(path)
         except CheckpointError as error:
-            other = self.latest()
-            hint = (
-                f" The last good one is step {other.step}: resume with --resume {other.path}."
-                if other is not None and other.path != path
-                else " No other good one is in its folder: start without --resume."
-            )
-            raise CheckpointError(f"{error}{hint}") from None
-        _compare(path, manifest.get("signature", []), expected_signature)
-        payload = torch.load(path / _STATE, weights_only=True, map_location="cpu")
-        return payload, manifest
+            raise CheckpointError(f"{error}{_another_than(path)}") from None
+        refuse_other_model(path, manifest.signature, expected_signature)
+        return payload, manifest.meta
+
+    def _make_directory(self) -> None:
+        if not self._directory.is_dir():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            flush_folder(self._directory.parent)
 
     def _paths(self) -> list[Path]:
-        """Newest first."""
-        if not self._directory.is_dir():
+        """The one saved last first."""
+        try:
+            names = [name for name in os.listdir(self._directory) if _NAME.fullmatch(name)]
+        except FileNotFoundError:
             return []
-        return sorted(self._directory.glob("step-*"), reverse=True)
+        return sorted((self._directory / name for name in names), key=_number, reverse=True)
+
+    def _prune(self) -> None:
+        """Renamed before it is removed, so that a death half-way leaves no half checkpoint."""
+        for old in self._paths()[self._keep :]:
+            removing = self._directory / f"{_TEMPORARY}{old.name}"
+            try:
+                os.replace(old, removing)
+            except OSError:
+                continue
+            shutil.rmtree(removing, ignore_errors=True)
 
     def _remove_leftovers(self) -> None:
         for leftover in self._directory.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _cannot_write(
-        self, target: Path, error: Exception, payload: Mapping[str, Any]
-    ) -> CheckpointError:
-        last = self.latest()
-        kept = f" The last good one is kept: {last.path}." if last else " There is no earlier one."
-        number = getattr(error, "errno", None)
-        needed = _size_of(payload)
-        free = shutil.disk_usage(_existing(self._directory)).free
-        if number in (errno.ENOSPC, errno.EDQUOT) or free < needed:
-            return CheckpointError(
-                f"the checkpoint {target} does not fit: it needs {needed:,} bytes, {free:,} are "
-                f"free. Nothing was left behind.{kept} Free some space; the next save tries again."
+    def _why_not(self, step: int, error: Exception, payload: Mapping[str, Any]) -> str:
+        """The message of a save that failed with `error`."""
+        asked = f"step {step} cannot be saved in {self._directory}"
+        kept = f"Nothing half-written was left behind. {self._last_good()}"
+        if not isinstance(error, OSError):
+            return f"{asked}: {error}. {kept}"
+        if error.errno in _FULL:
+            free = shutil.disk_usage(_existing(self._directory)).free
+            limit = " and a file may not be larger" if error.errno == errno.EFBIG else ""
+            return (
+                f"{asked}: {error.strerror}. It needs {size_of(payload):,} bytes, {free:,} are "
+                f"free{limit}. {kept} Free some space or give a larger disk (--run-dir); the next "
+                "save tries again."
             )
-        return CheckpointError(
-            f"the checkpoint {target} cannot be written: {str(error).splitlines()[0]}.{kept} "
-            "Check the folder's permissions, or give another --run-dir."
+        return (
+            f"{asked}: {error.strerror or error} ({error.filename or self._directory}, user id "
+            f"{os.geteuid()}). {kept} Make it a folder that this user can write to, or give "
+            "another --run-dir."
         )
 
-
-def _write_state(path: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
-    with path.open("wb") as file:
-        torch.save(dict(payload), file)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"sha256": _sum_of(path), "bytes": path.stat().st_size}
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    def _last_good(self) -> str:
+        try:
+            last = self.latest()
+        except CheckpointError:
+            return "Earlier checkpoints were not touched."
+        if last is None:
+            return "There is no earlier checkpoint."
+        return f"The last good one is kept: step {last.step}, {last.path}."
 
 
-def _flush_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _another_than(path: Path) -> str:
+    """What to resume from instead: beside `path`, or in it where it is a store or a run."""
+    for folder in (path.parent, path, path / "checkpoints"):
+        try:
+            other = CheckpointStore(folder).latest(besides=path.name)
+        except CheckpointError:
+            continue
+        if other is not None:
+            return f" A good one is of step {other.step}: --resume {other.path}"
+    return " No good one is beside it: start without --resume."
 
 
-def _sum_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _verify(path: Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint."""
-    if not path.exists():
-        raise CheckpointError(f"the checkpoint {path} does not exist.")
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        expected = manifest["sha256"]
-        actual = _sum_of(path / _STATE)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is not a readable checkpoint: {type(error).__name__} in its "
-            f"{_MANIFEST} or {_STATE} ({str(error).splitlines()[0]})."
-        ) from None
-    if actual != expected:
-        raise CheckpointError(
-            f"the checkpoint {path} is corrupt: {_STATE} has SHA-256 {actual[:12]}…, its manifest "
-            f"says {expected[:12]}…."
-        )
-    return manifest
-
-
-def _compare(path: Path, saved: Sequence[Sequence[Any]], expected: Sequence[Sequence[Any]]) -> None:
-    if [list(row) for row in saved] == [list(row) for row in expected]:
-        return
-    theirs = {row[0]: (list(row[1]), row[2]) for row in saved}
-    ours = {row[0]: (list(row[1]), row[2]) for row in expected}
-    different = [
-        f"{name.partition('/')[2]}: {theirs.get(name, 'absent')} there, "
-        f"{ours.get(name, 'absent')} here"
-        for name in [*ours, *(name for name in theirs if name not in ours)]
-        if theirs.get(name) != ours.get(name)
-    ]
-    raise CheckpointError(
-        f"the checkpoint {path} is of another model: {len(different)} tensors differ, first "
-        f"{'; '.join(different[:3])}. Resume with the script that wrote it, or start without "
-        "--resume."
-    )
-
-
-def _size_of(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(_size_of(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(_size_of(item) for item in value)
-    return 8
+def _number(path: Path) -> int:
+    """Which save a checkpoint is, from its name."""
+    return int(path.name.partition("-")[0])
 
 
 def _existing(path: Path) -> Path:

@@ -1,0 +1,268 @@
+"""One checkpoint on the disk: its two files, what makes it whole, and why one is refused.
+
+`state.pt` holds the state, `manifest.json` what it must be: its SHA-256 and size, the step, the
+model's signature, who wrote it and when, and a sum over itself. Reading checks the sums first and
+unpickles with `weights_only` after; writing refuses what could not be read back so.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, final
+
+import torch
+
+from supple import __version__
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+STATE, MANIFEST = "state.pt", "manifest.json"
+
+_SAFE = frozenset(
+    {torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype, torch.device}
+    | {int, float, complex, bool, str, bytes, bytearray, type(None)}
+    | {dict, OrderedDict, Counter, list, tuple, set}
+)
+"""The exact types that `torch.load(weights_only=True)` gives back; a subclass is another type."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written or read. The message is complete."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What `manifest.json` says of a checkpoint whose sums were verified."""
+
+    step: int
+    signature: list[list[Any]]
+    """[name, shape, dtype] of every parameter and buffer."""
+    meta: dict[str, Any]
+    """Everything in the file, with what the writer added."""
+
+
+def write(folder: Path, step: int, payload: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Write both files into `folder`, which exists, and flush them and it to the disk.
+
+    The sum is of the bytes as they were handed to the file, not as they are read back. Raises
+    `OSError` of the disk, and `ValueError` or `TypeError` for what is not a plain value.
+    """
+    refuse_unsafe(payload)
+    with _SummedFile((folder / STATE).open("wb", buffering=0)) as summed:
+        try:
+            torch.save(dict(payload), summed)
+        except RuntimeError:
+            # torch's writer answers a failed write with its own complaint about positions.
+            if summed.failed is not None:
+                raise summed.failed from None
+            raise
+        _flush(summed)
+    manifest = {
+        **meta,
+        "step": step,
+        "supple": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "bytes": summed.num_bytes,
+        "sha256": summed.sha256.hexdigest(),
+    }
+    manifest["manifest_sha256"] = _sum_of_manifest(manifest)
+    with (folder / MANIFEST).open("wb") as file:
+        file.write(json.dumps(manifest, indent=1).encode())
+        _flush(file)
+    flush_folder(folder)
+
+
+def verify(folder: Path) -> Manifest:
+    """The manifest of a whole checkpoint. Raises `CheckpointError` naming the file at fault."""
+    rule = f"A checkpoint is a folder with {STATE} and {MANIFEST}."
+    try:
+        folder.stat()
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        if manifest["manifest_sha256"] != _sum_of_manifest(manifest):
+            raise ValueError("it does not have the SHA-256 that stands in it")
+        actual_bytes = (folder / STATE).stat().st_size
+        actual = _sum_of(folder / STATE)
+    except FileNotFoundError as error:
+        if Path(error.filename) == folder:
+            raise CheckpointError(f"the checkpoint {folder} does not exist. {rule}") from None
+        missing = Path(error.filename).name
+        raise CheckpointError(f"{folder} is not a checkpoint: no {missing} in it. {rule}") from None
+    except NotADirectoryError:
+        raise CheckpointError(f"{folder} is not a checkpoint but a file. {rule}") from None
+    except OSError as error:
+        raise CheckpointError(_unreadable(folder, error)) from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"the checkpoint {folder} is corrupt: {MANIFEST} is damaged "
+            f"({type(error).__name__}: {_first_line(error)})."
+        ) from None
+    if (actual_bytes, actual) != (manifest["bytes"], manifest["sha256"]):
+        raise CheckpointError(
+            f"the checkpoint {folder} is corrupt: {STATE} has {actual_bytes:,} bytes and SHA-256 "
+            f"{actual[:12]}…, {MANIFEST} says {manifest['bytes']:,} and {manifest['sha256'][:12]}…."
+        )
+    return Manifest(
+        step=int(manifest["step"]), signature=manifest.get("signature", []), meta=manifest
+    )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state of a verified checkpoint, on the CPU; no code of the file's choosing runs.
+
+    Raises `CheckpointError` if it holds anything but tensors and plain values.
+    """
+    try:
+        return torch.load(folder / STATE, weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise CheckpointError(_unreadable(folder, error)) from None
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"asks to call {culprit[1]}" if culprit else f"is no state: {_first_line(error)}"
+        raise CheckpointError(
+            f"the checkpoint {folder} is refused: {STATE} has the SHA-256 it should have but "
+            f"{what}. Only tensors and plain values are loaded, and no code is run. Supple did not "
+            "write it so: do not trust it."
+        ) from None
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint {folder} cannot be loaded: {STATE} has the SHA-256 it should have, "
+            f"and torch says {_first_line(error)}."
+        ) from None
+
+
+def refuse_other_model(
+    folder: Path, saved: Sequence[Sequence[Any]], expected: Sequence[Sequence[Any]]
+) -> None:
+    """Raise `CheckpointError` naming the first tensors that differ between two signatures."""
+    theirs = {row[0]: (list(row[1]), row[2]) for row in saved}
+    ours = {row[0]: (list(row[1]), row[2]) for row in expected}
+    if [*theirs.items()] == [*ours.items()]:
+        return
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    different = [name for name in names if theirs.get(name) != ours.get(name)]
+    if different:
+        first = "; ".join(
+            f"{_plain(name)} is {_tensor(theirs.get(name))} there, {_tensor(ours.get(name))} here"
+            for name in different[:3]
+        )
+        problem = f"{len(different)} of {len(names)} tensors differ, first {first}"
+    else:
+        there, here = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
+        problem = (
+            f"the same {len(names)} tensors in another order, first {_plain(there)} there, "
+            f"{_plain(here)} here, and the optimizer's state goes by the order"
+        )
+    raise CheckpointError(
+        f"the checkpoint {folder} is of another model: {problem}. Resume with the script that "
+        "wrote it, or start without --resume."
+    )
+
+
+def refuse_unsafe(value: Any, where: str = "the state") -> None:
+    """Raise `TypeError` if `value` holds what `weights_only` would not load, saying where."""
+    if type(value) not in _SAFE:
+        raise TypeError(
+            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, and only tensors, "
+            "numbers, strings, bytes, None, lists, tuples, sets and dicts of them can be loaded "
+            "again without running code. Convert it in your state_dict()"
+        )
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            refuse_unsafe(key, f"a key of {where}")
+            refuse_unsafe(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple, set)):
+        for index, item in enumerate(value):
+            refuse_unsafe(item, f"{where}[{index}]")
+
+
+def size_of(value: Any) -> int:
+    """Bytes that `value` takes at least in a file."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(size_of(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(size_of(item) for item in value)
+    return 8
+
+
+def flush_folder(folder: Path) -> None:
+    """Return once the names in `folder` are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@final
+class _SummedFile(io.BufferedWriter):
+    """A file for `torch.save` that sums what it is given and remembers the error that ended it."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        super().__init__(raw)
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+        self.failed: OSError | None = None
+
+    def write(self, data: "Buffer", /) -> int:
+        try:
+            written = super().write(data)
+        except OSError as error:
+            self.failed = error
+            raise
+        self.sha256.update(data)
+        self.num_bytes += written
+        return written
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sum_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sum_of_manifest(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _unreadable(folder: Path, error: OSError) -> str:
+    name = error.filename or folder
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return (
+            f"the checkpoint {folder} cannot be read: {name}: {error.strerror}. Check the disk it "
+            "is on."
+        )
+    return (
+        f"the checkpoint {folder} cannot be read: {name}: {error.strerror} for user id "
+        f"{os.geteuid()}. Run as the user who wrote it, or give read permission on the folder and "
+        "both files."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _plain(name: str) -> str:
+    """`param/body.weight` as the user knows it."""
+    return name.partition("/")[2] or name
+
+
+def _tensor(described: tuple[list[int], str] | None) -> str:
+    return "absent" if described is None else f"{described[0]} {described[1]}"
