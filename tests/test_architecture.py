@@ -1,0 +1,115 @@
+"""The law of the design, enforced: core decides and touches nothing; nobody imports upwards."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src"
+CORE = sorted((SOURCE / "supple" / "core").glob("*.py"))
+MODULES = [".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in CORE]
+
+ALLOWED = {
+    *("abc", "bisect", "collections", "copy", "dataclasses", "decimal", "enum", "fractions"),
+    *("functools", "hashlib", "heapq", "itertools", "json", "math", "operator", "re"),
+    *("statistics", "string", "struct", "textwrap", "types", "typing"),
+    *("numpy", "scipy", "supple"),
+}
+"""What core may import; one more pure module of the standard library may be added."""
+TOUCHES = {"open", "print", "input", "exec", "eval", "__import__", "breakpoint"}
+SEEDED = {"Generator", "default_rng", "Philox", "PCG64", "SeedSequence", "BitGenerator"}
+"""Of `numpy.random`: what draws from a state that it was handed."""
+HEAVY = {"torch", "ray", "matplotlib", "rich", "typer", "tensorboard"}
+
+
+def impurities(source: str) -> list[str]:
+    """What in `source` reaches outside: a module, a built-in, or numpy's hidden random state."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=aliases):
+                names = [alias.name for alias in aliases]
+            case ast.ImportFrom(module=str(module), names=aliases):
+                names = [f"{module}.{alias.name}" for alias in aliases]
+            case ast.Attribute():
+                names = [ast.unparse(node).replace("np.", "numpy.", 1)]
+                names = [name for name in names if name.startswith("numpy.random.")]
+            case ast.Call(func=function, args=[], keywords=[]) if "default_rng" in ast.unparse(
+                function
+            ):
+                found.append(f"line {node.lineno}: default_rng() without a seed")
+                continue
+            case ast.Name(id=name) if name in TOUCHES:
+                found.append(f"line {node.lineno}: {name}")
+                continue
+            case _:
+                continue
+        found += [f"line {node.lineno}: {name}" for name in names if not is_pure(name)]
+    return found
+
+
+def is_pure(name: str) -> bool:
+    """May core use what has this full name?"""
+    if name == "numpy.random" or name.startswith("numpy.random."):
+        return name.removeprefix("numpy.random").removeprefix(".").partition(".")[0] in SEEDED
+    return name.partition(".")[0] in ALLOWED
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
+def test_a_module_of_core_reaches_no_clock_file_thread_or_hidden_randomness(path: Path) -> None:
+    assert impurities(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import time",
+        "def f():\n    import torch",
+        "from datetime import datetime",
+        "import os.path",
+        "import random",
+        "open('x')",
+        "def f():\n    print(1)",
+        "import numpy as np\nnp.random.rand()",
+        "import numpy as np\nnp.random.default_rng()",
+        "from numpy.random import default_rng\ndefault_rng()",
+        "from numpy.random import rand",
+        "from numpy import random",
+    ],
+)
+def test_the_walk_finds_what_it_is_for(source: str) -> None:
+    assert len(impurities(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import numpy as np\nnp.random.default_rng(3)", "import math\nfrom json import dumps"],
+)
+def test_the_walk_lets_pure_code_be(source: str) -> None:
+    assert impurities(source) == []
+
+
+def test_importing_supple_and_all_of_core_loads_neither_torch_nor_ray() -> None:
+    probe = (
+        "import importlib, sys\n"
+        f"for module in {['supple', *MODULES]}:\n"
+        "    importlib.import_module(module)\n"
+        "    loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        f"    assert not loaded & {HEAVY}, (module, loaded & {HEAVY})"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_import_contract_holds() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
