@@ -6,15 +6,15 @@ Torch and Ray are imported inside the commands that need them, so that `--help` 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, final
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from supple.core.interconnects import lookup
 from supple.core.spec import (
@@ -32,12 +32,10 @@ from supple.core.spec import (
     parse_workers,
 )
 from supple.core.types import Infeasible
-
-if TYPE_CHECKING:
-    from supple.cluster.controller import Outcome
-    from supple.core.planner import PlanTable
+from supple.eventlog import to_plain
 
 REFUSED, FAILED = 2, 1
+PICTURES = (".png", ".svg", ".pdf")
 
 app = typer.Typer(
     add_completion=False,
@@ -53,22 +51,57 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")]
 
 
 @contextmanager
-def messages(verbose: bool) -> Iterator[None]:
-    """A refusal is one message on stderr and exit code 2; no traceback unless `verbose`."""
+def messages(verbose: bool = False) -> Iterator[None]:
+    """An error is one message on stderr: a refusal with exit code 2, a failure with 1. No
+    traceback unless `verbose`."""
     try:
         yield
-    except SpecError as error:
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
         if verbose:
             raise
-        typer.echo(f"supple: {error}", err=True)
-        raise typer.Exit(REFUSED) from None
+        if isinstance(error, SpecError):
+            typer.echo(f"supple: {error}", err=True)
+            raise typer.Exit(REFUSED) from None
+        ours = type(error).__module__.startswith("supple.")
+        typer.echo(f"supple: {error if ours else _unexpected(error)}", err=True)
+        raise typer.Exit(FAILED) from None
+
+
+def _unexpected(error: Exception) -> str:
+    return (
+        f"unexpected {type(error).__name__}: {error}. That is not your script's fault alone: run "
+        "again with --verbose and report the traceback."
+    )
+
+
+@final
+class TrainCommand(TyperCommand):
+    """`supple train`, where `--resume` may stand without a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_bare_resume(args))
+
+
+def with_bare_resume(arguments: Sequence[str]) -> list[str]:
+    """`--resume` followed by another option or by nothing as `--resume latest`."""
+    completed: list[str] = []
+    for index, argument in enumerate(arguments):
+        completed.append(argument)
+        following = arguments[index + 1 : index + 2]
+        if argument == "--resume" and (not following or following[0].startswith("-")):
+            completed.append("latest")
+    return completed
 
 
 @app.command(
+    cls=TrainCommand,
     epilog="Examples:\n\n  supple train examples/digits.py --workers 1:4\n\n"
     "  supple train train.py --workers 2:4 --schedule 0s:2,60s:4\n\n"
-    "  supple train train.py --workers 4 --resume latest\n\n"
-    "Exit codes: 0 finished, or stopped and saved; 1 failed; 2 refused before any work."
+    "  supple train train.py --workers 4 --resume\n\n"
+    "Ctrl-C finishes the step in flight, saves, and says how to resume. Exit codes: 0 finished, or "
+    "stopped and saved; 1 failed, or stopped with nothing saved; 2 refused before any work.",
 )
 def train(
     script: Annotated[str, typer.Argument(help="A Python file, or FILE:FUNCTION.")],
@@ -92,7 +125,8 @@ def train(
     ] = 8,
     seed: Annotated[int, typer.Option(help="Of weights, order and dropout.")] = 0,
     resume: Annotated[
-        str | None, typer.Option(help="A checkpoint's folder, or latest: the newest good one.")
+        str | None,
+        typer.Option(help="A checkpoint's folder; alone, or latest: the newest good one."),
     ] = None,
     checkpoint_every: Annotated[str, typer.Option(help="Time between checkpoints.")] = "5m",
     ledger: Annotated[bool, typer.Option(help="Write down which samples were used.")] = False,
@@ -140,8 +174,11 @@ def train(
             max_steps=max_steps,
             price_per_hour=parse_money(price, what="--price") if price else None,
         )
-        outcome = _train(spec, resume, as_json, verbose)
-    raise typer.Exit(FAILED if outcome.status == "failed" else 0)
+        _refuse_early(path, function, spec.name)
+        from supple.train_run import run
+
+        succeeded = run(spec, resume=resume, as_json=as_json, verbose=verbose)
+    raise typer.Exit(0 if succeeded else FAILED)
 
 
 @app.command(
@@ -190,111 +227,71 @@ def plan(
             budget=parse_money(budget, what="--budget") if budget else None,
         )
         lookup(interconnect)
+        rule = parse_rule(lr_rule)
         per_node = (
             parse_count(workers_per_node, what="--workers-per-node")
             if workers_per_node
             else os.cpu_count() or 1
         )
         most = parse_count(measure_workers, what="--measure-workers") if measure_workers else None
-        if plot is not None and not plot.resolve().parent.is_dir():
-            raise SpecError(f"--plot {plot}: there is no folder {plot.parent}. Make it first.")
-        table = _plan(
-            (path, function), limits, objective, (interconnect, per_node, lr_rule), most, verbose
+        if plot is not None:
+            _refuse_plot(plot)
+        _refuse_early(path, function, None)
+        from supple import plan_view
+        from supple.cluster.measure import ScriptFailed, job_model, measure
+        from supple.core.planner import plan as make_plan
+
+        try:
+            found = measure(path, function, max_local_workers=most, verbose=verbose, on_line=_tell)
+        except ScriptFailed as error:
+            _tell(f"supple: the script failed while it was measured:\n{error}")
+            raise typer.Exit(FAILED) from None
+        job = job_model(found, interconnect=interconnect, workers_per_node=per_node, lr_rule=rule)
+        table = make_plan(job, limits, objective)
+        if as_json:
+            typer.echo(json.dumps(to_plain(plan_view.to_json(table))))
+        if isinstance(table, Infeasible):
+            _tell(f"supple: {table}")
+            raise typer.Exit(FAILED)
+        if not as_json:
+            plan_view.show(
+                table, Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+            )
+        if plot is not None:
+            from supple.picture import draw_plan
+
+            draw_plan(table, plot, title=Path(path).name, objective=objective)
+            _tell(f"picture {plot}")
+
+
+def _refuse_plot(plot: Path) -> None:
+    if plot.suffix not in PICTURES:
+        raise SpecError(
+            f"--plot {plot}: no picture can be drawn into {plot.suffix or 'a file without a name'}"
+            f" files. End the name in {', '.join(PICTURES)}."
         )
-    from supple import plan_view
-
-    if isinstance(table, Infeasible):
-        typer.echo(f"supple: {table}", err=True)
-        raise typer.Exit(FAILED)
-    if as_json:
-        typer.echo(json.dumps(plan_view.to_json(table)))
-    else:
-        plan_view.show(table, Console(highlight=False, width=None if sys.stdout.isatty() else 160))
-    if plot is not None:
-        from supple.picture import draw_plan
-
-        draw_plan(table, plot, title=Path(path).name)
-        typer.echo(f"picture {plot}", err=True)
+    if not plot.resolve().parent.is_dir():
+        raise SpecError(f"--plot {plot}: there is no folder {plot.parent}. Make it first.")
 
 
-def _plan(
-    target: tuple[str, str],
-    limits: Limits,
-    objective: Objective,
-    setting: tuple[str, int, str],
-    most: int | None,
-    verbose: bool,
-) -> "PlanTable | Infeasible":
-    from supple.cluster.measure import ScriptFailed, job_model, measure
-    from supple.core.planner import plan as make_plan
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
 
-    interconnect, per_node, lr_rule = setting
-    try:
-        found = measure(
-            *target,
-            max_local_workers=most,
-            verbose=verbose,
-            on_line=lambda line: typer.echo(line, err=True),
-        )
-    except ScriptFailed as error:
-        typer.echo(f"supple: the script failed while it was measured:\n{error}", err=True)
-        raise typer.Exit(FAILED) from None
-    job = job_model(
-        found, interconnect=interconnect, workers_per_node=per_node, lr_rule=parse_rule(lr_rule)
-    )
-    return make_plan(job, limits, objective)
+
+def _refuse_early(script: str, function: str, job: str | None) -> None:
+    """What can be refused in no time, before torch and Ray are imported."""
+    from supple.cluster.control import refuse_second
+    from supple.train.script import check
+
+    check(script, function)
+    if job is not None:
+        refuse_second(job)
 
 
 def split_target(target: str) -> tuple[str, str]:
     """`"train.py:main"` as ("train.py", "main"); the function is `train` unless named."""
     path, colon, function = target.rpartition(":")
     return (path, function) if colon and function.isidentifier() else (target, "train")
-
-
-def _train(spec: TrainSpec, resume: str | None, as_json: bool, verbose: bool) -> "Outcome":
-    from supple.cluster import launch
-    from supple.curves import Curves
-    from supple.eventlog import EventLog, LedgerLog
-    from supple.live import LiveLine
-
-    run = launch.prepare(spec)
-    spec = replace(spec, script=str(Path(spec.script).resolve()))
-    if resume is not None:
-        spec, said = launch.resumed(spec, resume)
-        typer.echo(said, err=True)
-    console = Console(stderr=as_json, quiet=as_json, highlight=False)
-    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
-        log = EventLog(file, *([sys.stdout] if as_json else []))
-        for old in (run / "ledger").glob("*.jsonl"):
-            old.unlink()
-        ledger = LedgerLog(run / "ledger" / "controller.jsonl") if spec.ledger else None
-        with LiveLine(console, spec.name) as live, Curves(run / "tensorboard") as curves:
-            observers = [log, live, curves, *([ledger] if ledger else [])]
-            outcome = launch.train(spec, observers=observers, verbose=verbose)
-        if ledger is not None:
-            ledger.close()
-    _tell_end(spec, run, outcome)
-    return outcome
-
-
-def _tell_end(spec: TrainSpec, run: Path, outcome: "Outcome") -> None:
-    from supple.picture import draw_run
-
-    def tell(text: str) -> None:
-        typer.echo(text, err=True)
-
-    tell(f"supple: {outcome.status}: {outcome.reason}")
-    if outcome.detail:
-        tell(outcome.detail)
-    if outcome.status == "stopped" and outcome.checkpoint:
-        target = spec.script if spec.function == "train" else f"{spec.script}:{spec.function}"
-        tell(
-            f"Go on with: supple train {target} --name {spec.name} --run-dir {spec.run_dir} "
-            f"--workers {spec.min_workers}:{spec.max_workers} --resume {outcome.checkpoint}"
-        )
-    if draw_run(run / "events.jsonl", run / "run.png"):
-        tell(f"picture {run / 'run.png'}")
-    tell(f"log {run / 'events.jsonl'}   curves: tensorboard --logdir {run / 'tensorboard'}")
 
 
 @app.command(epilog="Example:\n\n  supple resize digits 3")
@@ -312,16 +309,16 @@ def resize(
     )
 
 
-@app.command(epilog="Example:\n\n  supple preempt digits w1 w2 --within 30s")
+@app.command(epilog="Example:\n\n  supple preempt digits w1 w2 --in 30s")
 def preempt(
     job: Annotated[str, typer.Argument(help="The running job's name.")],
     worker: Annotated[list[str], typer.Argument(help="Workers that will be taken.")],
-    within: Annotated[str, typer.Option("--within", help="Time until then.")] = "30s",
+    within: Annotated[str, typer.Option("--in", help="Time until then.")] = "30s",
     as_json: Json = False,
 ) -> None:
     """Tell a running job that its platform will take some of its workers."""
-    with messages(False):
-        notice_s = parse_duration(within, what="--within")
+    with messages():
+        notice_s = parse_duration(within, what="--in")
     _ask(
         job,
         {"ask": "preempt", "workers": worker, "notice_s": notice_s},
@@ -346,7 +343,7 @@ def status(
     """Show the jobs that run on this machine."""
     from supple.cluster.control import ask, running_jobs
 
-    with messages(False):
+    with messages():
         if job is not None:
             _ask(job, {"ask": "status"}, as_json, _status_line)
             return
@@ -375,7 +372,7 @@ def _ask(
 ) -> None:
     from supple.cluster.control import ask
 
-    with messages(False):
+    with messages():
         answer = ask(job, request)
     typer.echo(json.dumps(answer) if as_json else tell(answer))
 

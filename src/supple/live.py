@@ -1,30 +1,63 @@
-"""What a person sees while a job trains: one live line in a terminal, plain lines in a pipe."""
+"""What a person sees while a job trains: a live line in a terminal, plain lines in a pipe, and at
+the end how it went."""
 
 import time
+from collections.abc import Callable
 from typing import final
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from supple.core.types import Action, CheckpointSaved, Decision, Event, Progress, WorkerLost
+from supple.core.types import (
+    Action,
+    CheckpointFailed,
+    CheckpointSaved,
+    Decision,
+    Event,
+    FormGroup,
+    GroupFormed,
+    Progress,
+    StartWorker,
+    StopWorker,
+    WorkerFinished,
+    WorkerId,
+    WorkerLost,
+)
 
 _PLAIN_EVERY_S = 5.0
 _BAR = 24
+_TOLD_AT_THE_END = frozenset({"finish", "fail"})
+Parts = list[tuple[str, str]]
+"""(text, style) pairs."""
 
 
 @final
 class LiveLine:
-    """An observer for people. Use it as a context manager."""
+    """An observer for people. Use it as a context manager.
 
-    def __init__(self, console: Console, name: str) -> None:
+    In a terminal the last line is live and what was decided scrolls by above it; elsewhere there
+    is a plain line for every decision and one for progress every 5 s, without escape codes.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        name: str,
+        *,
+        max_steps: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._console = console
         self._name = name
-        self._began = time.monotonic()
-        self._plain_at = 0.0
-        self._decision = ""
+        self._max_steps = max_steps
+        self._clock = clock
+        self._began = clock()
+        self._plain_due = self._began
+        self._decision = "starting workers …"
+        self._progress: Progress | None = None
         self._live = (
-            Live(Text(f"{name}  starting workers …"), console=console, refresh_per_second=8)
+            Live(console=console, get_renderable=self._picture, refresh_per_second=8)
             if console.is_terminal
             else None
         )
@@ -42,6 +75,8 @@ class LiveLine:
         match event:
             case CheckpointSaved():
                 self._say(f"saved step {event.step}: {event.path}", "dim")
+            case CheckpointFailed():
+                self._say(f"NOT saved, step {event.step}: {event.error}", "bold red")
             case WorkerLost():
                 self._say(f"lost {event.worker_id} ({event.cause})", "red")
             case _:
@@ -52,46 +87,162 @@ class LiveLine:
 
     def decided(self, decision: Decision) -> None:
         self._decision = f"{decision.kind}: {decision.reason}"
-        self._say(self._decision, "bold")
+        if decision.kind not in _TOLD_AT_THE_END:
+            self._say(self._decision, "bold")
 
     def printed(self, line: str) -> None:
         self._say(line, "")
 
     def progressed(self, progress: Progress) -> None:
-        if self._live is not None:
-            self._live.update(Text.assemble(*self._line(progress)))
-            return
-        if time.monotonic() - self._plain_at >= _PLAIN_EVERY_S:
-            self._plain_at = time.monotonic()
-            self._say("".join(part for part, _ in self._line(progress)), "")
+        self._progress = progress
+        now = self._clock()
+        if self._live is None and now >= self._plain_due:
+            self._plain_due = now + _PLAIN_EVERY_S
+            parts = progress_parts(self._name, progress, self._max_steps)
+            self._say("".join(part for part, _ in parts), "")
 
     def _say(self, text: str, style: str) -> None:
-        stamp = f"{time.monotonic() - self._began:7.1f}s  "
+        stamp = f"{self._clock() - self._began:7.1f}s  "
         self._console.print(Text.assemble((stamp, "dim"), (text, style)), soft_wrap=True)
 
-    def _line(self, progress: Progress) -> list[tuple[str, str]]:
-        rate = progress.global_batch_size / max(progress.step_time_s, 1e-9)
-        parts: list[tuple[str, str]] = [(f"{self._name}  ", "bold")]
-        if progress.samples_total:
-            done = progress.samples_done / progress.samples_total
-            left_s = (progress.samples_total - progress.samples_done) / max(rate, 1e-9)
-            filled = round(done * _BAR)
-            parts += [
-                ("━" * filled, "green"),
-                ("─" * (_BAR - filled), "dim"),
-                (f" {done:4.0%}  {duration(left_s)} left  ", ""),
-            ]
-        shown_epoch = min(progress.epoch + 1, progress.num_epochs)
+    def _picture(self) -> Group:
+        parts: Parts = [(self._name, "bold")]
+        if self._progress is not None:
+            parts = progress_parts(self._name, self._progress, self._max_steps)
+        return Group(_one_line(parts), _one_line([(f"└ {self._decision}", "dim")]))
+
+
+def progress_parts(name: str, progress: Progress, max_steps: int | None) -> Parts:
+    """The live line in styled parts: how far, how long still, with what, how fast, what it learns.
+
+    The share done is of all samples, or of `max_steps` where that end comes first; where neither
+    end is known there is no bar.
+    """
+    rate = progress.global_batch_size / max(progress.step_time_s, 1e-9)
+    ends: list[tuple[float, float]] = []
+    if progress.samples_total:
+        left = max(0, progress.samples_total - progress.samples_done)
+        ends.append((progress.samples_done / progress.samples_total, left / rate))
+    if max_steps is not None:
+        left = max(0, max_steps - progress.step)
+        ends.append((progress.step / max_steps, left * progress.step_time_s))
+    parts: Parts = [(f"{name}  ", "bold")]
+    if ends:
+        done, left_s = max(ends)
+        filled = round(min(done, 1.0) * _BAR)
         parts += [
-            (f"epoch {shown_epoch}/{progress.num_epochs}  step {progress.step}  ", "dim"),
-            (f"{progress.num_workers} workers  ", "cyan"),
-            (f"batch {progress.global_batch_size}  lr {progress.lr:.3g}  ", ""),
-            (f"{rate:,.0f} samples/s", "green"),
+            ("━" * filled, "green"),
+            ("─" * (_BAR - filled), "dim"),
+            (f" {done:4.0%}  {duration(left_s)} left  ", ""),
         ]
-        if progress.efficiency is not None:
-            parts.append((f" (goodput {rate * progress.efficiency:,.0f})", "green"))
-        parts += [(f"  {name} {value:.4g}", "") for name, value in progress.metrics.items()]
-        return parts
+    epoch = min(progress.epoch + 1, progress.num_epochs)
+    parts += [
+        (in_words(progress.num_workers), "cyan"),
+        (f" gen {progress.generation}  ", "dim"),
+        (f"{rate:,.0f} samples/s", "green"),
+    ]
+    if progress.efficiency is not None:
+        parts.append((f" goodput {rate * progress.efficiency:,.0f}", "green"))
+    parts += [(f"  {name} {value:.4g}", "bold") for name, value in progress.metrics.items()]
+    parts += [
+        (f"  batch {progress.global_batch_size}  lr {progress.lr:.3g}", ""),
+        (f"  epoch {epoch}/{progress.num_epochs}  step {progress.step:,}", "dim"),
+    ]
+    return parts
+
+
+@final
+class Tally:
+    """An observer that counts what a run came to: steps, samples, time, resizes, recoveries."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began = self._counted_at = clock()
+        self._alive: set[WorkerId] = set()
+        self._worker_s = 0.0
+        self._members: frozenset[WorkerId] = frozenset()
+        self._forming: dict[int, frozenset[WorkerId]] = {}
+        self._lost_members = False
+        self._first_step: int | None = None
+        self.last_step = 0
+        self.num_resizes = 0
+        self.num_recoveries = 0
+        self.sizes: set[int] = set()
+
+    def happened(self, event: Event) -> None:
+        match event:
+            case GroupFormed(generation=generation) if generation in self._forming:
+                self._formed(self._forming.pop(generation))
+                self._first_step = event.step if self._first_step is None else self._first_step
+                self.last_step = max(self.last_step, event.step)
+            case WorkerLost(cause=cause, worker_id=worker_id):
+                self._ended(worker_id)
+                if worker_id in self._members and cause != "preempted":
+                    self._lost_members = True
+            case WorkerFinished(worker_id=worker_id, step=step):
+                self._ended(worker_id)
+                self.last_step = max(self.last_step, step)
+            case CheckpointSaved(step=step):
+                self.last_step = max(self.last_step, step)
+            case _:
+                return
+
+    def acted(self, action: Action) -> None:
+        match action:
+            case StartWorker(worker_id=worker_id):
+                self._count()
+                self._alive.add(worker_id)
+            case StopWorker(worker_id=worker_id):
+                self._ended(worker_id)
+            case FormGroup(generation=generation, members=members):
+                self._forming = {generation: frozenset(members)}
+            case _:
+                return
+
+    def decided(self, decision: Decision) -> None:
+        return
+
+    def progressed(self, progress: Progress) -> None:
+        self.last_step = max(self.last_step, progress.step)
+
+    def printed(self, line: str) -> None:
+        return
+
+    def summary(self, price_per_hour: float | None) -> str:
+        """What the run came to, in a line or two."""
+        self._count()
+        elapsed = duration(self._clock() - self._began)
+        if self._first_step is None:
+            return f"no step was made in {elapsed}"
+        low, high = min(self.sizes), max(self.sizes)
+        hours = self._worker_s / 3600
+        cost = "" if price_per_hour is None else f", cost {hours * price_per_hour:.3g}"
+        began = f" (from step {self._first_step:,})" if self._first_step else ""
+        return (
+            f"{self.last_step - self._first_step:,} steps{began} in {elapsed} on "
+            f"{in_words(high) if low == high else f'{low} to {high} workers'}: "
+            f"{_count_of(self.num_resizes, 'resize', 'resizes')}, "
+            f"{_count_of(self.num_recoveries, 'recovery', 'recoveries')}; "
+            f"{hours:.3g} accelerator-hours{cost}"
+        )
+
+    def _formed(self, members: frozenset[WorkerId]) -> None:
+        if self._lost_members:
+            self.num_recoveries += 1
+        elif self._members and len(members) != len(self._members):
+            self.num_resizes += 1
+        self._lost_members = False
+        self._members = members
+        self.sizes.add(len(members))
+
+    def _ended(self, worker_id: WorkerId) -> None:
+        self._count()
+        self._alive.discard(worker_id)
+
+    def _count(self) -> None:
+        now = self._clock()
+        self._worker_s += len(self._alive) * (now - self._counted_at)
+        self._counted_at = now
 
 
 def duration(seconds: float) -> str:
@@ -102,3 +253,16 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
+
+
+def in_words(num_workers: int) -> str:
+    """`1` as "1 worker", `2` as "2 workers"."""
+    return _count_of(num_workers, "worker", "workers")
+
+
+def _count_of(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _one_line(parts: Parts) -> Text:
+    return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")

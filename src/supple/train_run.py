@@ -1,0 +1,83 @@
+"""One `supple train` for a person: the job, what is shown and written while it runs, and what is
+told at its end."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from supple.cluster import launch
+from supple.cluster.controller import Outcome
+from supple.core.spec import TrainSpec
+from supple.curves import Curves
+from supple.eventlog import EventLog, LedgerLog
+from supple.live import LiveLine, Tally
+from supple.picture import draw_run
+
+
+def run(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) -> bool:
+    """Train to the end; did it finish, or was it stopped and saved? With `as_json` stdout gets the
+    event log's records and nothing else. Raises what `launch.train` raises."""
+    folder = launch.prepare(spec)
+    spec = replace(spec, script=str(Path(spec.script).resolve()))
+    if resume is not None:
+        spec, said = launch.resumed(spec, resume)
+        _tell(said)
+    if spec.ledger:
+        for old in (folder / "ledger").glob("*.jsonl"):
+            old.unlink()
+    console = Console(quiet=as_json, highlight=False)
+    tally = Tally()
+    with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+        log = EventLog(file, *([sys.stdout] if as_json else []))
+        log.began(spec)
+        ledger = LedgerLog(folder / "ledger" / "controller.jsonl") if spec.ledger else None
+        live = LiveLine(console, spec.name, max_steps=spec.max_steps)
+        with live, Curves(folder / "tensorboard") as curves:
+            observers = [log, tally, live, curves, *([ledger] if ledger else [])]
+            outcome = launch.train(spec, observers=observers, verbose=verbose)
+        if ledger is not None:
+            ledger.close()
+        log.ended(outcome)
+    for problem in log.problems:
+        _tell(f"supple: {problem}")
+    for line in ending(spec, outcome, tally):
+        _tell(line)
+    _tell_files(folder)
+    return outcome.status == "finished" or (
+        outcome.status == "stopped" and outcome.checkpoint is not None
+    )
+
+
+def ending(spec: TrainSpec, outcome: Outcome, tally: Tally) -> list[str]:
+    """How the run ended, what it came to, and how to go on where that is possible."""
+    lines = [f"supple: {outcome.status}: {outcome.reason}"]
+    if outcome.detail:
+        lines.append(outcome.detail)
+    lines.append(f"  {tally.summary(spec.price_per_hour)}")
+    if outcome.status != "finished" and outcome.checkpoint is not None:
+        lines.append(f"  go on with   {resume_command(spec, outcome.checkpoint)}")
+    return lines
+
+
+def resume_command(spec: TrainSpec, checkpoint: str) -> str:
+    """The command line that goes on from `checkpoint` as the same job."""
+    target = spec.script if spec.function == "train" else f"{spec.script}:{spec.function}"
+    return (
+        f"supple train {target} --name {spec.name} --run-dir {spec.run_dir} "
+        f"--workers {spec.min_workers}:{spec.max_workers} --resume {checkpoint}"
+    )
+
+
+def _tell_files(folder: Path) -> None:
+    if draw_run(folder / "events.jsonl", folder / "run.png"):
+        _tell(f"  picture      {folder / 'run.png'}")
+    _tell(f"  event log    {folder / 'events.jsonl'}")
+    if (folder / "checkpoints").is_dir():
+        _tell(f"  checkpoints  {folder / 'checkpoints'}")
+    _tell(f"  curves       tensorboard --logdir {folder / 'tensorboard'}")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)

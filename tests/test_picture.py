@@ -1,0 +1,232 @@
+"""The pictures of a run and of a plan, and the table, drawn from made-up data."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from supple import plan_view
+from supple.core.planner import PlanTable
+from supple.core.spec import KNEE_RULE, Objective
+from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan, Source
+from supple.picture import changes, draw_plan, draw_run
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def estimate(value: float, spread: float = 0.1, source: Source = "measured") -> Estimate:
+    return Estimate(value=value, low=value * (1 - spread), high=value * (1 + spread), source=source)
+
+
+def row(num_workers: int, *, price: float | None = 2.5) -> Plan:
+    """A job of 10 h of work, 5 % of it serial."""
+    source: Source = "measured" if num_workers <= 2 else "fitted" if num_workers <= 8 else "assumed"
+    spread = 0.02 * num_workers.bit_length() ** 1.4
+    speedup = 1 / (0.05 + 0.95 / num_workers)
+    hours = 10 / speedup
+    return Plan(
+        num_workers=num_workers,
+        layout=ParallelLayout(dp_replicate=num_workers),
+        batch=BatchPlan(
+            global_batch_size=512,
+            micro_batch_size=512 // num_workers,
+            num_accumulation_steps=1,
+            lr=3e-4,
+        ),
+        step_time_s=estimate(0.4 / speedup, spread, source),
+        samples_per_s=estimate(1280 * speedup, spread, source),
+        efficiency=estimate(1.0, 0.0),
+        goodput=estimate(1280 * speedup, spread, source),
+        speedup=estimate(speedup, spread, source),
+        memory_bytes=estimate(3e9 / num_workers + 1e9, 0.05, "fitted"),
+        time_to_end_s=estimate(hours * 3600, spread, source),
+        accelerator_hours=estimate(hours * num_workers, spread, source),
+        cost=None if price is None else estimate(hours * num_workers * price, spread, source),
+    )
+
+
+def table(*, price: float | None = 2.5) -> PlanTable:
+    rows = tuple(row(1 << power, price=price) for power in range(7))
+    return PlanTable(rows=rows, recommended=3, reason="8 workers: made up for a test.")
+
+
+def shown(plan: PlanTable, width: int) -> str:
+    stream = io.StringIO()
+    plan_view.show(plan, Console(file=stream, width=width, highlight=False))
+    return stream.getvalue()
+
+
+def records() -> list[dict[str, Any]]:
+    """A run that starts with 2 workers, grows to 3, loses one and waits."""
+    made: list[dict[str, Any]] = [
+        {"t": 0.0, "kind": "begin", "type": "TrainSpec", "name": "digits"},
+        decision(0.1, 0, "start", "starting 2 workers"),
+        formed(4.0, 1, 2),
+        decision(4.0, 1, "start", "2 workers ready"),
+        decision(6.0, 1, "grow", "the schedule says 3 workers from 2 s on"),
+        formed(9.0, 2, 3),
+        decision(9.0, 2, "grow", "2 -> 3 workers: w2 ready"),
+        formed(14.0, 3, 2),
+        decision(14.0, 3, "recover", "3 -> 2 workers: w0 died"),
+        decision(16.0, 3, "wait", "1 worker left, 2 are needed"),
+    ]
+    made += [
+        {
+            "t": 4.5 + second / 2,
+            "kind": "progress",
+            "type": "Progress",
+            "step": 20 * second,
+            "global_batch_size": 64,
+            "step_time_s": 0.025,
+            "metrics": {"loss": 2.0 / (1 + second)} if second else {},
+        }
+        for second in range(24)
+    ]
+    return sorted(made, key=lambda record: record["t"])
+
+
+def formed(t: float, generation: int, size: int) -> dict[str, Any]:
+    members = [f"w{number}" for number in range(size)]
+    fields = {"t": t, "kind": "action", "type": "FormGroup"}
+    return fields | {"generation": generation, "members": members}
+
+
+def decision(t: float, generation: int, kind: str, reason: str) -> dict[str, Any]:
+    fields = {"t": t, "kind": "decision", "type": "Decision", "generation": generation}
+    return fields | {"decision_kind": kind, "reason": reason, "num_workers": 0}
+
+
+def write_log(folder: Path, *lines: dict[str, Any]) -> Path:
+    log = folder / "events.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return log
+
+
+def is_picture(path: Path) -> bool:
+    return path.read_bytes().startswith(PNG) and path.stat().st_size > 10_000
+
+
+def test_a_plan_is_drawn_with_and_without_a_price(tmp_path: Path) -> None:
+    for price in (2.5, None):
+        target = tmp_path / f"plan-{price}.png"
+        draw_plan(table(price=price), target, title="train.py")
+        assert is_picture(target)
+
+
+def test_a_plan_of_one_row_is_drawn_with_its_deadline(tmp_path: Path) -> None:
+    single = PlanTable(rows=(row(1),), recommended=0, reason="1 worker: the only one.")
+    target = tmp_path / "plan.png"
+    draw_plan(single, target, title="train.py", objective=Objective(deadline_s=7200.0))
+    assert is_picture(target)
+
+
+def test_a_run_is_drawn_from_its_event_log(tmp_path: Path) -> None:
+    target = tmp_path / "run.png"
+    assert draw_run(write_log(tmp_path, *records()), target)
+    assert is_picture(target)
+
+
+def test_a_run_without_progress_leaves_no_picture(tmp_path: Path) -> None:
+    log = write_log(tmp_path, *[r for r in records() if r["kind"] != "progress"])
+    assert not draw_run(log, tmp_path / "run.png")
+    assert not (tmp_path / "run.png").exists()
+
+
+def test_only_the_newest_run_of_a_log_is_drawn(tmp_path: Path) -> None:
+    again = {"t": 0.0, "kind": "begin", "type": "TrainSpec", "name": "digits"}
+    log = write_log(tmp_path, *records(), again)
+    assert not draw_run(log, tmp_path / "run.png")
+
+
+def test_a_reason_with_dollars_and_newlines_is_drawn_as_it_is(tmp_path: Path) -> None:
+    odd = [*records(), formed(17.0, 4, 2), decision(17.0, 4, "regrow", "costs $5 or $\\frac\n" * 9)]
+    assert draw_run(write_log(tmp_path, *odd), tmp_path / "run.png")
+
+
+def test_a_change_is_explained_by_the_decision_next_to_its_forming() -> None:
+    found = [(change.t, change.num_workers, change.kind) for change in changes(records())]
+    assert found == [
+        (4.0, 2, "start"),
+        (9.0, 3, "grow"),
+        (14.0, 2, "recover"),
+        (16.0, 0, "wait"),
+    ]
+
+
+def test_the_table_has_a_line_a_count_and_marks_the_recommended_one() -> None:
+    text = shown(table(), 200)
+    lines = [line for line in text.splitlines() if "×" in line or "±" in line][:7]
+    assert [line.split()[0] for line in lines].count("→") == 1
+    assert next(line for line in lines if line.startswith("→")).split()[1] == "8"
+    assert "Recommended: 8 workers: made up for a test." in text
+    assert "~" in lines[3] and "?" in lines[6] and "?" not in lines[0]
+
+
+def test_a_narrow_terminal_gets_two_tables_that_fit_and_lose_no_column() -> None:
+    wide, narrow = shown(table(), 200), shown(table(), 80)
+    heads = ["workers", "micro", "batch", "step", "goodput", "speed-up", "memory", "time", "cost"]
+    for head in heads:
+        assert head in wide and head in narrow
+    assert max(len(line) for line in narrow.splitlines() if "80 %" not in line) <= 80
+    assert "…" not in narrow
+
+
+def test_without_a_price_there_is_no_cost() -> None:
+    assert "cost" not in shown(table(price=None), 200)
+
+
+def test_a_plan_as_json_keeps_its_schema() -> None:
+    data = json.loads(json.dumps(plan_view.to_json(table())))
+    assert set(data) == {"recommended", "reason", "knee_rule", "rows"}
+    assert data["recommended"] == 8
+    assert data["knee_rule"] == KNEE_RULE
+    first = data["rows"][0]
+    assert set(first) == {
+        "num_workers",
+        "layout",
+        "batch",
+        "step_time_s",
+        "samples_per_s",
+        "efficiency",
+        "goodput",
+        "speedup",
+        "memory_bytes",
+        "time_to_end_s",
+        "accelerator_hours",
+        "cost",
+    }
+    assert set(first["step_time_s"]) == {"value", "low", "high", "source"}
+    assert set(first["batch"]) == {
+        "global_batch_size",
+        "micro_batch_size",
+        "num_accumulation_steps",
+        "lr",
+    }
+
+
+def test_an_infeasible_plan_as_json_says_why_in_four_parts() -> None:
+    why = Infeasible(asked="the end", numbers="9 h", rule="at most 2 h", advice="Allow more.")
+    assert plan_view.to_json(why) == {
+        "infeasible": {
+            "asked": "the end",
+            "numbers": "9 h",
+            "rule": "at most 2 h",
+            "advice": "Allow more.",
+        }
+    }
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0004, "0.4 ms"), (0.25, "250 ms"), (3.2, "3.2 s")])
+def test_a_step_time_is_shown_in_a_fitting_unit(value: float, text: str) -> None:
+    made = row(1)
+    changed = PlanTable(rows=(plan_with_step_time(made, value),), recommended=0, reason="made up.")
+    assert text in shown(changed, 200)
+
+
+def plan_with_step_time(plan: Plan, value: float) -> Plan:
+    import dataclasses
+
+    return dataclasses.replace(plan, step_time_s=estimate(value))
