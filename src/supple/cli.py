@@ -13,7 +13,6 @@ from typing import Annotated, Any, final
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.core import TyperCommand
 
 from supple.core.interconnects import lookup
@@ -35,7 +34,6 @@ from supple.core.types import Infeasible
 from supple.eventlog import to_plain
 
 REFUSED, FAILED = 2, 1
-PICTURES = (".png", ".svg", ".pdf")
 
 app = typer.Typer(
     add_completion=False,
@@ -71,8 +69,7 @@ def messages(verbose: bool = False) -> Iterator[None]:
 
 def _unexpected(error: Exception) -> str:
     return (
-        f"unexpected {type(error).__name__}: {error}. That is not your script's fault alone: run "
-        "again with --verbose and report the traceback."
+        f"unexpected {type(error).__name__}: {error}. Run again with --verbose for its traceback."
     )
 
 
@@ -118,7 +115,10 @@ def train(
         str, typer.Option(help="auto (by optimizer), linear, sqrt, adascale or constant.")
     ] = "auto",
     reproducible: Annotated[
-        bool, typer.Option(help="The same bits in the weights for any count and history.")
+        bool,
+        typer.Option(
+            "--reproducible", help="The same bits in the weights for any count and history."
+        ),
     ] = False,
     logical_shards: Annotated[
         int, typer.Option(help="Parts a batch is cut into with --reproducible.")
@@ -129,7 +129,9 @@ def train(
         typer.Option(help="A checkpoint's folder; alone, or latest: the newest good one."),
     ] = None,
     checkpoint_every: Annotated[str, typer.Option(help="Time between checkpoints.")] = "5m",
-    ledger: Annotated[bool, typer.Option(help="Write down which samples were used.")] = False,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Write down which samples were used.")
+    ] = False,
     address: Annotated[str | None, typer.Option(help="A Ray cluster; default: here.")] = None,
     port: Annotated[int, typer.Option(help="Of the rendezvous; 0: any free one.")] = 0,
     cpus_per_worker: Annotated[float, typer.Option(help="Cores a worker reserves.")] = 1.0,
@@ -235,7 +237,9 @@ def plan(
         )
         most = parse_count(measure_workers, what="--measure-workers") if measure_workers else None
         if plot is not None:
-            _refuse_plot(plot)
+            from supple.picture import check_target
+
+            check_target(plot)
         _refuse_early(path, function, None)
         from supple import plan_view
         from supple.cluster.measure import ScriptFailed, job_model, measure
@@ -264,22 +268,12 @@ def plan(
             _tell(f"picture {plot}")
 
 
-def _refuse_plot(plot: Path) -> None:
-    if plot.suffix not in PICTURES:
-        raise SpecError(
-            f"--plot {plot}: no picture can be drawn into {plot.suffix or 'a file without a name'}"
-            f" files. End the name in {', '.join(PICTURES)}."
-        )
-    if not plot.resolve().parent.is_dir():
-        raise SpecError(f"--plot {plot}: there is no folder {plot.parent}. Make it first.")
-
-
 def _tell(line: str) -> None:
     typer.echo(line, err=True)
 
 
 def _refuse_early(script: str, function: str, job: str | None) -> None:
-    """What can be refused in no time, before torch and Ray are imported."""
+    """Refuse what can be in no time, before torch and Ray are imported."""
     from supple.cluster.control import refuse_second
     from supple.train.script import check
 
@@ -377,19 +371,26 @@ def _ask(
     typer.echo(json.dumps(answer) if as_json else tell(answer))
 
 
-@app.command(epilog="Example:\n\n  supple doctor")
-def doctor(as_json: Json = False) -> None:
+@app.command(epilog="Examples:\n\n  supple doctor\n\n  supple doctor --ray --json")
+def doctor(
+    ray: Annotated[bool, typer.Option("--ray", help="Start a Ray, too: some seconds.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
     """Check what this machine offers, and what is missing."""
-    from supple.doctor import examine
+    with messages(verbose):
+        from supple.doctor import examine
 
-    findings = examine()
+        findings = list(examine(with_ray=ray))
     if as_json:
-        typer.echo(json.dumps([{"what": f.what, "found": f.found, "ok": f.ok} for f in findings]))
+        fields = ("what", "found", "ok", "advice")
+        typer.echo(json.dumps([{name: getattr(f, name) for name in fields} for f in findings]))
     else:
-        table = Table(box=None, show_header=False)
         for finding in findings:
-            table.add_row("ok" if finding.ok else "!!", finding.what, finding.found)
-        Console(highlight=False).print(table)
+            mark = "ok     " if finding.ok else "problem"
+            typer.echo(f"{mark}  {finding.what:<14} {finding.found}")
+            if finding.advice:
+                typer.echo(f"         {finding.advice}")
     raise typer.Exit(0 if all(finding.ok for finding in findings) else FAILED)
 
 

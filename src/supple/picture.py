@@ -17,7 +17,7 @@ from matplotlib.ticker import (
 )
 
 from supple.core.planner import PlanTable
-from supple.core.spec import Objective
+from supple.core.spec import Objective, SpecError
 from supple.core.types import Estimate, Plan
 from supple.eventlog import last_run
 from supple.live import duration
@@ -38,6 +38,7 @@ _REASON_LENGTH = 118
 _LOG_FROM = 3.0
 """Range of a value (largest over smallest) from which its axis is logarithmic."""
 _DPI = 140
+_FORMATS = (".png", ".svg", ".pdf")
 _ROUND_TIMES_S = (
     *(seconds for seconds in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30)),
     *(60 * minutes for minutes in (1, 2, 5, 10, 20, 30)),
@@ -185,6 +186,17 @@ def _headline(
 
 
 # --- the plan -----------------------------------------------------------------------------------
+
+
+def check_target(plot: Path) -> None:
+    """Raise `SpecError` unless a picture can be drawn into `plot`, so far as its name tells."""
+    if plot.suffix not in _FORMATS:
+        raise SpecError(
+            f"--plot {plot}: what picture that should be is not known from its name. End it in "
+            f"{', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}."
+        )
+    if not plot.resolve().parent.is_dir():
+        raise SpecError(f"--plot {plot}: there is no folder {plot.parent}. Make it first.")
 
 
 def draw_plan(

@@ -1,0 +1,191 @@
+"""The event log and the controller's part of the ledger."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from supple.cluster.controller import Outcome
+from supple.core.ledger import prove
+from supple.core.spec import TrainSpec
+from supple.core.types import (
+    Decision,
+    FormGroup,
+    GroupFormed,
+    JobId,
+    Progress,
+    WorkerFinished,
+    WorkerId,
+    WorkerLost,
+)
+from supple.eventlog import EventLog, LedgerLog, last_run, to_plain
+
+JOB = JobId("digits")
+W0, W1 = WorkerId("w0"), WorkerId("w1")
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+class FullDisk(io.StringIO):
+    """A file on a disk that is full after `room` characters."""
+
+    name = "events.jsonl"
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def write(self, text: str) -> int:
+        if self.tell() + len(text) > self.room:
+            raise OSError(28, "No space left on device")
+        return super().write(text)
+
+
+def made_progress(**changes: Any) -> Progress:
+    fields: dict[str, Any] = {
+        "generation": 1,
+        "step": 10,
+        "epoch": 0,
+        "num_epochs": 2,
+        "samples_done": 640,
+        "samples_total": 3000,
+        "num_workers": 2,
+        "global_batch_size": 64,
+        "lr": 1e-3,
+        "step_time_s": 0.01,
+        "sync_time_s": 0.0,
+        "data_time_s": 0.0,
+        "noise_scale": None,
+        "efficiency": None,
+        "metrics": {"loss": 0.5},
+    }
+    return Progress(**(fields | changes))
+
+
+def lines(file: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.getvalue().splitlines()]
+
+
+def test_every_kind_of_record_has_its_kind_its_type_and_its_fields() -> None:
+    clock, file = Clock(), io.StringIO()
+    log = EventLog(file, clock=clock)
+    log.began(TrainSpec(name="digits", script="digits.py"))
+    log.happened(
+        WorkerLost(job_id=JOB, generation=1, worker_id=W0, cause="died", detail="signal 9")
+    )
+    log.acted(
+        FormGroup(job_id=JOB, generation=2, members=(W0, W1), global_batch_size=None, restore=None)
+    )
+    log.decided(Decision(job_id=JOB, generation=2, kind="recover", num_workers=1, reason="w0 died"))
+    log.progressed(made_progress())
+    log.printed("test accuracy 97 %")
+    clock.time += 2.5
+    log.ended(Outcome(status="finished", reason="training finished"))
+    written = lines(file)
+    assert [(record["kind"], record["type"]) for record in written] == [
+        ("begin", "TrainSpec"),
+        ("event", "WorkerLost"),
+        ("action", "FormGroup"),
+        ("decision", "Decision"),
+        ("progress", "Progress"),
+        ("print", "Line"),
+        ("end", "Outcome"),
+    ]
+    assert written[0]["name"] == "digits"
+    assert (written[1]["worker_id"], written[1]["cause"]) == ("w0", "died")
+    assert written[2]["members"] == ["w0", "w1"]
+    assert (written[3]["decision_kind"], written[3]["reason"]) == ("recover", "w0 died")
+    assert written[4]["metrics"] == {"loss": 0.5}
+    assert written[5]["line"] == "test accuracy 97 %"
+    assert (written[0]["t"], written[6]["t"]) == (0.0, 2.5)
+    assert all("time" in record for record in written)
+
+
+def test_a_loss_that_is_not_a_number_is_null_in_the_log() -> None:
+    file = io.StringIO()
+    EventLog(file).progressed(made_progress(metrics={"loss": float("nan"), "norm": float("inf")}))
+    assert "NaN" not in file.getvalue() and "Infinity" not in file.getvalue()
+    assert lines(file)[0]["metrics"] == {"loss": None, "norm": None}
+
+
+def test_a_full_disk_ends_the_log_in_that_file_and_nothing_else() -> None:
+    disk, pipe = FullDisk(room=250), io.StringIO()
+    log = EventLog(disk, pipe)
+    for _ in range(5):
+        log.printed("x" * 60)
+    assert len(lines(pipe)) == 5
+    assert 0 < len(lines(disk)) < 5
+    assert len(log.problems) == 1
+    assert "No space left on device" in log.problems[0] and "events.jsonl" in log.problems[0]
+
+
+def test_the_last_run_of_a_file_leaves_out_earlier_runs_and_torn_lines(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with path.open("w") as file:
+        for name in ("first", "second"):
+            log = EventLog(file)
+            log.began(TrainSpec(name=name, script="x.py"))
+            log.printed(f"from {name}")
+        file.write('{"t": 3.0, "kind": "pri')
+    found = last_run(path)
+    assert [record["kind"] for record in found] == ["begin", "print"]
+    assert found[1]["line"] == "from second"
+
+
+def test_plain_values_are_what_json_knows() -> None:
+    assert to_plain({"a": (1, (2.0, float("-inf"))), 3: "x"}) == {"a": [1, [2.0, None]], "3": "x"}
+
+
+def formed(worker_id: WorkerId, generation: int, step: int) -> GroupFormed:
+    return GroupFormed(job_id=JOB, generation=generation, worker_id=worker_id, step=step)
+
+
+def test_the_ledger_has_one_start_a_generation_and_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "ledger" / "controller.jsonl"
+    log = LedgerLog(path)
+    log.happened(formed(W0, 1, 0))
+    log.happened(formed(W1, 1, 0))
+    log.happened(formed(W0, 3, 7))
+    log.happened(WorkerFinished(job_id=JOB, generation=3, worker_id=W0, step=12))
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"kind": "generation", "generation": 1, "start_step": 0},
+        {"kind": "generation", "generation": 3, "start_step": 7},
+        {"kind": "end", "step": 12},
+    ]
+
+
+def test_the_ledger_of_a_run_that_went_back_ends_where_it_really_ended(tmp_path: Path) -> None:
+    """All workers died at step 9, and the run went on from a checkpoint of step 4."""
+    log = LedgerLog(tmp_path / "controller.jsonl")
+    log.happened(formed(W0, 1, 0))
+    log.happened(formed(W0, 2, 9))
+    log.happened(formed(W1, 3, 4))
+    log.happened(WorkerFinished(job_id=JOB, generation=3, worker_id=W1, step=6))
+    log.close()
+    written = (tmp_path / "controller.jsonl").read_text()
+    records = [json.loads(line) for line in written.splitlines()]
+    assert records[-1] == {"kind": "end", "step": 6}
+    reads = [
+        {"kind": "read", "generation": generation, "step": step, "epoch": 0, "ids": [step]}
+        for generation, steps in ((1, range(9)), (2, range(9, 10)), (3, range(4, 6)))
+        for step in steps
+    ]
+    report = prove([*records, *reads], expected=range(6), num_epochs=1)
+    assert report.is_exact, str(report)
+
+
+def test_a_ledger_that_cannot_be_written_does_not_end_training(tmp_path: Path) -> None:
+    log = LedgerLog(tmp_path / "controller.jsonl")
+    (tmp_path / "controller.jsonl").mkdir()
+    log.happened(formed(W0, 1, 0))
+    log.close()
+    assert (tmp_path / "controller.jsonl").is_dir()
