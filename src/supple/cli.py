@@ -6,8 +6,7 @@ Torch and Ray are imported inside the commands that need them, so that `--help` 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, final
 
@@ -15,6 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from supple.cluster.control import ask, refuse_second, running_jobs
 from supple.core.interconnects import lookup
 from supple.core.spec import (
     KNEE_RULE,
@@ -32,8 +32,8 @@ from supple.core.spec import (
 )
 from supple.core.types import Infeasible
 from supple.eventlog import to_plain
-
-REFUSED, FAILED = 2, 1
+from supple.refusals import FAILED, messages, refuse_used_port, split_target
+from supple.train.script import check
 
 app = typer.Typer(
     add_completion=False,
@@ -46,31 +46,6 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs, nothing else.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")]
-
-
-@contextmanager
-def messages(verbose: bool = False) -> Iterator[None]:
-    """An error is one message on stderr: a refusal with exit code 2, a failure with 1. No
-    traceback unless `verbose`."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        if verbose:
-            raise
-        if isinstance(error, SpecError):
-            typer.echo(f"supple: {error}", err=True)
-            raise typer.Exit(REFUSED) from None
-        ours = type(error).__module__.startswith("supple.")
-        typer.echo(f"supple: {error if ours else _unexpected(error)}", err=True)
-        raise typer.Exit(FAILED) from None
-
-
-def _unexpected(error: Exception) -> str:
-    return (
-        f"unexpected {type(error).__name__}: {error}. Run again with --verbose for its traceback."
-    )
 
 
 @final
@@ -176,7 +151,10 @@ def train(
             max_steps=max_steps,
             price_per_hour=parse_money(price, what="--price") if price else None,
         )
-        _refuse_early(path, function, spec.name)
+        check(path, function)
+        refuse_second(spec.name)
+        if address is None:
+            refuse_used_port(port)
         from supple.train_run import run
 
         succeeded = run(spec, resume=resume, as_json=as_json, verbose=verbose)
@@ -240,7 +218,7 @@ def plan(
             from supple.picture import check_target
 
             check_target(plot)
-        _refuse_early(path, function, None)
+        check(path, function)
         from supple import plan_view
         from supple.cluster.measure import ScriptFailed, job_model, measure
         from supple.core.planner import plan as make_plan
@@ -270,22 +248,6 @@ def plan(
 
 def _tell(line: str) -> None:
     typer.echo(line, err=True)
-
-
-def _refuse_early(script: str, function: str, job: str | None) -> None:
-    """Refuse what can be in no time, before torch and Ray are imported."""
-    from supple.cluster.control import refuse_second
-    from supple.train.script import check
-
-    check(script, function)
-    if job is not None:
-        refuse_second(job)
-
-
-def split_target(target: str) -> tuple[str, str]:
-    """`"train.py:main"` as ("train.py", "main"); the function is `train` unless named."""
-    path, colon, function = target.rpartition(":")
-    return (path, function) if colon and function.isidentifier() else (target, "train")
 
 
 @app.command(epilog="Example:\n\n  supple resize digits 3")
@@ -335,8 +297,6 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show the jobs that run on this machine."""
-    from supple.cluster.control import ask, running_jobs
-
     with messages():
         if job is not None:
             _ask(job, {"ask": "status"}, as_json, _status_line)
@@ -364,8 +324,6 @@ def _status_line(answer: dict[str, Any]) -> str:
 def _ask(
     job: str, request: dict[str, Any], as_json: bool, tell: Callable[[dict[str, Any]], str]
 ) -> None:
-    from supple.cluster.control import ask
-
     with messages():
         answer = ask(job, request)
     typer.echo(json.dumps(answer) if as_json else tell(answer))

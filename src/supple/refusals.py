@@ -1,0 +1,58 @@
+"""What the command line refuses at once, before torch and Ray are imported, and how any error is
+told: one message on stderr, exit code 2 for a refusal and 1 for a failure."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import typer
+
+from supple.core.spec import SpecError
+
+REFUSED, FAILED = 2, 1
+
+
+@contextmanager
+def messages(verbose: bool = False) -> Iterator[None]:
+    """An error is one message on stderr: a refusal with exit code 2, a failure with 1. No
+    traceback unless `verbose`."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if verbose:
+            raise
+        if isinstance(error, SpecError):
+            typer.echo(f"supple: {error}", err=True)
+            raise typer.Exit(REFUSED) from None
+        ours = type(error).__module__.startswith("supple.")
+        typer.echo(f"supple: {error if ours else _unexpected(error)}", err=True)
+        raise typer.Exit(FAILED) from None
+
+
+def _unexpected(error: Exception) -> str:
+    return (
+        f"unexpected {type(error).__name__}: {error}. Run again with --verbose for its traceback."
+    )
+
+
+def refuse_used_port(port: int) -> None:
+    """Raise `SpecError` if another program of this machine listens on `port`; 0 means any."""
+    if port == 0:
+        return
+    with closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise SpecError(
+                f"--port {port} cannot be used: {error.strerror}. Give another, or none to take a "
+                "free one."
+            ) from None
+
+
+def split_target(target: str) -> tuple[str, str]:
+    """`"train.py:main"` as ("train.py", "main"); the function is `train` unless named."""
+    path, colon, function = target.rpartition(":")
+    return (path, function) if colon and function.isidentifier() else (target, "train")

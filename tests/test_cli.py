@@ -1,0 +1,389 @@
+"""The command line: what it refuses and how, what it prints, and how it talks to a running job."""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from supple.cli import app, with_bare_resume
+from supple.cluster.control import ControlServer
+from supple.cluster.controller import Outcome
+from supple.core.spec import KNEE_RULE, SpecError, TrainSpec
+from supple.eventlog import last_run
+from supple.live import Tally
+from supple.refusals import messages, split_target
+from supple.train_run import ending, resume_command
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("train", "plan", "resize", "preempt", "stop", "status", "doctor")
+GOOD = "def train(job):\n    pass\n"
+JOB = f"cli-test-{os.getpid()}"
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_with_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, source in {
+        "good.py": GOOD,
+        "nothing.py": "x = 1\n",
+        "other.py": "def main(job):\n    pass\n",
+        "two.py": "def train(job, more):\n    pass\n",
+        "broken.py": "def train(job:\n",
+    }.items():
+        Path(name).write_text(source)
+    Path("folder.py").mkdir()
+    Path("a_file").write_text("")
+    Path("not_a_checkpoint").mkdir()
+
+
+def supple(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+REFUSALS: dict[str, tuple[str, list[str]]] = {
+    # a script that cannot be trained
+    "train absent.py": ("absent.py does not exist", []),
+    "train god.py": ("Did you mean good.py?", []),
+    "train folder.py": ("folder.py is a folder", []),
+    "train nothing.py": ("no function train(job)", ["put the training loop in one"]),
+    "train other.py": ("no function train(job)", ["other.py:main"]),
+    "train good.py:main": ("no function main(job)", ["good.py:train"]),
+    "train two.py": ("takes 2 arguments", ["exactly one"]),
+    "train broken.py": ("not valid Python", ["line 1"]),
+    "plan absent.py": ("absent.py does not exist", []),
+    "plan nothing.py": ("no function train(job)", []),
+    # counts
+    "train good.py --workers 4:2": ("MIN 4 is above MAX 2", ["--workers 2:4"]),
+    "train good.py --workers 0": ("MIN is 0", ["between 1 and"]),
+    "train good.py --workers -3:2": ("MIN is -3", ["between 1 and"]),
+    "train good.py --workers 1:999999999": ("MAX is 999999999", ["between 1 and"]),
+    "train good.py --workers many": ("'many': not a whole number", []),
+    "train good.py --workers 1.5": ("'1.5': not a whole number", []),
+    "train good.py --workers 2:": ("'': not a whole number", []),
+    "train good.py --max-steps 0": ("--max-steps is 0", ["at least 1"]),
+    "train good.py --logical-shards 0": ("--logical-shards is 0", ["at least 1"]),
+    "train good.py --max-failures -1": ("--max-failures is -1", ["at least 0"]),
+    "train good.py --cpus-per-worker 0": ("--cpus-per-worker is 0", ["more than 0"]),
+    "train good.py --cpus-per-worker nan": ("--cpus-per-worker is nan", []),
+    "train good.py --gpus-per-worker -1": ("--gpus-per-worker is -1", []),
+    "train good.py --port 70000": ("--port is 70000", ["65535"]),
+    "train good.py --port -1": ("--port is -1", []),
+    "train good.py --seed -1": ("--seed is -1", []),
+    "plan good.py --max-workers 0": ("--max-workers is 0", []),
+    "plan good.py --workers-per-node x": ("'x': not a whole number", []),
+    "plan good.py --measure-workers 0": ("--measure-workers is 0", []),
+    # times and money
+    "train good.py --checkpoint-every never": ("'never': not a time", ["15m"]),
+    "train good.py --checkpoint-every 0": ("must be positive", []),
+    "train good.py --heartbeat-timeout -4s": ("not a time", []),
+    "train good.py --price free": ("'free': not a number", []),
+    "train good.py --price -1": ("positive and finite", []),
+    "train good.py --price nan": ("positive and finite", []),
+    "plan good.py --deadline soon": ("'soon': not a time", []),
+    "plan good.py --deadline inf": ("positive and finite", []),
+    "plan good.py --budget 0": ("positive and finite", []),
+    "plan good.py --budget 1 --deadline 2h": ("both given", ["choose the one"]),
+    # the schedule
+    "train good.py --schedule 20s": ("no count", ["20s:2,40s:4"]),
+    "train good.py --workers 1:4 --schedule 20s:8": ("8 workers at 20s is outside", ["1:4"]),
+    "train good.py --schedule 20s:2,10s:1": ("does not come after", ["increasing"]),
+    # names and combinations
+    "train good.py --name a/b": ("'a/b' is not usable as a folder", []),
+    "train good.py --batch big": ("fixed or adaptive", []),
+    "train good.py --lr-rule magic": ("no such rule", ["adascale"]),
+    "plan good.py --lr-rule magic": ("no such rule", ["adascale"]),
+    "plan good.py --interconnect rope": ("rope", ["ethernet-25"]),
+    "train good.py --reproducible --batch adaptive": ("choose one", []),
+    "train good.py --reproducible --workers 1:9": ("8 logical shards", ["--logical-shards"]),
+    "plan good.py --plot plan.txt": ("plan.txt", [".png"]),
+    "plan good.py --plot nowhere/plan.png": ("no folder nowhere", []),
+    # what is on the disk
+    "train good.py --resume": ("no good checkpoint", ["Start without --resume"]),
+    "train good.py --resume latest": ("no good checkpoint", ["--name"]),
+    "train good.py --resume absent": ("--resume absent: no such checkpoint", []),
+    "train good.py --run-dir a_file": ("cannot be made", ["--run-dir"]),
+    # jobs that do not run
+    "resize nobody 3": ("no running job 'nobody'", ["supple train"]),
+    "stop nobody": ("no running job 'nobody'", []),
+    "status nobody": ("no running job 'nobody'", []),
+    "preempt nobody w0": ("no running job 'nobody'", []),
+    "preempt nobody w0 --in yesterday": ("'yesterday': not a time", []),
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSALS)
+def test_it_refuses_with_one_message_and_exit_code_2(arguments: str) -> None:
+    said, more = REFUSALS[arguments]
+    result = supple(*arguments.split())
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("supple: ")
+    assert len(result.stderr.splitlines()) == 1
+    for words in (said, *more):
+        assert words in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_a_refusal_starts_nothing_and_leaves_no_folder() -> None:
+    before = sorted(path.name for path in Path().iterdir())
+    supple("train", "nothing.py")
+    supple("train", "good.py", "--workers", "0")
+    assert sorted(path.name for path in Path().iterdir()) == before
+
+
+@pytest.mark.parametrize("arguments", ["train", "train good.py --colour", "dance", "resize digits"])
+def test_a_usage_error_names_the_problem_and_exits_with_2(arguments: str) -> None:
+    result = supple(*arguments.split())
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    assert "Usage:" in result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_with_an_example(command: str) -> None:
+    result = supple(command, "--help")
+    assert result.exit_code == 0
+    assert f"supple {command}" in result.stdout.partition("Example")[2]
+
+
+def test_the_help_of_plan_states_the_rule_of_the_knee() -> None:
+    words = " ".join(supple("plan", "--help").stdout.split())
+    assert KNEE_RULE in words
+
+
+def test_the_help_of_train_documents_its_exit_codes() -> None:
+    words = " ".join(supple("train", "--help").stdout.split())
+    assert "0 finished" in words and "1 failed" in words and "2 refused" in words
+
+
+def test_refusing_imports_neither_torch_nor_ray() -> None:
+    program = (
+        "import sys\n"
+        "from supple.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n"
+        "    heavy = {'torch', 'ray', 'matplotlib'} & sys.modules.keys()\n"
+        "    sys.exit(f'imported {heavy}' if heavy else end.code)\n"
+    )
+    for arguments, code in ((["--help"], 0), (["train", "absent.py"], 2), (["plan", "no.py"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stderr
+
+
+def test_an_unexpected_error_is_one_line_unless_verbose() -> None:
+    def fail(verbose: bool) -> None:
+        with messages(verbose):
+            raise ZeroDivisionError("division by zero")
+
+    with pytest.raises(ZeroDivisionError):
+        fail(True)
+    with pytest.raises(typer.Exit) as caught:
+        fail(False)
+    assert caught.value.exit_code == 1
+
+
+def test_verbose_lets_a_refusal_through_with_its_traceback() -> None:
+    result = supple("train", "absent.py", "--verbose")
+    assert isinstance(result.exception, SpecError)
+
+
+def test_a_target_may_name_its_function() -> None:
+    assert split_target("train.py") == ("train.py", "train")
+    assert split_target("train.py:main") == ("train.py", "main")
+    assert split_target("C:/train.py") == ("C:/train.py", "train")
+
+
+def test_resume_may_stand_alone() -> None:
+    assert with_bare_resume(["x.py", "--resume"]) == ["x.py", "--resume", "latest"]
+    assert with_bare_resume(["--resume", "--json"]) == ["--resume", "latest", "--json"]
+    assert with_bare_resume(["--resume", "runs/a"]) == ["--resume", "runs/a"]
+
+
+# --- what is told at the end --------------------------------------------------------------------
+
+SPEC = TrainSpec(name="digits", script="/x/digits.py", min_workers=1, max_workers=4)
+
+
+def test_a_stopped_run_says_how_to_go_on() -> None:
+    outcome = Outcome(status="stopped", reason="Ctrl-C", checkpoint="/runs/step-00000010")
+    told = "\n".join(ending(SPEC, outcome, Tally()))
+    assert told.startswith("supple: stopped: Ctrl-C")
+    assert "--resume /runs/step-00000010" in told
+
+
+def test_the_command_that_goes_on_is_one_the_command_line_takes() -> None:
+    spec = TrainSpec(name="digits", script="absent.py", function="main", max_workers=4)
+    words = resume_command(spec, "/runs/step-00000010").split()
+    result = supple(*words[1:])
+    assert "the script absent.py does not exist" in result.stderr
+
+
+def test_a_failed_run_shows_the_scripts_traceback_and_the_last_checkpoint() -> None:
+    outcome = Outcome(
+        status="failed", reason="w0 raised", detail="ValueError: no data", checkpoint="/runs/s9"
+    )
+    told = ending(SPEC, outcome, Tally())
+    assert "ValueError: no data" in told
+    assert any("--resume /runs/s9" in line for line in told)
+
+
+def test_a_finished_run_needs_no_advice() -> None:
+    outcome = Outcome(status="finished", reason="all epochs", checkpoint="/runs/s9")
+    assert not any("--resume" in line for line in ending(SPEC, outcome, Tally()))
+
+
+# --- a running job ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def running() -> Iterator[list[Mapping[str, Any]]]:
+    """A job that answers as the controller does; the requests that it got."""
+    requests: list[Mapping[str, Any]] = []
+
+    def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+        requests.append(request)
+        match request["ask"]:
+            case "resize" if int(request["num_workers"]) > 4:
+                raise SpecError("9 workers were asked for, the job has --workers 1:4.")
+            case "resize":
+                return {"accepted": int(request["num_workers"])}
+            case "preempt":
+                return {"accepted": list(request["workers"])}
+            case "stop":
+                return {"accepted": "stop"}
+            case _:
+                return {
+                    "job": JOB,
+                    "phase": "running",
+                    "generation": 2,
+                    "members": ["w0", "w1"],
+                    "pids": {"w0": 11, "w1": 12},
+                    "progress": {"step": 40},
+                }
+
+    loop = asyncio.new_event_loop()
+    server = ControlServer(JOB, answer)
+    loop.run_until_complete(server.start())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield requests
+    asyncio.run_coroutine_threadsafe(server.stop(), loop).result(5)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_resize_asks_the_job(running: list[Mapping[str, Any]]) -> None:
+    result = supple("resize", JOB, "3")
+    assert (result.exit_code, result.stdout) == (0, f"{JOB}: 3 workers wanted\n")
+    assert running == [{"ask": "resize", "num_workers": "3"}]
+
+
+def test_a_resize_that_the_job_refuses_is_a_refusal(running: list[Mapping[str, Any]]) -> None:
+    result = supple("resize", JOB, "9")
+    assert result.exit_code == 2
+    assert "the job has --workers 1:4" in result.stderr
+    assert len(running) == 1
+
+
+def test_preempt_tells_whom_and_when(running: list[Mapping[str, Any]]) -> None:
+    result = supple("preempt", JOB, "w0", "w1", "--in", "2m")
+    assert result.exit_code == 0, result.output
+    assert running == [{"ask": "preempt", "workers": ["w0", "w1"], "notice_s": 120.0}]
+
+
+def test_stop_as_json(running: list[Mapping[str, Any]]) -> None:
+    assert json.loads(supple("stop", JOB, "--json").stdout) == {"accepted": "stop"}
+    assert running == [{"ask": "stop"}]
+
+
+@pytest.mark.usefixtures("running")
+def test_status_shows_one_job_or_all_for_people_and_for_programs() -> None:
+    line = f"{JOB}: running, step 40, generation 2, 2 workers: w0 (pid 11), w1 (pid 12)\n"
+    assert supple("status", JOB).stdout == line
+    assert line in supple("status").stdout
+    assert json.loads(supple("status", JOB, "--json").stdout)["pids"] == {"w0": 11, "w1": 12}
+    assert JOB in [answer["job"] for answer in json.loads(supple("status", "--json").stdout)]
+
+
+@pytest.mark.usefixtures("running")
+def test_a_second_job_of_the_same_name_is_refused_before_anything_starts() -> None:
+    result = supple("train", "good.py", "--name", JOB)
+    assert result.exit_code == 2
+    assert "already running" in result.stderr
+    assert not Path("supple-runs").exists()
+
+
+def test_a_port_in_use_is_refused_before_anything_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = supple("train", "good.py", "--port", port)
+    assert result.exit_code == 2
+    assert f"--port {port} cannot be used" in result.stderr
+    assert not Path("supple-runs").exists()
+
+
+# --- the machine --------------------------------------------------------------------------------
+
+
+def test_doctor_looks_at_everything_and_says_so_in_json() -> None:
+    result = supple("doctor", "--json")
+    findings = {finding["what"]: finding for finding in json.loads(result.stdout)}
+    for what in ("python", "torch", "ray", "cores", "memory", "disk here", "process group"):
+        assert what in findings
+    assert findings["process group"]["ok"]
+    assert findings["telemetry"]["ok"]
+    assert result.exit_code == (0 if all(f["ok"] for f in findings.values()) else 1)
+
+
+def test_doctor_says_what_to_do_about_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    result = supple("doctor")
+    assert result.exit_code == 1
+    assert "problem" in result.stdout
+    assert "Unset RAY_USAGE_STATS_ENABLED" in result.stdout
+
+
+# --- with a real Ray ----------------------------------------------------------------------------
+
+
+def real(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "supple.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_run_in_a_pipe_is_told_in_plain_lines_and_leaves_a_log_and_a_picture() -> None:
+    script = str(ROOT / "examples" / "digits.py")
+    done = real("train", script, "--workers", "1", "--name", f"{JOB}-run", "--run-dir", "runs")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "test accuracy 9" in done.stdout and "samples/s" in done.stdout
+    assert "supple: finished" in done.stderr
+    assert "720 steps in" in done.stderr and "on 1 worker: 0 resizes, 0 recoveries" in done.stderr
+    folder = Path("runs") / f"{JOB}-run"
+    records = last_run(folder / "events.jsonl")
+    assert (records[0]["kind"], records[-1]["kind"]) == ("begin", "end")
+    assert records[-1]["status"] == "finished"
+    assert (folder / "run.png").stat().st_size > 10_000
+    assert list((folder / "tensorboard").glob("events.out.*"))
