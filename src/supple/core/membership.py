@@ -134,8 +134,9 @@ class JobState:
 
     @property
     def standing_by(self) -> tuple[WorkerId, ...]:
-        """Ready and in no generation, oldest first."""
-        return tuple(self._with_status(WorkerStatus.STANDBY))
+        """Ready and in no generation: those that still hold state first, then the oldest."""
+        found = self._with_status(WorkerStatus.STANDBY)
+        return tuple(sorted(found, key=lambda w: self.workers[w].step < 0))
 
     @property
     def starting(self) -> tuple[WorkerId, ...]:
@@ -147,18 +148,21 @@ class JobState:
     @property
     def joinable(self) -> tuple[WorkerId, ...]:
         """Who may be in the next generation: members by seniority, then those standing by."""
-        return tuple(w for w in (*self.present, *self.standing_by) if not self.workers[w].leaving)
+        return tuple(
+            w
+            for w in (*self.present, *self.standing_by)
+            if not self.workers[w].leaving and not self.workers[w].finished
+        )
 
     @property
     def next_members(self) -> tuple[WorkerId, ...]:
         """The next generation in rank order, its members having stopped; empty: too few.
 
-        Not for the survivors of the last fence, who re-form among themselves.
         Someone with the newest state is always in it, even if it is one too many and about to be
         taken by its platform: the next shrink lets it go, when others have the state too. Without
         MIN others, those about to be taken stay as long as they can.
         """
-        order = (*self.present, *self.standing_by)
+        order = [w for w in (*self.present, *self.standing_by) if not self.workers[w].finished]
         pool = list(self.joinable)
         if len(pool) < self.spec.min_workers:
             pool += [w for w in order if self.workers[w].leaving]
