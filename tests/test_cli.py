@@ -1,8 +1,10 @@
 """The command line: what it refuses and how, what it prints, and how it talks to a running job."""
 
 import asyncio
+import dataclasses
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from supple.core.spec import KNEE_RULE, SpecError, TrainSpec
 from supple.eventlog import last_run
 from supple.live import Tally
 from supple.refusals import messages, split_target
-from supple.train_run import ending, resume_command
+from supple.train_run import OPTIONS, ending, resume_command
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("train", "plan", "resize", "preempt", "stop", "status", "doctor")
@@ -224,10 +226,28 @@ def test_a_stopped_run_says_how_to_go_on() -> None:
 
 
 def test_the_command_that_goes_on_is_one_the_command_line_takes() -> None:
-    spec = TrainSpec(name="digits", script="absent.py", function="main", max_workers=4)
-    words = resume_command(spec, "/runs/step-00000010").split()
-    result = supple(*words[1:])
-    assert "the script absent.py does not exist" in result.stderr
+    spec = TrainSpec(
+        name="digits",
+        script="absent here.py",
+        function="main",
+        max_workers=4,
+        reproducible=True,
+        seed=7,
+        checkpoint_every_s=90.5,
+        price_per_hour=2.5,
+    )
+    command = resume_command(spec, "/runs/step-00000010")
+    for words in ("--reproducible", "--seed 7", "--checkpoint-every 90.5", "--price 2.5"):
+        assert words in command
+    assert "--ledger" not in command and "--batch" not in command
+    result = supple(*shlex.split(command)[1:])
+    assert "the script absent here.py does not exist" in result.stderr
+
+
+def test_every_field_that_shapes_a_job_is_carried_over_when_it_goes_on() -> None:
+    elsewhere = {"name", "script", "function", "min_workers", "max_workers", "run_dir", "resume"}
+    fields = {field.name for field in dataclasses.fields(TrainSpec)}
+    assert fields - elsewhere - {"schedule"} == OPTIONS.keys()
 
 
 def test_a_failed_run_shows_the_scripts_traceback_and_the_last_checkpoint() -> None:

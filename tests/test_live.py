@@ -20,7 +20,7 @@ from supple.core.types import (
     WorkerId,
     WorkerLost,
 )
-from supple.live import LiveLine, Tally, duration, in_words, progress_parts
+from supple.live import LiveLine, Tally, duration, how_far, in_words, with_what
 
 JOB = JobId("digits")
 
@@ -57,7 +57,8 @@ def made_progress(**changes: Any) -> Progress:
 
 
 def text_of(progress: Progress, max_steps: int | None = None) -> str:
-    return "".join(text for text, _ in progress_parts("digits", progress, max_steps))
+    parts = [*how_far("digits", progress, max_steps), ("  ", ""), *with_what(progress)]
+    return "".join(text for text, _ in parts)
 
 
 def decision(kind: str, reason: str) -> Decision:
@@ -72,7 +73,13 @@ def plain() -> tuple[io.StringIO, Clock, LiveLine]:
 def test_the_line_says_how_far_how_long_with_what_and_how_fast() -> None:
     text = text_of(made_progress())
     assert text.startswith("digits  ━━━━━━──────────────────  25%  30s left")
-    for part in ("2 workers gen 3", "2,500 samples/s", "loss 0.5123", "batch 250", "lr 0.0003"):
+    for part in (
+        "2 workers  generation 3",
+        "2,500 samples/s",
+        "loss 0.5123",
+        "batch 250",
+        "lr 0.0003",
+    ):
         assert part in text
     assert "epoch 2/4" in text and "step 100" in text
     assert "goodput" not in text
@@ -147,7 +154,8 @@ def test_a_terminal_keeps_the_line_below_and_scrolls_decisions_above_it() -> Non
     shown = stream.getvalue()
     assert "\x1b[" in shown
     assert "start: 2 workers ready" in shown
-    assert "25%" in shown and "…" in shown, "the last picture, cut at the width"
+    assert "25%" in shown and "2 workers" in shown and "lr 0.0003" in shown
+    assert "…" in shown, "cut at the width instead of wrapped"
 
 
 def started(tally: Tally, *names: str) -> None:

@@ -1,5 +1,5 @@
-"""What a person sees while a job trains: a live line in a terminal, plain lines in a pipe, and at
-the end how it went."""
+"""What a person sees while a job trains: three live lines in a terminal, plain lines in a pipe, and
+at the end how it went."""
 
 import time
 from collections.abc import Callable
@@ -36,8 +36,8 @@ Parts = list[tuple[str, str]]
 class LiveLine:
     """An observer for people. Use it as a context manager.
 
-    In a terminal the last line is live and what was decided scrolls by above it; elsewhere there
-    is a plain line for every decision and one for progress every 5 s, without escape codes.
+    In a terminal the last lines are live and what was decided scrolls by above them; elsewhere
+    there is a plain line for every decision and one for progress every 5 s, without escape codes.
     """
 
     def __init__(
@@ -98,27 +98,31 @@ class LiveLine:
         now = self._clock()
         if self._live is None and now >= self._plain_due:
             self._plain_due = now + _PLAIN_EVERY_S
-            parts = progress_parts(self._name, progress, self._max_steps)
-            self._say("".join(part for part, _ in parts), "")
+            parts = [*how_far(self._name, progress, self._max_steps), ("  ", "")]
+            self._say("".join(part for part, _ in parts + with_what(progress)), "")
 
     def _say(self, text: str, style: str) -> None:
         stamp = f"{self._clock() - self._began:7.1f}s  "
         self._console.print(Text.assemble((stamp, "dim"), (text, style)), soft_wrap=True)
 
     def _picture(self) -> Group:
-        parts: Parts = [(self._name, "bold")]
+        lines: list[Parts] = [[(self._name, "bold")]]
         if self._progress is not None:
-            parts = progress_parts(self._name, self._progress, self._max_steps)
-        return Group(_one_line(parts), _one_line([(f"└ {self._decision}", "dim")]))
+            lines = [
+                how_far(self._name, self._progress, self._max_steps),
+                [("├ ", "dim"), *with_what(self._progress)],
+            ]
+        lines.append([(f"└ {self._decision}", "dim")])
+        return Group(*(_one_line(parts) for parts in lines))
 
 
-def progress_parts(name: str, progress: Progress, max_steps: int | None) -> Parts:
-    """The live line in styled parts: how far, how long still, with what, how fast, what it learns.
+def how_far(name: str, progress: Progress, max_steps: int | None) -> Parts:
+    """How far, how long still, and what it learns, in styled parts.
 
     The share done is of all samples, or of `max_steps` where that end comes first; where neither
     end is known there is no bar.
     """
-    rate = progress.global_batch_size / max(progress.step_time_s, 1e-9)
+    rate = _samples_per_s(progress)
     ends: list[tuple[float, float]] = []
     if progress.samples_total:
         left = max(0, progress.samples_total - progress.samples_done)
@@ -133,22 +137,29 @@ def progress_parts(name: str, progress: Progress, max_steps: int | None) -> Part
         parts += [
             ("━" * filled, "green"),
             ("─" * (_BAR - filled), "dim"),
-            (f" {done:4.0%}  {duration(left_s)} left  ", ""),
+            (f" {min(done, 1.0):4.0%}  {duration(left_s)} left  ", ""),
         ]
     epoch = min(progress.epoch + 1, progress.num_epochs)
-    parts += [
+    parts.append((f"epoch {epoch}/{progress.num_epochs}  step {progress.step:,}", "dim"))
+    return parts + [(f"  {name} {value:.4g}", "bold") for name, value in progress.metrics.items()]
+
+
+def with_what(progress: Progress) -> Parts:
+    """With how many workers, which batch and learning rate, and how fast, in styled parts."""
+    rate = _samples_per_s(progress)
+    parts: Parts = [
         (in_words(progress.num_workers), "cyan"),
-        (f" gen {progress.generation}  ", "dim"),
-        (f"{rate:,.0f} samples/s", "green"),
+        (f"  generation {progress.generation}", "dim"),
+        (f"  batch {progress.global_batch_size}  lr {progress.lr:.3g}", ""),
+        (f"  {rate:,.0f} samples/s", "green"),
     ]
     if progress.efficiency is not None:
-        parts.append((f" goodput {rate * progress.efficiency:,.0f}", "green"))
-    parts += [(f"  {name} {value:.4g}", "bold") for name, value in progress.metrics.items()]
-    parts += [
-        (f"  batch {progress.global_batch_size}  lr {progress.lr:.3g}", ""),
-        (f"  epoch {epoch}/{progress.num_epochs}  step {progress.step:,}", "dim"),
-    ]
+        parts.append((f"  goodput {rate * progress.efficiency:,.0f}", "green"))
     return parts
+
+
+def _samples_per_s(progress: Progress) -> float:
+    return progress.global_batch_size / max(progress.step_time_s, 1e-9)
 
 
 @final

@@ -1,8 +1,9 @@
 """One `supple train` for a person: the job, what is shown and written while it runs, and what is
 told at its end."""
 
+import dataclasses
+import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,12 +16,31 @@ from supple.eventlog import EventLog, LedgerLog
 from supple.live import LiveLine, Tally
 from supple.picture import draw_run
 
+OPTIONS = {
+    "batch": "--batch",
+    "lr_rule": "--lr-rule",
+    "reproducible": "--reproducible",
+    "num_logical_shards": "--logical-shards",
+    "seed": "--seed",
+    "checkpoint_every_s": "--checkpoint-every",
+    "ledger": "--ledger",
+    "address": "--address",
+    "port": "--port",
+    "cpus_per_worker": "--cpus-per-worker",
+    "gpus_per_worker": "--gpus-per-worker",
+    "heartbeat_timeout_s": "--heartbeat-timeout",
+    "max_failures": "--max-failures",
+    "max_steps": "--max-steps",
+    "price_per_hour": "--price",
+}
+"""Fields of a `TrainSpec` and the options that set them."""
+
 
 def run(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) -> bool:
     """Train to the end; did it finish, or was it stopped and saved? With `as_json` stdout gets the
     event log's records and nothing else. Raises what `launch.train` raises."""
     folder = launch.prepare(spec)
-    spec = replace(spec, script=str(Path(spec.script).resolve()))
+    spec = dataclasses.replace(spec, script=str(Path(spec.script).resolve()))
     if resume is not None:
         spec, said = launch.resumed(spec, resume)
         _tell(said)
@@ -62,12 +82,19 @@ def ending(spec: TrainSpec, outcome: Outcome, tally: Tally) -> list[str]:
 
 
 def resume_command(spec: TrainSpec, checkpoint: str) -> str:
-    """The command line that goes on from `checkpoint` as the same job."""
+    """The command line that goes on from `checkpoint` as the same job, with every option that was
+    not left at its default. A schedule is left out: it counts from the beginning of a run."""
     target = spec.script if spec.function == "train" else f"{spec.script}:{spec.function}"
-    return (
-        f"supple train {target} --name {spec.name} --run-dir {spec.run_dir} "
-        f"--workers {spec.min_workers}:{spec.max_workers} --resume {checkpoint}"
-    )
+    words = ["supple", "train", target, "--name", spec.name, "--run-dir", spec.run_dir]
+    words += ["--workers", f"{spec.min_workers}:{spec.max_workers}"]
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if field.name not in OPTIONS or value == field.default:
+            continue
+        words.append(OPTIONS[field.name])
+        if value is not True:
+            words.append(f"{value:g}" if isinstance(value, float) else str(value))
+    return shlex.join([*words, "--resume", checkpoint])
 
 
 def _tell_files(folder: Path) -> None:
