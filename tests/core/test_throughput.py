@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -161,6 +162,8 @@ def broken(**fields: float) -> StepMeasurement:
         [broken(forward_s=float("inf"))],
         [broken(num_workers=0)],
         [broken(data_s=-0.1)],
+        [broken(num_accumulation_steps=0)],
+        [broken(num_nodes=2)],
     ],
 )
 def test_measurements_that_cannot_be_are_refused(steps: list[StepMeasurement]) -> None:
@@ -172,3 +175,85 @@ def test_an_unknown_link_is_refused_with_the_known_ones() -> None:
     with pytest.raises(SpecError, match=r"carrier-pigeon.*infiniband-200"):
         lookup("carrier-pigeon")
     assert all(link.source for link in INTERCONNECTS.values())
+
+
+@pytest.mark.parametrize(("workers", "size", "time_s"), [(1, 8, 1.0), (2, 0, 1.0), (2, 8, 0.0)])
+def test_an_all_reduce_that_cannot_be_is_refused(workers: int, size: int, time_s: float) -> None:
+    wrong = CollectiveMeasurement(num_workers=workers, message_bytes=size, time_s=time_s)
+    with pytest.raises(ValueError, match="at least 2 workers"):
+        fit(
+            ALONE,
+            [wrong],
+            gradient_bytes=GRADIENT_BYTES,
+            link=lookup("pcie4"),
+            workers_per_node=8,
+        )
+
+
+def test_a_configuration_measured_twice_is_given_as_the_median() -> None:
+    slow, slower = measured(2, 32, factor=1.02), measured(2, 32, factor=1.04)
+    found = model_of(*ALONE, measured(2, 32), slow, slower).predict(2, 32)
+    assert found.value == slow.step_time_s
+    assert found.source == "measured"
+
+
+def test_refining_replaces_what_was_measured_before() -> None:
+    model = model_of(*ALONE, measured(2, 32)).refine(measured(2, 32, factor=1.3))
+    assert len(model.steps) == len(ALONE) + 1
+    assert model.predict(2, 32).value == pytest.approx(1.3 * true_time(2, 32)[0])
+
+
+def across(workers: int, nodes: int) -> StepMeasurement:
+    """The made-up machine, 2 workers a node, 0.1 ms and 2 GB/s between nodes."""
+    step, compute = true_time(2, 32)
+    step += 2 * (nodes - 1) * 1e-4 + 2 * (nodes - 1) / nodes * GRADIENT_BYTES / 2e9
+    return StepMeasurement(
+        num_workers=workers,
+        num_nodes=nodes,
+        micro_batch_size=32,
+        num_accumulation_steps=1,
+        forward_s=compute / 3,
+        backward_s=compute * 2 / 3,
+        optimizer_s=0.008,
+        data_s=0.0,
+        sync_s=step - compute - 0.008,
+        step_time_s=step,
+    )
+
+
+def test_two_and_three_nodes_foretell_eight() -> None:
+    model = fit(
+        [*ALONE, measured(2, 32), across(4, 2), across(6, 3)],
+        gradient_bytes=GRADIENT_BYTES,
+        link=lookup("ethernet-25"),
+        local_link=lookup("loopback"),
+        workers_per_node=2,
+    )
+    true = across(16, 8).step_time_s
+    found = model.predict(16, 32)
+    assert found.source == "fitted"
+    assert found.low <= true <= found.high
+    assert found.value == pytest.approx(true, rel=0.1)
+
+
+def test_what_was_measured_on_two_nodes_is_not_taken_for_one() -> None:
+    apart = StepMeasurement(
+        **{name: getattr(measured(2, 32), name) for name in StepMeasurement.__slots__}
+        | {"num_nodes": 2}
+    )
+    assert model_of(*ALONE, apart).predict(2, 32).source == "fitted"
+
+
+def test_four_of_five_intervals_hold_the_truth() -> None:
+    rng = np.random.default_rng(7)
+    held: list[bool] = []
+    for _ in range(40):
+        steps = [
+            measured(workers, size, factor=math.exp(rng.normal(0.0, 0.03)))
+            for workers, size in ((1, 8), (1, 16), (1, 32), (1, 64), (2, 16), (2, 64))
+        ]
+        model = model_of(*steps)
+        for workers in (3, 4, 8):
+            found = model.predict(workers, 32)
+            held.append(found.low <= true_time(workers, 32)[0] <= found.high)
+    assert np.mean(held) >= 0.7

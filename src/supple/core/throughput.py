@@ -15,7 +15,7 @@ the curvature at the optimum, plus what the fit leaves unexplained.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,9 @@ NOISE_FLOOR = 0.03
 
 _CAUCHY = 3.0
 """Residuals beyond so many times the scatter count as outliers."""
+
+_NUDGE = 1e-6
+"""Step of the forward differences, in logarithms."""
 
 _A, _B, _ALPHA, _BETA, _ALPHA_X, _BETA_X, _OVERLAP, _STRAGGLE = range(8)
 _Vector = npt.NDArray[np.float64]
@@ -97,32 +100,16 @@ class StepTimeModel:
         """Seconds of a step with an 80 % interval. A configuration that was measured is given as
         measured; `assumed` if it crosses to other nodes and none was measured doing so, else
         `fitted`."""
-        for step in self.steps:
-            if _key(step) == (num_workers, micro_batch_size, num_accumulation_steps):
-                width = math.exp(Z80 * NOISE_FLOOR)
-                return Estimate(
-                    value=step.step_time_s,
-                    low=step.step_time_s / width,
-                    high=step.step_time_s * width,
-                    source="measured",
-                )
+        key = (num_workers, self._nodes(num_workers), micro_batch_size, num_accumulation_steps)
+        seen = [step.step_time_s for step in self.steps if _key(step) == key]
+        if seen:
+            value, width = float(np.median(seen)), math.exp(Z80 * NOISE_FLOOR)
+            return Estimate(value=value, low=value / width, high=value * width, source="measured")
         x = np.asarray(self.log_parameters)
-        value = self._time(x, num_workers, micro_batch_size, num_accumulation_steps)
-        nudge = 1e-4
-        gradient = np.array(
-            [
-                (
-                    math.log(
-                        self._time(
-                            x + nudge * unit, num_workers, micro_batch_size, num_accumulation_steps
-                        )
-                    )
-                    - math.log(value)
-                )
-                / nudge
-                for unit in np.eye(len(x))
-            ]
+        times = self._times(
+            _around(x).T[..., None], num_workers, micro_batch_size, num_accumulation_steps
         )
+        value, gradient = float(times[0, 0]), np.log(times[1:, 0] / times[0, 0]) / _NUDGE
         spread = float(gradient @ np.asarray(self.covariance) @ gradient)
         width = Z80 * math.sqrt(spread + self.scatter**2)
         return Estimate(
@@ -136,11 +123,10 @@ class StepTimeModel:
         self, num_workers: int, micro_batch_size: int, num_accumulation_steps: int = 1
     ) -> StepParts:
         """The breakdown of `predict`'s value."""
-        x = np.exp(np.asarray(self.log_parameters))
+        x_log = np.asarray(self.log_parameters)
+        x = np.exp(x_log)
         compute = x[_A] + x[_B] * micro_batch_size
-        total = self._time(
-            np.asarray(self.log_parameters), num_workers, micro_batch_size, num_accumulation_steps
-        )
+        total = float(self._times(x_log, num_workers, micro_batch_size, num_accumulation_steps))
         data = self.data_s_per_sample * micro_batch_size * num_accumulation_steps
         alone = num_accumulation_steps * float(compute)
         return StepParts(
@@ -163,14 +149,15 @@ class StepTimeModel:
             workers_per_node=self.workers_per_node,
         )
 
-    def _time(
+    def _nodes(self, num_workers: int) -> int:
+        return -(-num_workers // self.workers_per_node)
+
+    def _times(
         self, log_parameters: _Vector, num_workers: int, micro_batch: int, accumulation: int
-    ) -> float:
-        shape = _Shape.of(
-            num_workers, -(-num_workers // self.workers_per_node), micro_batch, accumulation
-        )
+    ) -> Any:
+        shape = _Shape.of(num_workers, self._nodes(num_workers), micro_batch, accumulation)
         fixed = self.optimizer_s + self.data_s_per_sample * micro_batch * accumulation
-        return float(_step_time(np.exp(log_parameters), shape, self.gradient_bytes, fixed))
+        return _step_time(np.exp(log_parameters), shape, self.gradient_bytes, fixed)
 
     def _source(self, num_workers: int) -> Source:
         crossed = num_workers > self.workers_per_node
@@ -193,7 +180,13 @@ class _Shape:
         return _Shape(float(workers), float(nodes), float(micro_batch), float(accumulation))
 
 
+def _around(x_log: _Vector) -> _Vector:
+    """The point, and one point a little along every parameter, as rows."""
+    return x_log + _NUDGE * np.vstack([np.zeros(len(x_log)), np.eye(len(x_log))])
+
+
 def _step_time(x: _Vector, shape: _Shape, gradient_bytes: float, fixed: Any) -> Any:
+    """Seconds for every shape; for every parameter set too, where `x` is (parameters, sets, 1)."""
     compute = x[_A] + x[_B] * shape.micro_batch
     network = _all_reduce(x, shape.workers, shape.nodes, gradient_bytes)
     power = 1.0 + x[_OVERLAP]
@@ -249,39 +242,46 @@ def fit(
     reduced = np.log([c.time_s for c in collectives]) if collectives else np.zeros(0)
     prior, width = _priors(compute, shape.micro_batch, inside, link)
 
-    def residuals(x_log: _Vector) -> _Vector:
-        x = np.exp(x_log)
+    def residuals(sets: _Vector) -> _Vector:
+        """(parameter sets, measurements), in units of the scatter."""
+        x = np.exp(sets).T[..., None]
         own = np.log(x[_A] + x[_B] * shape.micro_batch) - np.log(compute)
         whole = np.log(_step_time(x, shape, gradient_bytes, fixed)) - observed
-        rings = (
-            np.log(_all_reduce(x, ranks, np.ones_like(ranks), sizes)) - reduced
-            if collectives
-            else np.zeros(0)
-        )
-        return np.concatenate([own, whole, 0.5 * rings]) / NOISE_FLOOR
+        parts = [own, whole]
+        if collectives:
+            rings = np.log(_all_reduce(x, ranks, np.ones_like(ranks), sizes)) - reduced
+            parts.append(0.5 * rings)
+        return np.concatenate(parts, axis=1) / NOISE_FLOOR
 
     # Losses by hand, so that they hold for the measurements and not for the priors. Soft L1 first:
     # from far away, Cauchy would take every surprising measurement for an outlier.
-    def soft(x_log: _Vector) -> _Vector:
-        raw = residuals(x_log)
-        bent = np.sign(raw) * np.sqrt(2.0 * (np.sqrt(1.0 + raw**2) - 1.0))
-        return np.concatenate([bent, (x_log - prior) / width])
+    def soft(raw: _Vector) -> _Vector:
+        return np.sign(raw) * np.sqrt(2.0 * (np.sqrt(1.0 + raw**2) - 1.0))
 
-    def cauchy(x_log: _Vector) -> _Vector:
-        raw = residuals(x_log)
-        bent = np.sign(raw) * _CAUCHY * np.sqrt(np.log1p((raw / _CAUCHY) ** 2))
-        return np.concatenate([bent, (x_log - prior) / width])
+    def cauchy(raw: _Vector) -> _Vector:
+        return np.sign(raw) * _CAUCHY * np.sqrt(np.log1p((raw / _CAUCHY) ** 2))
 
-    optimizers: Any = optimize  # scipy ships no types
-    near = optimizers.least_squares(soft, prior, x_scale=width, max_nfev=60)
-    found = optimizers.least_squares(cauchy, near.x, x_scale=width, max_nfev=60)
+    def solve(loss: Callable[[_Vector], _Vector], start: _Vector) -> Any:
+        def bent(sets: _Vector) -> _Vector:
+            return np.concatenate([loss(residuals(sets)), (sets - prior) / width], axis=1)
+
+        def at(x_log: _Vector) -> _Vector:
+            return bent(x_log[None])[0]
+
+        def slope(x_log: _Vector) -> _Vector:
+            found = bent(_around(x_log))
+            return (found[1:] - found[0]).T / _NUDGE
+
+        optimizers: Any = optimize  # scipy ships no types
+        return optimizers.least_squares(at, start, jac=slope, x_scale=width, max_nfev=60)
+
+    found = solve(cauchy, solve(soft, prior).x)
     x_log: _Vector = found.x
-    raw = residuals(x_log) * NOISE_FLOOR
+    raw = residuals(x_log[None])[0] * NOISE_FLOOR
     fitted = raw[len(compute) : 2 * len(compute)]
     scatter = max(NOISE_FLOOR, 1.4826 * float(np.median(np.abs(fitted))))
-    inflate = (scatter / NOISE_FLOOR) ** 2
     jacobian: _Vector = found.jac
-    jacobian[: len(raw)] /= math.sqrt(inflate)
+    jacobian[: len(raw)] /= scatter / NOISE_FLOOR
     covariance = np.linalg.pinv(jacobian.T @ jacobian)
     return StepTimeModel(
         steps=tuple(steps),
@@ -338,21 +338,29 @@ def _check(
         )
     for step in steps:
         times = (step.forward_s + step.backward_s, step.step_time_s)
-        counts = (step.num_workers, step.num_nodes, step.micro_batch_size)
+        counts = (*_key(step), step.num_workers // max(1, step.num_nodes))
         rest = (step.optimizer_s, step.data_s, step.sync_s)
         good = all(math.isfinite(t) and t > 0 for t in times) and min(counts) >= 1
         if not good or not all(math.isfinite(t) and t >= 0 for t in rest):
             raise ValueError(
-                f"the measurement {step} cannot be fitted: counts must be at least 1 and times "
-                "positive and finite. Measure it again, or leave it out."
+                f"the measurement {step} cannot be fitted: counts must be at least 1, nodes no "
+                "more than workers, and times positive and finite. Measure it again, or leave it "
+                "out."
             )
     for collective in collectives:
-        if not (math.isfinite(collective.time_s) and collective.time_s > 0):
+        good = math.isfinite(collective.time_s) and collective.time_s > 0
+        if not good or collective.num_workers < 2 or collective.message_bytes < 1:
             raise ValueError(
-                f"the measurement {collective} cannot be fitted: its time must be positive and "
-                "finite. Measure it again, or leave it out."
+                f"the measurement {collective} cannot be fitted: an all-reduce needs at least 2 "
+                "workers and 1 byte, and its time must be positive and finite. Measure it again, "
+                "or leave it out."
             )
 
 
-def _key(step: StepMeasurement) -> tuple[int, int, int]:
-    return step.num_workers, step.micro_batch_size, step.num_accumulation_steps
+def _key(step: StepMeasurement) -> tuple[int, int, int, int]:
+    return (
+        step.num_workers,
+        step.num_nodes,
+        step.micro_batch_size,
+        step.num_accumulation_steps,
+    )
