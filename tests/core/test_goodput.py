@@ -13,6 +13,7 @@ from supple.core.goodput import (
     gain,
     learning_rate,
     samples_to_target,
+    warmup_steps,
 )
 
 noise = st.floats(0.1, 1e6)
@@ -97,3 +98,40 @@ def test_no_batch_but_the_base_is_tried_where_none_may_be_larger() -> None:
         best_global_batch(noise_scale=1.0, base_batch=32, largest=16, throughput=lambda _: 1.0)
         == 32
     )
+
+
+def test_adam_stops_at_the_noise_scale_and_says_so() -> None:
+    assert rate("adam", 4, 200.0) == pytest.approx(math.sqrt(2.0))
+    assert rate("adam", 4, 10.0) == 1.0
+    _, why = learning_rate(
+        rule="auto", family="adam", base_lr=1.0, base_batch=100, batch=400, noise_scale=200.0
+    )
+    assert "held at the noise scale, 200 samples" in why
+
+
+@given(st.sampled_from(["adam", "lars", "lamb"]), st.integers(2, 64), noise)
+def test_adascale_for_adam_is_the_square_root_of_the_gain(
+    family: str, ratio: int, phi: float
+) -> None:
+    assert rate(family, ratio, phi, "adascale") == pytest.approx(
+        math.sqrt(rate("sgd", ratio, phi, "adascale"))
+    )
+
+
+def test_adascale_waits_for_a_noise_scale() -> None:
+    lr, why = learning_rate(
+        rule="adascale", family="sgd", base_lr=0.1, base_batch=10, batch=40, noise_scale=None
+    )
+    assert lr == 0.1
+    assert "until the noise scale is known" in why
+
+
+@given(st.floats(0.01, 1000.0), st.floats(0.01, 1000.0))
+def test_a_larger_jump_warms_up_no_shorter(one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    assert 0 <= warmup_steps(low) <= warmup_steps(high) <= 200
+
+
+def test_a_learning_rate_falls_at_once() -> None:
+    assert warmup_steps(0.5) == 0
+    assert warmup_steps(2.0) == 40

@@ -23,9 +23,9 @@ def test_more_samples_never_need_less(pairs: list[tuple[int, int]], one: int, ot
     model = fit_memory(
         [MemoryMeasurement(micro_batch_size=size, peak_bytes=peak) for size, peak in pairs]
     )
-    low, high = sorted((one, other))
-    plain = model.fixed_bytes + model.bytes_per_sample * low
-    assert plain <= model.fixed_bytes + model.bytes_per_sample * high
+    low, high = (model.predict(size) for size in sorted((one, other)))
+    assert low.value <= high.value * 1.000001
+    assert low.high <= high.high * 1.000001
 
 
 def line(fixed: int, slope: int, *sizes: int) -> list[MemoryMeasurement]:
@@ -43,6 +43,29 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
 
 def test_nothing_fits_below_the_fixed_part() -> None:
     assert fit_memory(line(1000, 10, 8, 16)).largest_micro_batch(900) == 0
+
+
+@given(measured, st.integers(1, 10**12))
+def test_no_size_that_fits_is_larger_than_the_largest(
+    pairs: list[tuple[int, int]], limit_bytes: int
+) -> None:
+    model = fit_memory(
+        [MemoryMeasurement(micro_batch_size=size, peak_bytes=peak) for size, peak in pairs]
+    )
+    largest = model.largest_micro_batch(limit_bytes)
+    if largest > 0:
+        assert model.predict(largest).high <= limit_bytes
+    if model.bytes_per_sample > 0 or len(model.measured) == 1:
+        assert model.predict(largest + 1).high > limit_bytes
+
+
+def test_beyond_the_only_size_measured_all_of_it_may_grow() -> None:
+    model = fit_memory(line(1000, 10, 8))
+    assert model.predict(8).source == "measured"
+    assert model.predict(16).source == "assumed"
+    assert model.predict(16).value == 2 * model.predict(8).value
+    assert model.predict(4).value == model.predict(8).value
+    assert model.largest_micro_batch(1.05 * 1080) == 8
 
 
 def test_an_empty_measurement_is_refused() -> None:

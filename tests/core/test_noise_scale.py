@@ -57,6 +57,35 @@ def test_a_sample_that_says_nothing_changes_nothing(sample: NoiseSample) -> None
     assert update(state, sample) == state
 
 
+def test_norms_that_overflow_change_nothing() -> None:
+    huge = NoiseSample(num_parts=16, local_sq_norm=1.0, total_sq_norm=1.7e308, samples_per_part=8)
+    assert update(NoiseState(), huge) == NoiseState()
+
+
+def test_a_vanishing_signal_gives_no_noise_scale_rather_than_an_infinite_one() -> None:
+    assert NoiseState(sq_norm=5e-324, variance=1.0, weight=0.5).noise_scale is None
+
+
+def test_parts_that_differ_by_one_sample_bias_the_noise_scale_little() -> None:
+    rng = np.random.default_rng(2)
+    sizes = np.array([21, 21, 22])
+    found: list[tuple[float, float]] = []
+    for _ in range(4000):
+        parts = 0.2 + rng.normal(0.0, 1.0, (3, 100)) * np.sqrt(2.0 / sizes)[:, None]
+        whole = (sizes[:, None] * parts).sum(axis=0) / sizes.sum()
+        sample = NoiseSample(
+            num_parts=3,
+            local_sq_norm=float(np.mean(np.sum(parts**2, axis=1))),
+            total_sq_norm=float(np.sum(whole**2)),
+            samples_per_part=sizes.mean(),
+        )
+        pair = moments(sample)
+        assert pair is not None
+        found.append(pair)
+    signal, variance = np.mean(found, axis=0)
+    assert variance / signal == pytest.approx(50.0, rel=0.05)
+
+
 @given(st.floats(0.1, 10), st.integers(2, 16), st.floats(0.01, 100), st.floats(0.0, 100))
 def test_scaling_all_gradients_leaves_the_noise_scale(
     factor: float, num_parts: int, total: float, extra: float

@@ -17,6 +17,11 @@ OptimizerFamily = Literal["sgd", "adam", "lars", "lamb", "other"]
 MAX_ADAM_RATIO = 4.0
 """Batch growth up to which an Adam learning rate is scaled without a probe: beyond it, public
 grids show regrets of the rule that a probe must rule out first."""
+MAX_BATCH_GROWTH = 64.0
+"""The same for the other families: where the trust in a noise scale measured once ends."""
+
+_WARM_UP_STEPS_PER_FACTOR = 20.0
+_WARM_UP_STEPS_MAX = 200
 
 _FAMILIES: tuple[tuple[str, OptimizerFamily], ...] = (
     ("lars", "lars"),
@@ -28,6 +33,7 @@ _FAMILIES: tuple[tuple[str, OptimizerFamily], ...] = (
     ("lion", "adam"),
     ("sgd", "sgd"),
 )
+_SQUARE_ROOT: tuple[OptimizerFamily, ...] = ("adam", "lars", "lamb")
 
 
 def family_of(optimizer_name: str) -> OptimizerFamily:
@@ -67,7 +73,13 @@ def learning_rate(
     batch: int,
     noise_scale: float | None,
 ) -> tuple[float, str]:
-    """The learning rate at `batch`, and why, in words."""
+    """The learning rate at `batch`, and why, in words.
+
+    `auto`: SGD takes AdaScale's gain (linear far below the noise scale, flat far above it), Adam,
+    LARS and LAMB the square root, an optimizer of no known family keeps its rate. Adam stops at
+    the noise scale, beyond which a larger rate is no longer better (Li et al. 2024, "Surge
+    Phenomenon"), and at `MAX_ADAM_RATIO`. AdaScale's Adam form is the gain's square root (Pollux).
+    """
     ratio = batch / base_batch
     if ratio == 1.0:
         return base_lr, "the batch the learning rate was tuned at"
@@ -77,18 +89,34 @@ def learning_rate(
             factor, why = 1.0, "kept"
         case "linear":
             factor, why = ratio, f"linear, x{ratio:.3g}"
-            if rule == "auto" and noise_scale is not None:
-                factor = min(factor, max(1.0, noise_scale / base_batch))
         case "sqrt":
-            capped = _capped(ratio, family) if rule == "auto" else ratio
-            factor, why = math.sqrt(capped), f"square root, x{math.sqrt(capped):.3g}"
-            if capped != ratio:
-                why += f" (held at {MAX_ADAM_RATIO:g} times the tuned batch: beyond it, probe)"
+            capped, held = ratio, ""
+            if rule == "auto" and family == "adam":
+                capped, held = _held_for_adam(ratio, base_batch, noise_scale)
+            factor = math.sqrt(capped)
+            why = f"square root, x{factor:.3g}{held}"
+        case _ if noise_scale is None:
+            factor, why = 1.0, "AdaScale: kept until the noise scale is known"
         case _:
-            phi = 0.0 if noise_scale is None else noise_scale
-            factor = gain(phi, base_batch, batch)
-            why = f"AdaScale gain, x{factor:.3g} at noise scale {phi:.3g}"
+            factor = gain(noise_scale, base_batch, batch)
+            name = "AdaScale gain"
+            if family in _SQUARE_ROOT:
+                factor, name = math.sqrt(factor), "square root of the AdaScale gain"
+            why = f"{name}, x{factor:.3g} at noise scale {noise_scale:.3g}"
     return base_lr * factor, why
+
+
+def largest_batch_ratio(family: OptimizerFamily) -> float:
+    """How many times the tuned batch may be used without a probe of the learning rate."""
+    return MAX_ADAM_RATIO if family == "adam" else MAX_BATCH_GROWTH
+
+
+def warmup_steps(factor: float) -> int:
+    """Steps over which to walk a learning rate up by `factor` after a jump of the batch: 20 times
+    the factor, 200 at most (Goyal et al. 2017 warm up for the same reason); 0 for a fall."""
+    if factor <= 1.0:
+        return 0
+    return round(min(_WARM_UP_STEPS_MAX, _WARM_UP_STEPS_PER_FACTOR * factor))
 
 
 def best_global_batch(
@@ -115,8 +143,14 @@ def best_global_batch(
 def _rule_for(family: OptimizerFamily, noise_scale: float | None) -> LrRule:
     if family == "sgd":
         return "adascale" if noise_scale is not None else "sqrt"
-    return "sqrt" if family in ("adam", "lars", "lamb") else "constant"
+    return "sqrt" if family in _SQUARE_ROOT else "constant"
 
 
-def _capped(ratio: float, family: OptimizerFamily) -> float:
-    return min(ratio, MAX_ADAM_RATIO) if family == "adam" else ratio
+def _held_for_adam(ratio: float, base_batch: int, noise_scale: float | None) -> tuple[float, str]:
+    """(the ratio that counts, what holds it there)."""
+    critical = math.inf if noise_scale is None else max(1.0, noise_scale / base_batch)
+    if ratio <= min(critical, MAX_ADAM_RATIO):
+        return ratio, ""
+    if critical < MAX_ADAM_RATIO:
+        return critical, f" (held at the noise scale, {noise_scale:.3g} samples)"
+    return MAX_ADAM_RATIO, f" (held at {MAX_ADAM_RATIO:g} times the tuned batch: beyond it, probe)"

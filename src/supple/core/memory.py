@@ -1,7 +1,8 @@
 """Peak memory of a worker against its micro-batch: a fixed part and a part per sample.
 
-Errs on the safe side: a prediction's value is the upper end of what two or more measurements
-allow, since a plan that does not fit costs more than one that leaves some memory unused.
+Errs on the safe side: the line lies on or above every measurement, and where only one size was
+measured everything beyond it grows in proportion, since a plan that does not fit costs more than
+one that leaves some memory unused.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from supple.core.types import Estimate
 
 _MARGIN = 0.05
-"""Of the predicted growth: allocator fragmentation is 3-8 % in the literature."""
+"""Of the bytes, and of the growth away from what was measured: allocator fragmentation is 3-8 %
+in the literature."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,19 +32,26 @@ class MemoryModel:
     measured: tuple[int, ...]
 
     def predict(self, micro_batch_size: int) -> Estimate:
-        """Bytes; `measured` at a size that was, `fitted` elsewhere. `value` is the safe one."""
+        """Bytes; `value` is the safe one, and neither it nor `high` ever falls as the size grows.
+
+        `measured` at a size that was, `fitted` elsewhere, `assumed` beyond the only one measured.
+        """
         plain = self.fixed_bytes + self.bytes_per_sample * micro_batch_size
-        if micro_batch_size in self.measured:
-            return Estimate(value=plain, low=plain * 0.95, high=plain, source="measured")
+        low, source = plain * (1.0 - 2.0 * _MARGIN), "fitted"
         away = min(abs(micro_batch_size - size) for size in self.measured)
         value = plain + _MARGIN * (self.bytes_per_sample * away)
-        return Estimate(value=value, low=plain * 0.9, high=value * 1.05, source="fitted")
+        if away == 0:
+            low, source = plain * (1.0 - _MARGIN), "measured"
+        elif len(self.measured) == 1 and micro_batch_size > self.measured[0]:
+            value, source = plain * micro_batch_size / self.measured[0], "assumed"
+        return Estimate(value=value, low=low, high=value * (1.0 + _MARGIN), source=source)
 
     def largest_micro_batch(self, limit_bytes: float) -> int:
-        """The largest size predicted to fit; 0 if none does. A model that does not grow with the
+        """The largest size whose `high` fits; 0 if none does. A model that does not grow with the
         batch tells nothing of sizes beyond twice the largest one measured."""
         low, high = 0, 2 * max(self.measured)
-        while self.bytes_per_sample > 0 and self.predict(high).high <= limit_bytes:
+        grows = self.bytes_per_sample > 0 or len(self.measured) == 1
+        while grows and self.predict(high).high <= limit_bytes:
             low, high = high, high * 2
         while low < high:
             middle = (low + high + 1) // 2
@@ -54,8 +63,9 @@ class MemoryModel:
 
 
 def fit_memory(measurements: Sequence[MemoryMeasurement]) -> MemoryModel:
-    """The line of least squares, lifted until no measurement lies above it. With one measurement
-    all of it counts as fixed. Raises `ValueError` for none, or for sizes below 1."""
+    """The line of least squares, lifted until no measurement lies above it. Where one size was
+    measured all of it counts as fixed below that size. Raises `ValueError` for no measurement, or
+    for sizes below 1."""
     if not measurements or any(m.micro_batch_size < 1 or m.peak_bytes < 1 for m in measurements):
         raise ValueError(
             f"a memory fit was asked for with {list(measurements)}: it needs at least one "

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-HORIZON_SAMPLES = 20
-"""Estimates that the moving average remembers (time constant, in noise samples)."""
+HORIZON_ESTIMATES = 20
+"""Time constant of the moving averages, in estimates. Not in training samples: how far a gradient
+drifts goes by optimizer steps, whatever the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +41,12 @@ class NoiseState:
 
     @property
     def noise_scale(self) -> float | None:
-        """tr(Sigma) / |G|^2 in samples; None before the first sample, or while the averaged
-        signal is not positive (noise drowns it at the batches seen so far)."""
+        """tr(Sigma) / |G|^2 in samples, finite; None before the first sample, or while the
+        averaged signal is not positive (noise drowns it at the batches seen so far)."""
         if self.weight <= 0.0 or self.sq_norm <= 0.0:
             return None
-        return max(0.0, self.variance) / self.sq_norm
+        scale = max(0.0, self.variance) / self.sq_norm
+        return scale if math.isfinite(scale) else None
 
     def to_json(self) -> dict[str, Any]:
         return {"sq_norm": self.sq_norm, "variance": self.variance, "weight": self.weight}
@@ -62,12 +64,11 @@ def moments(sample: NoiseSample) -> tuple[float, float] | None:
     """Unbiased (|G|^2, tr(Sigma)) of one sample; None if it says nothing: fewer than two parts,
     or a norm that is not finite (an overflow in mixed precision)."""
     count, size = sample.num_parts, sample.samples_per_part
-    finite = math.isfinite(sample.local_sq_norm) and math.isfinite(sample.total_sq_norm)
-    if count < 2 or size <= 0 or not finite:
+    if count < 2 or not size > 0:
         return None
     signal = (count * sample.total_sq_norm - sample.local_sq_norm) / (count - 1)
     variance = (sample.local_sq_norm - sample.total_sq_norm) * size * count / (count - 1)
-    return signal, variance
+    return (signal, variance) if math.isfinite(signal) and math.isfinite(variance) else None
 
 
 def update(state: NoiseState, sample: NoiseSample) -> NoiseState:
@@ -76,7 +77,7 @@ def update(state: NoiseState, sample: NoiseSample) -> NoiseState:
     if found is None:
         return state
     signal, variance = found
-    keep = 1.0 - 1.0 / HORIZON_SAMPLES
+    keep = 1.0 - 1.0 / HORIZON_ESTIMATES
     return NoiseState(
         sq_norm=keep * state.sq_norm + (1.0 - keep) * signal,
         variance=keep * state.variance + (1.0 - keep) * variance,
