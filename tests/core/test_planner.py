@@ -3,15 +3,16 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supple.core.interconnects import lookup
 from supple.core.memory import MemoryMeasurement, fit_memory
-from supple.core.planner import JobModel, PlanTable, advise, plan
+from supple.core.planner import JobModel, PlanTable, advise, plan, should_resize
 from supple.core.spec import KNEE_SHARE, Limits, Objective
-from supple.core.throughput import fit
+from supple.core.throughput import StepMeasurement, fit
 from supple.core.types import Infeasible
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
 
@@ -188,3 +189,138 @@ def test_a_job_above_its_knee_gives_workers_back() -> None:
 @pytest.mark.parametrize("current", [1, 2, 3])
 def test_advice_stays_within_the_limits(current: int) -> None:
     assert 1 <= ask(current, 10**7, 0.1, maximum=3)[0] <= 3
+
+
+def test_more_than_the_limits_allow_is_given_back_whatever_it_costs() -> None:
+    count, reason = ask(6, 10**7, 1e9, maximum=4)
+    assert count == 4
+    assert "1 to 4 are allowed" in reason
+
+
+def test_a_shrink_must_free_more_than_its_pause_takes() -> None:
+    def shrink(remaining: int) -> tuple[bool, str]:
+        return should_resize(
+            job(),
+            Limits(),
+            current_workers=64,
+            target=4,
+            remaining_samples=remaining,
+            resize_cost_s=5.0,
+        )
+
+    assert shrink(10**7)[0]
+    worth, reason = shrink(1000)
+    assert not worth
+    assert "the resize costs 320.0" in reason
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(0, 10**8), st.floats(0.0, 1e4))
+def test_what_does_not_pay_back_today_does_not_pay_back_with_less_left(
+    current: int, target: int, remaining: int, cost_s: float
+) -> None:
+    def worth(samples: int, seconds: float) -> bool:
+        return should_resize(
+            job(),
+            Limits(),
+            current_workers=current,
+            target=target,
+            remaining_samples=samples,
+            resize_cost_s=seconds,
+        )[0]
+
+    if worth(remaining // 2, cost_s):
+        assert worth(remaining, cost_s)
+        assert worth(remaining // 2, cost_s / 2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_scatter_of_measurements_does_not_send_a_job_to_and_fro(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    steps: dict[int, StepMeasurement] = {}
+    current, visited = 1, [1]
+    for _ in range(25):
+        size = -(-256 // current)
+        steps[current] = measured(current, size, factor=math.exp(rng.normal(0.0, 0.03)))
+        model = fit(
+            list(steps.values()),
+            gradient_bytes=GRADIENT_BYTES,
+            link=lookup("loopback"),
+            workers_per_node=64,
+        )
+        current, _ = advise(
+            job(step_time=model, measured_workers=tuple(steps)),
+            Limits(max_workers=32),
+            current_workers=current,
+            remaining_samples=10**7,
+            resize_cost_s=0.3,
+        )
+        visited.append(current)
+    moves = sum(before != after for before, after in itertools.pairwise(visited))
+    assert moves <= 5
+    assert len(set(visited[-10:])) == 1
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 100_000), st.integers(1, 64), st.sampled_from(["fixed", "adaptive"]))
+def test_no_row_needs_more_memory_than_a_worker_has(
+    base_batch: int, count: int, batch: str
+) -> None:
+    memory = fit_memory(
+        [
+            MemoryMeasurement(micro_batch_size=size, peak_bytes=10**8 + size * 10**7)
+            for size in (8, 16)
+        ]
+    )
+    tight = job(memory=memory, device_memory_bytes=3 * 10**8, base_batch_size=base_batch)
+    limits = Limits(min_workers=count, max_workers=count, batch=batch)  # type: ignore[arg-type]
+    (row,) = table(plan(tight, limits, Objective())).rows
+    assert row.memory_bytes.high <= 3 * 10**8
+    assert (
+        row.batch.micro_batch_size * row.batch.num_accumulation_steps * count
+        >= row.batch.global_batch_size
+    )
+
+
+@pytest.mark.parametrize(("family", "most"), [("adam", 4), ("sgd", 64)])
+def test_a_batch_grows_no_further_than_its_optimizer_is_known_to_bear(
+    family: str, most: int
+) -> None:
+    noisy = job(optimizer_family=family, noise_scale=1e9)
+    rows = table(plan(noisy, Limits(batch="adaptive"), Objective())).rows
+    assert max(row.batch.global_batch_size for row in rows) == most * 256
+
+
+def test_a_long_start_does_not_hide_the_knee() -> None:
+    quick = table(plan(job(base_batch_size=8192), Limits(), Objective()))
+    found = table(plan(job(base_batch_size=8192, startup_s=1e7), Limits(), Objective()))
+    assert found.choice.num_workers == quick.choice.num_workers >= 8
+    assert found.recommended < len(found.rows) - 1
+
+
+def test_a_least_count_above_the_most_is_refused() -> None:
+    found = plan(job(), Limits(min_workers=8, max_workers=2), Objective())
+    assert isinstance(found, Infeasible)
+    assert "the least is 8, the most 2" in str(found)
+
+
+def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
+    rows = table(plan(job(), Limits(min_workers=5000), Objective())).rows
+    assert [row.num_workers for row in rows] == [5000]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dataset_size": 0},
+        {"epochs": 0},
+        {"base_batch_size": -1},
+        {"noise_scale": float("nan")},
+        {"noise_scale": -1.0},
+        {"startup_s": float("inf")},
+        {"base_lr": -0.1},
+    ],
+)
+def test_a_job_that_cannot_be_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"at least 1|finite and not negative"):
+        job(**changes)

@@ -8,29 +8,35 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from supple.core.estimates import exact, over, plus, times
 from supple.core.goodput import (
     OptimizerFamily,
     best_global_batch,
     efficiency,
+    largest_batch_ratio,
     learning_rate,
 )
 from supple.core.memory import MemoryModel
 from supple.core.spec import KNEE_RULE, KNEE_SHARE, Limits, LrRule, Objective
 from supple.core.throughput import StepTimeModel
-from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan, Source
+from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan
 
 LARGEST_COUNT = 4096
 _MEMORY_SHARE = 0.92
 """Of a device's memory that a plan may use."""
-_MAX_BATCH_GROWTH = 64
 _MAX_ACCUMULATION = 256
+"""Micro-batches of a step up to which a batch is grown; the user's own batch is cut into as many
+as memory needs."""
 _GROWTH_AT_ONCE = 2
 """A running job asks for at most this many times the largest count it has measured."""
+_KEEP_SHARE = 0.8 * KNEE_SHARE
+"""A running job gives workers back only where they add less than this: between the two shares
+nothing changes, so that the scatter of measurements does not send it to and fro."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobModel:
-    """What is known of one job."""
+    """What is known of one job. Raises `ValueError` for what no job can be."""
 
     step_time: StepTimeModel
     memory: MemoryModel | None
@@ -45,6 +51,23 @@ class JobModel:
     measured_workers: tuple[int, ...]
     device_memory_bytes: int | None
     device_name: str
+
+    def __post_init__(self) -> None:
+        sizes = (self.dataset_size, self.epochs, self.base_batch_size, *self.measured_workers)
+        if min(sizes) < 1:
+            raise ValueError(
+                f"a plan was asked for with dataset_size={self.dataset_size}, "
+                f"epochs={self.epochs}, base_batch_size={self.base_batch_size}, "
+                f"measured_workers={self.measured_workers}: all must be at least 1. Give a job "
+                "that has something to train on."
+            )
+        phi = 0.0 if self.noise_scale is None else self.noise_scale
+        if not all(math.isfinite(v) and v >= 0 for v in (phi, self.startup_s, self.base_lr)):
+            raise ValueError(
+                f"a plan was asked for with noise_scale={self.noise_scale}, "
+                f"startup_s={self.startup_s}, base_lr={self.base_lr}: all must be finite and not "
+                "negative. Give None for a noise scale that is unknown, and measure the rest again."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +86,13 @@ class PlanTable:
 def plan(job: JobModel, limits: Limits, objective: Objective) -> PlanTable | Infeasible:
     """Rows for 1, 2, 4, ... within the limits, up to where more workers stop helping, and the one
     to take; `Infeasible` with the arithmetic where none does what was asked."""
+    if limits.max_workers is not None and limits.min_workers > limits.max_workers:
+        return Infeasible(
+            asked=f"a plan for {limits.min_workers} to {limits.max_workers} workers",
+            numbers=f"the least is {limits.min_workers}, the most {limits.max_workers}",
+            rule="the least number of workers must not be above the most",
+            advice="Swap the two.",
+        )
     if job.memory is not None and job.device_memory_bytes is not None:
         room = job.device_memory_bytes * _MEMORY_SHARE
         if job.memory.largest_micro_batch(room) < 1:
@@ -83,6 +113,46 @@ def plan(job: JobModel, limits: Limits, objective: Objective) -> PlanTable | Inf
     return PlanTable(rows=rows, recommended=index, reason=_knee_reason(rows, index))
 
 
+def should_resize(
+    job: JobModel,
+    limits: Limits,
+    *,
+    current_workers: int,
+    target: int,
+    remaining_samples: int,
+    resize_cost_s: float,
+) -> tuple[bool, str]:
+    """(whether going to `target` pays back what the resize costs, the arithmetic in words).
+
+    Growing must save more seconds than `resize_cost_s`; shrinking must save more worker-seconds
+    than the workers held now lose in the pause."""
+    if target == current_workers:
+        return False, f"keep {_workers(current_workers)}: already there"
+    now, then = _row(job, limits, current_workers), _row(job, limits, target)
+    left_s = remaining_samples / now.goodput.value
+    then_s = remaining_samples / then.goodput.value
+    rates = (
+        f"{then.samples_per_s.value:.0f} samples/s expected at {_workers(target)} "
+        f"({then.step_time_s.source}), {now.samples_per_s.value:.0f} at {current_workers}"
+    )
+    if target > current_workers:
+        saved_s = left_s - then_s
+        if saved_s <= resize_cost_s:
+            return False, (
+                f"keep {_workers(current_workers)}: {target} would save {max(0.0, saved_s):.1f} s "
+                f"of {left_s:.0f} s, the resize costs {resize_cost_s:.2f} s"
+            )
+        return True, f"{rates}; saves {saved_s:.0f} of {left_s:.0f} s"
+    freed_s = left_s * current_workers - then_s * target
+    lost_s = resize_cost_s * current_workers
+    if freed_s <= lost_s:
+        return False, (
+            f"keep {_workers(current_workers)}: {target} would save {max(0.0, freed_s):.1f} "
+            f"worker-seconds, the resize costs {lost_s:.1f}"
+        )
+    return True, f"{rates}: the others add too little; saves {freed_s:.0f} worker-seconds"
+
+
 def advise(
     job: JobModel,
     limits: Limits,
@@ -91,47 +161,50 @@ def advise(
     remaining_samples: int,
     resize_cost_s: float,
 ) -> tuple[int, str]:
-    """(the count a running job should have next, why). Grows to at most twice the largest count
-    measured, so that a prediction is checked before the next one rests on it; changes nothing that
-    would not pay back its measured cost."""
+    """(the count a running job should have next, why), within the limits. Grows to at most twice
+    the largest count measured, so that a prediction is checked before the next one rests on it;
+    changes nothing that would not pay back its measured cost, unless the limits ask for it."""
+    most = limits.max_workers or max(LARGEST_COUNT, limits.min_workers)
+    within = max(limits.min_workers, min(most, current_workers))
+    if within != current_workers:
+        return within, (
+            f"{_workers(current_workers)} now, {limits.min_workers} to {most} are allowed"
+        )
     measured = max((*job.measured_workers, current_workers))
-    ceiling = min(limits.max_workers or LARGEST_COUNT, measured * _GROWTH_AT_ONCE)
-    counts = range(limits.min_workers, max(limits.min_workers, ceiling) + 1)
-    rows = tuple(_row(job, limits, count) for count in _candidates(counts, current_workers))
-    target = rows[_knee(rows)]
-    now = next(row for row in rows if row.num_workers == current_workers)
-    if target.num_workers == current_workers:
-        return current_workers, f"{_workers(current_workers)} is {KNEE_RULE.split(':')[0]}"
-    left_s = remaining_samples / now.goodput.value
-    then_s = remaining_samples / target.goodput.value
-    why = (
-        f"{target.samples_per_s.value:.0f} samples/s expected at "
-        f"{target.num_workers} workers ({target.step_time_s.source}), "
-        f"{now.samples_per_s.value:.0f} at {current_workers}"
+    ceiling = max(current_workers, min(most, measured * _GROWTH_AT_ONCE))
+    ladder = _ladder(limits.min_workers, current_workers, ceiling)
+    rows = tuple(_row(job, limits, count) for count in ladder)
+    target = rows[_knee(rows, held=current_workers)].num_workers
+    if target == current_workers:
+        return current_workers, f"keep {_workers(current_workers)}: {KNEE_RULE}"
+    worth, why = should_resize(
+        job,
+        limits,
+        current_workers=current_workers,
+        target=target,
+        remaining_samples=remaining_samples,
+        resize_cost_s=resize_cost_s,
     )
-    if target.num_workers > current_workers:
-        if left_s - then_s <= resize_cost_s:
-            return current_workers, (
-                f"keep {_workers(current_workers)}: {target.num_workers} would save "
-                f"{max(0.0, left_s - then_s):.1f} s of {left_s:.0f} s, the resize costs "
-                f"{resize_cost_s:.2f} s"
-            )
-        return target.num_workers, f"{why}; saves {left_s - then_s:.0f} of {left_s:.0f} s"
-    if left_s <= resize_cost_s:
-        return current_workers, f"keep {_workers(current_workers)}: {left_s:.1f} s are left"
-    return target.num_workers, f"{why}: the others add too little"
+    return (target if worth else current_workers), why
 
 
-def _candidates(counts: range, current: int) -> list[int]:
-    """All counts of a small range; powers of two, the ends and the current one of a large range."""
-    if len(counts) <= 64:
-        return sorted({*counts, current})
-    powers = {1 << power for power in range(13) if 1 << power in counts}
-    return sorted({counts[0], counts[-1], current, *powers})
+def _ladder(least: int, current: int, most: int) -> list[int]:
+    """`current`, halved down to `least` and doubled up to `most`. Neighbours are far enough apart
+    for the scatter of measurements not to decide between them."""
+    counts = {least, current, most}
+    count = current
+    while count > least:
+        counts.add(count)
+        count //= 2
+    count = current
+    while count < most:
+        counts.add(count)
+        count *= 2
+    return sorted(counts)
 
 
 def _rows(job: JobModel, limits: Limits) -> tuple[Plan, ...]:
-    largest = limits.max_workers or LARGEST_COUNT
+    largest = limits.max_workers or max(LARGEST_COUNT, limits.min_workers)
     counts = {limits.min_workers} | {1 << power for power in range(13)}
     if limits.max_workers is not None:
         counts.add(limits.max_workers)
@@ -142,7 +215,7 @@ def _rows(job: JobModel, limits: Limits) -> tuple[Plan, ...]:
         if limits.max_workers is None and len(rows) > 1:
             gained = rows[-2].time_to_end_s.value / rows[-1].time_to_end_s.value
             useless = useless + 1 if gained < 1.05 else 0
-            if useless >= 2:
+            if useless >= 2 and _knee(rows) < len(rows) - 1:
                 break
     return tuple(rows)
 
@@ -151,15 +224,15 @@ def _row(job: JobModel, limits: Limits, count: int) -> Plan:
     batch = _batch(job, limits, count)
     step = job.step_time.predict(count, batch.micro_batch_size, batch.num_accumulation_steps)
     size = batch.global_batch_size
-    rate = _over(size, step)
+    rate = over(size, step)
     useful = _efficiency(job, size)
-    goodput = _times(rate, useful)
+    goodput = times(rate, useful)
     samples = job.dataset_size * job.epochs
-    training = _over(samples, goodput)
-    time_to_end = _plus(training, job.startup_s)
-    hours = _times(time_to_end, _exact(count / 3600.0))
+    training = over(samples, goodput)
+    time_to_end = plus(training, job.startup_s)
+    hours = times(time_to_end, exact(count / 3600.0))
     alone = job.step_time.predict(1, *_split(job, job.base_batch_size, 1))
-    first = _over(job.base_batch_size, alone)
+    first = over(job.base_batch_size, alone)
     price = limits.price_per_hour
     return Plan(
         num_workers=count,
@@ -173,7 +246,7 @@ def _row(job: JobModel, limits: Limits, count: int) -> Plan:
         memory_bytes=_memory(job, batch.micro_batch_size),
         time_to_end_s=time_to_end,
         accelerator_hours=hours,
-        cost=None if price is None else _times(hours, _exact(price)),
+        cost=None if price is None else times(hours, exact(price)),
     )
 
 
@@ -188,7 +261,7 @@ def _batch(job: JobModel, limits: Limits, count: int) -> BatchPlan:
         size = best_global_batch(
             noise_scale=job.noise_scale,
             base_batch=size,
-            largest=min(size * _MAX_BATCH_GROWTH, job.dataset_size),
+            largest=_largest_batch(job, count),
             throughput=throughput,
             num_candidates=16,
         )
@@ -213,12 +286,21 @@ def _split(job: JobModel, batch: int, count: int) -> tuple[int, int]:
     """(micro-batch, accumulation) of a worker: the largest micro-batch that fits. Without a known
     limit, that of the script, which was seen to run."""
     share = max(1, -(-batch // count))
-    largest = job.base_batch_size
-    if job.memory is not None and job.device_memory_bytes is not None:
-        fits = job.memory.largest_micro_batch(job.device_memory_bytes * _MEMORY_SHARE)
-        largest = max(1, min(fits, max(job.base_batch_size, share)))
-    accumulation = min(_MAX_ACCUMULATION, -(-share // largest))
+    accumulation = -(-share // _largest_micro_batch(job))
     return -(-share // accumulation), accumulation
+
+
+def _largest_micro_batch(job: JobModel) -> int:
+    if job.memory is None or job.device_memory_bytes is None:
+        return job.base_batch_size
+    return max(1, job.memory.largest_micro_batch(job.device_memory_bytes * _MEMORY_SHARE))
+
+
+def _largest_batch(job: JobModel, count: int) -> int:
+    """What an adaptive batch may grow to: by the optimizer, by accumulation, by the data."""
+    grown = int(job.base_batch_size * largest_batch_ratio(job.optimizer_family))
+    held = count * _largest_micro_batch(job) * _MAX_ACCUMULATION
+    return min(grown, held, job.dataset_size)
 
 
 def _efficiency(job: JobModel, batch: int) -> Estimate:
@@ -230,6 +312,12 @@ def _efficiency(job: JobModel, batch: int) -> Estimate:
     return Estimate(value=value, low=min(ends), high=max(*ends, value), source="fitted")
 
 
+def _speedup(goodput: Estimate, first: float, count: int) -> Estimate:
+    if count == 1:
+        return exact(goodput.value / first)
+    return times(goodput, exact(1.0 / first))
+
+
 def _memory(job: JobModel, micro_batch: int) -> Estimate:
     if job.memory is None:
         return Estimate(value=0.0, low=0.0, high=0.0, source="assumed")
@@ -239,13 +327,15 @@ def _memory(job: JobModel, micro_batch: int) -> Estimate:
 # --- which row ----------------------------------------------------------------------------------
 
 
-def _knee(rows: Sequence[Plan]) -> int:
-    """See `KNEE_RULE`. Speeds are relative to one worker; a step down in speed ends the curve."""
+def _knee(rows: Sequence[Plan], *, held: int = 0) -> int:
+    """See `KNEE_RULE`. Speeds are relative to one worker; a step down in speed ends the curve. Up
+    to `held`, the count a job has now, `_KEEP_SHARE` is enough."""
     best = 0
     for index in range(1, len(rows)):
         added = rows[index].num_workers - rows[best].num_workers
         gained = rows[index].speedup.value - rows[best].speedup.value
-        if gained / added < KNEE_SHARE:
+        share = KNEE_SHARE if rows[index].num_workers > held else _KEEP_SHARE
+        if gained / added < share:
             break
         best = index
     return best
@@ -322,54 +412,7 @@ def _for_budget(rows: tuple[Plan, ...], budget: float, limits: Limits) -> PlanTa
     )
 
 
-# --- arithmetic on estimates --------------------------------------------------------------------
-
-_ORDER: tuple[Source, ...] = ("measured", "fitted", "assumed")
-
-
-def _worse(a: Source, b: Source) -> Source:
-    return a if _ORDER.index(a) >= _ORDER.index(b) else b
-
-
-def _exact(value: float) -> Estimate:
-    return Estimate(value=value, low=value, high=value, source="measured")
-
-
-def _combine(a: Estimate, b: Estimate, value: float) -> Estimate:
-    """A product of independent factors: the logarithms' half-widths add in squares."""
-    down = math.hypot(math.log(a.value / a.low), math.log(b.value / b.low))
-    up = math.hypot(math.log(a.high / a.value), math.log(b.high / b.value))
-    return Estimate(
-        value=value,
-        low=value * math.exp(-down),
-        high=value * math.exp(up),
-        source=_worse(a.source, b.source),
-    )
-
-
-def _times(a: Estimate, b: Estimate) -> Estimate:
-    return _combine(a, b, a.value * b.value)
-
-
-def _over(amount: float, rate: Estimate) -> Estimate:
-    return Estimate(
-        value=amount / rate.value,
-        low=amount / rate.high,
-        high=amount / rate.low,
-        source=rate.source,
-    )
-
-
-def _plus(a: Estimate, constant: float) -> Estimate:
-    return Estimate(
-        value=a.value + constant, low=a.low + constant, high=a.high + constant, source=a.source
-    )
-
-
-def _speedup(goodput: Estimate, first: float, count: int) -> Estimate:
-    if count == 1:
-        return _exact(goodput.value / first)
-    return _times(goodput, _exact(1.0 / first))
+# --- words ---------------------------------------------------------------------------------------
 
 
 def _workers(count: int) -> str:

@@ -1,0 +1,46 @@
+"""Arithmetic on estimates: intervals and sources go through it, so that no planned number is bare.
+
+Values are positive and their errors relative, so half-widths are those of logarithms.
+"""
+
+import math
+
+from supple.core.types import Estimate, Source
+
+_FROM_BEST: tuple[Source, ...] = ("measured", "fitted", "assumed")
+
+
+def exact(value: float) -> Estimate:
+    """A number that is known."""
+    return Estimate(value=value, low=value, high=value, source="measured")
+
+
+def times(a: Estimate, b: Estimate) -> Estimate:
+    """The product of independent factors: the logarithms' half-widths add in squares. Its source
+    is the less certain of the two. Both must be positive."""
+    value = a.value * b.value
+    down = math.hypot(math.log(a.value / a.low), math.log(b.value / b.low))
+    up = math.hypot(math.log(a.high / a.value), math.log(b.high / b.value))
+    return Estimate(
+        value=value,
+        low=value * math.exp(-down),
+        high=value * math.exp(up),
+        source=_FROM_BEST[max(_FROM_BEST.index(a.source), _FROM_BEST.index(b.source))],
+    )
+
+
+def over(amount: float, rate: Estimate) -> Estimate:
+    """A known amount divided by a positive rate: the interval's ends change places."""
+    return Estimate(
+        value=amount / rate.value,
+        low=amount / rate.high,
+        high=amount / rate.low,
+        source=rate.source,
+    )
+
+
+def plus(a: Estimate, constant: float) -> Estimate:
+    """Both ends and the value, shifted."""
+    return Estimate(
+        value=a.value + constant, low=a.low + constant, high=a.high + constant, source=a.source
+    )
