@@ -178,9 +178,10 @@ def _headline(
     seconds = duration(progress[-1]["t"])
     head = f"{name}: {steps:,} steps in {seconds}, {span if sizes != {1} else '1 worker'}"
     losses = kinds.count("recover")
-    below = f"{len(happened) - 1} changes of the group while training"
+    num_changes = len(happened) - 1
+    below = f"{num_changes or 'no'} change{'s' * (num_changes != 1)} of the group while training"
     if losses:
-        below += f", {losses} of them because a worker was lost"
+        below += f", {losses} because a worker was lost"
     ending = next((r for r in records if r["kind"] == "end"), None)
     return head, below + (f"; {ending['status']}" if ending else "")
 
