@@ -28,6 +28,7 @@ def test_a_product_is_wider_than_a_factor_and_narrower_than_both_ends(
     assert found.high / found.value >= a.high / a.value * 0.999999
     assert found.high <= a.high * b.high * 1.000001
     assert found.low >= a.low * b.low * 0.999999
+    assert found.low / found.value <= min(a.low / a.value, b.low / b.value) * 1.000001
 
 
 @given(estimates(), positive)

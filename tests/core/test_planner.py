@@ -214,6 +214,59 @@ def test_a_shrink_must_free_more_than_its_pause_takes() -> None:
     assert "the resize costs 320.0" in reason
 
 
+def test_a_slow_shrink_is_weighed_in_worker_seconds_not_in_seconds() -> None:
+    """8 s are left and the pause takes 5, but half the workers of half the use free too little."""
+    rows = table(plan(job(), Limits(max_workers=4), Objective())).rows
+    remaining = int(8.0 * rows[-1].goodput.value)
+    worth, reason = should_resize(
+        job(),
+        Limits(),
+        current_workers=4,
+        target=2,
+        remaining_samples=remaining,
+        resize_cost_s=5.0,
+    )
+    assert not worth
+    assert "worker-seconds" in reason
+
+
+def test_between_the_two_shares_a_job_keeps_what_it_has() -> None:
+    """A machine on which the fourth worker's half adds 0.45 of a worker: no reason to go there,
+    none to leave."""
+
+    def at(current: int) -> int:
+        speeds = {1: 1.0, 2: 1.8, 4: 1.8 + 2 * 0.45}
+        steps = [
+            StepMeasurement(
+                num_workers=workers,
+                num_nodes=1,
+                micro_batch_size=256 // workers,
+                num_accumulation_steps=1,
+                forward_s=0.1 / workers,
+                backward_s=0.2 / workers,
+                optimizer_s=0.0,
+                data_s=0.0,
+                sync_s=0.0,
+                step_time_s=0.3 / speed,
+            )
+            for workers, speed in speeds.items()
+        ]
+        model = fit(
+            steps, gradient_bytes=GRADIENT_BYTES, link=lookup("loopback"), workers_per_node=64
+        )
+        count, _ = advise(
+            job(step_time=model, measured_workers=(1, 2, 4)),
+            Limits(max_workers=4),
+            current_workers=current,
+            remaining_samples=10**7,
+            resize_cost_s=0.1,
+        )
+        return count
+
+    assert at(2) == 2
+    assert at(4) == 4
+
+
 @settings(max_examples=40)
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(0, 10**8), st.floats(0.0, 1e4))
 def test_what_does_not_pay_back_today_does_not_pay_back_with_less_left(

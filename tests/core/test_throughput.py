@@ -204,9 +204,11 @@ def test_refining_replaces_what_was_measured_before() -> None:
 
 
 def across(workers: int, nodes: int) -> StepMeasurement:
-    """The made-up machine, 2 workers a node, 0.1 ms and 2 GB/s between nodes."""
-    step, compute = true_time(2, 32)
-    step += 2 * (nodes - 1) * 1e-4 + 2 * (nodes - 1) / nodes * GRADIENT_BYTES / 2e9
+    """The made-up machine, 0.1 ms and 0.6 GB/s between its nodes."""
+    _, compute = true_time(1, 32)
+    hops = (workers - nodes) * 2e-4 + (nodes - 1) * 1e-4
+    network = 2 * hops + 2 * (workers - 1) / workers * GRADIENT_BYTES / 0.6e9
+    step = (compute**1.6 + network**1.6) ** (1 / 1.6) + 0.008
     return StepMeasurement(
         num_workers=workers,
         num_nodes=nodes,
@@ -234,6 +236,44 @@ def test_two_and_three_nodes_foretell_eight() -> None:
     assert found.source == "fitted"
     assert found.low <= true <= found.high
     assert found.value == pytest.approx(true, rel=0.1)
+
+
+def test_a_fast_link_between_nodes_does_not_hurry_a_slow_one_inside() -> None:
+    def predicted(link: str) -> float:
+        model = fit(
+            [*ALONE, measured(2, 32)],
+            gradient_bytes=GRADIENT_BYTES,
+            link=lookup(link),
+            local_link=lookup("loopback"),
+            workers_per_node=4,
+        )
+        return model.predict(64, 32).value
+
+    assert predicted("infiniband-400") < predicted("ethernet-10")
+    assert predicted("infiniband-400") > 2 * GRADIENT_BYTES / 2.5e9
+
+
+def test_every_doubling_beyond_what_was_measured_adds_doubt() -> None:
+    model = model_of(*ALONE, measured(2, 32), measured(4, 32))
+    found = [model.predict(workers, 24) for workers in (4, 8, 16, 32, 64)]
+    widths = [estimate.high / estimate.low for estimate in found]
+    assert widths == sorted(widths)
+    assert widths[-1] >= math.exp(2 * 1.28 * 4 * 0.08)
+
+
+def test_a_second_count_of_nodes_settles_more_than_one() -> None:
+    def width(*steps: StepMeasurement) -> float:
+        model = fit(
+            [*ALONE, measured(2, 32), *steps],
+            gradient_bytes=GRADIENT_BYTES,
+            link=lookup("ethernet-25"),
+            local_link=lookup("loopback"),
+            workers_per_node=2,
+        )
+        found = model.predict(16, 32)
+        return found.high / found.low
+
+    assert width(across(4, 2), across(6, 3)) < width(across(6, 3)) < width()
 
 
 def test_what_was_measured_on_two_nodes_is_not_taken_for_one() -> None:

@@ -5,7 +5,6 @@ second job of the same name is refused.
 """
 
 import asyncio
-import contextlib
 import json
 import os
 import socket
@@ -75,15 +74,20 @@ class ControlServer:
             self._path.unlink(missing_ok=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
-            line = await reader.readline()
-            try:
-                answer = self._handler(json.loads(line))
-            except (SpecError, ValueError, KeyError) as error:
-                answer = {"error": str(error)}
-            writer.write(json.dumps(answer).encode() + b"\n")
-            await writer.drain()
+        try:
+            if line := await reader.readline():
+                writer.write(json.dumps(self._answer(line)).encode() + b"\n")
+                await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
             writer.close()
+
+    def _answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            return self._handler(json.loads(line))
+        except (SpecError, ValueError, KeyError) as error:
+            return {"error": str(error)}
 
 
 def refuse_second(job: str) -> None:

@@ -1,23 +1,24 @@
 """Step time against the number of workers and the micro-batch, fitted with its uncertainty.
 
     compute   C(m) = a + b m                                    per micro-batch of m samples
-    network   N(K) = ring inside a node, then a ring across nodes (two levels):
-              2 (g-1) alpha + 2 (g-1)/g M/W  +  2 (n-1) alpha' + 2 (n-1)/n M/(W' ...)
+    network   N(K) = 2 (K-n) alpha + 2 (n-1) alpha' + 2 (K-1)/K M / W'
     step      T = (1 + sigma log2 K) [ (s-1) C + (C^p + N^p)^(1/p) + o + d m s ]
 
-with s micro-batches a step, M gradient bytes, g workers a node, n nodes. The ring terms are the
-textbook cost of an all-reduce; the p-norm that lets communication hide behind the backward pass is
-Pollux's (OSDI 2021, equation 11). All parameters are positive and fitted as logarithms, together
-with priors on the link (from the catalogue), on overlap and on stragglers: one count on one machine
-already gives an answer, with a wide interval. Errors are relative, so residuals are logarithms too,
-and large ones hardly count (Cauchy): an outlier bends the fit little. The interval is Laplace's:
-the curvature at the optimum, plus what the fit leaves unexplained.
+with s micro-batches a step, M gradient bytes, K workers on n nodes; alpha and W inside a node,
+alpha' and W' across (on one node W, else the slower of the two). The network term is the textbook
+cost of a ring all-reduce through all workers; the p-norm that lets communication hide behind the
+backward pass is Pollux's (OSDI 2021, equation 11). All parameters are positive and fitted as
+logarithms, together with priors on the link (from the catalogue), on overlap and on stragglers: one
+count on one machine already gives an answer, with a wide interval. Errors are relative, so
+residuals are logarithms too, and large ones hardly count (Cauchy): an outlier bends the fit little.
+The interval is Laplace's: the curvature at the optimum, plus what the fit leaves unexplained, plus
+a doubt about the form itself that grows with every doubling beyond the largest count measured.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,12 @@ Z80 = 1.2815515655446004
 """Half-width of an 80 % interval in standard deviations."""
 NOISE_FLOOR = 0.03
 """Relative scatter that repeated measurements of one configuration have at least."""
+
+_DOUBT = 0.08
+_DOUBT_ACROSS = 0.15
+"""Relative standard deviation of the model's form, per doubling beyond the largest count measured;
+the second while fewer than two counts of nodes above one were. Set on the public profiles of
+Pollux (six models, up to 2 or 3 nodes against 6 to 16)."""
 
 _CAUCHY = 3.0
 """Residuals beyond so many times the scatter count as outliers."""
@@ -111,7 +118,7 @@ class StepTimeModel:
         )
         value, gradient = float(times[0, 0]), np.log(times[1:, 0] / times[0, 0]) / _NUDGE
         spread = float(gradient @ np.asarray(self.covariance) @ gradient)
-        width = Z80 * math.sqrt(spread + self.scatter**2)
+        width = Z80 * math.sqrt(spread + self.scatter**2 + self._doubt(num_workers) ** 2)
         return Estimate(
             value=value,
             low=value * math.exp(-width),
@@ -148,6 +155,12 @@ class StepTimeModel:
             local_link=self.local_link,
             workers_per_node=self.workers_per_node,
         )
+
+    def _doubt(self, num_workers: int) -> float:
+        beyond = num_workers / max(step.num_workers for step in self.steps)
+        spans = {step.num_nodes for step in self.steps if step.num_nodes > 1}
+        unsure = self._nodes(num_workers) > 1 and len(spans) < 2
+        return (_DOUBT_ACROSS if unsure else _DOUBT) * math.log2(max(1.0, beyond))
 
     def _nodes(self, num_workers: int) -> int:
         return -(-num_workers // self.workers_per_node)
@@ -198,15 +211,12 @@ def _step_time(x: _Vector, shape: _Shape, gradient_bytes: float, fixed: Any) -> 
 
 
 def _all_reduce(x: _Vector, workers: Any, nodes: Any, message_bytes: Any) -> Any:
-    """Two levels: a ring inside a node, one ring across nodes for every worker of a node."""
-    local = workers / nodes
-    inside = (
-        2.0 * (local - 1.0) * x[_ALPHA] + 2.0 * (local - 1.0) / local * message_bytes * x[_BETA]
+    """One ring through all workers, node by node: its bandwidth is that of its slowest hop."""
+    hops = (workers - nodes) * x[_ALPHA] + (nodes - 1.0) * x[_ALPHA_X]
+    slowest: _Vector = cast(
+        "_Vector", np.where(nodes > 1.0, np.maximum(x[_BETA], x[_BETA_X]), x[_BETA])
     )
-    across = (
-        2.0 * (nodes - 1.0) * x[_ALPHA_X] + 2.0 * (nodes - 1.0) / nodes * message_bytes * x[_BETA_X]
-    )
-    return np.maximum(inside, 0.0) + across
+    return 2.0 * hops + 2.0 * (workers - 1.0) / workers * message_bytes * slowest
 
 
 def fit(
