@@ -43,6 +43,9 @@ def run(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) ->
     spec = dataclasses.replace(spec, script=str(Path(spec.script).resolve()))
     if resume is not None:
         spec, said = launch.resumed(spec, resume)
+    else:
+        said = launch.set_aside(spec)
+    if said:
         _tell(said)
     if spec.ledger:
         for old in (folder / "ledger").glob("*.jsonl"):

@@ -12,7 +12,8 @@ from torch.utils.data import TensorDataset
 
 import supple
 from supple.core.spec import TrainSpec
-from supple.core.types import CheckpointSaved, JobId, SaveCheckpoint, WorkerId
+from supple.core.types import CheckpointFailed, CheckpointSaved, JobId, SaveCheckpoint, WorkerId
+from supple.train.checkpoint import CheckpointStore
 from supple.train.job import Job, TrainingError
 from tests.train.ranks import come_late
 from tests.train.world import World
@@ -189,6 +190,40 @@ def test_a_saved_job_goes_on_where_it_was_with_another_count(
     torch.testing.assert_close(
         weights(again.models[id(second.jobs["z"])]), run_alone(), rtol=1e-4, atol=1e-5
     )
+
+
+def test_a_run_that_ends_leaves_its_last_step_behind(worlds: list[World], tmp_path: Path) -> None:
+    training = Training()
+    world = World("ends", training, tmp_path)
+    worlds.append(world)
+    world.start("a", "b")
+    world.form(1, ["a", "b"])
+    assert world.finished(["a", "b"]) == [18, 18]
+    assert world.wait("a", CheckpointSaved).step == 18
+    assert not any(isinstance(event, CheckpointSaved) for event in world.seen["b"])
+    again = Training()
+    second = World("begun-at-its-end", again, tmp_path)
+    worlds.append(second)
+    second.start("x")
+    found = CheckpointStore(tmp_path).latest()
+    assert found is not None
+    second.form(1, ["x"], restore=str(found.path))
+    assert second.finished(["x"]) == [18]
+    assert torch.equal(
+        weights(again.models[id(second.jobs["x"])]), weights(training.models[id(world.jobs["a"])])
+    )
+
+
+def test_a_run_whose_last_step_cannot_be_saved_has_still_finished(
+    worlds: list[World], tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("a file where the folder should be")
+    world = World("no-room", Training(), tmp_path / "taken")
+    worlds.append(world)
+    world.start("a")
+    world.form(1, ["a"])
+    assert "step 18 cannot be saved" in world.wait("a", CheckpointFailed).error
+    assert world.finished(["a"]) == [18]
 
 
 def test_another_batch_size_is_taken_at_a_generation_with_its_learning_rate(

@@ -118,6 +118,17 @@ def test_a_checkpoint_payload_restores_bit_for_bit_and_shares_no_memory() -> Non
     assert all(torch.equal(now[name], expected[name]) for name in expected)
 
 
+def test_a_payload_does_not_follow_what_the_users_object_becomes() -> None:
+    average = nn.Linear(2, 2)
+    model = nn.Linear(2, 2)
+    state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1), {"average": average})
+    payload = state.payload({})
+    before = average.weight.detach().clone()
+    with torch.no_grad():
+        average.weight.zero_()
+    assert torch.equal(payload["description"]["kept"]["average"]["weight"], before)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 200_000_000), max_size=30))
 def test_every_byte_is_in_exactly_one_message(sizes: list[int]) -> None:

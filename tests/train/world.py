@@ -28,11 +28,11 @@ from supple.train.member import Identity, LeaveLoop
 from tests.train.ranks import rendezvous
 
 Kind = TypeVar("Kind", bound=Event)
-_LIMIT_S = 20.0
+_LIMIT_S = 60.0
 
 
 class World:
-    """Workers by name; every wait is for an event and fails after 30 s."""
+    """Workers by name; every wait is for an event and fails after a minute."""
 
     def __init__(
         self, name: str, train: Callable[[Job], None], folder: Path | None = None, **spec: Any

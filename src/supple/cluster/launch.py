@@ -1,6 +1,7 @@
 """One training job from a spec to its end: connects Ray, wires the parts, catches Ctrl-C."""
 
 import asyncio
+import itertools
 import signal
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from supple.cluster.control import refuse_second
 from supple.cluster.controller import Controller, Outcome
 from supple.cluster.ray import RayBackend, connect
 from supple.core.spec import SpecError, TrainSpec
-from supple.train.checkpoint import CheckpointStore
+from supple.train.checkpoint import CheckpointError, CheckpointStore
 from supple.train.script import check
 
 
@@ -46,7 +47,10 @@ def resumed(spec: TrainSpec, resume: str) -> tuple[TrainSpec, str]:
             )
         return replace(spec, resume=str(Path(resume).resolve())), f"resuming from {resume}"
     folder = run_path_of(spec) / "checkpoints"
-    found = CheckpointStore(folder).latest()
+    try:
+        found = CheckpointStore(folder).latest()
+    except CheckpointError as error:
+        raise SpecError(f"--resume latest: {error}") from None
     if found is None:
         raise SpecError(
             f"--resume latest: there is no good checkpoint in {folder}. Start without --resume, "
@@ -54,6 +58,30 @@ def resumed(spec: TrainSpec, resume: str) -> tuple[TrainSpec, str]:
         )
     skipped = "".join(f" Skipped: {problem}" for problem in found.skipped)
     return replace(spec, resume=str(found.path)), f"resuming from step {found.step}.{skipped}"
+
+
+def set_aside(spec: TrainSpec) -> str:
+    """Move the checkpoints of an earlier run of this name out of the way of a run that begins anew,
+    which would otherwise replace them one by one; a line about it, empty if there are none.
+
+    Raises `SpecError` if they cannot be moved.
+    """
+    folder = run_path_of(spec) / "checkpoints"
+    try:
+        if not any(folder.glob("*-step-*")):
+            return ""
+        names = (folder.with_name(f"checkpoints-{number}") for number in itertools.count(1))
+        kept = next(path for path in names if not path.exists())
+        folder.rename(kept)
+    except OSError as error:
+        raise SpecError(
+            f"the checkpoints of an earlier run named {spec.name!r} in {folder} cannot be moved: "
+            f"{error.strerror}. Choose another --name, or go on from them with --resume latest."
+        ) from None
+    return (
+        f"an earlier run named {spec.name!r} left checkpoints: they are kept in {kept} "
+        "(--resume latest would have gone on from them)"
+    )
 
 
 def train(spec: TrainSpec, *, observers: Iterable[Observer], verbose: bool = False) -> Outcome:

@@ -174,6 +174,8 @@ class Job:
             if self._pass_fence():
                 break
         self._publish(force=True)
+        if self.rank == 0:
+            self._saver.finish(self._state, self.scalars(), self.generation)
 
     def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
         """Backward, and on the last micro-batch of a step: reduce, update, count.

@@ -4,7 +4,7 @@ import time
 from typing import Any, final
 
 from supple.core.types import CheckpointFailed, CheckpointSaved
-from supple.train.checkpoint import CheckpointStore
+from supple.train.checkpoint import CheckpointError, CheckpointStore
 from supple.train.mailbox import Mailbox
 from supple.train.member import Identity
 from supple.train.state import TrainState
@@ -43,6 +43,18 @@ class Saver:
             self._tell(step, generation, path, error)
 
         self._store.save_async(step, state.payload(scalars), _meta(state, scalars), told)
+
+    def finish(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
+        """The run is at its end: save it, after what is still being written. The outcome is told as
+        an event; a run that cannot be saved has still been trained."""
+        if self._store is None:
+            return
+        self._store.wait()
+        try:
+            path, error = self.now(state, scalars), ""
+        except CheckpointError as problem:
+            path, error = "", str(problem)
+        self._tell(int(scalars["step"]), generation, path, error)
 
     def now(self, state: TrainState, scalars: dict[str, Any]) -> str:
         """Write before returning; the path. Raises `CheckpointError`."""

@@ -8,6 +8,7 @@ end, so a death half-way costs nobody what they had.
 """
 
 import io
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -133,7 +134,7 @@ class TrainState:
     def payload(self, scalars: dict[str, Any]) -> dict[str, Any]:
         """A private CPU copy of everything, for a durable checkpoint."""
         return {
-            "description": self.describe(scalars),
+            "description": _private(self.describe(scalars)),
             "tensors": [
                 tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                 for tensor in self.tensors().values()
@@ -298,6 +299,17 @@ def _unpack(landing: Sequence[Tensor], pieces: Sequence[Piece], message: Tensor)
 def _flat_bytes(tensor: Tensor) -> Tensor:
     """The tensor's bytes: its own memory where it is contiguous, else a copy."""
     return tensor.reshape(-1).view(torch.uint8)
+
+
+def _private(value: Any) -> Any:
+    """`value` with its own copy, on the CPU, of every tensor and container in it."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _private(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_private(item) for item in value)
+    return value
 
 
 def _encode(description: dict[str, Any]) -> Tensor:
