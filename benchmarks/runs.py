@@ -79,3 +79,14 @@ def wait_until_running(name: str, num_workers: int, timeout_s: float = 60.0) -> 
             return now
         time.sleep(0.05)
     raise TimeoutError(f"{name} did not reach {num_workers} running workers in {timeout_s:g} s")
+
+
+def wait_until_stepping(name: str, generation: int, timeout_s: float = 60.0) -> None:
+    """Until a step of `generation` or a later one has been committed."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        progress = status(name)["progress"]
+        if progress is not None and progress["generation"] >= generation:
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"{name} committed no step of generation {generation}")

@@ -65,6 +65,10 @@ def made_progress(**changes: Any) -> Progress:
         "data_time_s": 0.0,
         "noise_scale": None,
         "efficiency": None,
+        "base_batch_size": 64,
+        "base_lr": 1e-3,
+        "optimizer": "AdamW",
+        "gradient_bytes": 4000,
         "metrics": {"loss": 0.5},
     }
     return Progress(**(fields | changes))

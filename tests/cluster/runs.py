@@ -90,9 +90,9 @@ class TrainRun:
 
         return int(ask(self.name, {"ask": "status"})["pids"][worker])
 
-    def end(self) -> int:
+    def end(self, limit_s: float = _LIMIT_S) -> int:
         """Wait for the process to end; its exit code. All records are in `records` then."""
-        code = self.process.wait(_LIMIT_S)
+        code = self.process.wait(limit_s)
         while (line := self._lines.get(timeout=5.0)) is not None:
             self.records.append(json.loads(line))
         return code

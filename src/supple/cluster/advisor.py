@@ -1,108 +1,129 @@
-"""The planner inside a running job: live measurements in, resize and batch requests out.
+"""The planner inside a running job: live measurements in, requests for another size or batch out.
 
-Keeps the measurements, calls `supple.core.planner`, and turns its answer into events. It asks
-again at most every few seconds, and only after enough steps at the current size.
+Keeps the measurements, calls `supple.core.advice`, and turns its answers into events. It asks again
+at most every few seconds, and only after enough steps in the current generation.
 """
 
 from typing import final
 
-from supple.core.goodput import OptimizerFamily
+from supple.core.advice import advise, advise_batch
+from supple.core.goodput import family_of
 from supple.core.interconnects import lookup
-from supple.core.planner import JobModel, Limits, advise
-from supple.core.spec import TrainSpec
+from supple.core.planner import JobModel
+from supple.core.spec import Limits, TrainSpec
 from supple.core.throughput import StepMeasurement, fit
-from supple.core.types import Event, JobId, Progress, TargetChanged
+from supple.core.types import BatchChanged, Event, JobId, Progress, TargetChanged
 
 _EVERY_S = 5.0
-_GRADIENT_BYTES = 4_000_000
-"""The controller does not know the model: the fitted bandwidth makes up for the difference."""
 _MIN_STEPS = 20
-"""Steps at one size before its step time is believed."""
+"""Steps of one generation before its step time is believed."""
 
 
 @final
 class Advisor:
-    """One job's standing question: is this still the right number of workers?"""
+    """One job's standing questions: is this still the right number of workers, and the right batch?
 
-    def __init__(self, spec: TrainSpec, family: OptimizerFamily = "adam") -> None:
+    The count is left alone where a schedule or a person decides it.
+    """
+
+    def __init__(self, spec: TrainSpec) -> None:
         self._spec = spec
-        self._family: OptimizerFamily = family
-        self._measured: dict[int, StepMeasurement] = {}
+        self._measured: dict[tuple[int, int], StepMeasurement] = {}
         self._pause_s = 1.0
         self._asked_at = 0.0
         self._generation = -1
         self._first_step = 0
-        self._muted = False
+        self._may_resize = not spec.schedule and spec.min_workers < spec.max_workers
 
-    def mute(self) -> None:
-        """A person chose the size: keep quiet from now on."""
-        self._muted = True
+    def leave_count_alone(self) -> None:
+        """A person chose the size: never ask for another from now on."""
+        self._may_resize = False
 
     def measured_pause(self, seconds: float) -> None:
         self._pause_s = seconds
 
     def consider(self, progress: Progress, now: float) -> list[Event]:
-        """Note the measurement; at times, ask for another size."""
+        """Note the measurement; at times, ask for another number of workers, or else for another
+        batch. At most one event."""
         if progress.generation != self._generation:
             self._generation, self._first_step = progress.generation, progress.step
             return []
         if progress.step - self._first_step < _MIN_STEPS or progress.step_time_s <= 0:
             return []
-        self._measured[progress.num_workers] = _measurement(progress)
-        if self._muted or now - self._asked_at < _EVERY_S or progress.samples_total is None:
+        self._measured[progress.num_workers, progress.global_batch_size] = _measurement(progress)
+        if now - self._asked_at < _EVERY_S or progress.samples_total is None:
             return []
         self._asked_at = now
+        job, limits = self._model(progress, progress.samples_total), self._limits()
+        remaining = progress.samples_total - progress.samples_done
+        job_id = JobId(self._spec.name)
+        if self._may_resize:
+            count, reason = advise(
+                job,
+                limits,
+                current_workers=progress.num_workers,
+                remaining_samples=remaining,
+                resize_cost_s=self._pause_s,
+            )
+            if count != progress.num_workers:
+                return [
+                    TargetChanged(job_id=job_id, generation=0, num_workers=count, reason=reason)
+                ]
+        size, reason = advise_batch(
+            job,
+            limits,
+            current_workers=progress.num_workers,
+            current_batch=progress.global_batch_size,
+            remaining_samples=remaining,
+            resize_cost_s=self._pause_s,
+        )
+        if size == progress.global_batch_size:
+            return []
+        return [BatchChanged(job_id=job_id, generation=0, global_batch_size=size, reason=reason)]
+
+    def _limits(self) -> Limits:
         spec = self._spec
-        model = fit(
-            list(self._measured.values()),
-            [],
-            gradient_bytes=_GRADIENT_BYTES,
-            link=lookup("loopback"),
-            workers_per_node=spec.max_workers,
-        )
-        job = JobModel(
-            step_time=model,
-            memory=None,
-            noise_scale=progress.noise_scale,
-            startup_s=0.0,
-            dataset_size=progress.samples_total // progress.num_epochs,
-            epochs=progress.num_epochs,
-            base_batch_size=progress.global_batch_size,
-            base_lr=progress.lr,
-            optimizer_family=self._family,
-            lr_rule=spec.lr_rule,
-            measured_workers=tuple(sorted(self._measured)),
-            device_memory_bytes=None,
-            device_name="",
-        )
-        limits = Limits(
+        return Limits(
             min_workers=spec.min_workers,
             max_workers=spec.max_workers,
             price_per_hour=spec.price_per_hour,
             batch=spec.batch,
         )
-        count, reason = advise(
-            job,
-            limits,
-            current_workers=progress.num_workers,
-            remaining_samples=progress.samples_total - progress.samples_done,
-            resize_cost_s=self._pause_s,
+
+    def _model(self, progress: Progress, samples_total: int) -> JobModel:
+        measured = list(self._measured.values())
+        return JobModel(
+            step_time=fit(
+                measured,
+                [],
+                gradient_bytes=progress.gradient_bytes,
+                link=lookup("loopback"),
+                workers_per_node=self._spec.max_workers,
+            ),
+            memory=None,
+            noise_scale=progress.noise_scale,
+            startup_s=0.0,
+            dataset_size=max(1, samples_total // progress.num_epochs),
+            epochs=progress.num_epochs,
+            base_batch_size=progress.base_batch_size,
+            base_lr=progress.base_lr,
+            optimizer_family=family_of(progress.optimizer),
+            lr_rule=self._spec.lr_rule,
+            measured_workers=tuple(sorted({step.num_workers for step in measured})),
+            device_memory_bytes=None,
+            device_name="",
         )
-        if count == progress.num_workers:
-            return []
-        return [
-            TargetChanged(job_id=JobId(spec.name), generation=0, num_workers=count, reason=reason)
-        ]
 
 
 def _measurement(progress: Progress) -> StepMeasurement:
     compute_s = max(1e-9, progress.step_time_s - progress.sync_time_s - progress.data_time_s)
     share = max(1, -(-progress.global_batch_size // progress.num_workers))
+    accumulation = -(-share // progress.base_batch_size)
     return StepMeasurement(
         num_workers=progress.num_workers,
         num_nodes=1,
-        micro_batch_size=share,
-        num_accumulation_steps=1,
+        micro_batch_size=-(-share // accumulation),
+        num_accumulation_steps=accumulation,
         forward_s=compute_s / 3,
         backward_s=compute_s * 2 / 3,
         optimizer_s=0.0,

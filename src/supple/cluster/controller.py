@@ -17,7 +17,6 @@ from supple.core.lifecycle import JobState, Phase
 from supple.core.spec import SpecError, TrainSpec, parse_count
 from supple.core.types import (
     Action,
-    BatchChanged,
     Decision,
     Event,
     FailJob,
@@ -108,7 +107,7 @@ class Controller:
                         f"Ask for a count from {low} to {high}."
                     )
                 if self._advisor is not None:
-                    self._advisor.mute()
+                    self._advisor.leave_count_alone()
                 self._want(count, "asked for by `supple resize`")
                 return {"accepted": count}
             case "preempt":
@@ -211,16 +210,6 @@ class Controller:
     def _want(self, count: int, reason: str) -> None:
         self._put(
             TargetChanged(job_id=self._job_id, generation=0, num_workers=count, reason=reason)
-        )
-
-    def want_batch(self, global_batch_size: int, reason: str) -> None:
-        self._put(
-            BatchChanged(
-                job_id=self._job_id,
-                generation=0,
-                global_batch_size=global_batch_size,
-                reason=reason,
-            )
         )
 
     def _preempt(self, request: Mapping[str, Any]) -> dict[str, Any]:

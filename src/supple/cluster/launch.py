@@ -123,6 +123,5 @@ async def _train(
 
 def _advisor(spec: TrainSpec) -> Advisor | None:
     """The planner decides unless a schedule does, or there is nothing to decide."""
-    if spec.schedule or spec.min_workers == spec.max_workers:
-        return None
-    return Advisor(spec)
+    free = not spec.schedule and spec.min_workers < spec.max_workers
+    return Advisor(spec) if free or spec.batch == "adaptive" else None

@@ -204,6 +204,7 @@ class RayBackend:
     async def _greet(self, worker_id: WorkerId, worker: _Worker) -> bool:
         """Wait until the actor exists. Waiting for a free place in the cluster is not silence."""
         greeting = asyncio.ensure_future(_resolved(worker.actor.hello.remote()))
+        greeting.add_done_callback(_look_at_error)
         while True:
             done, _ = await asyncio.wait({greeting}, timeout=1.0)
             if done:
@@ -275,6 +276,13 @@ class RayBackend:
 
     def _spawn(self, worker: _Worker, work: Coroutine[Any, Any, None]) -> None:
         worker.tasks.append(asyncio.ensure_future(work))
+
+
+def _look_at_error(answer: asyncio.Future[Any]) -> None:
+    """A worker may be fenced before it answers: nobody asks for that error, and asyncio would
+    print it."""
+    if not answer.cancelled():
+        answer.exception()
 
 
 async def _resolved(reference: Any) -> Any:

@@ -102,14 +102,14 @@ def prove(
     records: Iterable[Mapping[str, Any]],
     *,
     expected: Iterable[SampleId],
-    num_epochs: int,
+    num_epochs: int | None = None,
 ) -> LedgerReport:
     """Compare what the run used with `expected`, the samples of one epoch.
 
     `records` are those of all workers and of the controller, in any order: `read`, `generation`
     (generation, start_step) and `end` (step: how many were committed); others are ignored.
-    The first `num_epochs` epochs must be complete; a later one, which the run ended within, may
-    lack samples but not repeat any. For a map dataset `expected` is `range(dataset_size)`.
+    The first `num_epochs` epochs must be complete (default: all but the last that was begun); a later
+    one, which the run ended within, may lack samples but not repeat any. For a map dataset `expected` is `range(dataset_size)`.
 
     Raises `LedgerError` where the records prove nothing.
     """
@@ -133,13 +133,14 @@ def prove(
     begun = _starts(reads, begun)
     used, by_generation, num_void = _committed(reads, begun, num_steps)
     wanted = set(expected)
-    last = max([num_epochs - 1, *used])
+    num_complete = max(used, default=0) if num_epochs is None else num_epochs
+    last = max([num_complete - 1, *used])
     return LedgerReport(
         num_steps=num_steps,
         num_generations=len(by_generation),
         num_void_reads=num_void,
         epochs=tuple(
-            _report(epoch, used.get(epoch, Counter()), wanted, is_complete=epoch < num_epochs)
+            _report(epoch, used.get(epoch, Counter()), wanted, is_complete=epoch < num_complete)
             for epoch in range(last + 1)
         ),
     )

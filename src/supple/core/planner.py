@@ -27,9 +27,7 @@ _MEMORY_SHARE = 0.92
 _MAX_ACCUMULATION = 256
 """Micro-batches of a step up to which a batch is grown; the user's own batch is cut into as many
 as memory needs."""
-_GROWTH_AT_ONCE = 2
-"""A running job asks for at most this many times the largest count it has measured."""
-_KEEP_SHARE = 0.8 * KNEE_SHARE
+KEEP_SHARE = 0.8 * KNEE_SHARE
 """A running job gives workers back only where they add less than this: between the two shares
 nothing changes, so that the scatter of measurements does not send it to and fro."""
 
@@ -109,98 +107,8 @@ def plan(job: JobModel, limits: Limits, objective: Objective) -> PlanTable | Inf
         return _for_deadline(rows, objective.deadline_s)
     if objective.budget is not None:
         return _for_budget(rows, objective.budget, limits)
-    index = _knee(rows)
+    index = knee(rows)
     return PlanTable(rows=rows, recommended=index, reason=_knee_reason(rows, index))
-
-
-def should_resize(
-    job: JobModel,
-    limits: Limits,
-    *,
-    current_workers: int,
-    target: int,
-    remaining_samples: int,
-    resize_cost_s: float,
-) -> tuple[bool, str]:
-    """(whether going to `target` pays back what the resize costs, the arithmetic in words).
-
-    Growing must save more seconds than `resize_cost_s`; shrinking must save more worker-seconds
-    than the workers held now lose in the pause."""
-    if target == current_workers:
-        return False, f"keep {_workers(current_workers)}: already there"
-    now, then = _row(job, limits, current_workers), _row(job, limits, target)
-    left_s = remaining_samples / now.goodput.value
-    then_s = remaining_samples / then.goodput.value
-    rates = (
-        f"{then.samples_per_s.value:.0f} samples/s expected at {_workers(target)} "
-        f"({then.step_time_s.source}), {now.samples_per_s.value:.0f} at {current_workers}"
-    )
-    if target > current_workers:
-        saved_s = left_s - then_s
-        if saved_s <= resize_cost_s:
-            return False, (
-                f"keep {_workers(current_workers)}: {target} would save {max(0.0, saved_s):.1f} s "
-                f"of {left_s:.0f} s, the resize costs {resize_cost_s:.2f} s"
-            )
-        return True, f"{rates}; saves {saved_s:.0f} of {left_s:.0f} s"
-    freed_s = left_s * current_workers - then_s * target
-    lost_s = resize_cost_s * current_workers
-    if freed_s <= lost_s:
-        return False, (
-            f"keep {_workers(current_workers)}: {target} would save {max(0.0, freed_s):.1f} "
-            f"worker-seconds, the resize costs {lost_s:.1f}"
-        )
-    return True, f"{rates}: the others add too little; saves {freed_s:.0f} worker-seconds"
-
-
-def advise(
-    job: JobModel,
-    limits: Limits,
-    *,
-    current_workers: int,
-    remaining_samples: int,
-    resize_cost_s: float,
-) -> tuple[int, str]:
-    """(the count a running job should have next, why), within the limits. Grows to at most twice
-    the largest count measured, so that a prediction is checked before the next one rests on it;
-    changes nothing that would not pay back its measured cost, unless the limits ask for it."""
-    most = limits.max_workers or max(LARGEST_COUNT, limits.min_workers)
-    within = max(limits.min_workers, min(most, current_workers))
-    if within != current_workers:
-        return within, (
-            f"{_workers(current_workers)} now, {limits.min_workers} to {most} are allowed"
-        )
-    measured = max((*job.measured_workers, current_workers))
-    ceiling = max(current_workers, min(most, measured * _GROWTH_AT_ONCE))
-    ladder = _ladder(limits.min_workers, current_workers, ceiling)
-    rows = tuple(_row(job, limits, count) for count in ladder)
-    target = rows[_knee(rows, held=current_workers)].num_workers
-    if target == current_workers:
-        return current_workers, f"keep {_workers(current_workers)}: {KNEE_RULE}"
-    worth, why = should_resize(
-        job,
-        limits,
-        current_workers=current_workers,
-        target=target,
-        remaining_samples=remaining_samples,
-        resize_cost_s=resize_cost_s,
-    )
-    return (target if worth else current_workers), why
-
-
-def _ladder(least: int, current: int, most: int) -> list[int]:
-    """`current`, halved down to `least` and doubled up to `most`. Neighbours are far enough apart
-    for the scatter of measurements not to decide between them."""
-    counts = {least, current, most}
-    count = current
-    while count > least:
-        counts.add(count)
-        count //= 2
-    count = current
-    while count < most:
-        counts.add(count)
-        count *= 2
-    return sorted(counts)
 
 
 def _rows(job: JobModel, limits: Limits) -> tuple[Plan, ...]:
@@ -211,17 +119,19 @@ def _rows(job: JobModel, limits: Limits) -> tuple[Plan, ...]:
     rows: list[Plan] = []
     useless = 0
     for count in sorted(c for c in counts if limits.min_workers <= c <= largest):
-        rows.append(_row(job, limits, count))
+        rows.append(row_for(job, limits, count))
         if limits.max_workers is None and len(rows) > 1:
             gained = rows[-2].time_to_end_s.value / rows[-1].time_to_end_s.value
             useless = useless + 1 if gained < 1.05 else 0
-            if useless >= 2 and _knee(rows) < len(rows) - 1:
+            if useless >= 2 and knee(rows) < len(rows) - 1:
                 break
     return tuple(rows)
 
 
-def _row(job: JobModel, limits: Limits, count: int) -> Plan:
-    batch = _batch(job, limits, count)
+def row_for(job: JobModel, limits: Limits, count: int, *, batch_size: int | None = None) -> Plan:
+    """Everything predicted for `count` workers, with the batch and learning rate it should have, or
+    with a global batch of `batch_size`."""
+    batch = _batch(job, count, batch_size or _best_batch_size(job, limits, count))
     step = job.step_time.predict(count, batch.micro_batch_size, batch.num_accumulation_steps)
     size = batch.global_batch_size
     rate = over(size, step)
@@ -250,21 +160,24 @@ def _row(job: JobModel, limits: Limits, count: int) -> Plan:
     )
 
 
-def _batch(job: JobModel, limits: Limits, count: int) -> BatchPlan:
-    size = job.base_batch_size
-    if limits.batch == "adaptive" and job.noise_scale is not None:
+def _best_batch_size(job: JobModel, limits: Limits, count: int) -> int:
+    if limits.batch == "fixed" or job.noise_scale is None:
+        return job.base_batch_size
 
-        def throughput(batch: int) -> float:
-            micro, accumulation = _split(job, batch, count)
-            return batch / job.step_time.predict(count, micro, accumulation).value
+    def throughput(batch: int) -> float:
+        micro, accumulation = _split(job, batch, count)
+        return batch / job.step_time.predict(count, micro, accumulation).value
 
-        size = best_global_batch(
-            noise_scale=job.noise_scale,
-            base_batch=size,
-            largest=_largest_batch(job, count),
-            throughput=throughput,
-            num_candidates=16,
-        )
+    return best_global_batch(
+        noise_scale=job.noise_scale,
+        base_batch=job.base_batch_size,
+        largest=_largest_batch(job, count),
+        throughput=throughput,
+        num_candidates=16,
+    )
+
+
+def _batch(job: JobModel, count: int, size: int) -> BatchPlan:
     micro, accumulation = _split(job, size, count)
     lr, _ = learning_rate(
         rule=job.lr_rule,
@@ -327,14 +240,14 @@ def _memory(job: JobModel, micro_batch: int) -> Estimate:
 # --- which row ----------------------------------------------------------------------------------
 
 
-def _knee(rows: Sequence[Plan], *, held: int = 0) -> int:
+def knee(rows: Sequence[Plan], *, held: int = 0) -> int:
     """See `KNEE_RULE`. Speeds are relative to one worker; a step down in speed ends the curve. Up
-    to `held`, the count a job has now, `_KEEP_SHARE` is enough."""
+    to `held`, the count a job has now, `KEEP_SHARE` is enough."""
     best = 0
     for index in range(1, len(rows)):
         added = rows[index].num_workers - rows[best].num_workers
         gained = rows[index].speedup.value - rows[best].speedup.value
-        share = KNEE_SHARE if rows[index].num_workers > held else _KEEP_SHARE
+        share = KNEE_SHARE if rows[index].num_workers > held else KEEP_SHARE
         if gained / added < share:
             break
         best = index
@@ -344,7 +257,7 @@ def _knee(rows: Sequence[Plan], *, held: int = 0) -> int:
 def _knee_reason(rows: Sequence[Plan], index: int) -> str:
     row = rows[index]
     head = (
-        f"{_workers(row.num_workers)}: {row.speedup.value:.2f} times the speed of one worker"
+        f"{in_words(row.num_workers)}: {row.speedup.value:.2f} times the speed of one worker"
         if row.num_workers > 1
         else "1 worker"
     )
@@ -365,7 +278,7 @@ def _for_deadline(rows: tuple[Plan, ...], deadline_s: float) -> PlanTable | Infe
         fastest = min(rows, key=lambda row: row.time_to_end_s.high)
         return Infeasible(
             asked=f"the end within {_time(deadline_s)}",
-            numbers=f"the fastest is {_workers(fastest.num_workers)}: "
+            numbers=f"the fastest is {in_words(fastest.num_workers)}: "
             f"{_time(fastest.time_to_end_s.value)}, with 90 % certainty within "
             f"{_time(fastest.time_to_end_s.high)}",
             rule="the upper end of the 80 % interval must meet the deadline",
@@ -377,7 +290,7 @@ def _for_deadline(rows: tuple[Plan, ...], deadline_s: float) -> PlanTable | Infe
     return PlanTable(
         rows=rows,
         recommended=index,
-        reason=f"{_workers(row.num_workers)}: ends in {_time(row.time_to_end_s.value)}, with 90 % "
+        reason=f"{in_words(row.num_workers)}: ends in {_time(row.time_to_end_s.value)}, with 90 % "
         f"certainty within {_time(row.time_to_end_s.high)}; of all that meet the deadline of "
         f"{_time(deadline_s)} it uses the fewest accelerator-hours "
         f"({row.accelerator_hours.value:.3g}).",
@@ -395,7 +308,7 @@ def _for_budget(rows: tuple[Plan, ...], budget: float, limits: Limits) -> PlanTa
         cheapest = min(rows, key=lambda row: cost(row).high)
         return Infeasible(
             asked=f"the end for {budget:g}{unit}",
-            numbers=f"the cheapest is {_workers(cheapest.num_workers)}: "
+            numbers=f"the cheapest is {in_words(cheapest.num_workers)}: "
             f"{cost(cheapest).value:.3g}{unit}, with 90 % certainty at most "
             f"{cost(cheapest).high:.3g}{unit}",
             rule="the upper end of the 80 % interval must be within the budget",
@@ -406,7 +319,7 @@ def _for_budget(rows: tuple[Plan, ...], budget: float, limits: Limits) -> PlanTa
     return PlanTable(
         rows=rows,
         recommended=index,
-        reason=f"{_workers(row.num_workers)}: the fastest within {budget:g}{unit}; ends in "
+        reason=f"{in_words(row.num_workers)}: the fastest within {budget:g}{unit}; ends in "
         f"{_time(row.time_to_end_s.value)} for {cost(row).value:.3g}{unit}, with 90 % certainty "
         f"at most {cost(row).high:.3g}{unit}.",
     )
@@ -415,7 +328,8 @@ def _for_budget(rows: tuple[Plan, ...], budget: float, limits: Limits) -> PlanTa
 # --- words ---------------------------------------------------------------------------------------
 
 
-def _workers(count: int) -> str:
+def in_words(count: int) -> str:
+    """1 worker, 2 workers."""
     return "1 worker" if count == 1 else f"{count} workers"
 
 

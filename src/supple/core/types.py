@@ -319,5 +319,11 @@ class Progress:
     data_time_s: float
     noise_scale: float | None
     efficiency: float | None
+    base_batch_size: int
+    """The global batch of the script, and the learning rate tuned at it."""
+    base_lr: float
+    optimizer: str
+    """Its class name."""
+    gradient_bytes: int
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     """What the script reported last."""

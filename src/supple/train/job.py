@@ -461,6 +461,10 @@ class Job:
             efficiency=None
             if phi is None
             else efficiency(phi, self._rate.base_batch, self._global_batch),
+            base_batch_size=self._rate.base_batch,
+            base_lr=self._rate.base_lr,
+            optimizer=type(self._optimizer).__name__,
+            gradient_bytes=self._steps.gradient_bytes,
             metrics={name: float(value) for name, value in self._metrics.items()},
         )
         if self._elastic is not None:

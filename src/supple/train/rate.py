@@ -4,11 +4,8 @@ schedule; with a warm-up after a jump."""
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
-from supple.core.goodput import OptimizerFamily, family_of, learning_rate
+from supple.core.goodput import OptimizerFamily, family_of, learning_rate, warmup_steps
 from supple.core.spec import LrRule
-
-_WARM_UP_STEPS_PER_FACTOR = 20.0
-_WARM_UP_STEPS_MAX = 200.0
 
 
 @final
@@ -56,12 +53,10 @@ class LearningRate:
         self._jumped_at = int(values["jumped_at"])
 
     def _factor_at(self, step: int) -> float:
-        """A jump up is walked in a straight line (Goyal et al. 2017 warm up for the same reason),
-        20 steps times the factor it jumps by, 200 at most; a jump down is taken at once."""
-        jump = self._factor / self._jumped_from
-        if jump <= 1.0:
+        """A jump up is walked in a straight line over `warmup_steps`, a jump down taken at once."""
+        length = warmup_steps(self._factor / self._jumped_from)
+        if length == 0:
             return self._factor
-        length = min(_WARM_UP_STEPS_MAX, _WARM_UP_STEPS_PER_FACTOR * jump)
         walked = min(1.0, max(0, step - self._jumped_at + 1) / length)
         return self._jumped_from + (self._factor - self._jumped_from) * walked
 

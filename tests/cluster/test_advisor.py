@@ -1,0 +1,94 @@
+"""The advisor turns progress into at most one request at a time, and knows when to keep quiet."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from supple.cluster.advisor import Advisor
+from supple.core.spec import TrainSpec
+from supple.core.types import BatchChanged, Event, Progress, TargetChanged
+
+
+def spec(**changes: Any) -> TrainSpec:
+    fields = {"name": "job", "script": "train.py", "min_workers": 1, "max_workers": 4}
+    return TrainSpec(**(fields | changes))
+
+
+def progress(step: int, **changes: Any) -> Progress:
+    fields: dict[str, Any] = {
+        "generation": 1,
+        "step": step,
+        "epoch": 0,
+        "num_epochs": 10,
+        "samples_done": step * 64,
+        "samples_total": 10_000_000,
+        "num_workers": 1,
+        "global_batch_size": 64,
+        "lr": 1e-3,
+        "step_time_s": 0.2,
+        "sync_time_s": 0.0,
+        "data_time_s": 0.0,
+        "noise_scale": None,
+        "efficiency": None,
+        "base_batch_size": 64,
+        "base_lr": 1e-3,
+        "optimizer": "AdamW",
+        "gradient_bytes": 100_000,
+    }
+    return Progress(**(fields | changes))
+
+
+def asked(advisor: Advisor, **changes: Any) -> list[Event]:
+    """Everything asked for over 60 s of ten steps a second."""
+
+    def steps() -> Iterator[Event]:
+        for step in range(600):
+            yield from advisor.consider(progress(step, **changes), 100.0 + step / 10)
+
+    return list(steps())
+
+
+def test_a_job_of_long_steps_and_small_gradients_is_asked_to_grow_every_few_seconds() -> None:
+    events = asked(Advisor(spec()))
+    assert {type(event) for event in events} == {TargetChanged}
+    assert {event.num_workers for event in events if isinstance(event, TargetChanged)} == {2}
+    assert 8 <= len(events) <= 12
+
+
+def test_nothing_is_asked_before_twenty_steps_of_a_generation() -> None:
+    advisor = Advisor(spec())
+    for generation in range(1, 20):
+        for step in range(20):
+            now = 100.0 * generation + step
+            assert not advisor.consider(progress(step, generation=generation), now)
+
+
+def test_nothing_is_asked_of_a_run_whose_length_is_unknown() -> None:
+    assert not asked(Advisor(spec()), samples_total=None)
+
+
+def test_a_count_that_a_person_or_a_schedule_chose_is_left_alone() -> None:
+    chosen = Advisor(spec())
+    chosen.leave_count_alone()
+    assert not asked(chosen)
+    assert not asked(Advisor(spec(schedule=((0.0, 1), (30.0, 2)))))
+    assert not asked(Advisor(spec(max_workers=1)))
+
+
+def test_an_adaptive_batch_is_asked_for_where_the_count_is_fixed() -> None:
+    advisor = Advisor(spec(min_workers=4, batch="adaptive"))
+    waiting = {"num_workers": 4, "sync_time_s": 0.15}
+    assert not asked(advisor, **waiting)
+    events = asked(advisor, generation=2, noise_scale=1e6, **waiting)
+    assert events
+    for event in events:
+        assert isinstance(event, BatchChanged)
+        assert event.global_batch_size == 128
+        assert "noise scale 1e+06 samples" in event.reason
+
+
+def test_a_pause_that_was_measured_to_be_long_is_not_asked_for_near_the_end() -> None:
+    near_the_end = {"samples_done": 9_998_000}
+    assert asked(Advisor(spec()), **near_the_end)
+    advisor = Advisor(spec())
+    advisor.measured_pause(60.0)
+    assert not asked(advisor, **near_the_end)

@@ -1,0 +1,240 @@
+"""What a running job is told to change, and when it is told to leave things as they are."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from supple.core.advice import advise, advise_batch, should_resize
+from supple.core.goodput import MAX_ADAM_RATIO
+from supple.core.interconnects import lookup
+from supple.core.planner import plan
+from supple.core.spec import Limits, Objective
+from supple.core.throughput import StepMeasurement, fit
+from tests.core.test_planner import job, table
+from tests.core.test_throughput import GRADIENT_BYTES, measured
+
+ADAPTIVE = Limits(max_workers=8, batch="adaptive")
+
+
+def ask(current: int, remaining: int, cost_s: float, maximum: int = 8) -> tuple[int, str]:
+    return advise(
+        job(measured_workers=(current,)),
+        Limits(max_workers=maximum),
+        current_workers=current,
+        remaining_samples=remaining,
+        resize_cost_s=cost_s,
+    )
+
+
+def test_a_running_job_grows_to_at_most_twice_what_was_measured() -> None:
+    count, reason = ask(1, 10**7, 0.2)
+    assert count == 2
+    assert "samples/s expected at 2 workers" in reason
+
+
+def test_a_resize_that_does_not_pay_back_is_not_made() -> None:
+    count, reason = ask(1, 500, 1000.0)
+    assert count == 1
+    assert "the resize costs 1000.00 s" in reason
+
+
+def test_a_job_above_its_knee_gives_workers_back() -> None:
+    count, reason = ask(64, 10**7, 0.2, maximum=64)
+    assert count < 64
+    assert "add too little" in reason
+
+
+@pytest.mark.parametrize("current", [1, 2, 3])
+def test_advice_stays_within_the_limits(current: int) -> None:
+    assert 1 <= ask(current, 10**7, 0.1, maximum=3)[0] <= 3
+
+
+def test_more_than_the_limits_allow_is_given_back_whatever_it_costs() -> None:
+    count, reason = ask(6, 10**7, 1e9, maximum=4)
+    assert count == 4
+    assert "1 to 4 are allowed" in reason
+
+
+def test_a_shrink_must_free_more_than_its_pause_takes() -> None:
+    def shrink(remaining: int) -> tuple[bool, str]:
+        return should_resize(
+            job(),
+            Limits(),
+            current_workers=64,
+            target=4,
+            remaining_samples=remaining,
+            resize_cost_s=5.0,
+        )
+
+    assert shrink(10**7)[0]
+    worth, reason = shrink(1000)
+    assert not worth
+    assert "the resize costs 320.0" in reason
+
+
+def test_a_slow_shrink_is_weighed_in_worker_seconds_not_in_seconds() -> None:
+    """8 s are left and the pause takes 5, but half the workers of half the use free too little."""
+    rows = table(plan(job(), Limits(max_workers=4), Objective())).rows
+    remaining = int(8.0 * rows[-1].goodput.value)
+    worth, reason = should_resize(
+        job(),
+        Limits(),
+        current_workers=4,
+        target=2,
+        remaining_samples=remaining,
+        resize_cost_s=5.0,
+    )
+    assert not worth
+    assert "worker-seconds" in reason
+
+
+def test_between_the_two_shares_a_job_keeps_what_it_has() -> None:
+    """A machine on which the fourth worker's half adds 0.45 of a worker: no reason to go there,
+    none to leave."""
+
+    def at(current: int) -> int:
+        speeds = {1: 1.0, 2: 1.8, 4: 1.8 + 2 * 0.45}
+        steps = [
+            StepMeasurement(
+                num_workers=workers,
+                num_nodes=1,
+                micro_batch_size=256 // workers,
+                num_accumulation_steps=1,
+                forward_s=0.1 / workers,
+                backward_s=0.2 / workers,
+                optimizer_s=0.0,
+                data_s=0.0,
+                sync_s=0.0,
+                step_time_s=0.3 / speed,
+            )
+            for workers, speed in speeds.items()
+        ]
+        model = fit(
+            steps, gradient_bytes=GRADIENT_BYTES, link=lookup("loopback"), workers_per_node=64
+        )
+        count, _ = advise(
+            job(step_time=model, measured_workers=(1, 2, 4)),
+            Limits(max_workers=4),
+            current_workers=current,
+            remaining_samples=10**7,
+            resize_cost_s=0.1,
+        )
+        return count
+
+    assert at(2) == 2
+    assert at(4) == 4
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(0, 10**8), st.floats(0.0, 1e4))
+def test_what_does_not_pay_back_today_does_not_pay_back_with_less_left(
+    current: int, target: int, remaining: int, cost_s: float
+) -> None:
+    def worth(samples: int, seconds: float) -> bool:
+        return should_resize(
+            job(),
+            Limits(),
+            current_workers=current,
+            target=target,
+            remaining_samples=samples,
+            resize_cost_s=seconds,
+        )[0]
+
+    if worth(remaining // 2, cost_s):
+        assert worth(remaining, cost_s)
+        assert worth(remaining // 2, cost_s / 2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_scatter_of_measurements_does_not_send_a_job_to_and_fro(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    steps: dict[int, StepMeasurement] = {}
+    current, visited = 1, [1]
+    for _ in range(25):
+        size = -(-256 // current)
+        steps[current] = measured(current, size, factor=math.exp(rng.normal(0.0, 0.03)))
+        model = fit(
+            list(steps.values()),
+            gradient_bytes=GRADIENT_BYTES,
+            link=lookup("loopback"),
+            workers_per_node=64,
+        )
+        current, _ = advise(
+            job(step_time=model, measured_workers=tuple(steps)),
+            Limits(max_workers=32),
+            current_workers=current,
+            remaining_samples=10**7,
+            resize_cost_s=0.3,
+        )
+        visited.append(current)
+    moves = sum(before != after for before, after in itertools.pairwise(visited))
+    assert moves <= 5
+    assert len(set(visited[-10:])) == 1
+
+
+def ask_batch(
+    current: int,
+    *,
+    remaining: int = 10**7,
+    cost_s: float = 0.2,
+    limits: Limits = ADAPTIVE,
+    **of: object,
+) -> tuple[int, str]:
+    return advise_batch(
+        job(**of),
+        limits,
+        current_workers=2,
+        current_batch=current,
+        remaining_samples=remaining,
+        resize_cost_s=cost_s,
+    )
+
+
+def test_a_batch_far_below_the_noise_scale_is_doubled() -> None:
+    size, reason = ask_batch(256, noise_scale=1e5)
+    assert size == 512
+    assert "batch 256 to 512: noise scale 1e+05 samples" in reason
+    assert "useful samples/s expected at 512" in reason
+
+
+def test_a_batch_far_above_the_noise_scale_is_halved() -> None:
+    assert ask_batch(1024, noise_scale=1.0)[0] == 512
+
+
+def test_no_batch_is_below_that_of_the_script_or_above_what_the_optimizer_bears() -> None:
+    assert ask_batch(256, noise_scale=1e-3)[0] == 256
+    largest = int(256 * MAX_ADAM_RATIO)
+    assert ask_batch(largest, noise_scale=1e9)[0] == largest
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ("it is fixed", {"limits": Limits(max_workers=8)}),
+        ("not known yet", {"noise_scale": None}),
+        ("expected at 512", {"noise_scale": 1e5, "remaining": 100}),
+        ("expected at 512", {"noise_scale": 1e5, "cost_s": 1e9}),
+    ],
+)
+def test_a_batch_is_kept_with_the_reason(words: str, changes: dict[str, object]) -> None:
+    size, reason = ask_batch(256, **changes)  # type: ignore[arg-type]
+    assert size == 256
+    assert "keep batch 256" in reason
+    assert words in reason
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0.0, 1e7), st.integers(256, 1024))
+def test_following_the_advice_comes_to_rest(noise_scale: float, start: int) -> None:
+    seen = [start]
+    for _ in range(12):
+        size, _ = ask_batch(seen[-1], noise_scale=noise_scale)
+        assert math.ceil(seen[-1] / 2) <= size <= 2 * seen[-1]
+        if size == seen[-1]:
+            return
+        seen.append(size)
+    raise AssertionError(f"the batch went {seen}")
