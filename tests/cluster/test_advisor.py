@@ -75,10 +75,10 @@ def test_a_count_that_a_person_or_a_schedule_chose_is_left_alone() -> None:
 
 
 def test_an_adaptive_batch_is_asked_for_where_the_count_is_fixed() -> None:
-    advisor = Advisor(spec(min_workers=4, batch="adaptive"))
-    waiting = {"num_workers": 4, "sync_time_s": 0.15}
-    assert not asked(advisor, **waiting)
-    events = asked(advisor, generation=2, noise_scale=1e6, **waiting)
+    given = spec(min_workers=4, batch="adaptive")
+    waiting = {"num_workers": 4, "sync_time_s": 0.15, "gradient_bytes": 40_000_000}
+    assert not asked(Advisor(given), **waiting)
+    events = asked(Advisor(given), noise_scale=1e6, **waiting)
     assert events
     for event in events:
         assert isinstance(event, BatchChanged)

@@ -108,8 +108,9 @@ def prove(
 
     `records` are those of all workers and of the controller, in any order: `read`, `generation`
     (generation, start_step) and `end` (step: how many were committed); others are ignored.
-    The first `num_epochs` epochs must be complete (default: all but the last that was begun); a later
-    one, which the run ended within, may lack samples but not repeat any. For a map dataset `expected` is `range(dataset_size)`.
+    The first `num_epochs` epochs must be complete (default: all but the last that was begun); a
+    later one, which the run ended within, may lack samples but not repeat any. For a map dataset
+    `expected` is `range(dataset_size)`.
 
     Raises `LedgerError` where the records prove nothing.
     """

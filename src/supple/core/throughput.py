@@ -40,6 +40,8 @@ Pollux (six models, up to 2 or 3 nodes against 6 to 16)."""
 
 _CAUCHY = 3.0
 """Residuals beyond so many times the scatter count as outliers."""
+_ENOUGH_TO_DOUBT = 5
+"""With fewer steps measured a surprising one is news, not an outlier."""
 
 _NUDGE = 1e-6
 """Step of the forward differences, in logarithms."""
@@ -285,7 +287,9 @@ def fit(
         optimizers: Any = optimize  # scipy ships no types
         return optimizers.least_squares(at, start, jac=slope, x_scale=width, max_nfev=60)
 
-    found = solve(cauchy, solve(soft, prior).x)
+    found = solve(soft, prior)
+    if len(steps) >= _ENOUGH_TO_DOUBT:
+        found = solve(cauchy, found.x)
     x_log: _Vector = found.x
     raw = residuals(x_log[None])[0] * NOISE_FLOOR
     fitted = raw[len(compute) : 2 * len(compute)]
