@@ -5,7 +5,9 @@ of Large-Batch Training", appendix A.1): with b samples a part and B = c b in al
 
     |G|^2 = (B |G_B|^2 - b |G_b|^2) / (B - b)        tr(Sigma) = (|G_b|^2 - |G_B|^2) / (1/b - 1/B)
 
-The two are averaged apart and divided last: the mean of their ratio would be biased.
+The two are averaged apart and divided last: the mean of their ratio would be biased. Where noise
+drowns the signal, so that its average is less than its own standard error or below zero, the
+standard error stands in its place: the noise scale is then at least what is said.
 """
 
 import math
@@ -16,6 +18,8 @@ from typing import Any
 HORIZON_ESTIMATES = 20
 """Time constant of the moving averages, in estimates. Not in training samples: how far a gradient
 drifts goes by optimizer steps, whatever the batch."""
+FEWEST_ESTIMATES = 5
+"""Estimates before a noise scale is told: one or two may be off by a hundred times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,32 +36,40 @@ class NoiseSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseState:
-    """Bias-corrected moving averages of |G|^2 and tr(Sigma)."""
+    """Moving averages of |G|^2 and tr(Sigma), not yet corrected for starting at zero."""
 
     sq_norm: float = 0.0
+    sq_norm_squared: float = 0.0
+    """Average of the square of the estimates of |G|^2: it tells their scatter."""
     variance: float = 0.0
     weight: float = 0.0
     """Sum of the weights in the averages: 0 before the first sample, towards 1."""
+    weight_squared: float = 0.0
+    """Sum of their squares: weight^2 / weight_squared estimates, equally weighted, tell as much."""
 
     @property
     def noise_scale(self) -> float | None:
-        """tr(Sigma) / |G|^2 in samples, finite; None before the first sample, or while the
-        averaged signal is not positive (noise drowns it at the batches seen so far)."""
-        if self.weight <= 0.0 or self.sq_norm <= 0.0:
+        """tr(Sigma) / |G|^2 in samples, finite, a lower bound where the signal cannot be told from
+        its scatter; None before `FEWEST_ESTIMATES`, or where there is neither signal nor noise."""
+        if self.weight_squared <= 0.0:
             return None
-        scale = max(0.0, self.variance) / self.sq_norm
+        num_estimates = self.weight**2 / self.weight_squared
+        if num_estimates < FEWEST_ESTIMATES - 0.1:
+            return None
+        signal = self.sq_norm / self.weight
+        scatter = max(0.0, self.sq_norm_squared / self.weight - signal**2)
+        signal = max(signal, math.sqrt(scatter / num_estimates))
+        if signal <= 0.0:
+            return None
+        scale = max(0.0, self.variance / self.weight) / signal
         return scale if math.isfinite(scale) else None
 
     def to_json(self) -> dict[str, Any]:
-        return {"sq_norm": self.sq_norm, "variance": self.variance, "weight": self.weight}
+        return {name: getattr(self, name) for name in NoiseState.__slots__}
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "NoiseState":
-        return NoiseState(
-            sq_norm=float(values["sq_norm"]),
-            variance=float(values["variance"]),
-            weight=float(values["weight"]),
-        )
+        return NoiseState(**{name: float(values[name]) for name in NoiseState.__slots__})
 
 
 def moments(sample: NoiseSample) -> tuple[float, float] | None:
@@ -80,6 +92,8 @@ def update(state: NoiseState, sample: NoiseSample) -> NoiseState:
     keep = 1.0 - 1.0 / HORIZON_ESTIMATES
     return NoiseState(
         sq_norm=keep * state.sq_norm + (1.0 - keep) * signal,
+        sq_norm_squared=keep * state.sq_norm_squared + (1.0 - keep) * signal**2,
         variance=keep * state.variance + (1.0 - keep) * variance,
         weight=keep * state.weight + (1.0 - keep),
+        weight_squared=keep**2 * state.weight_squared + (1.0 - keep) ** 2,
     )
