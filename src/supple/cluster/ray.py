@@ -10,14 +10,16 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import psutil
 import ray
+from ray._private import state as ray_state
 from ray._private import worker as ray_worker
-from ray.exceptions import ActorUnavailableError, RayError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from supple.cluster.worker import WorkerBody, WorkerSetup
@@ -32,6 +34,7 @@ from supple.core.types import (
     JobId,
     KillWorker,
     LossCause,
+    PreemptionNoticed,
     Progress,
     SaveCheckpoint,
     StartWorker,
@@ -42,6 +45,9 @@ from supple.core.types import (
 from supple.train.group import Rendezvous
 
 _POLL_S = 0.5
+_NOTICES_EVERY_S = 1.0
+_NO_DEADLINE_S = 30.0
+"""What a node is taken to have left that drains without a deadline."""
 _LEAVE_S = 5.0
 """How long a worker that was let go may take to unwind its function before it is killed."""
 
@@ -117,6 +123,7 @@ class RayBackend:
         self._rendezvous = Rendezvous(self._host or ray.util.get_node_ip_address(), spec.port)
         self._workers: dict[WorkerId, _Worker] = {}
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._notices: asyncio.Task[None] | None = None
         remote: Any = ray.remote
         make_actor_class = remote(
             concurrency_groups={"train": 1, "poll": 1, "post": 1}, max_restarts=0
@@ -133,6 +140,8 @@ class RayBackend:
         return {worker_id: w.node_id for worker_id, w in self._workers.items() if w.node_id}
 
     async def events(self) -> AsyncIterator[Event]:
+        if self._spec.address is not None:
+            self._notices = asyncio.ensure_future(self._watch_notices())
         while True:
             yield await self._queue.get()
 
@@ -154,9 +163,37 @@ class RayBackend:
                 return
 
     async def close(self) -> None:
+        if self._notices is not None:
+            self._notices.cancel()
         for worker_id in list(self._workers):
             self._fence(worker_id)
         self._workers.clear()
+
+    async def _watch_notices(self) -> None:
+        """Tell of nodes that the platform is about to take, which Ray calls draining."""
+        told: set[str] = set()
+        while True:
+            await asyncio.sleep(_NOTICES_EVERY_S)
+            try:
+                draining: dict[str, int] = await asyncio.to_thread(
+                    ray_state.state.get_draining_nodes
+                )
+            except (RayError, ConnectionError, RuntimeError):
+                continue
+            for node_id, deadline_ms in draining.items():
+                there = tuple(w for w, known in self.nodes.items() if known == node_id)
+                if node_id in told or not there:
+                    continue
+                told.add(node_id)
+                left_s = deadline_ms / 1000 - time.time() if deadline_ms else _NO_DEADLINE_S
+                self._queue.put_nowait(
+                    PreemptionNoticed(
+                        job_id=self._job_id,
+                        generation=0,
+                        worker_ids=there,
+                        deadline=time.monotonic() + max(0.0, left_s),
+                    )
+                )
 
     # -- one worker ------------------------------------------------------------------------
 
@@ -239,7 +276,7 @@ class RayBackend:
                 generation=0,
                 worker_id=worker_id,
                 cause=cause,
-                detail=_in_one_line(error),
+                detail=_in_one_line(error) if self._verbose else _in_words(error),
             )
         )
 
@@ -294,6 +331,18 @@ def _kill(pid: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
         if psutil.Process(pid).name().startswith("ray::"):
             os.kill(pid, signal.SIGKILL)
+
+
+def _in_words(error: Exception) -> str:
+    """What became of a worker's process, as far as Ray can tell."""
+    text = str(error)
+    if isinstance(error, OutOfMemoryError):
+        return "killed because its node ran out of memory"
+    if "node has died" in text or "node is dead" in text or "node failure" in text:
+        return "its node is gone"
+    if "Failed to register worker" in text or "creation task" in text:
+        return _in_one_line(error)
+    return "its process was killed or crashed"
 
 
 def _in_one_line(error: Exception) -> str:

@@ -1,0 +1,54 @@
+"""A Ray cluster of several nodes on this machine, each of real processes that can be killed."""
+
+import subprocess
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+from ray.cluster_utils import Cluster
+
+
+class Nodes:
+    """The head has one place for a worker; others are added and killed by the test."""
+
+    def __init__(self) -> None:
+        self._cluster: Any = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+        )
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def add(self, num_cpus: int) -> Any:
+        """A node with room for so many workers, once the cluster knows it."""
+        return self._cluster.add_node(num_cpus=num_cpus)
+
+    def kill(self, node: Any) -> None:
+        """All processes of the node's own at once, as a power cut would."""
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def drain(self, node: Any, *, left_s: int) -> None:
+        """Announce, as a platform does, that the node will be taken."""
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "ray.scripts.scripts", "drain-node"),
+                *("--address", self.address, "--node-id", node.node_id),
+                *("--reason", "DRAIN_NODE_REASON_PREEMPTION"),
+                *("--reason-message", "the test takes it"),
+                *("--deadline-remaining-seconds", str(left_s)),
+            ],
+            check=True,
+            capture_output=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._cluster.shutdown()

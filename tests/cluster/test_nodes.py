@@ -1,0 +1,86 @@
+"""Several Ray nodes: a job spreads over them, outlives the loss of one, grows onto a new one."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from supple.cluster.control import ask
+from supple.core.ledger import prove
+from tests.cluster.nodes import Nodes
+from tests.cluster.runs import TrainRun
+from tests.cluster.test_training import LONG
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "0")
+    monkeypatch.setenv("RAY_health_check_period_ms", "1000")
+    monkeypatch.setenv("RAY_health_check_timeout_ms", "1000")
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "5")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    with Nodes() as cluster:
+        yield cluster
+
+
+def test_a_job_over_two_nodes_outlives_one_and_grows_onto_another(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    second = nodes.add(2)
+    script = tmp_path / "script.py"
+    script.write_text(LONG)
+    run = TrainRun(
+        script,
+        tmp_path,
+        *("--address", nodes.address, "--workers", "1:3", "--schedule", "0s:3", "--ledger"),
+        name=f"nodes-{os.getpid()}",
+    )
+    try:
+        members = run.wait_running(3)
+        where = {record["worker_id"]: record["node_id"] for record in run.of_type("WorkerReady")}
+        in_order = [where[member] for member in members]
+        assert len(set(in_order)) == 2
+        assert in_order in (sorted(in_order), sorted(in_order, reverse=True))
+        nodes.kill(second)
+        (survivor,) = run.wait_running(1)
+        assert where[survivor] != second.node_id
+        nodes.add(2)
+        assert survivor in run.wait_running(3)
+        run.wait("Progress", lambda record: record["num_workers"] == 3)
+        ask(run.name, {"ask": "stop"})
+        assert run.end() == 0
+        report = prove(run.ledger(), expected=range(1500))
+        assert report.samples_seen > 0
+        assert report.is_exact, str(report)
+    finally:
+        run.close()
+
+
+def test_a_node_that_the_platform_announces_to_take_is_left_before_it_goes(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    second = nodes.add(1)
+    script = tmp_path / "script.py"
+    script.write_text(LONG)
+    run = TrainRun(
+        script,
+        tmp_path,
+        *("--address", nodes.address, "--workers", "1:2", "--schedule", "0s:2"),
+        name=f"drain-{os.getpid()}",
+    )
+    try:
+        run.wait_running(2)
+        where = {record["worker_id"]: record["node_id"] for record in run.of_type("WorkerReady")}
+        (there,) = (worker for worker, node in where.items() if node == second.node_id)
+        nodes.drain(second, left_s=60)
+        assert run.wait("PreemptionNoticed")["worker_ids"] == [there]
+        told = run.wait("Decision", lambda record: record["decision_kind"] == "shrink")
+        assert f"{there} will be taken by the platform in" in told["reason"]
+        assert there not in run.wait_running(1)
+        run.wait("Progress", lambda record: record["num_workers"] == 1)
+        assert not run.of_type("WorkerLost")
+    finally:
+        run.close()
