@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ _LIMIT_S = 90.0
 class TrainRun:
     """`supple train SCRIPT ARGUMENTS --json`; every wait is for a record it prints."""
 
-    def __init__(self, script: Path, folder: Path, *arguments: str, name: str) -> None:
+    def __init__(
+        self, script: Path, folder: Path, *arguments: str, name: str, prefix: Sequence[str] = ()
+    ) -> None:
         self.name = name
         self.folder = folder / name
         self.records: list[dict[str, Any]] = []
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        command = [sys.executable, "-m", "supple.cli", "train", str(script), "--json"]
+        command = [*prefix, sys.executable, "-m", "supple.cli", "train", str(script), "--json"]
         command += ["--name", name, "--run-dir", str(folder), *arguments]
         self._stderr = folder / f"{name}.stderr"
         self._stderr_file = self._stderr.open("w")
