@@ -1,7 +1,7 @@
 """A job on real groups: it grows, shrinks, loses peers, and never a step or a bit of state."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,8 +34,9 @@ def weights(model: nn.Module) -> torch.Tensor:
 class Training:
     """A training function that the test can hold at a step, and whose models it can read."""
 
-    def __init__(self, epochs: int = 2) -> None:
+    def __init__(self, epochs: int = 2, build: Callable[[], nn.Module] = build_model) -> None:
         self.epochs = epochs
+        self.build = build
         self.models: dict[int, nn.Module] = {}
         self.gate: dict[int, threading.Event] = {}
         self.reached: dict[int, threading.Event] = {}
@@ -48,7 +49,7 @@ class Training:
         self.gate[step].set()
 
     def __call__(self, job: Job) -> None:
-        model = self.models[id(job)] = job.model(build_model)
+        model = self.models[id(job)] = job.model(self.build)
         job.optimizer(torch.optim.AdamW, lr=0.01)
         for x, y in job.batches(TensorDataset(X, Y), batch_size=BATCH, epochs=self.epochs):
             if job.generation > 0 and job.step_count in self.gate:
@@ -145,6 +146,39 @@ def test_an_aborted_step_is_not_applied_and_is_done_again(worlds: list[World]) -
     torch.testing.assert_close(
         weights(training.models[id(world.jobs["a"])]), run_alone(), rtol=1e-4, atol=1e-5
     )
+
+
+def build_normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_running_statistics_are_one_and_the_same_on_all_workers_after_an_aborted_step_too(
+    worlds: list[World], reproducible: bool
+) -> None:
+    training = Training(build=build_normed)
+    training.hold_at(7)
+    two = {"max_workers": 2, "num_logical_shards": 2}
+    world = World("normed", training, reproducible=reproducible, **two)
+    worlds.append(world)
+    world.start("a", "b")
+    world.form(1, ["a", "b"])
+    assert training.reached[7].wait(30)
+    world.abort(1, ["a", "b"])
+    training.release(7)
+    assert world.stopped(1, ["a", "b"]) == [7, 7]
+    world.form(2, ["a", "b"])
+    assert world.finished(["a", "b"]) == [18, 18]
+    alone = Training(build=build_normed)
+    job = supple.run(alone)
+    a, b, one = (
+        dict(of.models[id(at)].named_buffers())
+        for of, at in ((training, world.jobs["a"]), (training, world.jobs["b"]), (alone, job))
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert int(a["1.num_batches_tracked"]) == int(one["1.num_batches_tracked"]) == 18
+    # The mean of the shares' means is the batch's; a variance is only near it.
+    torch.testing.assert_close(a["1.running_mean"], one["1.running_mean"], rtol=0.3, atol=0.05)
 
 
 def test_a_generation_that_cannot_form_is_left_and_the_next_one_forms(

@@ -37,7 +37,7 @@ class World:
     def __init__(
         self, name: str, train: Callable[[Job], None], folder: Path | None = None, **spec: Any
     ) -> None:
-        self.spec = TrainSpec(name=name, script="", max_workers=8, **spec)
+        self.spec = TrainSpec(**({"name": name, "script": "", "max_workers": 8} | spec))
         self._train = train
         self._folder = folder
         self.jobs: dict[str, Job] = {}

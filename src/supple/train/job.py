@@ -303,7 +303,6 @@ class Job:
         assert self._model is not None and self._optimizer is not None and self._loader is not None
         before = [tensor.clone() for tensor in self._state.tensors().values()]
         names = list(self._state.tensors())
-        versions = {name: buffer._version for name, buffer in self._model.named_buffers()}
         size = 1 if self._elastic is None else self._elastic.rehearsal_size
         _, rehearsed = share(self._global_batch, size, 0)
         self._loader.place(self._loader.position, 0, 1, rehearsed, self._micro_limit)
@@ -315,12 +314,12 @@ class Job:
                 "the loop took a batch and did not call job.step(loss): nothing would be learned."
             )
         self._rehearsing = False
-        changed_buffers = [
-            buffer
-            for name, buffer in self._model.named_buffers()
-            if buffer._version != versions[name] and buffer.is_floating_point()
-        ]
         now = self._state.tensors()
+        # By value: a batch norm's forward pass does not raise its buffers' version counters.
+        changed = {name for name, b in zip(names, before, strict=True) if not now[name].equal(b)}
+        changed_buffers = [
+            buffer for name, buffer in self._model.named_buffers() if f"buffer/{name}" in changed
+        ]
         with torch.no_grad():
             for name, tensor in zip(names, before, strict=True):
                 now[name].copy_(tensor)

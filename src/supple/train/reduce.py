@@ -6,7 +6,7 @@ mean over the global batch for shares of any size (DDP would weigh ranks equally
 `.grad` is a view into its bucket; buckets start reducing in one fixed order as soon as they are
 full. The tail of the last bucket carries whatever all ranks must agree on at this step: samples
 really used, "I have heard of the next generation", the loss, the noise scale's norms, what the
-loader consumed, and buffers that a forward pass changes (running statistics), averaged by samples.
+loader consumed, and buffers that a forward pass changes (`ChangedBuffers`).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from supple.train.buffers import ChangedBuffers
 from supple.train.group import Group
 
 _BUCKET_BYTES = 25 * 1024 * 1024
@@ -48,9 +49,9 @@ class GradientReducer:
     def __init__(
         self, params: Sequence[nn.Parameter], buffers: Sequence[Tensor], num_stats: int
     ) -> None:
-        self._buffers = list(buffers)
+        self._changed = ChangedBuffers(buffers)
         self._num_stats = num_stats
-        tail = num_stats + sum(buffer.numel() for buffer in buffers)
+        tail = num_stats + self._changed.num_counts + self._changed.num_averaged
         self.buckets = _cut(list(params), tail)
         self._place = {
             param: (index, view)
@@ -76,6 +77,7 @@ class GradientReducer:
             bucket.flat.zero_()
             for param, view in zip(bucket.params, bucket.views, strict=True):
                 param.grad = view
+        self._changed.begin()
         self._armed = False
 
     def arm(
@@ -113,18 +115,17 @@ class GradientReducer:
         self._works = []
         tail = self.buckets[-1].tail
         stats: list[float] = tail[: self._num_stats].tolist()
-        total = stats[0]
-        offset = self._num_stats
-        for buffer in self._buffers:
-            part = tail[offset : offset + buffer.numel()]
-            buffer.copy_(part.view_as(buffer) / total)
-            offset += buffer.numel()
+        averaged = self._num_stats + self._changed.num_counts
+        self._changed.count(tail[self._num_stats : averaged].tolist())
+        if stats[0] > 0:
+            self._changed.unpack(tail[averaged:] / stats[0])
         return stats
 
     def abandon(self) -> None:
         """Forget the step in flight."""
         self._armed = False
         self._works = []
+        self._changed.restore()
 
     def _on_gradient(self, param: Tensor) -> None:
         index, view = self._place[param]  # pyright: ignore[reportArgumentType]
@@ -144,8 +145,10 @@ class GradientReducer:
         self._before_launch(index)
         if index == len(self.buckets) - 1:
             weight = self._weight()
-            parts = [torch.tensor(list(self._stats()), dtype=bucket.flat.dtype)]
-            parts += [buffer.reshape(-1) * weight for buffer in self._buffers]
+            leads = self._group is None or self._group.rank == 0
+            counted = self._changed.counted() if leads else [0.0] * self._changed.num_counts
+            parts = [torch.tensor([*self._stats(), *counted], dtype=bucket.flat.dtype)]
+            parts += self._changed.packed(weight)
             bucket.tail.copy_(torch.cat(parts))
         if self._group is not None:
             self._works.append(self._group.all_reduce(bucket.flat))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from supple.core.order import share
+from supple.train.buffers import ChangedBuffers
 from supple.train.group import Group
 from supple.train.reduce import Bucket
 
@@ -69,10 +70,10 @@ class TreeReducer:
                 f"--reproducible needs float32 parameters, this model has {sorted(other)}. "
                 "Keep the parameters in float32 and use autocast for the forward pass."
             )
-        self._bucket = Bucket(params, sum(buffer.numel() for buffer in buffers))
+        self._changed = ChangedBuffers(buffers)
+        self._counted: list[float] = []
+        self._bucket = Bucket(params, self._changed.num_averaged)
         self.buckets = [self._bucket]
-        self._buffers = list(buffers)
-        self._before = [buffer.clone() for buffer in buffers]
         self._num_stats = num_stats
         self._num_shards = num_shards
         self._nodes: dict[Node, Tensor] = {}
@@ -84,7 +85,8 @@ class TreeReducer:
         """Begin a step: no shard has been added."""
         self._nodes.clear()
         self._added.clear()
-        self._before = [buffer.clone() for buffer in self._buffers]
+        self._changed.begin()
+        self._counted = [0.0] * self._changed.num_counts
         self._zero_gradients()
 
     def arm(
@@ -104,13 +106,13 @@ class TreeReducer:
         for param, view in zip(self._bucket.params, self._bucket.views, strict=True):
             if param.grad is not None and param.grad.data_ptr() != view.data_ptr():
                 view.copy_(param.grad)
-        parts = [buffer.reshape(-1) * weight for buffer in self._buffers]
-        if parts:
+        if parts := self._changed.packed(weight):
             self._bucket.tail.copy_(torch.cat(parts))
+        if shard == 0:
+            self._counted = self._changed.counted()
         merge(self._nodes, (0, shard), self._bucket.flat.clone(), self._num_shards)
         self._added.add(shard)
-        for buffer, before in zip(self._buffers, self._before, strict=True):
-            buffer.copy_(before)
+        self._changed.restore()
         self._zero_gradients()
 
     def finish(self) -> list[float]:
@@ -125,7 +127,7 @@ class TreeReducer:
             if shard not in self._added:
                 empty = torch.zeros_like(self._bucket.flat)
                 merge(self._nodes, (0, shard), empty, self._num_shards)
-        stats = torch.tensor(list(self._stats()), dtype=torch.float64)
+        stats = torch.tensor([*self._stats(), *self._counted], dtype=torch.float64)
         if group is None or size == 1:
             (total,) = self._nodes.values()
         else:
@@ -135,18 +137,14 @@ class TreeReducer:
         self._nodes.clear()
         for param, view in zip(self._bucket.params, self._bucket.views, strict=True):
             param.grad = view
-        offset = 0
-        for buffer in self._buffers:
-            part = self._bucket.tail[offset : offset + buffer.numel()]
-            buffer.copy_(part.view_as(buffer))
-            offset += buffer.numel()
-        return stats.tolist()
+        self._changed.unpack(self._bucket.tail)
+        self._changed.count(stats[self._num_stats :].tolist())
+        return stats[: self._num_stats].tolist()
 
     def abandon(self) -> None:
         """Forget the step in flight."""
         self._nodes.clear()
-        for buffer, before in zip(self._buffers, self._before, strict=True):
-            buffer.copy_(before)
+        self._changed.restore()
 
     def _finish_tree(self, group: Group) -> Tensor:
         length = self._bucket.flat.numel()

@@ -1,0 +1,124 @@
+"""How long a plan takes once a script has been measured, and how right it is: three real scripts
+are measured on this machine, and every measurement at a count that the fit has not seen is compared
+with its prediction.
+
+    python benchmarks/plan.py
+
+The fit sees the counts up to k, and the all-reduce times at them; it predicts the larger ones, for
+every k. With two cores that is two workers from one: the link comes from the catalogue alone.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.machine import report
+from supple.cluster.measure import Measurements, job_model, measure
+from supple.core.planner import LARGEST_COUNT, JobModel, PlanTable, plan
+from supple.core.spec import Limits, Objective
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("examples/digits.py", "examples/convnet.py", "examples/gpt.py", "benchmarks/workload.py")
+_ROUNDS = 5
+
+
+def model_of(found: Measurements) -> JobModel:
+    return job_model(found, interconnect="infiniband-200", workers_per_node=8, lr_rule="auto")
+
+
+def planning_s(found: Measurements) -> float:
+    """Median seconds to fit the measurements and plan every count up to the largest."""
+    times: list[float] = []
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        job = model_of(found)
+        for count in (2**power for power in range(LARGEST_COUNT.bit_length())):
+            table = plan(job, Limits(min_workers=count, max_workers=count), Objective())
+            assert isinstance(table, PlanTable), str(table)
+        plan(job, Limits(), Objective())
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def unseen(found: Measurements) -> list[tuple[int, float, bool]]:
+    """(workers, relative error, whether the truth is inside the interval) for every measurement at
+    more workers than its fit has seen."""
+    rows: list[tuple[int, float, bool]] = []
+    counts = sorted({step.num_workers for step in found.steps})
+    for most in counts[:-1]:
+        known = replace(
+            found,
+            steps=tuple(step for step in found.steps if step.num_workers <= most),
+            collectives=tuple(c for c in found.collectives if c.num_workers <= most),
+        )
+        model = model_of(known).step_time
+        for step in found.steps:
+            if step.num_workers > most:
+                predicted = model.predict(
+                    step.num_workers, step.micro_batch_size, step.num_accumulation_steps
+                )
+                rows.append(
+                    (
+                        step.num_workers,
+                        abs(predicted.value / step.step_time_s - 1.0),
+                        predicted.low <= step.step_time_s <= predicted.high,
+                    )
+                )
+    return rows
+
+
+def unseen_sizes(found: Measurements) -> list[tuple[float, bool]]:
+    """The same for every configuration that is left out while its count stays in."""
+    rows: list[tuple[float, bool]] = []
+    for left_out in found.steps:
+        rest = tuple(step for step in found.steps if step is not left_out)
+        if left_out.num_workers in {step.num_workers for step in rest}:
+            model = model_of(replace(found, steps=rest)).step_time
+            predicted = model.predict(
+                left_out.num_workers, left_out.micro_batch_size, left_out.num_accumulation_steps
+            )
+            inside = predicted.low <= left_out.step_time_s <= predicted.high
+            rows.append((abs(predicted.value / left_out.step_time_s - 1.0), inside))
+    return rows
+
+
+def main() -> None:
+    counts: list[tuple[int, float, bool]] = []
+    sizes: list[tuple[float, bool]] = []
+    planned: list[float] = []
+    for script in SCRIPTS:
+        print(f"measuring {script}", flush=True)
+        found = measure(
+            str(ROOT / script),
+            "train",
+            max_local_workers=None,
+            verbose=False,
+            on_line=lambda _: None,
+        )
+        planned.append(planning_s(found))
+        counts += unseen(found)
+        sizes += unseen_sizes(found)
+        for workers, error, inside in unseen(found):
+            print(f"  {workers} workers: off by {error:.1%}, {'in' if inside else 'out'}side")
+    covered = [inside for _, _, inside in counts] + [inside for _, inside in sizes]
+    report(
+        "plan",
+        {
+            "plan_s": max(planned),
+            "step_time_error": statistics.median(error for _, error, _ in counts),
+            "step_time_error_max": max(error for _, error, _ in counts),
+            "unseen_counts": float(len(counts)),
+            "unseen_size_error": statistics.median(error for error, _ in sizes),
+            "unseen_sizes": float(len(sizes)),
+            "interval_coverage": sum(covered) / len(covered),
+            "unseen_count_coverage": sum(inside for _, _, inside in counts) / len(counts),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
