@@ -105,8 +105,6 @@ def main() -> None:
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
         log_to_driver=False,
     )
-    changing = threading.Thread(target=change, args=(cluster, folder), daemon=True)
-    changing.start()
     trainer = TorchTrainer(
         loop,
         train_loop_config={"folder": str(folder)},
@@ -120,8 +118,11 @@ def main() -> None:
             storage_path=str(folder / "storage"), failure_config=FailureConfig(max_failures=10)
         ),
     )
-    trainer.fit()
-    changing.join()
+    # The cluster may be changed from the main thread only.
+    training = threading.Thread(target=trainer.fit, daemon=True)
+    training.start()
+    change(cluster, folder)
+    training.join(_LIMIT_S)
     ray.shutdown()
     cluster.shutdown()
 

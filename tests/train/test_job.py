@@ -159,7 +159,7 @@ def test_running_statistics_are_one_and_the_same_on_all_workers_after_an_aborted
     training = Training(build=build_normed)
     training.hold_at(7)
     two = {"max_workers": 2, "num_logical_shards": 2}
-    world = World("normed", training, reproducible=reproducible, **two)
+    world = World(f"normed-{reproducible}", training, reproducible=reproducible, **two)
     worlds.append(world)
     world.start("a", "b")
     world.form(1, ["a", "b"])
