@@ -1,5 +1,5 @@
 """The pause of a planned grow 2→3 and shrink 3→2 with 102 MB of train state, beside torchrun
-elastic and the floor: a bare group re-form and a broadcast of the same bytes.
+elastic, Ray Train elastic and the floor: a bare group re-form and a broadcast of the same bytes.
 
     python benchmarks/resize.py
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import workload
 from benchmarks.machine import report
-from benchmarks.peers import floor, torchrun
+from benchmarks.peers import floor, ray_train, torchrun
 from benchmarks.runs import training, wait_until_running
 from supple.cluster.control import ask
 
@@ -80,6 +80,13 @@ def main() -> None:
         "torchrun_shrink_pause_s": theirs_shrink,
         "grow_vs_torchrun": theirs_grow / grow,
         "shrink_vs_torchrun": theirs_shrink / shrink,
+    }
+    ray_grow, ray_shrink = ray_train.pauses()
+    metrics |= {
+        "ray_train_grow_pause_s": ray_grow,
+        "ray_train_shrink_pause_s": ray_shrink,
+        "grow_vs_ray_train": ray_grow / grow,
+        "shrink_vs_ray_train": ray_shrink / shrink,
     }
     floor_grow, floor_shrink = floor.floor_grow(), floor.floor_shrink()
     metrics |= {

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks import workload
 
 SCRIPT = Path(__file__).resolve().parent / "ray_train_script.py"
-_REPEATS = 3
+_REPEATS = 2
 _LIMIT_S = 240.0
 _SETTINGS = {
     "OMP_NUM_THREADS": "1",

@@ -73,9 +73,10 @@ def gradients(group: Group | None, model: nn.Module, num_shards: int) -> list[to
     reducer = TreeReducer(list(model.parameters()), buffers, 1, num_shards)
     rank, size = (0, 1) if group is None else (group.rank, group.size)
     reducer.zero()
-    reducer.arm(group, before_launch=lambda _: None, stats=lambda: [1.0], buffer_weight=1.0)
     first, count = share(num_shards, size, rank)
     for shard in range(first, first + count):
+        if shard == first + count - 1:
+            reducer.arm(group, before_launch=lambda _: None, stats=lambda: [1.0], buffer_weight=1.0)
         lo, n = share(len(X), num_shards, shard)
         (F.mse_loss(model(X[lo : lo + n]), Y[lo : lo + n]) * (n / len(X))).backward()
         reducer.add(shard, n / len(X))

@@ -79,12 +79,14 @@ class TreeReducer:
         self._nodes: dict[Node, Tensor] = {}
         self._added: set[int] = set()
         self._group: Group | None = None
+        self._is_last = False
         self._stats: Callable[[], Sequence[float]] = tuple
 
     def zero(self) -> None:
         """Begin a step: no shard has been added."""
         self._nodes.clear()
         self._added.clear()
+        self._is_last = False
         self._changed.begin()
         self._counted = [0.0] * self._changed.num_counts
         self._zero_gradients()
@@ -100,6 +102,7 @@ class TreeReducer:
         """The next backward pass is the step's last. Everything is sent in `finish`."""
         self._group = group
         self._stats = stats
+        self._is_last = True
 
     def add(self, shard: int, weight: float) -> None:
         """The gradient now in `.grad` is that of `shard`, whose loss was scaled by `weight`."""
@@ -110,10 +113,13 @@ class TreeReducer:
             self._bucket.tail.copy_(torch.cat(parts))
         if shard == 0:
             self._counted = self._changed.counted()
-        merge(self._nodes, (0, shard), self._bucket.flat.clone(), self._num_shards)
         self._added.add(shard)
         self._changed.restore()
-        self._zero_gradients()
+        # The last shard of a step may be added up where it lies.
+        value = self._bucket.flat if self._is_last else self._bucket.flat.clone()
+        merge(self._nodes, (0, shard), value, self._num_shards)
+        if not self._is_last:
+            self._zero_gradients()
 
     def finish(self) -> list[float]:
         """Gradients become the sum over all shards; returns the summed statistics.
@@ -130,10 +136,10 @@ class TreeReducer:
         stats = torch.tensor([*self._stats(), *self._counted], dtype=torch.float64)
         if group is None or size == 1:
             (total,) = self._nodes.values()
+            _put(total, self._bucket.flat)
         else:
             group.wait([group.all_reduce(stats)])
-            total = self._finish_tree(group)
-        self._bucket.flat.copy_(total)
+            self._finish_tree(group)
         self._nodes.clear()
         for param, view in zip(self._bucket.params, self._bucket.views, strict=True):
             param.grad = view
@@ -146,38 +152,43 @@ class TreeReducer:
         self._nodes.clear()
         self._changed.restore()
 
-    def _finish_tree(self, group: Group) -> Tensor:
-        length = self._bucket.flat.numel()
-        width = -(-length // group.size)
-        mine = partial_nodes(*share(self._num_shards, group.size, group.rank), self._num_shards)
-        padded = {
-            node: nn.functional.pad(value, (0, width * group.size - length))
-            for node, value in self._nodes.items()
-        }
+    def _finish_tree(self, group: Group) -> None:
+        """Every rank adds up its slice of the gradient to the root, then all slices go to all."""
+        flat = self._bucket.flat
+        width = -(-flat.numel() // group.size)
+        slices = [flat[peer * width : (peer + 1) * width] for peer in range(group.size)]
+        peers = [peer for peer in range(group.size) if peer != group.rank]
+        begin = group.rank * width
+        known = {node: value[begin : begin + width] for node, value in self._nodes.items()}
         works: list[Any] = []
-        arriving: list[tuple[int, list[Node], Tensor]] = []
-        for peer in range(group.size):
-            if peer == group.rank:
-                continue
-            start = peer * width
-            message = torch.cat([padded[node][start : start + width] for node in mine])
-            works.append(group.send(message, peer, 0))
+        for peer in peers:
+            for tag, node in enumerate(sorted(self._nodes)):
+                part = self._nodes[node][peer * width : (peer + 1) * width]
+                works += [group.send(part, peer, tag)] if part.numel() else []
             theirs = partial_nodes(*share(self._num_shards, group.size, peer), self._num_shards)
-            landing = torch.empty(width * len(theirs))
-            works.append(group.receive(landing, peer, 0))
-            arriving.append((peer, theirs, landing))
-        start = group.rank * width
-        known = {node: padded[node][start : start + width].clone() for node in mine}
+            for tag, node in enumerate(theirs):
+                known[node] = torch.empty_like(slices[group.rank])
+                works += [group.receive(known[node], peer, tag)] if known[node].numel() else []
         group.wait_for_messages(works)
-        for _, theirs, landing in arriving:
-            known |= dict(zip(theirs, landing.split(width), strict=True))
         tree: dict[Node, Tensor] = {}
         for node in sorted(known):
             merge(tree, node, known[node], self._num_shards)
-        (slice_sum,) = tree.values()
-        return group.all_gather(slice_sum).reshape(-1)[:length]
+        (mine,) = tree.values()
+        _put(mine, slices[group.rank])
+        works = []
+        for peer in peers:
+            works += [group.send(mine, peer, self._num_shards)] if mine.numel() else []
+            landing = slices[peer]
+            works += [group.receive(landing, peer, self._num_shards)] if landing.numel() else []
+        group.wait_for_messages(works)
 
     def _zero_gradients(self) -> None:
         self._bucket.flat.zero_()
         for param, view in zip(self._bucket.params, self._bucket.views, strict=True):
             param.grad = view
+
+
+def _put(value: Tensor, place: Tensor) -> None:
+    """Copy, unless `value` lies there already."""
+    if value.data_ptr() != place.data_ptr():
+        place.copy_(value)
