@@ -1,0 +1,83 @@
+"""`supple plan` on a real script: measured for real, the answer read as a program reads it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.cluster.runs import ROOT
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
+
+ESTIMATES = (
+    *("step_time_s", "samples_per_s", "efficiency", "goodput", "speedup"),
+    *("memory_bytes", "time_to_end_s", "accelerator_hours", "cost"),
+)
+
+
+class Planned(NamedTuple):
+    answer: dict[str, Any]
+    picture: Path
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
+    folder = tmp_path_factory.mktemp("plan")
+    script = str(ROOT / "examples" / "digits.py")
+    command = [sys.executable, "-m", "supple.cli", "plan", script, "--json", "--price", "2"]
+    result = subprocess.run(
+        [*command, "--max-workers", "4", "--plot", "plan.png"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return Planned(json.loads(result.stdout), folder / "plan.png")
+
+
+def test_there_is_a_row_for_every_doubling_and_one_is_recommended_with_the_reason(
+    planned: Planned,
+) -> None:
+    answer = planned.answer
+    assert [row["num_workers"] for row in answer["rows"]] == [1, 2, 4]
+    assert answer["recommended"] in (1, 2, 4)
+    assert answer["reason"].startswith(f"{answer['recommended']} worker")
+    assert answer["knee_rule"] in answer["reason"]
+
+
+def test_every_number_stands_in_an_interval_and_says_where_it_comes_from(planned: Planned) -> None:
+    for row in planned.answer["rows"]:
+        for name in ESTIMATES:
+            estimate = row[name]
+            assert 0 < estimate["low"] <= estimate["value"] <= estimate["high"], name
+            assert estimate["source"] in ("measured", "fitted", "assumed")
+    alone = planned.answer["rows"][0]
+    assert alone["step_time_s"]["source"] == "measured"
+    assert alone["memory_bytes"]["source"] == "measured"
+    assert planned.answer["rows"][2]["step_time_s"]["source"] != "measured"
+
+
+def test_what_a_row_says_fits_together(planned: Planned) -> None:
+    for row in planned.answer["rows"]:
+        count, batch = row["num_workers"], row["batch"]
+        assert batch["global_batch_size"] == 64
+        assert batch["lr"] == 1e-3
+        assert count * batch["micro_batch_size"] * batch["num_accumulation_steps"] >= 64
+        step_s, rate = row["step_time_s"]["value"], row["samples_per_s"]["value"]
+        assert rate * step_s == pytest.approx(64)
+        hours = row["accelerator_hours"]["value"]
+        assert hours == pytest.approx(count * row["time_to_end_s"]["value"] / 3600)
+        assert row["cost"]["value"] == pytest.approx(2 * hours)
+
+
+def test_the_picture_is_a_png_of_some_size(planned: Planned) -> None:
+    content = planned.picture.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert content.rstrip().endswith(b"IEND\xaeB`\x82")
+    assert len(content) > 20_000
