@@ -107,7 +107,13 @@ def train(
     ledger: Annotated[
         bool, typer.Option("--ledger", help="Write down which samples were used.")
     ] = False,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: here.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT of a Ray cluster's head, or auto, given on a node of it; every node "
+            "must see the script and --run-dir at the same path. Default: this machine alone."
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(help="Of the rendezvous; 0: any free one.")] = 0,
     cpus_per_worker: Annotated[float, typer.Option(help="Cores a worker reserves.")] = 1.0,
     gpus_per_worker: Annotated[float, typer.Option(help="GPUs a worker reserves.")] = 0.0,

@@ -76,7 +76,8 @@ def two_hosts() -> Iterator[Hosts]:
 
 @contextmanager
 def ray_node(hosts: Hosts, host: str, folder: Path, *arguments: str) -> Iterator[None]:
-    """A Ray node on `host`, from when it says that it has started."""
+    """A Ray node on `host`, from when it says that it has started. What it started in turn ends
+    with its host: behind a cut link it takes long to end by itself."""
     log = folder / f"{host}.log"
     command = [*hosts.inside(host), sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
     with log.open("w") as output:
@@ -89,12 +90,8 @@ def ray_node(hosts: Hosts, host: str, folder: Path, *arguments: str) -> Iterator
         _wait_for(log, "Ray runtime started", process)
         yield
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 def _wait_for(log: Path, words: str, process: "subprocess.Popen[bytes]") -> None:

@@ -35,7 +35,8 @@ class TrainRun:
             stdout=subprocess.PIPE,
             stderr=self._stderr_file,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

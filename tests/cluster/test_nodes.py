@@ -1,6 +1,7 @@
 """Several Ray nodes: a job spreads over them, outlives the loss of one, grows onto a new one."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def test_a_job_over_two_nodes_outlives_one_and_grows_onto_another(
         nodes.kill(second)
         (survivor,) = run.wait_running(1)
         assert where[survivor] != second.node_id
+        gone = [record for record in run.of_type("WorkerLost") if record["worker_id"] in members]
+        assert gone
+        assert all(re.match(r"its (node|process)\b", record["detail"]) for record in gone), gone
         nodes.add(2)
         assert survivor in run.wait_running(3)
         run.wait("Progress", lambda record: record["num_workers"] == 3)
@@ -81,6 +85,8 @@ def test_a_node_that_the_platform_announces_to_take_is_left_before_it_goes(
         assert f"{there} will be taken by the platform in" in told["reason"]
         assert there not in run.wait_running(1)
         run.wait("Progress", lambda record: record["num_workers"] == 1)
+        nodes.add(1)
+        assert there not in run.wait_running(2)
         assert not run.of_type("WorkerLost")
     finally:
         run.close()

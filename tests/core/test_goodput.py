@@ -135,3 +135,21 @@ def test_a_larger_jump_warms_up_no_shorter(one: float, other: float) -> None:
 def test_a_learning_rate_falls_at_once() -> None:
     assert warmup_steps(0.5) == 0
     assert warmup_steps(2.0) == 40
+
+
+@pytest.mark.parametrize("num_candidates", [2, 16, 50])
+def test_the_best_batch_may_be_the_last_doubling_without_more_accumulation(
+    num_candidates: int,
+) -> None:
+    def throughput(batch: int) -> float:
+        return batch / math.ceil(batch / 32)
+
+    for noise_scale in (20.0, 1e3, 1e6):
+        found = best_global_batch(
+            noise_scale=noise_scale,
+            base_batch=16,
+            largest=63,
+            throughput=throughput,
+            num_candidates=num_candidates,
+        )
+        assert found == 32

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -19,7 +20,7 @@ import psutil
 import ray
 from ray._private import state as ray_state
 from ray._private import worker as ray_worker
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from supple.cluster.worker import WorkerBody, WorkerSetup
@@ -65,6 +66,11 @@ def connect(spec: TrainSpec) -> None:
     """Join the cluster at `spec.address`, or start Ray inside this process for this machine."""
     if ray.is_initialized():
         return
+    if spec.address is not None and spec.address.startswith("ray://"):
+        raise SpecError(
+            f"--address {spec.address} is a Ray Client's. A job's controller must run on a node of "
+            "the cluster: go there, and give the head's HOST:PORT, or auto."
+        )
     if spec.address is None:
         for name, value in _HEALTH.items():
             os.environ.setdefault(name, value)
@@ -92,7 +98,6 @@ def connect(spec: TrainSpec) -> None:
 class _Worker:
     actor: Any
     pid: int = 0
-    hostname: str = ""
     node_id: str = ""
     leaving: bool = False
     tasks: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])
@@ -120,6 +125,7 @@ class RayBackend:
         self._on_output = on_output
         self._verbose = verbose
         self._host = "127.0.0.1" if spec.address is None else None
+        self._here: str = ray.get_runtime_context().get_node_id()
         self._rendezvous = Rendezvous(self._host or ray.util.get_node_ip_address(), spec.port)
         self._workers: dict[WorkerId, _Worker] = {}
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
@@ -171,7 +177,7 @@ class RayBackend:
 
     async def _watch_notices(self) -> None:
         """Tell of nodes that the platform is about to take, which Ray calls draining."""
-        told: set[str] = set()
+        told: set[WorkerId] = set()
         while True:
             await asyncio.sleep(_NOTICES_EVERY_S)
             try:
@@ -181,10 +187,11 @@ class RayBackend:
             except (RayError, ConnectionError, RuntimeError):
                 continue
             for node_id, deadline_ms in draining.items():
-                there = tuple(w for w, known in self.nodes.items() if known == node_id)
-                if node_id in told or not there:
+                there = tuple(w for w, node in self.nodes.items() if node == node_id)
+                there = tuple(worker_id for worker_id in there if worker_id not in told)
+                if not there:
                     continue
-                told.add(node_id)
+                told.update(there)
                 left_s = deadline_ms / 1000 - time.time() if deadline_ms else _NO_DEADLINE_S
                 self._queue.put_nowait(
                     PreemptionNoticed(
@@ -219,6 +226,13 @@ class RayBackend:
         self._spawn(worker, self._watch(worker_id, worker))
 
     async def _watch(self, worker_id: WorkerId, worker: _Worker) -> None:
+        try:
+            await self._follow(worker_id, worker)
+        except Exception as error:
+            # Ray ends the process when its last handle goes: a worker nobody follows is lost.
+            self._lose(worker_id, worker, "died", error)
+
+    async def _follow(self, worker_id: WorkerId, worker: _Worker) -> None:
         if not await self._greet(worker_id, worker):
             return
         while True:
@@ -248,7 +262,7 @@ class RayBackend:
                 break
             self._beat(worker_id, 0, 0)
         try:
-            worker.pid, worker.node_id, worker.hostname = greeting.result()
+            worker.pid, worker.node_id = greeting.result()
         except RayError as error:
             self._lose(worker_id, worker, "start_failed", error)
             return False
@@ -276,7 +290,7 @@ class RayBackend:
                 generation=0,
                 worker_id=worker_id,
                 cause=cause,
-                detail=_in_one_line(error) if self._verbose else _in_words(error),
+                detail=_in_one_line(error) if self._verbose else in_words(error),
             )
         )
 
@@ -300,7 +314,7 @@ class RayBackend:
         worker.leaving = True
         with contextlib.suppress(RayError):
             ray.kill(worker.actor)
-        if worker.pid and worker.hostname == os.uname().nodename:
+        if worker.pid and worker.node_id == self._here:
             _kill(worker.pid)
         elif worker.pid:
             remote_kill = ray.remote(num_cpus=0, max_retries=0)(_kill)
@@ -333,16 +347,22 @@ def _kill(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _in_words(error: Exception) -> str:
-    """What became of a worker's process, as far as Ray can tell."""
+def in_words(error: Exception) -> str:
+    """What became of a worker's process, as far as Ray can tell: it knows no signal numbers."""
+    if not isinstance(error, RayError):
+        return f"its answer could not be understood: {_in_one_line(error)}"
     text = str(error)
+    named = re.search(r"^\s*ip: (\S+)$", text, re.MULTILINE)
+    where = f" {named[1]}" if named else ""
+    if isinstance(error, RayActorError) and error.preempted:
+        return f"its node{where} was taken by the platform"
     if isinstance(error, OutOfMemoryError):
         return "killed because its node ran out of memory"
     if "node has died" in text or "node is dead" in text or "node failure" in text:
-        return "its node is gone"
+        return f"its node{where} is gone"
     if "Failed to register worker" in text or "creation task" in text:
         return _in_one_line(error)
-    return "its process was killed or crashed"
+    return f"its process{where and f' on{where}'} was killed or crashed"
 
 
 def _in_one_line(error: Exception) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +69,9 @@ class WorkerBody:
         torch.set_num_threads(max(1, int(setup.spec.cpus_per_worker)))
 
     @ray.method(concurrency_group="post")
-    def hello(self) -> tuple[int, str, str]:
-        """(process id, node id, host name)."""
-        return os.getpid(), ray.get_runtime_context().get_node_id(), socket.gethostname()
+    def hello(self) -> tuple[int, str]:
+        """(process id, node id)."""
+        return os.getpid(), ray.get_runtime_context().get_node_id()
 
     @ray.method(concurrency_group="post")
     def post(self, action: Action) -> None:
@@ -99,6 +98,19 @@ class WorkerBody:
         job_id = JobId(spec.name)
         run_path = Path(setup.run_path)
         host = setup.host or ray.util.get_node_ip_address()
+        try:
+            refuse_unless_seen(spec.script, run_path, node=host)
+        except SpecError as error:
+            self._mailbox.emit(
+                WorkerLost(
+                    job_id=job_id,
+                    generation=0,
+                    worker_id=setup.worker_id,
+                    cause="raised",
+                    detail=str(error),
+                )
+            )
+            return
         with self._captured_output(run_path / "logs" / f"{setup.worker_id}.log"):
             try:
                 function = load(spec.script, spec.function)
@@ -164,6 +176,21 @@ class WorkerBody:
         job = self._job
         if job is not None and job.is_leading:
             self._output.append(line)
+
+
+def refuse_unless_seen(script: str, run_path: Path, *, node: str) -> None:
+    """Raise `SpecError` unless this node sees the script and the run's folder, both of which were
+    there when the job began: a checkpoint written to a disk of its own would go with the node."""
+    for what, option, is_seen in (
+        (f"the script {script}", "the script", Path(script).is_file()),
+        (f"the run folder {run_path}", "--run-dir", run_path.is_dir()),
+    ):
+        if not is_seen:
+            raise SpecError(
+                f"{what} is not on node {node}. With --address every node of the cluster must see "
+                f"the script and the run folder at the same path: put {option} on a file system "
+                "that all nodes share."
+            )
 
 
 class _Tee(io.TextIOBase):

@@ -128,11 +128,17 @@ def best_global_batch(
     num_candidates: int = 50,
 ) -> int:
     """The batch from `base_batch` to `largest` with the highest goodput, throughput x efficiency
-    (Pollux's search over a geometric grid). `throughput(batch)` is in samples per second."""
+    (Pollux's search over a geometric grid). `throughput(batch)` is in samples per second.
+
+    The doublings of the base are candidates too: those are the sizes that workers share evenly, and
+    the largest that need no more accumulation."""
     if largest <= base_batch:
         return base_batch
     growth = (largest / base_batch) ** (1.0 / (num_candidates - 1))
     candidates = {round(base_batch * growth**index) for index in range(num_candidates)}
+    candidates |= {
+        base_batch << doublings for doublings in range(int(largest // base_batch).bit_length())
+    }
 
     def goodput(batch: int) -> float:
         return throughput(batch) * efficiency(noise_scale, base_batch, batch)
