@@ -1,7 +1,9 @@
 """How right the planner is on public measurements: every task beside its bar and a published
 baseline, one JSON line last.
 
-    python -m benchmarks.planner_accuracy --data DIR [--only TASK]
+    python -m benchmarks.planner_accuracy --data DIR [--only TASK] [--docs docs]
+
+`--docs` draws the pictures of `docs/accuracy.md` and writes its table of figures anew.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.accuracy.pictures import draw
 from benchmarks.accuracy.score import Score, coverage
 
 TASKS = ("steps", "fit_time", "layouts", "samples", "minutes", "epochs", "inference")
@@ -32,6 +35,7 @@ class Bar:
         return f"≤ {self.high:g}" if self.low == 0.0 else f"{self.low:g}–{self.high:g}"
 
 
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 COVERAGE = Bar(0.75, 0.85)
 BARS = {
     "nodes2_mape": Bar(0.0, 0.15),
@@ -73,11 +77,31 @@ def metrics(scores: Sequence[Score]) -> dict[str, float]:
     return {name: round(value, 6) for name, value in found.items()}
 
 
+def write_table(found: dict[str, float], page: Path) -> None:
+    """Replace what stands between the page's two markers."""
+    lines = ["| figure | supple | baseline | bar |", "|---|---:|---:|---|"]
+    for name, value in found.items():
+        if name.endswith("_baseline"):
+            continue
+        bar = COVERAGE if name.endswith("interval_coverage") else BARS.get(name)
+        twin = found.get(f"{name}_baseline")
+        against = "" if twin is None else f"{twin:.3g}"
+        met = "" if bar is None else f"{bar} {'met' if bar.holds(value) else '**not met**'}"
+        lines.append(f"| `{name}` | {value:.3g} | {against} | {met} |")
+    text = page.read_text()
+    before, rest = text.split(BEGIN, 1)
+    _, after = rest.split(END, 1)
+    page.write_text("\n".join([before + BEGIN, *lines, END + after]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the public tables")
     parser.add_argument("--only", choices=TASKS, action="append", help="run these tasks only")
+    parser.add_argument("--docs", type=Path, help="folder of accuracy.md, to be brought up to date")
     arguments = parser.parse_args()
+    if arguments.docs and arguments.only:
+        parser.error("--docs takes the figures of all tasks: leave out --only.")
     here = Path(__file__).parent / "accuracy"
     scores: list[Score] = []
     for task in arguments.only or TASKS:
@@ -93,6 +117,9 @@ def main() -> None:
     if "interval_coverage" in found:
         verdict = "yes" if COVERAGE.holds(found["interval_coverage"]) else "NO"
         print(f"\ninterval_coverage {found['interval_coverage']:.3f}   {COVERAGE}  {verdict}")
+    if arguments.docs:
+        draw(scores, arguments.docs / "accuracy")
+        write_table(found, arguments.docs / "accuracy.md")
     print(json.dumps({"benchmark": "planner_accuracy", "metrics": found}))
 
 

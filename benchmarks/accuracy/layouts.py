@@ -93,6 +93,7 @@ def measure(data: Path) -> Score:
     metrics: dict[str, float] = {}
     held: list[bool] = []
     notes: list[str] = []
+    points: list[tuple[Estimate, float]] = []
     for suffix, predict in (("", ours), ("_baseline", nine_parameters)):
         errors: list[float] = []
         lost: list[float] = []
@@ -105,6 +106,7 @@ def measure(data: Path) -> Score:
             lost.append(regret(found, asked))
             if not suffix:
                 held += covered(found, true)
+                points += list(zip(found, true, strict=True))[:: NUM_SEEDS // 2]
         metrics[f"layout_mape{suffix}"] = float(np.mean(errors))
         metrics[f"layout_regret{suffix}"] = float(np.mean(lost))
         name = "baseline" if suffix else "supple"
@@ -116,7 +118,7 @@ def measure(data: Path) -> Score:
     metrics["layout_floor_mape"] = mape(fitted, [row.iteration_s for row in rows])
     metrics["layouts_interval_coverage"] = coverage(held)
     notes.append(f"fitted to every row, asked the same: {100 * metrics['layout_floor_mape']:.1f} %")
-    return Score(task="layouts", metrics=metrics, covered=held, notes=notes)
+    return Score(task="layouts", metrics=metrics, covered=held, notes=notes, points=points)
 
 
 def next_count(

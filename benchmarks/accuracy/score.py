@@ -20,6 +20,8 @@ class Score:
     """Per prediction: does its 80 % interval hold what was measured?"""
     notes: Sequence[str]
     """Sentences a reader of the figures needs: what was held out, the noise floor, oddities."""
+    points: Sequence[tuple[Estimate, float]] = ()
+    """Predicted and measured, for the pictures; a sample of them will do."""
 
 
 def relative_errors(predicted: npt.ArrayLike, measured: npt.ArrayLike) -> npt.NDArray[np.float64]:

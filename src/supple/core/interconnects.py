@@ -24,8 +24,9 @@ _BASIS = "nominal rate, {} of it achieved by large ring all-reduces"
 
 
 _TCP = 0.6
-"""`pair_slowdown` of TCP: on the public T4 profiles of Pollux two nodes take 1.4 to 1.9 times the
-transfer time that larger rings lead to expect, for all six models."""
+"""`pair_slowdown` of TCP: on the public T4 profiles of Pollux two nodes take 1.4 to 2.1 times the
+transfer time that larger rings lead to expect, for all six models. No other cluster was
+looked at."""
 
 
 def _link(
