@@ -204,10 +204,12 @@ def test_refining_replaces_what_was_measured_before() -> None:
 
 
 def across(workers: int, nodes: int) -> StepMeasurement:
-    """The made-up machine, 0.1 ms and 0.6 GB/s between its nodes."""
+    """The made-up machine, 0.1 ms and 0.6 GB/s between its nodes, less where there are but two."""
     _, compute = true_time(1, 32)
     hops = (workers - nodes) * 2e-4 + (nodes - 1) * 1e-4
-    network = 2 * hops + 2 * (workers - 1) / workers * GRADIENT_BYTES / 0.6e9
+    network = 2 * hops + 2 * (workers - 1) / workers * GRADIENT_BYTES / (
+        0.6e9 if nodes > 2 else 0.4e9
+    )
     step = (compute**1.6 + network**1.6) ** (1 / 1.6) + 0.008
     return StepMeasurement(
         num_workers=workers,
@@ -258,7 +260,7 @@ def test_every_doubling_beyond_what_was_measured_adds_doubt() -> None:
     found = [model.predict(workers, 24) for workers in (4, 8, 16, 32, 64)]
     widths = [estimate.high / estimate.low for estimate in found]
     assert widths == sorted(widths)
-    assert widths[-1] >= math.exp(2 * 1.28 * 4 * 0.08)
+    assert widths[-1] >= math.exp(2 * 1.28 * 4 * 0.04)
 
 
 def test_a_second_count_of_nodes_settles_more_than_one() -> None:
@@ -273,7 +275,52 @@ def test_a_second_count_of_nodes_settles_more_than_one() -> None:
         found = model.predict(16, 32)
         return found.high / found.low
 
-    assert width(across(4, 2), across(6, 3)) < width(across(6, 3)) < width()
+    assert width(across(4, 2), across(6, 3)) < width(across(4, 2)) < width()
+
+
+def test_two_nodes_of_tcp_are_not_taken_for_the_speed_of_eight() -> None:
+    def growth(link: str) -> float:
+        model = fit(
+            [*ALONE, measured(2, 32), across(4, 2)],
+            gradient_bytes=GRADIENT_BYTES,
+            link=lookup(link),
+            local_link=lookup("loopback"),
+            workers_per_node=2,
+        )
+        return model.predict(16, 32).value / across(4, 2).step_time_s
+
+    assert growth("ethernet-25") < 1.0 < growth("infiniband-200")
+
+
+def test_a_spread_placement_can_be_asked_for() -> None:
+    model = fit(
+        [*ALONE, measured(2, 32), across(4, 2), across(6, 3)],
+        gradient_bytes=GRADIENT_BYTES,
+        link=lookup("ethernet-25"),
+        local_link=lookup("loopback"),
+        workers_per_node=8,
+    )
+    together, spread = model.predict(8, 32), model.predict(8, 32, num_nodes=8)
+    assert together.value < 0.7 * spread.value
+    assert model.parts(8, 32, num_nodes=8).sync_s > model.parts(8, 32).sync_s
+
+
+def test_every_step_of_a_run_refines_the_model_towards_the_truth() -> None:
+    true = across(16, 8).step_time_s
+    model = fit(
+        ALONE,
+        gradient_bytes=GRADIENT_BYTES,
+        link=lookup("ethernet-25"),
+        local_link=lookup("loopback"),
+        workers_per_node=2,
+    )
+    widths = [model.predict(16, 32).high / model.predict(16, 32).low]
+    for step in (measured(2, 32), across(4, 2), across(6, 3), across(8, 4)):
+        model = model.refine(step)
+        found = model.predict(16, 32)
+        widths.append(found.high / found.low)
+    assert widths == sorted(widths, reverse=True)
+    assert found.value == pytest.approx(true, rel=0.1)
 
 
 def test_what_was_measured_on_two_nodes_is_not_taken_for_one() -> None:

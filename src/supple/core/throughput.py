@@ -1,13 +1,17 @@
 """Step time against the number of workers and the micro-batch, fitted with its uncertainty.
 
     compute   C(m) = a + b m                                    per micro-batch of m samples
-    network   N(K) = 2 (K-n) alpha + 2 (n-1) alpha' + 2 (K-1)/K M / W'
+    network   N(K) = 2 (K-n) alpha + 2 (n-1) alpha' + 2 (K-1)/K M max(1/W, q/W')
+              q = (1 + tau log2 n) (1 + kappa log2(K/n)) (1 + pi, for two nodes)
     step      T = (1 + sigma log2 K) [ (s-1) C + (C^p + N^p)^(1/p) + o + d m s ]
 
 with s micro-batches a step, M gradient bytes, K workers on n nodes; alpha and W inside a node,
-alpha' and W' across (on one node W, else the slower of the two). The network term is the textbook
-cost of a ring all-reduce through all workers; the p-norm that lets communication hide behind the
-backward pass is Pollux's (OSDI 2021, equation 11). All parameters are positive and fitted as
+alpha' and W' across (on one node W alone). The network term is the textbook cost of a ring
+all-reduce through all workers, at the speed of its slowest hop. Between nodes q slows that hop:
+the slowest of many links is slower (tau), workers of a node share its network card (kappa), and
+with two nodes every flow has the same peer (pi, from the catalogue: a TCP flow is limited, two
+peers get more than one). The p-norm that lets communication hide behind the backward pass is
+Pollux's (OSDI 2021, equation 11). All parameters are positive and fitted as
 logarithms, together with priors on the link (from the catalogue), on overlap and on stragglers: one
 count on one machine already gives an answer, with a wide interval. Errors are relative, so
 residuals are logarithms too, and large ones hardly count (Cauchy): an outlier bends the fit little.
@@ -32,11 +36,9 @@ Z80 = 1.2815515655446004
 NOISE_FLOOR = 0.03
 """Relative scatter that repeated measurements of one configuration have at least."""
 
-_DOUBT = 0.08
-_DOUBT_ACROSS = 0.15
-"""Relative standard deviation of the model's form, per doubling beyond the largest count measured;
-the second while fewer than two counts of nodes above one were. Set on the public profiles of
-Pollux (six models, up to 2 or 3 nodes against 6 to 16)."""
+_DOUBT = 0.04
+"""Relative standard deviation of the model's form per doubling, of workers or of nodes, beyond the
+most that were measured."""
 
 _CAUCHY = 3.0
 """Residuals beyond so many times the scatter count as outliers."""
@@ -46,7 +48,7 @@ _ENOUGH_TO_DOUBT = 5
 _NUDGE = 1e-6
 """Step of the forward differences, in logarithms."""
 
-_A, _B, _ALPHA, _BETA, _ALPHA_X, _BETA_X, _OVERLAP, _STRAGGLE = range(8)
+_A, _B, _ALPHA, _BETA, _ALPHA_X, _BETA_X, _OVERLAP, _STRAGGLE, _SLOWEST, _SHARED, _PAIR = range(11)
 _Vector = npt.NDArray[np.float64]
 
 
@@ -104,38 +106,53 @@ class StepTimeModel:
     data_s_per_sample: float
 
     def predict(
-        self, num_workers: int, micro_batch_size: int, num_accumulation_steps: int = 1
+        self,
+        num_workers: int,
+        micro_batch_size: int,
+        num_accumulation_steps: int = 1,
+        *,
+        num_nodes: int | None = None,
     ) -> Estimate:
-        """Seconds of a step with an 80 % interval. A configuration that was measured is given as
+        """Seconds of a step with an 80 % interval, on `num_nodes` (default: as few as hold the
+        workers). A configuration that was measured is given as
         measured; `assumed` if it crosses to other nodes and none was measured doing so, else
         `fitted`."""
-        key = (num_workers, self._nodes(num_workers), micro_batch_size, num_accumulation_steps)
+        nodes = self._nodes(num_workers) if num_nodes is None else num_nodes
+        key = (num_workers, nodes, micro_batch_size, num_accumulation_steps)
         seen = [step.step_time_s for step in self.steps if _key(step) == key]
         if seen:
             value, width = float(np.median(seen)), math.exp(Z80 * NOISE_FLOOR)
             return Estimate(value=value, low=value / width, high=value * width, source="measured")
         x = np.asarray(self.log_parameters)
         times = self._times(
-            _around(x).T[..., None], num_workers, micro_batch_size, num_accumulation_steps
+            _around(x).T[..., None], num_workers, nodes, micro_batch_size, num_accumulation_steps
         )
         value, gradient = float(times[0, 0]), np.log(times[1:, 0] / times[0, 0]) / _NUDGE
         spread = float(gradient @ np.asarray(self.covariance) @ gradient)
-        width = Z80 * math.sqrt(spread + self.scatter**2 + self._doubt(num_workers) ** 2)
+        width = Z80 * math.sqrt(spread + self.scatter**2 + self._doubt(num_workers, nodes) ** 2)
         return Estimate(
             value=value,
             low=value * math.exp(-width),
             high=value * math.exp(width),
-            source=self._source(num_workers),
+            source=self._source(num_workers, nodes),
         )
 
     def parts(
-        self, num_workers: int, micro_batch_size: int, num_accumulation_steps: int = 1
+        self,
+        num_workers: int,
+        micro_batch_size: int,
+        num_accumulation_steps: int = 1,
+        *,
+        num_nodes: int | None = None,
     ) -> StepParts:
-        """The breakdown of `predict`'s value."""
+        """The breakdown of what the fitted form says of a step."""
         x_log = np.asarray(self.log_parameters)
         x = np.exp(x_log)
         compute = x[_A] + x[_B] * micro_batch_size
-        total = float(self._times(x_log, num_workers, micro_batch_size, num_accumulation_steps))
+        nodes = self._nodes(num_workers) if num_nodes is None else num_nodes
+        total = float(
+            self._times(x_log, num_workers, nodes, micro_batch_size, num_accumulation_steps)
+        )
         data = self.data_s_per_sample * micro_batch_size * num_accumulation_steps
         alone = num_accumulation_steps * float(compute)
         return StepParts(
@@ -158,24 +175,23 @@ class StepTimeModel:
             workers_per_node=self.workers_per_node,
         )
 
-    def _doubt(self, num_workers: int) -> float:
-        beyond = num_workers / max(step.num_workers for step in self.steps)
-        spans = {step.num_nodes for step in self.steps if step.num_nodes > 1}
-        unsure = self._nodes(num_workers) > 1 and len(spans) < 2
-        return (_DOUBT_ACROSS if unsure else _DOUBT) * math.log2(max(1.0, beyond))
+    def _doubt(self, num_workers: int, num_nodes: int) -> float:
+        workers = num_workers / max(step.num_workers for step in self.steps)
+        nodes = num_nodes / max(step.num_nodes for step in self.steps)
+        return _DOUBT * math.log2(max(1.0, workers, nodes))
 
     def _nodes(self, num_workers: int) -> int:
         return -(-num_workers // self.workers_per_node)
 
     def _times(
-        self, log_parameters: _Vector, num_workers: int, micro_batch: int, accumulation: int
+        self, log_parameters: _Vector, workers: int, nodes: int, micro_batch: int, accumulation: int
     ) -> Any:
-        shape = _Shape.of(num_workers, self._nodes(num_workers), micro_batch, accumulation)
+        shape = _Shape.of(workers, nodes, micro_batch, accumulation)
         fixed = self.optimizer_s + self.data_s_per_sample * micro_batch * accumulation
         return _step_time(np.exp(log_parameters), shape, self.gradient_bytes, fixed)
 
-    def _source(self, num_workers: int) -> Source:
-        crossed = num_workers > self.workers_per_node
+    def _source(self, num_workers: int, num_nodes: int) -> Source:
+        crossed = num_nodes > 1
         seen = any(step.num_nodes > 1 for step in self.steps)
         alone = all(step.num_workers == 1 for step in self.steps) and not self.collectives
         if (crossed and not seen) or (alone and num_workers > 1):
@@ -212,12 +228,13 @@ def _step_time(x: _Vector, shape: _Shape, gradient_bytes: float, fixed: Any) -> 
     return straggle * ((shape.accumulation - 1.0) * compute + last + fixed)
 
 
-def _all_reduce(x: _Vector, workers: Any, nodes: Any, message_bytes: Any) -> Any:
+def _all_reduce(x: Any, workers: Any, nodes: Any, message_bytes: Any) -> Any:
     """One ring through all workers, node by node: its bandwidth is that of its slowest hop."""
     hops = (workers - nodes) * x[_ALPHA] + (nodes - 1.0) * x[_ALPHA_X]
-    slowest: _Vector = cast(
-        "_Vector", np.where(nodes > 1.0, np.maximum(x[_BETA], x[_BETA_X]), x[_BETA])
-    )
+    crowd = 1.0 + x[_SHARED] * np.log2(np.maximum(1.0, workers / nodes))
+    pair: Any = np.where(nodes == 2.0, 1.0 + x[_PAIR], 1.0)
+    across = x[_BETA_X] * (1.0 + x[_SLOWEST] * np.log2(nodes)) * crowd * pair
+    slowest = cast("_Vector", np.where(nodes > 1.0, np.maximum(x[_BETA], across), x[_BETA]))
     return 2.0 * hops + 2.0 * (workers - 1.0) / workers * message_bytes * slowest
 
 
@@ -255,7 +272,7 @@ def fit(
     prior, width = _priors(compute, shape.micro_batch, inside, link)
 
     def residuals(sets: _Vector) -> _Vector:
-        """(parameter sets, measurements), in units of the scatter."""
+        """(parameter sets, measurements), relative errors."""
         x = np.exp(sets).T[..., None]
         own = np.log(x[_A] + x[_B] * shape.micro_batch) - np.log(compute)
         whole = np.log(_step_time(x, shape, gradient_bytes, fixed)) - observed
@@ -263,7 +280,7 @@ def fit(
         if collectives:
             rings = np.log(_all_reduce(x, ranks, np.ones_like(ranks), sizes)) - reduced
             parts.append(0.5 * rings)
-        return np.concatenate(parts, axis=1) / NOISE_FLOOR
+        return np.concatenate(parts, axis=1)
 
     # Losses by hand, so that they hold for the measurements and not for the priors. Soft L1 first:
     # from far away, Cauchy would take every surprising measurement for an outlier.
@@ -273,9 +290,10 @@ def fit(
     def cauchy(raw: _Vector) -> _Vector:
         return np.sign(raw) * _CAUCHY * np.sqrt(np.log1p((raw / _CAUCHY) ** 2))
 
-    def solve(loss: Callable[[_Vector], _Vector], start: _Vector) -> Any:
+    def solve(loss: Callable[[_Vector], _Vector], start: _Vector, scatter: float) -> Any:
         def bent(sets: _Vector) -> _Vector:
-            return np.concatenate([loss(residuals(sets)), (sets - prior) / width], axis=1)
+            own = loss(residuals(sets) / scatter)
+            return np.concatenate([own, (sets - prior) / width], axis=1)
 
         def at(x_log: _Vector) -> _Vector:
             return bent(x_log[None])[0]
@@ -287,15 +305,17 @@ def fit(
         optimizers: Any = optimize  # scipy ships no types
         return optimizers.least_squares(at, start, jac=slope, x_scale=width, max_nfev=60)
 
-    found = solve(soft, prior)
+    def spread(x_log: _Vector) -> float:
+        whole = residuals(x_log[None])[0][len(compute) : 2 * len(compute)]
+        return max(NOISE_FLOOR, 1.4826 * float(np.median(np.abs(whole))))
+
+    found = solve(soft, prior, NOISE_FLOOR)
+    scatter = spread(found.x)
     if len(steps) >= _ENOUGH_TO_DOUBT:
-        found = solve(cauchy, found.x)
+        found = solve(cauchy, found.x, scatter)
+        scatter = spread(found.x)
     x_log: _Vector = found.x
-    raw = residuals(x_log[None])[0] * NOISE_FLOOR
-    fitted = raw[len(compute) : 2 * len(compute)]
-    scatter = max(NOISE_FLOOR, 1.4826 * float(np.median(np.abs(fitted))))
     jacobian: _Vector = found.jac
-    jacobian[: len(raw)] /= scatter / NOISE_FLOOR
     covariance = np.linalg.pinv(jacobian.T @ jacobian)
     return StepTimeModel(
         steps=tuple(steps),
@@ -317,7 +337,8 @@ def _priors(
 ) -> tuple[_Vector, _Vector]:
     """Centre and width (standard deviations of the logarithm). Compute: half fixed, half growing,
     within a factor of e; links: within a factor of e of the catalogue; overlap: the p-norm
-    between no overlap (p = 1) and p = 3; stragglers: about 1 % a doubling."""
+    between no overlap (p = 1) and p = 3; stragglers: about 1 % a doubling; the slowest of many
+    links and a shared network card: about 5 % a doubling each; two nodes: from the catalogue."""
     typical = float(np.median(compute))
     per_sample = float(np.median(compute / micro_batch))
     centre = [
@@ -329,8 +350,11 @@ def _priors(
         1.0 / link.bandwidth_bytes_per_s,
         0.7,
         0.01,
+        0.05,
+        0.05,
+        link.pair_slowdown,
     ]
-    width = [2.0, 1.0, 1.0, 0.7, 1.0, 0.5, 0.7, 0.7]
+    width = [2.0, 1.0, 1.0, 0.7, 0.7, 1.0, 0.7, 0.7, 0.5, 0.5, 0.3]
     return np.log(centre), np.array(width)
 
 

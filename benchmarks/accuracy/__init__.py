@@ -1,0 +1,1 @@
+"""How right the planner is: one module per task, each with `measure(data) -> Score`."""

@@ -1,0 +1,263 @@
+"""The layout model keeps the laws of parallel training, recovers a known machine from a few runs,
+and explains a few public measurements."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from supple.core.interconnects import lookup
+from supple.core.layouts import (
+    DEVICES,
+    LayoutMeasurement,
+    LayoutModel,
+    LayoutRun,
+    Transformer,
+    fit_layouts,
+)
+from supple.core.stages import MeasuredLayer
+from supple.core.types import ParallelLayout
+
+GPT = Transformer(hidden_size=2048, num_layers=24, num_heads=16, seq_length=1024, vocab_size=51200)
+
+
+def run(
+    tp: int = 1, dp: int = 1, pp: int = 1, micro_batch: int = 4, num: int = 8, **rest: object
+) -> LayoutRun:
+    made = LayoutRun(
+        model=GPT,
+        layout=ParallelLayout(dp_replicate=dp, tp=tp, pp=pp),
+        micro_batch_size=micro_batch,
+        num_micro_batches=num,
+    )
+    return replace(made, **rest)  # type: ignore[arg-type]
+
+
+def model_of(
+    *measurements: LayoutMeasurement, per_node: int = 8, device: str = "a100"
+) -> LayoutModel:
+    return fit_layouts(
+        measurements,
+        device=DEVICES[device],
+        link=lookup("infiniband-200"),
+        local_link=lookup("nvlink-a100"),
+        workers_per_node=per_node,
+    )
+
+
+UNMEASURED = model_of()
+
+
+def time_of(asked: LayoutRun, model: LayoutModel = UNMEASURED) -> float:
+    return model.predict(asked).value
+
+
+RUNS = [
+    run(tp, dp, pp, micro_batch, num)
+    for tp, dp, pp in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (4, 1, 1), (2, 2, 1), (1, 2, 2))
+    for micro_batch in (1, 2, 4, 8)
+    for num in (2, 8)
+]
+
+
+def true_machine() -> LayoutModel:
+    """Another machine than the priors': every parameter a third off, one way or the other."""
+    rng = np.random.default_rng(3)
+    off = 0.3 * rng.choice([-1.0, 1.0], size=len(UNMEASURED.log_parameters))
+    moved = tuple(float(v) for v in np.asarray(UNMEASURED.log_parameters) + off)
+    return replace(UNMEASURED, log_parameters=moved)
+
+
+def measured(runs: Sequence[LayoutRun], noise: float = 0.0) -> list[LayoutMeasurement]:
+    truth, rng = true_machine(), np.random.default_rng(5)
+    return [
+        LayoutMeasurement(
+            run=asked, iteration_s=time_of(asked, truth) * math.exp(rng.normal(0.0, noise))
+        )
+        for asked in runs
+    ]
+
+
+def test_twenty_runs_teach_a_machine_that_is_not_the_catalogues() -> None:
+    drawn = np.random.default_rng(1).choice(len(RUNS), 20, replace=False)
+    model = model_of(*measured([RUNS[index] for index in drawn]))
+    before = [abs(math.log(time_of(r) / time_of(r, true_machine()))) for r in RUNS]
+    after = [abs(math.log(time_of(r, model) / time_of(r, true_machine()))) for r in RUNS]
+    assert max(after) < 0.05 < max(before)
+
+
+def test_four_of_five_intervals_hold_the_truth() -> None:
+    held: list[bool] = []
+    for seed in range(10):
+        drawn = np.random.default_rng(seed).choice(len(RUNS), 20, replace=False)
+        rows = measured(RUNS, noise=0.08)
+        model = model_of(*[rows[index] for index in drawn])
+        for index in set(range(len(RUNS))) - set(drawn.tolist()):
+            found = model.predict(RUNS[index])
+            held.append(found.low <= rows[index].iteration_s <= found.high)
+    assert 0.65 <= np.mean(held) <= 0.95
+
+
+def test_measuring_narrows_the_interval_and_changes_the_source() -> None:
+    wide, narrow = UNMEASURED.predict(run(2)), model_of(*measured(RUNS[:20])).predict(run(2))
+    assert (wide.source, narrow.source) == ("assumed", "fitted")
+    assert narrow.high / narrow.low < wide.high / wide.low
+
+
+def test_a_layout_across_nodes_is_assumed_until_one_was_measured() -> None:
+    model = model_of(*measured(RUNS[:20]))
+    assert model.predict(run(8, 2)).source == "assumed"
+    assert model.predict(run(8, 1)).source == "fitted"
+    crossed = LayoutMeasurement(run=run(8, 2), iteration_s=1.0)
+    assert model_of(*measured(RUNS[:20]), crossed).predict(run(8, 4)).source == "fitted"
+
+
+def test_a_group_that_leaves_the_node_pays_for_it() -> None:
+    apart = model_of(per_node=2)
+    assert time_of(run(tp=4), apart) > 1.2 * time_of(run(tp=4))
+    assert time_of(run(dp=4), apart) > time_of(run(dp=4))
+    assert time_of(run(pp=4), apart) > time_of(run(pp=4))
+    assert time_of(run(tp=2), apart) == time_of(run(tp=2))
+
+
+def test_the_pipeline_bubble_shrinks_with_more_micro_batches() -> None:
+    def loss(num: int) -> float:
+        return 4 * time_of(run(pp=4, num=num)) / time_of(run(num=num))
+
+    assert loss(1) > loss(4) > loss(16) > loss(64) > 1.0
+
+
+def test_a_tiny_micro_batch_costs_what_its_launches_cost() -> None:
+    small = replace(GPT, hidden_size=256)
+    one, two = (time_of(run(micro_batch=size, model=small)) for size in (1, 2))
+    assert two < 1.1 * one
+    one, two = (time_of(run(micro_batch=size)) for size in (16, 32))
+    assert two > 1.8 * one
+
+
+def test_recomputing_and_sharding_cost_time() -> None:
+    assert time_of(run(recompute=True)) > 1.1 * time_of(run())
+    sharded = run(layout=ParallelLayout(dp_shard=4))
+    assert time_of(sharded) > time_of(run(dp=4))
+
+
+@settings(max_examples=100)
+@given(
+    st.sampled_from([1, 2, 4, 8, 16]),
+    st.sampled_from([1, 2, 8, 64]),
+    st.integers(1, 24),
+    st.integers(1, 64),
+    st.integers(1, 64),
+)
+def test_every_prediction_is_positive_finite_and_grows_with_the_work(
+    tp: int, dp: int, pp: int, micro_batch: int, num: int
+) -> None:
+    asked = run(tp, dp, pp, micro_batch, num)
+    found = UNMEASURED.predict(asked)
+    assert 0 < found.low <= found.value <= found.high < math.inf
+    assert time_of(replace(asked, num_micro_batches=num + 1)) > found.value
+    assert time_of(replace(asked, micro_batch_size=micro_batch + 1)) > found.value
+    assert time_of(replace(asked, model=replace(GPT, num_layers=48))) > found.value
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_a_slower_clock_scales_the_prediction(scale: float) -> None:
+    rows = measured(RUNS)
+    slow = [replace(row, iteration_s=row.iteration_s * scale) for row in rows]
+    plain, scaled = model_of(*rows), model_of(*slow)
+    for asked in (run(2, micro_batch=2), run(1, 2, 2)):
+        assert time_of(asked, scaled) == pytest.approx(scale * time_of(asked, plain), rel=0.25)
+
+
+def test_an_outlier_bends_the_fit_little() -> None:
+    rows = measured(RUNS[:30])
+    bent = [replace(rows[0], iteration_s=10 * rows[0].iteration_s), *rows[1:]]
+    for asked in (run(2, 2), run(1, 2, 2)):
+        assert time_of(asked, model_of(*bent)) == pytest.approx(
+            time_of(asked, model_of(*rows)), rel=0.15
+        )
+
+
+LAYERS = tuple(
+    MeasuredLayer(
+        host_s=1e-3,
+        device_s_per_sample=per_sample,
+        num_parameters=1_000_000,
+        output_bytes_per_sample=1 << 20,
+    )
+    for per_sample in (1e-3, 1e-3, 2e-3, 4e-3)
+)
+
+
+def test_any_module_is_planned_by_its_measured_layers() -> None:
+    whole = time_of(run(model=LAYERS, micro_batch=2, num=16))
+    assert whole == pytest.approx(16 * (4 * 1e-3 + 2 * 8e-3), rel=0.1)
+    # Stages of three layers and of one: 11 ms and 9 ms.
+    halves = time_of(run(pp=2, model=LAYERS, micro_batch=2, num=16))
+    assert halves == pytest.approx(20e-3 + 15 * 11e-3, rel=0.1)
+
+
+def test_the_fastest_of_several_layouts_is_found() -> None:
+    slow, fast = run(pp=4, num=1, micro_batch=8), run(dp=4, num=1, micro_batch=2)
+    assert UNMEASURED.fastest([slow, fast]) == fast
+    with pytest.raises(ValueError, match="hand in at least 1"):
+        UNMEASURED.fastest([])
+    assert UNMEASURED.predict_all([]) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"layout": ParallelLayout(cp=2)}, "Ask for cp=1"),
+        ({"layout": ParallelLayout(pp=25)}, "pp of 1 to 24"),
+        ({"layout": ParallelLayout(tp=0)}, "at least 1"),
+        ({"micro_batch_size": 0}, "at least 1"),
+        ({"num_micro_batches": 0}, "at least 1"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused(fields: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        run(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
+def test_a_time_that_cannot_be_is_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match="positive and finite"):
+        model_of(LayoutMeasurement(run=run(), iteration_s=seconds))
+
+
+def test_a_node_without_workers_is_refused() -> None:
+    with pytest.raises(ValueError, match="workers_per_node=0"):
+        model_of(per_node=0)
+
+
+def test_public_rows_are_explained() -> None:
+    """Eight rows of vTrain's ground truth (VIA-Research, MIT licence): GPT, h = 1024, 12 layers,
+    two A100."""
+    rows = [
+        (4, 1, 1, 2, 1, 0.0924),
+        (16, 4, 1, 2, 1, 0.1643),
+        (16, 1, 2, 1, 1, 0.6986),
+        (16, 1, 1, 1, 2, 0.4098),
+        (2, 1, 1, 1, 2, 0.0700),
+        (16, 8, 2, 1, 1, 0.1595),
+        (4, 1, 2, 1, 1, 0.1762),
+        (8, 1, 1, 1, 2, 0.2156),
+    ]
+    measurements = [
+        LayoutMeasurement(
+            run=run(
+                tp, dp, pp, size, batch // dp // size,
+                model=replace(GPT, hidden_size=1024, num_layers=12), recompute=True,
+            ),
+            iteration_s=seconds,
+        )
+        for batch, size, tp, dp, pp, seconds in rows
+    ]  # fmt: skip
+    model = model_of(*measurements)
+    for row in measurements:
+        assert time_of(row.run, model) == pytest.approx(row.iteration_s, rel=0.15)
