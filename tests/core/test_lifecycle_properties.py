@@ -26,6 +26,8 @@ from supple.testing import ScriptedBackend, TrainedState
 SOMEONE = st.integers(0, 63)
 MOVE = st.sampled_from(["arrive", "work", "work", "work", "torn", "poll", "hear", "hear"])
 MOVES = st.lists(st.tuples(MOVE, SOMEONE), min_size=1, max_size=40)
+CAUSE = st.sampled_from(["died", "preempted", "frozen"])
+ON_THE_WAY = [Phase.DRAINING, Phase.FORMING, Phase.FORMING, Phase.WAITING, Phase.SAVING]
 NEVER_ENDS = 1_000_000
 
 
@@ -48,7 +50,7 @@ class AnyHistory(RuleBasedStateMachine):
         more=st.integers(0, 3),
         initial=st.integers(1, 6),
         max_failures=st.sampled_from([0, 3, 3, 8]),
-        num_steps=st.sampled_from([12, NEVER_ENDS, NEVER_ENDS]),
+        num_steps=st.sampled_from([50, NEVER_ENDS, NEVER_ENDS]),
         restore=st.sampled_from([None, "old"]),
         seed=st.integers(0, 7),
         is_running=st.sampled_from([True, True, True, False]),
@@ -82,13 +84,34 @@ class AnyHistory(RuleBasedStateMachine):
             else:
                 getattr(self.backend, move)(worker_id)
 
-    @rule(moves=MOVES, number=SOMEONE, cause=st.sampled_from(["died", "preempted", "frozen"]))
+    @rule(moves=MOVES, number=SOMEONE, cause=CAUSE)
     def fault_in_the_middle(self, moves: list[tuple[str, int]], number: int, cause: str) -> None:
         self.unfair_moves(moves)
-        if cause == "frozen":
-            self.backend.freeze(self.someone(number))
+        self.strike(self.someone(number), cause)
+
+    @rule(phase=st.sampled_from(ON_THE_WAY), num_workers=st.integers(1, 6), number=SOMEONE)
+    def fault_in_phase(self, phase: Phase, num_workers: int, number: int) -> None:
+        """A wish leads there; then someone dies, or the very one that everything waits for."""
+        if phase is Phase.SAVING and self.backend.state.generation > 4:
+            self.stop()
         else:
-            self.backend.kill(self.someone(number), cast(LossCause, cause))
+            self.backend.resize(num_workers)
+        for _ in range(60):
+            for worker_id in list(self.backend.world.workers):
+                for move in ("arrive", "work", "poll", "hear", "hear"):
+                    getattr(self.backend, move)(worker_id)
+                    state = self.backend.state
+                    if state.phase is phase or state.ending:
+                        saver = state.saver if number % 2 else None
+                        self.strike(saver or self.someone(number), "died")
+                        return
+            self.backend.tick(0.05)
+
+    def strike(self, worker_id: WorkerId, cause: str) -> None:
+        if cause == "frozen":
+            self.backend.freeze(worker_id)
+        else:
+            self.backend.kill(worker_id, cast(LossCause, cause))
 
     @rule(num_rounds=st.integers(1, 12))
     def fair_rounds(self, num_rounds: int) -> None:
@@ -149,7 +172,7 @@ class AnyHistory(RuleBasedStateMachine):
         assert state.phase.is_over == (self.backend.outcome is not None)
         if state.phase.is_over:
             assert not state.workers
-        if state.phase is Phase.RUNNING:
+        if state.phase is Phase.RUNNING and not state.ending:
             assert state.present == state.members
         if state.phase is Phase.STARTING:
             assert state.generation == 0

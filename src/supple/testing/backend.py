@@ -76,6 +76,8 @@ class ScriptedBackend:
         self._random = random.Random(seed)
         self._known: set[WorkerId] = set()
         """Workers that the lifecycle may speak to."""
+        self._raised: set[WorkerId] = set()
+        """Their function is over, their process is to be let go."""
         self._generation = 0
         self.state, actions = lifecycle.start(
             spec, job_id, self.clock.now(), restore=restore, initial=initial
@@ -206,7 +208,9 @@ class ScriptedBackend:
         """The lifecycle is told of `event`, and what it answers is done."""
         if not isinstance(event, Heartbeat | Ticked):
             self._note(event)
-        if isinstance(event, WorkerLost):
+        if isinstance(event, WorkerLost) and event.cause == "raised":
+            self._raised.add(event.worker_id)
+        elif isinstance(event, WorkerLost):
             self._known.discard(event.worker_id)
         before = self.state
         self.state, actions = lifecycle.step(before, event, self.clock.now())
@@ -256,15 +260,12 @@ class ScriptedBackend:
 
     def _let_go(self, action: StopWorker) -> None:
         worker = self.world.workers[action.worker_id]
-        if worker.stage is not Stage.RAISED:
-            self._post((action.worker_id,), action)
-        else:
-            worker.inbox.append(action)
+        self._post((action.worker_id,), action)
         self._known.discard(action.worker_id)
-        others = [self.world.workers[w].step for w in self._known]
-        if not self.state.phase.is_over and worker.stage is not Stage.RAISED:
+        if not self.state.phase.is_over and action.worker_id not in self._raised:
             if worker.stage is Stage.IN_GROUP:
                 raise self._violation(f"{action.worker_id} was let go out of its generation")
+            others = [self.world.workers[w].step for w in self._known]
             if worker.step > max(others, default=-1):
                 raise self._violation(f"{action.worker_id}, let go, held the newest state")
 

@@ -83,7 +83,8 @@ class SimulatedWorker:
     worker_id: WorkerId
     stage: Stage = Stage.STARTING
     frozen: bool = False
-    """Its process is stopped: it does and answers nothing, and its connections stay open."""
+    """Stopped, or cut off: it does and answers nothing, and its connections stay open for ever,
+    even when it is killed. Only an abort frees its peers."""
     generation: int = 0
     state: TrainedState | None = None
     group: Group | None = None
@@ -278,7 +279,8 @@ class World:
         self._tell(worker, WorkerStopped, step=worker.step, error=error)
 
     def _has_left(self, group: Group, worker_id: WorkerId) -> bool:
-        return worker_id in group.left or self.workers[worker_id].stage is Stage.GONE
+        worker = self.workers[worker_id]
+        return worker_id in group.left or (worker.stage is Stage.GONE and not worker.frozen)
 
     def _save(self, worker: SimulatedWorker) -> None:
         if worker.state is None:
