@@ -33,6 +33,8 @@ class Advisor:
         self._asked_at = 0.0
         self._generation = -1
         self._first_step = 0
+        self._wanted: tuple[int, int] | None = None
+        """(generation, count) of the last request: it stands until a generation answers it."""
         self._may_resize = not spec.schedule and spec.min_workers < spec.max_workers
 
     def leave_count_alone(self) -> None:
@@ -65,7 +67,9 @@ class Advisor:
                 remaining_samples=remaining,
                 resize_cost_s=self._pause_s,
             )
-            if count != progress.num_workers:
+            wanted = (progress.generation, count)
+            if count != progress.num_workers and wanted != self._wanted:
+                self._wanted = wanted
                 return [
                     TargetChanged(job_id=job_id, generation=0, num_workers=count, reason=reason)
                 ]
