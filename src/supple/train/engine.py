@@ -63,6 +63,7 @@ class StepEngine:
         )
         self._reducer = self._tree or GradientReducer(params, changed_buffers, num_stats)
         self._noise_meter = NoiseMeter(self._reducer.buckets, optimizer, noise_every)
+        self.optimizer_name = type(optimizer).__name__
         self.gradient_bytes = sum(param.numel() * param.element_size() for param in params)
         self._loss_sum, self._num_samples = 0.0, 0
 

@@ -6,7 +6,6 @@ the effects away, and waits. When it is let in, it takes over its peers' train s
 the middle of the run. Whatever happens to the membership happens inside `job.step`.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from supple.core.goodput import efficiency
 from supple.core.noise import NoiseState
 from supple.core.order import mix, share
 from supple.core.spec import TrainSpec
@@ -27,12 +25,11 @@ from supple.train.ledger import Ledger
 from supple.train.loader import Loader, MicroBatch, make_loader
 from supple.train.mailbox import Mailbox
 from supple.train.member import Identity, Membership
-from supple.train.meter import StepTimes
 from supple.train.rate import LearningRate, constant
+from supple.train.rehearsal import Rehearsal
+from supple.train.reporter import Reporter
 from supple.train.saver import Saver
 from supple.train.state import TrainState
-
-_PROGRESS_EVERY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +68,8 @@ class Job:
             elastic.mailbox if elastic else None,
         )
         self._ledger = ledger
-        self._observe = observe
+        listeners = [elastic.mailbox.publish] if elastic else []
+        self._reporter = Reporter(*listeners, *([observe] if observe else []))
         self._model: nn.Module | None = None
         self._optimizer: Optimizer | None = None
         self._kept: dict[str, Any] = {}
@@ -83,8 +81,6 @@ class Job:
         self._rehearsing = False
         self._micro: MicroBatch | None = None
         self._replaced = False
-        self._metrics: dict[str, Tensor | float] = {}
-        self._published = 0.0
 
     # -- the user's five lines -------------------------------------------------------------
 
@@ -201,10 +197,7 @@ class Job:
     def report(self, **metrics: Tensor | float) -> None:
         """Numbers to show beside the progress: the last value of each is kept."""
         if not self._rehearsing:
-            self._metrics |= {
-                name: value.detach() if isinstance(value, Tensor) else float(value)
-                for name, value in metrics.items()
-            }
+            self._reporter.note(metrics)
 
     @property
     def rank(self) -> int:
@@ -301,8 +294,7 @@ class Job:
     def _rehearse(self) -> Iterator[Any]:
         """One step on a real batch, whose effects are thrown away."""
         assert self._model is not None and self._optimizer is not None and self._loader is not None
-        before = [tensor.clone() for tensor in self._state.tensors().values()]
-        names = list(self._state.tensors())
+        rehearsal = Rehearsal(self._state)
         size = 1 if self._elastic is None else self._elastic.rehearsal_size
         _, rehearsed = share(self._global_batch, size, 0)
         self._loader.place(self._loader.position, 0, 1, rehearsed, self._micro_limit)
@@ -314,16 +306,7 @@ class Job:
                 "the loop took a batch and did not call job.step(loss): nothing would be learned."
             )
         self._rehearsing = False
-        now = self._state.tensors()
-        # By value: a batch norm's forward pass does not raise its buffers' version counters.
-        changed = {name for name, b in zip(names, before, strict=True) if not now[name].equal(b)}
-        changed_buffers = [
-            buffer for name, buffer in self._model.named_buffers() if f"buffer/{name}" in changed
-        ]
-        with torch.no_grad():
-            for name, tensor in zip(names, before, strict=True):
-                now[name].copy_(tensor)
-        self._optimizer.zero_grad(set_to_none=True)
+        changed_buffers = rehearsal.undo(self._model, self._optimizer)
         self._engine = StepEngine(
             self._spec, self._model, self._optimizer, self._loader, self._rate, changed_buffers
         )
@@ -435,43 +418,14 @@ class Job:
         return min(1.0, max(parts, default=0.0))
 
     def _publish(self, *, force: bool = False) -> None:
-        if self.rank != 0 or self._loader is None:
+        if self.rank != 0 or self._loader is None or not (force or self._reporter.is_due()):
             return
-        now = time.monotonic()
-        if now - self._published < _PROGRESS_EVERY_S and not force:
-            return
-        self._published = now
-        times = self._steps.meter.medians() or _NO_TIMES
-        phi = self._steps.noise.noise_scale
-        progress = Progress(
+        self._reporter.tell(
+            self._steps,
+            self._loader,
+            self._rate,
             generation=self.generation,
-            step=self.step_count,
-            epoch=self._loader.epoch,
-            num_epochs=self._loader.num_epochs,
-            samples_done=self._loader.samples_done,
-            samples_total=self._loader.samples_total,
             num_workers=self.world_size,
             global_batch_size=self._global_batch,
             lr=self.lr,
-            step_time_s=times.step_time_s,
-            sync_time_s=times.sync_s,
-            data_time_s=times.data_s,
-            noise_scale=phi,
-            efficiency=None
-            if phi is None
-            else efficiency(phi, self._rate.base_batch, self._global_batch),
-            base_batch_size=self._rate.base_batch,
-            base_lr=self._rate.base_lr,
-            optimizer=type(self._optimizer).__name__,
-            gradient_bytes=self._steps.gradient_bytes,
-            metrics={name: float(value) for name, value in self._metrics.items()},
         )
-        if self._elastic is not None:
-            self._elastic.mailbox.publish(progress)
-        if self._observe is not None:
-            self._observe(progress)
-
-
-_NO_TIMES = StepTimes(
-    data_s=0.0, forward_s=0.0, backward_s=0.0, sync_s=0.0, optimizer_s=0.0, step_time_s=0.0
-)

@@ -1,0 +1,78 @@
+"""What a job shows of itself: its progress, a few times a second, told by rank 0."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import final
+
+from torch import Tensor
+
+from supple.core.goodput import efficiency
+from supple.core.types import Progress
+from supple.train.engine import StepEngine
+from supple.train.loader import Loader
+from supple.train.meter import StepTimes
+from supple.train.rate import LearningRate
+
+_EVERY_S = 0.2
+_NO_TIMES = StepTimes(
+    data_s=0.0, forward_s=0.0, backward_s=0.0, sync_s=0.0, optimizer_s=0.0, step_time_s=0.0
+)
+
+
+@final
+class Reporter:
+    """Keeps the user's metrics, and hands every `Progress` to the listeners."""
+
+    def __init__(self, *listeners: Callable[[Progress], None]) -> None:
+        self._listeners = listeners
+        self._metrics: dict[str, Tensor | float] = {}
+        self._told = 0.0
+
+    def note(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Show these beside the progress: the last value of each is kept."""
+        self._metrics |= {
+            name: value.detach() if isinstance(value, Tensor) else float(value)
+            for name, value in metrics.items()
+        }
+
+    def is_due(self) -> bool:
+        """Has it been long enough since the last time?"""
+        return time.monotonic() - self._told >= _EVERY_S
+
+    def tell(
+        self,
+        steps: StepEngine,
+        loader: Loader,
+        rate: LearningRate,
+        *,
+        generation: int,
+        num_workers: int,
+        global_batch_size: int,
+        lr: float,
+    ) -> None:
+        self._told = time.monotonic()
+        times = steps.meter.medians() or _NO_TIMES
+        phi = steps.noise.noise_scale
+        progress = Progress(
+            generation=generation,
+            step=steps.step,
+            epoch=loader.epoch,
+            num_epochs=loader.num_epochs,
+            samples_done=loader.samples_done,
+            samples_total=loader.samples_total,
+            num_workers=num_workers,
+            global_batch_size=global_batch_size,
+            lr=lr,
+            step_time_s=times.step_time_s,
+            sync_time_s=times.sync_s,
+            data_time_s=times.data_s,
+            noise_scale=phi,
+            efficiency=None if phi is None else efficiency(phi, rate.base_batch, global_batch_size),
+            base_batch_size=rate.base_batch,
+            base_lr=rate.base_lr,
+            optimizer=steps.optimizer_name,
+            gradient_bytes=steps.gradient_bytes,
+            metrics={name: float(value) for name, value in self._metrics.items()},
+        )
+        for listener in self._listeners:
+            listener(progress)
