@@ -85,7 +85,10 @@ class ControlServer:
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:
-            return self._handler(json.loads(line))
+            request = json.loads(line)
+            if not isinstance(request, dict):
+                raise ValueError("a request is one JSON object on one line")
+            return self._handler(request)
         except (SpecError, ValueError, KeyError) as error:
             return {"error": str(error)}
 

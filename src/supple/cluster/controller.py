@@ -14,6 +14,7 @@ from supple.cluster.backend import Backend, Clock, Observer
 from supple.cluster.control import ControlServer
 from supple.core import lifecycle
 from supple.core.lifecycle import JobState, Phase
+from supple.core.planner import in_words
 from supple.core.spec import SpecError, TrainSpec, parse_count
 from supple.core.types import (
     Action,
@@ -103,7 +104,7 @@ class Controller:
                 low, high = self._spec.min_workers, self._spec.max_workers
                 if not low <= count <= high:
                     raise SpecError(
-                        f"{count} workers were asked for, the job has --workers {low}:{high}. "
+                        f"{in_words(count)} asked for, the job has --workers {low}:{high}. "
                         f"Ask for a count from {low} to {high}."
                     )
                 if self._advisor is not None:
@@ -136,7 +137,7 @@ class Controller:
             )
             await self._perform(state, actions)
             while self._outcome is None:
-                event = await self._queue.get()
+                event = await self._next_event(background)
                 self._note(event)
                 state, actions = lifecycle.step(state, event, self._clock.now())
                 await self._perform(state, actions)
@@ -190,6 +191,19 @@ class Controller:
         for observer in self._observers:
             observer.happened(event)
 
+    async def _next_event(self, background: list[asyncio.Future[None]]) -> Event:
+        """Raises what a background task raised: without it the job would wait for ever."""
+        if self._queue.empty():
+            getting = asyncio.ensure_future(self._queue.get())
+            await asyncio.wait([getting, *background], return_when=asyncio.FIRST_COMPLETED)
+            if getting.done():
+                return getting.result()
+            getting.cancel()
+        for task in background:
+            if task.done():
+                task.result()
+        return await self._queue.get()
+
     async def _forward_events(self) -> None:
         async for event in self._backend.events():
             self._put(event)
@@ -201,7 +215,7 @@ class Controller:
             since = self._running_since
             while due and since is not None and self._clock.now() - since >= due[0][0]:
                 at_s, count = due.pop(0)
-                self._want(count, f"the schedule says {count} workers from {at_s:g} s on")
+                self._want(count, f"the schedule says {in_words(count)} from {at_s:g} s on")
             self._put(Ticked(job_id=self._job_id, generation=0))
 
     def _put(self, event: Event) -> None:

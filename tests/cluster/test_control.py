@@ -1,0 +1,115 @@
+"""The line between a job and another terminal: a real socket, and what people do to it."""
+
+import asyncio
+import json
+import socket
+from collections.abc import Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from supple.cluster.control import ControlServer, ask, refuse_second, running_jobs, socket_path
+from supple.core.spec import SpecError
+
+
+def handler(request: Mapping[str, Any]) -> dict[str, Any]:
+    if request.get("ask") == "refuse":
+        raise SpecError("9 workers asked for, the job has --workers 1:4.")
+    return {"heard": dict(request)}
+
+
+@asynccontextmanager
+async def server(name: str):
+    control = ControlServer(name, handler)
+    await control.start()
+    try:
+        yield control
+    finally:
+        await control.stop()
+
+
+@pytest.fixture
+def name(tmp_path: Any) -> str:
+    return f"control-{tmp_path.name}"[:60]
+
+
+async def say(name: str, raw: bytes) -> bytes:
+    reader, writer = await asyncio.open_unix_connection(str(socket_path(name)))
+    writer.write(raw)
+    await writer.drain()
+    answer = await reader.readline()
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+def test_a_request_is_answered_and_a_refusal_is_the_askers_error(name: str) -> None:
+    async def run() -> None:
+        async with server(name):
+            assert await asyncio.to_thread(ask, name, {"ask": "x"}) == {"heard": {"ask": "x"}}
+            assert name in await asyncio.to_thread(running_jobs)
+            with pytest.raises(SpecError, match="9 workers asked for"):
+                await asyncio.to_thread(ask, name, {"ask": "refuse"})
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("raw", [b"not json\n", b"[1, 2]\n", b"3\n", b'"resize"\n', b"\xff\xfe\n"])
+def test_nonsense_is_answered_with_an_error_and_the_next_request_is_served(
+    name: str, raw: bytes
+) -> None:
+    async def run() -> None:
+        async with server(name):
+            assert "error" in json.loads(await say(name, raw))
+            assert await asyncio.to_thread(ask, name, {"ask": "x"}) == {"heard": {"ask": "x"}}
+
+    asyncio.run(run())
+
+
+def test_someone_who_hangs_up_without_a_word_disturbs_nobody(name: str) -> None:
+    async def run() -> None:
+        async with server(name):
+            for sent in (b"", b'{"ask": '):
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.connect(str(socket_path(name)))
+                    client.sendall(sent)
+            assert await asyncio.to_thread(ask, name, {"ask": "x"}) == {"heard": {"ask": "x"}}
+
+    asyncio.run(run())
+
+
+def test_a_second_job_of_the_name_is_refused_and_the_first_keeps_its_socket(name: str) -> None:
+    async def run() -> None:
+        async with server(name):
+            with pytest.raises(SpecError, match="already running on this machine"):
+                await asyncio.to_thread(refuse_second, name)
+            assert await asyncio.to_thread(ask, name, {"ask": "x"}) == {"heard": {"ask": "x"}}
+
+    asyncio.run(run())
+
+
+def test_a_socket_left_behind_by_a_killed_job_is_in_nobodys_way(name: str) -> None:
+    path = socket_path(name)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(path))
+    assert path.exists()
+    with pytest.raises(SpecError, match="no running job"):
+        ask(name, {"ask": "x"})
+
+    async def run() -> None:
+        async with server(name):
+            assert await asyncio.to_thread(ask, name, {"ask": "x"}) == {"heard": {"ask": "x"}}
+
+    asyncio.run(run())
+    assert not path.exists()
+
+
+def test_only_the_owner_may_speak_to_a_job(name: str) -> None:
+    async def run() -> None:
+        async with server(name):
+            assert socket_path(name).stat().st_mode & 0o077 == 0
+            assert socket_path(name).parent.stat().st_mode & 0o077 == 0
+
+    asyncio.run(run())
