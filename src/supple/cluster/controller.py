@@ -5,7 +5,7 @@ terminal, the platform. All of them put an event in the same queue as the worker
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -191,7 +191,7 @@ class Controller:
         for observer in self._observers:
             observer.happened(event)
 
-    async def _next_event(self, background: list[asyncio.Future[None]]) -> Event:
+    async def _next_event(self, background: Sequence[asyncio.Future[None]]) -> Event:
         """Raises what a background task raised: without it the job would wait for ever."""
         if self._queue.empty():
             getting = asyncio.ensure_future(self._queue.get())
