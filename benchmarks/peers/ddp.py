@@ -49,7 +49,7 @@ def _rank(rank: int, folder: str, num_steps: int) -> list[float]:
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=NUM_WORKERS
     )
     torch.manual_seed(0)
-    model = DistributedDataParallel(workload.build_model())
+    model = DistributedDataParallel(workload.build_model(), gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     dataset = workload.make_dataset()
     share = workload.BATCH_SIZE // NUM_WORKERS
