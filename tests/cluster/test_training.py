@@ -129,6 +129,10 @@ BROKEN = {
         LONG.replace("job.step(loss)", "job.step(loss * float('nan'))"),
         ["the loss is nan at step 1", "Lower the learning rate"],
     ),
+    "no memory": (
+        LONG.replace("loss = ", "torch.zeros(len(x), 10**12)\n        loss = "),
+        ["A micro-batch of 31 samples does not fit", "micro_batch_size=15"],
+    ),
 }
 
 
@@ -144,6 +148,18 @@ def test_a_broken_script_ends_with_its_own_message_and_no_frame_of_ours(
         assert word in errors
     assert "supple/train" not in errors
     assert "ray" not in errors.lower().split()
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name_and_is_still_there(start: Start) -> None:
+    first = start(LONG, "--workers", "1", "--max-steps", "3")
+    assert first.end() == 0, first.errors()
+    saved = sorted((first.folder / "checkpoints").iterdir())[-1]
+    other = LONG.replace("job.model(build_model)", "job.model(lambda: torch.nn.Linear(64, 10))")
+    second = start(other, "--workers", "1", "--resume", str(saved))
+    assert second.end() == 1
+    assert "of another model" in second.errors()
+    assert "Traceback" not in second.errors()
+    assert {"manifest.json", "state.pt"} <= {path.name for path in saved.iterdir()}
 
 
 def test_a_second_job_of_the_same_name_is_refused(start: Start) -> None:

@@ -26,7 +26,7 @@ from supple.train.job import Elastic, Job, TrainingError
 from supple.train.ledger import Ledger
 from supple.train.mailbox import Mailbox
 from supple.train.member import Identity, LeaveLoop
-from supple.train.script import load, user_traceback
+from supple.train.script import load, memory_advice, user_traceback
 
 _COMPLETE = (TrainingError, CheckpointError, SpecError)
 """Errors whose text is all a user needs."""
@@ -142,15 +142,20 @@ class WorkerBody:
                 return
             except BaseException as error:
                 print(user_traceback(error, whole=True))
+                told = (
+                    str(error)
+                    if isinstance(error, _COMPLETE) and not setup.verbose
+                    else user_traceback(error, whole=setup.verbose)
+                )
+                num_samples = 0 if self._job is None else self._job.micro_batch_size
+                advice = memory_advice(error, num_samples)
                 self._mailbox.emit(
                     WorkerLost(
                         job_id=job_id,
                         generation=0 if self._job is None else self._job.generation,
                         worker_id=setup.worker_id,
                         cause="raised",
-                        detail=str(error)
-                        if isinstance(error, _COMPLETE) and not setup.verbose
-                        else user_traceback(error, whole=setup.verbose),
+                        detail=f"{told}\n{advice}" if advice else told,
                     )
                 )
             else:

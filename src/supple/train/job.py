@@ -80,6 +80,7 @@ class Job:
         self._has_state = False
         self._rehearsing = False
         self._micro: MicroBatch | None = None
+        self._last_size = 0
         self._replaced = False
 
     # -- the user's five lines -------------------------------------------------------------
@@ -220,6 +221,11 @@ class Job:
         return self._has_state and self.rank == 0
 
     @property
+    def micro_batch_size(self) -> int:
+        """Samples in the last micro-batch that was handed out; 0 before the first."""
+        return self._last_size
+
+    @property
     def took_batches(self) -> bool:
         return self._loader is not None
 
@@ -253,7 +259,7 @@ class Job:
                 self._ledger.read(
                     self.generation, self.step_count, self.epoch, self.rank, micro.ids
                 )
-            self._micro = micro
+            self._micro, self._last_size = micro, micro.num_samples
             yield micro.data
             if self._micro is not None:
                 raise TrainingError(
@@ -299,7 +305,7 @@ class Job:
         _, rehearsed = share(self._global_batch, size, 0)
         self._loader.place(self._loader.position, 0, 1, rehearsed, self._micro_limit)
         micro = next(iter(self._loader.feed()))
-        self._rehearsing, self._micro = True, micro
+        self._rehearsing, self._micro, self._last_size = True, micro, micro.num_samples
         yield micro.data
         if self._micro is not None:
             raise TrainingError(

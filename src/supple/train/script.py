@@ -91,6 +91,25 @@ def user_traceback(error: BaseException, *, whole: bool = False) -> str:
     return "".join(lines).rstrip()
 
 
+def memory_advice(error: BaseException, num_samples: int) -> str:
+    """What to do where `error` says that memory ran out in a micro-batch of `num_samples`; else
+    nothing. By the names that torch gives such errors on accelerators and on the processor."""
+    ran_out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not ran_out and "can't allocate memory" not in str(error):
+        return ""
+    if num_samples > 1:
+        return (
+            f"A micro-batch of {num_samples} samples does not fit into this worker's memory. Give "
+            f"job.batches(..., micro_batch_size={num_samples // 2}): the global batch stays what "
+            "it is, and is computed in more parts."
+        )
+    what = "One sample" if num_samples else "The model alone, before the first batch,"
+    return (
+        f"{what} does not fit into this worker's memory: take a smaller model or smaller samples, "
+        "or recompute activations (torch.utils.checkpoint)."
+    )
+
+
 def _names_beside(path: Path) -> list[str]:
     try:
         return [entry.name for entry in path.parent.iterdir() if entry.suffix == ".py"]
