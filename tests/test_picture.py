@@ -197,6 +197,7 @@ def test_a_plan_as_json_keeps_its_schema() -> None:
         "time_to_end_s",
         "accelerator_hours",
         "cost",
+        "recompute",
     }
     assert set(first["step_time_s"]) == {"value", "low", "high", "source"}
     assert set(first["batch"]) == {

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from supple import cli_layouts
 from supple.cluster.control import ask, refuse_second, running_jobs
 from supple.core.interconnects import lookup
 from supple.core.spec import (
@@ -252,6 +253,9 @@ def plan(
 
             draw_plan(table, plot, title=Path(path).name, objective=objective)
             _tell(f"picture {plot}")
+
+
+app.command(epilog=cli_layouts.EPILOG)(cli_layouts.layouts)
 
 
 def _tell(line: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from supple.core.layout_planner import describe
 from supple.core.planner import PlanTable
 from supple.core.spec import KNEE_RULE
 from supple.core.types import Estimate, Infeasible, Plan
@@ -73,6 +74,9 @@ def _columns(rows: Sequence[Plan]) -> dict[str, list[str]]:
         "time": [_range(row.time_to_end_s, _long_time) for row in rows],
         "acc.-hours": [_range(row.accelerator_hours, _grouped) for row in rows],
     }
+    if any(row.layout.world_size > row.layout.dp_replicate for row in rows):
+        layouts = [describe(row.layout) + (" recompute" * row.recompute) for row in rows]
+        cells = {"workers": cells.pop("workers"), "layout": layouts, **cells}
     costs = [row.cost for row in rows if row.cost is not None]
     if len(costs) == len(rows):
         cells["cost"] = [_range(cost, _grouped) for cost in costs]
