@@ -14,7 +14,7 @@ MODULES = [".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in 
 
 ALLOWED = {
     *("abc", "bisect", "collections", "copy", "dataclasses", "decimal", "enum", "fractions"),
-    *("functools", "hashlib", "heapq", "itertools", "json", "math", "operator", "re"),
+    *("functools", "hashlib", "heapq", "ipaddress", "itertools", "json", "math", "operator", "re"),
     *("statistics", "string", "struct", "textwrap", "types", "typing"),
     *("numpy", "scipy", "supple"),
 }
