@@ -251,7 +251,7 @@ class ServedModel:
                 f"output {name!r} is {array.dtype}, which the protocol cannot carry; return one "
                 f"of {', '.join(map(str, DATATYPES))}"
             )
-        if rows is not None and (array.ndim == 0 or array.shape[0] != rows):
+        if rows is not None and array.shape[:1] != (rows,):
             raise ModelFault(
                 f"output {name!r} has shape {list(array.shape)} for a batch of {rows}: its first "
                 "dim must be the rows of the batch"
