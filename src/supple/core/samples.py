@@ -24,6 +24,8 @@ from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from supple.core.types import Estimate, Source
 
+Z80 = 1.2815515655446004
+
 _Vector = npt.NDArray[np.float64]
 _special: Any = special  # scipy ships no types
 
@@ -96,13 +98,16 @@ class SamplesModel:
             )
         mixture = _posterior(self.points, self.noise_scale, [(batch_size, lr)], [1.0])
         low, value, high = (math.exp(q) for q in mixture.quantiles())
-        half = self.evaluated_every / 2.0
-        if half:
-            # The interval's ends, widened by a rounding that is even over one interval.
-            rounding = 1.2816 * self.evaluated_every / math.sqrt(12.0)
-            low = max(half, value - math.hypot(value - low, rounding))
-            high = value + math.hypot(high - value, rounding)
-        return Estimate(value=value + half, low=low + half, high=high + half, source=self.source)
+        every = self.evaluated_every
+        # The evaluation that finds it is half an interval late on average, evenly so, and there
+        # is none before the first.
+        late, rounding = every / 2.0, Z80 * every / math.sqrt(12.0)
+        return Estimate(
+            value=max(every, value + late),
+            low=max(every, value + late - math.hypot(value - low, rounding)),
+            high=max(every, value + late + math.hypot(high - value, rounding)),
+            source=self.source,
+        )
 
     def efficiency(self, base_batch: float, batch_size: float) -> Estimate:
         """Progress per sample at `batch_size` relative to `base_batch`: E(base) / E(batch), at
