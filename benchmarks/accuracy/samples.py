@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy import optimize
 
+from benchmarks.accuracy import noise_scale
 from benchmarks.accuracy.score import Score, coverage, covered, median, p90, relative_errors
 from supple.core.samples import Run, fit_samples
 from supple.core.types import Estimate
@@ -129,6 +130,9 @@ def measure(data: Path) -> Score:
             f"{100 * median(recipes):.1f} % off, worst {100 * max(recipes):.1f} %"
         )
     metrics["samples_interval_coverage"] = coverage(held)
+    alone, said_alone = noise_scale.measure(data)
+    metrics |= alone
+    notes += said_alone
     return Score(task="samples", metrics=metrics, covered=held, notes=notes, points=points)
 
 

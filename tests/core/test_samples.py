@@ -128,6 +128,14 @@ def test_the_noise_scale_is_trusted_least_and_runs_overrule_it() -> None:
     assert width(alone, 8192) > 3 * width(found, 8192)
 
 
+def test_far_from_the_base_batch_a_noise_scale_is_read_as_half_of_the_critical_batch() -> None:
+    """Pollux's convergence traces (OSDI 2021), imagenet: noise scale 6,870 samples along the run
+    at batch 200; at 12,800 it took 1.80 times the samples, where Pollux's formula says 2.78."""
+    found = fit_samples([Run(batch_size=200, samples=1.0)], noise_scale=6870.0).predict(12800)
+    assert found.low < 1.80 < found.high
+    assert found.value == pytest.approx(1.80, rel=0.12)
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.floats(1e-3, 1e6), st.floats(1e-2, 1e4))
 def test_units_do_not_matter(samples_unit: float, batch_unit: float) -> None:
