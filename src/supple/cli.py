@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from supple import cli_layouts
+from supple import cli_layouts, cli_memory
 from supple.cluster.control import ask, refuse_second, running_jobs
 from supple.core.interconnects import lookup
 from supple.core.spec import (
@@ -256,6 +256,7 @@ def plan(
 
 
 app.command(epilog=cli_layouts.EPILOG)(cli_layouts.layouts)
+app.command(epilog=cli_memory.EPILOG)(cli_memory.memory)
 
 
 def _tell(line: str) -> None:

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.core.memory import MemoryMeasurement, fit_memory
+from supple.core.memory import (
+    FRAGMENTATION,
+    RUNTIME_BYTES,
+    MemoryMeasurement,
+    TracedMemory,
+    device_bytes,
+    fit_memory,
+    largest_that_fits,
+)
 
 measured = st.lists(st.tuples(st.integers(1, 4096), st.integers(1, 10**11)), min_size=1, max_size=8)
 
@@ -71,3 +79,49 @@ def test_beyond_the_only_size_measured_all_of_it_may_grow() -> None:
 def test_an_empty_measurement_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         fit_memory([])
+
+
+# --- from a trace ----------------------------------------------------------------------------
+
+
+def traced(micro: int, *, activations: int = 10**8, states: int = 10**9) -> TracedMemory:
+    return TracedMemory(
+        micro_batch_size=micro,
+        peak_bytes=4 * states + micro * activations,
+        parameter_bytes=states,
+        gradient_bytes=states,
+        optimizer_bytes=2 * states,
+        largest_block_bytes=states // 50,
+    )
+
+
+def test_a_device_needs_the_trace_and_what_it_cannot_see() -> None:
+    found = device_bytes(traced(8))
+    assert found.low == traced(8).peak_bytes
+    assert found.high == found.low * (1 + FRAGMENTATION) + RUNTIME_BYTES
+    assert found.source == "assumed"
+
+
+@given(shards=st.sampled_from([1, 2, 4, 8, 64]), micro=st.integers(1, 64))
+def test_more_shards_never_need_more_and_never_less_than_their_share(
+    shards: int, micro: int
+) -> None:
+    one, more = device_bytes(traced(micro)), device_bytes(traced(micro), shards=shards)
+    doubled = device_bytes(traced(micro), shards=2 * shards)
+    assert doubled.high <= more.high <= one.high
+    assert more.low >= traced(micro).peak_bytes - traced(micro).state_bytes * (1 - 1 / shards)
+
+
+@given(limit=st.floats(5e9, 1e11), shards=st.sampled_from([1, 4]))
+def test_what_is_said_to_fit_fits_and_the_next_size_hardly(limit: float, shards: int) -> None:
+    traces = [traced(size) for size in (32, 16, 8, 4)]
+    size = largest_that_fits(traces, limit, shards=shards)
+    if size:
+        assert device_bytes(traced(size), shards=shards).high <= limit * 1.001
+    bigger = device_bytes(traced(size + 1 + size // 5 + 4), shards=shards)
+    assert bigger.high > limit * 0.9
+
+
+def test_no_replica_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1 replica"):
+        device_bytes(traced(1), shards=0)

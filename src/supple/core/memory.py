@@ -1,4 +1,5 @@
-"""Peak memory of a worker against its micro-batch: a fixed part and a part per sample.
+"""Peak memory of a worker against its micro-batch: a fixed part and a part per sample; and, from
+a trace, what is left of it when replicas shard their states.
 
 Errs on the safe side: the line lies on or above every measurement, and where only one size was
 measured everything beyond it grows in proportion, since a plan that does not fit costs more than
@@ -86,3 +87,65 @@ def fit_memory(measurements: Sequence[MemoryMeasurement]) -> MemoryModel:
         bytes_per_sample=slope,
         measured=tuple(sorted({m.micro_batch_size for m in measurements})),
     )
+
+
+# --- from a trace without an accelerator -------------------------------------------------------
+
+RUNTIME_BYTES = int(1.5 * 2**30)
+"""What an accelerator's runtime, its libraries' workspaces and a communicator take: 0.6 to 1.5 GiB
+are seen."""
+FRAGMENTATION = 0.08
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedMemory:
+    """Peak bytes of one training step, and what of it does not depend on the micro-batch."""
+
+    micro_batch_size: int
+    peak_bytes: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    largest_block_bytes: int
+    """Parameters of the largest block, which sharded replicas gather whole."""
+
+    @property
+    def state_bytes(self) -> int:
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+
+
+def device_bytes(trace: TracedMemory, *, shards: int = 1, runtime: int = RUNTIME_BYTES) -> Estimate:
+    """What an accelerator needs for the traced step, `assumed` since nothing ran: `low` is the
+    trace itself, `value` and `high` add fragmentation and the runtime. With `shards` replicas that
+    shard parameters, gradients and optimizer (ZeRO stage 3) each holds its share, and two blocks
+    gathered whole (one computed on, one prefetched), with their gradients."""
+    if shards < 1:
+        raise ValueError(f"shards={shards}: at least 1 replica holds the states.")
+    states = trace.state_bytes / shards
+    if shards > 1:
+        states = min(float(trace.state_bytes), states + 4 * trace.largest_block_bytes)
+    bare = trace.peak_bytes - trace.state_bytes + states
+    safe = bare * (1.0 + FRAGMENTATION) + runtime
+    return Estimate(value=safe, low=bare, high=safe, source="assumed")
+
+
+def largest_that_fits(
+    traces: Sequence[TracedMemory], limit_bytes: float, *, shards: int = 1
+) -> int:
+    """The largest micro-batch whose safe estimate stays within the limit; 0 if none does. Between
+    and beyond the traced sizes by the line through them, which lies on or above each."""
+    model = fit_memory(
+        [
+            MemoryMeasurement(
+                micro_batch_size=trace.micro_batch_size,
+                peak_bytes=max(1, round(device_bytes(trace, shards=shards).high)),
+            )
+            for trace in traces
+        ]
+    )
+    fitting = [
+        trace.micro_batch_size
+        for trace in traces
+        if device_bytes(trace, shards=shards).high <= limit_bytes
+    ]
+    return max([model.largest_micro_batch(limit_bytes), *fitting])
