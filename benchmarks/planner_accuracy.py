@@ -8,7 +8,6 @@ baseline, one JSON line last.
 
 import argparse
 import importlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 
 from benchmarks.accuracy.pictures import draw
 from benchmarks.accuracy.score import Score, coverage
+from benchmarks.machine import report
 
 TASKS = ("steps", "fit_time", "layouts", "samples", "minutes", "epochs", "inference")
 """Modules of `benchmarks.accuracy`, in the order they are shown."""
@@ -120,7 +120,7 @@ def main() -> None:
     if arguments.docs:
         draw(scores, arguments.docs / "accuracy")
         write_table(found, arguments.docs / "accuracy.md")
-    print(json.dumps({"benchmark": "planner_accuracy", "metrics": found}))
+    report("planner_accuracy", found)
 
 
 if __name__ == "__main__":
