@@ -19,7 +19,10 @@ import numpy as np
 from benchmarks.accuracy.pictures import draw
 from benchmarks.accuracy.score import Score, coverage
 
-TASKS = ("steps", "fit_time", "layouts", "samples", "minutes", "epochs", "inference")
+TASKS = (
+    *("steps", "fit_time", "layouts", "samples", "minutes", "epochs", "inference"),
+    "learning_rate",
+)
 """Modules of `benchmarks.accuracy`, in the order they are shown."""
 
 

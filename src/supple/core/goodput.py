@@ -34,6 +34,7 @@ _FAMILIES: tuple[tuple[str, OptimizerFamily], ...] = (
     ("adagrad", "adam"),
     ("lion", "adam"),
     ("sgd", "sgd"),
+    ("nag", "sgd"),
 )
 _SQUARE_ROOT: tuple[OptimizerFamily, ...] = ("adam", "lars", "lamb")
 
