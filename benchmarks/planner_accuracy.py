@@ -19,7 +19,10 @@ from benchmarks.accuracy.pictures import draw
 from benchmarks.accuracy.score import Score, coverage
 from benchmarks.machine import report
 
-TASKS = ("steps", "fit_time", "layouts", "samples", "minutes", "epochs", "inference")
+TASKS = (
+    *("steps", "fit_time", "layouts", "samples", "minutes", "epochs", "inference"),
+    "learning_rate",
+)
 """Modules of `benchmarks.accuracy`, in the order they are shown."""
 
 

@@ -107,6 +107,7 @@ REFUSALS: dict[str, tuple[str, list[str]]] = {
     "plan good.py --interconnect rope": ("rope", ["ethernet-25"]),
     "train good.py --reproducible --batch adaptive": ("choose one", []),
     "train good.py --reproducible --workers 1:9": ("8 logical shards", ["--logical-shards"]),
+    "plan good.py --history none.csv": ("none.csv cannot be read", ["Give a CSV file"]),
     "plan good.py --plot plan.txt": ("plan.txt", [".png"]),
     "plan good.py --plot nowhere/plan.png": ("no folder nowhere", []),
     # what is on the disk

@@ -36,6 +36,7 @@ class Reference:
     round: tuple[str, float]
     name: str
     num_seeds: int
+    optimizer: str
     run: Run
 
     def repeats(self, other: "Reference") -> bool:
@@ -75,6 +76,7 @@ def reference(row: dict[str, str]) -> Reference:
         round=(suite, float(number)),
         name=row["point_name"],
         num_seeds=int(row["num_seeds"]),
+        optimizer=row["optimizer"],
         run=Run(
             batch_size=size,
             samples=float(said) if said else (middle if mistyped else mean),

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, final
 
@@ -172,7 +173,8 @@ def train(
     epilog=f"Without --deadline and --budget it recommends {KNEE_RULE}.\n\n"
     "Examples:\n\n  supple plan examples/digits.py\n\n"
     "  supple plan train.py --deadline 2h --interconnect infiniband-200 --workers-per-node 8\n\n"
-    "  supple plan train.py --budget 50 --price 2.50 --plot plan.png"
+    "  supple plan train.py --budget 50 --price 2.50 --plot plan.png\n\n"
+    "  supple plan train.py --batch adaptive --history runs.csv"
 )
 def plan(
     script: Annotated[str, typer.Argument(help="A Python file, or FILE:FUNCTION.")],
@@ -194,6 +196,10 @@ def plan(
     ] = "auto",
     measure_workers: Annotated[
         str | None, typer.Option(help="Most workers to measure; default: 4 or the cores.")
+    ] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(help="CSV of previous runs: batch_size,samples_to_target[,learning_rate]."),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time and cost into this file.")] = None,
     as_json: Json = False,
@@ -221,6 +227,11 @@ def plan(
             else os.cpu_count() or 1
         )
         most = parse_count(measure_workers, what="--measure-workers") if measure_workers else None
+        curve = None
+        if history is not None:
+            from supple.history import read_curve
+
+            curve = read_curve(history)
         if plot is not None:
             from supple.picture import check_target
 
@@ -237,6 +248,9 @@ def plan(
             _tell(f"supple: the script failed while it was measured:\n{error}")
             raise typer.Exit(FAILED) from None
         job = job_model(found, interconnect=interconnect, workers_per_node=per_node, lr_rule=rule)
+        if curve is not None:
+            job = replace(job, samples=curve)
+            _tell(f"the worth of other batch sizes: {curve.why}")
         table = make_plan(job, limits, objective)
         is_plan = not isinstance(table, Infeasible)
         first = what_to_measure_first(table, job, limits) if is_plan else ""

@@ -1,6 +1,7 @@
 """What a batch is worth, and its learning rate."""
 
 import math
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from supple.core.goodput import (
     best_global_batch,
     efficiency,
+    expected_efficiency,
     family_of,
     gain,
     learning_rate,
@@ -82,20 +84,42 @@ def test_an_explicit_rule_is_obeyed() -> None:
     assert rate("sgd", 4, 1.0, "sqrt") == 2.0
 
 
+@given(noise, size, st.integers(2, 64))
+def test_a_plan_expects_more_of_a_large_batch_than_one_noise_scale_promises(
+    phi: float, base: int, factor: int
+) -> None:
+    found = expected_efficiency(phi, base, base * factor)
+    assert efficiency(phi, base, base * factor) <= found.value <= 1.0
+    assert found.low <= efficiency(phi, base, base * factor) * 1.000001
+    assert found.high <= efficiency(8 * phi, base, base * factor)
+
+
+def test_the_expected_efficiency_of_the_base_batch_is_known() -> None:
+    found = expected_efficiency(100.0, 32, 32)
+    assert (found.low, found.value, found.high) == (1.0, 1.0, 1.0)
+
+
 def test_the_best_batch_grows_with_the_noise_scale() -> None:
     def throughput(batch: int) -> float:
         return batch / (1.0 + batch / 1000.0)
 
-    small = best_global_batch(noise_scale=10, base_batch=32, largest=4096, throughput=throughput)
-    large = best_global_batch(
-        noise_scale=10_000, base_batch=32, largest=4096, throughput=throughput
+    small, large = (
+        best_global_batch(
+            efficiency=partial(efficiency, phi, 32),
+            base_batch=32,
+            largest=4096,
+            throughput=throughput,
+        )
+        for phi in (10, 10_000)
     )
     assert 32 <= small < large <= 4096
 
 
 def test_no_batch_but_the_base_is_tried_where_none_may_be_larger() -> None:
     assert (
-        best_global_batch(noise_scale=1.0, base_batch=32, largest=16, throughput=lambda _: 1.0)
+        best_global_batch(
+            efficiency=lambda _: 1.0, base_batch=32, largest=16, throughput=lambda _: 1.0
+        )
         == 32
     )
 
@@ -146,7 +170,7 @@ def test_the_best_batch_may_be_the_last_doubling_without_more_accumulation(
 
     for noise_scale in (20.0, 1e3, 1e6):
         found = best_global_batch(
-            noise_scale=noise_scale,
+            efficiency=partial(efficiency, noise_scale, 16),
             base_batch=16,
             largest=63,
             throughput=throughput,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from supple.core.interconnects import lookup
 from supple.core.memory import MemoryMeasurement, fit_memory
 from supple.core.planner import JobModel, PlanTable, plan
+from supple.core.samples import Run, fit_samples
 from supple.core.spec import KNEE_SHARE, Limits, Objective
 from supple.core.throughput import fit
 from supple.core.types import Infeasible
@@ -155,6 +156,19 @@ def test_every_number_is_finite_and_inside_its_interval(
             batch.micro_batch_size * batch.num_accumulation_steps * row.num_workers
             >= batch.global_batch_size
         )
+
+
+def test_previous_runs_are_trusted_before_the_noise_scale() -> None:
+    """The noise scale promises nothing at 1,024; two runs of the task say that it costs little."""
+    runs = [Run(batch_size=256, samples=1e6), Run(batch_size=1024, samples=1.1e6)]
+    told = job(noise_scale=1.0, samples=fit_samples(runs))
+    plain = job(noise_scale=1.0)
+    adaptive = Limits(max_workers=64, batch="adaptive")
+    grown = table(plan(told, adaptive, Objective())).rows[-1]
+    kept = table(plan(plain, adaptive, Objective())).rows[-1]
+    assert kept.batch.global_batch_size == 256 < grown.batch.global_batch_size
+    assert 0.8 < grown.efficiency.value < 1.05
+    assert grown.efficiency.low < grown.efficiency.value < grown.efficiency.high
 
 
 @settings(max_examples=40)

@@ -10,7 +10,9 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+from supple.core.samples import NOISE_SCALE_ERROR, NOISE_SCALE_RATIO, Z80
 from supple.core.spec import LrRule
+from supple.core.types import Estimate
 
 OptimizerFamily = Literal["sgd", "adam", "lars", "lamb", "other"]
 
@@ -32,6 +34,7 @@ _FAMILIES: tuple[tuple[str, OptimizerFamily], ...] = (
     ("adagrad", "adam"),
     ("lion", "adam"),
     ("sgd", "sgd"),
+    ("nag", "sgd"),
 )
 _SQUARE_ROOT: tuple[OptimizerFamily, ...] = ("adam", "lars", "lamb")
 
@@ -49,6 +52,21 @@ def efficiency(noise_scale: float, base_batch: float, batch: float) -> float:
     """Progress per sample at `batch` relative to `base_batch`: (phi + M0) / (phi + M), above 0;
     above 1 for a batch smaller than the base."""
     return (noise_scale + base_batch) / (noise_scale + batch)
+
+
+def expected_efficiency(noise_scale: float, base_batch: float, batch: float) -> Estimate:
+    """What `efficiency` will turn out to be at a batch that never ran, with an 80 % interval.
+
+    Near the base batch it is `efficiency`; far from it a noise scale measured at the base batch
+    says too little, see `NOISE_SCALE_RATIO`: the critical batch is about twice that. Used to plan;
+    a job that runs at `batch` measures its noise scale there."""
+    if batch == base_batch:
+        return Estimate(value=1.0, low=1.0, high=1.0, source="measured")
+    critical = NOISE_SCALE_RATIO * noise_scale
+    width = math.exp(Z80 * NOISE_SCALE_ERROR)
+    value = efficiency(critical, base_batch, batch)
+    ends = [efficiency(critical * f, base_batch, batch) for f in (1.0 / width, width)]
+    return Estimate(value=value, low=min(ends), high=max(ends), source="fitted")
 
 
 def gain(noise_scale: float, base_batch: float, batch: float) -> float:
@@ -121,14 +139,15 @@ def warmup_steps(factor: float) -> int:
 
 def best_global_batch(
     *,
-    noise_scale: float,
+    efficiency: Callable[[int], float],
     base_batch: int,
     largest: int,
     throughput: Callable[[int], float],
     num_candidates: int = 50,
 ) -> int:
     """The batch from `base_batch` to `largest` with the highest goodput, throughput x efficiency
-    (Pollux's search over a geometric grid). `throughput(batch)` is in samples per second.
+    (Pollux's search over a geometric grid). `throughput(batch)` is in samples per second,
+    `efficiency(batch)` relative to the base batch.
 
     The doublings of the base are candidates too: those are the sizes that workers share evenly, and
     the largest that need no more accumulation."""
@@ -141,7 +160,7 @@ def best_global_batch(
     }
 
     def goodput(batch: int) -> float:
-        return throughput(batch) * efficiency(noise_scale, base_batch, batch)
+        return throughput(batch) * efficiency(batch)
 
     return max(sorted(candidates | {base_batch, largest}), key=goodput)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from supple.core.estimates import exact, over, plus, times
-from supple.core.goodput import efficiency, largest_batch_ratio, learning_rate
+from supple.core.goodput import expected_efficiency, largest_batch_ratio, learning_rate
 from supple.core.layouts import LayoutModel, LayoutRun, Transformer
 from supple.core.planner import PlanTable, choose
 from supple.core.spec import Limits, Objective
@@ -174,10 +174,7 @@ def _useful(job: TransformerJob, batch: int) -> Estimate:
     phi = job.noise_scale
     if phi is None or batch == job.base_batch_size:
         return exact(1.0)
-    value = efficiency(phi, job.base_batch_size, batch)
-    # Measured once, a noise scale misses by up to 2x far from where it was measured.
-    ends = [efficiency(phi * factor, job.base_batch_size, batch) for factor in (0.5, 2.0)]
-    return Estimate(value=value, low=min(ends), high=max(*ends, value), source="fitted")
+    return expected_efficiency(phi, job.base_batch_size, batch)
 
 
 def _too_large(job: TransformerJob, most: int) -> Infeasible:

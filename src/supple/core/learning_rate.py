@@ -1,0 +1,139 @@
+"""The learning rate that another batch size is likely to want, how sure that is, and how far.
+
+Tuned rates are seen to follow a power of the batch, lr = lr_0 (B / B_0)^p. Theory has p = 1 for SGD
+far below the critical batch (Goyal et al. 2017), p = 1/2 for Adam, LARS and LAMB where noise
+dominates (Malladi et al. 2022; You et al. 2019), and less towards the critical batch, where a
+larger rate stops being better (McCandlish et al. 2018). Practice is in between and scattered, by
+optimizer family (`EXPONENTS`). Rates tuned before at other sizes of the same task move p from there
+(Bayesian regression with the family's prior).
+
+Not to be confused with `goodput.learning_rate`: that is the rule a running job follows step by
+step; this is what a plan expects, with its doubt.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from supple.core.goodput import MAX_ADAM_RATIO, OptimizerFamily
+from supple.core.types import Estimate
+
+EXPONENTS: dict[OptimizerFamily, tuple[float, float]] = {
+    "sgd": (0.7, 0.3),
+    "adam": (0.4, 0.25),
+    "lars": (0.4, 0.15),
+    "lamb": (0.45, 0.2),
+    "other": (0.4, 0.4),
+}
+"""Centre and standard deviation of p over tasks, by family: what submitters to MLPerf training
+chose (see `docs/accuracy.md`)."""
+
+_ROUGH = 0.3
+"""Relative departure of tuned rates from their power: the optimum is flat, and nobody looks for it
+more closely."""
+_ROUGH_LENGTH = 1.5
+"""Over how many e-folds of the batch that is forgotten: rates of close sizes are chosen alike."""
+_SCATTER = 0.1
+"""What is left of it between two rates tuned at one size."""
+_REACH = 8.0
+"""Beyond so many times the tuned sizes nothing was seen to hold, for any family."""
+_REACH_BEYOND_HISTORY = 2.0
+"""The same beyond the sizes of a task where at least two were tuned."""
+
+Z80 = 1.2815515655446004
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunedRate:
+    """A learning rate somebody found good at a batch size."""
+
+    batch_size: float
+    lr: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpectedRate:
+    lr: Estimate
+    is_valid: bool
+    """Is the asked batch size within `smallest` to `largest`? If not, probe before believing."""
+    smallest: float
+    largest: float
+    """Batch sizes between which rates like these were seen to hold."""
+    why: str
+
+
+def expected_rate(
+    tuned: Sequence[TunedRate], batch_size: float, family: OptimizerFamily
+) -> ExpectedRate:
+    """The rate at `batch_size` with an 80 % interval, from one tuned size on.
+
+    Raises `ValueError` for no tuned rate, and for numbers that are not positive and finite."""
+    _check(tuned, batch_size)
+    centre, width = EXPONENTS[family]
+    sizes = np.log([*(rate.batch_size for rate in tuned), batch_size])
+    rates = np.log([rate.lr for rate in tuned])
+    away = sizes - float(np.mean(sizes[:-1]))
+    apart = np.abs(away[:, None] - away)
+    # The prior of the exponent and the rough path; the level is free.
+    alike = width**2 * np.outer(away, away) + _ROUGH**2 * np.exp(-apart / _ROUGH_LENGTH)
+    inverse = np.linalg.inv(alike[:-1, :-1] + _SCATTER**2 * np.eye(len(tuned)))
+    ones = inverse.sum(axis=0)
+    rest = rates - centre * away[:-1]
+    level = float(ones @ rest) / float(ones.sum())
+    pull = inverse @ alike[:-1, -1]
+    value = math.exp(level + centre * float(away[-1]) + float(pull @ (rest - level)))
+    lacking = 1.0 - float(pull.sum())
+    variance = float(alike[-1, -1] - alike[:-1, -1] @ pull) + lacking**2 / float(ones.sum())
+    exponent = centre + width**2 * float(away[:-1] @ inverse @ (rest - level))
+    edge = math.exp(Z80 * math.sqrt(variance + _SCATTER**2))
+    known = sorted({rate.batch_size for rate in tuned})
+    smallest, largest = _range(known, family)
+    inside = smallest <= batch_size <= largest
+    if len(known) == 1 and batch_size == known[0]:
+        edge = 1.0
+    return ExpectedRate(
+        lr=Estimate(
+            value=value,
+            low=value / edge,
+            high=value * edge,
+            source="fitted" if len(known) > 1 else "assumed",
+        ),
+        is_valid=inside,
+        smallest=smallest,
+        largest=largest,
+        why=_why(known, exponent, family, inside),
+    )
+
+
+def _range(known: Sequence[float], family: OptimizerFamily) -> tuple[float, float]:
+    if len(known) > 1:
+        reach = _REACH_BEYOND_HISTORY
+    else:
+        reach = MAX_ADAM_RATIO if family == "adam" else _REACH
+    return known[0] / reach, known[-1] * reach
+
+
+def _why(known: Sequence[float], exponent: float, family: OptimizerFamily, inside: bool) -> str:
+    law = f"the batch to the power of {exponent:.2f}"
+    if len(known) > 1:
+        head = f"rates tuned at {len(known)} batch sizes of this task follow {law}"
+    else:
+        name = "optimizers of no known family" if family == "other" else family.upper()
+        head = f"one tuned rate, and {law}, as is usual for {name}"
+    return head if inside else f"{head}; too far from what was tuned: probe it first"
+
+
+def _check(tuned: Sequence[TunedRate], batch_size: float) -> None:
+    if not tuned:
+        raise ValueError(
+            "a learning rate was asked for with 0 tuned rates: it needs at least 1. Tune one "
+            "batch size first."
+        )
+    numbers = [batch_size, *(n for rate in tuned for n in (rate.batch_size, rate.lr))]
+    if not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise ValueError(
+            f"a learning rate was asked for at batch {batch_size} from {list(tuned)}: all numbers "
+            "must be positive and finite. Correct them, or leave the rate out."
+        )

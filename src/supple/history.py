@@ -1,0 +1,57 @@
+"""Reads previous runs of a task from a CSV file, for `supple plan --history`."""
+
+import csv
+from pathlib import Path
+
+from supple.core.samples import Run, SamplesModel, fit_samples
+from supple.core.spec import SpecError
+
+COLUMNS = ("batch_size", "samples_to_target")
+OPTIONAL = ("learning_rate", "reached")
+
+
+def read_curve(path: Path) -> SamplesModel:
+    """Samples to the target against batch size. Raises `SpecError` as `read_history` does, and for
+    runs that no curve can be drawn through."""
+    runs = read_history(path)
+    try:
+        return fit_samples(runs)
+    except ValueError as error:
+        raise SpecError(f"the history {path}: {error}") from None
+
+
+def read_history(path: Path) -> list[Run]:
+    """One run a line: `batch_size` (global) and `samples_to_target`; if there, `learning_rate`, and
+    `reached`, 0 for a run that was stopped after so many samples without reaching the target.
+
+    Raises `SpecError` naming the file and the line."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SpecError(f"the history {path} cannot be read: {error}. Give a CSV file.") from None
+    known = rows[0].keys() if rows else ()
+    missing = [name for name in COLUMNS if name not in known]
+    if missing:
+        raise SpecError(
+            f"the history {path} has no runs with {' and '.join(missing)}: the first line must "
+            f"name the columns {', '.join(COLUMNS)} (and, if known, {', '.join(OPTIONAL)}), and "
+            "every further line is one run."
+        )
+    return [_run(row, f"{path}, line {line}") for line, row in enumerate(rows, start=2)]
+
+
+def _run(row: dict[str, str], where: str) -> Run:
+    try:
+        rate = row.get("learning_rate")
+        return Run(
+            batch_size=float(row["batch_size"]),
+            samples=float(row["samples_to_target"]),
+            lr=float(rate) if rate else None,
+            reached=(row.get("reached") or "1").strip().lower() not in ("0", "false", "no"),
+        )
+    except (TypeError, ValueError):
+        raise SpecError(
+            f"{where}: {dict(row)} is not a run: batch_size and samples_to_target must be numbers. "
+            "Correct the line, or delete it."
+        ) from None

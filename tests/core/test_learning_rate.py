@@ -1,0 +1,69 @@
+"""The learning rate that another batch size is likely to want."""
+
+import math
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from supple.core.goodput import OptimizerFamily
+from supple.core.learning_rate import EXPONENTS, TunedRate, expected_rate
+
+ONE = [TunedRate(batch_size=256, lr=1e-3)]
+
+
+def test_every_family_has_an_exponent_between_constant_and_linear() -> None:
+    assert set(EXPONENTS) == set(get_args(OptimizerFamily))
+    assert all(0.0 < centre < 1.0 and width > 0.0 for centre, width in EXPONENTS.values())
+
+
+def test_one_tuned_rate_grows_by_the_power_of_its_family() -> None:
+    sgd, adam = (expected_rate(ONE, 1024, family) for family in ("sgd", "adam"))
+    assert sgd.lr.value == pytest.approx(1e-3 * 4**0.7)
+    assert adam.lr.value == pytest.approx(1e-3 * 4**0.4)
+    assert (adam.lr.source, adam.is_valid) == ("assumed", True)
+    assert adam.lr.low < 2e-3 < adam.lr.high
+    assert "as is usual for ADAM" in adam.why
+
+
+def test_the_tuned_size_keeps_its_rate() -> None:
+    found = expected_rate(ONE, 256, "adam").lr
+    assert found.low == found.value == found.high == pytest.approx(1e-3)
+
+
+def test_too_far_is_said_and_the_range_is_smaller_for_adam() -> None:
+    far = expected_rate(ONE, 256 * 8, "adam")
+    assert not far.is_valid and "probe it first" in far.why
+    assert (far.smallest, far.largest) == (64.0, 1024.0)
+    assert expected_rate(ONE, 256 * 8, "lamb").is_valid
+
+
+def test_rates_tuned_at_other_sizes_move_the_exponent() -> None:
+    """MLPerf training v1.0, reference convergence points of dlrm (SGD): 26 at batch 71,680."""
+    tuned = [TunedRate(batch_size=32768, lr=18.0), TunedRate(batch_size=55296, lr=24.0)]
+    found = expected_rate(tuned, 71680, "sgd")
+    assert found.lr.low < 26.0 < found.lr.high
+    assert (found.lr.source, found.is_valid, found.largest) == ("fitted", True, 2.0 * 55296)
+    assert "tuned at 2 batch sizes of this task" in found.why
+    steep = [TunedRate(batch_size=2.0**k, lr=2.0**k) for k in range(6)]
+    assert expected_rate(steep, 64.0, "adam").lr.value > 32.0 * 2.0**0.6
+
+
+@given(st.floats(1e-6, 10.0), st.floats(1.0, 1e5), st.sampled_from([*EXPONENTS]))
+def test_units_do_not_matter_and_the_interval_widens_with_distance(
+    lr: float, batch: float, family: OptimizerFamily
+) -> None:
+    tuned = [TunedRate(batch_size=batch, lr=lr)]
+    near, far = (expected_rate(tuned, batch * k, family).lr for k in (2.0, 32.0))
+    assert near.value / lr == pytest.approx(2.0 ** EXPONENTS[family][0])
+    assert 1.0 < near.high / near.value < far.high / far.value
+
+
+@pytest.mark.parametrize(
+    "tuned",
+    [[], [TunedRate(batch_size=0, lr=0.1)], [TunedRate(batch_size=8, lr=math.nan)]],
+)
+def test_rates_without_meaning_are_refused(tuned: list[TunedRate]) -> None:
+    with pytest.raises(ValueError, match="a learning rate was asked for"):
+        expected_rate(tuned, 64, "sgd")

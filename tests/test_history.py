@@ -1,0 +1,54 @@
+"""Previous runs of a task, read from a file."""
+
+from pathlib import Path
+
+import pytest
+
+from supple.core.samples import Run
+from supple.core.spec import SpecError
+from supple.history import read_curve, read_history
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "runs.csv"
+    path.write_text(text)
+    return path
+
+
+def test_every_line_is_a_run(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "batch_size,samples_to_target,learning_rate,reached,note\n"
+        "64,1e6,0.1,1,first\n256,1.2e6,0.2,,\n1024,5e6,,0,stopped\n",
+    )
+    assert read_history(path) == [
+        Run(batch_size=64, samples=1e6, lr=0.1),
+        Run(batch_size=256, samples=1.2e6, lr=0.2),
+        Run(batch_size=1024, samples=5e6, reached=False),
+    ]
+
+
+def test_a_curve_says_what_it_rests_on(tmp_path: Path) -> None:
+    path = written(tmp_path, "batch_size,samples_to_target\n64,1e6\n256,1.2e6\n")
+    assert read_curve(path).why == "from runs of this task at 2 batch sizes, 64 to 256"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no runs with batch_size and samples_to_target"),
+        ("batch,samples\n1,2\n", "the first line must name the columns"),
+        ("batch_size,samples_to_target\n64,1e6\n128,soon\n", "line 3.*must be numbers"),
+        ("batch_size,samples_to_target\n64\n", "line 2.*must be numbers"),
+        ("batch_size,samples_to_target\n64,1e6\n", "nothing there compares two sizes"),
+        ("batch_size,samples_to_target\n64,-1\n128,2\n", "must be positive and finite"),
+    ],
+)
+def test_a_history_without_meaning_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(SpecError, match=f"(?s){said}"):
+        read_curve(written(tmp_path, text))
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="cannot be read"):
+        read_curve(tmp_path / "absent.csv")
