@@ -180,7 +180,7 @@ def test_without_a_price_there_is_no_cost() -> None:
 
 def test_a_plan_as_json_keeps_its_schema() -> None:
     data = json.loads(json.dumps(plan_view.to_json(table())))
-    assert set(data) == {"recommended", "reason", "knee_rule", "rows"}
+    assert set(data) == {"recommended", "reason", "knee_rule", "measure_first", "rows"}
     assert data["recommended"] == 8
     assert data["knee_rule"] == KNEE_RULE
     first = data["rows"][0]
@@ -197,6 +197,7 @@ def test_a_plan_as_json_keeps_its_schema() -> None:
         "time_to_end_s",
         "accelerator_hours",
         "cost",
+        "recompute",
     }
     assert set(first["step_time_s"]) == {"value", "low", "high", "source"}
     assert set(first["batch"]) == {

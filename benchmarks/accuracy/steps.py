@@ -16,7 +16,8 @@ from scipy import optimize
 
 from benchmarks.accuracy.score import Score, coverage, covered, mape, relative_errors
 from supple.core.interconnects import lookup
-from supple.core.throughput import StepMeasurement, StepTimeModel, fit
+from supple.core.measurements import StepMeasurement
+from supple.core.throughput import StepTimeModel, fit
 from supple.core.types import Estimate
 
 PARAMETERS = {

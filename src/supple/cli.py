@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from supple import cli_layouts
 from supple.cluster.control import ask, refuse_second, running_jobs
 from supple.core.interconnects import lookup
 from supple.core.spec import (
@@ -227,6 +228,7 @@ def plan(
         check(path, function)
         from supple import plan_view
         from supple.cluster.measure import ScriptFailed, job_model, measure
+        from supple.core.next_measurement import what_to_measure_first
         from supple.core.planner import plan as make_plan
 
         try:
@@ -236,20 +238,24 @@ def plan(
             raise typer.Exit(FAILED) from None
         job = job_model(found, interconnect=interconnect, workers_per_node=per_node, lr_rule=rule)
         table = make_plan(job, limits, objective)
+        is_plan = not isinstance(table, Infeasible)
+        first = what_to_measure_first(table, job, limits) if is_plan else ""
         if as_json:
-            typer.echo(json.dumps(to_plain(plan_view.to_json(table))))
+            typer.echo(json.dumps(to_plain(plan_view.to_json(table, measure_first=first))))
         if isinstance(table, Infeasible):
             _tell(f"supple: {table}")
             raise typer.Exit(FAILED)
         if not as_json:
-            plan_view.show(
-                table, Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-            )
+            console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+            plan_view.show(table, console, measure_first=first)
         if plot is not None:
             from supple.picture import draw_plan
 
             draw_plan(table, plot, title=Path(path).name, objective=objective)
             _tell(f"picture {plot}")
+
+
+app.command(epilog=cli_layouts.EPILOG)(cli_layouts.layouts)
 
 
 def _tell(line: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from supple.core.layout_planner import describe
 from supple.core.planner import PlanTable
 from supple.core.spec import KNEE_RULE
 from supple.core.types import Estimate, Infeasible, Plan
@@ -22,9 +23,9 @@ _ANY_WIDTH = 10_000
 Form = Callable[[float], str]
 
 
-def show(table: PlanTable, console: Console) -> None:
-    """Print the table, the legend and the recommendation; where the console is too narrow for all
-    columns, as two tables one above the other."""
+def show(table: PlanTable, console: Console, *, measure_first: str = "") -> None:
+    """Print the table, the legend, the recommendation, and what to measure first. Where the console
+    is too narrow for all columns, the table comes as two, one above the other."""
     columns = _columns(table.rows)
     whole = _view(columns, table.recommended, gap=2)
     unbounded = console.options.update(max_width=_ANY_WIDTH)
@@ -38,9 +39,11 @@ def show(table: PlanTable, console: Console) -> None:
             console.print(_view(cells, table.recommended, gap=1))
     console.print(LEGEND, style="dim")
     console.print(f"\nRecommended: {table.reason}", soft_wrap=not console.is_terminal)
+    if measure_first:
+        console.print(measure_first, soft_wrap=not console.is_terminal)
 
 
-def to_json(table: PlanTable | Infeasible) -> dict[str, Any]:
+def to_json(table: PlanTable | Infeasible, *, measure_first: str = "") -> dict[str, Any]:
     """The same as data: rows with every estimate as {value, low, high, source}, times in seconds,
     memory in bytes; or `infeasible` with the four parts of why not."""
     if isinstance(table, Infeasible):
@@ -48,6 +51,7 @@ def to_json(table: PlanTable | Infeasible) -> dict[str, Any]:
     return {
         "recommended": table.choice.num_workers,
         "reason": table.reason,
+        "measure_first": measure_first,
         "knee_rule": KNEE_RULE,
         "rows": [dataclasses.asdict(row) for row in table.rows],
     }
@@ -70,6 +74,9 @@ def _columns(rows: Sequence[Plan]) -> dict[str, list[str]]:
         "time": [_range(row.time_to_end_s, _long_time) for row in rows],
         "acc.-hours": [_range(row.accelerator_hours, _grouped) for row in rows],
     }
+    if any(row.layout.world_size > row.layout.dp_replicate for row in rows):
+        layouts = [describe(row.layout) + (" recompute" * row.recompute) for row in rows]
+        cells = {"workers": cells.pop("workers"), "layout": layouts, **cells}
     costs = [row.cost for row in rows if row.cost is not None]
     if len(costs) == len(rows):
         cells["cost"] = [_range(cost, _grouped) for cost in costs]

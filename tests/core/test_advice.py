@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from supple.core.advice import advise, advise_batch, should_resize
 from supple.core.goodput import MAX_ADAM_RATIO
 from supple.core.interconnects import lookup
+from supple.core.measurements import StepMeasurement
 from supple.core.planner import plan
 from supple.core.spec import Limits, Objective
-from supple.core.throughput import StepMeasurement, fit
+from supple.core.throughput import fit
 from tests.core.test_planner import job, table
 from tests.core.test_throughput import GRADIENT_BYTES, measured
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supple.core.interconnects import INTERCONNECTS, lookup
+from supple.core.measurements import CollectiveMeasurement, StepMeasurement
 from supple.core.spec import SpecError
-from supple.core.throughput import CollectiveMeasurement, StepMeasurement, StepTimeModel, fit
+from supple.core.throughput import StepTimeModel, fit
 
 GRADIENT_BYTES = 34_000_000
 

@@ -9,9 +9,10 @@ from typing import final
 from supple.core.advice import advise, advise_batch
 from supple.core.goodput import family_of
 from supple.core.interconnects import lookup
+from supple.core.measurements import StepMeasurement
 from supple.core.planner import JobModel
 from supple.core.spec import Limits, TrainSpec
-from supple.core.throughput import StepMeasurement, fit
+from supple.core.throughput import fit
 from supple.core.types import BatchChanged, Event, JobId, Progress, TargetChanged
 
 _EVERY_S = 5.0

@@ -13,10 +13,11 @@ from ray.exceptions import RayActorError
 from supple.cluster.ray import connect
 from supple.core.goodput import family_of
 from supple.core.interconnects import lookup
+from supple.core.measurements import CollectiveMeasurement, StepMeasurement
 from supple.core.memory import MemoryMeasurement, fit_memory
 from supple.core.planner import JobModel
 from supple.core.spec import LrRule, SpecError, TrainSpec
-from supple.core.throughput import CollectiveMeasurement, StepMeasurement, fit
+from supple.core.throughput import fit
 from supple.train.checkpoint import CheckpointError
 from supple.train.engine import TrainingError
 from supple.train.group import Rendezvous, form

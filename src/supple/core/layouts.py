@@ -54,14 +54,16 @@ class Device:
     flops_per_s: float
     """Dense, in the precision trained in."""
     memory_bytes_per_s: float
+    memory_bytes: float
 
 
 DEVICES = {
     device.name: device
     for device in (
-        Device(name="v100", flops_per_s=125e12, memory_bytes_per_s=0.9e12),
-        Device(name="a100", flops_per_s=312e12, memory_bytes_per_s=1.56e12),
-        Device(name="h100", flops_per_s=989e12, memory_bytes_per_s=3.35e12),
+        Device(name="v100", flops_per_s=125e12, memory_bytes_per_s=0.9e12, memory_bytes=32e9),
+        Device(name="a100", flops_per_s=312e12, memory_bytes_per_s=1.56e12, memory_bytes=40e9),
+        Device(name="a100-80", flops_per_s=312e12, memory_bytes_per_s=2.04e12, memory_bytes=80e9),
+        Device(name="h100", flops_per_s=989e12, memory_bytes_per_s=3.35e12, memory_bytes=80e9),
     )
 }
 

@@ -102,7 +102,12 @@ def plan(job: JobModel, limits: Limits, objective: Objective) -> PlanTable | Inf
                 rule="one sample must fit into one worker's memory",
                 advice="Use a smaller model, recomputation, or a device with more memory.",
             )
-    rows = _rows(job, limits)
+    return choose(_rows(job, limits), limits, objective)
+
+
+def choose(rows: tuple[Plan, ...], limits: Limits, objective: Objective) -> PlanTable | Infeasible:
+    """The row to take, by the objective: the cheapest that meets the deadline, the fastest within
+    the budget, else the knee."""
     if objective.deadline_s is not None:
         return _for_deadline(rows, objective.deadline_s)
     if objective.budget is not None:

@@ -29,6 +29,12 @@ import numpy.typing as npt
 from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
 from supple.core.interconnects import Interconnect
+from supple.core.measurements import (
+    CollectiveMeasurement,
+    StepMeasurement,
+    check_measurements,
+    configuration,
+)
 from supple.core.types import Estimate, Source
 
 Z80 = 1.2815515655446004
@@ -50,31 +56,6 @@ _NUDGE = 1e-6
 
 _A, _B, _ALPHA, _BETA, _ALPHA_X, _BETA_X, _OVERLAP, _STRAGGLE, _SLOWEST, _SHARED, _PAIR = range(11)
 _Vector = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepMeasurement:
-    """One configuration: medians in seconds. Parts are sums over the step's micro-batches."""
-
-    num_workers: int
-    num_nodes: int
-    micro_batch_size: int
-    num_accumulation_steps: int
-    forward_s: float
-    backward_s: float
-    optimizer_s: float
-    data_s: float
-    sync_s: float
-    step_time_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CollectiveMeasurement:
-    """One all-reduce, measured inside a node."""
-
-    num_workers: int
-    message_bytes: int
-    time_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,15 +100,11 @@ class StepTimeModel:
         `fitted`."""
         nodes = self._nodes(num_workers) if num_nodes is None else num_nodes
         key = (num_workers, nodes, micro_batch_size, num_accumulation_steps)
-        seen = [step.step_time_s for step in self.steps if _key(step) == key]
+        seen = [step.step_time_s for step in self.steps if configuration(step) == key]
         if seen:
             value, width = float(np.median(seen)), math.exp(Z80 * NOISE_FLOOR)
             return Estimate(value=value, low=value / width, high=value * width, source="measured")
-        x = np.asarray(self.log_parameters)
-        times = self._times(
-            _around(x).T[..., None], num_workers, nodes, micro_batch_size, num_accumulation_steps
-        )
-        value, gradient = float(times[0, 0]), np.log(times[1:, 0] / times[0, 0]) / _NUDGE
+        value, gradient = self._slope(num_workers, nodes, micro_batch_size, num_accumulation_steps)
         spread = float(gradient @ np.asarray(self.covariance) @ gradient)
         width = Z80 * math.sqrt(spread + self.scatter**2 + self._doubt(num_workers, nodes) ** 2)
         return Estimate(
@@ -164,8 +141,8 @@ class StepTimeModel:
 
     def refine(self, step: StepMeasurement) -> "StepTimeModel":
         """The model fitted again with one more measurement (the newest of its configuration)."""
-        key = _key(step)
-        kept = [old for old in self.steps if _key(old) != key]
+        key = configuration(step)
+        kept = [old for old in self.steps if configuration(old) != key]
         return fit(
             [*kept, step],
             self.collectives,
@@ -175,9 +152,41 @@ class StepTimeModel:
             workers_per_node=self.workers_per_node,
         )
 
-    def _doubt(self, num_workers: int, num_nodes: int) -> float:
-        workers = num_workers / max(step.num_workers for step in self.steps)
-        nodes = num_nodes / max(step.num_nodes for step in self.steps)
+    def half_width(
+        self,
+        num_workers: int,
+        micro_batch_size: int,
+        num_accumulation_steps: int = 1,
+        *,
+        also: Sequence[tuple[int, int, int]] = (),
+    ) -> float:
+        """Of the 80 % interval of a configuration that was not measured, as a fraction, if those
+        of `also` (workers, micro-batch, accumulation) were measured too. Their times need not be
+        known: in a linear model only what is measured narrows the interval, not what comes out."""
+        covariance = np.asarray(self.covariance)
+        for workers, micro, accumulation in also:
+            _, h = self._slope(workers, self._nodes(workers), micro, accumulation)
+            gain = covariance @ h
+            covariance = covariance - np.outer(gain, gain) / (self.scatter**2 + h @ gain)
+        nodes = self._nodes(num_workers)
+        _, g = self._slope(num_workers, nodes, micro_batch_size, num_accumulation_steps)
+        doubt = self._doubt(num_workers, nodes, seen=[workers for workers, _, _ in also])
+        variance = max(0.0, float(g @ covariance @ g)) + self.scatter**2 + doubt**2
+        return math.exp(Z80 * math.sqrt(variance)) - 1.0
+
+    def _slope(
+        self, workers: int, nodes: int, micro_batch: int, accumulation: int
+    ) -> tuple[float, _Vector]:
+        """Seconds of a step, and how its logarithm moves with that of every parameter."""
+        around = _around(np.asarray(self.log_parameters)).T[..., None]
+        times = self._times(around, workers, nodes, micro_batch, accumulation)
+        return float(times[0, 0]), np.log(times[1:, 0] / times[0, 0]) / _NUDGE
+
+    def _doubt(self, num_workers: int, num_nodes: int, *, seen: Sequence[int] = ()) -> float:
+        workers = num_workers / max(*(step.num_workers for step in self.steps), *seen, 1)
+        nodes = num_nodes / max(
+            *(step.num_nodes for step in self.steps), *(self._nodes(count) for count in seen), 1
+        )
         return _DOUBT * math.log2(max(1.0, workers, nodes))
 
     def _nodes(self, num_workers: int) -> int:
@@ -252,7 +261,7 @@ def fit(
     `link` joins nodes; `local_link` the workers of a node (default: the same). Raises `ValueError`
     for no measurement, and for a time that is not positive and finite.
     """
-    _check(steps, collectives, gradient_bytes, workers_per_node)
+    check_measurements(steps, collectives, gradient_bytes, workers_per_node)
     inside = local_link or link
     optimizer_s = float(np.median([step.optimizer_s for step in steps]))
     samples = np.array([s.micro_batch_size * s.num_accumulation_steps for s in steps], dtype=float)
@@ -356,49 +365,3 @@ def _priors(
     ]
     width = [2.0, 1.0, 1.0, 0.7, 0.7, 1.0, 0.7, 0.7, 0.5, 0.5, 0.3]
     return np.log(centre), np.array(width)
-
-
-def _check(
-    steps: Sequence[StepMeasurement],
-    collectives: Sequence[CollectiveMeasurement],
-    gradient_bytes: int,
-    workers_per_node: int,
-) -> None:
-    if not steps:
-        raise ValueError(
-            "a step-time fit was asked for with 0 measurements: it needs at least 1. Measure one "
-            "configuration first."
-        )
-    if gradient_bytes <= 0 or workers_per_node <= 0:
-        raise ValueError(
-            f"gradient_bytes={gradient_bytes}, workers_per_node={workers_per_node}: both must be "
-            "positive."
-        )
-    for step in steps:
-        times = (step.forward_s + step.backward_s, step.step_time_s)
-        counts = (*_key(step), step.num_workers // max(1, step.num_nodes))
-        rest = (step.optimizer_s, step.data_s, step.sync_s)
-        good = all(math.isfinite(t) and t > 0 for t in times) and min(counts) >= 1
-        if not good or not all(math.isfinite(t) and t >= 0 for t in rest):
-            raise ValueError(
-                f"the measurement {step} cannot be fitted: counts must be at least 1, nodes no "
-                "more than workers, and times positive and finite. Measure it again, or leave it "
-                "out."
-            )
-    for collective in collectives:
-        good = math.isfinite(collective.time_s) and collective.time_s > 0
-        if not good or collective.num_workers < 2 or collective.message_bytes < 1:
-            raise ValueError(
-                f"the measurement {collective} cannot be fitted: an all-reduce needs at least 2 "
-                "workers and 1 byte, and its time must be positive and finite. Measure it again, "
-                "or leave it out."
-            )
-
-
-def _key(step: StepMeasurement) -> tuple[int, int, int, int]:
-    return (
-        step.num_workers,
-        step.num_nodes,
-        step.micro_batch_size,
-        step.num_accumulation_steps,
-    )

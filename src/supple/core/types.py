@@ -77,6 +77,8 @@ class Plan:
     time_to_end_s: Estimate
     accelerator_hours: Estimate
     cost: Estimate | None
+    recompute: bool = False
+    """Activations are computed again in the backward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

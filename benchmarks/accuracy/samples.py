@@ -1,0 +1,149 @@
+"""Samples to target at a batch size nobody has run: MLPerf's reference convergence points.
+
+Leave one batch size out: the curve is fitted to the other sizes of the same benchmark.
+Baseline: E(B) = E_min (1 + B / B_crit) (McCandlish et al. 2018), least squares of relative errors.
+"""
+
+import csv
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from scipy import optimize
+
+from benchmarks.accuracy.score import Score, coverage, covered, median, p90, relative_errors
+from supple.core.samples import Run, fit_samples
+from supple.core.types import Estimate
+
+MISTYPED = 3.0
+"""A seed so many times the median is taken for a typing error, and the median for the mean."""
+PER_SAMPLE_RATE = ("stable_diffusion",)
+"""Benchmarks whose reference points give the learning rate per sample."""
+MIXED_RATES = ("ssd_resnet34",)
+"""Benchmarks whose rows give the rate by different conventions: taken as unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """One published point: a batch size in one round."""
+
+    round: tuple[str, float]
+    name: str
+    num_seeds: int
+    run: Run
+
+    def repeats(self, other: "Reference") -> bool:
+        """The same seeds, perhaps stated in another unit or with another rate."""
+        return (self.name, self.num_seeds) == (other.name, other.num_seeds)
+
+
+def read(data: Path) -> dict[str, dict[float, list[Reference]]]:
+    """Per benchmark and batch size every distinct statement, oldest round first. A statement that
+    repeats the seeds of an older one is that one, said again."""
+    found: dict[str, dict[float, list[Reference]]] = defaultdict(lambda: defaultdict(list))
+    with (data / "mlperf" / "convergence.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if not row["repeat_of_round"]:
+                point = reference(row)
+                found[row["benchmark"]][point.run.batch_size].append(point)
+    return {
+        benchmark: {size: sorted(points, key=lambda p: p.round) for size, points in sizes.items()}
+        for benchmark, sizes in found.items()
+    }
+
+
+def reference(row: dict[str, str]) -> Reference:
+    seeds = [float(seed) for seed in json.loads(row["per_seed_json"] or "[]")]
+    middle, mean = float(row["convergence_median"]), float(row["convergence_mean"])
+    mistyped = max(seeds, default=0.0) > MISTYPED * middle
+    kept = [seed for seed in seeds if seed <= MISTYPED * middle]
+    error = float(np.std(kept)) / middle / math.sqrt(len(kept)) if len(kept) > 1 else 0.0
+    # Some suites state epochs only: as good as samples where errors are relative.
+    said = row["samples_to_target_median" if mistyped else "samples_to_target_mean"]
+    size = float(row["batch_size"])
+    lr = float(row["learning_rate"]) if row["learning_rate"] else None
+    if lr is not None and row["benchmark"] in PER_SAMPLE_RATE:
+        lr *= size
+    suite, _, number = row["round"].rpartition("v")
+    return Reference(
+        round=(suite, float(number)),
+        name=row["point_name"],
+        num_seeds=int(row["num_seeds"]),
+        run=Run(
+            batch_size=size,
+            samples=float(said) if said else (middle if mistyped else mean),
+            lr=None if row["benchmark"] in MIXED_RATES else lr,
+            relative_error=error,
+        ),
+    )
+
+
+def measure(data: Path) -> Score:
+    """Every batch size of every benchmark with at least three, in its newest statement."""
+    ours: dict[str, list[float]] = {}
+    theirs: dict[str, list[float]] = {}
+    points: list[tuple[Estimate, float]] = []
+    seeds: list[float] = []
+    recipes: list[float] = []
+    for benchmark, sizes in sorted(read(data).items()):
+        for said in sizes.values():
+            recipes += [
+                abs(old.run.samples / new.run.samples - 1.0)
+                for old, new in pairwise(said)
+                if not new.repeats(old)
+            ]
+        runs = [said[-1].run for _, said in sorted(sizes.items())]
+        if len(runs) < 3:
+            continue
+        true = [run.samples for run in runs]
+        seeds += [run.relative_error for run in runs]
+        found: list[Estimate] = []
+        plain: list[float] = []
+        for index, run in enumerate(runs):
+            others = runs[:index] + runs[index + 1 :]
+            found.append(fit_samples(others).predict(run.batch_size, run.lr))
+            plain.append(straight_line(others, run.batch_size))
+        points += zip(found, true, strict=True)
+        ours[benchmark] = list(relative_errors([e.value for e in found], true))
+        theirs[benchmark] = list(relative_errors(plain, true))
+    held = covered([e for e, _ in points], [t for _, t in points])
+    notes = [
+        f"{name}: {len(errors)} sizes, median {100 * median(errors):.1f} %, worst "
+        f"{100 * max(errors):.1f} % (baseline {100 * median(theirs[name]):.1f}, "
+        f"{100 * max(theirs[name]):.1f})"
+        for name, errors in ours.items()
+    ]
+    notes.append(
+        f"standard error of the asked means over seeds, median: {100 * median(seeds):.1f} %"
+    )
+    metrics = scores(ours, "") | scores(theirs, "_baseline")
+    if recipes:
+        metrics["samples_floor_median"] = median(recipes)
+        notes.append(
+            f"the same batch size run again for a later round ({len(recipes)} times): median "
+            f"{100 * median(recipes):.1f} % off, worst {100 * max(recipes):.1f} %"
+        )
+    metrics["samples_interval_coverage"] = coverage(held)
+    return Score(task="samples", metrics=metrics, covered=held, notes=notes, points=points)
+
+
+def scores(errors: dict[str, list[float]], suffix: str) -> dict[str, float]:
+    every = [error for group in errors.values() for error in group]
+    return {
+        f"samples_error_median{suffix}": median(every),
+        f"samples_error_p90{suffix}": p90(every),
+        f"samples_error_worst{suffix}": max(every),
+    }
+
+
+def straight_line(runs: Sequence[Run], batch_size: float) -> float:
+    size = np.array([run.batch_size for run in runs])
+    samples = np.array([run.samples for run in runs])
+    terms = np.column_stack([1.0 / samples, size / samples])
+    found, _ = optimize.nnls(terms, np.ones(len(runs)))
+    return float(found[0] + found[1] * batch_size)

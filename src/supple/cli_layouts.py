@@ -1,0 +1,229 @@
+"""`supple layouts`: the joint answer for a transformer that is described by its sizes."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from supple.core.interconnects import INTERCONNECTS, lookup
+from supple.core.spec import (
+    KNEE_RULE,
+    Limits,
+    Objective,
+    SpecError,
+    parse_batch,
+    parse_count,
+    parse_duration,
+    parse_money,
+)
+from supple.core.types import Infeasible, ParallelLayout
+from supple.eventlog import to_plain
+from supple.refusals import FAILED, messages
+
+if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
+    from supple.core.layouts import Device, LayoutMeasurement, Transformer
+    from supple.core.planner import PlanTable
+
+EPILOG = (
+    f"Without --deadline and --budget it recommends {KNEE_RULE}.\n\n"
+    "Examples:\n\n  supple layouts --hidden 4096 --layers 32 --heads 32 --samples 10M "
+    "--batch-size 512\n\n  supple layouts --hidden 8192 --layers 48 --heads 64 --samples 100M "
+    "--batch-size 1536 --accelerator a100-80 --deadline 30d --price 2.5"
+)
+_COLUMNS = ("tp", "dp", "pp", "micro_batch_size", "global_batch_size", "iteration_time_s")
+
+
+def layouts(
+    hidden: Annotated[int, typer.Option(help="Width of the model.")],
+    layers: Annotated[int, typer.Option(help="Equal decoder layers.")],
+    heads: Annotated[int, typer.Option(help="Attention heads.")],
+    samples: Annotated[str, typer.Option(help="Sequences to train on: 200000, 10M.")],
+    batch_size: Annotated[int, typer.Option(help="Global batch, in sequences.")],
+    seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    vocab: Annotated[int, typer.Option(help="Entries of the vocabulary.")] = 50_304,
+    lr: Annotated[float, typer.Option(help="Learning rate tuned at --batch-size.")] = 3e-4,
+    accelerator: Annotated[str, typer.Option(help="v100, a100, a100-80 or h100.")] = "h100",
+    memory: Annotated[
+        float | None, typer.Option(help="GB of one accelerator; default: its data sheet's.")
+    ] = None,
+    workers_per_node: Annotated[int, typer.Option(help="Accelerators of a node.")] = 8,
+    interconnect: Annotated[str, typer.Option(help="Between nodes.")] = "infiniband-400",
+    local_link: Annotated[
+        str | None, typer.Option(help="Inside a node; default: nvlink of the accelerator.")
+    ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(help=f"CSV of iterations of this model that ran: {', '.join(_COLUMNS)}."),
+    ] = None,
+    batch: Annotated[str, typer.Option(help="fixed, or adaptive with --noise-scale.")] = "fixed",
+    noise_scale: Annotated[
+        float | None, typer.Option(help="Gradient noise scale, in sequences.")
+    ] = None,
+    max_workers: Annotated[str | None, typer.Option(help="Cap; default: none.")] = None,
+    deadline: Annotated[str | None, typer.Option(help="Latest end: 12h, 30d.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Money, or accelerator-hours without --price.")
+    ] = None,
+    price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time and cost into this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Tracebacks.")] = False,
+) -> None:
+    """Plan a transformer by its sizes: count, layout, batch and learning rate; nothing is run."""
+    with messages(verbose):
+        model = _transformer(hidden, layers, heads, seq, vocab)
+        device = _device(accelerator)
+        local = lookup(local_link or _nvlink(device))
+        if deadline and budget:
+            raise SpecError("--deadline and --budget were both given: choose the one that binds.")
+        for option, value in (
+            ("--batch-size", batch_size),
+            ("--workers-per-node", workers_per_node),
+        ):
+            if value < 1:
+                raise SpecError(f"{option} is {value}: it must be at least 1.")
+        for option, number in (("--lr", lr), ("--memory", memory), ("--noise-scale", noise_scale)):
+            if number is not None and not 0 < number < float("inf"):
+                raise SpecError(f"{option} is {number:g}: it must be positive and finite.")
+        limits = Limits(
+            max_workers=parse_count(max_workers, what="--max-workers") if max_workers else None,
+            price_per_hour=parse_money(price, what="--price") if price else None,
+            batch=parse_batch(batch),
+        )
+        if limits.batch == "adaptive" and noise_scale is None:
+            raise SpecError(
+                "--batch adaptive was given without --noise-scale: what a larger batch is worth is "
+                "not known from sizes. Give the noise scale that `supple plan` measured."
+            )
+        objective = Objective(
+            deadline_s=parse_duration(deadline, what="--deadline") if deadline else None,
+            budget=parse_money(budget, what="--budget") if budget else None,
+        )
+        if plot is not None:
+            from supple.picture import check_target
+
+            check_target(plot)
+        from supple import plan_view
+        from supple.core.layout_planner import TransformerJob, plan_layouts
+        from supple.core.layouts import fit_layouts
+
+        times = fit_layouts(
+            _read(measured, model) if measured else [],
+            device=device,
+            link=lookup(interconnect),
+            local_link=local,
+            workers_per_node=workers_per_node,
+        )
+        job = TransformerJob(
+            model=model,
+            times=times,
+            memory_bytes=memory * 1e9 if memory else device.memory_bytes,
+            base_batch_size=batch_size,
+            base_lr=lr,
+            total_samples=_amount(samples),
+            noise_scale=noise_scale,
+        )
+        table = plan_layouts(job, limits, objective)
+        if as_json:
+            typer.echo(json.dumps(to_plain(plan_view.to_json(table))))
+        if isinstance(table, Infeasible):
+            typer.echo(f"supple: {table}", err=True)
+            raise typer.Exit(FAILED)
+        _show(table, as_json, plot, objective)
+
+
+def _show(table: "PlanTable", as_json: bool, plot: Path | None, objective: Objective) -> None:
+    from supple import plan_view
+
+    if not as_json:
+        width = None if sys.stdout.isatty() else 220
+        plan_view.show(table, Console(highlight=False, width=width))
+    if plot is not None:
+        from supple.picture import draw_plan
+
+        draw_plan(table, plot, title="transformer", objective=objective)
+        typer.echo(f"picture {plot}", err=True)
+
+
+def _transformer(hidden: int, layers: int, heads: int, seq: int, vocab: int) -> "Transformer":
+    from supple.core.layouts import Transformer
+
+    sizes = {"--hidden": hidden, "--layers": layers, "--heads": heads, "--seq": seq}
+    for option, value in (sizes | {"--vocab": vocab}).items():
+        if value < 1:
+            raise SpecError(f"{option} is {value}: it must be at least 1.")
+    if hidden % heads:
+        raise SpecError(
+            f"--hidden {hidden} does not divide into --heads {heads}: the width of a head must be "
+            "whole. Change one of them."
+        )
+    return Transformer(
+        hidden_size=hidden, num_layers=layers, num_heads=heads, seq_length=seq, vocab_size=vocab
+    )
+
+
+def _device(name: str) -> "Device":
+    from supple.core.layouts import DEVICES
+
+    if name not in DEVICES:
+        raise SpecError(f"--accelerator {name}: unknown. Known: {', '.join(DEVICES)}.")
+    return DEVICES[name]
+
+
+def _nvlink(device: "Device") -> str:
+    name = f"nvlink-{device.name.split('-')[0]}"
+    return name if name in INTERCONNECTS else "pcie4"
+
+
+def _amount(text: str) -> int:
+    """`"10M"` as 10,000,000."""
+    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
+    digits = text if scale == 1 else text[:-1]
+    try:
+        count = float(digits) * scale
+    except ValueError:
+        count = 0.0
+    if not 1 <= count < 1e15:
+        raise SpecError(f"--samples {text!r}: give a number of sequences such as 200000 or 10M.")
+    return int(count)
+
+
+def _read(path: Path, model: "Transformer") -> "list[LayoutMeasurement]":
+    """Raises `SpecError` for a file that cannot be read and for rows that make no sense."""
+    from supple.core.layouts import LayoutMeasurement, LayoutRun
+
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"--measured {path}: {error}.") from None
+    missing = [name for name in _COLUMNS if not rows or name not in rows[0]]
+    if missing:
+        raise SpecError(
+            f"--measured {path} has {len(rows)} rows and no column {', '.join(missing)}: it needs "
+            f"{', '.join(_COLUMNS)}, and optionally recompute (0 or 1)."
+        )
+    found: list[LayoutMeasurement] = []
+    for number, row in enumerate(rows, 2):
+        try:
+            tp, dp, pp, micro, batch = (int(row[name]) for name in _COLUMNS[:-1])
+            if batch % (dp * micro):
+                raise ValueError(f"{dp} replicas of micro-batches of {micro} do not make {batch}")
+            run = LayoutRun(
+                model=model,
+                layout=ParallelLayout(dp_replicate=dp, tp=tp, pp=pp),
+                micro_batch_size=micro,
+                num_micro_batches=batch // (dp * micro),
+                recompute=row.get("recompute", "0") == "1",
+            )
+            seconds = float(row["iteration_time_s"])
+            if not 0 < seconds < float("inf"):
+                raise ValueError(f"iteration_time_s is {seconds}")
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            raise SpecError(f"--measured {path}, line {number}: {error}.") from None
+        found.append(LayoutMeasurement(run=run, iteration_s=seconds))
+    return found

@@ -1,0 +1,204 @@
+"""The joint answer for a transformer described by its sizes: for every count the layout, the
+micro-batch and the global batch that end soonest and fit, and the count to take.
+
+For a count every layout is tried whose tensor ranks share a node and divide the heads, whose stages
+divide the layers and whose replicas divide the batch; with and without recomputation and sharded
+states. What does not fit into the accelerator's memory is out; the fastest of the rest stays.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from supple.core.estimates import exact, over, plus, times
+from supple.core.goodput import efficiency, largest_batch_ratio, learning_rate
+from supple.core.layouts import LayoutModel, LayoutRun, Transformer
+from supple.core.planner import PlanTable, choose
+from supple.core.spec import Limits, Objective
+from supple.core.transformer_memory import memory_parts, num_parameters, peak_memory
+from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan
+
+_MICRO_BATCHES = (1, 2, 4, 8, 16)
+_LARGEST_COUNT = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerJob:
+    """What is known of one job. The optimizer is of the Adam family."""
+
+    model: Transformer
+    times: LayoutModel
+    memory_bytes: float
+    """Of one accelerator."""
+    base_batch_size: int
+    """In sequences."""
+    base_lr: float
+    total_samples: int
+    """Sequences to train on at the base batch."""
+    noise_scale: float | None = None
+    """In sequences; None: unknown, and the batch stays."""
+
+
+def plan_layouts(
+    job: TransformerJob, limits: Limits, objective: Objective
+) -> PlanTable | Infeasible:
+    """A row for every power of two (and the limits' own counts) on which the job fits, and the one
+    to take; `Infeasible` where it fits on none of them, or none does what was asked."""
+    most = limits.max_workers or _LARGEST_COUNT
+    counts = {1 << power for power in range(13)} | {limits.min_workers, most}
+    rows: list[Plan] = []
+    useless = 0
+    for count in sorted(c for c in counts if limits.min_workers <= c <= most):
+        row = _best_row(job, limits, count, rows[0] if rows else None)
+        if row is None:
+            continue
+        if rows:
+            gained = rows[-1].time_to_end_s.value / row.time_to_end_s.value
+            useless = useless + 1 if gained < 1.05 else 0
+        rows.append(row)
+        if useless >= 2 and limits.max_workers is None:
+            break
+    if not rows:
+        return _too_large(job, most)
+    return choose(tuple(rows), limits, objective)
+
+
+def runs_for(job: TransformerJob, count: int, batch: int) -> Iterator[LayoutRun]:
+    """Every layout of `count` accelerators for a global batch of `batch` sequences that fits."""
+    model = job.model
+    for tp in _divisors(count):
+        if tp > job.times.workers_per_node or model.num_heads % tp or model.hidden_size % tp:
+            continue
+        for pp in _divisors(count // tp):
+            dp = count // (tp * pp)
+            if model.num_layers % pp or batch % dp:
+                continue
+            for micro in _MICRO_BATCHES:
+                if (batch // dp) % micro:
+                    continue
+                for shard in {1, dp}:
+                    for recompute in (False, True):
+                        run = LayoutRun(
+                            model=model,
+                            layout=ParallelLayout(
+                                dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp
+                            ),
+                            micro_batch_size=micro,
+                            num_micro_batches=batch // dp // micro,
+                            recompute=recompute,
+                        )
+                        if peak_memory(run).high <= job.memory_bytes:
+                            yield run
+
+
+def describe(layout: ParallelLayout) -> str:
+    """Degrees above one, from the inside out: "tp8 pp2 dp4"; sharded replicas as "fsdp4"."""
+    parts = [
+        f"{name}{degree}"
+        for name, degree in (
+            ("tp", layout.tp),
+            ("pp", layout.pp),
+            ("fsdp", layout.dp_shard),
+            ("dp", layout.dp_replicate),
+        )
+        if degree > 1
+    ]
+    return " ".join(parts) or "one"
+
+
+def _best_row(job: TransformerJob, limits: Limits, count: int, first: Plan | None) -> Plan | None:
+    best: Plan | None = None
+    for batch in _batches(job, limits, count):
+        runs = list(runs_for(job, count, batch))
+        if not runs:
+            continue
+        row = _row(job, limits, job.times.fastest(runs), batch, first)
+        if best is None or row.goodput.value > best.goodput.value:
+            best = row
+    return best
+
+
+def _batches(job: TransformerJob, limits: Limits, count: int) -> list[int]:
+    """The base batch; adaptive and with a noise scale, its doublings too."""
+    if limits.batch == "fixed" or job.noise_scale is None:
+        return [job.base_batch_size]
+    most = min(job.total_samples, int(job.base_batch_size * largest_batch_ratio("adam")))
+    found = [job.base_batch_size]
+    while found[-1] * 2 <= most:
+        found.append(found[-1] * 2)
+    return found
+
+
+def _row(
+    job: TransformerJob, limits: Limits, run: LayoutRun, batch: int, first: Plan | None
+) -> Plan:
+    step = job.times.predict(run)
+    count = run.layout.world_size
+    rate = over(batch, step)
+    goodput = times(rate, _useful(job, batch))
+    time_to_end = plus(over(job.total_samples, goodput), 0.0)
+    hours = times(time_to_end, exact(count / 3600.0))
+    lr, _ = learning_rate(
+        rule="auto",
+        family="adam",
+        base_lr=job.base_lr,
+        base_batch=job.base_batch_size,
+        batch=batch,
+        noise_scale=job.noise_scale,
+    )
+    # One accelerator may be too small for the job: the smallest count that fits sets the unit.
+    alone = goodput.value / count if first is None else first.goodput.value / first.num_workers
+    price = limits.price_per_hour
+    return Plan(
+        num_workers=count,
+        layout=run.layout,
+        batch=BatchPlan(
+            global_batch_size=batch,
+            micro_batch_size=run.micro_batch_size,
+            num_accumulation_steps=run.num_micro_batches,
+            lr=lr,
+        ),
+        recompute=run.recompute,
+        step_time_s=step,
+        samples_per_s=rate,
+        efficiency=_useful(job, batch),
+        goodput=goodput,
+        speedup=exact(float(count)) if first is None else times(goodput, exact(1.0 / alone)),
+        memory_bytes=peak_memory(run),
+        time_to_end_s=time_to_end,
+        accelerator_hours=hours,
+        cost=None if price is None else times(hours, exact(price)),
+    )
+
+
+def _useful(job: TransformerJob, batch: int) -> Estimate:
+    phi = job.noise_scale
+    if phi is None or batch == job.base_batch_size:
+        return exact(1.0)
+    value = efficiency(phi, job.base_batch_size, batch)
+    # Measured once, a noise scale misses by up to 2x far from where it was measured.
+    ends = [efficiency(phi * factor, job.base_batch_size, batch) for factor in (0.5, 2.0)]
+    return Estimate(value=value, low=min(ends), high=max(*ends, value), source="fitted")
+
+
+def _too_large(job: TransformerJob, most: int) -> Infeasible:
+    smallest = LayoutRun(
+        model=job.model,
+        layout=ParallelLayout(tp=1, pp=1),
+        micro_batch_size=1,
+        num_micro_batches=1,
+        recompute=True,
+    )
+    parts = memory_parts(smallest)
+    return Infeasible(
+        asked=f"a layout of at most {most} accelerators",
+        numbers=f"{num_parameters(job.model) / 1e9:.2f} billion parameters: on one accelerator "
+        f"{parts.states / 1e9:.1f} GB of states and {parts.activations / 1e9:.1f} GB of "
+        f"activations with recomputation, each has {job.memory_bytes / 1e9:.0f} GB",
+        rule="the fullest accelerator of a layout must fit, and replicas must divide the batch of "
+        f"{job.base_batch_size} sequences",
+        advice="Allow more accelerators, take ones with more memory, or another batch size.",
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

@@ -1,0 +1,79 @@
+"""What was measured of a job's steps and links, and the refusal of what cannot be fitted."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMeasurement:
+    """One configuration: medians in seconds. Parts are sums over the step's micro-batches."""
+
+    num_workers: int
+    num_nodes: int
+    micro_batch_size: int
+    num_accumulation_steps: int
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+    data_s: float
+    sync_s: float
+    step_time_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveMeasurement:
+    """One all-reduce, measured inside a node."""
+
+    num_workers: int
+    message_bytes: int
+    time_s: float
+
+
+def check_measurements(
+    steps: Sequence[StepMeasurement],
+    collectives: Sequence[CollectiveMeasurement],
+    gradient_bytes: int,
+    workers_per_node: int,
+) -> None:
+    """Raise `ValueError` for no measurement, counts below 1, and times that are not positive and
+    finite."""
+    if not steps:
+        raise ValueError(
+            "a step-time fit was asked for with 0 measurements: it needs at least 1. Measure one "
+            "configuration first."
+        )
+    if gradient_bytes <= 0 or workers_per_node <= 0:
+        raise ValueError(
+            f"gradient_bytes={gradient_bytes}, workers_per_node={workers_per_node}: both must be "
+            "positive."
+        )
+    for step in steps:
+        times = (step.forward_s + step.backward_s, step.step_time_s)
+        counts = (*configuration(step), step.num_workers // max(1, step.num_nodes))
+        rest = (step.optimizer_s, step.data_s, step.sync_s)
+        good = all(math.isfinite(t) and t > 0 for t in times) and min(counts) >= 1
+        if not good or not all(math.isfinite(t) and t >= 0 for t in rest):
+            raise ValueError(
+                f"the measurement {step} cannot be fitted: counts must be at least 1, nodes no "
+                "more than workers, and times positive and finite. Measure it again, or leave it "
+                "out."
+            )
+    for collective in collectives:
+        good = math.isfinite(collective.time_s) and collective.time_s > 0
+        if not good or collective.num_workers < 2 or collective.message_bytes < 1:
+            raise ValueError(
+                f"the measurement {collective} cannot be fitted: an all-reduce needs at least 2 "
+                "workers and 1 byte, and its time must be positive and finite. Measure it again, "
+                "or leave it out."
+            )
+
+
+def configuration(step: StepMeasurement) -> tuple[int, int, int, int]:
+    """(workers, nodes, micro-batch, accumulation)."""
+    return (
+        step.num_workers,
+        step.num_nodes,
+        step.micro_batch_size,
+        step.num_accumulation_steps,
+    )

@@ -1,0 +1,63 @@
+"""What to measure before betting on a plan: the cheapest count whose step time, once known, narrows
+the recommended row's interval the most.
+
+A measurement of another configuration, with gradient h of its logarithm and scatter s, takes
+`C h h^T C / (s^2 + h^T C h)` off the parameters' covariance C (linear regression, one observation
+more), and moves the end of what was measured outwards.
+"""
+
+from supple.core.planner import JobModel, PlanTable, in_words, row_for
+from supple.core.spec import Limits
+from supple.core.types import Plan
+
+_WIDE = 0.2
+"""Half-width, as a fraction, from which a step time is worth a measurement."""
+_NARROWS = 0.7
+"""A measurement is worth its cost if at most this much of the width is left."""
+
+
+def what_to_measure_first(table: PlanTable, job: JobModel, limits: Limits) -> str:
+    """One sentence with both widths; empty where the recommended step time is known well, or where
+    nothing smaller would help."""
+    chosen = table.choice
+    step = chosen.step_time_s
+    now = _half_width(job, chosen)
+    if step.source == "measured" or now < _WIDE:
+        return ""
+    left = {
+        count: _half_width(job, chosen, also=row_for(job, limits, count))
+        for count in _candidates(job, chosen.num_workers)
+    }
+    good = [count for count, width in left.items() if width <= _NARROWS * now]
+    if not good:
+        return ""
+    # Each larger one must be worth its place: narrower by a tenth than what is cheaper.
+    best = min(good)
+    for count in sorted(good):
+        if left[count] < 0.9 * left[best]:
+            best = count
+    nodes = -(-best // job.step_time.workers_per_node)
+    where = f" on {nodes} nodes" if nodes > 1 else ""
+    return (
+        f"Measure {in_words(best)}{where} first: it narrows the step time at "
+        f"{chosen.num_workers} from ±{now:.0%} to ±{left[best]:.0%}."
+    )
+
+
+def _candidates(job: JobModel, target: int) -> list[int]:
+    """Counts not measured yet: powers of two within a node, a whole node, two and three nodes; at
+    most a quarter of the count they are about, since its own step time needs no model."""
+    node = job.step_time.workers_per_node
+    counts = {1 << power for power in range(1, 13) if 1 << power <= node}
+    counts |= {node, 2 * node, 3 * node}
+    return sorted(c for c in counts - set(job.measured_workers) if 1 < c <= target // 4)
+
+
+def _half_width(job: JobModel, row: Plan, also: Plan | None = None) -> float:
+    """Of the row's step time, as a fraction of it, if `also` were measured too."""
+    extra = [] if also is None else [_shape(also)]
+    return job.step_time.half_width(*_shape(row), also=extra)
+
+
+def _shape(row: Plan) -> tuple[int, int, int]:
+    return row.num_workers, row.batch.micro_batch_size, row.batch.num_accumulation_steps

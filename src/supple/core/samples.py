@@ -1,0 +1,352 @@
+"""Samples to the same target at another batch size, from runs of the task at several sizes.
+
+    E(B) = E_min (1 + (B / B_crit)^p (lr_0 / lr)^g + B_low / B)
+
+McCandlish et al. (2018, equation 2.11) have p = 1 and g = B_low = 0: that is a learning rate tuned
+anew at every size. Real histories are not: with a rate that is too small progress per step, and so
+the samples, follow B / lr (g = 1); with one too large for a small batch the noise costs samples
+again (B_low). What no such curve explains is a rough path in log B (an Ornstein-Uhlenbeck process)
+and scatter. Nothing is chosen: every combination on a grid of shapes is weighed by how well it
+explains the runs (Bayes' rule), level and path in closed form, so that two runs give an answer with
+a wide interval and ten a narrow one. A run that stopped short of the target counts as what it is:
+the target is further than that (one pass of expectation propagation, Minka 2001).
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
+from supple.core.types import Estimate, Source
+
+_Vector = npt.NDArray[np.float64]
+_special: Any = special  # scipy ships no types
+
+# The grid. Weights are logarithms; where none are given all are alike.
+_POWERS = ((0.5, -1.5), (0.7, -0.5), (1.0, 0.0), (1.4, -0.5), (2.0, -1.5))
+_RATES = (0.0, 0.5, 1.0)
+_CRITICAL = np.linspace(-4.0, 7.0, 34)
+"""log(B_crit / typical batch of the runs)."""
+_CRITICAL_PRIOR = (1.5, 3.0)
+"""Centre and standard deviation of the same, where no noise scale was measured."""
+_LOW = ((0.0, 0.0), (0.1, -2.0), (0.4, -2.5), (1.6, -3.0))
+"""B_low over the smallest batch."""
+_ROUGH = ((0.0, 0.0), (0.05, -1.0), (0.1, -1.5), (0.2, -2.0))
+_ROUGH_LENGTH = 2.0
+"""Over how many e-folds of the batch the rough path forgets itself."""
+_SCATTER = ((0.01, 0.0), (0.02, 0.0), (0.04, 0.0), (0.08, -0.5), (0.16, -2.0))
+
+_PROBE_ERROR = 0.1
+"""Relative error of a short probe about the whole run: the critical batch moves while training."""
+_NOISE_SCALE_ERROR = 0.8
+"""Standard deviation of log(B_crit / noise scale)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run of the task at one batch size."""
+
+    batch_size: float
+    samples: float
+    """Until the target was reached; where it was not, until the run was stopped."""
+    reached: bool = True
+    lr: float | None = None
+    relative_error: float = 0.0
+    """Standard error of `samples`, where it is a mean over seeds."""
+    evaluated_every: float = 0.0
+    """Samples between evaluations: the target was crossed somewhere in the last interval."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """What the runs at one batch size and learning rate say together, in logarithms."""
+
+    batch: float
+    lr: float | None
+    value: float
+    variance: float
+    is_probe: bool
+    beyond: float | None = None
+    """Set where fewer than half of the runs reached the target: it is further than this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SamplesModel:
+    """A fitted curve; make it with `fit_samples`."""
+
+    points: tuple[_Point, ...]
+    noise_scale: float | None
+    evaluated_every: float
+    source: Source
+    why: str
+    """Where the numbers come from, as a sentence."""
+
+    def predict(self, batch_size: float, lr: float | None = None) -> Estimate:
+        """Samples until an evaluation finds the target reached, with an 80 % interval. Raises
+        `ValueError` where only probes are known: they tell ratios, not a level."""
+        if all(point.is_probe for point in self.points):
+            raise ValueError(
+                f"samples to the target at batch {batch_size:g} were asked of short probes alone: "
+                "they compare batch sizes and do not reach the target. Add one run that did."
+            )
+        mixture = _posterior(self.points, self.noise_scale, [(batch_size, lr)], [1.0])
+        low, value, high = (math.exp(q) for q in mixture.quantiles())
+        half = self.evaluated_every / 2.0
+        if half:
+            # The interval's ends, widened by a rounding that is even over one interval.
+            rounding = 1.2816 * self.evaluated_every / math.sqrt(12.0)
+            low = max(half, value - math.hypot(value - low, rounding))
+            high = value + math.hypot(high - value, rounding)
+        return Estimate(value=value + half, low=low + half, high=high + half, source=self.source)
+
+    def efficiency(self, base_batch: float, batch_size: float) -> Estimate:
+        """Progress per sample at `batch_size` relative to `base_batch`: E(base) / E(batch), at
+        most a little above 1 where a larger batch needs fewer samples. Both at their own tuned
+        learning rates."""
+        if batch_size == base_batch:
+            return Estimate(value=1.0, low=1.0, high=1.0, source=self.source)
+        asked = [(base_batch, None), (batch_size, None)]
+        mixture = _posterior(self.points, self.noise_scale, asked, [1.0, -1.0])
+        low, value, high = (math.exp(q) for q in mixture.quantiles())
+        return Estimate(value=value, low=low, high=high, source=self.source)
+
+
+def fit_samples(
+    runs: Sequence[Run],
+    probes: Sequence[Run] = (),
+    *,
+    noise_scale: float | None = None,
+) -> SamplesModel:
+    """The curve through what is known, in this order of trust: runs of the task at several batch
+    sizes; short probes (branches of one checkpoint, to one loss, at several sizes: `samples` is
+    what each took); the gradient noise scale, which moves the critical batch.
+
+    Raises `ValueError` for numbers that are not positive and finite, and where nothing tells one
+    batch size from another (no noise scale, fewer than two sizes)."""
+    _check(runs, probes, noise_scale)
+    points = [*_gathered(runs, is_probe=False), *_gathered(probes, is_probe=True)]
+    sizes = len({p.batch for p in points if not p.is_probe})
+    compared = len({p.batch for p in points if p.is_probe})
+    if sizes < 2 and compared < 2 and noise_scale is None:
+        raise ValueError(
+            f"the worth of another batch size was asked for with runs at {sizes} batch size(s), "
+            f"probes at {compared}, and no noise scale: nothing there compares two sizes. Give "
+            "runs or two short probes at different sizes, or measure the noise scale."
+        )
+    every = [run.evaluated_every for run in runs if run.evaluated_every > 0]
+    source, why = _source(points, sizes, compared, noise_scale)
+    return SamplesModel(
+        points=_with_stopped_runs(points, noise_scale),
+        noise_scale=noise_scale,
+        evaluated_every=float(np.median(every)) if every else 0.0,
+        source=source,
+        why=why,
+    )
+
+
+def _source(
+    points: Sequence[_Point], sizes: int, compared: int, noise_scale: float | None
+) -> tuple[Source, str]:
+    known = [p.batch for p in points if not p.is_probe]
+    if sizes >= 2:
+        ends = f"{min(known):g} to {max(known):g}"
+        return "fitted", f"from runs of this task at {sizes} batch sizes, {ends}"
+    if compared >= 2:
+        return "fitted", f"from short probes at {compared} batch sizes"
+    assert noise_scale is not None
+    return "assumed", f"from the gradient noise scale, {noise_scale:.3g} samples: a rough guide"
+
+
+def _gathered(runs: Sequence[Run], *, is_probe: bool) -> list[_Point]:
+    """Runs at one batch size and learning rate become one point: their mean, or, where fewer than
+    half reached the target, the longest as a bound."""
+    groups: dict[tuple[float, float | None], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[(run.batch_size, run.lr)].append(run)
+    return [_together(batch, lr, group, is_probe) for (batch, lr), group in groups.items()]
+
+
+def _together(batch: float, lr: float | None, group: list[Run], is_probe: bool) -> _Point:
+    done = [run for run in group if run.reached]
+    if 2 * len(done) < len(group):
+        used = math.log(max(run.samples for run in group))
+        return _Point(batch, lr, used, math.inf, is_probe, beyond=used)
+    samples = np.array([run.samples - run.evaluated_every / 2 for run in done])
+    every = float(np.mean([run.evaluated_every for run in done]))
+    mean = float(np.mean(samples))
+    # Seeds that all end at the same evaluation share one rounding; others average it out.
+    alike = bool(np.ptp(samples) == 0.0)
+    rounding = every**2 / 12.0 / (1 if alike else len(done))
+    own = float(np.mean([(run.relative_error * run.samples) ** 2 for run in done])) / len(done)
+    spread = float(np.var(samples, ddof=1)) / len(done) if len(done) > 1 else 0.0
+    extra = _PROBE_ERROR**2 if is_probe else 0.0
+    variance = (rounding + own + spread) / mean**2 + extra
+    return _Point(batch, lr, math.log(mean), variance, is_probe)
+
+
+def _with_stopped_runs(points: list[_Point], noise_scale: float | None) -> tuple[_Point, ...]:
+    """Bounds turned into observations with the mean and variance that knowing them leaves, one
+    after another from the batch sizes nearest to those that reached the target."""
+    known = [point for point in points if point.beyond is None]
+    bounds = [point for point in points if point.beyond is not None]
+    if not known or not bounds:
+        return tuple(known)
+    middle = float(np.mean([math.log(point.batch) for point in known]))
+    for point in sorted(bounds, key=lambda p: abs(math.log(p.batch) - middle)):
+        assert point.beyond is not None
+        found = _posterior(known, noise_scale, [(point.batch, point.lr)], [1.0])
+        mean, variance = found.moments()
+        deviation = math.sqrt(variance)
+        z = (point.beyond - mean) / deviation
+        # Mean and variance of a normal distribution cut off below.
+        hazard = math.exp(-0.5 * z * z - 0.918938533 - float(_special.log_ndtr(-z)))
+        cut_mean = mean + deviation * hazard
+        cut_variance = variance * max(1e-6, 1.0 - hazard * (hazard - z))
+        precision = 1.0 / cut_variance - 1.0 / variance
+        if precision > 1e-3 / variance:
+            value = (cut_mean / cut_variance - mean / variance) / precision
+            known.append(
+                _Point(point.batch, point.lr, value, 1.0 / precision, point.is_probe, point.beyond)
+            )
+    return tuple(known)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mixture:
+    """Normal distributions and their weights."""
+
+    mean: _Vector
+    deviation: _Vector
+    weight: _Vector
+
+    def moments(self) -> tuple[float, float]:
+        mean = float(self.weight @ self.mean)
+        return mean, float(self.weight @ (self.deviation**2 + (self.mean - mean) ** 2))
+
+    def quantiles(self) -> tuple[float, float, float]:
+        """10, 50 and 90 %, by bisection."""
+        low = np.full(3, float(np.min(self.mean - 6.0 * self.deviation)))
+        high = np.full(3, float(np.max(self.mean + 6.0 * self.deviation)))
+        asked = np.array([0.1, 0.5, 0.9])
+        for _ in range(45):
+            middle = 0.5 * (low + high)
+            z = (middle[:, None] - self.mean) / self.deviation
+            below = _special.ndtr(z) @ self.weight < asked
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
+        return float(low[0]), float(low[1]), float(low[2])
+
+
+def _posterior(
+    points: Sequence[_Point],
+    noise_scale: float | None,
+    asked: Sequence[tuple[float, float | None]],
+    combination: Sequence[float],
+) -> _Mixture:
+    """The distribution of sum(combination * log E) at the `asked` (batch size, learning rate)."""
+    batch = np.log([p.batch for p in points] + [b for b, _ in asked])
+    rates = [p.lr for p in points] + [lr for _, lr in asked]
+    lr = np.log([rate for rate in rates if rate is not None])
+    known_rates = len(lr) == len(rates)
+    num = len(points)
+    shape, log_prior = _shapes(batch, lr if known_rates else None, num, noise_scale)
+    value = np.array([p.value for p in points])
+    own = np.array([p.variance for p in points])
+    probe = np.array([p.is_probe for p in points])
+    levels = np.array([~probe, probe], dtype=float).T
+    levels = levels[:, levels.any(axis=0)]
+    weights = np.asarray(combination, dtype=float)
+    # A level that no run tells cancels in a ratio, and `predict` refuses it alone.
+    wanted = np.zeros(levels.shape[1])
+    wanted[0] = float(weights.sum())
+    apart = np.exp(-np.abs(batch[:, None] - batch[None]) / _ROUGH_LENGTH)
+    found: list[tuple[_Vector, float, _Vector]] = []
+    rest = value - shape[:, :num]
+    ahead = shape[:, num:] @ weights
+    for rough, rough_weight in _ROUGH:
+        path = rough**2 * apart
+        for scatter, scatter_weight in _SCATTER:
+            inverse = np.linalg.inv(path[:num, :num] + np.diag(scatter**2 + own))
+            inner = levels.T @ inverse @ levels
+            gain = np.linalg.solve(inner, levels.T @ inverse)
+            level = rest @ gain.T
+            off = rest - level @ levels.T
+            misfit = np.einsum("hi,ij,hj->h", off, inverse, off)
+            determinants = np.linalg.slogdet(inverse)[1] - np.linalg.slogdet(inner)[1]
+            across = path[num:, :num].T @ weights
+            pull = inverse @ across
+            lacking = wanted - levels.T @ pull
+            variance = float(weights @ path[num:, num:] @ weights - across @ pull)
+            variance += float(lacking @ np.linalg.solve(inner, lacking))
+            if len(asked) == 1:
+                variance += scatter**2
+            mean = ahead + level @ wanted + off @ pull
+            evidence = rough_weight + scatter_weight + 0.5 * (determinants - misfit)
+            found.append((mean, variance, log_prior + evidence))
+    log_weight = np.concatenate([w for _, _, w in found])
+    weight = np.exp(log_weight - log_weight.max())
+    keep = weight > 1e-7 * weight.max()
+    deviation = np.concatenate([np.full(len(m), math.sqrt(max(v, 1e-12))) for m, v, _ in found])
+    weight = weight[keep] / weight[keep].sum()
+    return _Mixture(np.concatenate([m for m, _, _ in found])[keep], deviation[keep], weight)
+
+
+def _shapes(
+    batch: _Vector, lr: _Vector | None, num: int, noise_scale: float | None
+) -> tuple[_Vector, _Vector]:
+    """log(1 + (B / B_crit)^p lr^-g + B_low / B) for every shape on the grid and every point, and
+    the logarithm of the shape's prior weight."""
+    typical = float(np.mean(batch[:num]))
+    smallest = float(np.min(batch[:num]))
+    centre, width = _CRITICAL_PRIOR
+    critical = _CRITICAL
+    if noise_scale is not None:
+        centre, width = math.log(noise_scale) - typical, _NOISE_SCALE_ERROR
+        critical = np.linspace(centre - 3.0 * width, centre + 3.0 * width, len(_CRITICAL))
+    rates = _RATES if lr is not None and float(np.ptp(lr)) > 0.0 else (0.0,)
+    shapes: list[_Vector] = []
+    priors: list[_Vector] = []
+    for power, power_weight in _POWERS:
+        for rate in rates:
+            along = power * (batch - typical)
+            if lr is not None:
+                along = along - rate * (lr - float(np.mean(lr[:num])))
+            large = np.exp(along[None] - power * critical[:, None])
+            for low, low_weight in _LOW:
+                small = low * np.exp(smallest - batch)
+                shapes.append(np.log1p(large + small))
+                doubt = -0.5 * ((critical - centre) / width) ** 2
+                priors.append(doubt + power_weight + low_weight)
+    return np.concatenate(shapes), np.concatenate(priors)
+
+
+def _check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None) -> None:
+    if noise_scale is not None and not (math.isfinite(noise_scale) and noise_scale > 0):
+        raise ValueError(
+            f"noise_scale={noise_scale}: it must be positive and finite. Leave it out where it is "
+            "not known."
+        )
+    for run in (*runs, *probes):
+        numbers = [run.batch_size, run.samples, 1.0 if run.lr is None else run.lr]
+        good = all(math.isfinite(number) and number > 0 for number in numbers)
+        if not good or not 0.0 <= run.relative_error < 1.0:
+            raise ValueError(
+                f"the run {run} cannot be used: batch size, samples and learning rate must be "
+                "positive and finite, a relative error at least 0 and below 1. Correct it, or "
+                "leave it out."
+            )
+        if not 0.0 <= run.evaluated_every <= run.samples:
+            raise ValueError(
+                f"the run {run} cannot be used: evaluated every {run.evaluated_every:g} samples, "
+                "it must be at least 0 and no more than the samples the run took. Correct it, or "
+                "leave it out."
+            )
+    if runs and not any(run.reached for run in runs):
+        raise ValueError(
+            f"none of {len(runs)} runs reached the target: nothing tells how far it is. Give one "
+            "run that reached it, or an easier target."
+        )

@@ -1,0 +1,178 @@
+"""Time of a whole training run on another number of workers, from runs on fewer.
+
+    time  t = f + E(B) / B * T        steps to the target, and what no worker count shortens
+    step  T = c (B / n + r b_1 + l b_1 log2 n)
+
+with n workers, global batch B, E(B) samples to the target (`core/samples.py`) and b_1 the samples
+a worker holds in the smallest run: c seconds a sample on one worker; r what a step costs besides,
+in shares of a full worker's work (launches, latency: it is what makes small local batches slow); l
+the same for each doubling of the workers (collectives, stragglers); f minutes of start and
+evaluation. No times of parts are needed: finished runs are enough, where `core/throughput.py` has
+measured steps. All four parameters are positive and fitted as logarithms with priors shared by all
+tasks; errors are relative. The interval is Laplace's, with the samples' own and a doubt about the
+form that grows with every doubling beyond the largest run.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
+
+from supple.core.types import Estimate
+
+_Vector = npt.NDArray[np.float64]
+_optimize: Any = optimize  # scipy ships no types
+
+Z80 = 1.2815515655446004
+
+_PRIOR = np.log([1.0, 0.05, 0.0025, 3.0])
+"""c over the smallest run's own; a step's fixed part; its growth a doubling; start in seconds."""
+_WIDTH = np.array([3.0, 1.5, 1.2, 0.7])
+"""Standard deviations of the same logarithms."""
+_SCATTER = 0.04
+"""Relative scatter of runs around the form: software, hosts, the luck of seeds."""
+_DOUBT = 0.06
+"""Relative standard deviation of the form, per square root of the doublings beyond what ran."""
+_NUDGE = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedRun:
+    """One run that reached the target."""
+
+    num_workers: int
+    global_batch_size: float
+    samples: float
+    """Samples until the target, or any number proportional to it, the same for all runs."""
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingTimeModel:
+    """A fitted model; make it with `fit_training_time`."""
+
+    runs: tuple[TimedRun, ...]
+    log_parameters: tuple[float, ...]
+    covariance: tuple[tuple[float, ...], ...]
+
+    def predict(
+        self, num_workers: int, global_batch_size: float, samples: Estimate | float
+    ) -> Estimate:
+        """Seconds until the target on `num_workers`, with an 80 % interval, where `samples` are
+        needed at that batch: exactly, or with an interval of their own. Always `fitted`."""
+        needed = (
+            Estimate(value=samples, low=samples, high=samples, source="measured")
+            if isinstance(samples, float | int)
+            else samples
+        )
+        x = np.asarray(self.log_parameters)
+        sets = x + _NUDGE * np.vstack([np.zeros(len(x)), np.eye(len(x))])
+        asked = _Shape.of([num_workers], [global_batch_size], [needed.value], self._held)
+        times = _times(sets.T[..., None], asked)[:, 0]
+        value = float(times[0])
+        slope = np.log(times[1:] / value) / _NUDGE
+        own = float(slope @ np.asarray(self.covariance) @ slope)
+        largest = max(run.num_workers for run in self.runs)
+        doublings = math.log2(max(1.0, num_workers / largest))
+        own += _SCATTER**2 + _DOUBT**2 * doublings
+        width = Z80 * math.sqrt(own)
+        # What the samples' error does to the part of the time that is steps.
+        steps = 1.0 - min(1.0, math.exp(x[3]) / value)
+        down = steps * math.log(needed.value / needed.low)
+        up = steps * math.log(needed.high / needed.value)
+        return Estimate(
+            value=value,
+            low=value * math.exp(-math.hypot(width, down)),
+            high=value * math.exp(math.hypot(width, up)),
+            source="fitted",
+        )
+
+    @property
+    def _held(self) -> float:
+        return _held(self.runs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Per run: samples a worker holds and the doublings, over `b_1`; and the number of steps."""
+
+    local: _Vector
+    doublings: _Vector
+    num_steps: _Vector
+
+    @staticmethod
+    def of(
+        workers: Sequence[float], batch: Sequence[float], samples: Sequence[float], held: float
+    ) -> "_Shape":
+        n, size = np.array(workers, dtype=float), np.array(batch, dtype=float)
+        return _Shape(size / n / held, np.log2(n), np.array(samples, dtype=float) / size)
+
+
+def _times(x_log: Any, shape: _Shape) -> Any:
+    """Seconds per run; for every parameter set too, where `x_log` is (parameters, sets, 1)."""
+    per_worker, fixed, growth, start = np.exp(x_log)
+    step = per_worker * (shape.local + fixed + growth * shape.doublings)
+    return start + shape.num_steps * step
+
+
+def _held(runs: Sequence[TimedRun]) -> float:
+    smallest = min(runs, key=lambda run: run.num_workers)
+    return smallest.global_batch_size / smallest.num_workers
+
+
+def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
+    """The model that explains the runs, from one on: then the priors say how it scales.
+
+    Raises `ValueError` for no run, and for numbers that are not positive and finite."""
+    _check(runs)
+    shape = _Shape.of(
+        [run.num_workers for run in runs],
+        [run.global_batch_size for run in runs],
+        [run.samples for run in runs],
+        _held(runs),
+    )
+    observed = np.log([run.time_s for run in runs])
+    first = min(range(len(runs)), key=lambda index: runs[index].num_workers)
+    prior = _PRIOR.copy()
+    prior[0] = observed[first] - math.log(shape.num_steps[first])
+    # The start can hardly be more than the shortest run.
+    prior[3] = min(prior[3], float(np.min(observed)) - math.log(10.0))
+
+    def residuals(sets: _Vector) -> _Vector:
+        raw = (np.log(_times(sets.T[..., None], shape)) - observed) / _SCATTER
+        return np.concatenate([raw, (sets - prior) / _WIDTH], axis=1)
+
+    def at(x_log: _Vector) -> _Vector:
+        return residuals(x_log[None])[0]
+
+    def slope(x_log: _Vector) -> _Vector:
+        found = residuals(x_log + _NUDGE * np.vstack([np.zeros(4), np.eye(4)]))
+        return (found[1:] - found[0]).T / _NUDGE
+
+    found = _optimize.least_squares(at, prior, jac=slope, x_scale=_WIDTH, max_nfev=60)
+    jacobian: _Vector = found.jac
+    covariance = np.linalg.pinv(jacobian.T @ jacobian)
+    return TrainingTimeModel(
+        runs=tuple(runs),
+        log_parameters=tuple(float(value) for value in found.x),
+        covariance=tuple(tuple(float(v) for v in row) for row in covariance),
+    )
+
+
+def _check(runs: Sequence[TimedRun]) -> None:
+    if not runs:
+        raise ValueError(
+            "a training time was asked for with 0 finished runs: it needs at least 1. Run the "
+            "task once, on any number of workers."
+        )
+    for run in runs:
+        numbers = (run.num_workers, run.global_batch_size, run.samples, run.time_s)
+        if not all(math.isfinite(number) and number > 0 for number in numbers):
+            raise ValueError(
+                f"the run {run} cannot be fitted: workers, batch, samples and seconds must be "
+                "positive and finite. Correct it, or leave it out."
+            )

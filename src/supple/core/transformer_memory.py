@@ -1,0 +1,88 @@
+"""Peak bytes on one accelerator that trains a transformer under a layout, before anybody ran it.
+
+    states       (2 + 4 + 12) bytes a parameter: bf16 weights, fp32 gradients, fp32 weights and two
+                 Adam moments; over tp and pp, and over dp_shard where the data ranks shard them
+    activations  per layer and micro-batch of `tok` tokens  tok h (10 + 24/t + 5 a s / (h t))
+                 or, recomputed, its input  2 tok h  and one layer whole
+    in flight    the first of p stages holds min(p, m) micro-batches (1F1B)
+    head         logits and their gradient in fp32, on the last stage:  8 tok V / t
+    overhead     what the runtime and its communicators take, and fragmentation
+
+Activations: Korthikanti et al. 2022, equation 2 (tensor parallel, no sequence parallel) and section
+5 (recomputation). States: Rajbhandari et al. 2020 (ZeRO), section 3, with fp32 gradients, which is
+the larger of what frameworks do: this errs on the safe side.
+"""
+
+from dataclasses import dataclass
+
+from supple.core.layouts import LayoutRun, Transformer
+from supple.core.types import Estimate
+
+_WEIGHTS, _GRADIENTS, _OPTIMIZER = 2.0, 4.0, 12.0
+_RUNTIME_BYTES = 2.5 * 2**30
+"""Context, libraries' workspaces and communicators: 1 to 2.5 GiB are seen."""
+_FRAGMENTATION = 0.08
+"""Of the rest: 3 to 8 % in the literature."""
+_SURE = 0.85
+"""The low end: buffers that a framework frees early, gradients in 16 bits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryParts:
+    """Bytes on the fullest accelerator."""
+
+    states: float
+    activations: float
+    head: float
+    overhead: float
+
+    @property
+    def total(self) -> float:
+        return self.states + self.activations + self.head + self.overhead
+
+
+def num_parameters(model: Transformer) -> int:
+    """Of the layers (four h^2 of attention, eight of the feed-forward part, norms and biases) and
+    of the embedding, which the head shares."""
+    h = model.hidden_size
+    return model.num_layers * (12 * h * h + 13 * h) + (model.vocab_size + model.seq_length) * h
+
+
+def memory_parts(run: LayoutRun) -> MemoryParts:
+    """Where the bytes go. Raises `ValueError` for a model of measured layers, whose activations
+    are not known from its sizes."""
+    model = run.model
+    if not isinstance(model, Transformer):
+        raise ValueError(
+            "the memory of measured layers was asked for: only a transformer's is known from its "
+            "sizes. Measure the peak instead."
+        )
+    tp, pp, shard = run.layout.tp, run.layout.pp, run.layout.dp_shard
+    layers = -(-model.num_layers // pp)
+    h, tok = model.hidden_size, run.micro_batch_size * model.seq_length
+    embedding = model.vocab_size * h
+    parameters = (layers * 12 * h * h + embedding) / tp
+    states = parameters * (_WEIGHTS + _GRADIENTS + _OPTIMIZER) / shard
+    if shard > 1:
+        # One layer at a time is gathered whole, and its gradients before they are scattered.
+        states += 12 * h * h / tp * (_WEIGHTS + _GRADIENTS)
+    whole = tok * h * (10 + 24 / tp + 5 * model.num_heads * model.seq_length / (h * tp))
+    in_flight = min(pp, run.num_micro_batches)
+    if run.recompute:
+        activations = in_flight * layers * 2.0 * tok * h + whole
+    else:
+        activations = in_flight * layers * whole
+    head = 8.0 * tok * model.vocab_size / tp
+    own = states + activations + head
+    return MemoryParts(
+        states=states,
+        activations=activations,
+        head=head,
+        overhead=_RUNTIME_BYTES + _FRAGMENTATION * own,
+    )
+
+
+def peak_memory(run: LayoutRun) -> Estimate:
+    """Bytes; `value` and `high` are the safe ones, `assumed` since nothing was run."""
+    total = memory_parts(run).total
+    return Estimate(value=total, low=total * _SURE, high=total, source="assumed")

@@ -1,0 +1,1 @@
+"""A model behind a protocol: its loading, its requests, its surface. No Ray."""

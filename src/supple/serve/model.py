@@ -1,0 +1,322 @@
+"""The user's model: found, loaded, and every answer of it checked before it is sent.
+
+A model is a class with `load()` and `predict(batch)`. `batch` is one array, or a dict of arrays
+by input name if the class names several inputs; rows are the first dim. It is handed torch tensors
+if `predict` is annotated with `torch.Tensor`, numpy arrays otherwise. What it may say of itself:
+
+    inputs = {"pixels": "float32[64]"}    # one row: dtype and shape, -1 for any length
+    outputs = {"digit": "int64[]"}        # checked if given
+    max_batch = 32                        # rows of one call, default 64
+    allow_nan = True                      # NaN and infinity are answers, not faults
+    retry_safe = False                    # a request may not be sent again if its replica died
+"""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from supple.core.spec import SpecError
+from supple.serve.protocol import DATATYPES, DTYPES, Array, refuse
+
+_MODULE = "supple_user_model"
+_DEFAULT_MAX_BATCH = 64
+_SPEC = re.compile(r"([a-z]+[0-9]*)\[([-0-9, ]*)\]")
+
+
+@final
+class ModelFault(Exception):
+    """What the user's code did wrong, said for the person who wrote it. Answered with 500."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One row of an input or output: without the batch dim; -1 is any length."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def datatype(self) -> str:
+        """The protocol's name of `dtype`."""
+        return DATATYPES[self.dtype]
+
+    def admits(self, array: Array) -> bool:
+        """Whether rows of `array` are of this type and shape."""
+        row = array.shape[1:]
+        return (
+            array.dtype == self.dtype
+            and len(row) == len(self.shape)
+            and all(want in (-1, have) for want, have in zip(self.shape, row, strict=True))
+        )
+
+    def __str__(self) -> str:
+        return f"{self.datatype}[n, {', '.join(map(str, self.shape))}]".replace(", ]", "]")
+
+
+def check_target(target: str) -> tuple[str, str]:
+    """`"app.py:Model"` as (path, class), read without running it. Raises `SpecError`."""
+    path, colon, class_name = target.rpartition(":")
+    if not colon or not class_name.isidentifier():
+        raise SpecError(f"{target} names no class. Give FILE:CLASS, as in app.py:Model.")
+    if not Path(path).is_file():
+        raise SpecError(f"the file {path} does not exist. Give FILE:CLASS, as in app.py:Model.")
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"), filename=path)
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        where = f"line {line}: " if line else ""
+        raise SpecError(f"{path} is not valid Python: {where}{error}.") from None
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    imported = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    if class_name in imported:
+        return path, class_name
+    if class_name not in classes:
+        near = difflib.get_close_matches(class_name, classes, n=1) or list(classes)[:1]
+        hint = f" Did you mean {path}:{near[0]}?" if near else ""
+        raise SpecError(f"{path} has no class {class_name}.{hint}")
+    node = classes[class_name]
+    methods = {m.name for m in node.body if isinstance(m, ast.FunctionDef | ast.AsyncFunctionDef)}
+    if not node.bases and "predict" not in methods:
+        raise SpecError(f"{class_name} in {path} has no predict(self, batch), which answers.")
+    return path, class_name
+
+
+def load_model(target: str, *, name: str | None = None) -> "ServedModel":
+    """The model of `target`, imported and loaded: its `load()` has returned.
+
+    Raises `SpecError` for what a check without running would refuse, and `ModelFault`, with the
+    user's own traceback, for what the code does when it is run.
+    """
+    path, class_name = check_target(target)
+    folder = str(Path(path).resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    found = importlib.util.spec_from_file_location(_MODULE, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[_MODULE] = module
+    try:
+        found.loader.exec_module(module)
+        user: Any = getattr(module, class_name)()
+    except Exception as error:
+        raise ModelFault(f"{target} could not be made:\n{user_traceback(error)}") from None
+    return ServedModel(user, name=name or Path(path).stem)
+
+
+@final
+class ServedModel:
+    """A loaded model behind checks. Not thread-safe: one `predict` at a time."""
+
+    def __init__(self, user: Any, *, name: str) -> None:
+        """Read what `user` says of itself and call its `load()`, if it has one."""
+        self.name = name
+        self.user = user
+        what = type(user).__name__
+        self.inputs = tuple(_specs(user, "inputs", what))
+        self.outputs = tuple(_specs(user, "outputs", what))
+        self.max_batch = int(getattr(user, "max_batch", _DEFAULT_MAX_BATCH))
+        self.retry_safe = bool(getattr(user, "retry_safe", True))
+        self._allow_nan = bool(getattr(user, "allow_nan", False))
+        self._predict: Callable[[Any], Any] = _method(user, "predict", what)
+        self._by_name = {spec.name: spec for spec in self.inputs}
+        self._as_torch = _wants_torch(self._predict)
+        if self.max_batch < 1:
+            raise SpecError(f"max_batch of {what} is {self.max_batch}; it must be at least 1.")
+        load = getattr(user, "load", None)
+        if load is not None:
+            try:
+                load()
+            except Exception as error:
+                raise ModelFault(f"load() of {what} raised:\n{user_traceback(error)}") from None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the model has `stream(batch)`, which yields parts of one answer."""
+        return callable(getattr(self.user, "stream", None))
+
+    def check(self, inputs: Mapping[str, Array]) -> int:
+        """The rows of a request; `Refused` (400) for one the model does not take."""
+        if self.inputs:
+            if inputs.keys() != self._by_name.keys():
+                refuse(
+                    f"the model takes {', '.join(self._by_name)}; the request has "
+                    f"{', '.join(inputs)}"[:400]
+                )
+            for name, array in inputs.items():
+                spec = self._by_name[name]
+                if not spec.admits(array):
+                    have = f"{DATATYPES[array.dtype.newbyteorder('=')]}{list(array.shape)}"
+                    refuse(f"input {name!r} is {have}; the model takes {spec}")
+        rows = {array.shape[0] for array in inputs.values()}
+        if len(rows) != 1:
+            refuse(f"the inputs differ in rows, their first dim: {sorted(rows)}")
+        (count,) = rows
+        if not 1 <= count <= self.max_batch:
+            refuse(f"{count} rows in one request; the model takes 1 to {self.max_batch}")
+        return count
+
+    def predict(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The model's answer to a checked batch, itself checked: as many rows as went in, types
+        the protocol has, finite numbers. Raises `ModelFault`."""
+        rows = next(iter(inputs.values())).shape[0]
+        try:
+            answer = self._predict(self._handed(inputs))
+        except Exception as error:
+            raise ModelFault(
+                f"predict() raised on a batch of {rows}:\n{user_traceback(error)}"
+            ) from None
+        return self._checked(answer, rows)
+
+    def stream(self, inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+        """The parts of an answer to one request, checked like `predict`'s but for their rows."""
+        try:
+            for part in self.user.stream(self._handed(inputs)):
+                yield self._checked(part, None)
+        except ModelFault:
+            raise
+        except Exception as error:
+            raise ModelFault(f"stream() raised:\n{user_traceback(error)}") from None
+
+    def example(self, rows: int = 1, length: int = 1) -> dict[str, Array]:
+        """Zeros of `rows` rows in the shape of the declared inputs, `length` where any fits;
+        empty if the model declares none."""
+        return {
+            spec.name: np.zeros(
+                (rows, *(length if d == -1 else d for d in spec.shape)), dtype=spec.dtype
+            )
+            for spec in self.inputs
+            if spec.dtype.kind != "O"
+        }
+
+    def _handed(self, inputs: Mapping[str, Array]) -> Any:
+        handed: dict[str, Any] = dict(inputs)
+        if self._as_torch:
+            import torch
+
+            handed = {
+                # A request's array may look into its body, which torch must not write to.
+                name: torch.from_numpy(array if array.flags.writeable else array.copy())
+                for name, array in inputs.items()
+            }
+        return next(iter(handed.values())) if len(handed) == 1 else handed
+
+    def _checked(self, answer: Any, rows: int | None) -> dict[str, Array]:
+        named: Mapping[str, Any]
+        if isinstance(answer, Mapping):
+            named = answer
+        else:
+            single = [str(spec.name) for spec in self.outputs]
+            named = {single[0] if len(single) == 1 else "output": answer}
+        checked = {str(name): self._array(str(name), value, rows) for name, value in named.items()}
+        if self.outputs and checked.keys() != {spec.name for spec in self.outputs}:
+            raise ModelFault(
+                f"predict() returned {', '.join(checked) or 'nothing'}; the class declares "
+                f"{', '.join(spec.name for spec in self.outputs)}"
+            )
+        for spec in self.outputs if rows is not None else ():
+            array = checked[spec.name]
+            if not spec.admits(array):
+                raise ModelFault(
+                    f"output {spec.name!r} is {array.dtype}{list(array.shape)}; the class "
+                    f"declares {spec}"
+                )
+        return checked
+
+    def _array(self, name: str, value: Any, rows: int | None) -> Array:
+        if type(value).__module__ == "torch":
+            value = value.detach().cpu().numpy()
+        array = np.asarray(value)
+        if array.dtype.kind in "US":
+            flat = [item.encode() if isinstance(item, str) else item for item in array.ravel()]
+            array = np.array(flat, dtype=object).reshape(array.shape)
+        if array.dtype not in DATATYPES:
+            raise ModelFault(
+                f"output {name!r} is {array.dtype}, which the protocol cannot carry; return one "
+                f"of {', '.join(map(str, DATATYPES))}"
+            )
+        if rows is not None and array.shape[:1] != (rows,):
+            raise ModelFault(
+                f"output {name!r} has shape {list(array.shape)} for a batch of {rows}: its first "
+                "dim must be the rows of the batch"
+            )
+        if array.dtype.kind == "f" and not self._allow_nan and not np.isfinite(array).all():
+            bad = int(array.size - np.isfinite(array).sum())
+            raise ModelFault(
+                f"output {name!r} has {bad} of {array.size} values that are NaN or infinite. Set "
+                "allow_nan = True in the class if that is an answer."
+            )
+        return array
+
+
+def user_traceback(error: BaseException) -> str:
+    """The traceback without the frames of this package: the user's own lines."""
+    package = str(Path(__file__).resolve().parent.parent)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not str(Path(frame.filename).resolve()).startswith(package)
+        and not frame.filename.startswith("<frozen importlib")
+    ]
+    return "".join(
+        [*traceback.format_list(frames), *traceback.format_exception_only(error)]
+    ).rstrip()
+
+
+def parse_tensor(text: str, *, what: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """`"float32[3, -1]"` as (dtype, shape); `"bytes[]"` is a string. Raises `SpecError`."""
+    match = _SPEC.fullmatch(text.strip())
+    lengths = [part.strip() for part in match[2].split(",")] if match and match[2].strip() else []
+    try:
+        assert match is not None
+        dtype = np.dtype(object) if match[1] == "bytes" else np.dtype(match[1])
+        shape = tuple(int(length) for length in lengths)
+        if dtype not in DATATYPES or any(length == 0 or length < -1 for length in shape):
+            raise ValueError(text)
+    except (AssertionError, TypeError, ValueError):
+        names = ", ".join("bytes" if d.kind == "O" else str(d) for d in DTYPES.values())
+        raise SpecError(
+            f"{what} is {text!r}. Write a dtype and the shape of one row, as float32[64] or "
+            f"float32[3, -1], -1 for any length; dtypes are {names}."
+        ) from None
+    return dtype, shape
+
+
+def _specs(user: Any, which: str, what: str) -> Iterator[TensorSpec]:
+    declared = getattr(user, which, None) or {}
+    if not isinstance(declared, Mapping):
+        raise SpecError(f'{which} of {what} must be a dict: {which} = {{"x": "float32[64]"}}.')
+    for name, text in declared.items():
+        dtype, shape = parse_tensor(str(text), what=f"{which}[{name!r}] of {what}")
+        yield TensorSpec(name=str(name), dtype=dtype, shape=shape)
+
+
+def _method(user: Any, name: str, what: str) -> Callable[[Any], Any]:
+    method = getattr(user, name, None)
+    if not callable(method) or inspect.iscoroutinefunction(method):
+        raise SpecError(
+            f"{what} needs a method {name}(self, batch), a plain one: it runs in a thread of its "
+            "own, so it may block."
+        )
+    return method
+
+
+def _wants_torch(predict: Callable[[Any], Any]) -> bool:
+    parameters = list(inspect.signature(predict).parameters.values())
+    return bool(parameters) and "torch" in str(parameters[0].annotation).lower()

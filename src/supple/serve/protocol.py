@@ -1,0 +1,375 @@
+"""The Open Inference Protocol v2 over HTTP: bytes to named numpy arrays, and back.
+
+JSON bodies and the binary tensor extension. A body that is not exactly what the protocol and the
+limits allow is a `Refused` with a status and a sentence, whatever it holds: nothing else leaves
+this file. Arrays keep the batch as their first dim.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NoReturn, final
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype(np.uint8),
+    "UINT16": np.dtype(np.uint16),
+    "UINT32": np.dtype(np.uint32),
+    "UINT64": np.dtype(np.uint64),
+    "INT8": np.dtype(np.int8),
+    "INT16": np.dtype(np.int16),
+    "INT32": np.dtype(np.int32),
+    "INT64": np.dtype(np.int64),
+    "FP16": np.dtype(np.float16),
+    "FP32": np.dtype(np.float32),
+    "FP64": np.dtype(np.float64),
+    "BYTES": np.dtype(object),
+}
+"""The protocol's names of element types; BYTES is an object array of `bytes`."""
+
+DATATYPES: Final[Mapping[np.dtype[Any], str]] = {dtype: name for name, dtype in DTYPES.items()}
+
+_CASTABLE: Final[Mapping[str, str]] = {"b": "b", "u": "biu", "i": "biu", "f": "biuf"}
+"""Kind of a tensor's type to the kinds its JSON numbers may have. Bool counts as 0 and 1."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestLimits:
+    """What a request may ask for; each is checked before memory is taken for it."""
+
+    max_body_bytes: int = 16 * 1024 * 1024
+    max_tensors: int = 64
+    max_dims: int = 16
+    max_elements: int = 8 * 1024 * 1024
+    """Per tensor."""
+
+
+@final
+class Refused(Exception):
+    """A request that is answered with an error: `status` is HTTP's, the text says why."""
+
+    def __init__(self, message: str, status: int = 400, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedOutput:
+    """An output a request names; `binary` asks for raw bytes behind the JSON."""
+
+    name: str
+    binary: bool = False
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferRequest:
+    """One request. `inputs` is never empty; `outputs` empty means all of them."""
+
+    inputs: Mapping[str, Array]
+    request_id: str = ""
+    outputs: tuple[WantedOutput, ...] = ()
+    binary_output: bool = False
+    """Of the outputs that were not named one by one."""
+    parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def decode_request(
+    body: bytes, *, json_bytes: int | None = None, limits: RequestLimits
+) -> InferRequest:
+    """The request in `body`. `json_bytes` is `Inference-Header-Content-Length`: how much of the
+    body is JSON, the rest being raw tensors in the order of the inputs; None: all of it.
+
+    Raises `Refused`, and nothing else, for every body that is not a request within `limits`.
+    """
+    if json_bytes is not None and not 0 < json_bytes <= len(body):
+        refuse(
+            f"Inference-Header-Content-Length is {json_bytes}, and the body has {len(body)} bytes"
+        )
+    document = _parse_json(body if json_bytes is None else body[:json_bytes])
+    raw = memoryview(b"" if json_bytes is None else body)[json_bytes or 0 :]
+    tensors = document.get("inputs")
+    if not isinstance(tensors, list) or not tensors:
+        refuse('the body has no "inputs", a list of at least one tensor')
+    if len(tensors) > limits.max_tensors:
+        refuse(f"{len(tensors)} inputs; at most {limits.max_tensors} are taken")
+    inputs: dict[str, Array] = {}
+    for tensor in tensors:
+        name, array, raw = _decode_tensor(tensor, raw, limits)
+        if name in inputs:
+            refuse(f"input {name!r} is given twice")
+        inputs[name] = array
+    if len(raw):
+        refuse(f"{len(raw)} bytes follow the last tensor; the binary_data_size of no input owns it")
+    request_id = document.get("id", "")
+    if not isinstance(request_id, str) or len(request_id) > 1024:
+        refuse('"id" is a string of at most 1024 characters')
+    parameters = _parameters(document, "the request")
+    return InferRequest(
+        inputs=inputs,
+        request_id=request_id,
+        outputs=_wanted(document.get("outputs"), limits),
+        binary_output=parameters.get("binary_data_output") is True,
+        parameters=parameters,
+    )
+
+
+def refuse(message: str, status: int = 400) -> NoReturn:
+    """Raise `Refused`."""
+    raise Refused(message, status)
+
+
+def _parse_json(text: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        refuse("the JSON is nested too deeply")
+    except ValueError as error:
+        refuse(f"the body is not JSON: {str(error)[:200]}")
+    if not isinstance(document, dict):
+        refuse("the body is JSON, but not an object with inputs")
+    return document
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number; send such values as binary data")
+
+
+def _parameters(owner: dict[str, Any], what: str) -> dict[str, Any]:
+    found = owner.get("parameters")
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        refuse(f'"parameters" of {what} is not an object')
+    return found
+
+
+def _decode_tensor(
+    tensor: object, raw: memoryview, limits: RequestLimits
+) -> tuple[str, Array, memoryview]:
+    if not isinstance(tensor, dict):
+        refuse("an input is not an object with name, shape, datatype and data")
+    name = tensor.get("name")
+    if not isinstance(name, str) or not 0 < len(name) <= 256:
+        refuse('an input has no "name" of 1 to 256 characters')
+    shape = checked_shape(name, tensor.get("shape"), limits)
+    dtype = checked_dtype(name, tensor.get("datatype"))
+    size = _parameters(tensor, f"input {name!r}").get("binary_data_size")
+    if size is None:
+        if "data" not in tensor:
+            refuse(f'input {name!r} has neither "data" nor parameters.binary_data_size')
+        return name, _from_json(name, tensor["data"], dtype, shape), raw
+    if "data" in tensor:
+        refuse(f"input {name!r} has both data and binary_data_size; send one")
+    if type(size) is not int or not 0 <= size <= len(raw):
+        refuse(f"input {name!r}: binary_data_size is {size!r}, {len(raw)} bytes are left")
+    return name, from_bytes(name, raw[:size], tensor["datatype"], shape), raw[size:]
+
+
+def checked_shape(name: str, shape: object, limits: RequestLimits) -> tuple[int, ...]:
+    """`shape` as a tuple, or `Refused`: whole numbers from 0, within the limits."""
+    if not isinstance(shape, list | tuple) or not 0 < len(shape) <= limits.max_dims:
+        refuse(f'input {name!r}: "shape" is a list of 1 to {limits.max_dims} whole numbers')
+    for length in shape:
+        if type(length) is not int or not 0 <= length <= limits.max_elements:
+            refuse(f"input {name!r}: a shape holds whole numbers from 0 to {limits.max_elements}")
+    count = math.prod(shape)
+    if count > limits.max_elements:
+        refuse(
+            f"input {name!r}: shape {list(shape)} is {count} elements; at most "
+            f"{limits.max_elements} are taken",
+            413,
+        )
+    return tuple(shape)
+
+
+def checked_dtype(name: str, datatype: object) -> np.dtype[Any]:
+    """The numpy type of a protocol `datatype`, or `Refused`. BF16 becomes float32."""
+    if datatype == "BF16":
+        return DTYPES["FP32"]
+    if not isinstance(datatype, str) or datatype not in DTYPES:
+        refuse(
+            f"input {name!r}: datatype {str(datatype)[:40]!r} is none of {', '.join(DTYPES)}, BF16"
+        )
+    return DTYPES[datatype]
+
+
+def _from_json(name: str, data: object, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    if not isinstance(data, list):
+        refuse(f'input {name!r}: "data" is a list')
+    if dtype.kind == "O":
+        return _strings(name, data, shape)
+    try:
+        array = np.asarray(data)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        refuse(f"input {name!r}: data is ragged, or not numbers")
+    count = math.prod(shape)
+    if array.size != count:
+        refuse(f"input {name!r}: shape {list(shape)} needs {count} elements, data has {array.size}")
+    if dtype.name == "uint64" and array.dtype.kind in "fO":
+        # numpy reads whole numbers beyond int64, beside smaller ones, as floats.
+        whole = np.asarray(data, dtype=object)
+        if all(type(value) is int and 0 <= value < 2**64 for value in whole.ravel()):
+            array = whole.astype(np.uint64)
+    if array.size and not _fits(array, dtype):
+        refuse(f"input {name!r}: data does not fit in {DATATYPES[dtype]}")
+    with np.errstate(over="ignore"):
+        array = array.astype(dtype)
+    if dtype.kind == "f" and not np.isfinite(array).all():
+        refuse(f"input {name!r}: data is beyond the range of {DATATYPES[dtype]}")
+    return array.reshape(shape)
+
+
+def _fits(array: Array, dtype: np.dtype[Any]) -> bool:
+    if array.dtype.kind not in _CASTABLE[dtype.kind]:
+        return False
+    if dtype.kind in "iu" and array.dtype.kind != "b":
+        info = np.iinfo(dtype)
+        return int(array.min()) >= info.min and int(array.max()) <= info.max
+    return True
+
+
+def _strings(name: str, data: list[Any], shape: tuple[int, ...]) -> Array:
+    flat: list[bytes] = []
+    stack: list[Any] = [iter(data)]
+    while stack:
+        for item in stack[-1]:
+            if isinstance(item, list):
+                stack.append(iter(item))
+                break
+            if not isinstance(item, str):
+                refuse(f"input {name!r}: BYTES data holds strings")
+            flat.append(item.encode("utf-8", "surrogatepass"))
+        else:
+            stack.pop()
+    return _objects(name, flat, shape)
+
+
+def _objects(name: str, items: Sequence[bytes], shape: tuple[int, ...]) -> Array:
+    count = math.prod(shape)
+    if len(items) != count:
+        refuse(f"input {name!r}: shape {list(shape)} needs {count} elements, data has {len(items)}")
+    array = np.empty(count, dtype=object)
+    array[:] = items
+    return array.reshape(shape)
+
+
+def from_bytes(name: str, raw: memoryview | bytes, datatype: str, shape: tuple[int, ...]) -> Array:
+    """The tensor in `raw`: little-endian elements, or for BYTES each with its length before it as
+    a little-endian uint32. The array may share memory with `raw`. Raises `Refused`."""
+    if datatype == "BYTES":
+        return _objects(name, _split_strings(name, bytes(raw)), shape)
+    width = 2 if datatype == "BF16" else DTYPES[datatype].itemsize
+    count = math.prod(shape)
+    if len(raw) != count * width:
+        refuse(
+            f"input {name!r}: shape {list(shape)} of {datatype} is {count * width} bytes, "
+            f"{len(raw)} came"
+        )
+    if datatype == "BF16":
+        halves = np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16
+        return halves.view(np.float32).reshape(shape)
+    if datatype == "BOOL":
+        return (np.frombuffer(raw, dtype=np.uint8) != 0).reshape(shape)
+    little = DTYPES[datatype].newbyteorder("<")
+    return np.frombuffer(raw, dtype=little).reshape(shape)
+
+
+def _split_strings(name: str, raw: bytes) -> list[bytes]:
+    found: list[bytes] = []
+    at = 0
+    while at < len(raw):
+        if at + 4 > len(raw):
+            refuse(f"input {name!r}: BYTES data ends inside a length")
+        (length,) = struct.unpack_from("<I", raw, at)
+        at += 4
+        if length > len(raw) - at:
+            refuse(f"input {name!r}: BYTES data ends inside an element of {length} bytes")
+        found.append(raw[at : at + length])
+        at += length
+    return found
+
+
+def _wanted(outputs: object, limits: RequestLimits) -> tuple[WantedOutput, ...]:
+    if outputs is None:
+        return ()
+    if not isinstance(outputs, list) or len(outputs) > limits.max_tensors:
+        refuse(f'"outputs" is a list of at most {limits.max_tensors}')
+    found: list[WantedOutput] = []
+    for output in outputs:
+        name = output.get("name") if isinstance(output, dict) else None
+        if not isinstance(name, str):
+            refuse('an output has no "name"')
+        parameters = _parameters(output, f"output {name[:40]!r}")
+        found.append(WantedOutput(name=name, binary=parameters.get("binary_data") is True))
+    return tuple(found)
+
+
+def chosen(request: InferRequest, outputs: Mapping[str, Array]) -> list[tuple[WantedOutput, Array]]:
+    """The outputs the request asked for, in its order; `Refused` for one the model lacks."""
+    if not request.outputs:
+        return [
+            (WantedOutput(name=name, binary=request.binary_output), array)
+            for name, array in outputs.items()
+        ]
+    found: list[tuple[WantedOutput, Array]] = []
+    for wanted in request.outputs:
+        if wanted.name not in outputs:
+            refuse(f"no output {wanted.name[:40]!r}; the model has {', '.join(outputs)}")
+        found.append((wanted, outputs[wanted.name]))
+    return found
+
+
+def encode_response(
+    request: InferRequest, outputs: Mapping[str, Array], *, model: str, version: str
+) -> tuple[bytes, int | None]:
+    """The body of the answer, and how much of it is JSON (None: all of it, no binary output)."""
+    tensors: list[dict[str, Any]] = []
+    tail: list[bytes] = []
+    for wanted, array in chosen(request, outputs):
+        described: dict[str, Any] = {
+            "name": wanted.name,
+            "datatype": datatype_of(array),
+            "shape": list(array.shape),
+        }
+        if wanted.binary:
+            raw = to_bytes(array)
+            described["parameters"] = {"binary_data_size": len(raw)}
+            tail.append(raw)
+        elif array.dtype.kind == "O":
+            described["data"] = [item.decode("utf-8", "replace") for item in array.ravel()]
+        else:
+            described["data"] = array.ravel().tolist()
+        tensors.append(described)
+    document: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": tensors}
+    if request.request_id:
+        document["id"] = request.request_id
+    try:
+        head = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError:
+        refuse("an output is not finite, which JSON cannot say: ask for binary_data", 500)
+    return (head, None) if not tail else (b"".join([head, *tail]), len(head))
+
+
+def datatype_of(array: Array) -> str:
+    """The protocol's name of an output's type; `Refused` (500) if it has none."""
+    name = DATATYPES.get(array.dtype.newbyteorder("="))
+    if name is None:
+        refuse(f"the model returned {array.dtype}, which the protocol cannot carry", 500)
+    return name
+
+
+def to_bytes(array: Array) -> bytes:
+    """The raw form of a tensor: what `from_bytes` reads."""
+    if array.dtype.kind == "O":
+        return b"".join(struct.pack("<I", len(item)) + item for item in array.ravel())
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes()

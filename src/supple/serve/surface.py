@@ -1,0 +1,307 @@
+"""The HTTP surface of one replica: an ASGI application of the Open Inference Protocol v2.
+
+The path of an inference is short on purpose: one look at the path, one at the token, decode,
+batch, encode. Everything else is a table. Every answer but a tensor's is JSON; every error is
+`{"error": "..."}` with the status that fits.
+"""
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, final
+
+from supple.serve.executor import Outputs
+from supple.serve.meters import Meters
+from supple.serve.model import ModelFault, ServedModel, TensorSpec
+from supple.serve.pages import openapi, page
+from supple.serve.protocol import (
+    Array,
+    InferRequest,
+    Refused,
+    RequestLimits,
+    decode_request,
+    encode_response,
+    refuse,
+)
+
+Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+EXTENSIONS: Final = ("binary_tensor_data", "generate_stream")
+_HEAD_LENGTH: Final = b"inference-header-content-length"
+_JSON: Final[tuple[bytes, bytes]] = (b"content-type", b"application/json")
+_OPEN: Final = ("/v2/health/live", "/v2/health/ready")
+"""Answered without a token: those who ask have none."""
+
+
+class Answers(Protocol):
+    """What the surface needs of whatever runs the model for many requests at once."""
+
+    @property
+    def stuck(self) -> str | None:
+        """Why no request can be answered here any more."""
+        ...
+
+    async def submit(self, inputs: Mapping[str, Array], rows: int) -> Outputs:
+        """The outputs for one checked request; raises `ModelFault` or `Refused`."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurfaceSettings:
+    """How a service may be used. `tokens` empty: by whoever reaches it."""
+
+    version: str = "1"
+    tokens: tuple[str, ...] = ()
+    limits: RequestLimits = field(default_factory=RequestLimits)
+
+
+@final
+class Surface:
+    """`surface(scope, receive, send)`: one model's HTTP interface."""
+
+    def __init__(
+        self, model: ServedModel, answers: Answers, meters: Meters, settings: SurfaceSettings
+    ) -> None:
+        self._model = model
+        self._answers = answers
+        self._meters = meters
+        self._settings = settings
+        self._tokens = [f"Bearer {token}".encode() for token in settings.tokens]
+        names = (f"/v2/models/{model.name}", f"/v2/models/{model.name}/versions/{settings.version}")
+        self._infer_paths = frozenset(f"{name}/infer" for name in names)
+        self._stream_paths = frozenset(f"{name}/generate_stream" for name in names)
+        self._gets: dict[str, Callable[[], tuple[int, bytes, bytes]]] = {
+            "/v2/health/live": lambda: _json({"live": True}),
+            "/v2/health/ready": self._ready,
+            "/v2": lambda: _json(self.server_metadata()),
+            "/metrics": lambda: (200, meters.text(), b"text/plain; version=0.0.4"),
+            "/openapi.json": lambda: _json(openapi(model, settings.version)),
+            "/docs": lambda: (200, page(model, settings.version), b"text/html; charset=utf-8"),
+            **{name: lambda: _json(self.model_metadata()) for name in names},
+            **{f"{name}/ready": self._ready for name in names},
+        }
+
+    def server_metadata(self) -> dict[str, Any]:
+        """What `GET v2` tells."""
+        return {"name": "supple", "version": self._settings.version, "extensions": [*EXTENSIONS]}
+
+    def model_metadata(self) -> dict[str, Any]:
+        """What `GET v2/models/NAME` tells; a model that declares nothing has empty lists."""
+        return {
+            "name": self._model.name,
+            "versions": [self._settings.version],
+            "platform": "supple",
+            "inputs": [_described(spec) for spec in self._model.inputs],
+            "outputs": [_described(spec) for spec in self._model.outputs],
+        }
+
+    def check_name(self, name: str, version: str = "") -> None:
+        """Raise `Refused` (404) unless this is the model asked for."""
+        if name != self._model.name or version not in ("", self._settings.version):
+            asked = f"{name[:80]!r}" + (f" version {version[:80]!r}" if version else "")
+            refuse(
+                f"no model {asked}; {self._model.name!r} version {self._settings.version} is "
+                "served here",
+                404,
+            )
+
+    def authorized(self, authorization: bytes) -> bool:
+        """Whether the value of an Authorization header opens this service."""
+        return not self._tokens or any(
+            hmac.compare_digest(authorization, token) for token in self._tokens
+        )
+
+    async def infer(self, request: InferRequest) -> Outputs:
+        """The checked outputs of one request, in a batch with others."""
+        rows = self._model.check(request.inputs)
+        for wanted in request.outputs:
+            if self._model.outputs and wanted.name not in {s.name for s in self._model.outputs}:
+                refuse(f"the model has no output {wanted.name[:80]!r}")
+        return await self._answers.submit(request.inputs, rows)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        began_s = time.perf_counter()
+        path: str = scope["path"]
+        headers = dict(scope["headers"])
+        status = 500
+        try:
+            if not self.authorized(headers.get(b"authorization", b"")) and path not in _OPEN:
+                raise Refused("the Authorization header has no bearer token that is known", 401)
+            if path in self._infer_paths:
+                status = await self._infer(scope, headers, receive, send)
+            elif path in self._stream_paths:
+                status = await self._stream(scope, headers, receive, send)
+            else:
+                status = await self._get(scope["method"], path, send)
+        except Refused as error:
+            status = error.status
+            await _refusal(send, error)
+        except ModelFault as error:
+            status = 500
+            await _refusal(send, Refused(str(error), 500))
+        finally:
+            if path in self._infer_paths:
+                self._meters.answered(status, time.perf_counter() - began_s)
+
+    async def _infer(
+        self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
+    ) -> int:
+        body = await self._body(scope, headers, receive)
+        request = decode_request(
+            body, json_bytes=_head_length(headers), limits=self._settings.limits
+        )
+        outputs = await self.infer(request)
+        content, json_bytes = encode_response(
+            request, outputs, model=self._model.name, version=self._settings.version
+        )
+        extra: list[tuple[bytes, bytes]] = [_JSON]
+        if json_bytes is not None:
+            extra = [
+                (b"content-type", b"application/octet-stream"),
+                (_HEAD_LENGTH, str(json_bytes).encode()),
+            ]
+        await _send(send, 200, content, extra)
+        return 200
+
+    async def _stream(
+        self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
+    ) -> int:
+        if not self._model.streams:
+            refuse(f"the model {self._model.name!r} has no stream(self, batch)", 501)
+        body = await self._body(scope, headers, receive)
+        request = decode_request(
+            body, json_bytes=_head_length(headers), limits=self._settings.limits
+        )
+        self._model.check(request.inputs)
+        parts = stream_parts(self._model, request.inputs)
+        started = False
+        try:
+            async for outputs in parts:
+                content, _ = encode_response(
+                    request, outputs, model=self._model.name, version=self._settings.version
+                )
+                if not started:
+                    await send(_start(200, [(b"content-type", b"text/event-stream")]))
+                    started = True
+                event = b"data: " + content + b"\n\n"
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        except (ModelFault, Refused) as error:
+            if not started:
+                raise
+            event = b"data: " + json.dumps({"error": str(error)}).encode() + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        if not started:
+            await send(_start(200, [(b"content-type", b"text/event-stream")]))
+        await send({"type": "http.response.body", "body": b""})
+        return 200
+
+    async def _get(self, method: str, path: str, send: Send) -> int:
+        found = self._gets.get(path.rstrip("/") if path != "/" else path)
+        if found is None:
+            parts = path.split("/")
+            if path.startswith("/v2/models/") and len(parts) > 3:
+                versioned = len(parts) > 5 and parts[4] == "versions"
+                self.check_name(parts[3], parts[5] if versioned else "")
+            refuse(f"nothing is at {path[:200]}; GET /docs lists what is", 404)
+        if method not in ("GET", "HEAD"):
+            refuse(f"{path} is read with GET, not {method}", 405)
+        status, content, kind = found()
+        await _send(send, status, content, [(b"content-type", kind)])
+        return status
+
+    def _ready(self) -> tuple[int, bytes, bytes]:
+        if self._answers.stuck is not None:
+            return _json({"error": self._answers.stuck}, 503)
+        return _json({"ready": True, "name": self._model.name})
+
+    async def _body(self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
+        if scope["method"] != "POST":
+            refuse(f"{scope['path']} takes POST, not {scope['method']}", 405)
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            refuse("compressed bodies are not taken; send it plain", 415)
+        most = self._settings.limits.max_body_bytes
+        told = headers.get(b"content-length", b"0")
+        if told.isdigit() and int(told) > most:
+            refuse(f"the body has {int(told)} bytes; at most {most} are taken", 413)
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise asyncio.CancelledError
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > most:
+                refuse(f"the body has more than {most} bytes, the most that are taken", 413)
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def stream_parts(model: ServedModel, inputs: Mapping[str, Array]) -> AsyncIterator[Outputs]:
+    """The parts of a streamed answer, each computed in a thread while the loop goes on."""
+    parts = model.stream(inputs)
+    try:
+        while (part := await asyncio.to_thread(next, parts, None)) is not None:
+            yield part
+    finally:
+        close = getattr(parts, "close", None)
+        if close is not None:
+            await asyncio.to_thread(close)
+
+
+def _described(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": [-1, *spec.shape]}
+
+
+def _head_length(headers: Mapping[bytes, bytes]) -> int | None:
+    told = headers.get(_HEAD_LENGTH)
+    if told is None:
+        return None
+    if not told.isdigit() or len(told) > 12:
+        refuse("Inference-Header-Content-Length is not a whole number")
+    return int(told)
+
+
+def _json(document: Any, status: int = 200) -> tuple[int, bytes, bytes]:
+    return status, json.dumps(document).encode(), b"application/json"
+
+
+def _start(status: int, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+async def _send(
+    send: Send, status: int, content: bytes, headers: list[tuple[bytes, bytes]]
+) -> None:
+    length = (b"content-length", str(len(content)).encode())
+    await send(_start(status, [*headers, length]))
+    await send({"type": "http.response.body", "body": content})
+
+
+async def _refusal(send: Send, error: Refused) -> None:
+    headers: list[tuple[bytes, bytes]] = [_JSON]
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await _send(send, error.status, json.dumps({"error": str(error)}).encode(), headers)
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return

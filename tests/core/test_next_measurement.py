@@ -1,0 +1,74 @@
+"""What to measure before betting on a plan."""
+
+import math
+import re
+
+import pytest
+
+from supple.core.interconnects import lookup
+from supple.core.next_measurement import what_to_measure_first
+from supple.core.planner import PlanTable, plan
+from supple.core.spec import Limits, Objective
+from supple.core.throughput import StepTimeModel, fit
+from tests.core.test_planner import job, table
+from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
+
+
+def model(*counts: int, per_node: int = 8) -> StepTimeModel:
+    return fit(
+        [*ALONE, *(measured(count, 32) for count in counts)],
+        gradient_bytes=GRADIENT_BYTES,
+        link=lookup("ethernet-25"),
+        local_link=lookup("pcie4"),
+        workers_per_node=per_node,
+    )
+
+
+def advice(*counts: int, largest: int = 64, **changes: object) -> tuple[PlanTable, str]:
+    made = job(step_time=model(*counts), measured_workers=(1, *counts), **changes)
+    limits = Limits(min_workers=largest, max_workers=largest)
+    found = table(plan(made, limits, Objective()))
+    return found, what_to_measure_first(found, made, limits)
+
+
+def test_a_count_beyond_the_node_asks_for_a_smaller_one_and_gives_both_widths() -> None:
+    _, sentence = advice(2)
+    count, now, then = map(
+        int, re.findall(r"Measure (\d+) workers.* from ±(\d+)% to ±(\d+)%", sentence)[0]
+    )
+    assert 2 < count <= 16
+    assert then <= 0.7 * now
+
+
+def test_a_count_on_several_nodes_comes_with_the_number_of_nodes() -> None:
+    _, sentence = advice(2, 4, 8, largest=128)
+    assert re.match(r"Measure (16 workers on 2|24 workers on 3) nodes first", sentence)
+
+
+def test_what_is_known_well_needs_no_measurement() -> None:
+    _, sentence = advice(2, 4, 8, largest=8)
+    assert sentence == ""
+
+
+def test_without_another_measurement_it_is_the_width_of_the_prediction() -> None:
+    made = model(2)
+    predicted = made.predict(32, 8)
+    assert made.half_width(32, 8) == pytest.approx(predicted.high / predicted.value - 1.0)
+
+
+@pytest.mark.parametrize("count", [4, 8, 16, 24])
+def test_the_promised_width_is_about_what_the_measurement_then_brings(count: int) -> None:
+    before = model(2)
+    promised = before.half_width(64, 8, also=[(count, 32, 1)])
+    after = model(2, count)
+    assert promised < before.half_width(64, 8)
+    assert math.log(1 + after.half_width(64, 8)) == pytest.approx(math.log(1 + promised), rel=0.5)
+
+
+def test_every_further_measurement_narrows_or_changes_nothing() -> None:
+    made = model(2)
+    widths = [
+        made.half_width(64, 8, also=[(count, 32, 1) for count in (4, 8, 16)[:known]])
+        for known in range(4)
+    ]
+    assert widths == sorted(widths, reverse=True)

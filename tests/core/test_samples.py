@@ -1,0 +1,184 @@
+"""Samples to target at another batch size."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from supple.core.samples import Run, SamplesModel, fit_samples
+
+
+def curve(batch: float) -> float:
+    return 1e6 * (1.0 + batch / 2000.0)
+
+
+def runs(*sizes: float) -> list[Run]:
+    return [Run(batch_size=size, samples=curve(size)) for size in sizes]
+
+
+def width(model: SamplesModel, batch: float) -> float:
+    found = model.predict(batch)
+    return math.log(found.high / found.low)
+
+
+def test_the_plain_law_is_found_again_between_and_beyond_the_runs() -> None:
+    model = fit_samples(runs(128, 512, 2048, 8192))
+    assert model.predict(1024).value == pytest.approx(curve(1024), rel=0.03)
+    beyond = model.predict(16384)
+    assert beyond.low < curve(16384) < beyond.high
+    assert beyond.value == pytest.approx(curve(16384), rel=0.15)
+
+
+def test_more_runs_narrow_the_interval_and_distance_widens_it() -> None:
+    few, many = fit_samples(runs(512, 2048)), fit_samples(runs(128, 256, 512, 1024, 2048, 4096))
+    assert width(many, 1400) < width(few, 1400)
+    assert width(many, 1400) < width(many, 65536)
+
+
+def test_a_stated_learning_rate_tells_a_tuned_batch_from_one_left_behind() -> None:
+    """MLPerf training v4.0, reference convergence points of llama2_70b_lora: the rate was kept
+    from batch 8 to 32 and raised for 128, which took 11,290 samples."""
+    seen = [
+        Run(batch_size=8, samples=3187, lr=0.0004),
+        Run(batch_size=16, samples=4051, lr=0.0004),
+        Run(batch_size=32, samples=6029, lr=0.0004),
+    ]
+    model = fit_samples(seen)
+    raised, kept = model.predict(128, 0.001), model.predict(128, 0.0004)
+    assert raised.value == pytest.approx(11290, rel=0.15)
+    assert kept.value > 1.2 * raised.value
+
+
+def test_the_bend_of_bert_is_followed() -> None:
+    """MLPerf training, newest reference convergence points of bert: flat to 4,608, then steep."""
+    points = {
+        1536: 2777588,
+        3072: 2768215,
+        4608: 2794752,
+        6912: 3596122,
+        8704: 4278144,
+        16384: 5504307,
+    }
+    seen = [Run(batch_size=size, samples=samples) for size, samples in points.items()]
+    found = fit_samples(seen).predict(12288)
+    assert found.low < 4470336 < found.high
+    assert found.source == "fitted"
+
+
+def test_a_run_that_stopped_short_says_that_the_target_is_further() -> None:
+    seen = runs(256, 512, 1024)
+    stopped = Run(batch_size=8192, samples=2e7, reached=False)
+    without, known = fit_samples(seen), fit_samples([*seen, stopped])
+    assert without.predict(8192).value < 2e7 < known.predict(8192).high
+    assert known.predict(8192).value > 1.5 * without.predict(8192).value
+    assert known.predict(512).value == pytest.approx(curve(512), rel=0.1)
+
+
+def test_a_run_that_stopped_before_anyone_expected_it_to_end_says_nothing() -> None:
+    seen = runs(256, 512, 1024)
+    stopped = Run(batch_size=8192, samples=1e4, reached=False)
+    assert fit_samples([*seen, stopped]).predict(8192) == fit_samples(seen).predict(8192)
+
+
+def test_most_runs_of_a_batch_decide_whether_it_reaches_the_target() -> None:
+    seen = runs(256, 512, 1024)
+    once = Run(batch_size=1024, samples=5e6, reached=False)
+    same = fit_samples(seen).predict(2048)
+    assert fit_samples([*seen, *runs(1024), once]).predict(2048).value == pytest.approx(
+        same.value, rel=0.05
+    )
+    assert fit_samples([*seen, once, once]).predict(2048).value > same.value
+
+
+def test_what_evaluations_round_up_is_given_back() -> None:
+    """Epochs counted whole: three epochs means between two and three."""
+    counted = [
+        Run(batch_size=size, samples=math.ceil(exact), evaluated_every=1.0)
+        for size, exact in [(32, 2.1), (64, 2.3), (128, 2.7), (256, 3.5), (512, 5.1), (1024, 8.3)]
+    ]
+    found = fit_samples(counted).predict(2048)
+    assert found.low <= 15.0 <= found.high
+    few = fit_samples([Run(batch_size=b, samples=1, evaluated_every=1.0) for b in (8, 16)])
+    assert few.predict(32).low >= 0.5
+
+
+def test_two_short_probes_tell_the_efficiency_but_not_the_samples() -> None:
+    probes = [Run(batch_size=64, samples=1000.0), Run(batch_size=256, samples=1500.0)]
+    model = fit_samples([], probes)
+    assert model.efficiency(64, 256).value == pytest.approx(2 / 3, rel=0.15)
+    assert "short probes" in model.why
+    with pytest.raises(ValueError, match="Add one run that did"):
+        model.predict(128)
+
+
+def test_a_run_of_the_task_gives_probes_their_level() -> None:
+    probes = [Run(batch_size=64, samples=1000.0), Run(batch_size=256, samples=1500.0)]
+    model = fit_samples(runs(64), probes)
+    assert model.predict(256).value == pytest.approx(1.5 * curve(64), rel=0.15)
+
+
+def test_the_noise_scale_is_trusted_least_and_runs_overrule_it() -> None:
+    alone = fit_samples(runs(256), noise_scale=2000.0)
+    assert (alone.predict(1024).source, alone.efficiency(256, 256).value) == ("assumed", 1.0)
+    assert "rough guide" in alone.why
+    found = fit_samples(runs(256, 1024, 4096, 16384), noise_scale=200.0)
+    assert found.source == "fitted"
+    assert found.predict(8192).value == pytest.approx(curve(8192), rel=0.1)
+    assert width(alone, 8192) > 3 * width(found, 8192)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.floats(1e-3, 1e6), st.floats(1e-2, 1e4))
+def test_units_do_not_matter(samples_unit: float, batch_unit: float) -> None:
+    seen = runs(100, 400, 1600)
+    scaled = [
+        Run(batch_size=run.batch_size * batch_unit, samples=run.samples * samples_unit)
+        for run in seen
+    ]
+    plain = fit_samples(seen).predict(800)
+    other = fit_samples(scaled).predict(800 * batch_unit)
+    assert other.value == pytest.approx(plain.value * samples_unit, rel=1e-6)
+    assert other.high == pytest.approx(plain.high * samples_unit, rel=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.floats(1, 1e6), st.floats(1, 1e9)), min_size=2, max_size=8))
+def test_contradictory_runs_give_a_finite_answer(history: list[tuple[float, float]]) -> None:
+    seen = [Run(batch_size=batch, samples=samples) for batch, samples in history]
+    if len({run.batch_size for run in seen}) < 2:
+        return
+    found = fit_samples(seen).predict(1000.0)
+    assert 0.0 < found.low <= found.value <= found.high < math.inf
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Run(batch_size=0, samples=10),
+        Run(batch_size=8, samples=math.nan),
+        Run(batch_size=8, samples=-1.0),
+        Run(batch_size=8, samples=10, lr=0.0),
+        Run(batch_size=8, samples=10, relative_error=2.0),
+        Run(batch_size=8, samples=10, evaluated_every=11),
+    ],
+)
+def test_a_run_without_meaning_is_refused_with_its_numbers(bad: Run) -> None:
+    with pytest.raises(ValueError, match=r"cannot be used.*leave it out"):
+        fit_samples([*runs(16, 32), bad])
+
+
+def test_one_batch_size_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing there compares two sizes"):
+        fit_samples(runs(128, 128))
+
+
+def test_runs_that_never_reached_the_target_are_refused() -> None:
+    stopped = [Run(batch_size=size, samples=1e6, reached=False) for size in (16, 32)]
+    with pytest.raises(ValueError, match="nothing tells how far it is"):
+        fit_samples(stopped)
+
+
+def test_a_noise_scale_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="noise_scale=nan"):
+        fit_samples(runs(16, 32), noise_scale=math.nan)

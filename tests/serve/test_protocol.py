@@ -1,0 +1,225 @@
+"""The protocol's bodies: what is right comes back as it was, what is wrong is refused, always."""
+
+import contextlib
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from supple.serve import protocol_grpc as oip
+from supple.serve.protocol import (
+    DATATYPES,
+    Array,
+    InferRequest,
+    Refused,
+    RequestLimits,
+    decode_request,
+    encode_response,
+    to_bytes,
+)
+
+LIMITS = RequestLimits(max_body_bytes=100_000, max_elements=10_000)
+NUMERIC = [d for d in DATATYPES if d.kind != "O"]
+
+arrays = st.sampled_from(NUMERIC).flatmap(
+    lambda dtype: hnp.arrays(
+        dtype,
+        hnp.array_shapes(max_dims=4, max_side=5),
+        elements={"allow_nan": False, "allow_infinity": False} if dtype.kind == "f" else None,
+    )
+)
+texts = hnp.arrays(object, hnp.array_shapes(max_dims=2), elements=st.binary(max_size=8))
+named = st.dictionaries(st.text(min_size=1, max_size=8), arrays | texts, min_size=1, max_size=3)
+
+
+def body_of(*inputs: dict[str, Any], **extra: Any) -> bytes:
+    return json.dumps({"inputs": list(inputs), **extra}).encode()
+
+
+def x(**changes: Any) -> dict[str, Any]:
+    return {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1.0, 2.0]} | changes
+
+
+def decoded(body: bytes, json_bytes: int | None = None) -> InferRequest:
+    return decode_request(body, json_bytes=json_bytes, limits=LIMITS)
+
+
+def same(left: Array, right: Array) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and bool((left == right).all())
+
+
+@given(named)
+def test_what_is_sent_as_binary_comes_back_as_it_was(inputs: dict[str, Array]) -> None:
+    tensors, raws = [], []
+    for name, array in inputs.items():
+        raws.append(to_bytes(array))
+        tensors.append(
+            {
+                "name": name,
+                "shape": list(array.shape),
+                "datatype": DATATYPES[array.dtype],
+                "parameters": {"binary_data_size": len(raws[-1])},
+            }
+        )
+    head = body_of(*tensors)
+    request = decoded(head + b"".join(raws), len(head))
+    assert request.inputs.keys() == inputs.keys()
+    assert all(same(request.inputs[name], array) for name, array in inputs.items())
+
+
+@given(named)
+def test_an_answer_in_json_holds_the_numbers_that_were_computed(outputs: dict[str, Array]) -> None:
+    outputs = {name: a for name, a in outputs.items() if a.dtype.kind != "O"}
+    body, json_bytes = encode_response(InferRequest(inputs={}), outputs, model="m", version="1")
+    assert json_bytes is None
+    request = (
+        decoded(json.dumps({"inputs": json.loads(body)["outputs"]}).encode()) if outputs else None
+    )
+    for name, array in outputs.items():
+        assert request is not None and same(request.inputs[name], array)
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=200), st.none() | st.integers(-5, 300))
+def test_any_bytes_are_a_request_or_refused(body: bytes, json_bytes: int | None) -> None:
+    with pytest.raises(Refused):
+        decoded(body, json_bytes)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+tensors = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.just("x") | anything,
+        "shape": st.lists(st.integers(-1, 4), max_size=3) | anything,
+        "datatype": st.sampled_from([*DATATYPES.values(), "BF16"]) | anything,
+        "data": st.lists(st.integers(-3, 300) | st.floats() | st.text(max_size=3), max_size=6)
+        | anything,
+        "parameters": st.dictionaries(st.just("binary_data_size"), st.integers(-1, 9) | anything)
+        | anything,
+    },
+)
+
+
+@settings(max_examples=500)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "inputs": st.lists(tensors, max_size=3) | anything,
+            "outputs": anything,
+            "id": anything,
+            "parameters": anything,
+        },
+    ),
+    st.binary(max_size=16),
+)
+def test_any_json_is_a_request_or_refused(document: Any, tail: bytes) -> None:
+    head = json.dumps(document).encode()
+    for json_bytes in (None, len(head)):
+        with contextlib.suppress(Refused):
+            request = decoded(head + tail, json_bytes)
+            assert all(isinstance(array, np.ndarray) for array in request.inputs.values())
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(oip.METHODS), st.binary(max_size=100))
+def test_any_grpc_bytes_are_a_request_or_refused(method: str, wire: bytes) -> None:
+    with contextlib.suppress(Refused):
+        asked = oip.parse(method, wire)
+        if method == "ModelInfer":
+            oip.decode_infer(asked, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"[]", "not an object"),
+        (b"[" * 100_000, "nested too deeply"),
+        (body_of(), "at least one tensor"),
+        (body_of(x(), x()), "given twice"),
+        (body_of(x(shape=[2, 2])), "needs 4 elements, data has 2"),
+        (body_of(x(shape=[-1, 2])), "whole numbers from 0"),
+        (body_of(x(shape=[True, 2])), "whole numbers from 0"),
+        (body_of(x(shape=[10_000, 10_000])), "at most 10000 are taken"),
+        (body_of(x(shape=[1] * 17)), "list of 1 to 16"),
+        (body_of(x(datatype="FLOAT")), "none of BOOL, UINT8"),
+        (body_of(x(data=["1", "2"])), "does not fit in FP32"),
+        (body_of(x(data=[[1.0], [2.0, 3.0]])), "ragged"),
+        (body_of(x(data=[1.0, 1e300])), "beyond the range of FP32"),
+        (body_of(x(datatype="UINT8", data=[1, 256])), "does not fit in UINT8"),
+        (body_of(x(datatype="INT64", data=[1.5, 2.0])), "does not fit in INT64"),
+        (body_of(x(datatype="BYTES", data=[1, 2])), "holds strings"),
+        (body_of({"name": "x", "shape": [1], "datatype": "FP32"}), "neither"),
+        (body_of(x(parameters={"binary_data_size": 8})), "send one"),
+        (body_of(x(), id=3), '"id" is a string'),
+        (body_of(x(), outputs=[{}]), 'no "name"'),
+        (b'{"inputs": [{"name":"x","shape":[1],"datatype":"FP32","data":[NaN]}]}', "NaN"),
+    ],
+)
+def test_a_wrong_body_is_told_what_is_wrong(body: bytes, told: str) -> None:
+    with pytest.raises(Refused) as refusal:
+        decoded(body)
+    assert told in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "tail", "told"),
+    [
+        (8, b"1234567", "7 bytes are left"),
+        (4, b"1234", "is 8 bytes, 4 came"),
+        (8, b"123456789", "1 bytes follow the last tensor"),
+        (-1, b"", "binary_data_size is -1"),
+        (8.0, b"12345678", "binary_data_size is 8.0"),
+    ],
+)
+def test_a_wrong_binary_tail_is_told_what_is_wrong(size: Any, tail: bytes, told: str) -> None:
+    tensor = x(parameters={"binary_data_size": size})
+    del tensor["data"]
+    head = body_of(tensor)
+    with pytest.raises(Refused) as refusal:
+        decoded(head + tail, len(head))
+    assert told in str(refusal.value)
+
+
+def test_bfloat16_arrives_as_float32() -> None:
+    tensor = {
+        "name": "x",
+        "shape": [2],
+        "datatype": "BF16",
+        "parameters": {"binary_data_size": 4},
+    }
+    head = body_of(tensor)
+    array = decoded(head + b"\x80\x3f\x00\xc0", len(head)).inputs["x"]
+    assert array.dtype == np.float32 and array.tolist() == [1.0, -2.0]
+
+
+def test_outputs_come_as_they_were_asked_for() -> None:
+    request = decoded(
+        body_of(x(), id="7", outputs=[{"name": "b", "parameters": {"binary_data": True}}])
+    )
+    outputs = {"a": np.ones(1), "b": np.asarray([3], dtype=np.int16)}
+    body, json_bytes = encode_response(request, outputs, model="m", version="1")
+    assert json_bytes is not None and body[json_bytes:] == b"\x03\x00"
+    answer = json.loads(body[:json_bytes])
+    assert answer["id"] == "7" and [o["name"] for o in answer["outputs"]] == ["b"]
+    with pytest.raises(Refused, match="the model has a"):
+        encode_response(request, {"a": np.ones(1)}, model="m", version="1")
+
+
+def test_an_infinite_output_is_refused_in_json_and_sent_as_binary() -> None:
+    outputs = {"y": np.asarray([np.inf])}
+    with pytest.raises(Refused, match="ask for binary_data"):
+        encode_response(InferRequest(inputs={}), outputs, model="m", version="1")
+    binary = InferRequest(inputs={}, binary_output=True)
+    assert encode_response(binary, outputs, model="m", version="1")[1] is not None

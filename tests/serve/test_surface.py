@@ -1,0 +1,276 @@
+"""The HTTP surface, called as a server would call it, and the executor behind it."""
+
+import asyncio
+import json
+import threading
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from supple.serve.executor import Executor
+from supple.serve.meters import Meters, merge
+from supple.serve.model import ModelFault, ServedModel
+from supple.serve.protocol import Refused, RequestLimits
+from supple.serve.surface import Surface, SurfaceSettings
+
+
+class Doubles:
+    inputs = {"x": "float32[2]"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def predict(self, batch: Any) -> Any:
+        self.entered.set()
+        self.gate.wait()
+        self.batches.append(len(batch))
+        if (batch < 0).any():
+            raise ValueError("negative")
+        return batch * 2
+
+    def stream(self, batch: Any) -> Any:
+        yield batch
+        raise OSError("lost")
+
+
+def asked(*values: float, **changes: Any) -> dict[str, Any]:
+    tensor = {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": list(values)}
+    return {"inputs": [tensor | changes]}
+
+
+class Service:
+    """A surface with a client of it, and all of its parts at hand."""
+
+    def __init__(self, timeout_s: float = 30.0, max_waiting: int = 100, **settings: Any) -> None:
+        self.user = Doubles()
+        self.model = ServedModel(self.user, name="m")
+        self.meters = Meters(model="m", replica="r")
+        self.executor = Executor(
+            self.model, timeout_s=timeout_s, max_waiting=max_waiting, on_batch=self.meters.batch
+        )
+        surface = Surface(self.model, self.executor, self.meters, SurfaceSettings(**settings))
+        transport = httpx.ASGITransport(app=surface)  # type: ignore[arg-type]
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://m")
+
+    async def __aenter__(self) -> "Service":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.user.gate.set()
+        self.executor.close()
+        await self.client.aclose()
+
+    async def infer(self, *values: float, **kwargs: Any) -> httpx.Response:
+        return await self.client.post("/v2/models/m/infer", json=asked(*values), **kwargs)
+
+    async def entered(self) -> None:
+        await asyncio.to_thread(self.user.entered.wait)
+
+
+def test_an_inference_is_answered() -> None:
+    async def go() -> None:
+        async with Service() as service:
+            response = await service.infer(1, 2)
+            assert response.status_code == 200
+            assert response.json()["outputs"][0]["data"] == [2.0, 4.0]
+            assert 'status="200"} 1' in (await service.client.get("/metrics")).text
+
+    asyncio.run(go())
+
+
+def test_requests_that_come_while_the_model_works_become_one_batch() -> None:
+    async def go() -> None:
+        async with Service() as service:
+            service.user.gate.clear()
+            first = asyncio.ensure_future(service.infer(0, 0))
+            await service.entered()
+            others = [asyncio.ensure_future(service.infer(i, i)) for i in range(1, 6)]
+            while service.executor.num_waiting < 5:
+                await asyncio.sleep(0)
+            service.user.gate.set()
+            answers = [r.json()["outputs"][0]["data"] for r in await asyncio.gather(first, *others)]
+            assert answers == [[2.0 * i, 2.0 * i] for i in range(6)]
+            assert service.user.batches == [1, 5]
+
+    asyncio.run(go())
+
+
+def test_a_bad_request_in_a_batch_does_not_fail_its_neighbours() -> None:
+    async def go() -> None:
+        async with Service() as service:
+            service.user.gate.clear()
+            first = asyncio.ensure_future(service.infer(0, 0))
+            await service.entered()
+            others = [asyncio.ensure_future(service.infer(i, i)) for i in (1, -1, 2)]
+            while service.executor.num_waiting < 3:
+                await asyncio.sleep(0)
+            service.user.gate.set()
+            statuses = [r.status_code for r in await asyncio.gather(first, *others)]
+            assert statuses == [200, 200, 500, 200]
+            assert "ValueError: negative" in (await others[1]).json()["error"]
+
+    asyncio.run(go())
+
+
+def test_a_request_whose_client_left_is_not_computed() -> None:
+    async def go() -> None:
+        async with Service() as service:
+            service.user.gate.clear()
+            first = asyncio.ensure_future(service.infer(0, 0))
+            await service.entered()
+            gone = asyncio.ensure_future(service.infer(1, 1))
+            while service.executor.num_waiting < 1:
+                await asyncio.sleep(0)
+            gone.cancel()
+            service.user.gate.set()
+            await first
+            assert (await service.infer(2, 2)).status_code == 200
+            assert service.user.batches == [1, 1]
+
+    asyncio.run(go())
+
+
+def test_a_predict_that_hangs_is_answered_and_the_replica_says_so() -> None:
+    async def go() -> None:
+        async with Service(timeout_s=0.01) as service:
+            service.user.gate.clear()
+            hung = await service.infer(1, 1)
+            assert hung.status_code == 503
+            assert "predict() has not returned for 0.01 s on a batch of 1" in hung.json()["error"]
+            assert (await service.client.get("/v2/health/ready")).status_code == 503
+            assert (await service.client.get("/v2/health/live")).status_code == 200
+            assert (await service.infer(1, 1)).headers["retry-after"] == "1"
+
+    asyncio.run(go())
+
+
+def test_more_waiting_requests_than_allowed_are_refused_at_once() -> None:
+    async def go() -> None:
+        async with Service(max_waiting=1) as service:
+            service.user.gate.clear()
+            first = asyncio.ensure_future(service.infer(0, 0))
+            await service.entered()
+            second = asyncio.ensure_future(service.infer(0, 0))
+            while service.executor.num_waiting < 1:
+                await asyncio.sleep(0)
+            refused = await service.infer(0, 0)
+            assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+            service.user.gate.set()
+            await asyncio.gather(first, second)
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v2", 200),
+        ("GET", "/v2/", 200),
+        ("GET", "/v2/health/live", 200),
+        ("GET", "/v2/models/m", 200),
+        ("GET", "/v2/models/m/versions/1", 200),
+        ("GET", "/v2/models/m/versions/1/ready", 200),
+        ("GET", "/v2/models/m/versions/2/ready", 404),
+        ("GET", "/v2/models/other", 404),
+        ("GET", "/nothing", 404),
+        ("GET", "/openapi.json", 200),
+        ("GET", "/docs", 200),
+        ("POST", "/v2", 405),
+        ("GET", "/v2/models/m/infer", 405),
+    ],
+)
+def test_every_path_has_its_answer(method: str, path: str, status: int) -> None:
+    async def go() -> None:
+        async with Service() as service:
+            response = await service.client.request(method, path)
+            assert response.status_code == status, response.text
+
+    asyncio.run(go())
+
+
+def test_a_body_over_the_limit_is_refused() -> None:
+    async def go() -> None:
+        async with Service(limits=RequestLimits(max_body_bytes=50)) as service:
+            assert (await service.infer(1, 2)).status_code == 413
+
+            async def chunks() -> Any:
+                for _ in range(10):
+                    yield b" " * 10
+
+            response = await service.client.post("/v2/models/m/infer", content=chunks())
+            assert response.status_code == 413
+
+    asyncio.run(go())
+
+
+def test_a_token_is_asked_for_everywhere_but_health() -> None:
+    async def go() -> None:
+        async with Service(tokens=("secret",)) as service:
+            assert (await service.infer(1, 2)).status_code == 401
+            wrong = {"Authorization": "Bearer other"}
+            assert (await service.infer(1, 2, headers=wrong)).status_code == 401
+            assert (await service.client.get("/metrics")).status_code == 401
+            assert (await service.client.get("/v2/health/ready")).status_code == 200
+            right = {"Authorization": "Bearer secret"}
+            assert (await service.infer(1, 2, headers=right)).status_code == 200
+
+    asyncio.run(go())
+
+
+def test_a_stream_that_breaks_ends_with_its_error() -> None:
+    async def go() -> None:
+        async with Service() as service:
+            url = "/v2/models/m/generate_stream"
+            text = (await service.client.post(url, json=asked(1, 2))).text
+            events = [json.loads(line[6:]) for line in text.splitlines() if line]
+            assert events[0]["outputs"][0]["data"] == [1.0, 2.0]
+            assert "OSError: lost" in events[1]["error"]
+
+    asyncio.run(go())
+
+
+def test_the_openapi_document_shows_a_request_that_is_taken() -> None:
+    async def go() -> None:
+        async with Service() as service:
+            document = (await service.client.get("/openapi.json")).json()
+            post = document["paths"]["/v2/models/m/infer"]["post"]
+            body = post["requestBody"]["content"]["application/json"]["example"]
+            response = await service.client.post("/v2/models/m/infer", json=body)
+            assert response.status_code == 200
+            for path, operations in document["paths"].items():
+                if "get" in operations:
+                    assert (await service.client.get(path)).status_code == 200, path
+
+    asyncio.run(go())
+
+
+def test_an_executor_raises_what_it_cannot_answer() -> None:
+    async def go() -> None:
+        async with Service() as service:
+            with pytest.raises(ModelFault):
+                await service.executor.submit({"x": np.full((1, 2), -1, np.float32)}, 1)
+            service.executor.stuck = "hung"
+            with pytest.raises(Refused, match="hung"):
+                await service.executor.submit({"x": np.ones((1, 2), np.float32)}, 1)
+
+    asyncio.run(go())
+
+
+def test_pages_of_several_replicas_merge_with_each_metric_in_one_place() -> None:
+    pages = []
+    for replica in ("a", "b"):
+        meters = Meters(model="m", replica=replica)
+        meters.answered(200, 0.004)
+        meters.batch(3, 0.002)
+        pages.append(meters.text())
+    lines = merge(pages).decode().splitlines()
+    assert lines.count("# TYPE supple_requests_total counter") == 1
+    counters = [i for i, line in enumerate(lines) if line.startswith("supple_requests_total{")]
+    assert counters[1] - counters[0] == 1
+    assert 'supple_batch_rows_bucket{model="m",replica="b",le="4"} 1' in lines
+    assert 'supple_batch_rows_bucket{model="m",replica="b",le="2"} 0' in lines

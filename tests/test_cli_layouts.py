@@ -1,0 +1,107 @@
+"""`supple layouts` as a person uses it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from supple.cli import app
+from supple.core.layouts import DEVICES
+
+SEVEN = "--hidden 4096 --layers 32 --heads 32 --samples 1M --batch-size 512"
+
+
+def supple(arguments: str) -> Result:
+    return CliRunner().invoke(app, ["layouts", *arguments.split()])
+
+
+def test_the_table_has_layouts_and_one_row_is_recommended() -> None:
+    result = supple(f"{SEVEN} --price 2.5")
+    assert result.exit_code == 0, result.output
+    for words in ("layout", "fsdp", "cost", "Recommended:", "the knee"):
+        assert words in result.stdout
+
+
+def test_json_has_the_same_as_data_and_a_picture_is_drawn(tmp_path: Path) -> None:
+    result = supple(f"{SEVEN} --json --plot {tmp_path / 'plan.png'}")
+    data = json.loads(result.stdout)
+    chosen = next(row for row in data["rows"] if row["num_workers"] == data["recommended"])
+    degrees = chosen["layout"]
+    assert (
+        degrees["tp"] * degrees["pp"] * degrees["dp_shard"] * degrees["dp_replicate"]
+        == (chosen["num_workers"])
+    )
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_iterations_that_ran_narrow_the_intervals(tmp_path: Path) -> None:
+    path = tmp_path / "ran.csv"
+    rows = ["tp,dp,pp,micro_batch_size,global_batch_size,iteration_time_s"]
+    for tp, dp, pp, seconds in ((8, 1, 1, 5.1), (4, 2, 1, 4.6), (4, 1, 2, 4.8), (2, 2, 2, 4.4)):
+        rows += [f"{tp},{dp},{pp},1,128,{seconds}", f"{tp},{dp},{pp},2,128,{seconds * 0.9}"]
+    path.write_text("\n".join(rows))
+
+    def width(arguments: str) -> float:
+        data = json.loads(supple(f"{SEVEN} --max-workers 8 --json {arguments}").stdout)
+        step = data["rows"][-1]["step_time_s"]
+        return step["high"] / step["low"]
+
+    assert width(f"--measured {path}") < 0.6 * width("")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (SEVEN.replace("--heads 32", "--heads 30"), "does not divide into --heads 30"),
+        (SEVEN.replace("--layers 32", "--layers 0"), "--layers is 0"),
+        (SEVEN.replace("1M", "many"), "--samples 'many'"),
+        (SEVEN.replace("1M", "nan"), "--samples 'nan'"),
+        (f"{SEVEN} --accelerator abacus", "Known: v100"),
+        (f"{SEVEN} --interconnect rope", "rope"),
+        (f"{SEVEN} --memory -3", "--memory is -3"),
+        (f"{SEVEN} --lr nan", "--lr is nan"),
+        (f"{SEVEN} --batch adaptive", "without --noise-scale"),
+        (f"{SEVEN} --deadline 2h --budget 5", "choose the one"),
+        (f"{SEVEN} --measured absent.csv", "absent.csv"),
+    ],
+)
+def test_it_refuses_with_one_message(arguments: str, words: str) -> None:
+    result = supple(arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("0,1,1,1,128,5.0", "line 2"),
+        ("8,1,1,3,128,5.0", "do not make 128"),
+        ("8,1,1,1,128,-5.0", "iteration_time_s is -5.0"),
+        ("8,1,1,1,128,fast", "line 2"),
+        ("8,1,1,1", "line 2"),
+    ],
+)
+def test_a_row_that_makes_no_sense_is_named_by_its_line(
+    tmp_path: Path, line: str, words: str
+) -> None:
+    path = tmp_path / "ran.csv"
+    path.write_text(f"tp,dp,pp,micro_batch_size,global_batch_size,iteration_time_s\n{line}\n")
+    result = supple(f"{SEVEN} --measured {path}")
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+def test_a_model_that_fits_nowhere_is_a_failure_with_the_numbers() -> None:
+    result = supple(f"{SEVEN} --memory 3 --max-workers 2")
+    assert result.exit_code == 1
+    assert "billion parameters" in result.stderr
+    assert "each has 3 GB" in result.stderr
+
+
+def test_the_help_names_every_accelerator_and_has_an_example() -> None:
+    told = " ".join(supple("--help").output.split())
+    assert "supple layouts --hidden" in told
+    assert all(name in told for name in DEVICES)
