@@ -5,10 +5,11 @@ it remembers are handed in, and the same inputs give the same decision.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import final
 
-from supple.core.latency import LatencyProfile, fewest_replicas
+from supple.core.forecast import BIN_S, Demand, Forecast, forecast
+from supple.core.latency import LatencyProfile, best_batch, fewest_replicas, slack_s
 from supple.core.serve_spec import Slo
 
 
@@ -61,11 +62,30 @@ class ScaleDecision:
 class ScalerState:
     """What `scale` remembers of one service between two calls. Start with `ScalerState()`."""
 
-    num_replicas: int | None = None
-    """Last decided; None before the first decision."""
-    since: float = 0.0
+    demand: Demand | None = None
+    """None before the first call."""
     num_arrived: int = 0
-    rates: tuple[tuple[float, int], ...] = field(default=())
+    busy_s: float = 0.0
+    """When there last was a request."""
+    num_replicas: int | None = None
+    """Last decided."""
+    fewer_since_s: float | None = None
+    """Since when fewer would have sufficed without a break."""
+    most_since: int = 0
+    """The most that were needed since then."""
+
+
+USED_MISSES = 0.1
+"""Part of the permitted misses that the past may have used up; the rest is for the unforeseen."""
+MEMORY_S, MEMORY_STARTS = 1200.0, 20.0
+"""Arrivals are remembered so long, and for so many cold starts."""
+HOLD_S, HOLD_STARTS = 60.0, 2.0
+"""Fewer replicas only after fewer have sufficed for so long, and for so many cold starts."""
+CLEARLY_FEWER, PATIENCE = 0.9, 4.0
+"""Fewer by less than a tenth wait so many times longer: every change costs something."""
+_STEADY = 1e-9
+REACTION_S = 2.0
+"""From a change of load to a decision: one bin and one call."""
 
 
 def scale(
@@ -73,28 +93,184 @@ def scale(
 ) -> tuple[ScaleDecision, ScalerState]:
     """What to have from now on, and what to remember. Call it about once a second; any interval
     works. `now` is in seconds on a clock that never goes back."""
-    seen = (*((at, n) for at, n in state.rates if at > now - 60.0), (now, service.num_arrived))
-    (first_at, first), (last_at, last) = seen[0], seen[-1]
-    rate = (last - first) / (last_at - first_at) if last_at > first_at else 0.0
-    count = fewest_replicas(
-        service.profile,
-        rate_per_s=rate,
-        dispersion=1.0,
-        max_batch_size=1,
-        within_s=service.slo.within_s,
-        share=service.slo.share,
-        most=service.max_replicas,
-    )
-    target = max(service.min_replicas, service.max_replicas if count is None else count)
-    if service.min_replicas == 0 and rate == 0.0 and not service.num_waiting:
-        target = 0
+    profile, slo = service.profile, service.slo
+    batch = best_batch(profile, within_s=slo.within_s, most=service.max_batch_size)
+    slack = slack_s(profile, batch_size=batch, within_s=slo.within_s)
+    horizon = profile.startup_s + REACTION_S
+    miss = USED_MISSES * (1.0 - slo.share)
+    demand, new = _observed(service, state, now, slack)
+    load, demand = forecast(demand, now=now, horizon_s=horizon, miss=miss)
+    need = _need(service, load, demand, batch)
+    current = state.num_replicas
+    if current is None:
+        current = service.num_ready + len(service.starting_for_s)
+    busy = new > 0 or service.num_waiting > 0 or service.num_running > 0 or state.demand is None
+    busy_s = now if busy else state.busy_s
+    target, limit = _limited(service, need.count, idle_for_s=now - busy_s)
+    fewer_since, most = None, 0
+    if limit != "idle" and target < current <= _ceiling(service):
+        fewer_since = now if state.fewer_since_s is None else state.fewer_since_s
+        most = max(target, state.most_since)
+        if _may_shrink(now - fewer_since, most, current, profile.startup_s, demand.seen_s):
+            target, fewer_since, most = most, None, 0
+        else:
+            target, limit = current, "hold"
     decision = ScaleDecision(
         service=service.name,
-        num_replicas=math.floor(target),
-        max_batch_size=1,
+        num_replicas=target,
+        max_batch_size=batch,
         batch_wait_s=0.0,
-        reason=f"{rate:.3g} requests/s need {target} replicas for {service.slo}",
-        rate_per_s=rate,
-        feasible=count is not None,
+        reason=_reason(service, load, need, current, target, limit),
+        rate_per_s=load.needed_per_s,
+        feasible=need.in_time and need.count <= _ceiling(service),
     )
-    return decision, ScalerState(num_replicas=target, since=now, num_arrived=last, rates=seen)
+    return decision, ScalerState(
+        demand=demand,
+        num_arrived=service.num_arrived,
+        busy_s=busy_s,
+        num_replicas=target,
+        fewer_since_s=fewer_since,
+        most_since=most,
+    )
+
+
+def _observed(
+    service: ServiceView, state: ScalerState, now: float, slack: float
+) -> tuple[Demand, int]:
+    """The demand up to now, and how many requests are new. A counter that fell began anew."""
+    if state.demand is None:
+        return Demand(begun_s=now, slack_s=slack), 0
+    new = service.num_arrived - state.num_arrived
+    new = new if new >= 0 else service.num_arrived
+    memory_s = max(MEMORY_S, MEMORY_STARTS * service.profile.startup_s)
+    return state.demand.with_slack(slack).advance(now, new, memory_s), new
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Need:
+    count: int
+    why: str
+    in_time: bool
+    """Can the model, alone on a replica, keep the promise at all?"""
+
+
+def _need(service: ServiceView, load: Forecast, demand: Demand, batch: int) -> _Need:
+    """Replicas for the forecast and for what will wait, without any limit."""
+    profile, slo = service.profile, service.slo
+    capacity = profile.capacity_per_s(batch)
+    for_load = math.ceil(load.needed_per_s / capacity - _STEADY)
+    # What happens within a bin, counts cannot show: the stationary queue sees to that.
+    inside = BIN_S / (BIN_S + demand.slack_s)
+    rate = load.expected_per_s + inside * max(0.0, load.needed_per_s - load.expected_per_s)
+    stationary = fewest_replicas(
+        profile,
+        rate_per_s=rate,
+        dispersion=1.0,
+        max_batch_size=batch,
+        within_s=slo.within_s,
+        share=slo.share,
+        most=max(2 * for_load, for_load + 16),
+    )
+    backlog = _backlog(service, demand, capacity, load.horizon_s)
+    for_backlog = 0
+    if backlog.requests > demand.slack_s * backlog.rate_per_s + 1.0:
+        drained = backlog.rate_per_s + backlog.requests / load.horizon_s
+        for_backlog = math.ceil(drained / capacity - _STEADY)
+    count = max(for_load, stationary or 0, for_backlog)
+    if for_backlog == count and for_backlog > for_load:
+        why = (
+            f"{backlog.requests:.0f} requests will wait in {load.horizon_s:.0f} s at "
+            f"{backlog.rate_per_s:.3g}/s, to be worked off in as long again"
+        )
+    else:
+        why = _load_in_words(load)
+    return _Need(count=count, why=why, in_time=stationary is not None)
+
+
+def _load_in_words(load: Forecast) -> str:
+    habits = load.habits
+    surprise = (
+        "no history of surprises yet"
+        if habits.surprise_per_s == math.inf
+        else f"surprises of {max(0.0, habits.surprise_per_s):.3g}"
+    )
+    return (
+        f"room for {load.needed_per_s:.3g} requests/s in {load.horizon_s:.0f} s (now "
+        f"{load.level_per_s:.3g}, then {load.expected_per_s:.3g} expected, {surprise}, "
+        f"{habits.remembered_per_s:.3g} lately needed, dispersion {habits.dispersion:.2g})"
+    )
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Backlog:
+    requests: float
+    rate_per_s: float
+
+
+def _backlog(
+    service: ServiceView, demand: Demand, capacity_per_s: float, horizon_s: float
+) -> _Backlog:
+    """Requests that will wait at the horizon if no further replica is started, at the rate of the
+    last few seconds (a quarter of the horizon): starting replicas help from when they are ready."""
+    rate = demand.rate_over(min(max(0.25 * horizon_s, 3.0), 30.0))
+    waiting, at, ready = float(service.num_waiting), 0.0, service.num_ready
+    startup_s = service.profile.startup_s
+    left_s = sorted(max(0.0, startup_s - age) for age in service.starting_for_s)
+    for until in (*left_s, horizon_s):
+        waiting = max(0.0, waiting + (rate - ready * capacity_per_s) * (until - at))
+        at, ready = until, ready + 1
+    return _Backlog(requests=waiting, rate_per_s=rate)
+
+
+def _ceiling(service: ServiceView) -> int:
+    """The most replicas that `max_replicas` and the budget allow, never below the minimum."""
+    most = service.max_replicas
+    if service.budget_per_hour is not None and service.price_per_hour is not None:
+        most = min(most, math.floor(service.budget_per_hour / service.price_per_hour + _STEADY))
+    return max(most, service.min_replicas, 1)
+
+
+def _limited(service: ServiceView, count: int, *, idle_for_s: float) -> tuple[int, str]:
+    """(the count within the limits, the limit that binds or "")."""
+    if service.min_replicas == 0 and idle_for_s >= service.idle_s:
+        return 0, "idle"
+    least, most = max(service.min_replicas, 1), _ceiling(service)
+    if count > most:
+        return most, "budget" if most < service.max_replicas else "max"
+    return (least, "min") if count < least else (count, "")
+
+
+def _may_shrink(held_s: float, most: int, current: int, startup_s: float, seen_s: float) -> bool:
+    hold_s = max(HOLD_S, HOLD_STARTS * startup_s)
+    patient_s = hold_s if most <= CLEARLY_FEWER * current else PATIENCE * hold_s
+    return held_s >= patient_s and seen_s >= hold_s
+
+
+def _reason(
+    service: ServiceView, load: Forecast, need: _Need, current: int, target: int, limit: str
+) -> str:
+    """The decision in words, with its numbers."""
+    asked = f"{service.slo} needs {need.count}: {need.why}"
+    match limit:
+        case "idle":
+            asked = f"no request for {service.idle_s:.0f} s"
+        case "hold":
+            asked += "; fewer must suffice for a while before any is let go"
+        case "max":
+            asked += f"; the limit is {target}"
+        case "budget":
+            asked += f"; {service.budget_per_hour:g} an hour pays for {target}"
+        case "min":
+            asked += f"; the minimum is {target}"
+        case _:
+            pass
+    if not need.in_time:
+        asked += (
+            f"; one prediction alone takes {service.profile.tail_s(1):.3g} s (p99): the promise "
+            "cannot be kept at this load"
+        )
+    if target == current:
+        return f"keep {target}: {asked}"
+    return f"{current} to {target}: {asked}"

@@ -13,6 +13,9 @@ import numpy as np
 
 from supple.core.types import ParallelLayout
 
+BATCH_SHARE = 0.5
+"""A batch may take this part of the promised time: while one runs, the next gathers (Nexus)."""
+
 _Z99 = 2.3263478740408408
 """Of the standard normal: its 99 % quantile."""
 _SQRT_2 = math.sqrt(2.0)
@@ -264,3 +267,24 @@ def fewest_replicas(
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle + 1, high)
     return high
+
+
+def slack_s(profile: LatencyProfile, *, batch_size: int, within_s: float) -> float:
+    """Seconds a request may wait for others and still be answered in time: the promise, less its
+    own batch (p99) and less the part of a batch it may find half done."""
+    found = profile.seconds(batch_size) * (1.0 - 1.0 / batch_size)
+    return max(0.0, within_s - profile.tail_s(batch_size) - found)
+
+
+def best_batch(profile: LatencyProfile, *, within_s: float, most: int) -> int:
+    """The limit for a batch: of the powers of two measured, at most `most`, the one with the
+    highest capacity that leaves part of the promised time to the queue; else 1."""
+    best, size = 1, 2
+    while size <= min(most, profile.largest_batch):
+        room = slack_s(profile, batch_size=size, within_s=within_s)
+        if room >= (1.0 - BATCH_SHARE) * within_s and (
+            profile.capacity_per_s(size) > profile.capacity_per_s(best)
+        ):
+            best = size
+        size *= 2
+    return best
