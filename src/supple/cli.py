@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from supple import cli_layouts
+from supple import cli_layouts, cli_serve
 from supple.cluster.control import ask, refuse_second, running_jobs
 from supple.core.interconnects import lookup
 from supple.core.spec import (
@@ -362,6 +362,9 @@ def doctor(
             if finding.advice:
                 typer.echo(f"         {finding.advice}")
     raise typer.Exit(0 if all(finding.ok for finding in findings) else FAILED)
+
+
+cli_serve.register(app)
 
 
 def main() -> None:
