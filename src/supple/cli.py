@@ -379,6 +379,9 @@ def doctor(
     raise typer.Exit(0 if all(finding.ok for finding in findings) else FAILED)
 
 
+cli_serve.register(app)
+
+
 def main() -> None:
     """The `supple` command."""
     app()

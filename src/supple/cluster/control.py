@@ -5,6 +5,7 @@ second job of the same name is refused.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -59,6 +60,7 @@ class ControlServer:
         self._path = socket_path(job)
         self._handler = handler
         self._server: asyncio.AbstractServer | None = None
+        self._answering: set[asyncio.Task[None] | None] = set()
 
     async def start(self) -> None:
         """Listen; raises `SpecError` if a job of this name already does."""
@@ -72,8 +74,14 @@ class ControlServer:
         if self._server is not None:
             self._server.close()
             self._path.unlink(missing_ok=True)
+        for _ in range(10):  # a connection that is being accepted has its task in a few turns
+            await asyncio.sleep(0)
+        if open_tasks := [task for task in self._answering if task is not None]:
+            await asyncio.wait(open_tasks)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        self._answering.add(task)
         try:
             if line := await reader.readline():
                 writer.write(json.dumps(self._answer(line)).encode() + b"\n")
@@ -82,6 +90,9 @@ class ControlServer:
             pass
         finally:
             writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+            self._answering.discard(task)
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:

@@ -9,6 +9,7 @@ executor says it is `stuck`, for its process must be replaced.
 import asyncio
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,10 +46,11 @@ class Executor:
         on_batch: Callable[[int, float], None] | None = None,
     ) -> None:
         """`on_batch` is told the rows and seconds of every batch that ran."""
-        self._model = model
+        self.model = model
+        """Runs the batches; another may take its place at any time, between two of them."""
         self._timeout_s = timeout_s
         self._max_waiting = max_waiting
-        self._on_batch = on_batch
+        self.on_batch = on_batch
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[_Call] = deque()
         self._running: Sequence[_Call] = ()
@@ -92,7 +94,7 @@ class Executor:
             if call.answer.done():  # its client has gone
                 self._waiting.popleft()
                 continue
-            if batch and (call.kind != batch[0].kind or rows + call.rows > self._model.max_batch):
+            if batch and (call.kind != batch[0].kind or rows + call.rows > self.model.max_batch):
                 break
             batch.append(self._waiting.popleft())
             rows += call.rows
@@ -115,12 +117,12 @@ class Executor:
     def _work(self) -> None:
         while (batch := self._batches.get()) is not None:
             results: list[Outputs | ModelFault] = []
-            began_s = self._loop.time()
+            began_s = time.perf_counter()
             try:
-                results.extend(run_batch(self._model, [call.inputs for call in batch]))
+                results.extend(run_batch(self.model, [call.inputs for call in batch]))
             except BaseException as error:
                 results[:] = [ModelFault(f"unexpected {error!r}")] * len(batch)
-            took_s = self._loop.time() - began_s
+            took_s = time.perf_counter() - began_s
             try:
                 self._loop.call_soon_threadsafe(self._finish, batch, results, took_s)
             except RuntimeError:  # the loop is closed: nobody waits for an answer
@@ -131,8 +133,8 @@ class Executor:
     ) -> None:
         if self._watch is not None:
             self._watch.cancel()
-        if self._on_batch is not None:
-            self._on_batch(sum(call.rows for call in batch), took_s)
+        if self.on_batch is not None:
+            self.on_batch(sum(call.rows for call in batch), took_s)
         for call, result in zip(batch, results, strict=True):
             if call.answer.done():
                 continue

