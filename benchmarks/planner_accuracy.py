@@ -1,7 +1,7 @@
 """How right the planner is on public measurements: every task beside its bar and a published
 baseline, one JSON line last.
 
-    python -m benchmarks.planner_accuracy --data DIR [--only TASK] [--docs docs]
+    python benchmarks/planner_accuracy.py --data DIR [--only TASK] [--docs docs]
 
 `--docs` draws the pictures of `docs/accuracy.md` and writes its table of figures anew.
 """
@@ -9,11 +9,14 @@ baseline, one JSON line last.
 import argparse
 import importlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.accuracy.pictures import draw
 from benchmarks.accuracy.score import Score, coverage

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from supple import cli_layouts, cli_memory
+from supple import cli_layouts, cli_memory, cli_serve
 from supple.cluster.control import ask, refuse_second, running_jobs
 from supple.core.interconnects import lookup
 from supple.core.spec import (
