@@ -66,7 +66,7 @@ def status(name: str) -> dict[str, Any]:
     return ask(name, {"ask": "status"})
 
 
-def wait_until_running(name: str, num_workers: int, timeout_s: float = 60.0) -> dict[str, Any]:
+def wait_until_running(name: str, num_workers: int, timeout_s: float = 180.0) -> dict[str, Any]:
     """The job's status once it runs with so many workers."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -81,7 +81,7 @@ def wait_until_running(name: str, num_workers: int, timeout_s: float = 60.0) -> 
     raise TimeoutError(f"{name} did not reach {num_workers} running workers in {timeout_s:g} s")
 
 
-def wait_until_stepping(name: str, generation: int, timeout_s: float = 60.0) -> None:
+def wait_until_stepping(name: str, generation: int, timeout_s: float = 180.0) -> None:
     """Until a step of `generation` or a later one has been committed."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

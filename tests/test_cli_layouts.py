@@ -65,6 +65,9 @@ def test_iterations_that_ran_narrow_the_intervals(tmp_path: Path) -> None:
         (f"{SEVEN} --batch adaptive", "without --noise-scale"),
         (f"{SEVEN} --deadline 2h --budget 5", "choose the one"),
         (f"{SEVEN} --measured absent.csv", "absent.csv"),
+        (SEVEN.replace("--heads 32 --samples 1M", ""), "--heads, --samples missing"),
+        (f"absent.py {SEVEN}", "SCRIPT and --hidden, --layers, --heads were both given"),
+        ("absent.py", "absent.py does not exist"),
     ],
 )
 def test_it_refuses_with_one_message(arguments: str, words: str) -> None:
@@ -105,3 +108,37 @@ def test_the_help_names_every_accelerator_and_has_an_example() -> None:
     told = " ".join(supple("--help").output.split())
     assert "supple layouts --hidden" in told
     assert all(name in told for name in DEVICES)
+
+
+GPT = Path(__file__).resolve().parent.parent / "examples" / "gpt.py"
+
+
+def test_a_script_is_planned_by_its_measured_layers() -> None:
+    result = supple(f"{GPT} --max-workers 8 --json")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["num_workers"] for row in rows] == [1, 2, 4, 8]
+    assert {row["layout"]["tp"] for row in rows} == {1}
+    assert all(row["batch"]["global_batch_size"] == 32 for row in rows)
+
+
+def test_a_script_whose_layers_are_called_twice_cannot_be_cut(tmp_path: Path) -> None:
+    path = tmp_path / "twice.py"
+    path.write_text(
+        "import torch\n"
+        "class Twice(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layer = torch.nn.Linear(4, 4)\n"
+        "    def forward(self, x):\n"
+        "        return self.layer(self.layer(x))\n"
+        "def train(job):\n"
+        "    model = job.model(Twice)\n"
+        "    job.optimizer(torch.optim.SGD, lr=0.1)\n"
+        "    data = torch.utils.data.TensorDataset(torch.randn(64, 4))\n"
+        "    for (x,) in job.batches(data, batch_size=8):\n"
+        "        job.step(model(x).square().mean())\n"
+    )
+    result = supple(str(path))
+    assert result.exit_code == 1
+    assert "1 layers of the model were called 2 times" in result.stderr

@@ -1,4 +1,4 @@
-"""`supple layouts`: the joint answer for a transformer that is described by its sizes."""
+"""`supple layouts`: the joint answer for a transformer by its sizes, or a script by its layers."""
 
 import csv
 import json
@@ -22,30 +22,38 @@ from supple.core.spec import (
 )
 from supple.core.types import Infeasible, ParallelLayout
 from supple.eventlog import to_plain
-from supple.refusals import FAILED, messages
+from supple.refusals import FAILED, messages, split_target
+from supple.train.script import check
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
     from supple.core.layouts import Device, LayoutMeasurement, Transformer
     from supple.core.planner import PlanTable
+    from supple.train.layer_probe import LayerReport
 
 EPILOG = (
     f"Without --deadline and --budget it recommends {KNEE_RULE}.\n\n"
     "Examples:\n\n  supple layouts --hidden 4096 --layers 32 --heads 32 --samples 10M "
-    "--batch-size 512\n\n  supple layouts --hidden 8192 --layers 48 --heads 64 --samples 100M "
+    "--batch-size 512\n\n  supple layouts examples/gpt.py --memory 16"
+    "\n\n  supple layouts --hidden 8192 --layers 48 --heads 64 --samples 100M "
     "--batch-size 1536 --accelerator a100-80 --deadline 30d --price 2.5"
 )
 _COLUMNS = ("tp", "dp", "pp", "micro_batch_size", "global_batch_size", "iteration_time_s")
 
 
 def layouts(
-    hidden: Annotated[int, typer.Option(help="Width of the model.")],
-    layers: Annotated[int, typer.Option(help="Equal decoder layers.")],
-    heads: Annotated[int, typer.Option(help="Attention heads.")],
-    samples: Annotated[str, typer.Option(help="Sequences to train on: 200000, 10M.")],
-    batch_size: Annotated[int, typer.Option(help="Global batch, in sequences.")],
+    script: Annotated[
+        str | None, typer.Argument(help="A script whose layers are measured; or give the sizes.")
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of a transformer.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Its equal decoder layers.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Its attention heads.")] = None,
+    samples: Annotated[str | None, typer.Option(help="Sequences to train on: 200000, 10M.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Global batch, in sequences.")] = None,
     seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
     vocab: Annotated[int, typer.Option(help="Entries of the vocabulary.")] = 50_304,
-    lr: Annotated[float, typer.Option(help="Learning rate tuned at --batch-size.")] = 3e-4,
+    lr: Annotated[
+        float | None, typer.Option(help="Tuned at --batch-size; default: 3e-4, or the script's.")
+    ] = None,
     accelerator: Annotated[str, typer.Option(help="v100, a100, a100-80 or h100.")] = "h100",
     memory: Annotated[
         float | None, typer.Option(help="GB of one accelerator; default: its data sheet's.")
@@ -73,9 +81,23 @@ def layouts(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Tracebacks.")] = False,
 ) -> None:
-    """Plan a transformer by its sizes: count, layout, batch and learning rate; nothing is run."""
+    """Plan count, layout, batch and learning rate: of a transformer by its sizes, where nothing is
+    run, or of SCRIPT by its layers, which are measured here."""
     with messages(verbose):
-        model = _transformer(hidden, layers, heads, seq, vocab)
+        sizes = {"--hidden": hidden, "--layers": layers, "--heads": heads}
+        required = sizes | {"--samples": samples, "--batch-size": batch_size}
+        if script is None and None in required.values():
+            missing = ", ".join(name for name, value in required.items() if value is None)
+            raise SpecError(
+                f"{missing} missing: give a transformer's sizes, its samples and its batch, or a "
+                "script whose layers are measured."
+            )
+        extra = [name for name, value in sizes.items() if value is not None]
+        if script is not None and (extra or measured):
+            raise SpecError(
+                f"SCRIPT and {', '.join(extra) or '--measured'} were both given: a script's layers "
+                "are measured, a transformer is described. Leave one out."
+            )
         device = _device(accelerator)
         local = lookup(local_link or _nvlink(device))
         if deadline and budget:
@@ -84,7 +106,7 @@ def layouts(
             ("--batch-size", batch_size),
             ("--workers-per-node", workers_per_node),
         ):
-            if value < 1:
+            if value is not None and value < 1:
                 raise SpecError(f"{option} is {value}: it must be at least 1.")
         for option, number in (("--lr", lr), ("--memory", memory), ("--noise-scale", noise_scale)):
             if number is not None and not 0 < number < float("inf"):
@@ -108,23 +130,35 @@ def layouts(
 
             check_target(plot)
         from supple import plan_view
-        from supple.core.layout_planner import TransformerJob, plan_layouts
+        from supple.core.layout_planner import LayoutJob, plan_layouts
         from supple.core.layouts import fit_layouts
 
-        times = fit_layouts(
-            _read(measured, model) if measured else [],
-            device=device,
-            link=lookup(interconnect),
-            local_link=local,
-            workers_per_node=workers_per_node,
-        )
-        job = TransformerJob(
+        amount = _amount(samples) if samples else None
+        rows: list[LayoutMeasurement] = []
+        if script is None:
+            assert hidden is not None and layers is not None and heads is not None
+            described = _transformer(hidden, layers, heads, seq, vocab)
+            rows = _read(measured, described) if measured else []
+            model = described
+        else:
+            found = _measure(script, verbose)
+            model = found.layers
+            batch_size, lr = batch_size or found.base_batch_size, lr or found.base_lr
+            amount = amount or found.total_samples
+        assert batch_size and amount
+        job = LayoutJob(
             model=model,
-            times=times,
+            times=fit_layouts(
+                rows,
+                device=device,
+                link=lookup(interconnect),
+                local_link=local,
+                workers_per_node=workers_per_node,
+            ),
             memory_bytes=memory * 1e9 if memory else device.memory_bytes,
             base_batch_size=batch_size,
-            base_lr=lr,
-            total_samples=_amount(samples),
+            base_lr=lr or 3e-4,
+            total_samples=amount,
             noise_scale=noise_scale,
         )
         table = plan_layouts(job, limits, objective)
@@ -133,10 +167,30 @@ def layouts(
         if isinstance(table, Infeasible):
             typer.echo(f"supple: {table}", err=True)
             raise typer.Exit(FAILED)
-        _show(table, as_json, plot, objective)
+        _show(table, as_json, plot, objective, Path(script).name if script else "transformer")
 
 
-def _show(table: "PlanTable", as_json: bool, plot: Path | None, objective: Objective) -> None:
+def _measure(script: str, verbose: bool) -> "LayerReport":
+    path, function = split_target(script)
+    check(path, function)
+    from supple.train.engine import TrainingError
+    from supple.train.layer_probe import measure_layers
+    from supple.train.memory_trace import TraceFailed, trace_memory
+    from supple.train.script import user_traceback
+
+    try:
+        return measure_layers(path, function, trace_memory(path, function))
+    except (TraceFailed, TrainingError, SpecError) as error:
+        told = str(error)
+    except Exception as error:
+        told = f"{path} failed while it was measured:\n{user_traceback(error, whole=verbose)}"
+    typer.echo(f"supple: {told}", err=True)
+    raise typer.Exit(FAILED)
+
+
+def _show(
+    table: "PlanTable", as_json: bool, plot: Path | None, objective: Objective, title: str
+) -> None:
     from supple import plan_view
 
     if not as_json:
@@ -145,7 +199,7 @@ def _show(table: "PlanTable", as_json: bool, plot: Path | None, objective: Objec
     if plot is not None:
         from supple.picture import draw_plan
 
-        draw_plan(table, plot, title="transformer", objective=objective)
+        draw_plan(table, plot, title=title, objective=objective)
         typer.echo(f"picture {plot}", err=True)
 
 

@@ -5,17 +5,17 @@ from dataclasses import replace
 import pytest
 
 from supple.core.interconnects import lookup
-from supple.core.layout_planner import TransformerJob, describe, plan_layouts, runs_for
+from supple.core.layout_memory import peak_memory
+from supple.core.layout_planner import LayoutJob, describe, plan_layouts, runs_for
 from supple.core.layouts import DEVICES, Transformer, fit_layouts
 from supple.core.planner import PlanTable
 from supple.core.spec import Limits, Objective
-from supple.core.transformer_memory import peak_memory
 from supple.core.types import Infeasible, ParallelLayout
 
 SEVEN_BILLION = Transformer(
     hidden_size=4096, num_layers=32, num_heads=32, seq_length=2048, vocab_size=51200
 )
-JOB = TransformerJob(
+JOB = LayoutJob(
     model=SEVEN_BILLION,
     times=fit_layouts(
         [],
@@ -31,7 +31,7 @@ JOB = TransformerJob(
 )
 
 
-def table(job: TransformerJob = JOB, **limits: object) -> PlanTable:
+def table(job: LayoutJob = JOB, **limits: object) -> PlanTable:
     found = plan_layouts(job, Limits(**limits), Objective())  # type: ignore[arg-type]
     assert isinstance(found, PlanTable), str(found)
     return found

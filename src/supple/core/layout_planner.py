@@ -1,9 +1,10 @@
-"""The joint answer for a transformer described by its sizes: for every count the layout, the
-micro-batch and the global batch that end soonest and fit, and the count to take.
+"""The joint answer for a model described by its sizes or its measured layers: for every count the
+layout, the micro-batch and the global batch that end soonest and fit, and the count to take.
 
 For a count every layout is tried whose tensor ranks share a node and divide the heads, whose stages
-divide the layers and whose replicas divide the batch; with and without recomputation and sharded
-states. What does not fit into the accelerator's memory is out; the fastest of the rest stays.
+divide the layers (measured ones are cut where it is even) and whose replicas divide the batch; with
+and without recomputation and sharded states. What does not fit into the accelerator's memory is
+out; the fastest of the rest stays. Measured layers have no tensor ranks.
 """
 
 from collections.abc import Iterator
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 
 from supple.core.estimates import exact, over, plus, times
 from supple.core.goodput import expected_efficiency, largest_batch_ratio, learning_rate
-from supple.core.layouts import LayoutModel, LayoutRun, Transformer
+from supple.core.layout_memory import memory_parts, num_parameters, peak_memory
+from supple.core.layouts import LayoutModel, LayoutRun, Model, Transformer
 from supple.core.planner import PlanTable, choose
 from supple.core.spec import Limits, Objective
-from supple.core.transformer_memory import memory_parts, num_parameters, peak_memory
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -22,10 +23,10 @@ _LARGEST_COUNT = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TransformerJob:
-    """What is known of one job. The optimizer is of the Adam family."""
+class LayoutJob:
+    """What is known of one job. The optimizer of a transformer is of the Adam family."""
 
-    model: Transformer
+    model: Model
     times: LayoutModel
     memory_bytes: float
     """Of one accelerator."""
@@ -38,9 +39,7 @@ class TransformerJob:
     """In sequences; None: unknown, and the batch stays."""
 
 
-def plan_layouts(
-    job: TransformerJob, limits: Limits, objective: Objective
-) -> PlanTable | Infeasible:
+def plan_layouts(job: LayoutJob, limits: Limits, objective: Objective) -> PlanTable | Infeasible:
     """A row for every power of two (and the limits' own counts) on which the job fits, and the one
     to take; `Infeasible` where it fits on none of them, or none does what was asked."""
     most = limits.max_workers or _LARGEST_COUNT
@@ -62,15 +61,15 @@ def plan_layouts(
     return choose(tuple(rows), limits, objective)
 
 
-def runs_for(job: TransformerJob, count: int, batch: int) -> Iterator[LayoutRun]:
+def runs_for(job: LayoutJob, count: int, batch: int) -> Iterator[LayoutRun]:
     """Every layout of `count` accelerators for a global batch of `batch` sequences that fits."""
     model = job.model
     for tp in _divisors(count):
-        if tp > job.times.workers_per_node or model.num_heads % tp or model.hidden_size % tp:
+        if tp > job.times.workers_per_node or not _cuts_into(model, tp):
             continue
         for pp in _divisors(count // tp):
             dp = count // (tp * pp)
-            if model.num_layers % pp or batch % dp:
+            if not _stages_into(model, pp) or batch % dp:
                 continue
             for micro in _MICRO_BATCHES:
                 if (batch // dp) % micro:
@@ -90,6 +89,16 @@ def runs_for(job: TransformerJob, count: int, batch: int) -> Iterator[LayoutRun]
                             yield run
 
 
+def _cuts_into(model: Model, tp: int) -> bool:
+    if not isinstance(model, Transformer):
+        return tp == 1
+    return model.num_heads % tp == model.hidden_size % tp == 0
+
+
+def _stages_into(model: Model, pp: int) -> bool:
+    return model.num_layers % pp == 0 if isinstance(model, Transformer) else pp <= len(model)
+
+
 def describe(layout: ParallelLayout) -> str:
     """Degrees above one, from the inside out: "tp8 pp2 dp4"; sharded replicas as "fsdp4"."""
     parts = [
@@ -105,7 +114,7 @@ def describe(layout: ParallelLayout) -> str:
     return " ".join(parts) or "one"
 
 
-def _best_row(job: TransformerJob, limits: Limits, count: int, first: Plan | None) -> Plan | None:
+def _best_row(job: LayoutJob, limits: Limits, count: int, first: Plan | None) -> Plan | None:
     best: Plan | None = None
     for batch in _batches(job, limits, count):
         runs = list(runs_for(job, count, batch))
@@ -117,7 +126,7 @@ def _best_row(job: TransformerJob, limits: Limits, count: int, first: Plan | Non
     return best
 
 
-def _batches(job: TransformerJob, limits: Limits, count: int) -> list[int]:
+def _batches(job: LayoutJob, limits: Limits, count: int) -> list[int]:
     """The base batch; adaptive and with a noise scale, its doublings too."""
     if limits.batch == "fixed" or job.noise_scale is None:
         return [job.base_batch_size]
@@ -128,9 +137,7 @@ def _batches(job: TransformerJob, limits: Limits, count: int) -> list[int]:
     return found
 
 
-def _row(
-    job: TransformerJob, limits: Limits, run: LayoutRun, batch: int, first: Plan | None
-) -> Plan:
+def _row(job: LayoutJob, limits: Limits, run: LayoutRun, batch: int, first: Plan | None) -> Plan:
     step = job.times.predict(run)
     count = run.layout.world_size
     rate = over(batch, step)
@@ -170,14 +177,14 @@ def _row(
     )
 
 
-def _useful(job: TransformerJob, batch: int) -> Estimate:
+def _useful(job: LayoutJob, batch: int) -> Estimate:
     phi = job.noise_scale
     if phi is None or batch == job.base_batch_size:
         return exact(1.0)
     return expected_efficiency(phi, job.base_batch_size, batch)
 
 
-def _too_large(job: TransformerJob, most: int) -> Infeasible:
+def _too_large(job: LayoutJob, most: int) -> Infeasible:
     smallest = LayoutRun(
         model=job.model,
         layout=ParallelLayout(tp=1, pp=1),
@@ -188,13 +195,19 @@ def _too_large(job: TransformerJob, most: int) -> Infeasible:
     parts = memory_parts(smallest)
     return Infeasible(
         asked=f"a layout of at most {most} accelerators",
-        numbers=f"{num_parameters(job.model) / 1e9:.2f} billion parameters: on one accelerator "
+        numbers=f"{_num_parameters(job.model) / 1e9:.2f} billion parameters: on one accelerator "
         f"{parts.states / 1e9:.1f} GB of states and {parts.activations / 1e9:.1f} GB of "
         f"activations with recomputation, each has {job.memory_bytes / 1e9:.0f} GB",
         rule="the fullest accelerator of a layout must fit, and replicas must divide the batch of "
         f"{job.base_batch_size} sequences",
         advice="Allow more accelerators, take ones with more memory, or another batch size.",
     )
+
+
+def _num_parameters(model: Model) -> int:
+    if isinstance(model, Transformer):
+        return num_parameters(model)
+    return sum(layer.num_parameters for layer in model)
 
 
 def _divisors(number: int) -> list[int]:

@@ -17,6 +17,10 @@ class MeasuredLayer:
     num_collectives: int = 0
     """All-reduces of the output a tensor-parallel layer needs per micro-batch; 0: none is known,
     and the layer is replicated over tensor ranks."""
+    state_bytes: float = 0.0
+    """Parameters, gradients and the optimizer's state."""
+    activation_bytes_per_sample: float = 0.0
+    """Kept for the backward pass."""
 
     def shards(self, tp: int) -> int:
         """Over how many of `tp` tensor ranks the layer is cut."""

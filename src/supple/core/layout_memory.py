@@ -1,4 +1,5 @@
-"""Peak bytes on one accelerator that trains a transformer under a layout, before anybody ran it.
+"""Peak bytes on one accelerator under a layout, before anybody ran it: of a transformer by its
+sizes, of any other model by what was measured of its layers.
 
     states       (2 + 4 + 12) bytes a parameter: bf16 weights, fp32 gradients, fp32 weights and two
                  Adam moments; over tp and pp, and over dp_shard where the data ranks shard them
@@ -13,9 +14,11 @@ Activations: Korthikanti et al. 2022, equation 2 (tensor parallel, no sequence p
 the larger of what frameworks do: this errs on the safe side.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from supple.core.layouts import LayoutRun, Transformer
+from supple.core.stages import MeasuredLayer, split
 from supple.core.types import Estimate
 
 _WEIGHTS, _GRADIENTS, _OPTIMIZER = 2.0, 4.0, 12.0
@@ -49,14 +52,10 @@ def num_parameters(model: Transformer) -> int:
 
 
 def memory_parts(run: LayoutRun) -> MemoryParts:
-    """Where the bytes go. Raises `ValueError` for a model of measured layers, whose activations
-    are not known from its sizes."""
+    """Where the bytes go, on the fullest stage."""
     model = run.model
     if not isinstance(model, Transformer):
-        raise ValueError(
-            "the memory of measured layers was asked for: only a transformer's is known from its "
-            "sizes. Measure the peak instead."
-        )
+        return _of_layers(run, model)
     tp, pp, shard = run.layout.tp, run.layout.pp, run.layout.dp_shard
     layers = -(-model.num_layers // pp)
     h, tok = model.hidden_size, run.micro_batch_size * model.seq_length
@@ -80,6 +79,31 @@ def memory_parts(run: LayoutRun) -> MemoryParts:
         head=head,
         overhead=_RUNTIME_BYTES + _FRAGMENTATION * own,
     )
+
+
+def _of_layers(run: LayoutRun, layers: Sequence[MeasuredLayer]) -> MemoryParts:
+    tp, pp, shard = run.layout.tp, run.layout.pp, run.layout.dp_shard
+    in_flight = min(pp, run.num_micro_batches)
+    fullest = MemoryParts(states=0.0, activations=0.0, head=0.0, overhead=0.0)
+    for stage in split(layers, pp, run.micro_batch_size, tp):
+        states = sum(layer.state_bytes / layer.shards(tp) for layer in stage) / shard
+        if shard > 1:
+            states += max(layer.state_bytes / layer.shards(tp) for layer in stage)
+        kept = sum(layer.activation_bytes_per_sample for layer in stage) * run.micro_batch_size
+        if run.recompute:
+            # Every layer keeps its input; one is computed again whole.
+            inputs = sum(layer.output_bytes_per_sample for layer in stage)
+            whole = max(layer.activation_bytes_per_sample for layer in stage)
+            kept = min(kept, (inputs + whole) * run.micro_batch_size)
+        activations = in_flight * kept
+        parts = MemoryParts(
+            states=states,
+            activations=activations,
+            head=0.0,
+            overhead=_RUNTIME_BYTES + _FRAGMENTATION * (states + activations),
+        )
+        fullest = max(fullest, parts, key=lambda candidate: candidate.total)
+    return fullest
 
 
 def peak_memory(run: LayoutRun) -> Estimate:

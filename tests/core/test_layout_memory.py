@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from supple.core.layout_memory import memory_parts, num_parameters, peak_memory
 from supple.core.layouts import LayoutRun, Transformer
 from supple.core.stages import MeasuredLayer
-from supple.core.transformer_memory import memory_parts, num_parameters, peak_memory
 from supple.core.types import ParallelLayout
 
 # Korthikanti et al. 2022, table 3: sizes, and the layouts they were trained with.
@@ -78,12 +78,36 @@ def test_more_ranks_never_need_more_and_larger_batches_never_less(
     assert wider.value < here.value < larger.value
 
 
-def test_measured_layers_are_refused() -> None:
-    layer = MeasuredLayer(
-        host_s=0.0, device_s_per_sample=1e-3, num_parameters=10, output_bytes_per_sample=4
+LAYER = MeasuredLayer(
+    host_s=0.0,
+    device_s_per_sample=1e-3,
+    num_parameters=10**9,
+    output_bytes_per_sample=10**7,
+    state_bytes=16e9,
+    activation_bytes_per_sample=2e8,
+)
+
+
+def of_layers(pp: int = 1, shard: int = 1, recompute: bool = False, micro: int = 8) -> LayoutRun:
+    return LayoutRun(
+        model=(LAYER,) * 8,
+        layout=ParallelLayout(pp=pp, dp_shard=shard),
+        micro_batch_size=micro,
+        num_micro_batches=32,
+        recompute=recompute,
     )
-    made = LayoutRun(
-        model=(layer,), layout=ParallelLayout(), micro_batch_size=1, num_micro_batches=1
-    )
-    with pytest.raises(ValueError, match="only a transformer's is known from its sizes"):
-        peak_memory(made)
+
+
+def test_measured_layers_need_their_states_and_what_they_keep() -> None:
+    parts = memory_parts(of_layers())
+    assert parts.states == 8 * 16e9
+    assert parts.activations == pytest.approx(8 * 8 * 2e8)
+
+
+def test_stages_and_shards_divide_the_states_of_measured_layers() -> None:
+    assert memory_parts(of_layers(pp=4)).states == 2 * 16e9
+    assert memory_parts(of_layers(shard=8)).states == 16e9 + 16e9
+    whole, again = memory_parts(of_layers()), memory_parts(of_layers(recompute=True))
+    assert again.activations < 0.2 * whole.activations
+    # One in four stages, four micro-batches in flight in the first.
+    assert memory_parts(of_layers(pp=4)).activations == pytest.approx(whole.activations)
