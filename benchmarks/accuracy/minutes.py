@@ -23,8 +23,8 @@ from supple.core.types import Estimate
 
 FEWEST_COUNTS = 3
 """Counts of a family: two to learn from, one to ask about."""
-GUESSED_CRITICAL = 4.0
-"""The critical batch over the only batch size ever run, where nothing else is known."""
+GUESSED_NOISE_SCALE = 2.0
+"""Over the only batch size ever run, where nothing else is known: a critical batch of 4 of it."""
 
 Family = tuple[str, str, str, str, str]
 References = Mapping[str, Mapping[float, Sequence[references.Reference]]]
@@ -123,7 +123,7 @@ def convergence(
         return fit_samples(history).predict
     only = min(sizes)
     same = exact(float(np.median([run.samples for run in history])))
-    rough = fit_samples(history, noise_scale=GUESSED_CRITICAL * only)
+    rough = fit_samples(history, noise_scale=GUESSED_NOISE_SCALE * only)
     return lambda batch: same if batch == only else rough.predict(batch)
 
 
@@ -176,15 +176,18 @@ def measure(data: Path) -> Score:
     notes = [
         f"{len(true)} predictions in {len(families)} families; from the largest count seen to the "
         f"asked one x{median(jumps):.3g} in the median, x{p90(jumps):.3g} at the 90th percentile",
-        f"up to x4: median {100 * median(errors[~wide]):.1f} %, p90 {100 * p90(errors[~wide]):.0f}",
-        f"samples to the target alone: median {100 * median(needed):.1f} %",
         f"standard error of the asked medians: {100 * median(spreads):.1f} % in the median",
         f"linear extrapolation: median {100 * median(relative_errors(linear, true)):.1f} %, "
         f"p90 {100 * p90(relative_errors(linear, true)):.0f}",
     ]
-    if wide.any():
-        beyond = errors[wide]
-        notes.append(f"beyond x4: median {100 * median(beyond):.1f} %, p90 {100 * p90(beyond):.0f}")
+    for where, some in (("up to", errors[~wide]), ("beyond", errors[wide])):
+        if some.size:
+            notes.append(
+                f"{where} x4 the workers: median {100 * median(some):.1f} %, "
+                f"p90 {100 * p90(some):.0f}"
+            )
+    if needed:
+        notes.append(f"samples to the target alone: median {100 * median(needed):.1f} %")
     notes += [
         f"{name}: {len(index)}, median {100 * median(errors[index]):.1f} %"
         for name, index in sorted(by_benchmark.items())

@@ -7,7 +7,7 @@ Baseline: E(B) = E_min (1 + B / B_crit) (McCandlish et al. 2018), least squares 
 import csv
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -47,16 +47,31 @@ class Reference:
 def read(data: Path) -> dict[str, dict[float, list[Reference]]]:
     """Per benchmark and batch size every distinct statement, oldest round first. A statement that
     repeats the seeds of an older one is that one, said again."""
-    found: dict[str, dict[float, list[Reference]]] = defaultdict(lambda: defaultdict(list))
+    rows: dict[str, list[dict[str, str]]] = defaultdict(list)
     with (data / "mlperf" / "convergence.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             if not row["repeat_of_round"]:
-                point = reference(row)
-                found[row["benchmark"]][point.run.batch_size].append(point)
+                rows[row["benchmark"]].append(row)
+    found: dict[str, dict[float, list[Reference]]] = defaultdict(lambda: defaultdict(list))
+    for benchmark, said in rows.items():
+        for row in in_one_unit(said):
+            point = reference(row)
+            found[benchmark][point.run.batch_size].append(point)
     return {
         benchmark: {size: sorted(points, key=lambda p: p.round) for size, points in sizes.items()}
         for benchmark, sizes in found.items()
     }
+
+
+def in_one_unit(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Those that state samples; where none does, those in the unit that most of them have: some
+    suites count epochs only, as good as samples where errors are relative."""
+    stated = [row for row in rows if row["samples_to_target_median"]]
+    if stated:
+        return stated
+    units = Counter(row["convergence_unit"] for row in rows)
+    usual = units.most_common(1)[0][0]
+    return [row for row in rows if row["convergence_unit"] == usual]
 
 
 def reference(row: dict[str, str]) -> Reference:
@@ -65,7 +80,6 @@ def reference(row: dict[str, str]) -> Reference:
     mistyped = max(seeds, default=0.0) > MISTYPED * middle
     kept = [seed for seed in seeds if seed <= MISTYPED * middle]
     error = float(np.std(kept)) / middle / math.sqrt(len(kept)) if len(kept) > 1 else 0.0
-    # Some suites state epochs only: as good as samples where errors are relative.
     said = row["samples_to_target_median" if mistyped else "samples_to_target_mean"]
     size = float(row["batch_size"])
     lr = float(row["learning_rate"]) if row["learning_rate"] else None

@@ -67,9 +67,15 @@ def layouts(
         Path | None,
         typer.Option(help=f"CSV of iterations of this model that ran: {', '.join(_COLUMNS)}."),
     ] = None,
-    batch: Annotated[str, typer.Option(help="fixed, or adaptive with --noise-scale.")] = "fixed",
+    batch: Annotated[
+        str, typer.Option(help="fixed, or adaptive with --noise-scale or --history.")
+    ] = "fixed",
     noise_scale: Annotated[
         float | None, typer.Option(help="Gradient noise scale, in sequences.")
+    ] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(help="CSV of previous runs, in sequences: batch_size,samples_to_target."),
     ] = None,
     max_workers: Annotated[str | None, typer.Option(help="Cap; default: none.")] = None,
     deadline: Annotated[str | None, typer.Option(help="Latest end: 12h, 30d.")] = None,
@@ -116,11 +122,18 @@ def layouts(
             price_per_hour=parse_money(price, what="--price") if price else None,
             batch=parse_batch(batch),
         )
-        if limits.batch == "adaptive" and noise_scale is None:
+        if limits.batch == "adaptive" and noise_scale is None and history is None:
             raise SpecError(
-                "--batch adaptive was given without --noise-scale: what a larger batch is worth is "
-                "not known from sizes. Give the noise scale that `supple plan` measured."
+                "--batch adaptive was given without --noise-scale and --history: what a larger "
+                "batch is worth is not known from sizes. Give the noise scale that `supple plan` "
+                "measured, or previous runs at several batch sizes."
             )
+        curve = None
+        if history is not None:
+            from supple.history import read_curve
+
+            curve = read_curve(history)
+            typer.echo(f"the worth of other batch sizes: {curve.why}", err=True)
         objective = Objective(
             deadline_s=parse_duration(deadline, what="--deadline") if deadline else None,
             budget=parse_money(budget, what="--budget") if budget else None,
@@ -160,6 +173,7 @@ def layouts(
             base_lr=lr or 3e-4,
             total_samples=amount,
             noise_scale=noise_scale,
+            samples=curve,
         )
         table = plan_layouts(job, limits, objective)
         if as_json:

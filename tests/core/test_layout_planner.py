@@ -9,6 +9,7 @@ from supple.core.layout_memory import peak_memory
 from supple.core.layout_planner import LayoutJob, describe, plan_layouts, runs_for
 from supple.core.layouts import DEVICES, Transformer, fit_layouts
 from supple.core.planner import PlanTable
+from supple.core.samples import Run, fit_samples
 from supple.core.spec import Limits, Objective
 from supple.core.types import Infeasible, ParallelLayout
 
@@ -85,6 +86,16 @@ def test_an_adaptive_batch_grows_with_the_noise_scale_and_its_rate_with_the_root
     grown = found.batch.global_batch_size / 512
     assert 3e-4 < found.batch.lr <= 3e-4 * grown**0.5 * 1.001
     assert found.efficiency.source == "fitted"
+
+
+def test_previous_runs_at_several_batches_decide_how_far_it_grows() -> None:
+    """The bend of gpt3 in MLPerf training v3.0: little at 4,096 sequences, more at 8,192."""
+    points = {1536: 585728, 2048: 577536, 3072: 593920, 4096: 618496, 8192: 794624}
+    runs = [Run(batch_size=size, samples=samples) for size, samples in points.items()]
+    seen = replace(JOB, base_batch_size=2048, samples=fit_samples(runs), noise_scale=1.0)
+    grown = table(seen, batch="adaptive", min_workers=4096, max_workers=4096).choice
+    assert grown.batch.global_batch_size in (4096, 8192)
+    assert 0.7 < grown.efficiency.value < 1.0
 
 
 def test_a_deadline_takes_the_fewest_accelerator_hours_that_surely_meet_it() -> None:

@@ -8,9 +8,10 @@ learning-rate rule holds for which optimizer, and how far, was checked on public
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal
 
-from supple.core.samples import NOISE_SCALE_ERROR, NOISE_SCALE_RATIO, Z80
+from supple.core.samples import NOISE_SCALE_ERROR, NOISE_SCALE_RATIO, Z80, SamplesModel
 from supple.core.spec import LrRule
 from supple.core.types import Estimate
 
@@ -67,6 +68,24 @@ def expected_efficiency(noise_scale: float, base_batch: float, batch: float) -> 
     value = efficiency(critical, base_batch, batch)
     ends = [efficiency(critical * f, base_batch, batch) for f in (1.0 / width, width)]
     return Estimate(value=value, low=min(ends), high=max(ends), source="fitted")
+
+
+def worth(
+    samples: SamplesModel | None, noise_scale: float | None, base_batch: int, batch: int
+) -> Estimate:
+    """Efficiency of `batch` from the best that is known: previous runs of the task, else the noise
+    scale, else 1, as if a batch cost nothing."""
+    if batch == base_batch or (samples is None and noise_scale is None):
+        return Estimate(value=1.0, low=1.0, high=1.0, source="measured")
+    if samples is not None:
+        return _from_history(samples, base_batch, batch)
+    assert noise_scale is not None
+    return expected_efficiency(noise_scale, base_batch, batch)
+
+
+@lru_cache(maxsize=512)
+def _from_history(samples: SamplesModel, base_batch: int, batch: int) -> Estimate:
+    return samples.efficiency(base_batch, batch)
 
 
 def gain(noise_scale: float, base_batch: float, batch: float) -> float:

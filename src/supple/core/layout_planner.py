@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from supple.core.estimates import exact, over, plus, times
-from supple.core.goodput import expected_efficiency, largest_batch_ratio, learning_rate
+from supple.core.goodput import largest_batch_ratio, learning_rate, worth
 from supple.core.layout_memory import memory_parts, num_parameters, peak_memory
 from supple.core.layouts import LayoutModel, LayoutRun, Model, Transformer
 from supple.core.planner import PlanTable, choose
+from supple.core.samples import SamplesModel
 from supple.core.spec import Limits, Objective
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan
 
@@ -36,7 +37,9 @@ class LayoutJob:
     total_samples: int
     """Sequences to train on at the base batch."""
     noise_scale: float | None = None
-    """In sequences; None: unknown, and the batch stays."""
+    """In sequences; None: unknown, and without `samples` the batch stays."""
+    samples: SamplesModel | None = None
+    """From previous runs of the task, in sequences: trusted before the noise scale."""
 
 
 def plan_layouts(job: LayoutJob, limits: Limits, objective: Objective) -> PlanTable | Infeasible:
@@ -127,8 +130,8 @@ def _best_row(job: LayoutJob, limits: Limits, count: int, first: Plan | None) ->
 
 
 def _batches(job: LayoutJob, limits: Limits, count: int) -> list[int]:
-    """The base batch; adaptive and with a noise scale, its doublings too."""
-    if limits.batch == "fixed" or job.noise_scale is None:
+    """The base batch; adaptive and with something known of larger ones, its doublings too."""
+    if limits.batch == "fixed" or (job.noise_scale is None and job.samples is None):
         return [job.base_batch_size]
     most = min(job.total_samples, int(job.base_batch_size * largest_batch_ratio("adam")))
     found = [job.base_batch_size]
@@ -178,10 +181,7 @@ def _row(job: LayoutJob, limits: Limits, run: LayoutRun, batch: int, first: Plan
 
 
 def _useful(job: LayoutJob, batch: int) -> Estimate:
-    phi = job.noise_scale
-    if phi is None or batch == job.base_batch_size:
-        return exact(1.0)
-    return expected_efficiency(phi, job.base_batch_size, batch)
+    return worth(job.samples, job.noise_scale, job.base_batch_size, batch)
 
 
 def _too_large(job: LayoutJob, most: int) -> Infeasible:

@@ -7,15 +7,14 @@ cheapest that meets a deadline, the fastest within a budget, or the knee of the 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from supple.core.estimates import exact, over, plus, times
 from supple.core.goodput import (
     OptimizerFamily,
     best_global_batch,
-    expected_efficiency,
     largest_batch_ratio,
     learning_rate,
+    worth,
 )
 from supple.core.memory import MemoryModel
 from supple.core.samples import SamplesModel
@@ -226,18 +225,7 @@ def _largest_batch(job: JobModel, count: int) -> int:
 
 
 def _efficiency(job: JobModel, batch: int) -> Estimate:
-    base = job.base_batch_size
-    if batch == base or (job.samples is None and job.noise_scale is None):
-        return Estimate(value=1.0, low=1.0, high=1.0, source="measured")
-    if job.samples is not None:
-        return _from_history(job.samples, base, batch)
-    assert job.noise_scale is not None
-    return expected_efficiency(job.noise_scale, base, batch)
-
-
-@lru_cache(maxsize=4096)
-def _from_history(samples: SamplesModel, base: int, batch: int) -> Estimate:
-    return samples.efficiency(base, batch)
+    return worth(job.samples, job.noise_scale, job.base_batch_size, batch)
 
 
 def _speedup(goodput: Estimate, first: float, count: int) -> Estimate:
