@@ -160,7 +160,7 @@ def test_a_backlog_alone_is_not_taken_for_a_rate() -> None:
     _, state = after([2.0] * 300, view(num_ready=6))
     calm, _ = scale(view(num_arrived=602, num_ready=6), state, 300.0)
     piled, state = scale(view(num_arrived=602, num_ready=6, num_waiting=200), state, 300.0)
-    assert calm.num_replicas < piled.num_replicas <= calm.num_replicas + math.ceil(200 * 2 / 32) + 1
+    assert calm.num_replicas < piled.num_replicas <= calm.num_replicas + math.ceil(200 * 2 / 16) + 1
     assert "200 requests" in piled.reason or "requests will wait" in piled.reason
     decisions, _ = after([2.0] * 700, view(num_ready=piled.num_replicas), state, 301.0)
     assert decisions[-1].num_replicas == calm.num_replicas
