@@ -176,11 +176,26 @@ def test_too_few_allowed_is_told() -> None:
     assert fewest_replicas(ONE, rate_per_s=0.5, within_s=0.5, most=99, **asked) is None
 
 
-def test_the_batch_leaves_half_the_promise_to_the_queue() -> None:
-    assert best_batch(BATCHED, within_s=0.2, most=32) == 32
-    assert best_batch(BATCHED, within_s=0.2, most=4) == 4
-    assert best_batch(BATCHED, within_s=0.05, most=32) == 4
-    assert best_batch(BATCHED, within_s=0.012, most=32) == 1
-    assert best_batch(ONE, within_s=100.0, most=32) == 1
+@pytest.mark.parametrize(
+    ("within_s", "most", "share", "batch"),
+    [
+        (0.2, 32, 0.5, 32),
+        (0.2, 4, 0.5, 4),
+        (0.05, 32, 0.5, 4),
+        (0.05, 32, 0.9, 8),
+        (0.012, 32, 0.9, 1),
+    ],
+)
+def test_the_batch_leaves_its_part_of_the_promise_to_the_queue(
+    within_s: float, most: int, share: float, batch: int
+) -> None:
+    assert best_batch(BATCHED, within_s=within_s, most=most, share=share) == batch
+
+
+def test_a_model_without_batches_gets_none() -> None:
+    assert best_batch(ONE, within_s=100.0, most=32, share=0.5) == 1
+
+
+def test_the_slack_is_what_the_batches_leave() -> None:
     assert slack_s(BATCHED, batch_size=1, within_s=0.1) == pytest.approx(0.089)
     assert slack_s(BATCHED, batch_size=32, within_s=0.05) == 0.0

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from typing import final
 
 from supple.core.forecast import BIN_S, Demand, Forecast, forecast
-from supple.core.latency import LatencyProfile, best_batch, fewest_replicas, slack_s
+from supple.core.latency import (
+    LARGEST_SHARE,
+    PLANNED_SHARE,
+    LatencyProfile,
+    best_batch,
+    fewest_replicas,
+    slack_s,
+)
 from supple.core.serve_spec import Slo
 
 
@@ -48,6 +55,7 @@ class ScaleDecision:
     service: str
     num_replicas: int
     max_batch_size: int
+    """The most a free replica may take at once; capacity is planned with smaller batches."""
     batch_wait_s: float
     """Longest wait of a request for company; 0: a free replica takes what there is."""
     reason: str
@@ -96,7 +104,10 @@ def scale(
     """What to have from now on, and what to remember. Call it about once a second; any interval
     works. `now` is in seconds on a clock that never goes back."""
     profile, slo = service.profile, service.slo
-    batch = best_batch(profile, within_s=slo.within_s, most=service.max_batch_size)
+    batch, largest_batch = (
+        best_batch(profile, within_s=slo.within_s, most=service.max_batch_size, share=share)
+        for share in (PLANNED_SHARE, LARGEST_SHARE)
+    )
     slack = slack_s(profile, batch_size=batch, within_s=slo.within_s)
     horizon = profile.startup_s + REACTION_S
     miss = USED_MISSES * (1.0 - slo.share)
@@ -120,7 +131,7 @@ def scale(
     decision = ScaleDecision(
         service=service.name,
         num_replicas=target,
-        max_batch_size=batch,
+        max_batch_size=largest_batch,
         batch_wait_s=0.0,
         reason=_reason(service, load, need, current, target, limit),
         rate_per_s=load.needed_per_s,

@@ -13,8 +13,9 @@ import numpy as np
 
 from supple.core.types import ParallelLayout
 
-BATCH_SHARE = 0.5
-"""A batch may take this part of the promised time: while one runs, the next gathers (Nexus)."""
+PLANNED_SHARE, LARGEST_SHARE = 0.5, 0.9
+"""A batch, and the one it finds half done, may take this part of the promised time: where capacity
+is planned, so that the queue has the rest; and at most, when more has gathered."""
 
 _Z99 = 2.3263478740408408
 """Of the standard normal: its 99 % quantile."""
@@ -279,13 +280,13 @@ def slack_s(profile: LatencyProfile, *, batch_size: int, within_s: float) -> flo
     return max(0.0, within_s - profile.tail_s(batch_size) - found)
 
 
-def best_batch(profile: LatencyProfile, *, within_s: float, most: int) -> int:
-    """The limit for a batch: of the powers of two measured, at most `most`, the one with the
-    highest capacity that leaves part of the promised time to the queue; else 1."""
+def best_batch(profile: LatencyProfile, *, within_s: float, most: int, share: float) -> int:
+    """Of the powers of two measured, at most `most`, the batch with the highest capacity that takes
+    at most this `share` of the promised time; else 1."""
     best, size = 1, 2
     while size <= min(most, profile.largest_batch):
         room = slack_s(profile, batch_size=size, within_s=within_s)
-        if room >= (1.0 - BATCH_SHARE) * within_s and (
+        if room >= (1.0 - share) * within_s and (
             profile.capacity_per_s(size) > profile.capacity_per_s(best)
         ):
             best = size
