@@ -16,6 +16,7 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from supple import cli_layouts, cli_memory, cli_serve
+from supple.cli_simulate import simulate_app
 from supple.cluster.control import ask, refuse_second, running_jobs
 from supple.core.interconnects import lookup
 from supple.core.spec import (
@@ -45,6 +46,8 @@ app = typer.Typer(
     help="Elastic training for PyTorch: how many workers a job deserves, and changing the number "
     "while it runs.",
 )
+
+app.add_typer(simulate_app, name="simulate")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs, nothing else.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")]

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from typing import final
 
 from supple.core.forecast import BIN_S, Demand, Forecast, forecast
-from supple.core.latency import LatencyProfile, best_batch, fewest_replicas, slack_s
+from supple.core.latency import (
+    LARGEST_SHARE,
+    PLANNED_SHARE,
+    LatencyProfile,
+    best_batch,
+    fewest_replicas,
+    slack_s,
+)
 from supple.core.serve_spec import Slo
 
 
@@ -48,6 +55,7 @@ class ScaleDecision:
     service: str
     num_replicas: int
     max_batch_size: int
+    """The most a free replica may take at once; capacity is planned with smaller batches."""
     batch_wait_s: float
     """Longest wait of a request for company; 0: a free replica takes what there is."""
     reason: str
@@ -84,6 +92,8 @@ HOLD_S, HOLD_STARTS = 60.0, 2.0
 CLEARLY_FEWER, PATIENCE = 0.9, 4.0
 """Fewer by less than a tenth wait so many times longer: every change costs something."""
 _STEADY = 1e-9
+DRAIN_SHARE = 0.5
+"""A backlog is worked off within this part of the horizon once its replicas are there."""
 REACTION_S = 2.0
 """From a change of load to a decision: one bin and one call."""
 
@@ -94,7 +104,10 @@ def scale(
     """What to have from now on, and what to remember. Call it about once a second; any interval
     works. `now` is in seconds on a clock that never goes back."""
     profile, slo = service.profile, service.slo
-    batch = best_batch(profile, within_s=slo.within_s, most=service.max_batch_size)
+    batch, largest_batch = (
+        best_batch(profile, within_s=slo.within_s, most=service.max_batch_size, share=share)
+        for share in (PLANNED_SHARE, LARGEST_SHARE)
+    )
     slack = slack_s(profile, batch_size=batch, within_s=slo.within_s)
     horizon = profile.startup_s + REACTION_S
     miss = USED_MISSES * (1.0 - slo.share)
@@ -118,7 +131,7 @@ def scale(
     decision = ScaleDecision(
         service=service.name,
         num_replicas=target,
-        max_batch_size=batch,
+        max_batch_size=largest_batch,
         batch_wait_s=0.0,
         reason=_reason(service, load, need, current, target, limit),
         rate_per_s=load.needed_per_s,
@@ -171,17 +184,18 @@ def _need(service: ServiceView, load: Forecast, demand: Demand, batch: int) -> _
         within_s=slo.within_s,
         share=slo.share,
         most=max(2 * for_load, for_load + 16),
+        least=for_load,
     )
     backlog = _backlog(service, demand, capacity, load.horizon_s)
     for_backlog = 0
     if backlog.requests > demand.slack_s * backlog.rate_per_s + 1.0:
-        drained = backlog.rate_per_s + backlog.requests / load.horizon_s
+        drained = backlog.rate_per_s + backlog.requests / (DRAIN_SHARE * load.horizon_s)
         for_backlog = math.ceil(drained / capacity - _STEADY)
     count = max(for_load, stationary or 0, for_backlog)
     if for_backlog == count and for_backlog > for_load:
         why = (
             f"{backlog.requests:.0f} requests will wait in {load.horizon_s:.0f} s at "
-            f"{backlog.rate_per_s:.3g}/s, to be worked off in as long again"
+            f"{backlog.rate_per_s:.3g}/s, to be worked off in half as long"
         )
     else:
         why = _load_in_words(load)
@@ -212,9 +226,13 @@ class _Backlog:
 def _backlog(
     service: ServiceView, demand: Demand, capacity_per_s: float, horizon_s: float
 ) -> _Backlog:
-    """Requests that will wait at the horizon if no further replica is started, at the rate of the
-    last few seconds (a quarter of the horizon): starting replicas help from when they are ready."""
-    rate = demand.rate_over(min(max(0.25 * horizon_s, 3.0), 30.0))
+    """Requests that will wait at the horizon if no further replica is started, at the rate of a
+    quarter of the horizon or what is sure by now: starting replicas help once they are ready.
+    None, where nothing waits now: no replica is missing yet."""
+    if not service.num_waiting:
+        return _Backlog(requests=0.0, rate_per_s=0.0)
+    recent_s = min(max(0.25 * horizon_s, 3.0), 30.0)
+    rate = max(demand.rate_over(recent_s), demand.sure_rate())
     waiting, at, ready = float(service.num_waiting), 0.0, service.num_ready
     startup_s = service.profile.startup_s
     left_s = sorted(max(0.0, startup_s - age) for age in service.starting_for_s)

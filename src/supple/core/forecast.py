@@ -28,12 +28,13 @@ LEARNING_S = 300.0
 LEAST_PAST_S = 30.0
 """History that a projection needs."""
 REFRESH_S = 4.0
-"""Quantiles over the whole memory are computed anew so often, or when one is exceeded."""
+"""After so long without a call, everything known of the memory is computed anew."""
 LEVEL_Z = 1.2815515655446004
 """Before that the level is projected at its 90 % quantile."""
 _STEADY = 1e-9
-_TOP = 8
-"""The highest eighth of the memory nearly always holds the quantile asked for."""
+_SURE_BINS = 30
+_TOP = 16
+"""The highest sixteenth of the memory nearly always holds the quantile asked for."""
 
 
 def _none() -> Floats:
@@ -119,6 +120,8 @@ class Habits:
     """What the memory tells of a load; it changes slowly. Capacities in requests per second."""
 
     at_s: float
+    turn: int
+    """Which of them is renewed next."""
     remembered_per_s: float
     """Capacity that would have kept the promise over the memory."""
     surprise_per_s: float
@@ -155,6 +158,15 @@ class Demand:
         last = self.counts[-max(1, round(seconds / BIN_S)) :]
         return float(last.sum()) / (len(last) * BIN_S) if len(last) else 0.0
 
+    def sure_rate(self) -> float:
+        """Requests per second that go on now, as far as is sure: the largest, over windows of up
+        to half a minute, of the count less two of its Poisson deviations over the window."""
+        last = self.counts[: -_SURE_BINS - 1 : -1]
+        if not len(last):
+            return 0.0
+        number = np.cumsum(last)
+        return float(((number - 2.0 * np.sqrt(number)) / _WINDOWS[: len(last)]).max(initial=0.0))
+
     def advance(self, now: float, num_new: int, memory_s: float) -> "Demand":
         """With `num_new` more arrivals, spread evenly since the last call, until `now`; only the
         last `memory_s` are kept."""
@@ -184,25 +196,41 @@ class Demand:
         needed = needed_rates(self.counts, slack_s)
         return replace(self, slack_s=slack_s, needed=needed, habits=None)
 
-    def remembering(self, *, now: float, horizon_s: float, miss: float) -> "Demand":
-        """With habits that are up to date."""
-        habits = self.habits
-        if (
-            habits is not None
-            and now - habits.at_s < REFRESH_S
-            and (not len(self.needed) or self.needed[-1] <= habits.remembered_per_s)
-        ):
-            return self
-        total = totals(self.counts)
-        width = max(1, round(min(max(horizon_s, 5.0), max(self.seen_s / 4.0, 1.0)) / BIN_S))
-        habits = Habits(
-            at_s=now,
-            remembered_per_s=share_quantile(self.needed, self.counts, 1.0 - miss),
-            surprise_per_s=self._surprise(horizon_s, miss),
-            dispersion=dispersion(total, width),
-            burst_dispersion=dispersion(total, 1),
+    def habits_at(self, now: float, *, horizon_s: float, miss: float) -> Habits:
+        """The habits, up to date: all of them after a pause, else one of three in turn in every
+        bin, and at once what was exceeded. They change slowly, and each costs a pass."""
+        known = self.habits
+        if known is None or now - known.at_s >= REFRESH_S:
+            turns, turn = {0, 1, 2}, 0
+        elif now - known.at_s >= BIN_S - _STEADY:
+            turns, turn = {known.turn}, (known.turn + 1) % 3
+        else:
+            return known
+        if known is None or 0 in turns or self.exceeds(known.remembered_per_s):
+            remembered = share_quantile(self.needed, self.counts, 1.0 - miss)
+        else:
+            remembered = known.remembered_per_s
+        surprise = (
+            self._surprise(horizon_s, miss) if known is None or 1 in turns else known.surprise_per_s
         )
-        return replace(self, habits=habits)
+        if known is None or 2 in turns:
+            total = totals(self.counts)
+            width = max(1, round(min(max(horizon_s, 5.0), max(self.seen_s / 4.0, 1.0)) / BIN_S))
+            slow, fast = dispersion(total, width), dispersion(total, 1)
+        else:
+            slow, fast = known.dispersion, known.burst_dispersion
+        return Habits(
+            at_s=now,
+            turn=turn,
+            remembered_per_s=remembered,
+            surprise_per_s=surprise,
+            dispersion=slow,
+            burst_dispersion=fast,
+        )
+
+    def exceeds(self, per_s: float) -> bool:
+        """Did the last bin need more?"""
+        return len(self.needed) > 0 and bool(self.needed[-1] > per_s)
 
     def _surprise(self, horizon_s: float, miss: float) -> float:
         lag = max(1, round(horizon_s / BIN_S))
@@ -212,13 +240,21 @@ class Demand:
         short = self.needed[lag:] - self.projected[:-lag]
         return share_quantile(short, self.counts[lag:], 1.0 - miss)
 
-    def with_projection(self, per_s: float) -> "Demand":
-        """Remembers what was projected at the end of the last bin."""
-        if self.seen_s < LEAST_PAST_S or self.projected[-1] != math.inf:
-            return self
-        projected = self.projected.copy()
-        projected[-1] = per_s
-        return replace(self, projected=projected)
+    def knowing(self, habits: Habits, projected_per_s: float) -> "Demand":
+        """Remembers its habits, and what was projected at the end of the last bin."""
+        projected = self.projected
+        if self.seen_s >= LEAST_PAST_S and projected[-1] == math.inf:
+            projected = projected.copy()
+            projected[-1] = projected_per_s
+        return Demand(
+            begun_s=self.begun_s,
+            slack_s=self.slack_s,
+            pending=self.pending,
+            counts=self.counts,
+            needed=self.needed,
+            projected=projected,
+            habits=habits,
+        )
 
 
 def _extended(values: Floats, value: float, times: int, keep: int) -> Floats:
@@ -266,9 +302,7 @@ def forecast(
 ) -> tuple[Forecast, Demand]:
     """The load at `now + horizon_s`, where a share `miss` of the requests may wait longer than the
     demand's slack; and the demand, which remembers what was projected."""
-    demand = demand.remembering(now=now, horizon_s=horizon_s, miss=miss)
-    habits = demand.habits
-    assert habits is not None
+    habits = demand.habits_at(now, horizon_s=horizon_s, miss=miss)
     recent_s = min(max(horizon_s, 30.0), 300.0)
     level = demand.rate_over(recent_s)
     slope = _slope(demand.counts[-round(2.0 * recent_s / BIN_S) :], habits.dispersion)
@@ -286,7 +320,7 @@ def forecast(
         projected_per_s=projected,
         habits=habits,
     )
-    return found, demand.with_projection(projected)
+    return found, demand.knowing(habits, projected)
 
 
 def _slope(counts: Floats, dispersion: float) -> float:

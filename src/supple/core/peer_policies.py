@@ -12,7 +12,7 @@ from typing import final
 import numpy as np
 
 from supple.core.autoscaler import ScaleDecision, ServiceView
-from supple.core.forecast import Floats, needed_rates, share_quantile
+from supple.core.forecast import needed_rates, share_quantile
 from supple.core.serving_simulator import Policy, Scenario, SupplePolicy
 
 
@@ -149,7 +149,8 @@ class ClairvoyantPolicy:
         reach = int(ahead)
         padded = np.concatenate((rates, np.zeros(reach)))
         windows = np.lib.stride_tricks.sliding_window_view(padded, reach + 1)
-        self.counts = np.ceil(windows.max(axis=1) / capacity / self.utilisation).astype(int)
+        needed = windows.max(axis=1) / capacity / self.utilisation
+        self.counts = np.maximum(np.ceil(needed), 1.0).astype(int)
 
     def decide(self, service: ServiceView, now: float) -> ScaleDecision:
         index = min(int(now), len(self.counts) - 1)
@@ -168,30 +169,21 @@ def static_count(scenario: Scenario) -> int:
     return min(max(count, scenario.min_replicas, 1), scenario.max_replicas)
 
 
-def all_policies(scenario: Scenario) -> dict[str, Policy]:
-    """A fresh policy under every name that is compared."""
-    return {
-        "supple": SupplePolicy(),
-        "ray_serve_default": RayServePolicy(),
-        "ray_serve_tuned": RayServePolicy(
-            target_ongoing=1.0,
-            upscale_delay_s=3.0,
-            downscale_delay_s=60.0,
-            look_back_s=10.0,
-            push_s=2.0,
-        ),
-        "knative": KnativePolicy(),
-        "static": StaticPolicy(static_count(scenario)),
-        "clairvoyant": ClairvoyantPolicy(scenario),
-    }
+PEERS = (*("supple", "ray_serve_default", "ray_serve_tuned", "knative", "static", "clairvoyant"),)
+"""Names of the policies that are compared."""
 
 
-__all__ = [
-    "ClairvoyantPolicy",
-    "Floats",
-    "KnativePolicy",
-    "RayServePolicy",
-    "StaticPolicy",
-    "all_policies",
-    "static_count",
-]
+def policies(scenario: Scenario) -> dict[str, Policy]:
+    """A fresh policy for this scenario under every name of `PEERS`."""
+    tuned = RayServePolicy(
+        target_ongoing=1.0,
+        upscale_delay_s=3.0,
+        downscale_delay_s=60.0,
+        look_back_s=10.0,
+        push_s=2.0,
+    )
+    made: tuple[Policy, ...] = (
+        *(SupplePolicy(), RayServePolicy(), tuned, KnativePolicy()),
+        *(StaticPolicy(static_count(scenario)), ClairvoyantPolicy(scenario)),
+    )
+    return dict(zip(PEERS, made, strict=True))

@@ -9,7 +9,6 @@ cancelled first, then free ones). A request whose replica died goes back to the 
 import heapq
 import math
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, final
 
@@ -74,7 +73,9 @@ class Scenario:
     def __post_init__(self) -> None:
         arrivals = self.arrivals_s
         if len(arrivals) == 0:
-            raise SpecError("the trace has no request: nothing can be simulated. Give one with.")
+            raise SpecError(
+                "the trace has no request: nothing can be simulated. Give one with at least one."
+            )
         if not np.isfinite(arrivals).all() or (np.diff(arrivals) < 0).any() or arrivals[0] < 0:
             raise SpecError(
                 "the trace's arrivals must be finite seconds from 0 on, in increasing order."
@@ -343,8 +344,3 @@ def with_failures(scenario: Scenario, *, mean_between_s: float) -> Scenario:
     random = np.random.default_rng([scenario.seed, 1])
     at = np.sort(random.uniform(0.0, end_s, random.poisson(end_s / mean_between_s)))
     return replace(scenario, failures_s=tuple(at.tolist()))
-
-
-def shares_met(runs: Sequence[ServingRun]) -> Floats:
-    """The attainment of every run."""
-    return np.array([run.slo_attainment for run in runs])
