@@ -84,12 +84,12 @@ def test_nobody_waits_for_company() -> None:
 
 def test_what_cannot_be_met_is_refused_at_once_with_the_time_after_which_it_can() -> None:
     waiting = busy(queue(), rows=4)  # until 5
-    assert waiting.offer(ticket(0, 8.0), 0.0) == ()
-    (refusal,) = waiting.offer(ticket(1, 6.5), 0.0)
+    assert waiting.offer(ticket(0, 7.5), 0.0) == ()
+    (refusal,) = waiting.offer(ticket(1, 7.6), 0.0)
     assert refusal.number == 1
-    assert refusal.retry_after_s == pytest.approx(7 + 2 - 6.5)
+    assert refusal.retry_after_s == pytest.approx(7 + 2 - 7.6)
     assert refusal.reason == (
-        "1 requests of 1 rows wait: an answer would take 9 s, and the request allows 6.5 s"
+        "behind 1 waiting requests of 1 rows the answer would take 9s, and the request allows 7.6s"
     )
     assert numbers(waiting.waiting) == [0]
 
@@ -123,7 +123,7 @@ def test_a_full_queue_refuses_and_gives_way_only_to_the_more_important() -> None
         assert waiting.offer(ticket(number, 100.0), 0.0) == ()
     (refusal,) = waiting.offer(ticket(2, 100.0), 0.0)
     assert (refusal.number, refusal.retry_after_s) == (2, pytest.approx(5.0))
-    assert "this replica holds 2" in refusal.reason
+    assert "2 requests wait, the most this replica holds" in refusal.reason
     assert numbers(waiting.offer(ticket(3, 100.0, priority=1), 0.0)) == [1]
     assert numbers(waiting.waiting) == [3, 0]
     assert numbers(waiting.offer(ticket(4, 1.0, priority=1), 0.0)) == [4]

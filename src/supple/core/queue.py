@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Final, final
 
 from supple.core.latency import LatencyProfile
+from supple.core.serve_spec import latency_text
 
 FIRST_PRIORITY: Final = 1
 DEFAULT_PRIORITY: Final = 5
@@ -67,7 +68,7 @@ class _Plan:
     """Batches laid one after another from `start_s`, each ticket in the last batch of its kind if
     it has room and time. Requests of several kinds make it an estimate, one kind makes it exact."""
 
-    __slots__ = ("_fixed_s", "_item_s", "_max_rows", "_open", "end_s", "start_s")
+    __slots__ = ("_fixed_s", "_item_s", "_max_rows", "_open", "all_in_time", "end_s", "start_s")
 
     def __init__(self, profile: LatencyProfile, max_rows: int, start_s: float) -> None:
         self._fixed_s = profile.spread * profile.fixed_s
@@ -76,6 +77,7 @@ class _Plan:
         self._open: dict[Hashable, tuple[int, float]] = {}
         self.start_s = start_s
         self.end_s = start_s
+        self.all_in_time = True
 
     def add(self, ticket: Ticket, *, whatever: bool = False) -> float:
         """When `ticket` is answered. It is in the plan now unless that is too late; `whatever`: it
@@ -86,7 +88,9 @@ class _Plan:
         end_s = self.end_s + self._item_s * ticket.rows
         if rows > self._max_rows or end_s > deadline_s + _ROUNDING_S:
             rows, deadline_s, end_s = ticket.rows, ticket.deadline_s, end_s + self._fixed_s
-        if whatever or end_s <= ticket.deadline_s + _ROUNDING_S:
+        in_time = end_s <= ticket.deadline_s + _ROUNDING_S
+        if whatever or in_time:
+            self.all_in_time &= in_time
             self._open[ticket.kind] = rows, deadline_s
             self.end_s = end_s
         return end_s
@@ -96,10 +100,11 @@ class _Plan:
         return [t for t in tickets if self.add(t) > t.deadline_s + _ROUNDING_S]
 
     def shift_to(self, start_s: float) -> None:
-        """Begin later."""
+        """Begin later, if at all; who is in time then is not known."""
         if start_s > self.start_s:
             self.end_s += start_s - self.start_s
             self.start_s = start_s
+            self.all_in_time = False
 
 
 @final
@@ -114,6 +119,7 @@ class DeadlineQueue:
         self._order: list[tuple[int, float, int]] = []
         self._tickets: dict[int, Ticket] = {}
         self._num_rows = 0
+        self._kinds: Counter[Hashable] = Counter()
         self._busy_until_s: float | None = None
         self._plan: _Plan | None = None
 
@@ -180,7 +186,6 @@ class DeadlineQueue:
     def done(self) -> None:
         """The model is free."""
         self._busy_until_s = None
-        self._plan = None
 
     def cancel(self, number: int) -> bool:
         """Let the request go; whether it was still waiting."""
@@ -220,6 +225,9 @@ class DeadlineQueue:
     def _lost(self, tickets: Sequence[Ticket], now: float) -> list[Ticket]:
         """Who cannot be answered in time: by the plan in order, or, if that loses fewer, by a plan
         without those too urgent for as large a batch as could be run."""
+        plan = self._plan
+        if plan is not None and plan.all_in_time and now <= plan.start_s and len(self._kinds) == 1:
+            return []  # what begins earlier than planned ends earlier
         lost = _Plan(self._profile, self._max_rows, now).add_all(tickets)
         if not lost:
             return lost
@@ -233,9 +241,13 @@ class DeadlineQueue:
     def _form(self, tickets: Sequence[Ticket], now: float) -> list[Ticket]:
         """The first batch of the plan for `tickets`, all of which can be answered in time. Later
         ones of its kind join while that makes none of those they overtake late."""
-        plan = _Plan(self._profile, self._max_rows, now)
-        slack_s = [t.deadline_s - plan.add(t) for t in tickets]
         head = tickets[0]
+        if len(self._kinds) > 1:
+            plan = _Plan(self._profile, self._max_rows, now)
+            slack_s = [t.deadline_s - plan.add(t) for t in tickets]
+        else:
+            tickets = tickets[: self._max_rows]
+            slack_s = [0.0] * len(tickets)
         batch, rows, deadline_s = [head], head.rows, head.deadline_s
         longer_s, spare_s = 0.0, float("inf")
         row_s = self._profile.spread * self._profile.item_s
@@ -270,21 +282,23 @@ class DeadlineQueue:
         return self._plan
 
     def _refusal(self, ticket: Ticket, now: float, *, full: bool = False) -> Refusal:
-        """At the end of the plan the model is idle and takes anyone; earlier, whoever has time for
-        the rest of it and for a batch of its own."""
+        """At the end of the plan the model is idle and takes anyone; earlier, whoever comes last
+        and has time for the rest of it and for a batch of its own."""
         plan = self._planned(now)
         left_s = max(0.0, plan.end_s - now)
-        waits = f"{len(self._order)} requests of {self._num_rows} rows wait"
         allowed_s = max(0.0, ticket.deadline_s - now)
         alone_s = self._profile.tail_s(ticket.rows)
         retry_s = min(left_s, max(0.0, left_s + alone_s - allowed_s))
+        if self._order and _key(ticket) < self._order[-1]:
+            retry_s = left_s  # it would go before some, whose promises count
         reason = (
-            f"{waits}: an answer would take {left_s + alone_s:.3g} s, and the request allows "
-            f"{allowed_s:.3g} s"
+            f"behind {len(self._order)} waiting requests of {self._num_rows} rows the answer would "
+            f"take {latency_text(left_s + alone_s)}, and the request allows "
+            f"{latency_text(allowed_s)}"
         )
         if full:
             retry_s = max(retry_s, self._start_s(now) - now)
-            reason = f"{waits}, and this replica holds {self._max_waiting}"
+            reason = f"{len(self._order)} requests wait, the most this replica holds"
         retry_s = max(retry_s, _SHORTEST_RETRY_S)
         return Refusal(number=ticket.number, retry_after_s=retry_s, reason=reason)
 
@@ -292,12 +306,16 @@ class DeadlineQueue:
         insort(self._order, _key(ticket))
         self._tickets[ticket.number] = ticket
         self._num_rows += ticket.rows
+        self._kinds[ticket.kind] += 1
         self._plan = None
 
     def _remove(self, ticket: Ticket) -> None:
         del self._order[bisect_left(self._order, _key(ticket))]
         del self._tickets[ticket.number]
         self._num_rows -= ticket.rows
+        self._kinds[ticket.kind] -= 1
+        if not self._kinds[ticket.kind]:
+            del self._kinds[ticket.kind]
         self._plan = None
 
 
