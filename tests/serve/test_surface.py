@@ -193,6 +193,30 @@ def test_every_path_has_its_answer(method: str, path: str, status: int) -> None:
     asyncio.run(go())
 
 
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"priority": 10}, "from 0 to 9"),
+        ({"priority": True}, "from 0 to 9"),
+        ({"timeout": -1}, "microseconds"),
+        ({"timeout": "1s"}, "microseconds"),
+    ],
+)
+def test_priorities_and_timeouts_that_are_none_are_refused(
+    parameters: dict[str, Any], words: str
+) -> None:
+    async def go() -> None:
+        async with Service() as service:
+            url = "/v2/models/m/infer"
+            body = asked(1, 2) | {"parameters": parameters}
+            response = await service.client.post(url, json=body)
+            assert response.status_code == 400 and words in response.json()["error"]
+            body["parameters"] = {"priority": 1, "timeout": 60_000_000}
+            assert (await service.client.post(url, json=body)).status_code == 200
+
+    asyncio.run(go())
+
+
 def test_a_body_over_the_limit_is_refused() -> None:
     async def go() -> None:
         async with Service(limits=RequestLimits(max_body_bytes=50)) as service:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ class Deployment:
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
     predict_timeout_s: float = 30.0
+    within_s: float = math.inf
+    """The promise: who cannot be answered in it is refused."""
     max_waiting: int = 10_000
     weights: str | None = None
     """What `load(weights)` is handed; None: it takes nothing."""
@@ -71,6 +74,7 @@ class Replica:
         self._executor = Executor(
             model,
             timeout_s=deployment.predict_timeout_s,
+            within_s=deployment.within_s,
             max_waiting=deployment.max_waiting,
             on_batch=self._stopwatch.record,
         )

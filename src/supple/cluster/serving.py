@@ -38,6 +38,7 @@ def deployment_of(spec: ServeSpec, *, weights: str | None = None) -> Deployment:
         policy=None if fixed else (_POLICY, arguments),
         cpus_per_replica=spec.cpus_per_replica,
         gpus_per_replica=spec.gpus_per_replica,
+        within_s=spec.slo.within_s,
         max_waiting=spec.max_waiting,
         weights=weights,
         settings=SurfaceSettings(

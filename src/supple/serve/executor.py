@@ -1,27 +1,34 @@
-"""One model, one thread: waiting requests of the same kind become one batch, each gets its rows.
+"""One model, one thread: requests wait in a deadline queue, each gets its rows of a batch's answer.
 
-A batch is taken whenever the thread is free: nobody waits for company. A fault in a batch of
-several is looked for in each alone, so that one bad request does not fail its neighbours. A
-`predict` that does not return is given up after `timeout_s`: its requests are answered, and the
-executor says it is `stuck`, for its process must be replaced.
+Who is answered when and who is refused is `core.queue`'s to say; this file brings it the clock, the
+requests and what batches really take. A fault in a batch of several is looked for in each alone, so
+that one bad request does not fail its neighbours. A `predict` that does not return is given up
+after `timeout_s`: its requests are answered, and the executor says it is `stuck`, for its process
+must be replaced.
 """
 
 import asyncio
+import math
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from itertools import count
+from typing import Final, final
 
 import numpy as np
 
+from supple.core.latency import LatencyProfile
+from supple.core.queue import DEFAULT_PRIORITY, DeadlineQueue, Refusal, Ticket
 from supple.serve.model import ModelFault, ServedModel
+from supple.serve.pace import Pace
 from supple.serve.protocol import Array, Refused
 
 Outputs = dict[str, Array]
-_RETRY_AFTER_S = 1.0
+_RETRY_AFTER_S: Final = 1.0
+_PLANNED_SHARE: Final = 0.9
+"""Of the promise, what the queue plans with; the rest is for reading and writing the request."""
 
 
 @final
@@ -29,7 +36,6 @@ _RETRY_AFTER_S = 1.0
 class _Call:
     inputs: Mapping[str, Array]
     rows: int
-    kind: tuple[Any, ...]
     answer: asyncio.Future[Outputs]
 
 
@@ -42,66 +48,97 @@ class Executor:
         model: ServedModel,
         *,
         timeout_s: float,
+        within_s: float = math.inf,
         max_waiting: int = 10_000,
+        profile: LatencyProfile | None = None,
         on_batch: Callable[[int, float], None] | None = None,
     ) -> None:
-        """`on_batch` is told the rows and seconds of every batch that ran."""
+        """`within_s` is the promise: who cannot be answered within it is refused. `profile` is what
+        is known of the model's time; it is learnt from the batches anyway. `on_batch` is told the
+        rows and seconds of every batch that ran."""
         self.model = model
         """Runs the batches; another may take its place at any time, between two of them."""
-        self._timeout_s = timeout_s
-        self._max_waiting = max_waiting
         self.on_batch = on_batch
-        self._loop = asyncio.get_running_loop()
-        self._waiting: deque[_Call] = deque()
-        self._running: Sequence[_Call] = ()
-        self._batches: queue.SimpleQueue[Sequence[_Call] | None] = queue.SimpleQueue()
-        self._watch: asyncio.TimerHandle | None = None
         self.stuck: str | None = None
         """Why no further request can be answered here; None while all is well."""
+        self._timeout_s = timeout_s
+        self._within_s = within_s
+        self._loop = asyncio.get_running_loop()
+        self._pace = Pace(() if profile is None else profile.points)
+        self._queue = DeadlineQueue(
+            self._pace.profile(), max_batch_size=model.max_batch, max_waiting=max_waiting
+        )
+        self._numbers = count()
+        self._calls: dict[int, _Call] = {}
+        """Those that wait, by number."""
+        self._running: Sequence[_Call] = ()
+        self._began_s = 0.0
+        self._batches: queue.SimpleQueue[Sequence[_Call] | None] = queue.SimpleQueue()
+        self._watch: asyncio.TimerHandle | None = None
         threading.Thread(target=self._work, name="predict", daemon=True).start()
 
     @property
     def num_waiting(self) -> int:
         """Requests that are in no batch yet."""
-        return len(self._waiting)
+        return len(self._queue)
 
-    async def submit(self, inputs: Mapping[str, Array], rows: int) -> Outputs:
-        """The outputs for one checked request. Raises `ModelFault`, or `Refused` (429, 503)."""
+    @property
+    def profile(self) -> LatencyProfile:
+        """What batches take at present, waking the thread and the event loop included."""
+        return self._pace.profile()
+
+    async def submit(
+        self,
+        inputs: Mapping[str, Array],
+        rows: int,
+        *,
+        priority: int = DEFAULT_PRIORITY,
+        within_s: float | None = None,
+    ) -> Outputs:
+        """The outputs for one checked request, which allows `within_s` seconds, or what is promised
+        to all. Raises `ModelFault`, or `Refused` (429, 503)."""
         if self.stuck is not None:
             raise Refused(self.stuck, 503, _RETRY_AFTER_S)
-        if len(self._waiting) >= self._max_waiting:
-            raise Refused(
-                f"{len(self._waiting)} requests wait already, the most this replica holds",
-                429,
-                _RETRY_AFTER_S,
-            )
-        kind = tuple((name, a.dtype, a.shape[1:]) for name, a in sorted(inputs.items()))
-        call = _Call(inputs, rows, kind, self._loop.create_future())
-        self._waiting.append(call)
+        now = self._loop.time()
+        allowed_s = self._within_s if within_s is None else within_s
+        call = _Call(inputs, rows, self._loop.create_future())
+        ticket = Ticket(
+            number=next(self._numbers),
+            deadline_s=now + _PLANNED_SHARE * allowed_s,
+            rows=rows,
+            priority=priority,
+            kind=tuple((name, a.dtype, a.shape[1:]) for name, a in sorted(inputs.items())),
+        )
+        self._calls[ticket.number] = call
+        self._refuse(self._queue.offer(ticket, now))
         if not self._running:
             self._launch()
-        return await call.answer
+        try:
+            return await call.answer
+        except asyncio.CancelledError:
+            self._queue.cancel(ticket.number)
+            raise
+        finally:
+            self._calls.pop(ticket.number, None)
 
     def close(self) -> None:
         """End the thread once its batch is done."""
         self._batches.put(None)
 
     def _launch(self) -> None:
-        batch: list[_Call] = []
-        rows = 0
-        while self._waiting:
-            call = self._waiting[0]
-            if call.answer.done():  # its client has gone
-                self._waiting.popleft()
-                continue
-            if batch and (call.kind != batch[0].kind or rows + call.rows > self.model.max_batch):
-                break
-            batch.append(self._waiting.popleft())
-            rows += call.rows
-        self._running = batch
-        if batch:
+        self._began_s = self._loop.time()
+        turn = self._queue.take(self._began_s)
+        self._refuse(turn.refused)
+        self._running = [self._calls.pop(ticket.number) for ticket in turn.batch]
+        if self._running:
             self._watch = self._loop.call_later(self._timeout_s, self._give_up)
-            self._batches.put(batch)
+            self._batches.put(self._running)
+
+    def _refuse(self, refusals: Iterable[Refusal]) -> None:
+        for refusal in refusals:
+            call = self._calls.pop(refusal.number)
+            if not call.answer.done():
+                call.answer.set_exception(Refused(refusal.reason, 429, refusal.retry_after_s))
 
     def _give_up(self) -> None:
         rows = sum(call.rows for call in self._running)
@@ -109,10 +146,12 @@ class Executor:
             f"predict() has not returned for {self._timeout_s:g} s on a batch of {rows}; this "
             "replica is replaced"
         )
-        for call in (*self._running, *self._waiting):
+        for call in (*self._running, *self._calls.values()):
             if not call.answer.done():
                 call.answer.set_exception(Refused(self.stuck, 503, _RETRY_AFTER_S))
-        self._waiting.clear()
+        for number in list(self._calls):
+            self._queue.cancel(number)
+        self._calls.clear()
 
     def _work(self) -> None:
         while (batch := self._batches.get()) is not None:
@@ -133,8 +172,13 @@ class Executor:
     ) -> None:
         if self._watch is not None:
             self._watch.cancel()
+        rows = sum(call.rows for call in batch)
+        if self._pace.record(rows, self._loop.time() - self._began_s):
+            self._queue.renew(self._pace.profile())
+        self._queue.done()
+        self._launch()  # first, so that the thread works while the answers are written
         if self.on_batch is not None:
-            self.on_batch(sum(call.rows for call in batch), took_s)
+            self.on_batch(rows, took_s)
         for call, result in zip(batch, results, strict=True):
             if call.answer.done():
                 continue
@@ -142,7 +186,6 @@ class Executor:
                 call.answer.set_exception(result)
             else:
                 call.answer.set_result(result)
-        self._launch()
 
 
 def run_batch(

@@ -8,11 +8,13 @@ batch, encode. Everything else is a table. Every answer but a tensor's is JSON; 
 import asyncio
 import hmac
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, final
 
+from supple.core.queue import DEFAULT_PRIORITY, LAST_PRIORITY
 from supple.serve.executor import Outputs
 from supple.serve.meters import Meters
 from supple.serve.model import ModelFault, ServedModel, TensorSpec
@@ -34,6 +36,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 EXTENSIONS: Final = ("binary_tensor_data", "generate_stream")
 _HEAD_LENGTH: Final = b"inference-header-content-length"
 _JSON: Final[tuple[bytes, bytes]] = (b"content-type", b"application/json")
+_LONGEST_US: Final = 3_600_000_000
 _OPEN: Final = ("/v2/health/live", "/v2/health/ready")
 """Answered without a token: those who ask have none."""
 
@@ -46,7 +49,14 @@ class Answers(Protocol):
         """Why no request can be answered here any more."""
         ...
 
-    async def submit(self, inputs: Mapping[str, Array], rows: int) -> Outputs:
+    async def submit(
+        self,
+        inputs: Mapping[str, Array],
+        rows: int,
+        *,
+        priority: int = DEFAULT_PRIORITY,
+        within_s: float | None = None,
+    ) -> Outputs:
         """The outputs for one checked request; raises `ModelFault` or `Refused`."""
         ...
 
@@ -123,7 +133,9 @@ class Surface:
         for wanted in request.outputs:
             if self._model.outputs and wanted.name not in {s.name for s in self._model.outputs}:
                 refuse(f"the model has no output {wanted.name[:80]!r}")
-        return await self._answers.submit(request.inputs, rows)
+        return await self._answers.submit(
+            request.inputs, rows, priority=_priority(request), within_s=_allowed_s(request)
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -262,6 +274,23 @@ async def stream_parts(model: ServedModel, inputs: Mapping[str, Array]) -> Async
             await asyncio.to_thread(close)
 
 
+def _priority(request: InferRequest) -> int:
+    """`parameters.priority`, as other servers of the protocol read it: 1 is answered first, 0 and
+    none are the default."""
+    asked = request.parameters.get("priority", 0)
+    if type(asked) is not int or not 0 <= asked <= LAST_PRIORITY:
+        refuse(f"the parameter priority is a whole number from 0 to {LAST_PRIORITY}")
+    return asked or DEFAULT_PRIORITY
+
+
+def _allowed_s(request: InferRequest) -> float | None:
+    """`parameters.timeout`, in microseconds; None: what the service promises."""
+    asked = request.parameters.get("timeout", 0)
+    if type(asked) is not int or not 0 <= asked <= _LONGEST_US:
+        refuse(f"the parameter timeout is a whole number of microseconds up to {_LONGEST_US}")
+    return asked / 1e6 if asked else None
+
+
 def _described(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": spec.datatype, "shape": [-1, *spec.shape]}
 
@@ -294,7 +323,9 @@ async def _send(
 async def _refusal(send: Send, error: Refused) -> None:
     headers: list[tuple[bytes, bytes]] = [_JSON]
     if error.retry_after_s is not None:
-        headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
+        # Whole seconds are all the header can say; the second one is what clients agreed on.
+        headers.append((b"retry-after", str(math.ceil(error.retry_after_s)).encode()))
+        headers.append((b"retry-after-ms", str(math.ceil(error.retry_after_s * 1e3)).encode()))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await _send(send, error.status, json.dumps({"error": str(error)}).encode(), headers)

@@ -1,0 +1,76 @@
+"""What the next batch will take, learnt from the batches that ran.
+
+The shape, seconds against rows, is the medians of every size seen; how fast the machine is just now
+and how much that varies are the last batches compared with that shape, whatever their sizes.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Final, final
+
+from supple.core.latency import LatencyPoint, LatencyProfile
+from supple.serve.stopwatch import Stopwatch
+
+_LAST: Final = 128
+_RENEW_EVERY: Final = 16
+_TAIL: Final = 0.95
+"""The quantile that is planned with: a plan is several batches, so that their sum is rarer."""
+_UNKNOWN = LatencyProfile.constant(1e-6, startup_s=0.0)
+"""Of a model that never ran: nobody is refused."""
+
+
+@final
+class Pace:
+    """A profile that follows the batches. Two sizes of it span all: 1 and the largest seen."""
+
+    def __init__(self, points: Sequence[LatencyPoint] = ()) -> None:
+        """`points` are believed until as many batches of a size have run."""
+        self._stopwatch = Stopwatch()
+        self._last: deque[tuple[int, float]] = deque(maxlen=_LAST)
+        self._seen: set[int] = set()
+        self._num_new = 0
+        self._profile = _UNKNOWN
+        for point in points:
+            for seconds in (point.p50_s, point.p50_s, point.p99_s):
+                self._stopwatch.record(point.batch_size, seconds)
+            self._last += [(point.batch_size, s) for s in (point.p50_s, point.p99_s)]
+            self._seen.add(point.batch_size)
+        if points:
+            self._renew()
+
+    def record(self, rows: int, took_s: float) -> bool:
+        """One batch of `rows` took so long; whether `profile` is another one now. The first batch
+        of a size counts only while nothing else is known: it may have compiled or allocated."""
+        first = rows not in self._seen
+        self._seen.add(rows)
+        if first and self._last:
+            return False
+        self._stopwatch.record(rows, took_s)
+        self._last.append((rows, took_s))
+        self._num_new += 1
+        if len(self._last) > _RENEW_EVERY and self._num_new < _RENEW_EVERY:
+            return False
+        self._renew()
+        return True
+
+    def profile(self) -> LatencyProfile:
+        """Its median and its tail at the speed of the last batches."""
+        return self._profile
+
+    def _renew(self) -> None:
+        self._num_new = 0
+        shape = LatencyProfile(points=tuple(self._stopwatch.points()), startup_s=0.0)
+        paces = sorted(took_s / shape.seconds(rows) for rows, took_s in self._last)
+        middle = paces[len(paces) // 2]
+        tail = paces[round(_TAIL * (len(paces) - 1))]
+        self._profile = LatencyProfile(
+            points=tuple(
+                LatencyPoint(
+                    batch_size=size,
+                    p50_s=middle * shape.seconds(size),
+                    p99_s=max(middle, tail) * shape.seconds(size),
+                )
+                for size in sorted({1, shape.largest_batch})
+            ),
+            startup_s=0.0,
+        )
