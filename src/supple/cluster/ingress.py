@@ -117,8 +117,10 @@ def haproxy() -> str | None:
 
 
 def _private_haproxy(binary: str) -> Path:
-    """A script that starts `binary` as Ray would, but with its statistics on loopback and its admin
-    socket for this user only: Ray writes them open to every machine and every user."""
+    """A script that starts `binary` as Ray would, but for three lines of its configuration: the
+    statistics on loopback and the admin socket for this user only, which Ray writes open to every
+    machine and every user; and a request is taken whole before it is passed on, since only one
+    that was whole when it was first sent can be sent again."""
     folder = Path(tempfile.gettempdir()) / f"supple-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     script = folder / "haproxy"
@@ -126,7 +128,8 @@ def _private_haproxy(binary: str) -> Path:
         "#!/bin/sh\n"
         'for word in "$@"; do [ "$last" = -f ] && config="$word"; last="$word"; done\n'
         "sed -i -e 's/^\\( *bind\\) [*]\\{0,1\\}:/\\1 127.0.0.1:/' "
-        "-e 's/mode 666 level admin/mode 600 level admin/' \"$config\"\n"
+        "-e 's/mode 666 level admin/mode 600 level admin/' "
+        "-e 's/^    option abortonclose$/&\\n    option http-buffer-request/' \"$config\"\n"
         f'exec {shlex.quote(binary)} "$@"\n'
     )
     if not script.exists() or script.read_text() != text:
