@@ -125,11 +125,11 @@ def replicas() -> list[psutil.Process]:
 async def watch(stopped: asyncio.Event) -> int:
     """Times the number of running replicas changed, one for each that came or went."""
     changes = 0
-    seen: set[tuple[str, int]] = set()
+    seen = set(await asyncio.to_thread(serving.replica_addresses, _NAME))
     while not stopped.is_set():
         now = set(await asyncio.to_thread(serving.replica_addresses, _NAME))
-        changes += len(now ^ seen) if seen else 0
-        seen = now or seen
+        changes += len(now ^ seen)
+        seen = now
         await asyncio.sleep(0.2)
     return changes
 
