@@ -34,6 +34,7 @@ def run(
     )
     ingress.connect(spec)
     try:
+        serving.refuse_no_capacity(spec)
         deployment = serving.deployment_of(spec, weights=weights)
         serving.deploy(deployment)
         points = serving.profile_of(spec.name)

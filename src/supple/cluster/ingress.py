@@ -12,7 +12,7 @@ import shlex
 import socket
 import tempfile
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 import grpc
 import ray
@@ -32,7 +32,8 @@ MOST_HELD_BYTES: Final = 256 * 1024
 """A larger request is not repeated when its replica dies: the ingress does not hold it whole."""
 _RETRIES: Final = 6
 _SERVICER: Final = f"{__name__}:add_servicer"
-_ON_LOOPBACK: Final = f"{__name__}.grpc_on_loopback"
+_PREPARE: Final = f"{__name__}.prepare_process"
+_LOOPBACK: Final = "SUPPLE_GRPC_ON_LOOPBACK"
 
 
 def connect(spec: ServeSpec) -> None:
@@ -81,9 +82,9 @@ def environment(spec: ServeSpec) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": _PREPARE,
+        _LOOPBACK: "1" if is_loopback(spec.host) else "0",
     }
-    if is_loopback(spec.host):
-        settings["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = _ON_LOOPBACK
     binary = haproxy()
     if binary is None:
         return settings
@@ -117,8 +118,10 @@ def haproxy() -> str | None:
 
 
 def _private_haproxy(binary: str) -> Path:
-    """A script that starts `binary` as Ray would, but with its statistics on loopback and its admin
-    socket for this user only: Ray writes them open to every machine and every user."""
+    """A script that starts `binary` as Ray would, but for three lines of its configuration: the
+    statistics on loopback and the admin socket for this user only, which Ray writes open to every
+    machine and every user; and a request is taken whole before it is passed on, since only one
+    that was whole when it was first sent can be sent again."""
     folder = Path(tempfile.gettempdir()) / f"supple-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     script = folder / "haproxy"
@@ -126,7 +129,8 @@ def _private_haproxy(binary: str) -> Path:
         "#!/bin/sh\n"
         'for word in "$@"; do [ "$last" = -f ] && config="$word"; last="$word"; done\n'
         "sed -i -e 's/^\\( *bind\\) [*]\\{0,1\\}:/\\1 127.0.0.1:/' "
-        "-e 's/mode 666 level admin/mode 600 level admin/' \"$config\"\n"
+        "-e 's/mode 666 level admin/mode 600 level admin/' "
+        "-e 's/^    option abortonclose$/&\\n    option http-buffer-request/' \"$config\"\n"
         f'exec {shlex.quote(binary)} "$@"\n'
     )
     if not script.exists() or script.read_text() != text:
@@ -150,18 +154,71 @@ def add_servicer(_servicer: Any, server: Any) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 
-def grpc_on_loopback() -> list[Any]:
+def prepare_process() -> list[Any]:
     """Ray Serve calls this in every process before it listens, for HTTP middlewares; there are
-    none. Its gRPC servers listen on every interface, with no setting: here they do on loopback."""
+    none. It sets what Ray has no setting for: see the two functions it calls."""
+    _answer_in_one_write()
+    if os.environ.get(_LOOPBACK) == "1":
+        _grpc_on_loopback()
+    return []
+
+
+def _grpc_on_loopback() -> None:
+    """Ray's gRPC servers of replicas listen on every interface; here they do on loopback."""
     from ray.serve._private import default_impl
 
     listen = default_impl.add_grpc_address
     if getattr(listen, "on_loopback", False):
-        return []
+        return
 
     def on_loopback(server: Any, address: str) -> None:
         listen(server, address.replace("[::]:", "127.0.0.1:"))
 
     on_loopback.on_loopback = True  # type: ignore[attr-defined]
     default_impl.add_grpc_address = on_loopback
-    return []
+
+
+def _answer_in_one_write() -> None:
+    """uvicorn sends an answer's head and its body apart. A replica killed in between has sent a
+    head, and then nobody can repeat the request: here both leave in one write."""
+    from uvicorn.protocols.http import httptools_impl
+
+    plain = httptools_impl.RequestResponseCycle
+    if plain.__module__ == __name__:
+        return
+
+    class Cycle(plain):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            if self.scope["method"] != "HEAD":  # whose body is never written
+                self.transport = _HeadWithBody(self.transport)  # type: ignore[assignment]
+
+    httptools_impl.RequestResponseCycle = Cycle
+
+
+@final
+class _HeadWithBody:
+    """A transport whose first write waits for the second."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._head: bytes | None = None
+        self.write = self._hold
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        if self._head is not None:
+            self._transport.write(self._head)
+        self._transport.close()
+
+    def _hold(self, data: bytes) -> None:
+        self._head = data
+        self.write = self._join
+
+    def _join(self, data: bytes) -> None:
+        assert self._head is not None
+        self._transport.write(self._head + data)
+        self._head = None
+        self.write = self._transport.write

@@ -1,5 +1,6 @@
 """A service on Ray Serve: deployed, updated, asked how it is, stopped."""
 
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from ray.serve.context import _get_global_client
 from supple.cluster.replica import Deployment, Replica
 from supple.core.latency import LatencyPoint
 from supple.core.serve_spec import ServeSpec
+from supple.core.spec import SpecError
 from supple.serve.model import ModelFault
 from supple.serve.policy import measured
 from supple.serve.protocol import RequestLimits
@@ -48,6 +50,23 @@ def deployment_of(spec: ServeSpec, *, weights: str | None = None) -> Deployment:
     )
 
 
+def refuse_no_capacity(spec: ServeSpec) -> None:
+    """Raise `SpecError` if the cluster cannot hold the fewest replicas `spec` asks for."""
+    total = ray.cluster_resources()
+    least = max(1, spec.min_replicas)
+    for what, option, each in (
+        ("CPU", "--cpus-per-replica", spec.cpus_per_replica),
+        ("GPU", "--gpus-per-replica", spec.gpus_per_replica),
+    ):
+        have = total.get(what, 0.0)
+        if least * each > have:
+            raise SpecError(
+                f"no capacity: {least} replicas with {option} {each:g} need {least * each:g} "
+                f"{what}s, and there are {have:g}. Lower {option} or the MIN of --replicas, or add "
+                "nodes."
+            )
+
+
 def deploy(deployment: Deployment, *, weights: str | None = None) -> None:
     """Serve `deployment`, in place of what is served under its name, and return when it runs.
 
@@ -59,10 +78,12 @@ def deploy(deployment: Deployment, *, weights: str | None = None) -> None:
         with warnings.catch_warnings():
             # Of a look-back shorter than its default push interval, which ingress.py shortens.
             warnings.simplefilter("ignore", FutureWarning)
-            bound = serve.deployment(serve.ingress()(Replica)).options(
+            prepared: Any = serve.deployment(serve.ingress()(Replica)).options(
                 **_options(deployment, weights)
             )
-            serve.run(bound.bind(deployment), name=deployment.name, route_prefix="/")
+            # Without a version every deploy would replace every replica, for new weights too.
+            prepared._version = hashlib.sha256(repr(deployment).encode()).hexdigest()[:16]
+            serve.run(prepared.bind(deployment), name=deployment.name, route_prefix="/")
     except RuntimeError as error:
         raise ModelFault(why_not(deployment.name) or str(error)) from None
 
