@@ -136,6 +136,16 @@ def test_far_from_the_base_batch_a_noise_scale_is_read_as_half_of_the_critical_b
     assert found.value == pytest.approx(1.80, rel=0.12)
 
 
+def test_an_absurd_run_is_left_out_and_named() -> None:
+    seen = runs(128, 256, 512, 1024, 2048)
+    absurd = Run(batch_size=700, samples=100 * curve(700))
+    found = fit_samples([*seen, absurd])
+    assert found.predict(800) == fit_samples(seen).predict(800)
+    assert found.why.endswith("left out, as most others contradict it: batch 700")
+    few = fit_samples([*runs(256, 1024), absurd])
+    assert width(few, 800) > 3 * width(found, 800)
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.floats(1e-3, 1e6), st.floats(1e-2, 1e4))
 def test_units_do_not_matter(samples_unit: float, batch_unit: float) -> None:
@@ -148,6 +158,13 @@ def test_units_do_not_matter(samples_unit: float, batch_unit: float) -> None:
     other = fit_samples(scaled).predict(800 * batch_unit)
     assert other.value == pytest.approx(plain.value * samples_unit, rel=1e-6)
     assert other.high == pytest.approx(plain.high * samples_unit, rel=1e-6)
+
+
+def test_where_no_two_runs_agree_all_are_kept() -> None:
+    wild = [Run(batch_size=100.0 + k, samples=1000.0**k) for k in range(6)]
+    found = fit_samples(wild)
+    assert "left out" not in found.why
+    assert 0.0 < found.predict(103.0).low < found.predict(103.0).high < math.inf
 
 
 @settings(deadline=None, max_examples=30)

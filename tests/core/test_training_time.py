@@ -69,6 +69,14 @@ def test_resnet_on_h100_is_foretold_from_two_smaller_systems() -> None:
     assert found.low < 60 * 0.4975 < found.high
 
 
+def test_one_absurd_run_hardly_bends_the_others() -> None:
+    seen = [run(count) for count in (8, 16, 32, 64, 128)]
+    absurd = TimedRun(num_workers=24, global_batch_size=2048, samples=1e6, time_s=1e5)
+    plain = fit_training_time(seen).predict(256, 2048, 1e6)
+    found = fit_training_time([*seen, absurd]).predict(256, 2048, 1e6)
+    assert found.value == pytest.approx(plain.value, rel=0.25)
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     st.lists(

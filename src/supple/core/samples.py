@@ -43,6 +43,8 @@ _ROUGH_LENGTH = 2.0
 """Over how many e-folds of the batch the rough path forgets itself."""
 _SCATTER = ((0.01, 0.0), (0.02, 0.0), (0.04, 0.0), (0.08, -0.5), (0.16, -2.0))
 
+_ENOUGH_TO_DOUBT = 5
+"""With fewer sizes a surprising one is news, not an error."""
 _PROBE_ERROR = 0.1
 """Relative error of a short probe about the whole run: the critical batch moves while training."""
 NOISE_SCALE_RATIO = 2.0
@@ -138,7 +140,9 @@ def fit_samples(
     Raises `ValueError` for numbers that are not positive and finite, and where nothing tells one
     batch size from another (no noise scale, fewer than two sizes)."""
     _check(runs, probes, noise_scale)
-    points = [*_gathered(runs, is_probe=False), *_gathered(probes, is_probe=True)]
+    gathered = _gathered(runs, is_probe=False)
+    agreed = _without_absurd(gathered)
+    points = [*agreed, *_gathered(probes, is_probe=True)]
     sizes = len({p.batch for p in points if not p.is_probe})
     compared = len({p.batch for p in points if p.is_probe})
     if sizes < 2 and compared < 2 and noise_scale is None:
@@ -149,6 +153,9 @@ def fit_samples(
         )
     every = [run.evaluated_every for run in runs if run.evaluated_every > 0]
     source, why = _source(points, sizes, compared, noise_scale)
+    if len(agreed) < len(gathered):
+        left = ", ".join(f"{p.batch:g}" for p in gathered if p not in agreed)
+        why += f"; left out, as most others contradict it: batch {left}"
     return SamplesModel(
         points=_with_stopped_runs(points, noise_scale),
         noise_scale=noise_scale,
@@ -196,6 +203,27 @@ def _together(batch: float, lr: float | None, group: list[Run], is_probe: bool) 
     extra = _PROBE_ERROR**2 if is_probe else 0.0
     variance = (rounding + own + spread) / mean**2 + extra
     return _Point(batch, lr, math.log(mean), variance, is_probe)
+
+
+def _without_absurd(points: list[_Point]) -> list[_Point]:
+    """The points without those that contradict more than half of the others: no law lets samples
+    grow faster than the batch, or fall faster, by a factor of two on top."""
+    known = [point for point in points if point.beyond is None]
+    if len(known) < _ENOUGH_TO_DOUBT:
+        return points
+
+    def contradicts(a: _Point, b: _Point) -> bool:
+        return abs(a.value - b.value) > abs(math.log(a.batch / b.batch)) + math.log(2.0)
+
+    absurd = [
+        point
+        for point in known
+        if 2 * sum(contradicts(point, other) for other in known) >= len(known)
+    ]
+    # Where nobody agrees, nobody is the exception: all are kept, and the interval is wide.
+    if 2 * len(absurd) >= len(known):
+        return points
+    return [point for point in points if point not in absurd]
 
 
 def _with_stopped_runs(points: list[_Point], noise_scale: float | None) -> tuple[_Point, ...]:

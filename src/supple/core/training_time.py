@@ -37,6 +37,8 @@ _SCATTER = 0.04
 """Relative scatter of runs around the form: software, hosts, the luck of seeds."""
 _DOUBT = 0.06
 """Relative standard deviation of the form, per square root of the doublings beyond what ran."""
+_LARGE = 3.0
+"""Residuals beyond so many times the scatter count linearly."""
 _NUDGE = 1e-6
 
 
@@ -144,7 +146,9 @@ def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
 
     def residuals(sets: _Vector) -> _Vector:
         raw = (np.log(_times(sets.T[..., None], shape)) - observed) / _SCATTER
-        return np.concatenate([raw, (sets - prior) / _WIDTH], axis=1)
+        # Soft L1 beyond some scatters, so that one absurd run does not bend the others' curve.
+        bent = raw * np.sqrt(2.0 / (1.0 + np.sqrt(1.0 + (raw / _LARGE) ** 2)))
+        return np.concatenate([bent, (sets - prior) / _WIDTH], axis=1)
 
     def at(x_log: _Vector) -> _Vector:
         return residuals(x_log[None])[0]
