@@ -22,6 +22,8 @@ from benchmarks.peers import floor, ray_train, torchrun
 from benchmarks.runs import training, wait_until_running
 from supple.cluster.control import ask
 
+_LEAST_S = 1e-3
+"""A shorter pause cannot be told from the scatter of steps."""
 _PAIRS = 5
 _STEADY_S = 2.5
 
@@ -58,7 +60,7 @@ def split_pauses(
     grows, shrinks = [], []
     for before, after in itertools.pairwise(rows):
         if before[2] != after[2]:
-            pause = max(0.0, after[0] - before[0] - ordinary[after[2]])
+            pause = max(_LEAST_S, after[0] - before[0] - ordinary[after[2]])
             (grows if after[2] > before[2] else shrinks).append(pause)
     return grows, shrinks
 
