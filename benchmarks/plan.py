@@ -46,7 +46,7 @@ def planning_s(found: Measurements) -> float:
 
 def unseen(found: Measurements) -> list[tuple[int, float, bool]]:
     """(workers, relative error, whether the truth is inside the interval) for every measurement at
-    more workers than its fit has seen."""
+    more workers than its fit has seen; printed too."""
     rows: list[tuple[int, float, bool]] = []
     counts = sorted({step.num_workers for step in found.steps})
     for most in counts[:-1]:
@@ -61,12 +61,14 @@ def unseen(found: Measurements) -> list[tuple[int, float, bool]]:
                 predicted = model.predict(
                     step.num_workers, step.micro_batch_size, step.num_accumulation_steps
                 )
-                rows.append(
-                    (
-                        step.num_workers,
-                        abs(predicted.value / step.step_time_s - 1.0),
-                        predicted.low <= step.step_time_s <= predicted.high,
-                    )
+                inside = predicted.low <= step.step_time_s <= predicted.high
+                error = abs(predicted.value / step.step_time_s - 1.0)
+                rows.append((step.num_workers, error, inside))
+                print(
+                    f"  {step.num_workers} workers, micro-batch {step.micro_batch_size}: "
+                    f"{predicted.value * 1e3:.2f} ms ({predicted.low * 1e3:.2f} to "
+                    f"{predicted.high * 1e3:.2f}) predicted, {step.step_time_s * 1e3:.2f} ms "
+                    f"measured, {step.sync_s * 1e3:.2f} of it waiting for peers"
                 )
     return rows
 
@@ -102,8 +104,6 @@ def main() -> None:
         planned.append(planning_s(found))
         counts += unseen(found)
         sizes += unseen_sizes(found)
-        for workers, error, inside in unseen(found):
-            print(f"  {workers} workers: off by {error:.1%}, {'in' if inside else 'out'}side")
     covered = [inside for _, _, inside in counts] + [inside for _, inside in sizes]
     report(
         "plan",
