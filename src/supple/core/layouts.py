@@ -64,6 +64,7 @@ DEVICES = {
         Device(name="a100", flops_per_s=312e12, memory_bytes_per_s=1.56e12, memory_bytes=40e9),
         Device(name="a100-80", flops_per_s=312e12, memory_bytes_per_s=2.04e12, memory_bytes=80e9),
         Device(name="h100", flops_per_s=989e12, memory_bytes_per_s=3.35e12, memory_bytes=80e9),
+        Device(name="b200", flops_per_s=2250e12, memory_bytes_per_s=8e12, memory_bytes=180e9),
     )
 }
 

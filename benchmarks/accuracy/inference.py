@@ -1,0 +1,149 @@
+"""Throughput and token latency of a language model that nobody has run: ML.ENERGY Benchmark v3.
+
+Leave one family out (every variant of one base model: same publisher, same sizes), fit the rest,
+and ask for every row of the family. Handed in: the sizes of the model, the accelerators, the limit
+on concurrent sequences, the task and the mean length of the answers. Baseline: the roofline of Pope
+et al. 2022, weights over the memory's speed or arithmetic over the peak, whichever is larger, times
+one factor fitted to the same rows.
+"""
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.accuracy.score import Score, coverage, covered, median, relative_errors
+from supple.core.decoding import ServedModel, ServingRun, Workload
+from supple.core.inference import ServingMeasurement, fit_inference
+from supple.core.layouts import DEVICES
+from supple.core.types import Estimate
+
+WORKLOADS = {
+    "gpqa": Workload(name="gpqa", prompt_tokens=300),
+    "lm-arena-chat": Workload(name="lm-arena-chat", prompt_tokens=300),
+    "image-chat": Workload(name="image-chat", prompt_tokens=1000, media_s=0.02),
+    "video-chat": Workload(name="video-chat", prompt_tokens=5000, media_s=0.1),
+    "sourcegraph-fim": Workload(name="sourcegraph-fim", prompt_tokens=1500),
+}
+"""Orders of magnitude of the prompts; not in the data."""
+WEIGHT_BYTES = {"bfloat16": 2.0, "fp8": 1.0, "mxfp4": 0.55, "nvfp4": 0.55}
+
+
+def read(data: Path) -> list[tuple[str, ServingMeasurement]]:
+    """Name of the model and what was measured, row by row."""
+    with (data / "inference" / "llm.csv").open(newline="") as file:
+        return [(row["model_id"], measurement(row)) for row in csv.DictReader(file)]
+
+
+def measurement(row: Mapping[str, str]) -> ServingMeasurement:
+    publisher = row["model_id"].partition("/")[0]
+    total, activated = row["total_params_b"], row["activated_params_b"]
+    model = ServedModel(
+        family=f"{publisher} {total}B" + (f"-A{activated}B" if activated != total else ""),
+        num_parameters=1e9 * float(total),
+        num_activated=1e9 * float(activated),
+        bytes_per_weight=WEIGHT_BYTES.get(row["weight_precision"], 2.0),
+    )
+    task = row["task"]
+    return ServingMeasurement(
+        run=ServingRun(
+            model=model,
+            device=DEVICES[row["gpu"].lower()],
+            num_devices=int(row["num_gpus"]),
+            concurrency=int(row["max_num_seqs"]),
+            workload=WORKLOADS.get(task, Workload(name=task, prompt_tokens=500)),
+            output_tokens=float(row["avg_output_tokens"]),
+        ),
+        tokens_per_s=float(row["output_throughput_tokens_per_s"]),
+        itl_p90_s=1e-3 * float(row["itl_p90_ms"]),
+    )
+
+
+def roofline(run: ServingRun) -> float:
+    """Seconds of a decoding step (Pope et al. 2022, section 2)."""
+    weights = run.model.num_parameters * run.model.bytes_per_weight
+    peak = run.device.flops_per_s * 2.0 / max(run.model.bytes_per_weight, 1.0)
+    read_s = weights / (run.num_devices * run.device.memory_bytes_per_s)
+    return max(read_s, 2.0 * run.model.num_activated * run.concurrency / (run.num_devices * peak))
+
+
+def baseline(
+    seen: Sequence[ServingMeasurement], asked: Sequence[ServingMeasurement]
+) -> tuple[list[float], list[float]]:
+    """Throughput and latency by the roofline, each times its median ratio on the rows seen."""
+    rates = [m.tokens_per_s * roofline(m.run) / m.run.concurrency for m in seen]
+    waits = [m.itl_p90_s / roofline(m.run) for m in seen]
+    return (
+        [float(np.median(rates)) * m.run.concurrency / roofline(m.run) for m in asked],
+        [float(np.median(waits)) * roofline(m.run) for m in asked],
+    )
+
+
+class Held:
+    """Predictions of every row, its group held out."""
+
+    def __init__(self, rows: Sequence[ServingMeasurement], group: Callable[[int], str]) -> None:
+        empty = Estimate(value=1.0, low=1.0, high=1.0, source="assumed")
+        self.rates, self.waits = [empty] * len(rows), [empty] * len(rows)
+        self.plain_rates, self.plain_waits = np.zeros(len(rows)), np.zeros(len(rows))
+        names = [group(i) for i in range(len(rows))]
+        for name in sorted(set(names)):
+            held = [i for i, other in enumerate(names) if other == name]
+            seen = [row for row, other in zip(rows, names, strict=True) if other != name]
+            model = fit_inference(seen)
+            asked = [rows[i] for i in held]
+            for i, found in zip(held, model.predict_all([m.run for m in asked]), strict=True):
+                self.rates[i], self.waits[i] = found.tokens_per_s, found.itl_p90_s
+            self.plain_rates[held], self.plain_waits[held] = baseline(seen, asked)
+
+
+def measure(data: Path) -> Score:
+    """Families held out; as a second figure, single models whose siblings are seen."""
+    named = read(data)
+    rows = [m for _, m in named]
+    rates, waits = [m.tokens_per_s for m in rows], [m.itl_p90_s for m in rows]
+    families = Held(rows, lambda i: rows[i].run.model.family)
+    singles = Held(rows, lambda i: named[i][0])
+    held_rates, held_waits = covered(families.rates, rates), covered(families.waits, waits)
+    metrics: dict[str, float] = {}
+    notes: list[str] = []
+    for suffix, held in (("", families), ("_with_siblings", singles)):
+        for what, found, plain, true in (
+            ("throughput", held.rates, held.plain_rates, rates),
+            ("itl", held.waits, held.plain_waits, waits),
+        ):
+            errors = relative_errors([e.value for e in found], true)
+            name = f"inference_{what}{suffix}"
+            metrics[f"{name}_mape"] = float(np.mean(errors))
+            metrics[f"{name}_mape_baseline"] = float(np.mean(relative_errors(plain, true)))
+            metrics[f"{name}_interval_coverage"] = coverage(covered(found, true))
+            notes.append(f"{name}: median {100 * median(errors):.1f} %")
+    error = relative_errors([e.value for e in families.rates], rates)
+    late = relative_errors([e.value for e in families.waits], waits)
+    for family in sorted({m.run.model.family for m in rows}):
+        index = [i for i, m in enumerate(rows) if m.run.model.family == family]
+        notes.append(
+            f"{family}: {len(index)} rows, throughput {100 * np.mean(error[index]):.0f} %, latency "
+            f"{100 * np.mean(late[index]):.0f} %, intervals hold "
+            f"{100 * np.mean(np.array(held_rates)[index]):.0f} and "
+            f"{100 * np.mean(np.array(held_waits)[index]):.0f} %"
+        )
+    full = fit_inference(rows).predict_all([m.run for m in rows])
+    metrics["inference_throughput_floor_mape"] = float(
+        np.mean(relative_errors([p.tokens_per_s.value for p in full], rates))
+    )
+    metrics["inference_itl_floor_mape"] = float(
+        np.mean(relative_errors([p.itl_p90_s.value for p in full], waits))
+    )
+    metrics["inference_interval_coverage"] = coverage(held_rates + held_waits)
+    return Score(
+        task="inference",
+        metrics=metrics,
+        covered=held_rates + held_waits,
+        notes=notes,
+        points=[
+            *zip(families.rates, rates, strict=True),
+            *zip(families.waits, waits, strict=True),
+        ],
+    )

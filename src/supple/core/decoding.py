@@ -1,0 +1,240 @@
+"""One step of a served language model: how long, from its sizes and a data sheet.
+
+One decoding step of B sequences on n accelerators, L layers, P parameters of which a share `a` is
+activated, w bytes each, context c, output O tokens, prompt I tokens:
+
+    weights    read w P / (n W);  of a mixture of experts the share  a + (1-a) (1 - (1-a)^(g B))
+    cache      read B c k L / (n W)
+    arithmetic 2 a P B / (n F)
+    launches   host + L (launch + tensor-parallel latency log2 n + unpacking of 8-bit weights)
+    sequences  B s: sampling, bookkeeping
+    step       the sum; where no captured graph is replayed (more than 512 sequences, or a step that
+               also takes in prompts) at least L times an eager layer
+
+A share 1 - exp(-B/O) of steps also takes in prompts and takes longer; the mean step gives tokens
+per second, and the 90th percentile of the latency jumps where a tenth of the steps are such steps.
+Memory left beside the weights bounds the sequences that run at once. L = 17 (P / 1e9)^(1/3) where
+it is not given: 34 layers for 8e9 parameters, 126 for 405e9.
+
+The roofline of weights, cache and arithmetic is Pope et al. 2022 (section 2 and 3); the share of
+experts is that of independent draws. Parameters are positive and fitted as logarithms
+(`supple.core.inference`), with priors from data sheets.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from supple.core.layouts import Device
+
+_Array = npt.NDArray[np.float64]
+
+_GRAPH_LIMIT = 512.0
+"""Sequences up to which common engines capture a step as a graph."""
+USABLE = 0.9
+"""Share of the memory engines take."""
+_CACHE_ATTENTION = 0.7
+"""Share of the memory's speed that attention over the cache reaches."""
+_TENTH = -math.log(0.9)
+"""Rate of mixed steps at which a tenth are mixed."""
+
+# Centre and standard deviation of the logarithm.
+_PRIORS: dict[str, tuple[float, float]] = {
+    "weights": (0.75, 0.2),  # of the memory's speed
+    "experts": (0.6, 0.3),  # the same, for experts
+    "routing": (0.5, 0.4),  # independent draws of experts per token
+    "experts_8bit": (1.5, 0.4),  # times slower
+    "imbalance": (0.1, 0.7),  # of the experts, per doubling of devices
+    "cache": (4e3, 0.3),  # bytes per token and layer
+    "cache_experts": (0.5, 0.4),  # the same of a mixture, relative
+    "capacity": (1.0, 0.3),  # cache taken at the fullest, relative
+    "arithmetic": (0.45, 0.4),  # of the peak, decoding
+    "prefill": (0.4, 0.3),  # of the peak
+    "sequence": (3e-5, 0.7),  # s
+    "host": (2e-3, 0.7),  # s
+    "layer": (7e-5, 0.4),  # s
+    "tensor": (2e-5, 0.5),  # s per layer and doubling
+    "layer_8bit": (3e-5, 0.7),  # s
+    "link": (2.5e-12, 0.5),  # s per byte
+    "eager": (5e-4, 0.4),  # s per layer
+    "sharpness": (4.0, 0.5),  # of the jump of the 90th percentile
+}
+_WORKLOAD_SPREADS = (0.5, 1.0, 1.0, 0.5)
+"""Prompt tokens, the fixed part of a mixed step, the part per prompt, and how many steps mix."""
+_SITE_CENTRES = (5e-4, 8.0, 0.06)
+_SITE_SPREADS = (1.5, 0.7, 0.7)
+"""A host that stalls: seconds a step, sequences from which on, and spread of the steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A decoder by its sizes."""
+
+    family: str
+    """Variants of one base model share it: they are wrong together."""
+    num_parameters: float
+    num_activated: float
+    """Per token; fewer than `num_parameters` in a mixture of experts."""
+    bytes_per_weight: float = 2.0
+    num_layers: int | None = None
+
+    @property
+    def layers(self) -> float:
+        return self.num_layers or 17.0 * (self.num_parameters / 1e9) ** (1 / 3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is asked of the model; rough figures, corrected by measurements of the same name."""
+
+    name: str
+    prompt_tokens: float
+    media_s: float = 0.0
+    """To encode the images or the video of one prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingRun:
+    """One copy of a model, kept busy by `concurrency` requests at a time."""
+
+    model: ServedModel
+    device: Device
+    num_devices: int
+    concurrency: int
+    workload: Workload
+    output_tokens: float
+    """Mean length of an answer."""
+
+    def __post_init__(self) -> None:
+        model = self.model
+        if not (
+            min(self.num_devices, self.concurrency, self.output_tokens) >= 1
+            and 0 < model.num_activated <= model.num_parameters < math.inf
+            and model.bytes_per_weight > 0
+            and self.workload.prompt_tokens >= 1
+            and self.workload.media_s >= 0
+        ):
+            raise ValueError(
+                f"a serving run was asked for with {self}: counts and tokens must be at least 1, "
+                "and no more parameters activated than there are. Correct the number."
+            )
+
+
+def weights_fit(run: ServingRun) -> bool:
+    """Whether the weights leave room for a cache."""
+    held = run.model.num_parameters * run.model.bytes_per_weight
+    return held < USABLE * run.num_devices * run.device.memory_bytes
+
+
+class Groups:
+    """Where each parameter lies in a vector of logarithms, all 0 at their priors: those of every
+    run first, then a block for each workload and each site (workload, device, one or several)."""
+
+    def __init__(self, runs: Sequence[ServingRun]) -> None:
+        self.workloads = sorted({run.workload.name for run in runs})
+        self.sites = sorted({site(run) for run in runs})
+
+    def spreads(self) -> _Array:
+        """Standard deviations of the priors."""
+        return np.array(
+            [spread for _, spread in _PRIORS.values()]
+            + list(_WORKLOAD_SPREADS) * len(self.workloads)
+            + list(_SITE_SPREADS) * len(self.sites)
+        )
+
+
+def site(run: ServingRun) -> tuple[str, str, bool]:
+    """Runs that share a host's habits."""
+    return run.workload.name, run.device.name, run.num_devices == 1
+
+
+class Rows:
+    """Many runs as columns of numbers, for one evaluation."""
+
+    def __init__(self, runs: Sequence[ServingRun], groups: Groups) -> None:
+        def column(values: Sequence[float]) -> _Array:
+            return np.array(values, dtype=float)
+
+        models = [run.model for run in runs]
+        self.n = column([run.num_devices for run in runs])
+        self.doublings = np.log2(self.n)
+        self.sequences = column([run.concurrency for run in runs])
+        self.output = column([run.output_tokens for run in runs])
+        self.parameters = column([model.num_parameters for model in models])
+        self.activated = column([model.num_activated for model in models])
+        self.weight = column([model.bytes_per_weight for model in models])
+        self.layers = column([model.layers for model in models])
+        self.prompt = column([run.workload.prompt_tokens for run in runs])
+        self.media_s = column([run.workload.media_s for run in runs])
+        self.speed = self.n * column([run.device.memory_bytes_per_s for run in runs])
+        self.peak = self.n * column([run.device.flops_per_s for run in runs])
+        self.memory = self.n * column([run.device.memory_bytes for run in runs])
+        self.peak *= 2.0 / np.maximum(self.weight, 1.0)
+        self.hidden = np.sqrt(self.activated / (12.0 * self.layers))
+        workloads = {name: index for index, name in enumerate(groups.workloads)}
+        sites = {key: index for index, key in enumerate(groups.sites)}
+        # An index beyond the last stands for a group never measured: at its prior.
+        self.workload = [workloads.get(run.workload.name, len(workloads)) for run in runs]
+        self.site = [sites.get(site(run), len(sites)) for run in runs]
+        self.num_workloads, self.num_sites = len(workloads), len(sites)
+
+
+def logs(x: _Array, rows: Rows) -> _Array:
+    """Logarithms of tokens per second and of the 90th percentile of the latency: an array of
+    (vectors, 2, runs) for `x` of (vectors, parameters)."""
+    p = {
+        name: centre * np.exp(x[:, [index]])
+        for index, (name, (centre, _)) in enumerate(_PRIORS.items())
+    }
+    prompt, media, request, mixing = _block(x, len(_PRIORS), rows.num_workloads, 4, rows.workload)
+    at = len(_PRIORS) + 4 * rows.num_workloads
+    stall, onset, spread = _block(x, at, rows.num_sites, 3, rows.site)
+    prompt = rows.prompt * prompt
+    one, several = rows.weight <= 1.0, rows.activated < rows.parameters
+
+    cache = p["cache"] * rows.layers * np.where(several, p["cache_experts"], 1.0)
+    context = prompt + rows.output / 2.0
+    left = USABLE * rows.memory - rows.parameters * rows.weight
+    room = np.maximum(left, 1e-3 * rows.memory) / (p["capacity"] * cache * context)
+    running = (rows.sequences**-6.0 + room**-6.0) ** (-1.0 / 6.0)
+
+    share = rows.activated / rows.parameters
+    drawn = -np.expm1(p["routing"] * running * np.log1p(-np.where(several, share, 0.0)))
+    touched = np.where(several, share + (1.0 - share) * drawn, 1.0) * rows.parameters * rows.weight
+    slower = np.where(one, p["experts_8bit"], 1.0) * (1.0 + p["imbalance"] * rows.doublings)
+    reached = np.where(several, p["experts"] / slower, p["weights"])
+    message = 2.0 * running * rows.hidden
+    device = (
+        p["host"]
+        + rows.layers * (p["layer"] + np.where(one, p["layer_8bit"], 0.0))
+        + _SITE_CENTRES[0] * stall / (1.0 + (_SITE_CENTRES[1] * onset / rows.sequences) ** 3)
+        + touched / (rows.speed * reached)
+        + running * context * cache / (rows.speed * _CACHE_ATTENTION)
+        + 2.0 * rows.activated * running / (rows.peak * p["arithmetic"])
+        + rows.layers * p["tensor"] * rows.doublings
+        + np.where(rows.n > 1, 2.0 * rows.layers * message * p["link"], 0.0)
+    )
+    floor = rows.layers * p["eager"]
+    beyond = 1.0 / (1.0 + (_GRAPH_LIMIT / running) ** 8)
+    bookkeeping = p["sequence"] * running
+    step = np.cbrt(device**3 + (beyond * floor) ** 3) + bookkeeping
+    whole = np.cbrt(device**3 + floor**3) + bookkeeping
+    mixed = whole - step + (2e-3 + rows.media_s) * media
+    each = 2.0 * rows.activated * prompt / (rows.peak * p["prefill"])
+    each = each + (1e-3 + rows.media_s / 5.0) * request
+    arrivals = running / rows.output
+    often = mixing * arrivals
+    mean = step - np.expm1(-often) * mixed + arrivals * each
+    jump = 1.0 / (1.0 + (_TENTH / often) ** p["sharpness"])
+    slow = step * (1.0 + _SITE_CENTRES[2] * spread) + jump * (mixed + each * (1.0 + often))
+    return np.stack([np.log(running / mean), np.log(slow)], axis=1)
+
+
+def _block(x: _Array, at: int, groups: int, width: int, index: Sequence[int]) -> list[_Array]:
+    """Factors on the priors of each run's group, one array of (vectors, runs) per parameter."""
+    part = x[:, at : at + groups * width].reshape(len(x), groups, width)
+    part = np.concatenate([part, np.zeros((len(x), 1, width))], axis=1)
+    return [np.exp(part[:, list(index), k]) for k in range(width)]

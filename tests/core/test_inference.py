@@ -1,0 +1,176 @@
+"""Throughput and token latency: what physics demands, and a made-up device found again."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from supple.core.decoding import Groups, Rows, ServedModel, ServingRun, Workload, logs, weights_fit
+from supple.core.inference import InferenceModel, ServingMeasurement, fit_inference
+from supple.core.layouts import DEVICES
+
+H100, B200 = DEVICES["h100"], DEVICES["b200"]
+CHAT = Workload(name="chat", prompt_tokens=300)
+SMALL = ServedModel(family="small", num_parameters=8e9, num_activated=8e9)
+MIDDLE = ServedModel(family="middle", num_parameters=27e9, num_activated=27e9)
+LARGE = ServedModel(family="large", num_parameters=70e9, num_activated=70e9)
+EXPERTS = ServedModel(family="experts", num_parameters=30e9, num_activated=3e9)
+PRIORS = fit_inference([])
+
+
+def run(model: ServedModel = SMALL, concurrency: int = 32, **changes: object) -> ServingRun:
+    plain = ServingRun(
+        model=model,
+        device=H100,
+        num_devices=1,
+        concurrency=concurrency,
+        workload=CHAT,
+        output_tokens=500,
+    )
+    return replace(plain, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def tokens(asked: ServingRun, model: InferenceModel = PRIORS) -> float:
+    return model.predict(asked).tokens_per_s.value
+
+
+def wait(asked: ServingRun, model: InferenceModel = PRIORS) -> float:
+    return model.predict(asked).itl_p90_s.value
+
+
+def measured(runs: list[ServingRun], factor: float = 1.0) -> list[ServingMeasurement]:
+    """A machine whose priors are right except that everything is `factor` times slower."""
+    return [
+        ServingMeasurement(run=one, tokens_per_s=tokens(one) / factor, itl_p90_s=wait(one) * factor)
+        for one in runs
+    ]
+
+
+def sweep() -> list[ServingRun]:
+    return [
+        run(model, concurrency, device=device)
+        for model in (SMALL, MIDDLE, EXPERTS)
+        for concurrency in (8, 32, 128)
+        for device in (H100, B200)
+    ]
+
+
+def test_one_request_on_an_h100_is_near_the_time_to_read_the_weights() -> None:
+    read_s = 16e9 / 3.35e12
+    assert read_s < wait(run(concurrency=1)) < 4 * read_s
+
+
+def test_without_measurements_the_numbers_are_assumed_and_wide() -> None:
+    found = PRIORS.predict(run()).tokens_per_s
+    assert found.source == "assumed"
+    assert found.high / found.low > 2.5
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 2000), st.integers(1, 2000))
+def test_more_requests_at_once_never_wait_less(one: int, other: int) -> None:
+    few, many = sorted((one, other))
+    assert wait(run(concurrency=few)) <= wait(run(concurrency=many)) * 1.000001
+
+
+def test_throughput_grows_with_concurrency_until_the_cache_is_full() -> None:
+    rates = [tokens(run(concurrency=b)) for b in (1, 8, 64, 256)]
+    assert rates == sorted(rates)
+    assert rates[3] < 256 * rates[0]
+    long = replace(CHAT, prompt_tokens=30_000)
+    full = [tokens(run(concurrency=b, workload=long)) for b in (512, 2048)]
+    assert full[1] == pytest.approx(full[0], rel=0.02)
+
+
+def test_more_devices_are_faster_and_each_does_less() -> None:
+    one, four = (tokens(run(MIDDLE, num_devices=n)) for n in (1, 4))
+    assert one < four < 4 * one
+
+
+def test_few_tokens_touch_few_experts() -> None:
+    dense = replace(EXPERTS, num_activated=30e9)
+    assert wait(run(EXPERTS, 1)) < wait(run(dense, 1)) / 1.5
+    assert wait(run(EXPERTS, 1)) < wait(run(EXPERTS, 64)) / 1.3
+
+
+def test_a_faster_memory_gives_faster_tokens() -> None:
+    assert wait(run(MIDDLE, device=B200)) < wait(run(MIDDLE))
+
+
+def test_long_prompts_take_time_from_the_answers() -> None:
+    long = replace(CHAT, prompt_tokens=8000)
+    assert tokens(run(workload=long)) < tokens(run()) / 1.2
+
+
+def test_a_slower_machine_is_learned_for_a_model_never_seen() -> None:
+    model = fit_inference(measured(sweep(), factor=1.5))
+    asked = run(replace(MIDDLE, family="new", num_parameters=14e9, num_activated=14e9))
+    assert tokens(asked, model) == pytest.approx(tokens(asked) / 1.5, rel=0.2)
+    found = model.predict(asked).tokens_per_s
+    assert found.source == "fitted"
+    assert found.low < found.value < found.high
+
+
+def test_a_family_that_differs_from_the_others_widens_the_interval() -> None:
+    odd = [replace(one, model=replace(SMALL, family="odd")) for one in sweep()[:6]]
+    same = fit_inference(measured(sweep()) + measured(odd))
+    mixed = fit_inference(measured(sweep()) + measured(odd, factor=4.0))
+    asked = run(LARGE, num_devices=4)
+    one, other = (m.predict(asked).tokens_per_s for m in (same, mixed))
+    assert other.high / other.low > 1.2 * one.high / one.low
+
+
+def test_a_single_absurd_row_moves_the_fit_little() -> None:
+    rows = measured(sweep())
+    wrong = replace(rows[0], tokens_per_s=rows[0].tokens_per_s / 1000)
+    model = fit_inference([*rows, wrong])
+    asked = run(LARGE, num_devices=4)
+    assert tokens(asked, model) == pytest.approx(tokens(asked), rel=0.2)
+
+
+def test_the_order_of_measurements_does_not_matter() -> None:
+    rows = measured(sweep(), factor=1.3)
+    one, other = fit_inference(rows), fit_inference(rows[::-1])
+    assert tokens(run(LARGE, num_devices=4), one) == pytest.approx(
+        tokens(run(LARGE, num_devices=4), other), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_measurement_that_is_no_positive_number_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        fit_inference([ServingMeasurement(run=run(), tokens_per_s=value, itl_p90_s=0.01)])
+    with pytest.raises(ValueError, match="must be positive"):
+        fit_inference([ServingMeasurement(run=run(), tokens_per_s=100.0, itl_p90_s=value)])
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_arithmetic() -> None:
+    assert not weights_fit(run(LARGE))
+    with pytest.raises(ValueError, match=r"140 GB of weights .* 1 x 80 GB, of which 90%"):
+        PRIORS.predict(run(LARGE))
+    assert weights_fit(run(LARGE, num_devices=2))
+
+
+def test_a_run_without_requests_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        run(concurrency=0)
+    with pytest.raises(ValueError, match="no more parameters activated"):
+        run(replace(SMALL, num_activated=9e9))
+
+
+def test_layers_follow_the_size_unless_they_are_given() -> None:
+    assert SMALL.layers == pytest.approx(34)
+    assert replace(SMALL, num_layers=32).layers == 32
+
+
+def test_a_group_never_measured_is_at_its_prior() -> None:
+    groups = Groups(sweep())
+    other = run(workload=replace(CHAT, name="other"))
+    x = 0.0 * groups.spreads()
+    x[-3:] = x[18:22] = 1.0
+    found = logs(x[None], Rows([other], groups))
+    assert found == pytest.approx(logs(0.0 * x[None], Rows([other], groups)))
+    assert logs(x[None], Rows([run()], groups)) != pytest.approx(
+        logs(0.0 * x[None], Rows([run()], groups))
+    )
