@@ -8,13 +8,15 @@ one factor fitted to the same rows.
 """
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.accuracy.score import Score, coverage, covered, median, relative_errors
-from supple.core.decoding import ServedModel, ServingRun, Workload
+from supple.core.decoding import ServedModel, ServingRun, Workload, weights_fit
 from supple.core.inference import ServingMeasurement, fit_inference
 from supple.core.layouts import DEVICES
 from supple.core.types import Estimate
@@ -27,23 +29,24 @@ WORKLOADS = {
     "sourcegraph-fim": Workload(name="sourcegraph-fim", prompt_tokens=1500),
 }
 """Orders of magnitude of the prompts; not in the data."""
-WEIGHT_BYTES = {"bfloat16": 2.0, "fp8": 1.0, "mxfp4": 0.55, "nvfp4": 0.55}
 
 
 def read(data: Path) -> list[tuple[str, ServingMeasurement]]:
-    """Name of the model and what was measured, row by row."""
+    """Name of the model and what was measured, row by row; without rows whose weights, by the
+    sizes stated, cannot have fitted."""
     with (data / "inference" / "llm.csv").open(newline="") as file:
-        return [(row["model_id"], measurement(row)) for row in csv.DictReader(file)]
+        rows = [(row["model_id"], measurement(row)) for row in csv.DictReader(file)]
+    return [(name, row) for name, row in rows if weights_fit(row.run)]
 
 
 def measurement(row: Mapping[str, str]) -> ServingMeasurement:
     publisher = row["model_id"].partition("/")[0]
-    total, activated = row["total_params_b"], row["activated_params_b"]
+    total, activated = row["total_params_b"], row["activated_params_b"] or row["total_params_b"]
     model = ServedModel(
         family=f"{publisher} {total}B" + (f"-A{activated}B" if activated != total else ""),
         num_parameters=1e9 * float(total),
         num_activated=1e9 * float(activated),
-        bytes_per_weight=WEIGHT_BYTES.get(row["weight_precision"], 2.0),
+        bytes_per_weight=weight_bytes(row["weight_precision"]),
     )
     task = row["task"]
     return ServingMeasurement(
@@ -58,6 +61,11 @@ def measurement(row: Mapping[str, str]) -> ServingMeasurement:
         tokens_per_s=float(row["output_throughput_tokens_per_s"]),
         itl_p90_s=1e-3 * float(row["itl_p90_ms"]),
     )
+
+
+def weight_bytes(precision: str) -> float:
+    """Of one weight with its scale: `bfloat16`, `fp8`, `mxfp4` and their like."""
+    return 0.55 if "4" in precision else 1.0 if "8" in precision else 2.0
 
 
 def roofline(run: ServingRun) -> float:
@@ -98,6 +106,21 @@ class Held:
             self.plain_rates[held], self.plain_waits[held] = baseline(seen, asked)
 
 
+def twin_ratios(rows: Sequence[ServingMeasurement]) -> list[tuple[float, float]]:
+    """Throughput and latency of one row over another's that nothing handed in tells apart (the
+    lengths of answers differ a little), each pair both ways."""
+    alike: dict[Hashable, list[ServingMeasurement]] = defaultdict(list)
+    for row in rows:
+        run = row.run
+        key = (run.model, run.device.name, run.num_devices, run.concurrency, run.workload.name)
+        alike[key].append(row)
+    return [
+        (a.tokens_per_s / b.tokens_per_s, a.itl_p90_s / b.itl_p90_s)
+        for group in alike.values()
+        for a, b in permutations(group, 2)
+    ]
+
+
 def measure(data: Path) -> Score:
     """Families held out; as a second figure, single models whose siblings are seen."""
     named = read(data)
@@ -129,6 +152,9 @@ def measure(data: Path) -> Score:
             f"{100 * np.mean(np.array(held_rates)[index]):.0f} and "
             f"{100 * np.mean(np.array(held_waits)[index]):.0f} %"
         )
+    twins = twin_ratios(rows)
+    metrics["inference_throughput_twins"] = float(np.mean([abs(a - 1.0) for a, _ in twins]))
+    metrics["inference_itl_twins"] = float(np.mean([abs(b - 1.0) for _, b in twins]))
     full = fit_inference(rows).predict_all([m.run for m in rows])
     metrics["inference_throughput_floor_mape"] = float(
         np.mean(relative_errors([p.tokens_per_s.value for p in full], rates))

@@ -21,7 +21,7 @@ from supple.core.types import Estimate, Source
 
 _Array = npt.NDArray[np.float64]
 _NUDGE = 1e-5
-_SCATTER = 0.6
+_SCATTER = 0.4
 """Of one row's logarithm. Rows of one model are wrong together, so each counts for less than its
 own scatter of 0.2 would say."""
 _DOUBT = 0.15

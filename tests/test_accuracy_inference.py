@@ -1,0 +1,65 @@
+"""The accuracy task of inference, on a table of made-up rows."""
+
+import csv
+from pathlib import Path
+
+from benchmarks.accuracy.inference import measure, measurement, read, twin_ratios, weight_bytes
+
+FIELDS = (
+    *("task", "model_id", "total_params_b", "activated_params_b", "weight_precision", "gpu"),
+    *("num_gpus", "max_num_seqs", "avg_output_tokens", "output_throughput_tokens_per_s"),
+    "itl_p90_ms",
+)
+
+
+def row(model: str, total: float, batch: int, step_ms: float, **changes: str) -> dict[str, str]:
+    values = ("lm-arena-chat", model, f"{total:g}", f"{total:g}", "bfloat16", "H100", "1")
+    rate = 1000.0 * batch / step_ms
+    made = zip(FIELDS, (*values, str(batch), "500", f"{rate}", f"{step_ms}"), strict=True)
+    return dict(made) | changes
+
+
+def table(folder: Path) -> Path:
+    """Three families whose step takes 4 ms and 0.6 ms per 1e9 parameters."""
+    models = (("a/one", 8), ("a/one-vision", 8), ("b/two", 12), ("c/three", 27))
+    rows = [row(name, size, b, 4 + 0.6 * size) for name, size in models for b in (8, 16, 32)]
+    (folder / "inference").mkdir()
+    with (folder / "inference" / "llm.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def test_every_row_is_asked_and_every_figure_has_its_baseline(tmp_path: Path) -> None:
+    found = measure(table(tmp_path))
+    assert found.task == "inference"
+    assert len(found.points) == len(found.covered) == 2 * 12
+    for name in ("inference_throughput_mape", "inference_itl_mape"):
+        assert 0 <= found.metrics[name] < 0.5
+        assert f"{name}_baseline" in found.metrics
+    assert found.metrics["inference_throughput_twins"] == 0.0
+
+
+def test_variants_of_one_model_are_one_family(tmp_path: Path) -> None:
+    rows = read(table(tmp_path))
+    assert len({name for name, _ in rows}) == 4
+    assert {m.run.model.family for _, m in rows} == {"a 8B", "b 12B", "c 27B"}
+
+
+def test_rows_that_cannot_have_run_as_stated_are_left_out(tmp_path: Path) -> None:
+    path = table(tmp_path) / "inference" / "llm.csv"
+    with path.open("a", newline="") as file:
+        csv.DictWriter(file, FIELDS).writerow(row("d/four", 200, 8, 30.0))
+    assert len(read(tmp_path)) == 12
+
+
+def test_precisions_are_told_by_their_bits() -> None:
+    assert [weight_bytes(name) for name in ("bfloat16", "fp8", "mxfp4")] == [2.0, 1.0, 0.55]
+
+
+def test_twins_are_rows_that_nothing_handed_in_tells_apart() -> None:
+    one, other = row("a/one", 8, 8, 10.0), row("a/one-vision", 8, 8, 20.0)
+    apart = row("a/one", 8, 8, 10.0, gpu="B200")
+    found = twin_ratios([measurement(r) for r in (one, other, apart)])
+    assert sorted(found) == [(0.5, 2.0), (2.0, 0.5)]
