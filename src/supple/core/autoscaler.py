@@ -94,6 +94,8 @@ CLEARLY_FEWER, PATIENCE = 0.9, 4.0
 _STEADY = 1e-9
 DRAIN_SHARE = 0.5
 """A backlog is worked off within this part of the horizon once its replicas are there."""
+WOBBLE, WOBBLE_ARRIVALS = 0.05, 1.5
+"""Fewer replicas only if they would do for so much more load, relative and in arrivals."""
 REACTION_S = 2.0
 """From a change of load to a decision: one bin and one call."""
 
@@ -122,12 +124,19 @@ def scale(
     target, limit = _limited(service, need.count, idle_for_s=now - busy_s)
     fewer_since, most = None, 0
     if limit != "idle" and target < current <= _ceiling(service):
-        fewer_since = now if state.fewer_since_s is None else state.fewer_since_s
-        most = max(target, state.most_since)
-        if _may_shrink(now - fewer_since, most, current, profile.startup_s, demand.seen_s):
-            target, fewer_since, most = most, None, 0
+        # What one arrival more or less changes must not be let go and asked for in turn.
+        wobble = max(WOBBLE * load.needed_per_s, WOBBLE_ARRIVALS / load.recent_s)
+        safe = _need(service, load, demand, batch, more_per_s=wobble)
+        target, limit = _limited(service, safe.count, idle_for_s=0.0)[0], "hold"
+        if target < current:
+            fewer_since = now if state.fewer_since_s is None else state.fewer_since_s
+            most = max(target, state.most_since)
+        if target < current and _may_shrink(
+            now - (fewer_since or 0.0), most, current, profile.startup_s, demand.seen_s
+        ):
+            target, limit, fewer_since, most = most, "", None, 0
         else:
-            target, limit = current, "hold"
+            target = current
     decision = ScaleDecision(
         service=service.name,
         num_replicas=target,
@@ -168,14 +177,22 @@ class _Need:
     """Can the model, alone on a replica, keep the promise at all?"""
 
 
-def _need(service: ServiceView, load: Forecast, demand: Demand, batch: int) -> _Need:
-    """Replicas for the forecast and for what will wait, without any limit."""
+def _need(
+    service: ServiceView,
+    load: Forecast,
+    demand: Demand,
+    batch: int,
+    *,
+    more_per_s: float = 0.0,
+) -> _Need:
+    """Replicas for the forecast, if it were so much more, and for what will wait; no limit."""
     profile, slo = service.profile, service.slo
     capacity = profile.capacity_per_s(batch)
-    for_load = math.ceil(load.needed_per_s / capacity - _STEADY)
+    needed, expected = load.needed_per_s + more_per_s, load.expected_per_s + more_per_s
+    for_load = math.ceil(needed / capacity - _STEADY)
     # What happens within a bin, counts cannot show: the stationary queue sees to that.
     inside = BIN_S / (BIN_S + demand.slack_s)
-    rate = load.expected_per_s + inside * max(0.0, load.needed_per_s - load.expected_per_s)
+    rate = expected + inside * max(0.0, needed - expected)
     stationary = fewest_replicas(
         profile,
         rate_per_s=rate,

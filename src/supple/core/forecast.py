@@ -281,8 +281,9 @@ class Forecast:
     """Requests per second at the horizon."""
 
     horizon_s: float
+    recent_s: float
+    """Over which the level is the mean."""
     level_per_s: float
-    """Mean of the recent past."""
     expected_per_s: float
     """Level and trend at the horizon."""
     projected_per_s: float
@@ -315,6 +316,7 @@ def forecast(
     )
     found = Forecast(
         horizon_s=horizon_s,
+        recent_s=recent_s,
         level_per_s=level,
         expected_per_s=expected,
         projected_per_s=projected,
