@@ -31,7 +31,7 @@ def served(handler: Handler) -> Iterator[str]:
     async def go() -> None:
         application = web.Application()
         application.router.add_route("*", "/{path:.*}", handler)
-        runner = web.AppRunner(application)
+        runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.0)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
