@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from supple import cli_layouts, cli_memory, cli_serve
+from supple import cli_layouts, cli_load, cli_memory, cli_profile, cli_serve
 from supple.cli_simulate import simulate_app
 from supple.cluster.control import ask, refuse_second, running_jobs
 from supple.core.interconnects import lookup
@@ -383,6 +383,8 @@ def doctor(
 
 
 cli_serve.register(app)
+cli_load.register(app)
+cli_profile.register(app)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from supple.serve.protocol import Refused
 from supple.serve.stopwatch import Stopwatch
 from supple.serve.surface import Surface, SurfaceSettings
 
+_SWITCH_S: Final = 0.0005
+"""The predict thread asks for Python's lock between any two layers; by default it waits 5 ms each
+time while the event loop is busy."""
 _REHEARSAL_S: Final = 1.0
 """Time a new replica spends on measuring its batches before it takes requests."""
 
@@ -62,6 +66,7 @@ class Replica:
 
     async def __init__(self, deployment: Deployment) -> None:  # type: ignore[misc]
         """Load the model and run its batches once; requests come after this has returned."""
+        sys.setswitchinterval(_SWITCH_S)
         self._deployment = deployment
         self._weights = deployment.weights
         logging.getLogger("ray.serve").setLevel(logging.WARNING)

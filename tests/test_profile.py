@@ -1,0 +1,130 @@
+"""`supple profile`: a real model measured in a process of its own, stored, and used again."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from supple.cli import app
+from supple.core.latency import LatencyPoint
+from supple.core.spec import SpecError
+from supple.serve.profiling import StoredProfile, read, write
+
+MODEL = """
+import numpy as np
+
+class Model:
+    inputs = {"x": "float32[-1]"}
+    max_batch = 6
+
+    def load(self):
+        print("loading")
+
+    def predict(self, batch):
+        return batch.sum(axis=1)
+
+class Silent:
+    def predict(self, batch):
+        return batch
+
+class Broken:
+    inputs = {"x": "float32[2]"}
+
+    def predict(self, batch):
+        raise ValueError("no weights")
+
+class Ends:
+    inputs = {"x": "float32[2]"}
+
+    def predict(self, batch):
+        import os
+        os._exit(7)
+"""
+
+
+def stored() -> StoredProfile:
+    def points(factor: float) -> tuple[LatencyPoint, ...]:
+        return tuple(
+            LatencyPoint(batch_size=b, p50_s=factor * b, p99_s=2 * factor * b) for b in (1, 4)
+        )
+
+    return StoredProfile(
+        target="app.py:Model",
+        source="0" * 64,
+        machine="a machine",
+        startup_s=2.0,
+        memory_bytes=3,
+        lengths=((16, points(0.01)), (64, points(0.04))),
+    )
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "app.py"
+    path.write_text(MODEL)
+    return path
+
+
+def test_a_stored_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "profiles" / "a.json"
+    write(stored(), path)
+    assert read(path) == stored()
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "lengths": []}'])
+def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(SpecError, match="is no stored profile"):
+        read(path)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, 0.01), (16, 0.01), (17, 0.04), (None, 0.04)])
+def test_a_length_is_answered_with_what_was_measured_at_least_as_long(
+    length: int | None, expected: float
+) -> None:
+    assert stored().profile(length).seconds(1) == pytest.approx(expected)
+
+
+def test_a_model_is_measured_stored_and_known_until_its_file_changes(model: Path) -> None:
+    arguments = ["profile", "app.py:Model", "--seconds", "1ms", "--lengths", "2,8", "--json"]
+    first = CliRunner().invoke(app, [*arguments, "--plot", "profile.png"])
+    assert first.exit_code == 0, first.output
+    found = json.loads(first.stdout)
+    assert [length for length, _ in found["lengths"]] == [2, 8]
+    assert [point["batch_size"] for point in found["lengths"][0][1]] == [1, 2, 4, 6]
+    assert found["startup_s"] > 0 and found["memory_bytes"] > 2**20 and not found["reused"]
+    assert (model.parent / "profile.png").read_bytes().startswith(b"\x89PNG")
+    again = CliRunner().invoke(app, arguments)
+    assert json.loads(again.stdout) == found | {"reused": True}
+    table = CliRunner().invoke(app, arguments[:-1])
+    for words in ("length 8", "per second", "a batch costs", "start-up"):
+        assert words in table.stdout
+    model.write_text(MODEL + "\n# changed\n")
+    assert not json.loads(CliRunner().invoke(app, arguments).stdout)["reused"]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("Silent", 2, "does not say what it takes"),
+        ("Broken", 1, "ValueError: no weights"),
+        ("Ends", 1, "ended with 7"),
+        ("Other", 2, "has no class Other"),
+    ],
+)
+def test_a_model_that_cannot_be_measured_is_told(
+    model: Path, name: str, code: int, words: str
+) -> None:
+    result = CliRunner().invoke(app, ["profile", f"{model.name}:{name}", "--seconds", "1ms"])
+    assert result.exit_code == code and words in result.stderr, result.output
+    assert not (model.parent / "supple-runs").exists()
+
+
+@pytest.mark.parametrize("text", ["0", "a", "", "4,-1"])
+def test_lengths_that_are_none_are_refused(model: Path, text: str) -> None:
+    result = CliRunner().invoke(app, ["profile", f"{model.name}:Model", "--lengths", text])
+    assert result.exit_code == 2 and "--lengths" in result.stderr
