@@ -104,7 +104,6 @@ def _options(deployment: Deployment, weights: str | None) -> dict[str, Any]:
         "graceful_shutdown_wait_loop_s": 0.1,
         # An update starts a replica before it stops one.
         "max_surge_percent": 25,
-        "max_constructor_retry_count": 2,
         "logging_config": {"enable_access_log": False, "log_level": "WARNING"},
     }
     if deployment.policy is None:
