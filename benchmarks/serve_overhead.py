@@ -53,7 +53,7 @@ def supple_server(port: int, model: str) -> None:
         ServeSpec(
             name="bench",
             target=target,
-            slo=parse_slo("p99=1s"),
+            slo=parse_slo("p99=60s"),
             port=port,
             min_replicas=1,
             max_replicas=1,

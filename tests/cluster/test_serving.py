@@ -63,7 +63,7 @@ class Service:
             [
                 *(sys.executable, "-m", "supple.cli", "serve", f"{self.file}:Model"),
                 *("--name", NAME, "--port", "0", "--grpc-port", "0"),
-                *("--cpus-per-replica", "0.1", "--slo", "p99=2s", *options),
+                *("--cpus-per-replica", "0.1", "--slo", "p99=60s", *options),
             ],
             stderr=self.out,
             env=environment,

@@ -33,7 +33,10 @@ DRAIN_S: Final = 1.5
 second to learn that it left."""
 MOST_HELD_BYTES: Final = 256 * 1024
 """A larger request is not repeated when its replica dies: the ingress does not hold it whole."""
-_RETRIES: Final = 6
+_RETRIES: Final = 30
+"""They cost nothing: several replicas may be dead and not yet known to be."""
+_PATIENCE_S: Final = 60.0
+"""How long a request waits for a replica that lives, once one it was sent to has died."""
 _SERVICER: Final = f"{__name__}:add_servicer"
 _PREPARE: Final = f"{__name__}.prepare_process"
 _LOOPBACK: Final = "SUPPLE_GRPC_ON_LOOPBACK"
@@ -170,7 +173,7 @@ def prepare_process() -> list[Any]:
     name = ray.get_runtime_context().get_actor_name() or ""
     if SERVE_PROXY_NAME not in name or os.environ.get(_RETRY) != "1":
         return []
-    return [Middleware(AskAgain, tries=_RETRIES, most_held_bytes=MOST_HELD_BYTES)]  # type: ignore[arg-type]
+    return [Middleware(AskAgain, patience_s=_PATIENCE_S, most_held_bytes=MOST_HELD_BYTES)]  # type: ignore[arg-type]
 
 
 def _grpc_on_loopback() -> None:

@@ -6,6 +6,7 @@ answer that a replica gave, whatever it says, is passed on: it carries `ANSWERED
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, final
 
@@ -21,13 +22,13 @@ _OWN_ERRORS: Final = frozenset({500, 502, 503, 504})
 
 @final
 class AskAgain:
-    """`app`, asked up to `tries` times while its errors are its own."""
+    """`app`, asked again for `patience_s` seconds while its errors are its own."""
 
     def __init__(
-        self, app: App, *, tries: int, most_held_bytes: int, pause_s: float = 0.25
+        self, app: App, *, patience_s: float, most_held_bytes: int, pause_s: float = 0.25
     ) -> None:
         self._app = app
-        self._tries = tries
+        self._patience_s = patience_s
         self._most_held_bytes = most_held_bytes
         self._pause_s = pause_s
 
@@ -37,8 +38,10 @@ class AskAgain:
             return
         held = await self._held(receive)
         whole = not held[-1].get("more_body", False)
-        for left in reversed(range(self._tries if whole else 1)):
-            attempt = _Attempt(held, receive, send, last=left == 0)
+        end_s = time.monotonic() + (self._patience_s if whole else 0.0)
+        while True:
+            last = time.monotonic() >= end_s
+            attempt = _Attempt(held, receive, send, last=last)
             await self._app(dict(scope), attempt.receive, attempt.send)
             if not attempt.failed:
                 return
