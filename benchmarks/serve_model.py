@@ -42,16 +42,23 @@ class Batched:
 
 
 class Restless:
-    """A scaling policy that wants another number of replicas every `every_s` seconds.
+    """A scaling policy that wants another number of replicas as soon as it has what it wanted.
 
     A policy as a user of Ray Serve may plug one in: that is how the scale events come about.
     """
 
-    def __init__(self, *, counts: list[int], every_s: float) -> None:
+    def __init__(self, *, counts: list[int], rest_s: float, patience_s: float) -> None:
         self.counts = counts
-        self.every_s = every_s
-        self.began_s = time.monotonic()
+        self.rest_s = rest_s
+        self.patience_s = patience_s
+        self.turn = 0
+        self.since_s = time.monotonic()
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        turn = int((time.monotonic() - self.began_s) / self.every_s)
-        return self.counts[turn % len(self.counts)], {}
+        wanted = self.counts[self.turn % len(self.counts)]
+        waited_s = time.monotonic() - self.since_s
+        reached = context.current_num_replicas == wanted
+        if (reached and waited_s > self.rest_s) or waited_s > self.patience_s:
+            self.turn += 1
+            self.since_s = time.monotonic()
+        return self.counts[self.turn % len(self.counts)], {}

@@ -32,7 +32,9 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    target: Annotated[str, typer.Argument(help="FILE:CLASS, as app.py:Model.")],
+    target: Annotated[
+        str, typer.Argument(help="FILE:CLASS, as app.py:Model, or a saved program, model.pt2.")
+    ],
     slo: Annotated[str, typer.Option(help="The promise: p99=100ms, p95=2s.")] = "p99=100ms",
     replicas: Annotated[str, typer.Option(help="MIN:MAX, or one number.")] = "1:4",
     name: Annotated[
@@ -73,7 +75,7 @@ def serve(
         path, class_name = check_target(target)
         spec = ServeSpec(
             name=name or Path(path).stem,
-            target=f"{path}:{class_name}",
+            target=f"{path}:{class_name}" if class_name else path,
             slo=parse_slo(slo),
             min_replicas=low,
             max_replicas=high,

@@ -4,9 +4,11 @@ from another terminal, and its end."""
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, final
 
 from supple.cluster import ingress, serving
@@ -14,7 +16,6 @@ from supple.cluster.control import ControlServer
 from supple.core.latency import LatencyProfile
 from supple.core.serve_spec import ServeSpec, refuse_impossible
 from supple.core.spec import SpecError
-from supple.serve.model import ModelFault
 
 _LOOK_EVERY_S: Final = 1.0
 
@@ -64,6 +65,8 @@ class _Service:
         self._update: asyncio.Task[None] | None = None
         self._update_said = "none was asked for"
         self._num_running = 0
+        # Ray Serve's client is not made for two threads: it changes pickling while it deploys.
+        self._ray = ThreadPoolExecutor(1, thread_name_prefix="ray-serve")
 
     async def until_stopped(self) -> None:
         loop = asyncio.get_running_loop()
@@ -80,10 +83,12 @@ class _Service:
             if self._update is not None:
                 await asyncio.wait([self._update])
             await control.stop()
+            self._ray.shutdown()
             _tell(f"supple: {self._spec.name} stops; requests in flight are answered")
 
     async def _look(self) -> None:
-        count = await asyncio.to_thread(serving.num_running, self._spec.name)
+        loop = asyncio.get_running_loop()
+        count = await loop.run_in_executor(self._ray, serving.num_running, self._spec.name)
         if count != self._num_running:
             _tell(f"  replicas     {self._num_running} -> {count}")
         self._num_running = count
@@ -125,11 +130,12 @@ class _Service:
     async def _do_update(self, weights: str | None) -> None:
         revision = self._deployment.revision + (weights is None)
         wanted = dataclasses.replace(self._deployment, revision=revision)
+        deploy = functools.partial(serving.deploy, wanted, weights=weights or self._weights)
         try:
-            await asyncio.to_thread(serving.deploy, wanted, weights=weights or self._weights)
-        except ModelFault as fault:
-            self._update_said = f"failed: {fault}"
-            _tell(f"supple: the update failed, what ran before goes on:\n{fault}")
+            await asyncio.get_running_loop().run_in_executor(self._ray, deploy)
+        except Exception as error:  # the service goes on, whatever became of the update
+            self._update_said = f"failed: {error}"
+            _tell(f"supple: the update failed, what ran before goes on:\n{error}")
             return
         self._deployment, self._weights = wanted, weights or self._weights
         self._update_said = "done"

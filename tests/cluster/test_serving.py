@@ -63,7 +63,7 @@ class Service:
             [
                 *(sys.executable, "-m", "supple.cli", "serve", f"{self.file}:Model"),
                 *("--name", NAME, "--port", "0", "--grpc-port", "0"),
-                *("--cpus-per-replica", "0.1", "--slo", "p99=2s", *options),
+                *("--cpus-per-replica", "0.1", "--slo", "p99=60s", *options),
             ],
             stderr=self.out,
             env=environment,
@@ -87,6 +87,14 @@ class Service:
         self.wait_until(lambda: "  gRPC" in self.said() and self.said().endswith("\n"))
         self.address = self.said().partition("http://")[2].partition("/")[0]
         self.grpc_address = self.said().partition("gRPC")[2].split()[0]
+
+    def wait_until_updated(self) -> None:
+        def ended() -> bool:
+            said = ask(NAME, {"ask": "status"})["update"]
+            assert not said.startswith("failed"), said
+            return said == "done"
+
+        self.wait_until(ended)
 
     def infer(self, value: float = 1.0, padding: int = 0) -> float:
         tensor = {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [value, value]}
@@ -254,7 +262,7 @@ def test_an_update_under_load_loses_nothing_and_comes_into_force(service: Servic
     with Clients(service, {2.0, 3.0}) as clients:
         service.write(3)
         ask(NAME, {"ask": "update", "weights": None})
-        service.wait_until(lambda: ask(NAME, {"ask": "status"})["update"] == "done")
+        service.wait_until_updated()
         clients.more()
     assert service.infer() == 3
 
@@ -265,7 +273,7 @@ def test_weights_are_swapped_under_load_and_bad_ones_leave_the_old(service: Serv
         ask(NAME, {"ask": "update", "weights": "good"})
         with pytest.raises(SpecError, match="is being updated"):
             ask(NAME, {"ask": "update", "weights": "other"})
-        service.wait_until(lambda: ask(NAME, {"ask": "status"})["update"] == "done")
+        service.wait_until_updated()
         clients.more()
     assert service.infer() == 5
     assert service.replica_pids() == pids

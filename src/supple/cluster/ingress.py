@@ -18,11 +18,14 @@ import grpc
 import ray
 from ray import serve
 from ray._private import worker as ray_worker
+from ray.serve._private.constants import SERVE_PROXY_NAME
 from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.schema import LoggingConfig
+from starlette.middleware import Middleware
 
 from supple.core.serve_spec import ServeSpec, is_loopback
 from supple.core.spec import SpecError
+from supple.serve.again import AskAgain
 from supple.serve.protocol_grpc import METHODS, SERVICE
 
 DRAIN_S: Final = 1.5
@@ -30,10 +33,14 @@ DRAIN_S: Final = 1.5
 second to learn that it left."""
 MOST_HELD_BYTES: Final = 256 * 1024
 """A larger request is not repeated when its replica dies: the ingress does not hold it whole."""
-_RETRIES: Final = 6
+_RETRIES: Final = 30
+"""They cost nothing: several replicas may be dead and not yet known to be."""
+_PATIENCE_S: Final = 60.0
+"""How long a request waits for a replica that lives, once one it was sent to has died."""
 _SERVICER: Final = f"{__name__}:add_servicer"
 _PREPARE: Final = f"{__name__}.prepare_process"
 _LOOPBACK: Final = "SUPPLE_GRPC_ON_LOOPBACK"
+_RETRY: Final = "SUPPLE_RETRY"
 
 
 def connect(spec: ServeSpec) -> None:
@@ -83,6 +90,7 @@ def environment(spec: ServeSpec) -> dict[str, str]:
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": _PREPARE,
+        _RETRY: "1" if spec.retry_safe else "0",
         _LOOPBACK: "1" if is_loopback(spec.host) else "0",
     }
     binary = haproxy()
@@ -118,10 +126,11 @@ def haproxy() -> str | None:
 
 
 def _private_haproxy(binary: str) -> Path:
-    """A script that starts `binary` as Ray would, but for three lines of its configuration: the
+    """A script that starts `binary` as Ray would, but for four lines of its configuration: the
     statistics on loopback and the admin socket for this user only, which Ray writes open to every
-    machine and every user; and a request is taken whole before it is passed on, since only one
-    that was whole when it was first sent can be sent again."""
+    machine and every user; a request is taken whole before it is passed on, since only one that was
+    whole when it was first sent can be sent again; and the proxy that requests wait in while no
+    replica can be reached is never held for dead, however slow the machine."""
     folder = Path(tempfile.gettempdir()) / f"supple-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     script = folder / "haproxy"
@@ -130,7 +139,8 @@ def _private_haproxy(binary: str) -> Path:
         'for word in "$@"; do [ "$last" = -f ] && config="$word"; last="$word"; done\n'
         "sed -i -e 's/^\\( *bind\\) [*]\\{0,1\\}:/\\1 127.0.0.1:/' "
         "-e 's/mode 666 level admin/mode 600 level admin/' "
-        "-e 's/^    option abortonclose$/&\\n    option http-buffer-request/' \"$config\"\n"
+        "-e 's/^    option abortonclose$/&\\n    option http-buffer-request/' "
+        "-e 's/ check backup$/ backup/' \"$config\"\n"
         f'exec {shlex.quote(binary)} "$@"\n'
     )
     if not script.exists() or script.read_text() != text:
@@ -155,12 +165,15 @@ def add_servicer(_servicer: Any, server: Any) -> None:
 
 
 def prepare_process() -> list[Any]:
-    """Ray Serve calls this in every process before it listens, for HTTP middlewares; there are
-    none. It sets what Ray has no setting for: see the two functions it calls."""
+    """Ray Serve calls this in every process before it listens, for HTTP middlewares: the proxy gets
+    one that asks again. It also sets what Ray has no setting for: see the functions it calls."""
     _answer_in_one_write()
     if os.environ.get(_LOOPBACK) == "1":
         _grpc_on_loopback()
-    return []
+    name = ray.get_runtime_context().get_actor_name() or ""
+    if SERVE_PROXY_NAME not in name or os.environ.get(_RETRY) != "1":
+        return []
+    return [Middleware(AskAgain, patience_s=_PATIENCE_S, most_held_bytes=MOST_HELD_BYTES)]  # type: ignore[arg-type]
 
 
 def _grpc_on_loopback() -> None:

@@ -14,7 +14,7 @@ from supple.cluster.replica import Deployment, Replica
 from supple.core.latency import LatencyPoint
 from supple.core.serve_spec import ServeSpec
 from supple.core.spec import SpecError
-from supple.serve.model import ModelFault
+from supple.serve.model import ModelFault, check_target
 from supple.serve.policy import measured
 from supple.serve.protocol import RequestLimits
 from supple.serve.surface import SurfaceSettings
@@ -25,7 +25,7 @@ _POLICY: Final = "supple.serve.policy:SloPolicy"
 
 def deployment_of(spec: ServeSpec, *, weights: str | None = None) -> Deployment:
     """What the replicas of `spec` need to know."""
-    path, _, class_name = spec.target.rpartition(":")
+    path, class_name = check_target(spec.target)
     fixed = spec.min_replicas == spec.max_replicas
     arguments = {
         "slo": str(spec.slo),
@@ -33,7 +33,7 @@ def deployment_of(spec: ServeSpec, *, weights: str | None = None) -> Deployment:
         "max_batch_size": spec.max_batch_size,
     }
     return Deployment(
-        target=f"{Path(path).resolve()}:{class_name}",
+        target=f"{Path(path).resolve()}" + (f":{class_name}" if class_name else ""),
         name=spec.name,
         min_replicas=spec.min_replicas,
         max_replicas=spec.max_replicas,
@@ -104,7 +104,6 @@ def _options(deployment: Deployment, weights: str | None) -> dict[str, Any]:
         "graceful_shutdown_wait_loop_s": 0.1,
         # An update starts a replica before it stops one.
         "max_surge_percent": 25,
-        "max_constructor_retry_count": 2,
         "logging_config": {"enable_access_log": False, "log_level": "WARNING"},
     }
     if deployment.policy is None:

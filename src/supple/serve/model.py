@@ -67,10 +67,15 @@ class TensorSpec:
 
 
 def check_target(target: str) -> tuple[str, str]:
-    """`"app.py:Model"` as (path, class), read without running it. Raises `SpecError`."""
+    """`"app.py:Model"` as (path, class), read without running it; the path of a saved program
+    as (path, ""). Raises `SpecError`."""
+    if target.endswith(".pt2") and Path(target).is_file():
+        return target, ""
     path, colon, class_name = target.rpartition(":")
     if not colon or not class_name.isidentifier():
-        raise SpecError(f"{target} names no class. Give FILE:CLASS, as in app.py:Model.")
+        raise SpecError(
+            f"{target} names no class. Give FILE:CLASS, as in app.py:Model, or a saved .pt2."
+        )
     if not Path(path).is_file():
         raise SpecError(f"the file {path} does not exist. Give FILE:CLASS, as in app.py:Model.")
     try:
@@ -108,6 +113,10 @@ def load_model(
     user's own traceback, for what the code does when it is run.
     """
     path, class_name = check_target(target)
+    if not class_name:
+        from supple.serve.program import SavedProgram
+
+        return ServedModel(SavedProgram(path), name=name or Path(path).stem, weights=weights)
     folder = str(Path(path).resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, final
 
 from supple.core.queue import DEFAULT_PRIORITY, LAST_PRIORITY
+from supple.serve.again import ANSWERED
 from supple.serve.executor import Outputs
 from supple.serve.meters import Meters
 from supple.serve.model import ModelFault, ServedModel, TensorSpec
@@ -309,7 +310,7 @@ def _json(document: Any, status: int = 200) -> tuple[int, bytes, bytes]:
 
 
 def _start(status: int, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
-    return {"type": "http.response.start", "status": status, "headers": headers}
+    return {"type": "http.response.start", "status": status, "headers": [*headers, ANSWERED]}
 
 
 async def _send(

@@ -1,0 +1,82 @@
+"""Requests that wait in the ingress for a replica, and are asked again if theirs dies meanwhile.
+
+Where no replica can be reached, the ingress hands requests to a proxy that waits for one. If that
+replica dies too, the proxy answers with an error of its own; this middleware of it asks again. An
+answer that a replica gave, whatever it says, is passed on: it carries `ANSWERED`.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, final
+
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Mapping[str, Any], Receive, Send], Awaitable[None]]
+
+ANSWERED: Final = (b"x-supple", b"1")
+"""The header of every answer of a replica."""
+_OWN_ERRORS: Final = frozenset({500, 502, 503, 504})
+
+
+@final
+class AskAgain:
+    """`app`, asked again for `patience_s` seconds while its errors are its own."""
+
+    def __init__(
+        self, app: App, *, patience_s: float, most_held_bytes: int, pause_s: float = 0.25
+    ) -> None:
+        self._app = app
+        self._patience_s = patience_s
+        self._most_held_bytes = most_held_bytes
+        self._pause_s = pause_s
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        held = await self._held(receive)
+        whole = not held[-1].get("more_body", False)
+        end_s = time.monotonic() + (self._patience_s if whole else 0.0)
+        while True:
+            last = time.monotonic() >= end_s
+            attempt = _Attempt(held, receive, send, last=last)
+            await self._app(dict(scope), attempt.receive, attempt.send)
+            if not attempt.failed:
+                return
+            await asyncio.sleep(self._pause_s)
+
+    async def _held(self, receive: Receive) -> list[Message]:
+        held: list[Message] = []
+        size = 0
+        while True:
+            message = await receive()
+            held.append(message)
+            size += len(message.get("body", b""))
+            if not message.get("more_body", False) or size > self._most_held_bytes:
+                return held
+
+
+@final
+class _Attempt:
+    """One time of asking: the held request is replayed, an error of the app's own swallowed."""
+
+    def __init__(self, held: list[Message], receive: Receive, send: Send, *, last: bool) -> None:
+        self._messages = iter(held)
+        self._receive = receive
+        self._send = send
+        self._last = last
+        self.failed = False
+
+    async def receive(self) -> Message:
+        for message in self._messages:
+            return message
+        return await self._receive()
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and not self._last:
+            own = ANSWERED not in [tuple(header) for header in message.get("headers", ())]
+            self.failed = own and message["status"] in _OWN_ERRORS
+        if not self.failed:
+            await self._send(message)

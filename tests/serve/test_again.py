@@ -1,0 +1,71 @@
+"""The proxy's own errors are not answers."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+import pytest
+
+from supple.serve.again import ANSWERED, AskAgain, Receive, Send
+
+
+class Proxy:
+    """Answers with the next of `statuses`; those from a replica carry its mark."""
+
+    def __init__(self, *statuses: int, marked: bool = False) -> None:
+        self.statuses = list(statuses)
+        self.headers = [ANSWERED] if marked else []
+        self.bodies: list[bytes] = []
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        body = b""
+        while (message := await receive())["type"] == "http.request":
+            body += message.get("body", b"")
+            if not message.get("more_body", False):
+                break
+        self.bodies.append(body)
+        status = self.statuses.pop(0)
+        start = {"type": "http.response.start", "status": status, "headers": self.headers}
+        await send(start)
+        await send({"type": "http.response.body", "body": str(status).encode()})
+
+
+@pytest.mark.parametrize(
+    ("proxy", "status", "tries"),
+    [
+        (Proxy(200), 200, 1),
+        (Proxy(500, 503, 502, 504, 200), 200, 5),
+        (Proxy(500, 200, marked=True), 500, 1),
+        (Proxy(404, 200), 404, 1),
+    ],
+)
+def test_an_error_of_the_proxys_own_is_asked_again(proxy: Proxy, status: int, tries: int) -> None:
+    response = posted(proxy, b"body")
+    assert response.status_code == status and response.text == str(status)
+    assert proxy.bodies == [b"body"] * tries
+
+
+def test_the_proxys_own_error_is_told_when_patience_ends() -> None:
+    proxy = Proxy(503, 200)
+    assert posted(proxy, b"body", patience_s=0.0).status_code == 503
+    assert proxy.bodies == [b"body"]
+
+
+def test_a_body_too_large_to_hold_is_asked_once_and_passed_on_whole() -> None:
+    proxy = Proxy(503, 200)
+    assert posted(proxy, b"x" * 5_000).status_code == 503
+    assert proxy.bodies == [b"x" * 5_000]
+
+
+def posted(proxy: Proxy, body: bytes, patience_s: float = 60.0) -> httpx.Response:
+    async def chunks() -> Any:
+        for start in range(0, len(body), 1_000):
+            yield body[start : start + 1_000]
+
+    async def go() -> httpx.Response:
+        app: Any = AskAgain(proxy, patience_s=patience_s, most_held_bytes=2_000, pause_s=0.0)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app)) as client:
+            return await client.post("http://m/", content=chunks())
+
+    return asyncio.run(go())

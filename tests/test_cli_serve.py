@@ -1,0 +1,59 @@
+"""`supple serve` and `supple update`: what is refused at once, before Ray is started."""
+
+import socket
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from supple.cli import app
+
+GOOD = "class Model:\n    def predict(self, batch):\n        return batch\n"
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_with_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SUPPLE_TOKEN", raising=False)
+    Path("app.py").write_text(GOOD)
+    Path("short").write_text("abc\n")
+
+
+def supple(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+REFUSALS = {
+    "serve app.py": "names no class",
+    "serve absent.py:Model": "absent.py does not exist",
+    "serve app.py:Modle": "Did you mean app.py:Model?",
+    "serve app.py:Model --slo fast": "Write pSHARE=TIME, as in p99=100ms",
+    "serve app.py:Model --slo p100=1s": "below 100",
+    "serve app.py:Model --replicas 4:2": "Write the smaller first",
+    "serve app.py:Model --host 0.0.0.0": "no token was given",
+    "serve app.py:Model --token-file absent": "--token-file absent cannot be read",
+    "serve app.py:Model --token-file short": "the token has 3 characters",
+    "serve app.py:Model --max-body 0": "--max-body is 0",
+    "serve app.py:Model --idle never": "--idle",
+    "serve app.py:Model --name a/b": "not usable as a folder",
+    "update nobody": "no running job 'nobody'",
+}
+
+
+@pytest.mark.parametrize("line", REFUSALS)
+def test_nonsense_is_refused_before_anything_starts(line: str) -> None:
+    result = supple(*line.split())
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("supple: ") and REFUSALS[line] in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--port", "--grpc-port"])
+def test_a_port_in_use_is_refused_before_anything_starts(option: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = supple("serve", "app.py:Model", option, port)
+    assert result.exit_code == 2 and f"port {port} cannot be used" in result.stderr
