@@ -23,7 +23,7 @@ from benchmarks.accuracy.score import Score, coverage
 from benchmarks.machine import report
 
 TASKS = (
-    *("steps", "fit_time", "layouts", "samples", "minutes", "epochs", "inference"),
+    *("steps", "fit_time", "layouts", "samples", "minutes", "epochs", "inference", "diffusion"),
     "learning_rate",
 )
 """Modules of `benchmarks.accuracy`, in the order they are shown."""

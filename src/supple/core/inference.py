@@ -1,33 +1,19 @@
 """Throughput and token latency of a served language model that nobody has run: fitted to runs of
 other models, or from data sheets alone.
 
-The form is `supple.core.decoding`. Parameters are logarithms with priors, the fit a robust least
-squares with all forward differences in one evaluation. An interval comes from leaving each family
-of models out in turn: rows of one family are wrong together, so residuals inside it say little.
+The form is `supple.core.decoding`, the fit and its intervals `supple.core.grouped_fit`: variants of
+one base model are one group.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
-from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
 from supple.core.decoding import USABLE, Groups, Rows, ServingRun, logs, weights_fit
-from supple.core.throughput import Z80
+from supple.core.grouped_fit import GroupedFit, fit_groups, unfitted
 from supple.core.types import Estimate, Source
-
-_Array = npt.NDArray[np.float64]
-_NUDGE = 1e-5
-_SCATTER = 0.4
-"""Of one row's logarithm. Rows of one model are wrong together, so each counts for less than its
-own scatter of 0.2 would say."""
-_DOUBT = 0.15
-"""Relative error of the form itself, for a family never seen."""
-_ALONE = 0.5
-"""The same where nothing was measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +35,8 @@ class ServingPrediction:
 class InferenceModel:
     """A fit: predictions for any run. Make it with `fit_inference`."""
 
-    _x: _Array
+    _fit: GroupedFit
     _groups: Groups
-    _covariance: _Array
-    _reach: tuple[float, float]
-    """Standard scores that held 80 % of families left out: tokens per second, latency."""
-    _source: Source
 
     def predict(self, run: ServingRun) -> ServingPrediction:
         """Raises `ValueError` if the weights alone do not fit."""
@@ -71,16 +53,14 @@ class InferenceModel:
                     "Use more accelerators or fewer bits a weight."
                 )
         rows = Rows(runs, self._groups)
-        plain, slopes = _with_slopes(self._x, rows)
-        deviation = _deviations(slopes, self._covariance, self._source)
-        found: list[ServingPrediction] = []
-        for index in range(len(runs)):
-            both = [
-                _estimate(plain[o, index], self._reach[o] * deviation[o, index], self._source)
-                for o in (0, 1)
-            ]
-            found.append(ServingPrediction(tokens_per_s=both[0], itl_p90_s=both[1]))
-        return found
+        plain, halves = self._fit.predict(lambda x: logs(x, rows))
+        return [
+            ServingPrediction(
+                tokens_per_s=_estimate(plain[0, i], halves[0, i], self._fit.source),
+                itl_p90_s=_estimate(plain[1, i], halves[1, i], self._fit.source),
+            )
+            for i in range(len(runs))
+        ]
 
 
 def _estimate(log: float, half: float, source: Source) -> Estimate:
@@ -107,80 +87,8 @@ def fit_inference(measurements: Sequence[ServingMeasurement]) -> InferenceModel:
     groups = Groups(runs)
     spread = groups.spreads()
     if not measurements:
-        return InferenceModel(
-            np.zeros(len(spread)), groups, np.diag(spread**2), (Z80, Z80), "assumed"
-        )
+        return InferenceModel(unfitted(spread, 2), groups)
     rows = Rows(runs, groups)
     true = np.log([[m.tokens_per_s for m in measurements], [m.itl_p90_s for m in measurements]])
-
-    def residuals(x: _Array) -> _Array:
-        return np.concatenate([_robust(logs(x[None], rows)[0] - true)[0].ravel(), x / spread])
-
-    def slopes(x: _Array) -> _Array:
-        plain, by = _with_slopes(x, rows)
-        steep = by * _robust(plain - true)[1][..., None]
-        return np.vstack([steep.reshape(-1, len(spread)), np.diag(1.0 / spread)])
-
-    start = np.zeros(len(spread))
-    solver = cast(Any, optimize).least_squares
-    found = solver(residuals, start, slopes, max_nfev=40, xtol=1e-4, ftol=1e-5)
-    x = np.asarray(found.x, dtype=float)
-    families = np.array([run.model.family for run in runs])
-    covariance, reach = _doubt(x, rows, true, families, spread)
-    return InferenceModel(x, groups, covariance, reach, "fitted")
-
-
-def _robust(error: _Array) -> tuple[_Array, _Array]:
-    """Errors in units of their scatter whose squares grow linearly far out (pseudo-Huber), and
-    their slopes."""
-    r = error / _SCATTER
-    root = np.sqrt(1.0 + r * r)
-    value = np.sign(r) * np.sqrt(2.0 * (root - 1.0))
-    near = np.abs(r) < 1e-4
-    return value, np.where(near, 1.0, r / np.where(near, 1.0, value * root)) / _SCATTER
-
-
-def _with_slopes(x: _Array, rows: Rows) -> tuple[_Array, _Array]:
-    """Logarithms of (2, runs), and their forward differences of (2, runs, parameters)."""
-    found = logs(np.vstack([x, x + _NUDGE * np.eye(len(x))]), rows)
-    return found[0], np.moveaxis((found[1:] - found[0]) / _NUDGE, 0, -1)
-
-
-def _deviations(slopes: _Array, covariance: _Array, source: Source) -> _Array:
-    """Standard deviations of the logarithms, (2, runs): of the parameters and of the form."""
-    form = _ALONE if source == "assumed" else _DOUBT
-    spread = np.einsum("orp,pq,orq->or", slopes, covariance, slopes)
-    return np.sqrt(spread + form**2)
-
-
-def _doubt(
-    x: _Array, rows: Rows, true: _Array, families: npt.NDArray[np.str_], spread: _Array
-) -> tuple[_Array, tuple[float, float]]:
-    """Covariance of the parameters, and for both figures the standard score that holds 80 % of
-    what is measured of a family when it is left out (by two Gauss-Newton steps from the fit)."""
-
-    def normal(at: _Array, kept: npt.NDArray[np.bool_]) -> tuple[_Array, _Array]:
-        plain, slopes = _with_slopes(at, rows)
-        error, slope = _robust(plain - true)
-        steep = (slopes * slope[..., None])[:, kept].reshape(-1, len(at))
-        gradient = steep.T @ error[:, kept].ravel() + at / spread**2
-        return steep.T @ steep + np.diag(1.0 / spread**2), gradient
-
-    everything = np.ones(len(families), dtype=bool)
-    covariance = np.asarray(np.linalg.inv(normal(x, everything)[0]), dtype=np.float64)
-    names = sorted(set(families.tolist()))
-    scores = np.full(true.shape, Z80)
-    if len(names) > 1:
-        for name in names:
-            held = families == name
-            at = x
-            for _ in range(2):
-                matrix, gradient = normal(at, ~held)
-                step = np.clip(np.linalg.solve(matrix, gradient), -1.0, 1.0)
-                at = np.asarray(at - step, dtype=np.float64)
-            plain, slopes = _with_slopes(at, rows)
-            inverse = np.asarray(np.linalg.inv(normal(at, ~held)[0]), dtype=np.float64)
-            wide = _deviations(slopes, inverse, "fitted")
-            scores[:, held] = (np.abs(plain - true) / wide)[:, held]
-    reach = [float(np.quantile(score, 0.8)) for score in scores]
-    return covariance, (reach[0], reach[1])
+    families = [run.model.family for run in runs]
+    return InferenceModel(fit_groups(lambda x: logs(x, rows), true, families, spread), groups)

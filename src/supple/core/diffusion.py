@@ -1,0 +1,144 @@
+"""Seconds to make a batch of images or videos with a diffusion transformer that nobody has run.
+
+One denoising step of b items of t tokens, with and without the prompt (guidance), on n devices that
+split the sequence, u by heads (Ulysses) and r in a ring:
+
+    arithmetic   2 b (2 P t) / (n F) + 2 b (4 t^2 h L) / (n F')
+    launches     host + L launch
+    exchange     L (latency + 8 b t h bytes / (n W) (u-1)/u + the ring's share, (r-1)/r)
+    step         (launches^4 + arithmetic^4)^(1/4) + exchange
+    batch        steps * step + a fixed part + b pixels to decode
+
+A token stands for 16 x 16 pixels, of a video for four frames too, unless it is given. A device
+of ten times the peak F reaches a smaller share of it: the share falls as a power of F. Layers and
+width follow from the parameters: L = 30 (P / 1e9)^0.1, P = 18 L h^2. Operations: Peebles and Xie
+2023 (DiT); exchange: Jacobs et al. 2023 (Ulysses), Liu et al. 2023 (ring attention). Parameters are
+positive and fitted as logarithms, with priors from data sheets.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from supple.core.grouped_fit import GroupedFit, fit_groups, unfitted
+from supple.core.layouts import Device
+from supple.core.types import Estimate
+
+_Array = npt.NDArray[np.float64]
+
+# Centre and standard deviation of the logarithm.
+_PRIORS: dict[str, tuple[float, float]] = {
+    "arithmetic": (0.5, 0.3),  # of the peak
+    "attention": (0.4, 0.4),  # of the peak
+    "fill": (0.4, 0.7),  # exponent: a faster device reaches a smaller share of its peak
+    "host": (5e-3, 0.7),  # s
+    "launch": (2e-4, 0.5),  # s per layer
+    "latency": (5e-5, 0.7),  # s per layer, of an exchange
+    "heads": (2.5e-12, 0.7),  # s per byte
+    "ring": (2.5e-12, 0.7),  # s per byte
+    "fixed": (0.1, 0.7),  # s
+    "decode": (5e-8, 1.0),  # s per pixel
+}
+_SPREADS = np.array([spread for _, spread in _PRIORS.values()])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffusionRun:
+    """One batch on one copy of a model; `ulysses_degree * ring_degree` devices."""
+
+    family: str
+    """Variants of one base model share it: they are wrong together."""
+    num_parameters: float
+    device: Device
+    ulysses_degree: int
+    ring_degree: int
+    batch_size: int
+    num_pixels: int
+    """Of one frame."""
+    num_frames: int
+    num_steps: int
+    """Denoising steps."""
+    num_tokens: float | None = None
+
+    def __post_init__(self) -> None:
+        counts = (self.ulysses_degree, self.ring_degree, self.batch_size, self.num_pixels)
+        counts = (*counts, self.num_frames, self.num_steps)
+        if min(counts) < 1 or not 0 < self.num_parameters < math.inf:
+            raise ValueError(
+                f"a diffusion run was asked for with {self}: counts must be at least 1 and the "
+                "parameters a positive number. Correct the number."
+            )
+
+    @property
+    def tokens(self) -> float:
+        return self.num_tokens or self.num_pixels / 256.0 * math.ceil((self.num_frames + 3) / 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffusionMeasurement:
+    run: DiffusionRun
+    batch_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusionModel:
+    """A fit: predictions for any run. Make it with `fit_diffusion`."""
+
+    _fit: GroupedFit
+
+    def predict(self, run: DiffusionRun) -> Estimate:
+        """Seconds of the batch."""
+        log, half = self._fit.predict(lambda x: _logs(x, [run]))
+        return Estimate(
+            value=math.exp(log[0, 0]),
+            low=math.exp(log[0, 0] - half[0, 0]),
+            high=math.exp(log[0, 0] + half[0, 0]),
+            source=self._fit.source,
+        )
+
+
+def fit_diffusion(measurements: Sequence[DiffusionMeasurement]) -> DiffusionModel:
+    """Fit to measurements of any models; without any, the priors alone. Raises `ValueError` for a
+    time that is not a positive number."""
+    for m in measurements:
+        if not 0 < m.batch_s < math.inf:
+            raise ValueError(
+                f"a batch was measured at {m.batch_s} s: a positive number is needed. Leave it out."
+            )
+    if not measurements:
+        return DiffusionModel(unfitted(_SPREADS, 1))
+    runs = [m.run for m in measurements]
+    true = np.log([[m.batch_s for m in measurements]])
+    families = [run.family for run in runs]
+    return DiffusionModel(fit_groups(lambda x: _logs(x, runs), true, families, _SPREADS))
+
+
+def _logs(x: _Array, runs: Sequence[DiffusionRun]) -> _Array:
+    """Logarithms of the batch's seconds, (vectors, 1, runs)."""
+    p = {
+        name: centre * np.exp(x[:, [index]])
+        for index, (name, (centre, _)) in enumerate(_PRIORS.items())
+    }
+    parameters = np.array([run.num_parameters for run in runs])
+    tokens = np.array([run.tokens for run in runs])
+    batch = np.array([float(run.batch_size) for run in runs])
+    heads = np.array([float(run.ulysses_degree) for run in runs])
+    ring = np.array([float(run.ring_degree) for run in runs])
+    pixels = np.array([float(run.num_pixels * run.num_frames) for run in runs])
+    steps = np.array([float(run.num_steps) for run in runs])
+    devices = heads * ring
+    rate = np.array([run.device.flops_per_s for run in runs])
+    peak = devices * rate * (1e15 / rate) ** p["fill"]
+    layers = 30.0 * (parameters / 1e9) ** 0.1
+    width = np.sqrt(parameters / (18.0 * layers))
+    arithmetic = 4.0 * batch * parameters * tokens / (peak * p["arithmetic"])
+    arithmetic = arithmetic + 8.0 * batch * tokens**2 * width * layers / (peak * p["attention"])
+    launches = p["host"] + layers * p["launch"]
+    message = 2.0 * 8.0 * batch * tokens * width / devices
+    split = (heads - 1.0) / heads * p["heads"] + (ring - 1.0) / ring * p["ring"] * ring
+    exchange = layers * (np.where(devices > 1, p["latency"], 0.0) * ring + message * split)
+    step = (launches**4 + arithmetic**4) ** 0.25 + exchange
+    return np.log(steps * step + p["fixed"] + batch * pixels * p["decode"])[:, None]

@@ -1,0 +1,85 @@
+"""Batch latency of diffusion models: what physics demands, and refusals."""
+
+from dataclasses import replace
+
+import pytest
+
+from supple.core.diffusion import (
+    DiffusionMeasurement,
+    DiffusionModel,
+    DiffusionRun,
+    fit_diffusion,
+)
+from supple.core.layouts import DEVICES
+
+PICTURE = DiffusionRun(
+    family="one",
+    num_parameters=2e9,
+    device=DEVICES["h100"],
+    ulysses_degree=1,
+    ring_degree=1,
+    batch_size=1,
+    num_pixels=1024 * 1024,
+    num_frames=1,
+    num_steps=20,
+)
+PRIORS = fit_diffusion([])
+
+
+def seconds(run: DiffusionRun, model: DiffusionModel = PRIORS) -> float:
+    return model.predict(run).value
+
+
+def test_twice_the_batch_takes_longer_and_at_most_twice_as_long() -> None:
+    one, two = seconds(PICTURE), seconds(replace(PICTURE, batch_size=2))
+    assert one < two <= 2 * one
+
+
+def test_a_video_takes_longer_than_its_frames_would() -> None:
+    film = replace(PICTURE, num_frames=81)
+    assert film.tokens == 21 * PICTURE.tokens
+    assert seconds(film) > 21 * seconds(PICTURE)
+
+
+def test_devices_make_a_video_faster_but_never_in_proportion() -> None:
+    film = replace(PICTURE, num_frames=81)
+    one, eight = seconds(film), seconds(replace(film, ulysses_degree=4, ring_degree=2))
+    assert one / 8 < eight < one / 2
+
+
+def test_steps_and_parameters_take_time() -> None:
+    assert seconds(replace(PICTURE, num_steps=40)) > 1.5 * seconds(PICTURE)
+    assert seconds(replace(PICTURE, num_parameters=8e9)) > 2 * seconds(PICTURE)
+
+
+def test_a_faster_device_is_faster_by_less_than_its_peak() -> None:
+    film = replace(PICTURE, num_frames=81)
+    ratio = seconds(film) / seconds(replace(film, device=DEVICES["b200"]))
+    assert 1.0 < ratio < 2250 / 989
+
+
+def test_a_slower_world_is_learned_for_a_model_never_seen() -> None:
+    runs = [
+        replace(PICTURE, family=f"of {size:g}", num_parameters=size, batch_size=batch)
+        for size in (1e9, 2e9, 4e9, 8e9)
+        for batch in (1, 4, 16)
+    ]
+    model = fit_diffusion(
+        [DiffusionMeasurement(run=run, batch_s=1.6 * seconds(run)) for run in runs]
+    )
+    asked = replace(PICTURE, family="new", num_parameters=3e9, batch_size=8)
+    found = model.predict(asked)
+    assert found.value == pytest.approx(1.6 * seconds(asked), rel=0.15)
+    assert found.source == "fitted"
+    assert PRIORS.predict(asked).source == "assumed"
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_time_that_is_no_positive_number_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="a positive number is needed"):
+        fit_diffusion([DiffusionMeasurement(run=PICTURE, batch_s=value)])
+
+
+def test_a_run_without_devices_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        replace(PICTURE, ring_degree=0)
