@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from aiohttp import web
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from supple import load
 from supple.cli import app
+from supple.cluster.control import ControlServer
 from supple.core.serve_spec import Slo
 from supple.core.spec import SpecError
+from supple.load_replicas import ReplicaSeconds, service_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -224,6 +227,58 @@ def test_a_service_that_is_not_there_is_an_outcome_and_a_failure() -> None:
     result = supple(url, "--rate", "50", "--duration", "0.2s")
     assert result.exit_code == 1 and "nothing was answered" in result.stderr
     assert "broken" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("url", "service"),
+    [
+        ("http://127.0.0.1:8000/v2/models/digits", "digits"),
+        ("http://localhost/v2/models/digits/infer", "digits"),
+        ("http://elsewhere:8000/v2/models/digits", None),
+        ("http://127.0.0.1:8000/", None),
+    ],
+)
+def test_the_service_behind_a_url_of_this_machine_is_known_by_name(
+    url: str, service: str | None
+) -> None:
+    assert service_of(url) == service
+
+
+def test_replicas_are_counted_over_the_time_they_are_held() -> None:
+    name = f"load-{os.getpid()}"
+    asked = threading.Semaphore(0)
+
+    def status(_request: Mapping[str, Any]) -> dict[str, Any]:
+        asked.release()
+        return {"phase": "serving", "members": ["replica 1", "replica 2"]}
+
+    async def go() -> tuple[float | None, float]:
+        control = ControlServer(name, status)
+        await control.start()
+        began_s = time.monotonic()
+        held = ReplicaSeconds(name, every_s=0.001)
+
+        def watch() -> None:
+            with held:
+                for _ in range(3):
+                    asked.acquire()
+
+        await asyncio.to_thread(watch)
+        took_s = time.monotonic() - began_s
+        await control.stop()
+        return held.total, took_s
+
+    total, took_s = asyncio.run(go())
+    assert total is not None and 0.0 < total <= 2 * took_s
+    found = load.report(ended((0.0, 0.0, 0.1, 200)), None, replica_s=total)
+    assert load.lines(found)[-1] == f"replicas   {total:.1f} replica-seconds"
+
+
+def test_a_service_that_does_not_tell_has_no_count() -> None:
+    for service in (None, f"load-nobody-{os.getpid()}"):
+        with ReplicaSeconds(service) as held:
+            pass
+        assert held.total is None
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def load(
             check_target(plot)
         from supple import load as generator
         from supple.eventlog import to_plain
+        from supple.load_replicas import ReplicaSeconds, service_of
 
         if rate is not None:
             due_s = generator.poisson(
@@ -86,15 +87,16 @@ def load(
         if not as_json:
             last_s = latency_text(float(due_s[-1]))
             typer.echo(f"supple: {len(due_s)} requests in {last_s} to {url}", err=True)
-        outcomes = generator.run_until_interrupted(
-            url,
-            due_s,
-            body=content,
-            token=token,
-            timeout_s=timeout_s,
-            on_second=_silent if as_json else _tell,
-        )
-        found = generator.report(outcomes, promise)
+        with ReplicaSeconds(service_of(url)) as held:
+            outcomes = generator.run_until_interrupted(
+                url,
+                due_s,
+                body=content,
+                token=token,
+                timeout_s=timeout_s,
+                on_second=_silent if as_json else _tell,
+            )
+        found = generator.report(outcomes, promise, replica_s=held.total)
         if as_json:
             typer.echo(json.dumps(to_plain(dataclasses.asdict(found))))
         else:

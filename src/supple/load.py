@@ -168,9 +168,11 @@ class LoadReport:
     lag: Mapping[str, float | None]
     """How late the generator was to send; far below the promise, or the run says nothing."""
     statuses: Mapping[str, int]
+    replica_s: float | None = None
+    """Replicas times seconds that the service held meanwhile; None if it does not tell."""
 
 
-def report(outcomes: Outcomes, slo: Slo | None) -> LoadReport:
+def report(outcomes: Outcomes, slo: Slo | None, *, replica_s: float | None = None) -> LoadReport:
     """The figures of `outcomes`."""
     status = outcomes.status
     ended = status != 0
@@ -204,6 +206,7 @@ def report(outcomes: Outcomes, slo: Slo | None) -> LoadReport:
             names.get(code, str(code)): count
             for code, count in sorted(Counter(status[ended].tolist()).items())
         },
+        replica_s=replica_s,
     )
 
 
@@ -324,6 +327,8 @@ def lines(found: LoadReport) -> Sequence[str]:
             f"{found.slo}   attained by {found.slo_attainment:.2%} of all, "
             f"{found.slo_goodput_per_s:.1f} a second"
         )
+    if found.replica_s is not None:
+        text.append(f"replicas   {found.replica_s:.1f} replica-seconds")
     return text
 
 

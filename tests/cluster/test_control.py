@@ -1,6 +1,7 @@
 """The line between a job and another terminal: a real socket, and what people do to it."""
 
 import asyncio
+import gc
 import json
 import socket
 from collections.abc import Mapping
@@ -104,6 +105,19 @@ def test_a_socket_left_behind_by_a_killed_job_is_in_nobodys_way(name: str) -> No
 
     asyncio.run(run())
     assert not path.exists()
+
+
+@pytest.mark.parametrize("num_turns", range(6))
+def test_who_connects_while_the_job_stops_leaks_nothing(name: str, num_turns: int) -> None:
+    async def run() -> None:
+        async with server(name):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(socket_path(name)))
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+
+    asyncio.run(run())
+    gc.collect()  # what is not closed warns here, and pytest makes that an error
 
 
 def test_only_the_owner_may_speak_to_a_job(name: str) -> None:

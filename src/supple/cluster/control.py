@@ -59,7 +59,7 @@ class ControlServer:
     def __init__(self, job: str, handler: Handler) -> None:
         self._path = socket_path(job)
         self._handler = handler
-        self._server: asyncio.AbstractServer | None = None
+        self._server: asyncio.Server | None = None
         self._answering: set[asyncio.Task[None] | None] = set()
 
     async def start(self) -> None:
@@ -71,11 +71,16 @@ class ControlServer:
         self._path.chmod(0o600)
 
     async def stop(self) -> None:
+        """Answer who has been let in, nobody else."""
         if self._server is not None:
+            # A server that closes between accepting a connection and making its transport leaks
+            # it (asyncio, Python 3.11): accept no more, let those in, close then.
+            for listener in self._server.sockets:
+                asyncio.get_running_loop().remove_reader(listener.fileno())
+            await _turns()
             self._server.close()
             self._path.unlink(missing_ok=True)
-        for _ in range(10):  # a connection that is being accepted has its task in a few turns
-            await asyncio.sleep(0)
+        await _turns()
         if open_tasks := [task for task in self._answering if task is not None]:
             await asyncio.wait(open_tasks)
 
@@ -102,6 +107,11 @@ class ControlServer:
             return self._handler(request)
         except (SpecError, ValueError, KeyError) as error:
             return {"error": str(error)}
+
+
+async def _turns() -> None:
+    for _ in range(10):  # a connection that is being accepted has its task in a few turns
+        await asyncio.sleep(0)
 
 
 def refuse_second(job: str) -> None:
