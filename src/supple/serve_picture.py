@@ -82,7 +82,7 @@ def draw_serving(
         )
     replicas.set_ylabel("replicas, starting ones included")
     handles, labels = replicas.get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside lower left", ncols=3, frameon=False)
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower left", ncols=2, frameon=False)
     replicas.set_ylim(bottom=0)
     met.axhline(100 * scenario.slo.share, color=_INK, linewidth=0.8, linestyle=":")
     met.set_ylabel("in time, %")

@@ -72,7 +72,7 @@ def test_a_steady_load_gets_its_busy_replicas_and_a_little_room() -> None:
     assert decisions[-1].feasible
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     cold_start_s=st.floats(1.0, 300.0),
     rate=st.floats(0.2, 8.0),
@@ -132,7 +132,7 @@ def test_the_target_is_within_its_limits_whatever_is_seen(
         assert decision.reason
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(rate=st.floats(0.5, 15.0), seed=st.integers(0, 1000))
 def test_never_below_what_the_promise_needs_when_it_is_feasible(rate: float, seed: int) -> None:
     """Poisson arrivals at a constant rate, replicas enough at the start: the promise is kept."""

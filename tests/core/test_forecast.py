@@ -44,12 +44,14 @@ def test_a_capacity_is_late_just_where_more_was_needed(
 @given(
     pairs=st.lists(st.tuples(st.floats(0, 100), st.integers(0, 20)), min_size=1, max_size=200),
     share=st.floats(0.01, 0.999),
+    guess=st.floats(-10, 110),
 )
 def test_a_share_quantile_holds_its_share_and_no_lower_value_does(
-    pairs: list[tuple[float, int]], share: float
+    pairs: list[tuple[float, int]], share: float, guess: float
 ) -> None:
     values, weights = (np.array(column, dtype=float) for column in zip(*pairs, strict=True))
     found = share_quantile(values, weights, share)
+    assert share_quantile(values, weights, share, guess=guess) == found
     total = weights.sum()
     if total == 0.0:
         assert found == 0.0
