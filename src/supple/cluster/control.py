@@ -16,6 +16,9 @@ from typing import Any, final
 
 from supple.core.spec import SpecError
 
+_LAST_WORDS_S = 1.0
+"""How long whoever is connected when the server stops may take to say something."""
+
 Handler = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
@@ -72,12 +75,18 @@ class ControlServer:
 
     async def stop(self) -> None:
         if self._server is not None:
+            # A connection that is being accepted while the server closes would never be closed.
+            loop = asyncio.get_running_loop()
+            for listening in self._server.sockets:
+                loop.remove_reader(listening.fileno())
+            for _ in range(10):
+                await asyncio.sleep(0)
             self._server.close()
             self._path.unlink(missing_ok=True)
-        for _ in range(10):  # a connection that is being accepted has its task in a few turns
-            await asyncio.sleep(0)
         if open_tasks := [task for task in self._answering if task is not None]:
-            await asyncio.wait(open_tasks)
+            _, silent = await asyncio.wait(open_tasks, timeout=_LAST_WORDS_S)
+            for task in silent:
+                task.cancel()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
