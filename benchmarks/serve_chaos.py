@@ -35,7 +35,7 @@ from supple.cluster import ingress, serving
 from supple.core.serve_spec import ServeSpec, parse_slo
 
 _NAME = "chaos"
-_COUNTS = [1, 4, 2, 5, 1, 3]
+_COUNTS = [1, 5, 2, 6, 1, 4]
 _REST_S, _PATIENCE_S = 0.5, 20.0
 _KILL_EVERY_S = 9.0
 _PAUSES_S = (0.02, 0.02, 0.02, 0.05, 0.5, 3.0, 0.02)

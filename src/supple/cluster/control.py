@@ -16,6 +16,9 @@ from typing import Any, final
 
 from supple.core.spec import SpecError
 
+_LAST_WORDS_S = 1.0
+"""How long whoever is connected when the server stops may take to say something."""
+
 Handler = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
@@ -71,18 +74,20 @@ class ControlServer:
         self._path.chmod(0o600)
 
     async def stop(self) -> None:
-        """Answer who has been let in, nobody else."""
+        """Answer who has been let in, nobody else, and wait for no one who says nothing."""
         if self._server is not None:
-            # A server that closes between accepting a connection and making its transport leaks
-            # it (asyncio, Python 3.11): accept no more, let those in, close then.
-            for listener in self._server.sockets:
-                asyncio.get_running_loop().remove_reader(listener.fileno())
-            await _turns()
+            # A connection that is being accepted while the server closes would never be closed.
+            loop = asyncio.get_running_loop()
+            for listening in self._server.sockets:
+                loop.remove_reader(listening.fileno())
+            for _ in range(10):
+                await asyncio.sleep(0)
             self._server.close()
             self._path.unlink(missing_ok=True)
-        await _turns()
         if open_tasks := [task for task in self._answering if task is not None]:
-            await asyncio.wait(open_tasks)
+            _, silent = await asyncio.wait(open_tasks, timeout=_LAST_WORDS_S)
+            for task in silent:
+                task.cancel()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -107,11 +112,6 @@ class ControlServer:
             return self._handler(request)
         except (SpecError, ValueError, KeyError) as error:
             return {"error": str(error)}
-
-
-async def _turns() -> None:
-    for _ in range(10):  # a connection that is being accepted has its task in a few turns
-        await asyncio.sleep(0)
 
 
 def refuse_second(job: str) -> None:
