@@ -95,7 +95,7 @@ def serve(
         refuse_second(spec.name)
         if address is None:
             refuse_used_port(port)
-            refuse_used_port(grpc_port or 0)
+            refuse_used_port(grpc_port or 0, "--grpc-port")
         from supple.serve_run import run
 
         try:

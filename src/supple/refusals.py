@@ -37,7 +37,7 @@ def _unexpected(error: Exception) -> str:
     )
 
 
-def refuse_used_port(port: int) -> None:
+def refuse_used_port(port: int, option: str = "--port") -> None:
     """Raise `SpecError` if another program of this machine listens on `port`; 0 means any."""
     if port == 0:
         return
@@ -47,7 +47,7 @@ def refuse_used_port(port: int) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise SpecError(
-                f"--port {port} cannot be used: {error.strerror}. Give another, or none to take a "
+                f"{option} {port} cannot be used: {error.strerror}. Give another, or 0 to take a "
                 "free one."
             ) from None
 

@@ -93,7 +93,7 @@ class Replica:
         rows = 1
         while rows <= model.max_batch and (example := model.example(rows)):
             for _ in range(4):
-                await self._executor.submit(example, rows)
+                await self._executor.submit(example, rows, within_s=math.inf)
             if time.monotonic() > end_s:
                 break
             rows *= 2

@@ -1,7 +1,6 @@
 """A service on Ray Serve: deployed, updated, asked how it is, stopped."""
 
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -75,15 +74,12 @@ def deploy(deployment: Deployment, *, weights: str | None = None) -> None:
     the words of the user's own code if it cannot be loaded; what ran before then goes on.
     """
     try:
-        with warnings.catch_warnings():
-            # Of a look-back shorter than its default push interval, which ingress.py shortens.
-            warnings.simplefilter("ignore", FutureWarning)
-            prepared: Any = serve.deployment(serve.ingress()(Replica)).options(
-                **_options(deployment, weights)
-            )
-            # Without a version every deploy would replace every replica, for new weights too.
-            prepared._version = hashlib.sha256(repr(deployment).encode()).hexdigest()[:16]
-            serve.run(prepared.bind(deployment), name=deployment.name, route_prefix="/")
+        prepared: Any = serve.deployment(serve.ingress()(Replica)).options(
+            **_options(deployment, weights)
+        )
+        # Without a version every deploy would replace every replica, for new weights too.
+        prepared._version = hashlib.sha256(repr(deployment).encode()).hexdigest()[:16]
+        serve.run(prepared.bind(deployment), name=deployment.name, route_prefix="/")
     except RuntimeError as error:
         raise ModelFault(why_not(deployment.name) or str(error)) from None
 
@@ -116,6 +112,7 @@ def _options(deployment: Deployment, weights: str | None) -> dict[str, Any]:
             "max_replicas": deployment.max_replicas,
             # The policy smooths, waits and remembers by itself, in seconds.
             "look_back_period_s": 2.0,
+            "metrics_interval_s": 0.5,
             "upscale_delay_s": 0.0,
             "downscale_delay_s": 0.0,
             "policy": {"policy_function": path, "policy_kwargs": dict(arguments)},

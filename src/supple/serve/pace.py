@@ -46,7 +46,8 @@ class Pace:
         if first and self._last:
             return False
         self._stopwatch.record(rows, took_s)
-        self._last.append((rows, took_s))
+        # An event loop may count whole milliseconds, and a profile of nothing is none.
+        self._last.append((rows, max(took_s, 1e-4)))
         self._num_new += 1
         if len(self._last) > _RENEW_EVERY and self._num_new < _RENEW_EVERY:
             return False
