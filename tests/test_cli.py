@@ -27,7 +27,10 @@ from supple.refusals import messages, split_target
 from supple.train_run import OPTIONS, ending, resume_command
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("train", "plan", "resize", "preempt", "stop", "status", "doctor", "simulate")
+COMMANDS = (
+    *("train", "plan", "layouts", "memory", "resize", "preempt", "stop", "status", "doctor"),
+    *("serve", "update", "load", "profile", "simulate"),
+)
 GOOD = "def train(job):\n    pass\n"
 JOB = f"cli-test-{os.getpid()}"
 
