@@ -49,7 +49,9 @@ def test_a_job_over_two_nodes_outlives_one_and_grows_onto_another(
         (survivor,) = run.wait_running(1)
         assert where[survivor] != second.node_id
         gone = [record for record in run.of_type("WorkerLost") if record["worker_id"] in members]
-        assert gone
+        # Whichever comes first: Ray's word, or the heartbeat that is missing.
+        silent = {record["worker_id"] for record in run.of_type("KillWorker")}
+        assert set(members) - {survivor} == silent | {record["worker_id"] for record in gone}
         assert all(re.match(r"its (node|process)\b", record["detail"]) for record in gone), gone
         nodes.add(2)
         assert survivor in run.wait_running(3)
