@@ -54,7 +54,7 @@ def layouts(
     lr: Annotated[
         float | None, typer.Option(help="Tuned at --batch-size; default: 3e-4, or the script's.")
     ] = None,
-    accelerator: Annotated[str, typer.Option(help="v100, a100, a100-80 or h100.")] = "h100",
+    accelerator: Annotated[str, typer.Option(help="v100, a100, a100-80, h100 or b200.")] = "h100",
     memory: Annotated[
         float | None, typer.Option(help="GB of one accelerator; default: its data sheet's.")
     ] = None,
