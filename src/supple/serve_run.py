@@ -34,6 +34,8 @@ def run(
         grpc_port=ingress.free_port() if spec.grpc_port == 0 else spec.grpc_port,
     )
     ingress.connect(spec)
+    # Ray's own handler ends the process at once, and its HAProxy would outlive it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         serving.refuse_no_capacity(spec)
         deployment = serving.deployment_of(spec, weights=weights)
