@@ -1,10 +1,12 @@
-"""`make demo`: plan the digits job, then train it with a grow, a kill and a shrink on the way.
+"""`make demo`: plan the digits job, train it with a grow, a kill and a shrink on the way, and serve
+what it learnt.
 
 python examples/demo.py
 """
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 OUT = Path("demo-output")
 SCRIPT = HERE / "digits_long.py"
+MODEL = HERE / "serve_digits.py"
 
 
 def supple(*arguments: str) -> list[str]:
@@ -45,12 +48,8 @@ def wait_for(num_workers: int, *, after_generation: int = 0) -> dict:
     raise SystemExit(f"the job did not get to {num_workers} workers within 90 s")
 
 
-def main() -> int:
-    OUT.mkdir(exist_ok=True)
-    say("1. How many workers does examples/digits.py deserve?   supple plan examples/digits.py")
-    plan = supple("plan", str(HERE / "digits.py"), "--plot", str(OUT / "plan.png"))
-    if subprocess.run(plan, check=False).returncode != 0:
-        return 1
+def train() -> int:
+    """The exit code of the job, after a grow, a kill and a shrink."""
     say("2. Train it elastically: 2 workers, then 3, then one is killed, then 1.")
     job = subprocess.Popen(
         supple(
@@ -75,9 +74,41 @@ def main() -> int:
         if job.poll() is None:
             job.send_signal(signal.SIGINT)
             job.wait(30)
-        say(f"The plan's picture: {OUT / 'plan.png'}")
-        print(f"The run's picture:  {OUT / 'demo' / 'run.png'}")
-        print(f"The event log:      {OUT / 'demo' / 'events.jsonl'}")
+
+
+def serve() -> int:
+    """Serve the job's weights and ask about scans it has not seen."""
+    run = OUT / "demo"
+    say(f"3. Serve what it learnt.   supple serve examples/serve_digits.py:Digits --weights {run}")
+    options = ("--weights", str(run), "--port", "0", "--slo", "p99=200ms")
+    service = subprocess.Popen(
+        supple("serve", f"{MODEL}:Digits", *options), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        url = None
+        while url is None:
+            line = service.stderr.readline()
+            if not line:
+                return service.wait()
+            print(line, end="", flush=True)
+            url = re.search(r"served at (http://[^/]+)", line)
+        return subprocess.run([sys.executable, str(MODEL), url[1]], check=False).returncode
+    finally:
+        service.send_signal(signal.SIGINT)
+        print(service.communicate(timeout=60)[1], end="")
+
+
+def main() -> int:
+    OUT.mkdir(exist_ok=True)
+    say("1. How many workers does examples/digits.py deserve?   supple plan examples/digits.py")
+    plan = supple("plan", str(HERE / "digits.py"), "--plot", str(OUT / "plan.png"))
+    if subprocess.run(plan, check=False).returncode != 0:
+        return 1
+    code = train() or serve()
+    say(f"The plan's picture: {OUT / 'plan.png'}")
+    print(f"The run's picture:  {OUT / 'demo' / 'run.png'}")
+    print(f"The event log:      {OUT / 'demo' / 'events.jsonl'}")
+    return code
 
 
 if __name__ == "__main__":

@@ -1,27 +1,20 @@
 """Handwritten digits (scikit-learn's, 1,797 real scans), answered over HTTP to a latency promise.
 
-supple serve examples/serve_digits.py:Digits --slo p99=100ms       # serve
-python examples/serve_digits.py                                     # ask it about unseen scans
+supple serve examples/serve_digits.py:Digits --slo p99=100ms      # trains for a second, serves
+supple serve examples/serve_digits.py:Digits --weights supple-runs/digits   # what a job learnt
+python examples/serve_digits.py                                      # ask it about unseen scans
 """
 
 import json
 import sys
 import urllib.request
-from typing import Any
 
-import numpy as np
 import torch
-from sklearn.datasets import load_digits
+from digits import build_model
+from digits import load as load_scans
 from torch import nn
 
-NUM_TRAIN = 1500
-
-
-def scans() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """All scans, 64 grey values each, and what was written, in a fixed shuffled order."""
-    digits: Any = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    return digits.data[order].astype(np.float32), digits.target[order]
+import supple
 
 
 class Digits:
@@ -31,39 +24,39 @@ class Digits:
     def load(self, weights: str | None = None) -> None:
         torch.manual_seed(0)
         torch.set_num_threads(1)
-        self.net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
-        if weights is not None:
-            self.net.load_state_dict(torch.load(weights, weights_only=True))
-        else:
+        self.net = build_model()
+        if weights is None:
             self.train()
+        else:
+            supple.load_weights(self.net, weights)
+        self.net.eval()
 
     def train(self) -> None:
         """A second of training, so that the example needs no file."""
-        x, y = (torch.from_numpy(part[:NUM_TRAIN]) for part in scans())
+        x, y = load_scans()[0].tensors
         optimizer = torch.optim.Adam(self.net.parameters(), lr=3e-3)
-        for _ in range(150):
+        for _ in range(100):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(self.net(x / 16), y).backward()
+            nn.functional.cross_entropy(self.net(x), y).backward()
             optimizer.step()
 
     @torch.inference_mode()
     def predict(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        confidence, digit = self.net(batch / 16).softmax(1).max(1)
+        confidence, digit = self.net(batch).softmax(1).max(1)
         return {"digit": digit, "confidence": confidence}
 
 
 def main(url: str) -> None:
     """Ask the service about the scans it was not trained on."""
-    x, y = (part[NUM_TRAIN:] for part in scans())
+    _, x, y = load_scans()
     right = 0
-    for start in range(0, len(x), 32):
-        rows = x[start : start + 32]
+    for rows, wanted in zip(x.split(32), y.split(32), strict=True):
         tensor = {"name": "pixels", "shape": list(rows.shape), "datatype": "FP32"}
-        body = json.dumps({"inputs": [{**tensor, "data": rows.ravel().tolist()}]}).encode()
+        body = json.dumps({"inputs": [{**tensor, "data": rows.flatten().tolist()}]}).encode()
         request = urllib.request.Request(f"{url}/v2/models/serve_digits/infer", data=body)
         with urllib.request.urlopen(request) as response:
             outputs = {o["name"]: o["data"] for o in json.load(response)["outputs"]}
-        right += int((np.asarray(outputs["digit"]) == y[start : start + 32]).sum())
+        right += int((torch.tensor(outputs["digit"]) == wanted).sum())
     print(f"{right} of {len(x)} unseen scans read right, {right / len(x):.1%}")
 
 

@@ -8,6 +8,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from supple.cli import app
+from supple.core.latency import LatencyPoint
+from supple.serve.profiling import StoredProfile, machine, place, source_of, write
 
 GOOD = "class Model:\n    def predict(self, batch):\n        return batch\n"
 
@@ -18,6 +20,7 @@ def in_a_folder_with_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("SUPPLE_TOKEN", raising=False)
     Path("app.py").write_text(GOOD)
     Path("short").write_text("abc\n")
+    Path("young/checkpoints").mkdir(parents=True)
 
 
 def supple(*arguments: str) -> Result:
@@ -37,6 +40,12 @@ REFUSALS = {
     "serve app.py:Model --max-body 0": "--max-body is 0",
     "serve app.py:Model --idle never": "--idle",
     "serve app.py:Model --name a/b": "not usable as a folder",
+    "serve app.py:Model --replicas 2:4 --initial 5": "--initial is 5: it must be between 2 and 4",
+    "serve app.py:Model --budget 3": "the price of a replica is not known",
+    "serve app.py:Model --price 2 --budget 1": "Raise the budget",
+    "serve app.py:Model --follow": "there is no run to follow",
+    "serve app.py:Model --weights w.pt --follow": "there is no run to follow",
+    "serve app.py:Model --weights young": "has published no weights yet",
     "update nobody": "no running job 'nobody'",
 }
 
@@ -58,3 +67,19 @@ def test_a_port_in_use_is_refused_before_anything_starts(option: str) -> None:
         # The last of two values counts: the default port may be in use, too.
         result = supple("serve", "app.py:Model", "--port", "0", option, port)
     assert result.exit_code == 2 and f"{option} {port} cannot be used" in result.stderr
+
+
+def test_a_promise_the_stored_profile_rules_out_is_refused_before_anything_starts() -> None:
+    target = "app.py:Model"
+    slow = StoredProfile(
+        target=target,
+        source=source_of(target),
+        machine=machine(),
+        startup_s=1.0,
+        memory_bytes=1,
+        lengths=((1, (LatencyPoint(batch_size=1, p50_s=0.2, p99_s=0.3),)),),
+    )
+    write(slow, place(target))
+    result = supple("serve", target, "--port", "0", "--slo", "p99=100ms")
+    assert result.exit_code == 2, result.output
+    assert "one prediction of one input takes 300ms" in result.stderr

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,3 +65,34 @@ def test_an_example_reaches_its_result_while_a_worker_leaves(
     assert sizes == [2, 1]
     printed = " ".join(record.get("line", "") for record in run.records)
     assert re.search(STATED[request.node.callspec.params["run"]], printed)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_served_example_reads_scans_it_has_not_seen() -> None:
+    example = ROOT / "examples" / "serve_digits.py"
+    assert len(example.read_text().splitlines()) < 100
+    service = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "supple.cli", "serve", f"{example}:Digits", "--port", "0"),
+            *("--cpus-per-replica", "0.1", "--slo", "p99=60s"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert service.stderr is not None
+    try:
+        said = ""
+        while not (url := re.search(r"served at (http://[^/]+)", said)):
+            line = service.stderr.readline()
+            assert line, said
+            said += line
+        asked = subprocess.run(
+            [sys.executable, str(example), url[1]], capture_output=True, text=True, check=True
+        )
+        assert re.search(r"of 297 unseen scans read right, 9[5-9]\.\d%", asked.stdout)
+    finally:
+        service.send_signal(signal.SIGINT)
+        service.communicate(timeout=60)
+    assert service.returncode == 0

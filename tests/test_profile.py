@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from supple.cli import app
 from supple.core.latency import LatencyPoint
 from supple.core.spec import SpecError
-from supple.serve.profiling import StoredProfile, read, write
+from supple.serve.profiling import StoredProfile, known, read, refresh, write
 
 MODEL = """
 import numpy as np
@@ -128,3 +128,24 @@ def test_a_model_that_cannot_be_measured_is_told(
 def test_lengths_that_are_none_are_refused(model: Path, text: str) -> None:
     result = CliRunner().invoke(app, ["profile", f"{model.name}:Model", "--lengths", text])
     assert result.exit_code == 2 and "--lengths" in result.stderr
+
+
+def test_traffic_refreshes_the_sizes_it_had(model: Path) -> None:
+    target = "app.py:Model"
+    live = (LatencyPoint(batch_size=4, p50_s=0.5, p99_s=0.6, num_samples=9),)
+    assert known(target) is None and not refresh(target, live)
+    assert CliRunner().invoke(app, ["profile", target, "--seconds", "1ms"]).exit_code == 0
+    before = known(target)
+    assert before is not None and refresh(target, live)
+    after = known(target)
+    assert after is not None
+    ((_, was),), ((_, now),) = before.lengths, after.lengths
+    assert [p.batch_size for p in now] == [p.batch_size for p in was] == [1, 2, 4, 6]
+    assert [p for p in now if p.batch_size == 4] == list(live)
+    assert [p for p in now if p.batch_size != 4] == [p for p in was if p.batch_size != 4]
+
+
+def test_traffic_does_not_say_how_long_its_inputs_were(model: Path) -> None:
+    arguments = ["profile", "app.py:Model", "--seconds", "1ms", "--lengths", "2,8"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert not refresh("app.py:Model", (LatencyPoint(batch_size=1, p50_s=1.0, p99_s=1.0),))

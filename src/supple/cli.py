@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from supple import cli_layouts, cli_load, cli_memory, cli_profile, cli_serve
+from supple import cli_inference, cli_layouts, cli_load, cli_memory, cli_profile, cli_serve
 from supple.cli_simulate import simulate_app
 from supple.cluster.control import ask, refuse_second, running_jobs
 from supple.core.interconnects import lookup
@@ -274,6 +274,7 @@ def plan(
 
 app.command(epilog=cli_layouts.EPILOG)(cli_layouts.layouts)
 app.command(epilog=cli_memory.EPILOG)(cli_memory.memory)
+app.command(epilog=cli_inference.EPILOG)(cli_inference.inference)
 
 
 def _tell(line: str) -> None:

@@ -45,7 +45,7 @@ def profile(
 ) -> None:
     """Measure how long TARGET takes for a batch of each size, its start-up and its memory."""
     with messages(verbose):
-        path, class_name = check_target(target)
+        check_target(target)
         wanted = _lengths(lengths)
         seconds_s = parse_latency(seconds, what="--seconds")
         if plot is not None:
@@ -54,7 +54,7 @@ def profile(
             check_picture(plot)
         from supple.serve import profiling
 
-        stored = out or Path("supple-runs/profiles") / f"{Path(path).stem}-{class_name}.json"
+        stored = out or profiling.place(target)
         found = None if again else _known(stored, target, wanted)
         reused = found is not None
         if found is None:
@@ -88,12 +88,9 @@ def _known(path: Path, target: str, lengths: list[int]) -> "StoredProfile | None
     """The stored profile, if it is of this very model, machine and lengths."""
     from supple.serve import profiling
 
-    if not path.exists():
-        return None
-    found = profiling.read(path)
-    same = (found.source, found.machine) == (profiling.source_of(target), profiling.machine())
-    has = [length for length, _ in found.lengths]
-    return found if same and has in (lengths, [1]) else None
+    found = profiling.known(target, path)
+    has = [] if found is None else [length for length, _ in found.lengths]
+    return found if has in (lengths, [1]) else None
 
 
 def _lines(found: "StoredProfile") -> list[str]:

@@ -1,5 +1,6 @@
 """The command line of services: serve, update."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Annotated, Final
 import typer
 
 from supple.cluster.control import ask, refuse_second
-from supple.core.serve_spec import ServeSpec, parse_replicas, parse_slo
-from supple.core.spec import SpecError, parse_duration
+from supple.core.serve_spec import ServeSpec, parse_replicas, parse_slo, refuse_impossible
+from supple.core.spec import SpecError, parse_duration, parse_money
 from supple.refusals import FAILED, messages, refuse_used_port
-from supple.serve.model import ModelFault, check_target
+from supple.serve.model import ModelFault, check_target, declared
 
 _MIB: Final = 2**20
 _TOKEN: Final = "SUPPLE_TOKEN"
@@ -22,6 +23,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog="Examples:\n\n  supple serve app.py:Model --slo p99=100ms\n\n"
         "  supple serve app.py:Model --slo p99=50ms --replicas 1:8 --grpc-port 9000\n\n"
+        "  supple serve app.py:Model --weights supple-runs/digits --follow\n\n"
         "  SUPPLE_TOKEN=... supple serve app.py:Model --slo p95=1s --host 0.0.0.0\n\n"
         "Ctrl-C answers the requests in flight and stops. Exit codes: 0 stopped; 1 failed; 2 "
         "refused before any work."
@@ -37,6 +39,11 @@ def serve(
     ],
     slo: Annotated[str, typer.Option(help="The promise: p99=100ms, p95=2s.")] = "p99=100ms",
     replicas: Annotated[str, typer.Option(help="MIN:MAX, or one number.")] = "1:4",
+    initial: Annotated[
+        int | None, typer.Option(help="Replicas to begin with; default: MIN.")
+    ] = None,
+    price: Annotated[str | None, typer.Option(help="Of one replica for an hour.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Most an hour may cost.")] = None,
     name: Annotated[
         str | None, typer.Option(help="Of the model in URLs; default: the file's.")
     ] = None,
@@ -52,7 +59,13 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="No token, though others can reach --host.")
     ] = False,
-    weights: Annotated[str | None, typer.Option(help="Handed to load(weights).")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Handed to load(weights): a file, or a run of `supple train`."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Swap in what the run of --weights saves next.")
+    ] = False,
     max_body: Annotated[int, typer.Option(help="Largest request body, in MiB.")] = 16,
     max_waiting: Annotated[int, typer.Option(help="Requests a replica holds.")] = 10_000,
     idle: Annotated[
@@ -73,12 +86,16 @@ def serve(
     with messages(verbose):
         low, high = parse_replicas(replicas)
         path, class_name = check_target(target)
+        published = _published(weights, follow=follow)
         spec = ServeSpec(
             name=name or Path(path).stem,
             target=f"{path}:{class_name}" if class_name else path,
             slo=parse_slo(slo),
             min_replicas=low,
             max_replicas=high,
+            initial_replicas=initial,
+            price_per_hour=parse_money(price, what="--price") if price else None,
+            budget_per_hour=parse_money(budget, what="--budget") if budget else None,
             host=host,
             port=port,
             grpc_port=grpc_port,
@@ -86,7 +103,7 @@ def serve(
             insecure=insecure,
             max_body_bytes=max_body * _MIB,
             max_waiting=max_waiting,
-            retry_safe=retry,
+            retry_safe=retry and declared(target, "retry_safe", True),
             idle_s=parse_duration(idle, what="--idle"),
             address=address,
             cpus_per_replica=cpus_per_replica,
@@ -96,13 +113,42 @@ def serve(
         if address is None:
             refuse_used_port(port)
             refuse_used_port(grpc_port or 0, "--grpc-port")
+        from supple.serve import profiling
+
+        stored = profiling.known(target) if class_name else None
+        if stored is not None:
+            refuse_impossible(spec.slo, stored.profile())
         from supple.serve_run import run
 
+        refresh = functools.partial(profiling.refresh, target)
         try:
-            run(spec, weights=weights)
+            run(
+                spec,
+                weights=published,
+                follow=weights if follow else None,
+                profile=None if stored is None else stored.profile(),
+                on_measured=None if stored is None else refresh,
+            )
         except ModelFault as fault:
             typer.echo(f"supple: {target} cannot be served: {fault}", err=True)
             raise typer.Exit(FAILED) from None
+
+
+def _published(weights: str | None, *, follow: bool = False) -> str | None:
+    """`weights`, or the newest checkpoint where they name a run of `supple train`."""
+    if weights is None or not Path(weights).is_dir():
+        if follow:
+            raise SpecError(
+                f"--follow, and --weights {weights or 'is not given'}: there is no run to follow. "
+                "Give the folder of a run of supple train, as in --weights supple-runs/digits."
+            )
+        return weights
+    from supple.train import published
+
+    try:
+        return str(published.newest(weights).resolve())
+    except published.CheckpointError as error:
+        raise SpecError(f"--weights {weights}: {error}") from None
 
 
 def _token(file: Path | None) -> str | None:
@@ -124,6 +170,7 @@ def update(
 ) -> None:
     """Update a running service, replica by replica or its weights alone; nothing is dropped."""
     with messages():
-        path = None if weights is None else str(Path(weights).resolve())
+        path = _published(weights)
+        path = None if path is None else str(Path(path).resolve())
         answer = ask(service, {"ask": "update", "weights": path})
     typer.echo(json.dumps(answer) if as_json else f"{service}: updating, {answer['accepted']}")

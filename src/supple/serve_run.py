@@ -7,13 +7,13 @@ import dataclasses
 import functools
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, final
 
 from supple.cluster import ingress, serving
 from supple.cluster.control import ControlServer
-from supple.core.latency import LatencyProfile
+from supple.core.latency import LatencyPoint, LatencyProfile
 from supple.core.serve_spec import ServeSpec, refuse_impossible
 from supple.core.spec import SpecError
 
@@ -21,12 +21,20 @@ _LOOK_EVERY_S: Final = 1.0
 
 
 def run(
-    spec: ServeSpec, *, weights: str | None = None, on_ready: Callable[[str], None] | None = None
+    spec: ServeSpec,
+    *,
+    weights: str | None = None,
+    follow: str | None = None,
+    profile: LatencyProfile | None = None,
+    on_ready: Callable[[str], None] | None = None,
+    on_measured: Callable[[Sequence[LatencyPoint]], object] | None = None,
 ) -> None:
     """Serve until SIGINT, SIGTERM or `supple stop`; requests in flight are answered first.
 
-    `on_ready` is handed the service's URL. Raises `SpecError` if the promise cannot be kept by any
-    number of replicas, and `ModelFault` if the model cannot be loaded.
+    `follow` is a run of `supple train` whose next checkpoints are swapped in as they are saved.
+    `profile` is what is known of the model already. `on_ready` is handed the service's URL,
+    `on_measured` at the end the batches of the last replicas. Raises `SpecError` if the promise
+    cannot be kept by any number of replicas, and `ModelFault` if the model cannot be loaded.
     """
     spec = dataclasses.replace(
         spec,
@@ -38,7 +46,7 @@ def run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         serving.refuse_no_capacity(spec)
-        deployment = serving.deployment_of(spec, weights=weights)
+        deployment = serving.deployment_of(spec, weights=weights, profile=profile)
         serving.deploy(deployment)
         points = serving.profile_of(spec.name)
         if points:
@@ -50,7 +58,9 @@ def run(
             _tell(f"  gRPC         {_shown(spec.host)}:{spec.grpc_port}")
         if on_ready is not None:
             on_ready(url)
-        asyncio.run(_Service(spec, deployment).until_stopped())
+        asyncio.run(_Service(spec, deployment, weights, follow).until_stopped())
+        if on_measured is not None and serving.num_running(spec.name):
+            on_measured(serving.profile_of(spec.name))
     finally:
         serving.shut_down()
 
@@ -59,10 +69,18 @@ def run(
 class _Service:
     """The running service, as another terminal may ask about it."""
 
-    def __init__(self, spec: ServeSpec, deployment: serving.Deployment) -> None:
+    def __init__(
+        self,
+        spec: ServeSpec,
+        deployment: serving.Deployment,
+        weights: str | None,
+        follow: str | None,
+    ) -> None:
         self._spec = spec
         self._deployment = deployment
-        self._weights: str | None = None
+        self._weights = weights
+        self._follow = follow
+        self._tried = weights
         self._stopped = asyncio.Event()
         self._update: asyncio.Task[None] | None = None
         self._update_said = "none was asked for"
@@ -94,6 +112,11 @@ class _Service:
         if count != self._num_running:
             _tell(f"  replicas     {self._num_running} -> {count}")
         self._num_running = count
+        if self._follow is not None and (self._update is None or self._update.done()):
+            newest = _newest(self._follow)
+            if newest not in (None, self._tried):
+                self._tried = newest
+                self._start_update(newest)
 
     def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         match request["ask"]:
@@ -142,6 +165,16 @@ class _Service:
         self._deployment, self._weights = wanted, weights or self._weights
         self._update_said = "done"
         _tell(f"  updated      revision {revision}, {weights or self._spec.target}")
+
+
+def _newest(run: str) -> str | None:
+    """The checkpoint a training job saved last; None while there is none."""
+    from supple.train import published  # torch comes with it, and only who follows needs it
+
+    try:
+        return str(published.newest(run).resolve())
+    except published.CheckpointError:
+        return None
 
 
 def _shown(host: str) -> str:

@@ -17,9 +17,13 @@ from typing import IO, Any
 import numpy as np
 import psutil
 import pytest
+import torch
+from torch import nn
 
 from supple.cluster.control import ask
 from supple.core.spec import SpecError
+from supple.train.checkpoint import CheckpointStore
+from supple.train.state import TrainState
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -52,8 +56,11 @@ _LIMIT_S = 120.0
 class Service:
     """A running `supple serve` and what its clients need."""
 
-    def __init__(self, folder: Path, *options: str, token: str | None = TOKEN) -> None:
+    def __init__(
+        self, folder: Path, *options: str, token: str | None = TOKEN, source: str = SOURCE
+    ) -> None:
         self.file = folder / "app.py"
+        self.source = source
         self.write(2)
         self.log = folder / "serve.log"
         self.headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -70,7 +77,7 @@ class Service:
         )
 
     def write(self, factor: int) -> None:
-        self.file.write_text(SOURCE.replace("FACTOR", str(factor)))
+        self.file.write_text(self.source.replace("FACTOR", str(factor)))
 
     def said(self) -> str:
         return self.log.read_text()
@@ -328,5 +335,52 @@ def test_what_cannot_be_served_says_why_with_its_numbers(
         assert running.process.wait(_LIMIT_S) == code, running.said()
         assert told in running.said()
         assert "Traceback (most recent call last)" not in running.said().partition("supple:")[0]
+    finally:
+        running.close()
+
+
+TRAINED = """
+import torch
+import supple
+
+class Model:
+    inputs = {"x": "float32[2]"}
+    outputs = {"y": "float32[2]"}
+
+    def load(self, weights):
+        self.net = torch.nn.Linear(2, 2, bias=False)
+        supple.load_weights(self.net, weights)
+
+    @torch.inference_mode()
+    def predict(self, batch: torch.Tensor):
+        return self.net(batch)
+"""
+
+
+def publish(run: Path, factor: float) -> None:
+    """A checkpoint as a training job saves it, whose layer multiplies by `factor`."""
+    layer = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(layer.weight).data.mul_(factor)
+    state = TrainState(layer, torch.optim.SGD(layer.parameters()), {})
+    CheckpointStore(run / "checkpoints").save(
+        int(factor), state.payload({"step": int(factor)}), {"signature": state.signature()}
+    )
+
+
+def test_the_weights_of_a_training_run_are_served_and_followed_without_a_loss(
+    tmp_path: Path,
+) -> None:
+    publish(run := tmp_path / "run", 2)
+    options = ("--replicas", "1", "--weights", str(run), "--follow")
+    running = Service(tmp_path, *options, source=TRAINED)
+    try:
+        running.wait_until_served()
+        with Clients(running, {2.0, 3.0, 7.0}) as clients:
+            pids = running.replica_pids()
+            publish(run, 3)
+            running.wait_until(lambda: clients.answers[-1] == 3)
+            publish(run, 7)
+            running.wait_until(lambda: clients.answers[-1] == 7)
+        assert running.replica_pids() == pids
     finally:
         running.close()

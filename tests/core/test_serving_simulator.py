@@ -204,3 +204,23 @@ def test_the_clairvoyant_is_ready_before_the_load_comes() -> None:
     policy = ClairvoyantPolicy(made)
     assert policy.decide(seen(0), 200.0).num_replicas < 15
     assert policy.decide(seen(0), 250.0).num_replicas > 20
+
+
+def test_who_would_be_late_is_refused_where_replicas_refuse() -> None:
+    burst = scenario([0.0] * 10, initial_replicas=1, max_replicas=1)
+    late = simulate(burst, StaticPolicy(1))
+    assert late.latencies_s.tolist() == [2.0 * turn for turn in range(1, 11)]
+    refused = simulate(replace(burst, refuse_late=True), StaticPolicy(1))
+    assert refused.latencies_s[:3].tolist() == [2.0, 4.0, 6.0]
+    assert np.isinf(refused.latencies_s[3:]).all()
+    assert refused.slo_attainment == late.slo_attainment == 0.3
+
+
+def test_refusing_the_late_keeps_the_promise_to_those_who_come_after() -> None:
+    arrivals = np.concatenate((np.zeros(20), np.arange(10.0, 60.0, 2.0)))
+    flood = scenario(arrivals, initial_replicas=1, max_replicas=1)
+    kept = [
+        simulate(replace(flood, refuse_late=refuse), StaticPolicy(1)).slo_attainment
+        for refuse in (False, True)
+    ]
+    assert kept[1] > 2 * kept[0]

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from supple.core.spec import SpecError
-from supple.serve.model import ModelFault, ServedModel, check_target, load_model, parse_tensor
+from supple.serve.model import (
+    ModelFault,
+    ServedModel,
+    check_target,
+    declared,
+    load_model,
+    parse_tensor,
+)
 from supple.serve.protocol import Refused
 
 
@@ -179,3 +186,15 @@ def written(folder: Path, source: str) -> Path:
     path = folder / "app.py"
     path.write_text(textwrap.dedent(source))
     return path
+
+
+def test_what_a_class_declares_is_read_without_running_it(tmp_path: Path) -> None:
+    file = tmp_path / "app.py"
+    file.write_text(
+        "raise SystemExit\nclass Model:\n    retry_safe: bool = False\n    other = 3\n"
+        "    def predict(self, batch): ...\n"
+    )
+    target = f"{file}:Model"
+    assert declared(target, "retry_safe", True) is False
+    assert declared(target, "other", None) == 3
+    assert declared(target, "absent", "default") == "default"

@@ -143,3 +143,30 @@ def test_the_stopwatch_forgets_the_sizes_seen_longest_ago() -> None:
         watch.record(size, 1.0)
         watch.record(size, 1.0)
     assert [p.batch_size for p in watch.points()] == list(range(16, 40))
+
+
+def test_a_stored_profile_is_believed_until_replicas_tell_their_own() -> None:
+    slow = [[p.batch_size, 10 * p.p50_s, 10 * p.p99_s] for p in POINTS]
+    world = World(profile={"points": slow, "startup_s": 40.0})
+    for second in range(1, 40):
+        world.context.total_num_requests = 2.0
+        world.context.report(a={NUM_ARRIVED: 20.0 * second, NUM_WAITING: 0.0})
+        world.tick()
+    believed = world.policy.decision
+    assert believed is not None and "in 42 s" in believed.reason  # its start-up and two seconds
+    for second in range(40, 400):
+        world.context.report(a={NUM_ARRIVED: 20.0 * second, NUM_WAITING: 0.0, **reported(POINTS)})
+        world.tick()
+    measured_now = world.policy.decision
+    assert measured_now is not None and measured_now.num_replicas < believed.num_replicas
+
+
+def test_a_budget_is_a_limit_that_is_told() -> None:
+    world = World(predict="50ms", price_per_hour=2.0, budget_per_hour=6.0)
+    for _ in range(60):
+        world.context.total_num_requests += 40.0
+        wanted = world.tick()
+    assert wanted == 3
+    assert world.policy.decision is not None and "6 an hour pays for 3" in (
+        world.policy.decision.reason
+    )

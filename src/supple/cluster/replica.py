@@ -38,6 +38,8 @@ class Deployment:
     name: str
     min_replicas: int = 1
     max_replicas: int = 1
+    initial_replicas: int | None = None
+    """None: `min_replicas`, at least one."""
     policy: tuple[str, Mapping[str, Any]] | None = None
     """Import path and arguments of the autoscaling policy; None: `min_replicas`, always."""
     cpus_per_replica: float = 1.0

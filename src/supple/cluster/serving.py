@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 
 from supple.cluster.replica import Deployment, Replica
-from supple.core.latency import LatencyPoint
+from supple.core.latency import LatencyPoint, LatencyProfile
 from supple.core.serve_spec import ServeSpec
 from supple.core.spec import SpecError
 from supple.serve.model import ModelFault, check_target
@@ -22,20 +22,29 @@ _HEALTH_PERIOD_S: Final = 1.0
 _POLICY: Final = "supple.serve.policy:SloPolicy"
 
 
-def deployment_of(spec: ServeSpec, *, weights: str | None = None) -> Deployment:
-    """What the replicas of `spec` need to know."""
+def deployment_of(
+    spec: ServeSpec, *, weights: str | None = None, profile: LatencyProfile | None = None
+) -> Deployment:
+    """What the replicas of `spec` need to know. `profile` is what the scaler plans with until the
+    replicas have measured."""
     path, class_name = check_target(spec.target)
     fixed = spec.min_replicas == spec.max_replicas
-    arguments = {
+    arguments: dict[str, Any] = {
         "slo": str(spec.slo),
         "idle": f"{spec.idle_s:g}s",
         "max_batch_size": spec.max_batch_size,
+        "price_per_hour": spec.price_per_hour,
+        "budget_per_hour": spec.budget_per_hour,
     }
+    if profile is not None:
+        points = [[p.batch_size, p.p50_s, p.p99_s] for p in profile.points]
+        arguments["profile"] = {"points": points, "startup_s": profile.startup_s}
     return Deployment(
         target=f"{Path(path).resolve()}" + (f":{class_name}" if class_name else ""),
         name=spec.name,
         min_replicas=spec.min_replicas,
         max_replicas=spec.max_replicas,
+        initial_replicas=spec.initial_replicas,
         policy=None if fixed else (_POLICY, arguments),
         cpus_per_replica=spec.cpus_per_replica,
         gpus_per_replica=spec.gpus_per_replica,
@@ -66,8 +75,9 @@ def refuse_no_capacity(spec: ServeSpec) -> None:
             )
 
 
-def deploy(deployment: Deployment, *, weights: str | None = None) -> None:
+def deploy(deployment: Deployment, *, weights: str | None = None, route: str = "/") -> None:
     """Serve `deployment`, in place of what is served under its name, and return when it runs.
+    It gets the requests whose path begins with `route`.
 
     Other `weights` alone are swapped inside the running replicas; anything else that differs
     replaces them one after another, each leaving once another has come. Raises `ModelFault` with
@@ -79,7 +89,7 @@ def deploy(deployment: Deployment, *, weights: str | None = None) -> None:
         )
         # Without a version every deploy would replace every replica, for new weights too.
         prepared._version = hashlib.sha256(repr(deployment).encode()).hexdigest()[:16]
-        serve.run(prepared.bind(deployment), name=deployment.name, route_prefix="/")
+        serve.run(prepared.bind(deployment), name=deployment.name, route_prefix=route)
     except RuntimeError as error:
         raise ModelFault(why_not(deployment.name) or str(error)) from None
 
@@ -108,7 +118,7 @@ def _options(deployment: Deployment, weights: str | None) -> dict[str, Any]:
     return options | {
         "autoscaling_config": {
             "min_replicas": deployment.min_replicas,
-            "initial_replicas": max(1, deployment.min_replicas),
+            "initial_replicas": deployment.initial_replicas or max(1, deployment.min_replicas),
             "max_replicas": deployment.max_replicas,
             # The policy smooths, waits and remembers by itself, in seconds.
             "look_back_period_s": 2.0,

@@ -141,6 +141,8 @@ class ServeSpec:
     slo: Slo
     min_replicas: int = 1
     max_replicas: int = 100
+    initial_replicas: int | None = None
+    """To begin with; None: `min_replicas`, at least one."""
     max_batch_size: int = 64
     """A limit; the batch really used follows the profile and the promise."""
     host: str = "127.0.0.1"
@@ -169,9 +171,6 @@ class ServeSpec:
     """Of one replica."""
     budget_per_hour: float | None = None
     """Most the service may cost; money, so it needs a price."""
-    profile: str | None = None
-    """A stored profile to use instead of measuring."""
-    run_dir: str = "supple-runs"
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -186,9 +185,18 @@ class ServeSpec:
             self.max_replicas,
             asked=f"--replicas {self.min_replicas}:{self.max_replicas}",
         )
+        self._refuse_initial()
         self._refuse_numbers()
         self._refuse_open_door()
         self._refuse_cost()
+
+    def _refuse_initial(self) -> None:
+        least, most = max(1, self.min_replicas), self.max_replicas
+        if self.initial_replicas is not None and not least <= self.initial_replicas <= most:
+            raise SpecError(
+                f"--initial is {self.initial_replicas}: it must be between {least} and {most}, as "
+                f"--replicas {self.min_replicas}:{self.max_replicas} says."
+            )
 
     def _refuse_numbers(self) -> None:
         for what, value, least, most in (

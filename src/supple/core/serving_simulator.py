@@ -66,6 +66,9 @@ class Scenario:
     failures_s: tuple[float, ...] = ()
     """When a replica, drawn at random, dies."""
     idle_s: float = 300.0
+    refuse_late: bool = False
+    """A request that could not be answered in time any more is refused when its turn comes, as
+    Supple's replicas do; otherwise it is answered late."""
     price_per_hour: float | None = None
     budget_per_hour: float | None = None
     seed: int = 0
@@ -170,6 +173,9 @@ class _Simulation:
         self.num_changes = 0
         profile, self.deviation = scenario.profile, math.log(scenario.profile.spread) / _Z99
         self.fixed_s, self.item_s = profile.fixed_s, profile.item_s
+        self.last_chance_s: float | None = None
+        if scenario.refuse_late:
+            self.last_chance_s = max(0.0, scenario.slo.within_s - profile.tail_s(1))
 
     def run(self) -> ServingRun:
         scenario = self.scenario
@@ -227,7 +233,11 @@ class _Simulation:
 
     def serve(self, now: float) -> None:
         """Every free replica takes its batch, while requests wait."""
-        while self.waiting and self.free:
+        while self.free:
+            if self.last_chance_s is not None:
+                self.refuse(now - self.last_chance_s)
+            if not self.waiting:
+                return
             number = self.free.pop()
             size = min(len(self.waiting), self.batch_size)
             self.replicas[number].requests = [self.waiting.popleft() for _ in range(size)]
@@ -235,6 +245,11 @@ class _Simulation:
             if self.deviation:
                 seconds *= math.exp(self.deviation * self.random.standard_normal())
             self.schedule(now + seconds, _DONE, number)
+
+    def refuse(self, arrived_before_s: float) -> None:
+        """Who arrived before then is too late, and stays unanswered."""
+        while self.waiting and self.arrivals[self.waiting[0]] < arrived_before_s:
+            self.waiting.popleft()
 
     def start(self, now: float, *, startup_s: float | None = None) -> None:
         if startup_s is None:

@@ -104,6 +104,24 @@ def check_target(target: str) -> tuple[str, str]:
     return path, class_name
 
 
+def declared(target: str, attribute: str, default: Any) -> Any:
+    """The literal value the class of `target` gives `attribute`, read without running it; `default`
+    if it gives none in its own body. Raises `SpecError` as `check_target` does."""
+    path, class_name = check_target(target)
+    tree = ast.parse(Path(path).read_text(encoding="utf-8")) if class_name else ast.Module([], [])
+    bodies = [n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name]
+    for statement in (statement for body in bodies for statement in body):
+        match statement:
+            case (
+                ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=value))
+                | ast.AnnAssign(target=ast.Name(id=name), value=ast.Constant(value=value))
+            ) if name == attribute:
+                return value
+            case _:
+                pass
+    return default
+
+
 def load_model(
     target: str, *, name: str | None = None, weights: str | None = None
 ) -> "ServedModel":

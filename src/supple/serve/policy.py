@@ -25,6 +25,8 @@ NUM_ARRIVED: Final = "supple_num_arrived"
 NUM_WAITING: Final = "supple_num_waiting"
 _P50, _P99 = "supple_p50_s_", "supple_p99_s_"
 DECIDE_EVERY_S: Final = 0.5
+_STARTUP_S: Final = 5.0
+"""Believed until a replica has been seen to start."""
 _LOG = logging.getLogger("ray.serve")
 
 
@@ -53,15 +55,19 @@ class SloPolicy:
         startup: str | None = None,
         max_batch_size: int = 1,
         idle: str = "300s",
+        price_per_hour: float | None = None,
+        budget_per_hour: float | None = None,
         profile: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`predict` is the time of one prediction of a replica that is not Supple's, `startup` from
         asking for a replica to its first answer (otherwise it is watched); `profile` is a measured
-        one: {"points": [[batch, p50_s, p99_s], ...]}. Raises `SpecError` for nonsense."""
+        one: {"points": [[batch, p50_s, p99_s], ...], "startup_s": ...}, believed until replicas
+        tell their own. Raises `SpecError` for nonsense."""
         self._slo = parse_slo(slo)
         self._idle_s = parse_latency(idle, what="idle")
         self._max_batch_size = max_batch_size
+        self._price_per_hour, self._budget_per_hour = price_per_hour, budget_per_hour
         self._startup_s = parse_latency(startup, what="startup") if startup else None
         self._points: tuple[LatencyPoint, ...] = ()
         if profile is not None:
@@ -76,7 +82,7 @@ class SloPolicy:
         self._arrivals = _Arrivals()
         self._starting: list[float] = []
         self._ready = 0
-        self._seen_startup_s = 5.0
+        self._seen_startup_s = float((profile or {}).get("startup_s", _STARTUP_S))
         self._state = ScalerState()
         self._decided_at = -1e9
         self.decision: ScaleDecision | None = None
@@ -137,6 +143,8 @@ class SloPolicy:
             max_replicas=context.capacity_adjusted_max_replicas,
             max_batch_size=self._max_batch_size,
             idle_s=self._idle_s,
+            price_per_hour=self._price_per_hour,
+            budget_per_hour=self._budget_per_hour,
         )
 
 

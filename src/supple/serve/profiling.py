@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -63,6 +63,36 @@ def source_of(target: str) -> str:
     """SHA-256 of the file of `target`. Raises `SpecError` if it has no such class."""
     path, _ = check_target(target)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def place(target: str) -> Path:
+    """Where the profile of `target` is stored, below the folder one works in."""
+    path, class_name = check_target(target)
+    return Path("supple-runs/profiles") / f"{Path(path).stem}-{class_name}.json"
+
+
+def known(target: str, path: Path | None = None) -> StoredProfile | None:
+    """What was measured of this very model on this machine; None if nothing was. Raises `SpecError`
+    for a file that is no profile."""
+    path = path or place(target)
+    if not path.exists():
+        return None
+    found = read(path)
+    return found if (found.source, found.machine) == (source_of(target), machine()) else None
+
+
+def refresh(target: str, points: Sequence[LatencyPoint]) -> bool:
+    """Batches measured in service take the place of those that are stored, size by size; whether
+    there was a profile to refresh. One of several input lengths is left alone: traffic does not
+    say which length it had."""
+    found = known(target)
+    if found is None or len(found.lengths) != 1 or not points:
+        return False
+    ((length, stored),) = found.lengths
+    by_size = {point.batch_size: point for point in (*stored, *points)}
+    fresh = tuple(by_size[size] for size in sorted(by_size))
+    write(replace(found, lengths=((length, fresh),)), place(target))
+    return True
 
 
 def write(profile: StoredProfile, path: Path) -> None:

@@ -120,6 +120,10 @@ class CheckpointStore:
         if self._writing is not None:
             self._writing.join()
 
+    def saved(self) -> Sequence[Path]:
+        """Every checkpoint, the one saved last first, none of them verified."""
+        return self._paths()
+
     def latest(self, *, besides: str = "") -> CheckpointInfo | None:
         """The last saved checkpoint that verifies; None if there is none.
 

@@ -1,0 +1,330 @@
+"""`supple inference`: a language model by its sizes; how many accelerators should serve it."""
+
+import csv
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from supple.core.serve_spec import parse_latency
+from supple.core.spec import SpecError, parse_count, parse_money
+from supple.core.types import Estimate, Infeasible
+from supple.eventlog import to_plain
+from supple.refusals import FAILED, messages
+
+if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
+    from supple.core.decoding import ServingRun
+    from supple.core.inference import ServingMeasurement
+    from supple.core.inference_planner import InferenceJob, InferenceRow, InferenceTable
+
+_COLUMNS = ("accelerators", "concurrency", "tokens_per_s", "itl_p90_ms")
+_OPTIONAL = "family, parameters, activated, bits, layers, prompt, answer, workload, accelerator"
+EPILOG = (
+    "Nothing is run: step times come from the sizes, data sheets, and whatever was measured, with "
+    "80 % intervals. Recommended is, among the rows that keep --itl, the one that serves --rate "
+    "with the fewest accelerators; without --rate, the most tokens per accelerator.\n\n"
+    "Examples:\n\n  supple inference --parameters 8B --itl 30ms\n\n"
+    "  supple inference --parameters 235B --activated 22B --bits 8 --rate 20 --answer 800 "
+    "--itl 60ms --price 2.5\n\n"
+    "  supple inference --parameters 8B --itl 30ms --measured ran.csv --plot inference.png\n\n"
+    "Exit codes: 0 planned; 1 nothing keeps the promise; 2 refused."
+)
+_SHOWN = (1, 4, 16, 64, 256)
+
+
+def inference(
+    parameters: Annotated[str, typer.Option(help="Of the model: 8B, 235B, 350M.")],
+    activated: Annotated[
+        str | None, typer.Option(help="Per token, of a mixture of experts; default: all.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Of a weight: 16, 8 or 4.")] = 16,
+    layers: Annotated[int | None, typer.Option(help="Default: what is usual at the size.")] = None,
+    prompt: Annotated[float, typer.Option(help="Tokens of a prompt, on average.")] = 500,
+    answer: Annotated[float, typer.Option(help="Tokens of an answer, on average.")] = 300,
+    itl: Annotated[
+        str | None, typer.Option(help="Promise: nine of ten tokens within, as 30ms.")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second to be served.")] = None,
+    accelerator: Annotated[str, typer.Option(help="v100, a100, a100-80, h100 or b200.")] = "h100",
+    devices: Annotated[int, typer.Option(help="Most accelerators of one copy: a node's.")] = 8,
+    max_accelerators: Annotated[str | None, typer.Option(help="Of all copies.")] = None,
+    price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"CSV of what was measured: {', '.join(_COLUMNS)}; of other models also "
+            f"{_OPTIONAL}."
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the rows into this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")] = False,
+) -> None:
+    """Plan accelerators per copy, requests at a time and copies of a language model that nobody has
+    run here."""
+    with messages(verbose):
+        for option, number in (("--prompt", prompt), ("--answer", answer), ("--rate", rate)):
+            if number is not None and not 0 < number < math.inf:
+                raise SpecError(f"{option} is {number:g}: it must be positive and finite.")
+        for option, count in (("--devices", devices), ("--layers", layers)):
+            if count is not None and not 1 <= count <= 65_536:
+                raise SpecError(f"{option} is {count}: it must be from 1 to 65,536.")
+        if plot is not None:
+            from supple.picture import check_target
+
+            check_target(plot)
+        from supple.core.decoding import ServedModel, Workload
+        from supple.core.inference import fit_inference
+        from supple.core.inference_planner import InferenceJob, measure_first, plan_inference
+        from supple.core.layouts import DEVICES
+
+        if accelerator not in DEVICES:
+            known = ", ".join(DEVICES)
+            raise SpecError(f"--accelerator {accelerator}: unknown. Known: {known}.")
+        total = _amount(parameters, "--parameters")
+        used = total if activated is None else _amount(activated, "--activated")
+        if used > total:
+            raise SpecError(
+                f"--activated {activated} is more than --parameters {parameters}: a token uses at "
+                "most all of them. Exchange the two."
+            )
+        job = InferenceJob(
+            model=ServedModel(
+                family="asked",
+                num_parameters=total,
+                num_activated=used,
+                bytes_per_weight=_weight_bytes(bits),
+                num_layers=layers,
+            ),
+            device=DEVICES[accelerator],
+            workload=Workload(name="asked", prompt_tokens=prompt),
+            output_tokens=answer,
+            itl_s=parse_latency(itl, what="--itl") if itl else None,
+            rate_per_s=rate,
+            max_devices=devices,
+            max_accelerators=(
+                parse_count(max_accelerators, what="--max-accelerators")
+                if max_accelerators
+                else None
+            ),
+            price_per_hour=parse_money(price, what="--price") if price else None,
+        )
+        known_runs = [] if measured is None else _read(measured, job)
+        table = plan_inference(fit_inference(known_runs), job)
+        first = ""
+        if not isinstance(table, Infeasible):
+            first = measure_first(known_runs, job, table)
+        if as_json:
+            typer.echo(json.dumps(to_plain(_to_json(table, first))))
+        if isinstance(table, Infeasible):
+            typer.echo(f"supple: {table}", err=True)
+            raise typer.Exit(FAILED)
+        if not as_json:
+            _show(table, len(known_runs), first)
+        if plot is not None:
+            _draw(table, job, plot)
+            typer.echo(f"picture {plot}", err=True)
+
+
+def _to_json(table: "InferenceTable | Infeasible", first: str) -> dict[str, object]:
+    if isinstance(table, Infeasible):
+        return {"infeasible": dataclasses.asdict(table)}
+    return {
+        "recommended": table.recommended,
+        "reason": table.reason,
+        "measure_first": first,
+        "rows": [
+            dataclasses.asdict(row) | {"num_accelerators": row.num_accelerators}
+            for row in table.rows
+        ],
+    }
+
+
+def _show(table: "InferenceTable", num_measured: int, first: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    rows = [row for row in table.rows if row.concurrency in _SHOWN or row is table.choice]
+    heads = ["", "acc./copy", "at a time", "tokens/s", "per acc.", "p90 between tokens", "chance"]
+    heads += ["copies", "accelerators"] if rows[0].num_copies is not None else []
+    heads += ["per million"] if rows[0].cost_per_million is not None else []
+    for head in heads:
+        view.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        chosen = row is table.choice
+        view.add_row("→" if chosen else "", *_cells(row), style="bold green" if chosen else None)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(view)
+    source = f"fitted to {num_measured} rows" if num_measured else "from data sheets, not measured"
+    console.print(f"{source}; low–high: 80 % interval; chance: of keeping --itl", style="dim")
+    console.print(f"\nRecommended: {table.reason}", soft_wrap=not console.is_terminal)
+    if first:
+        console.print(first, soft_wrap=not console.is_terminal)
+
+
+def _cells(row: "InferenceRow") -> list[str]:
+    cells = [
+        str(row.num_devices),
+        str(row.concurrency),
+        _range(row.tokens_per_s, 1.0, "{:,.0f}"),
+        f"{row.tokens_per_device_s:,.0f}",
+        _range(row.itl_p90_s, 1e3, "{:.3g}") + " ms",
+        f"{row.chance:.0%}",
+    ]
+    if row.num_copies is not None:
+        cells += [f"{row.num_copies:,}", f"{row.num_accelerators:,}"]
+    if row.cost_per_million is not None:
+        cells.append(_range(row.cost_per_million, 1.0, "{:.3g}"))
+    return cells
+
+
+def _range(estimate: Estimate, scale: float, form: str) -> str:
+    return f"{form.format(estimate.low * scale)}–{form.format(estimate.high * scale)}"
+
+
+def _amount(text: str, option: str) -> float:
+    """`"8B"` as 8e9."""
+    scale = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}.get(text[-1:].lower(), 1.0)
+    try:
+        count = float(text if scale == 1.0 else text[:-1]) * scale
+    except ValueError:
+        count = 0.0
+    if not 1e3 <= count <= 1e15:
+        raise SpecError(f"{option} {text!r}: give a number of parameters such as 350M or 8B.")
+    return count
+
+
+def _weight_bytes(bits: int) -> float:
+    """With the scales that go with weights of few bits."""
+    known = {16: 2.0, 8: 1.0, 4: 0.55}
+    if bits not in known:
+        raise SpecError(f"--bits is {bits}: weights are served in 16, 8 or 4.")
+    return known[bits]
+
+
+def _read(path: Path, job: "InferenceJob") -> "list[ServingMeasurement]":
+    """Rows without the optional columns are of the model, load and accelerator asked about."""
+    from supple.core.inference import ServingMeasurement
+
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"--measured {path}: {error}.") from None
+    missing = [name for name in _COLUMNS if not rows or name not in rows[0]]
+    if missing:
+        raise SpecError(
+            f"--measured {path} has {len(rows)} rows and no column {', '.join(missing)}: it needs "
+            f"{', '.join(_COLUMNS)}, and for other models also {_OPTIONAL}."
+        )
+    found: list[ServingMeasurement] = []
+    for number, row in enumerate(rows, 2):
+        given = {name: value.strip() for name, value in row.items() if value and value.strip()}
+        try:
+            tokens, itl_ms = float(given["tokens_per_s"]), float(given["itl_p90_ms"])
+            if not (0 < tokens < math.inf and 0 < itl_ms < math.inf):
+                raise ValueError("tokens_per_s and itl_p90_ms must be positive numbers")
+            found.append(
+                ServingMeasurement(
+                    run=_run(given, job), tokens_per_s=tokens, itl_p90_s=itl_ms * 1e-3
+                )
+            )
+        except (ValueError, KeyError) as error:
+            told = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise SpecError(f"--measured {path}, line {number}: {told.rstrip('.')}.") from None
+    return found
+
+
+def _run(given: dict[str, str], job: "InferenceJob") -> "ServingRun":
+    from supple.core.decoding import ServedModel, ServingRun, Workload, weights_fit
+    from supple.core.layouts import DEVICES
+
+    model = job.model
+    if "parameters" in given:
+        total = _amount(given["parameters"], "parameters")
+        used = _amount(given["activated"], "activated") if "activated" in given else total
+        model = ServedModel(
+            family=given.get("family", given["parameters"]),
+            num_parameters=total,
+            num_activated=used,
+            bytes_per_weight=_weight_bytes(int(given.get("bits", "16"))),
+            num_layers=int(given["layers"]) if "layers" in given else None,
+        )
+    name = given.get("accelerator", job.device.name)
+    if name not in DEVICES:
+        raise ValueError(f"the accelerator {name} is unknown; known: {', '.join(DEVICES)}")
+    prompt = float(given.get("prompt", job.workload.prompt_tokens))
+    run = ServingRun(
+        model=model,
+        device=DEVICES[name],
+        num_devices=int(given["accelerators"]),
+        concurrency=int(given["concurrency"]),
+        workload=Workload(name=given.get("workload", job.workload.name), prompt_tokens=prompt),
+        output_tokens=float(given.get("answer", job.output_tokens)),
+    )
+    if not weights_fit(run):
+        raise ValueError(
+            f"{model.num_parameters * model.bytes_per_weight / 1e9:.0f} GB of weights do not fit "
+            f"{run.num_devices} x {name}"
+        )
+    return run
+
+
+def _draw(table: "InferenceTable", job: "InferenceJob", path: Path) -> None:
+    """Tokens per accelerator against the time between tokens: the trade every row makes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for index, count in enumerate(sorted({row.num_devices for row in table.rows})):
+        rows = [row for row in table.rows if row.num_devices == count]
+        times = [1e3 * row.itl_p90_s.value for row in rows]
+        tokens = [row.tokens_per_device_s for row in rows]
+        spread = [
+            [1e3 * (row.itl_p90_s.value - row.itl_p90_s.low) for row in rows],
+            [1e3 * (row.itl_p90_s.high - row.itl_p90_s.value) for row in rows],
+        ]
+        label = f"{count} accelerator{'s' * (count > 1)} a copy"
+        axes.errorbar(
+            times,
+            tokens,
+            xerr=spread,
+            fmt="o-",
+            color=f"C{index}",
+            label=label,
+            linewidth=1,
+            markersize=4,
+            elinewidth=0.6,
+            alpha=0.85,
+        )
+    choice = table.choice
+    axes.plot(
+        1e3 * choice.itl_p90_s.value,
+        choice.tokens_per_device_s,
+        "*",
+        color="black",
+        markersize=16,
+        label=f"recommended: {choice.num_devices}, {choice.concurrency} at a time",
+    )
+    if job.itl_s is not None:
+        axes.axvline(1e3 * job.itl_s, color="black", linestyle=":", linewidth=1)
+        axes.annotate(
+            "promise",
+            (1e3 * job.itl_s, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -12),
+            textcoords="offset points",
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("milliseconds between tokens, p90 and its 80 % interval")
+    axes.set_ylabel("tokens/s per accelerator")
+    size = job.model.num_parameters / 1e9
+    axes.set_title(f"{size:.3g}B parameters on {job.device.name}", loc="left")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)

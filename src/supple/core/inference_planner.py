@@ -1,0 +1,281 @@
+"""How a language model should be served: accelerators per copy, requests at a time, copies.
+
+Every (accelerators, concurrency) of one copy is a row with its tokens per second and the 90th
+percentile of the time between two tokens; the load says how many copies of it are needed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from supple.core.decoding import ServedModel, ServingRun, Workload, weights_fit
+from supple.core.inference import (
+    InferenceModel,
+    ServingMeasurement,
+    ServingPrediction,
+    fit_inference,
+)
+from supple.core.layouts import Device
+from supple.core.types import Estimate, Infeasible
+
+RULE = (
+    "among the rows that keep --itl, the one that serves --rate with the fewest accelerators, and "
+    "of those the one with the shortest time between tokens; without --rate, the most tokens per "
+    "accelerator-second"
+)
+CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_NARROW = 1.5
+"""An interval whose ends are closer than this is not worth a measurement."""
+_HEADROOM = 0.8
+"""Share of a copy's tokens that arrivals may ask for: they come unevenly."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceJob:
+    """What is to be served, on what, and what is promised. Times in seconds."""
+
+    model: ServedModel
+    device: Device
+    workload: Workload
+    output_tokens: float
+    """Mean length of an answer."""
+    itl_s: float | None = None
+    """Nine of ten tokens come within it after the one before."""
+    rate_per_s: float | None = None
+    """Requests that arrive, on average."""
+    max_devices: int = 8
+    """Accelerators of a copy: those of a node."""
+    max_accelerators: int | None = None
+    """Of all copies."""
+    price_per_hour: float | None = None
+    """Of one accelerator."""
+
+    def __post_init__(self) -> None:
+        for what, value in (
+            ("the time between tokens", self.itl_s),
+            ("the rate", self.rate_per_s),
+            ("the price", self.price_per_hour),
+            ("the accelerators of a node", self.max_devices),
+            ("the cap of accelerators", self.max_accelerators),
+        ):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{what} is {value:g}: it must be positive and finite.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceRow:
+    """One way to run a copy."""
+
+    num_devices: int
+    """Of one copy, tensor parallel."""
+    concurrency: int
+    """Requests a copy works on at a time."""
+    tokens_per_s: Estimate
+    """Of one copy."""
+    itl_p90_s: Estimate
+    chance: float
+    """That `itl_s` is kept; 1 where nothing is promised."""
+    num_copies: int | None
+    """For the rate, at the low end of the tokens' interval; None where no rate was given."""
+    cost_per_million: Estimate | None
+    """Money for a million tokens of a copy that is busy; None where no price was given."""
+
+    @property
+    def num_accelerators(self) -> int:
+        return self.num_devices * (self.num_copies or 1)
+
+    @property
+    def tokens_per_device_s(self) -> float:
+        return self.tokens_per_s.value / self.num_devices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceTable:
+    """Every row, and the one to take."""
+
+    rows: tuple[InferenceRow, ...]
+    recommended: int
+    reason: str
+
+    @property
+    def choice(self) -> InferenceRow:
+        return self.rows[self.recommended]
+
+
+def plan_inference(fit: InferenceModel, job: InferenceJob) -> InferenceTable | Infeasible:
+    """All rows of accelerators 1, 2, 4 … and concurrencies, and the recommended one (`RULE`).
+
+    A row keeps the promise if the upper end of its 80 % interval does; where none does, the row of
+    the best chance is recommended if that is at least even. Raises `ValueError` for nonsense.
+    """
+    counts = [2**power for power in range(20) if 2**power <= job.max_devices]
+    runs = [_run(job, count, concurrency) for count in counts for concurrency in CONCURRENCIES]
+    fitting = [run for run in runs if weights_fit(run)]
+    if not fitting:
+        return _too_large(job, counts[-1])
+    rows = tuple(
+        _row(job, run, found) for run, found in zip(fitting, fit.predict_all(fitting), strict=True)
+    )
+    allowed = [row for row in rows if _is_allowed(row, job)]
+    kept = [row for row in allowed if job.itl_s is None or row.itl_p90_s.high <= job.itl_s]
+    if kept:
+        best = min(kept, key=_worth(job))
+        return InferenceTable(rows=rows, recommended=rows.index(best), reason=_why(best, job))
+    if allowed and (best := max(allowed, key=lambda row: row.chance)).chance >= 0.5:
+        return InferenceTable(
+            rows=rows, recommended=rows.index(best), reason=_why(best, job, sure=False)
+        )
+    return _out_of_reach(job, rows, allowed)
+
+
+def measure_first(
+    known: Sequence[ServingMeasurement], job: InferenceJob, table: InferenceTable
+) -> str:
+    """A sentence: the one row whose measurement is worth most, and what it would do to the interval
+    of the time between tokens; empty where that is narrow already (`_NARROW`).
+
+    It is the row that would be taken if every prediction were right. What a measurement does to
+    an interval depends on where it is made, hardly on what it says; so the prediction stands in.
+    """
+    likely = [row for row in table.rows if _is_allowed(row, job)]
+    likely = [row for row in likely if job.itl_s is None or row.itl_p90_s.value <= job.itl_s]
+    row = min(likely or [table.choice], key=_likely_worth(job))
+    before = row.itl_p90_s
+    if before.high / before.low <= _NARROW:
+        return ""
+    run = _run(job, row.num_devices, row.concurrency)
+    told = ServingMeasurement(
+        run=run, tokens_per_s=row.tokens_per_s.value, itl_p90_s=row.itl_p90_s.value
+    )
+    after = fit_inference([*known, told]).predict(run).itl_p90_s
+    each = f"{row.num_devices} accelerator{'s' * (row.num_devices > 1)}"
+    return (
+        f"Measure one copy on {each} with {row.concurrency} at a time first, and hand it to "
+        f"--measured: what is now {before.low * 1e3:.3g} to {before.high * 1e3:.3g} ms between "
+        f"tokens would be known to {(after.high / after.low) ** 0.5 - 1.0:.0%}."
+    )
+
+
+def _likely_worth(job: InferenceJob) -> Callable[[InferenceRow], tuple[float, float]]:
+    """Smaller is better, were every prediction right."""
+
+    def key(row: InferenceRow) -> tuple[float, float]:
+        if job.rate_per_s is None:
+            return (-row.tokens_per_device_s, row.itl_p90_s.value)
+        copies = job.rate_per_s * job.output_tokens / (_HEADROOM * row.tokens_per_s.value)
+        return (math.ceil(copies - 1e-9) * row.num_devices, row.itl_p90_s.value)
+
+    return key
+
+
+def _run(job: InferenceJob, num_devices: int, concurrency: int) -> ServingRun:
+    return ServingRun(
+        model=job.model,
+        device=job.device,
+        num_devices=num_devices,
+        concurrency=concurrency,
+        workload=job.workload,
+        output_tokens=job.output_tokens,
+    )
+
+
+def _row(job: InferenceJob, run: ServingRun, found: ServingPrediction) -> InferenceRow:
+    tokens = found.tokens_per_s
+    copies = None
+    if job.rate_per_s is not None:
+        wanted = job.rate_per_s * job.output_tokens
+        copies = math.ceil(wanted / (_HEADROOM * tokens.low) - 1e-9)
+    cost = None
+    if job.price_per_hour is not None:
+        per_token = job.price_per_hour * run.num_devices / 3600.0 * 1e6
+        cost = Estimate(
+            value=per_token / tokens.value,
+            low=per_token / tokens.high,
+            high=per_token / tokens.low,
+            source=tokens.source,
+        )
+    return InferenceRow(
+        num_devices=run.num_devices,
+        concurrency=run.concurrency,
+        tokens_per_s=tokens,
+        itl_p90_s=found.itl_p90_s,
+        chance=1.0 if job.itl_s is None else _chance(found.itl_p90_s, job.itl_s),
+        num_copies=copies,
+        cost_per_million=cost,
+    )
+
+
+def _chance(estimate: Estimate, within_s: float) -> float:
+    """That the true value is at most `within_s`, the logarithm being normal."""
+    half = math.log(estimate.high / estimate.value)
+    away = math.log(within_s / estimate.value)
+    if half <= 0.0:
+        return float(away >= 0.0)
+    return 0.5 * math.erfc(-away / half * 1.2815515655446004 / math.sqrt(2.0))
+
+
+def _is_allowed(row: InferenceRow, job: InferenceJob) -> bool:
+    return job.max_accelerators is None or row.num_accelerators <= job.max_accelerators
+
+
+def _worth(job: InferenceJob) -> Callable[[InferenceRow], tuple[float, float]]:
+    """Smaller is better."""
+
+    def key(row: InferenceRow) -> tuple[float, float]:
+        if job.rate_per_s is None:
+            return (-row.tokens_per_device_s, row.itl_p90_s.value)
+        return (row.num_accelerators, row.itl_p90_s.value)
+
+    return key
+
+
+def _why(row: InferenceRow, job: InferenceJob, *, sure: bool = True) -> str:
+    each = f"{row.num_devices} accelerator{'s' * (row.num_devices > 1)}"
+    at_once = "one request" if row.concurrency == 1 else f"{row.concurrency} requests"
+    if row.num_copies is None:
+        what = f"copies on {each}, {at_once} at a time"
+    else:
+        copies = "one copy" if row.num_copies == 1 else f"{row.num_copies} copies"
+        what = f"{copies} on {each}, {at_once} at a time each, {row.num_accelerators} in all"
+    itl = row.itl_p90_s
+    said = (
+        f"{what}: {row.tokens_per_s.value:,.0f} tokens/s a copy, nine of ten tokens within "
+        f"{itl.value * 1e3:.3g} ms ({itl.low * 1e3:.3g} to {itl.high * 1e3:.3g})."
+    )
+    if not sure and job.itl_s is not None:
+        said += (
+            f" That keeps {job.itl_s * 1e3:.3g} ms with a chance of {row.chance:.0%}: measure this "
+            "row before you promise it, and hand the figure to --measured."
+        )
+    return said
+
+
+def _too_large(job: InferenceJob, devices: int) -> Infeasible:
+    held = job.model.num_parameters * job.model.bytes_per_weight
+    return Infeasible(
+        asked=f"a model of {held / 1e9:,.0f} GB of weights on {job.device.name}",
+        numbers=f"{devices} of them hold {devices * job.device.memory_bytes / 1e9:,.0f} GB",
+        rule="A copy's weights must fit the accelerators of one node with room for a cache",
+        advice="Raise --devices, use fewer bits a weight, or larger accelerators.",
+    )
+
+
+def _out_of_reach(
+    job: InferenceJob, rows: Sequence[InferenceRow], allowed: Sequence[InferenceRow]
+) -> Infeasible:
+    if not allowed:
+        least = min(rows, key=lambda row: row.num_accelerators)
+        return Infeasible(
+            asked=f"{job.rate_per_s:g} requests/s on at most {job.max_accelerators} accelerators",
+            numbers=f"the fewest are {least.num_accelerators}: {_why(least, job)}",
+            rule="The low end of the tokens' interval must cover the load",
+            advice="Raise --max-accelerators or lower --rate.",
+        )
+    fastest = min(allowed, key=lambda row: row.itl_p90_s.value)
+    assert job.itl_s is not None
+    return Infeasible(
+        asked=f"--itl {job.itl_s * 1e3:.3g} ms",
+        numbers=f"the fastest is {_why(fastest, job)}",
+        rule="No row keeps the promise with even chances",
+        advice="Promise more time, or use faster accelerators, more of them, or fewer bits.",
+    )
