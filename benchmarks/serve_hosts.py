@@ -1,6 +1,6 @@
 """The processes of `serve_live.py`: one Ray Serve each, with services of Supple or plain ones.
 
-A host deploys what its arguments say, prints one line of URLs, then every half second how many
+A host deploys what its arguments say, prints one line of URLs, then every second how many
 replicas each service has, until its standard input ends.
 """
 
@@ -18,8 +18,8 @@ import numpy as np
 WEIGHTS = "SUPPLE_BENCH_DIGITS"
 INITIAL, MOST = 2, 8
 _CPUS = 0.1
-_EVERY_S = 0.5
-_DEVICE_S, _DEVICE_ROW_S = 0.23, 0.02
+_EVERY_S = 1.0
+_DEVICE_S, _DEVICE_ROW_S = 0.46, 0.04
 
 
 def train(path: Path) -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from supple.core.learning_rate import TunedRate
 from supple.core.samples import Run
 from supple.core.spec import SpecError
-from supple.history import read_curve, read_history
+from supple.history import best_rates, read_curve, read_history
 
 
 def written(folder: Path, text: str) -> Path:
@@ -52,3 +53,17 @@ def test_a_history_without_meaning_is_refused(tmp_path: Path, text: str, said: s
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="cannot be read"):
         read_curve(tmp_path / "absent.csv")
+
+
+def test_the_rate_of_a_batch_size_is_that_of_its_best_run() -> None:
+    runs = [
+        Run(batch_size=256, samples=2e6, lr=0.4),
+        Run(batch_size=64, samples=1.5e6, lr=0.05),
+        Run(batch_size=64, samples=1e6, lr=0.1),
+        Run(batch_size=64, samples=9e5),
+        Run(batch_size=1024, samples=1e5, lr=9.0, reached=False),
+    ]
+    assert best_rates(runs) == (
+        TunedRate(batch_size=64, lr=0.1),
+        TunedRate(batch_size=256, lr=0.4),
+    )

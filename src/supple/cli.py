@@ -230,11 +230,11 @@ def plan(
             else os.cpu_count() or 1
         )
         most = parse_count(measure_workers, what="--measure-workers") if measure_workers else None
-        curve = None
+        curve, tuned = None, ()
         if history is not None:
-            from supple.history import read_curve
+            from supple.history import best_rates, read_curve, read_history
 
-            curve = read_curve(history)
+            curve, tuned = read_curve(history), best_rates(read_history(history))
         if plot is not None:
             from supple.picture import check_target
 
@@ -244,6 +244,7 @@ def plan(
         from supple.cluster.measure import ScriptFailed, job_model, measure
         from supple.core.next_measurement import what_to_measure_first
         from supple.core.planner import plan as make_plan
+        from supple.core.planner import rate_at
 
         try:
             found = measure(path, function, max_local_workers=most, verbose=verbose, on_line=_tell)
@@ -252,7 +253,7 @@ def plan(
             raise typer.Exit(FAILED) from None
         job = job_model(found, interconnect=interconnect, workers_per_node=per_node, lr_rule=rule)
         if curve is not None:
-            job = replace(job, samples=curve)
+            job = replace(job, samples=curve, tuned=tuned)
             _tell(f"the worth of other batch sizes: {curve.why}")
         table = make_plan(job, limits, objective)
         is_plan = not isinstance(table, Infeasible)
@@ -262,6 +263,8 @@ def plan(
         if isinstance(table, Infeasible):
             _tell(f"supple: {table}")
             raise typer.Exit(FAILED)
+        if tuned:
+            _tell(f"learning rate: {rate_at(job, table.choice.batch.global_batch_size)[1]}")
         if not as_json:
             console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
             plan_view.show(table, console, measure_first=first)

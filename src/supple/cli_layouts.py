@@ -75,7 +75,9 @@ def layouts(
     ] = None,
     history: Annotated[
         Path | None,
-        typer.Option(help="CSV of previous runs, in sequences: batch_size,samples_to_target."),
+        typer.Option(
+            help="CSV of previous runs, in sequences: batch_size,samples_to_target[,learning_rate]."
+        ),
     ] = None,
     max_workers: Annotated[str | None, typer.Option(help="Cap; default: none.")] = None,
     deadline: Annotated[str | None, typer.Option(help="Latest end: 12h, 30d.")] = None,
@@ -128,11 +130,11 @@ def layouts(
                 "batch is worth is not known from sizes. Give the noise scale that `supple plan` "
                 "measured, or previous runs at several batch sizes."
             )
-        curve = None
+        curve, tuned = None, ()
         if history is not None:
-            from supple.history import read_curve
+            from supple.history import best_rates, read_curve, read_history
 
-            curve = read_curve(history)
+            curve, tuned = read_curve(history), best_rates(read_history(history))
             typer.echo(f"the worth of other batch sizes: {curve.why}", err=True)
         objective = Objective(
             deadline_s=parse_duration(deadline, what="--deadline") if deadline else None,
@@ -174,6 +176,7 @@ def layouts(
             total_samples=amount,
             noise_scale=noise_scale,
             samples=curve,
+            tuned=tuned,
         )
         table = plan_layouts(job, limits, objective)
         if as_json:

@@ -1,8 +1,10 @@
 """Reads previous runs of a task from a CSV file, for `supple plan --history`."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
+from supple.core.learning_rate import TunedRate
 from supple.core.samples import Run, SamplesModel, fit_samples
 from supple.core.spec import SpecError
 
@@ -39,6 +41,22 @@ def read_history(path: Path) -> list[Run]:
             "every further line is one run."
         )
     return [_run(row, f"{path}, line {line}") for line, row in enumerate(rows, start=2)]
+
+
+def best_rates(runs: Sequence[Run]) -> tuple[TunedRate, ...]:
+    """At every batch size, the learning rate that reached the target with the fewest samples; of
+    runs that say theirs."""
+    best: dict[float, Run] = {}
+    for run in runs:
+        if (
+            run.reached
+            and run.lr
+            and (run.batch_size not in best or run.samples < best[run.batch_size].samples)
+        ):
+            best[run.batch_size] = run
+    return tuple(
+        TunedRate(batch_size=size, lr=run.lr) for size, run in sorted(best.items()) if run.lr
+    )
 
 
 def _run(row: dict[str, str], where: str) -> Run:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supple.core.interconnects import lookup
+from supple.core.learning_rate import TunedRate
 from supple.core.memory import MemoryMeasurement, fit_memory
-from supple.core.planner import JobModel, PlanTable, plan
+from supple.core.planner import JobModel, PlanTable, plan, rate_at
 from supple.core.samples import Run, fit_samples
 from supple.core.spec import KNEE_SHARE, Limits, Objective
 from supple.core.throughput import fit
@@ -234,3 +235,16 @@ def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
 def test_a_job_that_cannot_be_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"at least 1|finite and not negative"):
         job(**changes)
+
+
+def test_rates_of_previous_runs_come_before_the_rule_and_after_a_rule_that_was_asked_for() -> None:
+    tuned = (TunedRate(batch_size=256, lr=5.0), TunedRate(batch_size=4096, lr=1.6e-2))
+    known = job(tuned=tuned)
+    assert rate_at(known, 256)[0] == known.base_lr, "what the script says is not touched"
+    lr, why = rate_at(known, 4096)
+    assert lr == pytest.approx(1.6e-2, rel=0.3) and "2 batch sizes of this task" in why
+    assert rate_at(job(), 4096)[0] == pytest.approx(1e-3 * math.sqrt(500 / 256), rel=0.05)
+    assert rate_at(job(tuned=tuned, lr_rule="constant"), 4096)[0] == known.base_lr
+    wanted = table(plan(known, Limits(batch="adaptive"), Objective()))
+    for row in wanted.rows:
+        assert row.batch.lr == rate_at(known, row.batch.global_batch_size)[0]

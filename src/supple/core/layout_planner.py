@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from supple.core.estimates import exact, over, plus, times
-from supple.core.goodput import largest_batch_ratio, learning_rate, worth
+from supple.core.goodput import largest_batch_ratio, worth
 from supple.core.layout_memory import memory_parts, num_parameters, peak_memory
 from supple.core.layouts import LayoutModel, LayoutRun, Model, Transformer
+from supple.core.learning_rate import TunedRate, planned_rate
 from supple.core.planner import PlanTable, choose
 from supple.core.samples import SamplesModel
 from supple.core.spec import Limits, Objective
@@ -40,6 +41,8 @@ class LayoutJob:
     """In sequences; None: unknown, and without `samples` the batch stays."""
     samples: SamplesModel | None = None
     """From previous runs of the task, in sequences: trusted before the noise scale."""
+    tuned: tuple[TunedRate, ...] = ()
+    """Learning rates of those runs: trusted before the family's rule."""
 
 
 def plan_layouts(job: LayoutJob, limits: Limits, objective: Objective) -> PlanTable | Infeasible:
@@ -147,7 +150,8 @@ def _row(job: LayoutJob, limits: Limits, run: LayoutRun, batch: int, first: Plan
     goodput = times(rate, _useful(job, batch))
     time_to_end = plus(over(job.total_samples, goodput), 0.0)
     hours = times(time_to_end, exact(count / 3600.0))
-    lr, _ = learning_rate(
+    lr, _ = planned_rate(
+        job.tuned,
         rule="auto",
         family="adam",
         base_lr=job.base_lr,

@@ -8,7 +8,7 @@ optimizer family (`EXPONENTS`). Rates tuned before at other sizes of the same ta
 (Bayesian regression with the family's prior).
 
 Not to be confused with `goodput.learning_rate`: that is the rule a running job follows step by
-step; this is what a plan expects, with its doubt.
+step; this is what a plan expects, with its doubt, where there were previous runs (`planned_rate`).
 """
 
 import math
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from supple.core.goodput import MAX_ADAM_RATIO, OptimizerFamily
+from supple.core.goodput import MAX_ADAM_RATIO, OptimizerFamily, learning_rate
+from supple.core.spec import LrRule
 from supple.core.types import Estimate
 
 EXPONENTS: dict[OptimizerFamily, tuple[float, float]] = {
@@ -104,6 +105,33 @@ def expected_rate(
         smallest=smallest,
         largest=largest,
         why=_why(known, exponent, family, inside),
+    )
+
+
+def planned_rate(
+    tuned: Sequence[TunedRate],
+    *,
+    rule: LrRule,
+    family: OptimizerFamily,
+    base_lr: float,
+    base_batch: int,
+    batch: int,
+    noise_scale: float | None,
+) -> tuple[float, str]:
+    """The rate of a plan at `batch`, and why: from `tuned` rates of previous runs if there are any
+    and the rule is `auto`, else by the rule. At `base_batch` it is `base_lr`, whatever they say."""
+    if tuned and rule == "auto" and base_lr > 0 and batch != base_batch:
+        others = (rate for rate in tuned if rate.batch_size != base_batch)
+        own = TunedRate(batch_size=base_batch, lr=base_lr)
+        found = expected_rate([own, *others], batch, family)
+        return found.lr.value, found.why
+    return learning_rate(
+        rule=rule,
+        family=family,
+        base_lr=base_lr,
+        base_batch=base_batch,
+        batch=batch,
+        noise_scale=noise_scale,
     )
 
 

@@ -9,13 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from supple.core.estimates import exact, over, plus, times
-from supple.core.goodput import (
-    OptimizerFamily,
-    best_global_batch,
-    largest_batch_ratio,
-    learning_rate,
-    worth,
-)
+from supple.core.goodput import OptimizerFamily, best_global_batch, largest_batch_ratio, worth
+from supple.core.learning_rate import TunedRate, planned_rate
 from supple.core.memory import MemoryModel
 from supple.core.samples import SamplesModel
 from supple.core.spec import KNEE_RULE, KNEE_SHARE, Limits, LrRule, Objective
@@ -52,6 +47,8 @@ class JobModel:
     device_name: str
     samples: SamplesModel | None = None
     """From previous runs of the task: trusted before the noise scale."""
+    tuned: tuple[TunedRate, ...] = ()
+    """Learning rates of those runs: trusted before the rule, where that is `auto`."""
 
     def __post_init__(self) -> None:
         sizes = (self.dataset_size, self.epochs, self.base_batch_size, *self.measured_workers)
@@ -185,9 +182,10 @@ def _best_batch_size(job: JobModel, limits: Limits, count: int) -> int:
     )
 
 
-def _batch(job: JobModel, count: int, size: int) -> BatchPlan:
-    micro, accumulation = _split(job, size, count)
-    lr, _ = learning_rate(
+def rate_at(job: JobModel, size: int) -> tuple[float, str]:
+    """The learning rate at a global batch of `size`, and why, in words."""
+    return planned_rate(
+        job.tuned,
         rule=job.lr_rule,
         family=job.optimizer_family,
         base_lr=job.base_lr,
@@ -195,6 +193,11 @@ def _batch(job: JobModel, count: int, size: int) -> BatchPlan:
         batch=size,
         noise_scale=job.noise_scale,
     )
+
+
+def _batch(job: JobModel, count: int, size: int) -> BatchPlan:
+    micro, accumulation = _split(job, size, count)
+    lr, _ = rate_at(job, size)
     return BatchPlan(
         global_batch_size=size,
         micro_batch_size=micro,

@@ -46,6 +46,10 @@ _DOUBT = 0.04
 """Relative standard deviation of the model's form per doubling, of workers or of nodes, beyond the
 most that were measured."""
 
+_TOGETHER = 0.25
+"""The same where only one worker at a time was measured: workers of a node share its memory, its
+host and its power, and one alone shows nothing of that."""
+
 _CAUCHY = 3.0
 """Residuals beyond so many times the scatter count as outliers."""
 _ENOUGH_TO_DOUBT = 5
@@ -183,11 +187,13 @@ class StepTimeModel:
         return float(times[0, 0]), np.log(times[1:, 0] / times[0, 0]) / _NUDGE
 
     def _doubt(self, num_workers: int, num_nodes: int, *, seen: Sequence[int] = ()) -> float:
-        workers = num_workers / max(*(step.num_workers for step in self.steps), *seen, 1)
+        most = max(*(step.num_workers for step in self.steps), *seen, 1)
+        workers = num_workers / most
         nodes = num_nodes / max(
             *(step.num_nodes for step in self.steps), *(self._nodes(count) for count in seen), 1
         )
-        return _DOUBT * math.log2(max(1.0, workers, nodes))
+        unseen = _TOGETHER if most == 1 < num_workers else 0.0
+        return math.hypot(unseen, _DOUBT * math.log2(max(1.0, workers, nodes)))
 
     def _nodes(self, num_workers: int) -> int:
         return -(-num_workers // self.workers_per_node)

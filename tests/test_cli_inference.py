@@ -1,0 +1,96 @@
+"""`supple inference` as a person uses it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from supple.cli import app
+
+EIGHT = "--parameters 8B --itl 30ms"
+
+
+def supple(arguments: str) -> Result:
+    return CliRunner().invoke(app, ["inference", *arguments.split()])
+
+
+def test_the_table_says_what_is_recommended_and_what_to_measure_first() -> None:
+    result = supple(f"{EIGHT} --rate 20 --price 2.5")
+    assert result.exit_code == 0, result.output
+    for words in ("acc./copy", "copies", "per million", "Recommended:", "from data sheets", "→"):
+        assert words in result.stdout
+    assert "Measure one copy on" in result.stdout
+
+
+def test_json_has_the_same_as_data_and_a_picture_is_drawn(tmp_path: Path) -> None:
+    result = supple(f"{EIGHT} --rate 20 --json --plot {tmp_path / 'rows.png'}")
+    data = json.loads(result.stdout)
+    chosen = data["rows"][data["recommended"]]
+    assert chosen["num_accelerators"] == chosen["num_copies"] * chosen["num_devices"]
+    assert chosen["itl_p90_s"]["low"] < chosen["itl_p90_s"]["value"] < 0.03
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_measured_of_this_model_or_of_others_narrows_the_intervals(
+    tmp_path: Path,
+) -> None:
+    own = tmp_path / "own.csv"
+    own.write_text(
+        "accelerators,concurrency,tokens_per_s,itl_p90_ms\n"
+        "1,1,110,9.5\n1,16,1500,12\n1,64,4200,30\n2,16,1900,9\n"
+    )
+    other = tmp_path / "other.csv"
+    other.write_text(
+        "family,parameters,bits,accelerators,concurrency,tokens_per_s,itl_p90_ms\n"
+        "b,14B,16,1,1,65,16\nb,14B,16,1,16,900,20\nb,14B,16,2,64,3500,40\n"
+    )
+
+    def width(options: str) -> float:
+        data = json.loads(supple(f"{EIGHT} --json {options}").stdout)
+        row = next(r for r in data["rows"] if (r["num_devices"], r["concurrency"]) == (1, 16))
+        return row["itl_p90_s"]["high"] / row["itl_p90_s"]["low"]
+
+    widths = [width(f"--measured {own}"), width(f"--measured {other}"), width("")]
+    assert widths == sorted(widths)
+    assert "fitted to 4 rows" in supple(f"{EIGHT} --measured {own}").stdout
+
+
+def test_a_promise_nobody_keeps_is_an_answer_with_another_exit_code() -> None:
+    result = supple("--parameters 8B --itl 1us")
+    assert result.exit_code == 1 and "the fastest is" in result.stderr
+    assert "infeasible" in json.loads(supple("--parameters 8B --itl 1us --json").stdout)
+
+
+REFUSALS = {
+    "--parameters many": "give a number of parameters such as 350M or 8B",
+    "--parameters 8B --activated 9B": "Exchange the two",
+    "--parameters 8B --bits 5": "--bits is 5",
+    "--parameters 8B --rate 0": "--rate is 0",
+    "--parameters 8B --prompt nan": "--prompt is nan",
+    "--parameters 8B --devices 0": "--devices is 0",
+    "--parameters 8B --accelerator tpu": "--accelerator tpu: unknown",
+    "--parameters 8B --itl fast": "--itl",
+    "--parameters 8B --measured absent.csv": "absent.csv",
+    "--parameters 8B --measured empty.csv": "has 0 rows",
+    "--parameters 8B --measured wrong.csv": "line 2: tokens_per_s and itl_p90_ms must be positive",
+    "--parameters 8B --measured words.csv": "line 2: could not convert",
+    "--parameters 80B --measured small.csv": "line 2: 160 GB of weights do not fit",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSALS)
+def test_nonsense_is_refused_with_its_numbers(
+    arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    head = "accelerators,concurrency,tokens_per_s,itl_p90_ms\n"
+    Path("empty.csv").write_text("")
+    Path("wrong.csv").write_text(f"{head}1,1,-5,3\n")
+    Path("words.csv").write_text(f"{head}1,1,fast,3\n")
+    Path("small.csv").write_text(f"{head}1,1,50,3\n")
+    result = supple(arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("supple: ") and REFUSALS[arguments] in result.stderr
+    assert "Traceback" not in result.output
