@@ -31,7 +31,7 @@ import dataclasses
 import psutil
 
 from benchmarks.machine import report
-from supple.cluster import ingress, serving
+from supple.cluster import ingress, scrape, serving
 from supple.core.serve_spec import ServeSpec, parse_slo
 
 _NAME = "chaos"
@@ -125,9 +125,9 @@ def replicas() -> list[psutil.Process]:
 async def watch(stopped: asyncio.Event) -> int:
     """Times the number of running replicas changed, one for each that came or went."""
     changes = 0
-    seen = set(await asyncio.to_thread(serving.replica_addresses, _NAME))
+    seen = set(await asyncio.to_thread(scrape.replica_addresses, _NAME))
     while not stopped.is_set():
-        now = set(await asyncio.to_thread(serving.replica_addresses, _NAME))
+        now = set(await asyncio.to_thread(scrape.replica_addresses, _NAME))
         changes += len(now ^ seen)
         seen = now
         await asyncio.sleep(0.2)

@@ -206,7 +206,7 @@ class Connection:
         head, blank, body = self.got.partition(b"\r\n\r\n")
         if not blank:
             if not self.got:
-                raise RuntimeError("the server closed a connection")
+                raise EOFError
             return False
         if not head.startswith(b"HTTP/1.1 200"):
             raise RuntimeError(f"the server answered {head[:60]!r} {body[:200]!r}")
@@ -231,10 +231,28 @@ def load(port: int, *, connections: int, seconds: float) -> tuple[float, list[fl
         end_s = began_s + seconds
         while (now_s := time.perf_counter()) < end_s:
             for key, _ in selector.select(1.0):
-                if key.data.read():
+                try:
+                    whole = key.data.read()
+                except (EOFError, ConnectionResetError):
+                    # Between two requests a server may close: every HTTP client asks anew.
+                    replace(selector, stack, port, key)
+                    continue
+                if whole:
                     latencies.append(time.perf_counter() - key.data.sent_at)
                     key.data.ask()
     return len(latencies) / (now_s - began_s), latencies
+
+
+def replace(
+    selector: selectors.BaseSelector, stack: contextlib.ExitStack, port: int, key: Any
+) -> None:
+    """A fresh connection in place of a closed one, with the time its request was first sent."""
+    selector.unregister(key.fileobj)
+    fresh = Connection(port)
+    stack.callback(fresh.socket.close)
+    selector.register(fresh.socket, selectors.EVENT_READ, fresh)
+    fresh.ask()
+    fresh.sent_at = key.data.sent_at
 
 
 def measure(name: str, seconds: float) -> dict[str, float]:

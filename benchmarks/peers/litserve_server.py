@@ -3,6 +3,7 @@
 from typing import Any
 
 import litserve
+from fastapi import Request
 
 
 class Api(litserve.LitAPI):
@@ -11,7 +12,7 @@ class Api(litserve.LitAPI):
     def setup(self, device: Any) -> None:
         """Nothing to load."""
 
-    def decode_request(self, request: Any) -> Any:
+    def decode_request(self, request: Request) -> Any:
         return request
 
     def predict(self, x: Any) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,6 +116,11 @@ class Service:
         )
         with urllib.request.urlopen(request, timeout=60) as response:
             return json.load(response)
+
+    def metrics(self) -> str:
+        request = urllib.request.Request(f"http://{self.address}/metrics", headers=self.headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.read().decode()
 
     def replica_pids(self) -> list[int]:
         found: list[int] = []
@@ -371,7 +377,7 @@ def test_the_weights_of_a_training_run_are_served_and_followed_without_a_loss(
     tmp_path: Path,
 ) -> None:
     publish(run := tmp_path / "run", 2)
-    options = ("--replicas", "1", "--weights", str(run), "--follow")
+    options = ("--replicas", "2", "--weights", str(run), "--follow")
     running = Service(tmp_path, *options, source=TRAINED)
     try:
         running.wait_until_served()
@@ -381,6 +387,13 @@ def test_the_weights_of_a_training_run_are_served_and_followed_without_a_loss(
             running.wait_until(lambda: clients.answers[-1] == 3)
             publish(run, 7)
             running.wait_until(lambda: clients.answers[-1] == 7)
-        assert running.replica_pids() == pids
+        assert sorted(running.replica_pids()) == sorted(pids)
+        counted = 0
+        told = running.metrics()
+        for line in told.splitlines():
+            if line.startswith("supple_requests_total{"):
+                counted += int(line.split()[-1])
+        assert counted >= len(clients.answers), "one page has the requests of both replicas"
+        assert len(set(re.findall('replica="([^"]+)"', told))) == 2
     finally:
         running.close()

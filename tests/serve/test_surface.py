@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -46,14 +47,26 @@ def asked(*values: float, **changes: Any) -> dict[str, Any]:
 class Service:
     """A surface with a client of it, and all of its parts at hand."""
 
-    def __init__(self, timeout_s: float = 30.0, max_waiting: int = 100, **settings: Any) -> None:
+    def __init__(
+        self,
+        timeout_s: float = 30.0,
+        max_waiting: int = 100,
+        all_metrics: Callable[[], Awaitable[list[bytes]]] | None = None,
+        **settings: Any,
+    ) -> None:
         self.user = Doubles()
         self.model = ServedModel(self.user, name="m")
         self.meters = Meters(model="m", replica="r")
         self.executor = Executor(
             self.model, timeout_s=timeout_s, max_waiting=max_waiting, on_batch=self.meters.batch
         )
-        surface = Surface(self.model, self.executor, self.meters, SurfaceSettings(**settings))
+        surface = Surface(
+            self.model,
+            self.executor,
+            self.meters,
+            SurfaceSettings(**settings),
+            all_metrics=all_metrics,
+        )
         transport = httpx.ASGITransport(app=surface)  # type: ignore[arg-type]
         self.client = httpx.AsyncClient(transport=transport, base_url="http://m")
 
@@ -281,6 +294,24 @@ def test_an_executor_raises_what_it_cannot_answer() -> None:
             service.executor.stuck = "hung"
             with pytest.raises(Refused, match="hung"):
                 await service.executor.submit({"x": np.ones((1, 2), np.float32)}, 1)
+
+    asyncio.run(go())
+
+
+def test_the_metrics_of_all_replicas_are_told_by_whichever_is_asked() -> None:
+    other = Meters(model="m", replica="other")
+    other.answered(200, 0.004)
+
+    async def go() -> None:
+        async def pages() -> list[bytes]:
+            return [(await service.client.get("/metrics/replica")).content, other.text()]
+
+        async with Service(all_metrics=pages) as service:
+            assert (await service.infer(1, 2)).status_code == 200
+            lines = (await service.client.get("/metrics")).text.splitlines()
+            told = [line for line in lines if line.startswith("supple_requests_total{")]
+            assert len(told) == 2 and all(line.endswith("} 1") for line in told)
+            assert (await service.client.post("/metrics", json={})).status_code == 405
 
     asyncio.run(go())
 

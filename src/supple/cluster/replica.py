@@ -12,6 +12,7 @@ from typing import Any, Final, final
 import grpc
 from ray import serve
 
+from supple.cluster.scrape import metrics_pages
 from supple.serve import protocol_grpc as oip
 from supple.serve.executor import Executor
 from supple.serve.meters import Meters
@@ -86,7 +87,15 @@ class Replica:
             on_batch=self._stopwatch.record,
         )
         self._meters.watch_waiting(lambda: self._executor.num_waiting)
-        self._surface = Surface(model, self._executor, self._meters, deployment.settings)
+        tokens = deployment.settings.tokens
+        headers = {"Authorization": f"Bearer {tokens[0]}"} if tokens else {}
+        self._surface = Surface(
+            model,
+            self._executor,
+            self._meters,
+            deployment.settings,
+            all_metrics=lambda: metrics_pages(deployment.name, headers),
+        )
         await self._rehearse(model)
 
     async def _rehearse(self, model: ServedModel) -> None:

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import ray
 from ray import serve
-from ray.serve.context import _get_global_client
 
 from supple.cluster.replica import Deployment, Replica
 from supple.core.latency import LatencyPoint, LatencyProfile
@@ -147,18 +146,6 @@ def profile_of(name: str) -> Sequence[LatencyPoint]:
     """The batches a replica of `name` has measured; empty for a model that declares no inputs."""
     reported: Mapping[str, float] = serve.get_app_handle(name).profile.remote().result()
     return measured({key: {name: value} for key, value in reported.items()})
-
-
-def replica_addresses(name: str) -> Sequence[tuple[str, int]]:
-    """Host and port of the replicas the ingress routes to now; empty without HAProxy mode."""
-    client: Any = _get_global_client()
-    groups: Any = ray.get(client._controller.get_target_groups.remote(from_proxy_manager=True))
-    return [
-        (target.ip, target.port)
-        for group in groups
-        if group.app_name == name and group.protocol == "HTTP" and group.ingress_deployment_name
-        for target in group.targets
-    ]
 
 
 def num_running(name: str) -> int:

@@ -26,6 +26,8 @@ RULE = (
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _NARROW = 1.5
 """An interval whose ends are closer than this is not worth a measurement."""
+_GAINS = 0.8
+"""A measurement is worth telling of if it leaves at most so much of an interval, as logarithms."""
 _HEADROOM = 0.8
 """Share of a copy's tokens that arrivals may ask for: they come unevenly."""
 
@@ -132,7 +134,7 @@ def measure_first(
     known: Sequence[ServingMeasurement], job: InferenceJob, table: InferenceTable
 ) -> str:
     """A sentence: the one row whose measurement is worth most, and what it would do to the interval
-    of the time between tokens; empty where that is narrow already (`_NARROW`).
+    of the time between tokens; empty where that is narrow already, or hardly gains (`_GAINS`).
 
     It is the row that would be taken if every prediction were right. What a measurement does to
     an interval depends on where it is made, hardly on what it says; so the prediction stands in.
@@ -148,6 +150,8 @@ def measure_first(
         run=run, tokens_per_s=row.tokens_per_s.value, itl_p90_s=row.itl_p90_s.value
     )
     after = fit_inference([*known, told]).predict(run).itl_p90_s
+    if math.log(after.high / after.low) > _GAINS * math.log(before.high / before.low):
+        return ""
     each = f"{row.num_devices} accelerator{'s' * (row.num_devices > 1)}"
     return (
         f"Measure one copy on {each} with {row.concurrency} at a time first, and hand it to "

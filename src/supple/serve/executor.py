@@ -27,6 +27,11 @@ from supple.serve.protocol import Array, Refused
 
 Outputs = dict[str, Array]
 _RETRY_AFTER_S: Final = 1.0
+_INLINE_S: Final = 5e-5
+"""A call faster than this is made in the event loop: to hand it to a thread costs more. The loop
+cannot give up on it, so that one which hangs all the same is found by Ray's health check."""
+_INLINE_AFTER: Final = 16
+"""So many calls in a row must have been so fast."""
 _PLANNED_SHARE: Final = 0.9
 """Of the promise, what the queue plans with; the rest is for reading and writing the request."""
 
@@ -73,6 +78,8 @@ class Executor:
         """Those that wait, by number."""
         self._running: Sequence[_Call] = ()
         self._began_s = 0.0
+        self._num_fast = 0
+        """Calls in a row that took less than `_INLINE_S`."""
         self._batches: queue.SimpleQueue[Sequence[_Call] | None] = queue.SimpleQueue()
         self._watch: asyncio.TimerHandle | None = None
         threading.Thread(target=self._work, name="predict", daemon=True).start()
@@ -126,13 +133,18 @@ class Executor:
         self._batches.put(None)
 
     def _launch(self) -> None:
-        self._began_s = self._loop.time()
-        turn = self._queue.take(self._began_s)
-        self._refuse(turn.refused)
-        self._running = [self._calls.pop(ticket.number) for ticket in turn.batch]
-        if self._running:
-            self._watch = self._loop.call_later(self._timeout_s, self._give_up)
-            self._batches.put(self._running)
+        while not self._running:
+            self._began_s = self._loop.time()
+            turn = self._queue.take(self._began_s)
+            self._refuse(turn.refused)
+            self._running = [self._calls.pop(ticket.number) for ticket in turn.batch]
+            if not self._running:
+                return
+            if self._num_fast < _INLINE_AFTER:
+                self._watch = self._loop.call_later(self._timeout_s, self._give_up)
+                self._batches.put(self._running)
+                return
+            self._end_batch(self._running, *self._run(self._running))
 
     def _refuse(self, refusals: Iterable[Refusal]) -> None:
         for refusal in refusals:
@@ -155,28 +167,55 @@ class Executor:
 
     def _work(self) -> None:
         while (batch := self._batches.get()) is not None:
-            results: list[Outputs | ModelFault] = []
-            began_s = time.perf_counter()
-            try:
-                results.extend(run_batch(self.model, [call.inputs for call in batch]))
-            except BaseException as error:
-                results[:] = [ModelFault(f"unexpected {error!r}")] * len(batch)
-            took_s = time.perf_counter() - began_s
+            results, took_s = self._run(batch)
             try:
                 self._loop.call_soon_threadsafe(self._finish, batch, results, took_s)
             except RuntimeError:  # the loop is closed: nobody waits for an answer
                 return
 
+    def _run(self, batch: Sequence[_Call]) -> tuple[list[Outputs | ModelFault], float]:
+        """The answers, and how long the model took for them."""
+        results: list[Outputs | ModelFault] = []
+        began_s = time.perf_counter()
+        try:
+            results.extend(run_batch(self.model, [call.inputs for call in batch]))
+        except BaseException as error:
+            results[:] = [ModelFault(f"unexpected {error!r}")] * len(batch)
+        return results, time.perf_counter() - began_s
+
     def _finish(
         self, batch: Sequence[_Call], results: Sequence[Outputs | ModelFault], took_s: float
     ) -> None:
+        """The thread has run a batch."""
         if self._watch is not None:
             self._watch.cancel()
+        rows = self._account(batch, took_s)
+        self._launch()  # first, so that the thread works while the answers are written
+        self._answer(batch, rows, results, took_s)
+
+    def _end_batch(
+        self, batch: Sequence[_Call], results: Sequence[Outputs | ModelFault], took_s: float
+    ) -> None:
+        """The event loop has run one itself."""
+        self._answer(batch, self._account(batch, took_s), results, took_s)
+
+    def _account(self, batch: Sequence[_Call], took_s: float) -> int:
+        """The model is free again; returns the rows it had."""
         rows = sum(call.rows for call in batch)
+        self._num_fast = self._num_fast + 1 if took_s < _INLINE_S else 0
         if self._pace.record(rows, self._loop.time() - self._began_s):
             self._queue.renew(self._pace.profile())
         self._queue.done()
-        self._launch()  # first, so that the thread works while the answers are written
+        self._running = ()
+        return rows
+
+    def _answer(
+        self,
+        batch: Sequence[_Call],
+        rows: int,
+        results: Sequence[Outputs | ModelFault],
+        took_s: float,
+    ) -> None:
         if self.on_batch is not None:
             self.on_batch(rows, took_s)
         for call, result in zip(batch, results, strict=True):

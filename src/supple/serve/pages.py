@@ -92,7 +92,8 @@ def _reads(base: str, version: str) -> list[tuple[str, str]]:
         (f"{base}/versions/{version}", "The same, by version."),
         (f"{base}/ready", "Whether the model answers requests."),
         (f"{base}/versions/{version}/ready", "The same, by version."),
-        ("/metrics", "Prometheus metrics of the replica that answers."),
+        ("/metrics", "Prometheus metrics of all replicas, each with its label."),
+        ("/metrics/replica", "The same of the replica that answers."),
         ("/openapi.json", "This interface."),
     ]
 

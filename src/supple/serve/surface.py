@@ -10,14 +10,14 @@ import hmac
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, final
 
 from supple.core.queue import DEFAULT_PRIORITY, LAST_PRIORITY
 from supple.serve.again import ANSWERED
 from supple.serve.executor import Outputs
-from supple.serve.meters import Meters
+from supple.serve.meters import Meters, merge
 from supple.serve.model import ModelFault, ServedModel, TensorSpec
 from supple.serve.pages import openapi, page
 from supple.serve.protocol import (
@@ -36,8 +36,11 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 EXTENSIONS: Final = ("binary_tensor_data", "generate_stream")
 _HEAD_LENGTH: Final = b"inference-header-content-length"
+_PROMETHEUS: Final = b"text/plain; version=0.0.4"
 _JSON: Final[tuple[bytes, bytes]] = (b"content-type", b"application/json")
 _LONGEST_US: Final = 3_600_000_000
+OWN_METRICS: Final = "/metrics/replica"
+"""Where a replica tells its own; `/metrics` tells those of all."""
 _OPEN: Final = ("/v2/health/live", "/v2/health/ready")
 """Answered without a token: those who ask have none."""
 
@@ -77,9 +80,17 @@ class Surface:
     """`surface(scope, receive, send)`: one model's HTTP interface."""
 
     def __init__(
-        self, model: ServedModel, answers: Answers, meters: Meters, settings: SurfaceSettings
+        self,
+        model: ServedModel,
+        answers: Answers,
+        meters: Meters,
+        settings: SurfaceSettings,
+        *,
+        all_metrics: Callable[[], Awaitable[Sequence[bytes]]] | None = None,
     ) -> None:
+        """`all_metrics` fetches the pages of all replicas of the service; None: this is all."""
         self._model = model
+        self._all_metrics = all_metrics
         self._answers = answers
         self._meters = meters
         self._settings = settings
@@ -91,7 +102,7 @@ class Surface:
             "/v2/health/live": lambda: _json({"live": True}),
             "/v2/health/ready": self._ready,
             "/v2": lambda: _json(self.server_metadata()),
-            "/metrics": lambda: (200, meters.text(), b"text/plain; version=0.0.4"),
+            OWN_METRICS: lambda: (200, meters.text(), _PROMETHEUS),
             "/openapi.json": lambda: _json(openapi(model, settings.version)),
             "/docs": lambda: (200, page(model, settings.version), b"text/html; charset=utf-8"),
             **{name: lambda: _json(self.model_metadata()) for name in names},
@@ -155,6 +166,8 @@ class Surface:
                 status = await self._infer(scope, headers, receive, send)
             elif path in self._stream_paths:
                 status = await self._stream(scope, headers, receive, send)
+            elif path == "/metrics":
+                status = await self._metrics(scope["method"], send)
             else:
                 status = await self._get(scope["method"], path, send)
         except Refused as error:
@@ -233,6 +246,14 @@ class Surface:
         status, content, kind = found()
         await _send(send, status, content, [(b"content-type", kind)])
         return status
+
+    async def _metrics(self, method: str, send: Send) -> int:
+        if method not in ("GET", "HEAD"):
+            refuse(f"/metrics is read with GET, not {method}", 405)
+        pages = () if self._all_metrics is None else await self._all_metrics()
+        content = merge(pages or [self._meters.text()])
+        await _send(send, 200, content, [(b"content-type", _PROMETHEUS)])
+        return 200
 
     def _ready(self) -> tuple[int, bytes, bytes]:
         if self._answers.stuck is not None:

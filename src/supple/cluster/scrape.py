@@ -1,0 +1,44 @@
+"""The metrics of a whole service, whichever of its replicas is asked for them."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import aiohttp
+import ray
+from ray.serve.context import _get_global_client
+
+from supple.serve.surface import OWN_METRICS
+
+_PATIENCE_S: Final = 2.0
+"""A replica that does not tell its own within it is dying, or too busy to be waited for."""
+
+
+def replica_addresses(name: str) -> Sequence[tuple[str, int]]:
+    """Host and port of the replicas the ingress routes to now; empty without HAProxy mode."""
+    client: Any = _get_global_client()
+    groups: Any = ray.get(client._controller.get_target_groups.remote(from_proxy_manager=True))
+    return [
+        (target.ip, target.port)
+        for group in groups
+        if group.app_name == name and group.protocol == "HTTP" and group.ingress_deployment_name
+        for target in group.targets
+    ]
+
+
+async def metrics_pages(name: str, headers: Mapping[str, str]) -> Sequence[bytes]:
+    """The page of every replica of the service that tells it, the one that asks included."""
+    addresses = await asyncio.to_thread(replica_addresses, name)
+    timeout = aiohttp.ClientTimeout(total=_PATIENCE_S)
+    async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
+
+        async def page(host: str, port: int) -> bytes:
+            shown = f"[{host}]" if ":" in host else host
+            try:
+                async with session.get(f"http://{shown}:{port}{OWN_METRICS}") as response:
+                    return await response.read() if response.status == 200 else b""
+            except (aiohttp.ClientError, TimeoutError, OSError):
+                return b""
+
+        found = await asyncio.gather(*(page(host, port) for host, port in addresses))
+    return [text for text in found if text]
