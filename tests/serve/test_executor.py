@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from supple.core.latency import LatencyProfile
 from supple.serve.executor import Executor
-from supple.serve.model import ServedModel
+from supple.serve.model import ModelFault, ServedModel
 from supple.serve.pace import Pace
 from supple.serve.protocol import Array, Refused
 
@@ -180,3 +181,66 @@ def test_a_model_that_never_ran_refuses_nobody_and_a_stored_profile_is_believed(
     assert Pace().profile().seconds(64) < 1e-3
     known = LatencyProfile.constant(2.0, startup_s=0.0)
     assert Pace(known.points).profile().seconds(1) == pytest.approx(2.0)
+
+
+class Somewhere:
+    """Answers with what it got, and says in which thread; sleeps as long as it is told."""
+
+    inputs = {"x": "float32[1]"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.in_loop: list[bool] = []
+        self.sleep_s = 0.0
+
+    def predict(self, batch: Any) -> Any:
+        self.in_loop.append(threading.current_thread() is threading.main_thread())
+        if self.sleep_s:
+            time.sleep(self.sleep_s)
+        return batch
+
+
+def test_calls_faster_than_a_hand_over_are_made_in_the_loop_until_one_is_slow() -> None:
+    async def go() -> None:
+        user = Somewhere()
+        executor = Executor(ServedModel(user, name="m"), timeout_s=60.0, inline_s=0.01)
+        for turn in range(10_000):
+            answer = await executor.submit(rows(turn), 1)
+            assert answer["output"][0, 0] == turn
+            if user.in_loop[-1]:
+                break
+        assert user.in_loop[-1] and sum(user.in_loop) == 1 and len(user.in_loop) > 16
+        user.sleep_s = 0.05
+        await executor.submit(rows(1.0), 1)
+        user.sleep_s = 0.0
+        burst = [executor.submit(rows(value), 1, within_s=HOUR_S) for value in range(10)]
+        answers = await asyncio.gather(*burst)
+        assert [answer["output"][0, 0] for answer in answers] == list(range(10))
+        assert not any(user.in_loop[-2:]), "after a slow call the thread has it again"
+        executor.close()
+
+    asyncio.run(go())
+
+
+def test_a_fault_of_a_fast_model_is_the_answer_and_the_next_request_is_served() -> None:
+    async def go() -> None:
+        user = Somewhere()
+        executor = Executor(ServedModel(user, name="m"), timeout_s=60.0, inline_s=HOUR_S)
+        for _ in range(20):
+            await executor.submit(rows(1.0), 1)
+        assert user.in_loop[-1]
+        executor.model = ServedModel(Fails(), name="m")
+        with pytest.raises(ModelFault, match="no answer"):
+            await executor.submit(rows(1.0), 1)
+        executor.model = ServedModel(user, name="m")
+        assert (await executor.submit(rows(3.0), 1))["output"][0, 0] == 3.0
+        assert executor.num_waiting == 0
+        executor.close()
+
+    asyncio.run(go())
+
+
+class Fails:
+    inputs = {"x": "float32[1]"}  # noqa: RUF012
+
+    def predict(self, batch: Any) -> Any:
+        raise ValueError("no answer")

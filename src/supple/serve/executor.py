@@ -1,10 +1,12 @@
-"""One model, one thread: requests wait in a deadline queue, each gets its rows of a batch's answer.
+"""One model, one call at a time: requests wait in a deadline queue, each gets its rows of a batch's
+answer.
 
 Who is answered when and who is refused is `core.queue`'s to say; this file brings it the clock, the
-requests and what batches really take. A fault in a batch of several is looked for in each alone, so
-that one bad request does not fail its neighbours. A `predict` that does not return is given up
-after `timeout_s`: its requests are answered, and the executor says it is `stuck`, for its process
-must be replaced.
+requests and what batches really take. Calls are made in a thread, and in the event loop where they
+are faster than the way there. A fault in a batch of several is looked for in each alone, so that
+one bad request does not fail its neighbours. A `predict` that does not return is given up after
+`timeout_s`: its requests are answered, and the executor says it is `stuck`, for its process must be
+replaced.
 """
 
 import asyncio
@@ -27,7 +29,7 @@ from supple.serve.protocol import Array, Refused
 
 Outputs = dict[str, Array]
 _RETRY_AFTER_S: Final = 1.0
-_INLINE_S: Final = 5e-5
+INLINE_S: Final = 5e-5
 """A call faster than this is made in the event loop: to hand it to a thread costs more. The loop
 cannot give up on it, so that one which hangs all the same is found by Ray's health check."""
 _INLINE_AFTER: Final = 16
@@ -57,10 +59,12 @@ class Executor:
         max_waiting: int = 10_000,
         profile: LatencyProfile | None = None,
         on_batch: Callable[[int, float], None] | None = None,
+        inline_s: float = INLINE_S,
     ) -> None:
         """`within_s` is the promise: who cannot be answered within it is refused. `profile` is what
         is known of the model's time; it is learnt from the batches anyway. `on_batch` is told the
-        rows and seconds of every batch that ran."""
+        rows and seconds of every batch that ran. Calls that have long been faster than `inline_s`
+        are made in the event loop."""
         self.model = model
         """Runs the batches; another may take its place at any time, between two of them."""
         self.on_batch = on_batch
@@ -79,7 +83,8 @@ class Executor:
         self._running: Sequence[_Call] = ()
         self._began_s = 0.0
         self._num_fast = 0
-        """Calls in a row that took less than `_INLINE_S`."""
+        """Calls in a row that took less than `inline_s`."""
+        self._inline_s = inline_s
         self._batches: queue.SimpleQueue[Sequence[_Call] | None] = queue.SimpleQueue()
         self._watch: asyncio.TimerHandle | None = None
         threading.Thread(target=self._work, name="predict", daemon=True).start()
@@ -202,7 +207,7 @@ class Executor:
     def _account(self, batch: Sequence[_Call], took_s: float) -> int:
         """The model is free again; returns the rows it had."""
         rows = sum(call.rows for call in batch)
-        self._num_fast = self._num_fast + 1 if took_s < _INLINE_S else 0
+        self._num_fast = self._num_fast + 1 if took_s < self._inline_s else 0
         if self._pace.record(rows, self._loop.time() - self._began_s):
             self._queue.renew(self._pace.profile())
         self._queue.done()
