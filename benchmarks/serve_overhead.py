@@ -278,6 +278,8 @@ def main() -> None:
     parser.add_argument("--port", type=int)
     asked = parser.parse_args()
     if asked.server is not None:
+        # A shell that starts this in the background has it ignored, and that is inherited.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         SERVERS[asked.server](asked.port)
         return
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in asked.only}

@@ -145,7 +145,7 @@ def test_any_grpc_bytes_are_a_request_or_refused(method: str, wire: bytes) -> No
     ("body", "told"),
     [
         (b"[]", "not an object"),
-        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 100_000, "depth limit"),
         (body_of(), "at least one tensor"),
         (body_of(x(), x()), "given twice"),
         (body_of(x(shape=[2, 2])), "needs 4 elements, data has 2"),

@@ -33,6 +33,8 @@ DRAIN_S: Final = 1.5
 second to learn that it left."""
 MOST_HELD_BYTES: Final = 256 * 1024
 """A larger request is not repeated when its replica dies: the ingress does not hold it whole."""
+_KEPT_BYTES: Final = 64 * 1024 * 1024
+"""Of buffers that a thread of the ingress keeps for the next request."""
 _RETRIES: Final = 30
 """They cost nothing: several replicas may be dead and not yet known to be."""
 _PATIENCE_S: Final = 60.0
@@ -106,6 +108,8 @@ def environment(spec: ServeSpec) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_RETRIES": str(_RETRIES),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(held_bytes),
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+        # A log line a request to a Python process, for Ray's dashboard; replicas count themselves.
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
@@ -126,11 +130,13 @@ def haproxy() -> str | None:
 
 
 def _private_haproxy(binary: str) -> Path:
-    """A script that starts `binary` as Ray would, but for four lines of its configuration: the
+    """A script that starts `binary` as Ray would, but for some lines of its configuration: the
     statistics on loopback and the admin socket for this user only, which Ray writes open to every
     machine and every user; a request is taken whole before it is passed on, since only one that was
-    whole when it was first sent can be sent again; and the proxy that requests wait in while no
-    replica can be reached is never held for dead, however slow the machine."""
+    whole when it was first sent can be sent again; the proxy that requests wait in while no replica
+    can be reached is never held for dead, however slow the machine; buffers as large as requests
+    that can be sent again are kept instead of returned to the system after each; and no line a
+    request goes to a system log that is not there."""
     folder = Path(tempfile.gettempdir()) / f"supple-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     script = folder / "haproxy"
@@ -140,7 +146,9 @@ def _private_haproxy(binary: str) -> Path:
         "sed -i -e 's/^\\( *bind\\) [*]\\{0,1\\}:/\\1 127.0.0.1:/' "
         "-e 's/mode 666 level admin/mode 600 level admin/' "
         "-e 's/^    option abortonclose$/&\\n    option http-buffer-request/' "
-        "-e 's/ check backup$/ backup/' \"$config\"\n"
+        "-e 's/ check backup$/ backup/' "
+        f"-e 's/^    tune.bufsize .*/&\\n    tune.memory.hot-size {_KEPT_BYTES}/' "
+        "-e '/^    log 127.0.0.1:514 /d' \"$config\"\n"
         f'exec {shlex.quote(binary)} "$@"\n'
     )
     if not script.exists() or script.read_text() != text:

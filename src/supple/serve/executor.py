@@ -32,8 +32,10 @@ _RETRY_AFTER_S: Final = 1.0
 INLINE_S: Final = 5e-5
 """A call faster than this is made in the event loop: to hand it to a thread costs more. The loop
 cannot give up on it, so that one which hangs all the same is found by Ray's health check."""
-_INLINE_AFTER: Final = 16
-"""So many calls in a row must have been so fast."""
+_MOSTLY: Final = 0.7
+"""Share of the last ten calls or so that must have been so fast."""
+_MUCH_SLOWER: Final = 20.0
+"""One call so many times slower goes back to the thread at once."""
 _PLANNED_SHARE: Final = 0.9
 """Of the promise, what the queue plans with; the rest is for reading and writing the request."""
 
@@ -82,8 +84,8 @@ class Executor:
         """Those that wait, by number."""
         self._running: Sequence[_Call] = ()
         self._began_s = 0.0
-        self._num_fast = 0
-        """Calls in a row that took less than `inline_s`."""
+        self._fast = 0.0
+        """Share of calls that took less than `inline_s`, the last ones counting most."""
         self._inline_s = inline_s
         self._batches: queue.SimpleQueue[Sequence[_Call] | None] = queue.SimpleQueue()
         self._watch: asyncio.TimerHandle | None = None
@@ -111,6 +113,8 @@ class Executor:
         to all. Raises `ModelFault`, or `Refused` (429, 503)."""
         if self.stuck is not None:
             raise Refused(self.stuck, 503, _RETRY_AFTER_S)
+        if self._fast >= _MOSTLY and not self._running and not self._calls:
+            return self._at_once(inputs, rows)
         now = self._loop.time()
         allowed_s = self._within_s if within_s is None else within_s
         call = _Call(inputs, rows, self._loop.create_future())
@@ -137,19 +141,24 @@ class Executor:
         """End the thread once its batch is done."""
         self._batches.put(None)
 
+    def _at_once(self, inputs: Mapping[str, Array], rows: int) -> Outputs:
+        """The answer to a request that nobody is before, computed in the event loop."""
+        ((result,), took_s) = self._run([inputs])
+        self._account(rows, took_s, took_s)
+        if self.on_batch is not None:
+            self.on_batch(rows, took_s)
+        if isinstance(result, ModelFault):
+            raise result
+        return result
+
     def _launch(self) -> None:
-        while not self._running:
-            self._began_s = self._loop.time()
-            turn = self._queue.take(self._began_s)
-            self._refuse(turn.refused)
-            self._running = [self._calls.pop(ticket.number) for ticket in turn.batch]
-            if not self._running:
-                return
-            if self._num_fast < _INLINE_AFTER:
-                self._watch = self._loop.call_later(self._timeout_s, self._give_up)
-                self._batches.put(self._running)
-                return
-            self._end_batch(self._running, *self._run(self._running))
+        self._began_s = self._loop.time()
+        turn = self._queue.take(self._began_s)
+        self._refuse(turn.refused)
+        self._running = [self._calls.pop(ticket.number) for ticket in turn.batch]
+        if self._running:
+            self._watch = self._loop.call_later(self._timeout_s, self._give_up)
+            self._batches.put(self._running)
 
     def _refuse(self, refusals: Iterable[Refusal]) -> None:
         for refusal in refusals:
@@ -172,20 +181,22 @@ class Executor:
 
     def _work(self) -> None:
         while (batch := self._batches.get()) is not None:
-            results, took_s = self._run(batch)
+            results, took_s = self._run([call.inputs for call in batch])
             try:
                 self._loop.call_soon_threadsafe(self._finish, batch, results, took_s)
             except RuntimeError:  # the loop is closed: nobody waits for an answer
                 return
 
-    def _run(self, batch: Sequence[_Call]) -> tuple[list[Outputs | ModelFault], float]:
+    def _run(
+        self, requests: Sequence[Mapping[str, Array]]
+    ) -> tuple[list[Outputs | ModelFault], float]:
         """The answers, and how long the model took for them."""
         results: list[Outputs | ModelFault] = []
         began_s = time.perf_counter()
         try:
-            results.extend(run_batch(self.model, [call.inputs for call in batch]))
+            results.extend(run_batch(self.model, requests))
         except BaseException as error:
-            results[:] = [ModelFault(f"unexpected {error!r}")] * len(batch)
+            results[:] = [ModelFault(f"unexpected {error!r}")] * len(requests)
         return results, time.perf_counter() - began_s
 
     def _finish(
@@ -194,33 +205,10 @@ class Executor:
         """The thread has run a batch."""
         if self._watch is not None:
             self._watch.cancel()
-        rows = self._account(batch, took_s)
-        self._launch()  # first, so that the thread works while the answers are written
-        self._answer(batch, rows, results, took_s)
-
-    def _end_batch(
-        self, batch: Sequence[_Call], results: Sequence[Outputs | ModelFault], took_s: float
-    ) -> None:
-        """The event loop has run one itself."""
-        self._answer(batch, self._account(batch, took_s), results, took_s)
-
-    def _account(self, batch: Sequence[_Call], took_s: float) -> int:
-        """The model is free again; returns the rows it had."""
         rows = sum(call.rows for call in batch)
-        self._num_fast = self._num_fast + 1 if took_s < self._inline_s else 0
-        if self._pace.record(rows, self._loop.time() - self._began_s):
-            self._queue.renew(self._pace.profile())
+        self._account(rows, took_s, self._loop.time() - self._began_s)
         self._queue.done()
-        self._running = ()
-        return rows
-
-    def _answer(
-        self,
-        batch: Sequence[_Call],
-        rows: int,
-        results: Sequence[Outputs | ModelFault],
-        took_s: float,
-    ) -> None:
+        self._launch()  # first, so that the thread works while the answers are written
         if self.on_batch is not None:
             self.on_batch(rows, took_s)
         for call, result in zip(batch, results, strict=True):
@@ -230,6 +218,14 @@ class Executor:
                 call.answer.set_exception(result)
             else:
                 call.answer.set_result(result)
+
+    def _account(self, rows: int, took_s: float, whole_s: float) -> None:
+        """A batch took the model `took_s`, and with the way to its thread and back `whole_s`."""
+        self._fast = 0.9 * self._fast + 0.1 * (took_s < self._inline_s)
+        if took_s > _MUCH_SLOWER * self._inline_s:
+            self._fast = 0.0
+        if self._pace.record(rows, whole_s):
+            self._queue.renew(self._pace.profile())
 
 
 def run_batch(

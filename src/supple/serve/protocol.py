@@ -5,7 +5,6 @@ limits allow is a `Refused` with a status and a sentence, whatever it holds: not
 this file. Arrays keep the batch as their first dim.
 """
 
-import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn, final
 
 import numpy as np
+import orjson
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -130,18 +130,15 @@ def refuse(message: str, status: int = 400) -> NoReturn:
 
 def _parse_json(text: bytes) -> dict[str, Any]:
     try:
-        document = json.loads(text, parse_constant=_no_constant)
-    except RecursionError:
-        refuse("the JSON is nested too deeply")
+        document = orjson.loads(text)
     except ValueError as error:
-        refuse(f"the body is not JSON: {str(error)[:200]}")
+        hint = ""
+        if b"NaN" in text or b"Infinity" in text:
+            hint = "; NaN and infinities are no JSON numbers, send them as binary data"
+        refuse(f"the body is not JSON: {str(error)[:200]}{hint}")
     if not isinstance(document, dict):
         refuse("the body is JSON, but not an object with inputs")
     return document
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number; send such values as binary data")
 
 
 def _parameters(owner: dict[str, Any], what: str) -> dict[str, Any]:
@@ -203,6 +200,9 @@ def checked_dtype(name: str, datatype: object) -> np.dtype[Any]:
     return DTYPES[datatype]
 
 
+_UINT64: Final = np.dtype(np.uint64)
+
+
 def _from_json(name: str, data: object, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     if not isinstance(data, list):
         refuse(f'input {name!r}: "data" is a list')
@@ -215,7 +215,7 @@ def _from_json(name: str, data: object, dtype: np.dtype[Any], shape: tuple[int, 
     count = math.prod(shape)
     if array.size != count:
         refuse(f"input {name!r}: shape {list(shape)} needs {count} elements, data has {array.size}")
-    if dtype.name == "uint64" and array.dtype.kind in "fO":
+    if dtype == _UINT64 and array.dtype.kind in "fO":
         # numpy reads whole numbers beyond int64, beside smaller ones, as floats.
         whole = np.asarray(data, dtype=object)
         if all(type(value) is int and 0 <= value < 2**64 for value in whole.ravel()):
@@ -348,15 +348,14 @@ def encode_response(
         elif array.dtype.kind == "O":
             described["data"] = [item.decode("utf-8", "replace") for item in array.ravel()]
         else:
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                refuse("an output is not finite, which JSON cannot say: ask for binary_data", 500)
             described["data"] = array.ravel().tolist()
         tensors.append(described)
     document: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": tensors}
     if request.request_id:
         document["id"] = request.request_id
-    try:
-        head = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
-    except ValueError:
-        refuse("an output is not finite, which JSON cannot say: ask for binary_data", 500)
+    head = orjson.dumps(document)
     return (head, None) if not tail else (b"".join([head, *tail]), len(head))
 
 
