@@ -1,6 +1,7 @@
 """The metrics of a whole service, whichever of its replicas is asked for them."""
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -29,16 +30,18 @@ def replica_addresses(name: str) -> Sequence[tuple[str, int]]:
 async def metrics_pages(name: str, headers: Mapping[str, str]) -> Sequence[bytes]:
     """The page of every replica of the service that tells it, the one that asks included."""
     addresses = await asyncio.to_thread(replica_addresses, name)
+    here = ray.util.get_node_ip_address()
     timeout = aiohttp.ClientTimeout(total=_PATIENCE_S)
     async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
 
         async def page(host: str, port: int) -> bytes:
             shown = f"[{host}]" if ":" in host else host
-            try:
-                async with session.get(f"http://{shown}:{port}{OWN_METRICS}") as response:
-                    return await response.read() if response.status == 200 else b""
-            except (aiohttp.ClientError, TimeoutError, OSError):
-                return b""
+            # Replicas of a service that is not open to others listen on loopback alone.
+            for address in ("127.0.0.1", shown) if host == here else (shown,):
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+                    async with session.get(f"http://{address}:{port}{OWN_METRICS}") as response:
+                        return await response.read() if response.status == 200 else b""
+            return b""
 
         found = await asyncio.gather(*(page(host, port) for host, port in addresses))
     return [text for text in found if text]
