@@ -37,8 +37,8 @@ def test_a_curve_says_what_it_rests_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no runs with batch_size and samples_to_target"),
-        ("batch,samples\n1,2\n", "the first line must name the columns"),
+        ("", "has 0 rows and no column batch_size, samples_to_target"),
+        ("batch,samples\n1,2\n", "no column batch_size, samples_to_target: it needs"),
         ("batch_size,samples_to_target\n64,1e6\n128,soon\n", "line 3.*must be numbers"),
         ("batch_size,samples_to_target\n64\n", "line 2.*must be numbers"),
         ("batch_size,samples_to_target\n64,1e6\n", "nothing there compares two sizes"),

@@ -1,6 +1,5 @@
 """`supple inference`: a language model by its sizes; how many accelerators should serve it."""
 
-import csv
 import dataclasses
 import json
 import math
@@ -15,6 +14,7 @@ from supple.core.spec import SpecError, parse_count, parse_money
 from supple.core.types import Estimate, Infeasible
 from supple.eventlog import to_plain
 from supple.refusals import FAILED, messages
+from supple.rows import parse_amount, read_rows
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
     from supple.core.decoding import ServingRun
@@ -189,11 +189,7 @@ def _range(estimate: Estimate, scale: float, form: str) -> str:
 
 def _amount(text: str, option: str) -> float:
     """`"8B"` as 8e9."""
-    scale = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}.get(text[-1:].lower(), 1.0)
-    try:
-        count = float(text if scale == 1.0 else text[:-1]) * scale
-    except ValueError:
-        count = 0.0
+    count = parse_amount(text)
     if not 1e3 <= count <= 1e15:
         raise SpecError(f"{option} {text!r}: give a number of parameters such as 350M or 8B.")
     return count
@@ -211,17 +207,9 @@ def _read(path: Path, job: "InferenceJob") -> "list[ServingMeasurement]":
     """Rows without the optional columns are of the model, load and accelerator asked about."""
     from supple.core.inference import ServingMeasurement
 
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"--measured {path}: {error}.") from None
-    missing = [name for name in _COLUMNS if not rows or name not in rows[0]]
-    if missing:
-        raise SpecError(
-            f"--measured {path} has {len(rows)} rows and no column {', '.join(missing)}: it needs "
-            f"{', '.join(_COLUMNS)}, and for other models also {_OPTIONAL}."
-        )
+    rows = read_rows(
+        path, _COLUMNS, what="--measured", besides=f"for other models also {_OPTIONAL}"
+    )
     found: list[ServingMeasurement] = []
     for number, row in enumerate(rows, 2):
         given = {name: value.strip() for name, value in row.items() if value and value.strip()}

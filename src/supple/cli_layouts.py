@@ -1,6 +1,5 @@
 """`supple layouts`: the joint answer for a transformer by its sizes, or a script by its layers."""
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from supple.core.spec import (
 from supple.core.types import Infeasible, ParallelLayout
 from supple.eventlog import to_plain
 from supple.refusals import FAILED, messages, split_target
+from supple.rows import parse_amount, read_rows
 from supple.train.script import check
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
@@ -252,12 +252,7 @@ def _nvlink(device: "Device") -> str:
 
 def _amount(text: str) -> int:
     """`"10M"` as 10,000,000."""
-    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
-    digits = text if scale == 1 else text[:-1]
-    try:
-        count = float(digits) * scale
-    except ValueError:
-        count = 0.0
+    count = parse_amount(text)
     if not 1 <= count < 1e15:
         raise SpecError(f"--samples {text!r}: give a number of sequences such as 200000 or 10M.")
     return int(count)
@@ -267,17 +262,7 @@ def _read(path: Path, model: "Transformer") -> "list[LayoutMeasurement]":
     """Raises `SpecError` for a file that cannot be read and for rows that make no sense."""
     from supple.core.layouts import LayoutMeasurement, LayoutRun
 
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"--measured {path}: {error}.") from None
-    missing = [name for name in _COLUMNS if not rows or name not in rows[0]]
-    if missing:
-        raise SpecError(
-            f"--measured {path} has {len(rows)} rows and no column {', '.join(missing)}: it needs "
-            f"{', '.join(_COLUMNS)}, and optionally recompute (0 or 1)."
-        )
+    rows = read_rows(path, _COLUMNS, what="--measured", besides="optionally recompute (0 or 1)")
     found: list[LayoutMeasurement] = []
     for number, row in enumerate(rows, 2):
         try:

@@ -1,12 +1,12 @@
 """Reads previous runs of a task from a CSV file, for `supple plan --history`."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 from supple.core.learning_rate import TunedRate
 from supple.core.samples import Run, SamplesModel, fit_samples
 from supple.core.spec import SpecError
+from supple.rows import read_rows
 
 COLUMNS = ("batch_size", "samples_to_target")
 OPTIONAL = ("learning_rate", "reached")
@@ -27,19 +27,9 @@ def read_history(path: Path) -> list[Run]:
     `reached`, 0 for a run that was stopped after so many samples without reaching the target.
 
     Raises `SpecError` naming the file and the line."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SpecError(f"the history {path} cannot be read: {error}. Give a CSV file.") from None
-    known = rows[0].keys() if rows else ()
-    missing = [name for name in COLUMNS if name not in known]
-    if missing:
-        raise SpecError(
-            f"the history {path} has no runs with {' and '.join(missing)}: the first line must "
-            f"name the columns {', '.join(COLUMNS)} (and, if known, {', '.join(OPTIONAL)}), and "
-            "every further line is one run."
-        )
+    rows = read_rows(
+        path, COLUMNS, what="the history", besides=f"if known, {', '.join(OPTIONAL)}; a run a line"
+    )
     return [_run(row, f"{path}, line {line}") for line, row in enumerate(rows, start=2)]
 
 

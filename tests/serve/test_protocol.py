@@ -138,7 +138,8 @@ def test_any_grpc_bytes_are_a_request_or_refused(method: str, wire: bytes) -> No
     with contextlib.suppress(Refused):
         asked = oip.parse(method, wire)
         if method == "ModelInfer":
-            oip.decode_infer(asked, LIMITS)
+            request = oip.decode_infer(asked, LIMITS)
+            assert all(isinstance(array, np.ndarray) for array in request.inputs.values())
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ class ControlServer:
                 writer.write(json.dumps(self._answer(line)).encode() + b"\n")
                 await writer.drain()
         except ConnectionError:
-            pass
+            pass  # who asked has gone, and nobody else wants the answer
         finally:
             writer.close()
             with contextlib.suppress(ConnectionError):
