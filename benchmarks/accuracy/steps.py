@@ -21,15 +21,16 @@ from supple.core.throughput import StepTimeModel, fit
 from supple.core.types import Estimate
 
 PARAMETERS = {
-    "bert": 110e6,
+    "bert": 108.9e6,
     "cifar10": 11.2e6,
-    "deepspeech2": 36e6,
+    "deepspeech2": 41.2e6,
     "imagenet": 25.6e6,
-    "ncf": 20e6,
+    "ncf": 1.6e6,
     "yolov3": 62e6,
 }
-"""Of the published models, for gradients in float32; not in the data. Those of deepspeech2 and ncf
-depend on settings that are not in the data either: orders of magnitude."""
+"""Of the models in Pollux's published benchmark programs, for gradients in float32; not in the
+data. deepspeech2: five bidirectional GRU layers of 800; ncf: NeuMF of 32 factors on MovieLens 1M,
+6,040 + 3,706 embeddings of 32 + 128."""
 NODES = (2, 3)
 """The most nodes measured."""
 WORKERS_PER_NODE = 4
@@ -43,6 +44,8 @@ class Row:
     micro_batch: int
     step_s: float
     sync_s: float
+    most_per_node: int | None
+    """Where the placement is stated."""
 
     def measurement(self) -> StepMeasurement:
         compute = self.step_s - self.sync_s
@@ -57,6 +60,7 @@ class Row:
             data_s=0.0,
             sync_s=self.sync_s,
             step_time_s=self.step_s,
+            most_per_node=self.most_per_node,
         )
 
 
@@ -74,6 +78,7 @@ def read(data: Path, app: str) -> list[Row]:
                 int(row["local_batch_size"]),
                 float(row["step_time_s"]),
                 float(row["sync_time_s"]),
+                max(map(int, row["placement"])) if row["placement"] else None,
             )
             for row in csv.DictReader(file)
         ]
@@ -83,7 +88,7 @@ def fitted(app: str, rows: Sequence[Row]) -> StepTimeModel:
     return fit(
         [row.measurement() for row in rows],
         gradient_bytes=int(4 * PARAMETERS.get(app, 30e6)),
-        link=lookup("ethernet-50"),
+        link=lookup("cloud-50"),
         local_link=lookup("pcie4"),
         workers_per_node=WORKERS_PER_NODE,
     )

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,10 @@ from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
 
 def model(*counts: int, per_node: int = 8) -> StepTimeModel:
     return fit(
-        [*ALONE, *(measured(count, 32) for count in counts)],
+        [
+            *ALONE,
+            *(replace(measured(count, 32), num_nodes=-(-count // per_node)) for count in counts),
+        ],
         gradient_bytes=GRADIENT_BYTES,
         link=lookup("ethernet-25"),
         local_link=lookup("pcie4"),

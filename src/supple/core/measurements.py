@@ -19,6 +19,8 @@ class StepMeasurement:
     data_s: float
     sync_s: float
     step_time_s: float
+    most_per_node: int | None = None
+    """Workers on the fullest node; as if spread evenly where it is not given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +53,16 @@ def check_measurements(
     for step in steps:
         times = (step.forward_s + step.backward_s, step.step_time_s)
         counts = (*configuration(step), step.num_workers // max(1, step.num_nodes))
+        even = -(-step.num_workers // max(1, step.num_nodes))
+        fullest = even if step.most_per_node is None else step.most_per_node
         rest = (step.optimizer_s, step.data_s, step.sync_s)
         good = all(math.isfinite(t) and t > 0 for t in times) and min(counts) >= 1
+        good = good and even <= fullest <= step.num_workers - step.num_nodes + 1
         if not good or not all(math.isfinite(t) and t >= 0 for t in rest):
             raise ValueError(
                 f"the measurement {step} cannot be fitted: counts must be at least 1, nodes no "
-                "more than workers, and times positive and finite. Measure it again, or leave it "
-                "out."
+                "more than workers, the fullest node between an even share and all that the others "
+                "leave, and times positive and finite. Measure it again, or leave it out."
             )
     for collective in collectives:
         good = math.isfinite(collective.time_s) and collective.time_s > 0
@@ -69,8 +74,14 @@ def check_measurements(
             )
 
 
+def most_per_node(step: StepMeasurement) -> int:
+    """Workers on the fullest node."""
+    even = -(-step.num_workers // step.num_nodes)
+    return even if step.most_per_node is None else step.most_per_node
+
+
 def configuration(step: StepMeasurement) -> tuple[int, int, int, int]:
-    """(workers, nodes, micro-batch, accumulation)."""
+    """(workers, nodes, micro-batch, accumulation): how they lie on the nodes is left out."""
     return (
         step.num_workers,
         step.num_nodes,
