@@ -187,7 +187,9 @@ def plan(
         str | None, typer.Option(help="Money, or accelerator-hours without --price.")
     ] = None,
     price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
-    interconnect: Annotated[str, typer.Option(help="Between nodes; cloud-… for virtual machines.")] = "ethernet-25",
+    interconnect: Annotated[
+        str, typer.Option(help="Between nodes; cloud-… for virtual machines.")
+    ] = "ethernet-25",
     workers_per_node: Annotated[
         str | None, typer.Option(help="Default: this machine's cores.")
     ] = None,
