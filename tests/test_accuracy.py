@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy.pictures import deviations, draw
+from benchmarks.accuracy.published_layouts import predict, published
 from benchmarks.accuracy.score import Score, coverage, covered, mape, median, p90, relative_errors
 from benchmarks.planner_accuracy import BARS, BEGIN, END, Bar, metrics, write_table
+from supple.core.interconnects import lookup
+from supple.core.layout_memory import num_parameters
+from supple.core.layouts import DEVICES, Transformer, fit_layouts
 from supple.core.types import Estimate
 
 TEN = Estimate(value=10.0, low=8.0, high=12.5, source="fitted")
@@ -70,3 +74,33 @@ def test_the_published_page_has_its_markers_and_its_pictures() -> None:
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
     assert pictures and all((PAGE.parent / name).exists() for name in pictures)
     assert "fit_ms" in BARS
+
+
+def test_the_published_layouts_are_the_models_their_names_say() -> None:
+    """In the table's words: 1.7 to 1008 billion parameters, on as many GPUs as the degrees make."""
+    billions = []
+    for runs, seconds in published():
+        model = runs[0].model
+        assert isinstance(model, Transformer) and seconds > 0
+        billions.append(num_parameters(model) / 1e9)
+        batches = {
+            r.micro_batch_size * r.num_micro_batches * r.layout.dp_degree: r.layout.world_size
+            for r in runs
+        }
+        assert len(batches) == 1
+    assert billions == pytest.approx(
+        [1.7, 3.6, 7.5, 18.4, 39.1, 76.1, 145.6, 310.1, 529.6, 1008.0], rel=0.03
+    )
+
+
+def test_data_sheets_alone_hold_published_iterations_on_up_to_3072_accelerators() -> None:
+    model = fit_layouts(
+        [],
+        device=DEVICES["a100"],
+        link=lookup("infiniband-200x8"),
+        local_link=lookup("nvlink-a100"),
+        workers_per_node=8,
+    )
+    found = predict(model)
+    assert all(estimate.low <= true <= estimate.high for estimate, true in found)
+    assert median([estimate.value / true for estimate, true in found]) < 1.3

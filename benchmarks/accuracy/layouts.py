@@ -13,11 +13,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize
 
-from benchmarks.accuracy.score import Score, coverage, covered, mape
+from benchmarks.accuracy.published_layouts import predict as predict_published
+from benchmarks.accuracy.published_layouts import published
+from benchmarks.accuracy.score import Score, coverage, covered, mape, relative_errors
 from supple.core.interconnects import lookup
 from supple.core.layouts import (
     DEVICES,
     LayoutMeasurement,
+    LayoutModel,
     LayoutRun,
     Transformer,
     fit_layouts,
@@ -60,15 +63,18 @@ def measurement(row: dict[str, str]) -> LayoutMeasurement:
     )
 
 
-def ours(seen: Sequence[LayoutMeasurement], asked: Sequence[LayoutMeasurement]) -> list[Estimate]:
-    model = fit_layouts(
+def fitted(seen: Sequence[LayoutMeasurement], link: str = "infiniband-200") -> LayoutModel:
+    return fit_layouts(
         seen,
         device=DEVICES["a100"],
-        link=lookup("infiniband-200"),
+        link=lookup(link),
         local_link=lookup("nvlink-a100"),
         workers_per_node=WORKERS_PER_NODE,
     )
-    return model.predict_all([row.run for row in asked])
+
+
+def ours(seen: Sequence[LayoutMeasurement], asked: Sequence[LayoutMeasurement]) -> list[Estimate]:
+    return fitted(seen).predict_all([row.run for row in asked])
 
 
 def regret(found: Sequence[Estimate], rows: Sequence[LayoutMeasurement]) -> float:
@@ -114,11 +120,39 @@ def measure(data: Path) -> Score:
         if not suffix:
             metrics["layout_rows20_interval_coverage"] = coverage(held)
         metrics |= next_count(rows, predict, suffix, held)
+    metrics |= second_cluster(rows, notes)
     fitted = [estimate.value for estimate in ours(rows, rows)]
     metrics["layout_floor_mape"] = mape(fitted, [row.iteration_s for row in rows])
     metrics["layouts_interval_coverage"] = coverage(held)
     notes.append(f"fitted to every row, asked the same: {100 * metrics['layout_floor_mape']:.1f} %")
     return Score(task="layouts", metrics=metrics, covered=held, notes=notes, points=points)
+
+
+def second_cluster(rows: Sequence[LayoutMeasurement], notes: list[str]) -> dict[str, float]:
+    """Published rows of another cluster, from the same draws of 20 rows of this one."""
+    errors: list[float] = []
+    theirs: list[float] = []
+    inside: list[bool] = []
+    asked = published()
+    for seed in range(NUM_SEEDS):
+        drawn = np.random.default_rng(seed).choice(len(rows), NUM_ROWS, False)
+        seen = [rows[index] for index in drawn]
+        found = predict_published(fitted(seen, "infiniband-200x8"))
+        true = [seconds for _, seconds in found]
+        errors += list(relative_errors([estimate.value for estimate, _ in found], true))
+        inside += covered([estimate for estimate, _ in found], true)
+        every = [LayoutMeasurement(run=run, iteration_s=1.0) for runs, _ in asked for run in runs]
+        times = iter(nine_parameters(seen, every))
+        plain = [min(next(times).value for _ in runs) for runs, _ in asked]
+        theirs += list(relative_errors(plain, true))
+    notes.append(
+        f"published rows of 32 to 3,072 GPUs, from 20 rows each: intervals hold "
+        f"{100 * coverage(inside):.0f} %, worst {100 * max(errors):.0f} %"
+    )
+    return {
+        "layout_published_mape": float(np.mean(errors)),
+        "layout_published_mape_baseline": float(np.mean(theirs)),
+    }
 
 
 def next_count(

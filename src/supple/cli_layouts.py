@@ -59,7 +59,9 @@ def layouts(
         float | None, typer.Option(help="GB of one accelerator; default: its data sheet's.")
     ] = None,
     workers_per_node: Annotated[int, typer.Option(help="Accelerators of a node.")] = 8,
-    interconnect: Annotated[str, typer.Option(help="Between nodes.")] = "infiniband-400",
+    interconnect: Annotated[
+        str, typer.Option(help="Between nodes; x8: eight network cards a node.")
+    ] = "infiniband-400x8",
     local_link: Annotated[
         str | None, typer.Option(help="Inside a node; default: nvlink of the accelerator.")
     ] = None,

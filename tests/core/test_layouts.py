@@ -124,6 +124,21 @@ def test_a_group_that_leaves_the_node_pays_for_it() -> None:
     assert time_of(run(tp=2), apart) == time_of(run(tp=2))
 
 
+def test_a_card_for_every_accelerator_spares_the_gradients_the_queue() -> None:
+    def seconds(link: str, tp: int) -> float:
+        model = fit_layouts(
+            [],
+            device=DEVICES["h100"],
+            link=lookup(link),
+            local_link=lookup("nvlink-h100"),
+            workers_per_node=8,
+        )
+        return model.predict(run(tp=tp, dp=64 // tp)).value
+
+    assert seconds("infiniband-400x8", 8) < seconds("infiniband-400", 8)
+    assert seconds("infiniband-400x8", 1) == seconds("infiniband-400", 1)
+
+
 def test_the_pipeline_bubble_shrinks_with_more_micro_batches() -> None:
     def loss(num: int) -> float:
         return 4 * time_of(run(pp=4, num=num)) / time_of(run(num=num))

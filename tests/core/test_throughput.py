@@ -334,6 +334,23 @@ def test_what_was_measured_on_two_nodes_is_not_taken_for_one() -> None:
     assert model_of(*ALONE, apart).predict(2, 32).source == "fitted"
 
 
+def test_a_card_for_every_worker_carries_as_many_rings() -> None:
+    def network(link: str, workers: int, nodes: int) -> float:
+        model = fit(
+            ALONE,
+            gradient_bytes=50 * GRADIENT_BYTES,
+            link=lookup(link),
+            local_link=lookup("nvlink-h100"),
+            workers_per_node=8,
+        )
+        return model.parts(workers, 32, num_nodes=nodes).sync_s
+
+    assert network("infiniband-400x8", 16, 2) < 0.3 * network("infiniband-400", 16, 2)
+    # One worker a node has one card, whatever the node has.
+    one = [network(link, 4, 4) for link in ("infiniband-400x8", "infiniband-400")]
+    assert one[0] == pytest.approx(one[1])
+
+
 def crowded(*placement: int, slow_inside: bool = False) -> StepMeasurement:
     """A made-up machine whose hosts are too small: every doubling of the workers of a node costs a
     fifth of the compute, and the node's bus carries as many transfers as it has workers."""

@@ -20,6 +20,8 @@ class Interconnect:
     neighbours that a node has in a larger ring get more than one."""
     pair_doubt: float = 0.3
     """Standard deviation of that one's logarithm."""
+    cards_per_node: int = 1
+    """Network cards of a node, each of this bandwidth."""
 
 
 _BASIS = "nominal rate, {} of it achieved by large ring all-reduces"
@@ -39,6 +41,7 @@ def _link(
     gigabytes_per_s: float,
     source: str,
     pair: tuple[float, float] = _FABRIC,
+    cards: int = 1,
 ) -> Interconnect:
     slowdown, doubt = pair
     return Interconnect(
@@ -48,6 +51,7 @@ def _link(
         source=source,
         pair_slowdown=slowdown,
         pair_doubt=doubt,
+        cards_per_node=cards,
     )
 
 
@@ -69,6 +73,8 @@ INTERCONNECTS: dict[str, Interconnect] = {
         _link("efa-400", 25.0, 40.0, _BASIS.format("80 % of 400 Gbit/s")),
         _link("infiniband-200", 14.0, 22.0, _BASIS.format("88 % of 200 Gbit/s")),
         _link("infiniband-400", 14.0, 44.0, _BASIS.format("88 % of 400 Gbit/s")),
+        _link("infiniband-200x8", 14.0, 22.0, _BASIS.format("88 % of 200 Gbit/s"), cards=8),
+        _link("infiniband-400x8", 14.0, 44.0, _BASIS.format("88 % of 400 Gbit/s"), cards=8),
     )
 }
 

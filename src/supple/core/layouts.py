@@ -10,15 +10,16 @@ A transformer layer, forward and backward, of a micro-batch of `tok` tokens, on 
     layer       (host^q + (arithmetic + memory + collective)^q)^(1/q)
 
     head        6 tok h V / (t F) + memory of the logits; on the last stage
-    iteration   sum over stages + (m-1) slowest stage + gradients + optimizer + constant
+    iteration   (1 + sigma log2 K) [ sum over stages + (m-1) slowest stage + gradients + optimizer
+                + constant ]
 
 The sizes are those of Korthikanti et al. 2022 (activations, equation 1) and Narayanan et al. 2021
 (operations, equation 3; pipeline). A small micro-batch costs what its launches cost and a large one
 what the device needs: that maximum, softened by q, is what plain sums get wrong. A measured layer
 has a host part and a part per sample instead, the latter divided by t. Tensor ranks are neighbours,
 then data, then pipeline ranks; a group that does not fit on a node runs at the speed between nodes,
-shared by the groups that run beside it. Parameters are positive and fitted as logarithms, with
-priors from the device's data sheet.
+and the groups that run beside it share the node's network cards. Parameters are positive and fitted
+as logarithms, with priors from the device's data sheet.
 """
 
 import math
@@ -36,8 +37,7 @@ from supple.core.throughput import NOISE_FLOOR, Z80
 from supple.core.types import Estimate, ParallelLayout, Source
 
 _FLOPS, _MEMORY, _HOST, _HOST_TP, _SOFT, _BETA_TP, _LAMBDA, _BETA_DP, _BETA_X, _HOP = range(10)
-_OPTIMIZER, _CONSTANT = 10, 11
-_NUM_PARAMETERS = 12
+_OPTIMIZER, _CONSTANT, _STRAGGLE = 10, 11, 12
 _NUDGE = 1e-6
 _TYPICAL = 0.05
 """Scatter the priors are weighed against before any is known."""
@@ -126,6 +126,7 @@ class LayoutModel:
     """A fitted model; make it with `fit_layouts`."""
 
     workers_per_node: int
+    cards_per_node: int
     most_workers: int
     """Of any measured run; 0 without measurements."""
     log_parameters: tuple[float, ...]
@@ -142,7 +143,7 @@ class LayoutModel:
         if not runs:
             return []
         sets = _around(np.asarray(self.log_parameters))
-        times = _iteration(np.exp(sets).T[..., None], _Sizes.of(runs, self.workers_per_node))
+        times = _iteration(np.exp(sets).T[..., None], self._sizes(runs))
         slopes = np.log(times[1:] / times[0]).T / _NUDGE
         spread = np.sum((slopes @ np.asarray(self.covariance)) * slopes, axis=1)
         found: list[Estimate] = []
@@ -161,6 +162,9 @@ class LayoutModel:
                 )
             )
         return found
+
+    def _sizes(self, runs: Sequence[LayoutRun]) -> "_Sizes":
+        return _Sizes.of(runs, self.workers_per_node, self.cards_per_node)
 
     def fastest(self, runs: Sequence[LayoutRun]) -> LayoutRun:
         """The run predicted to take the least time; `ValueError` for none."""
@@ -195,15 +199,17 @@ class _Sizes:
     dp_across: Any
     pp_across: Any
     rings: Any
-    """Data-parallel rings that share a node's network card."""
+    """Data-parallel rings that share a network card."""
+    doublings: Any
+    """Of the workers."""
 
     @staticmethod
-    def of(runs: Sequence[LayoutRun], workers_per_node: int) -> "_Sizes":
-        rows = [_sizes(run, workers_per_node) for run in runs]
+    def of(runs: Sequence[LayoutRun], workers_per_node: int, cards_per_node: int) -> "_Sizes":
+        rows = [_sizes(run, workers_per_node, cards_per_node) for run in runs]
         return _Sizes(*(np.array(column, dtype=float) for column in zip(*rows, strict=True)))
 
 
-def _sizes(run: LayoutRun, workers_per_node: int) -> tuple[float, ...]:
+def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[float, ...]:
     tp, dp, pp = run.layout.tp, run.layout.dp_degree, run.layout.pp
     model = run.model
     again = 4 / 3 if run.recompute else 1.0
@@ -253,7 +259,8 @@ def _sizes(run: LayoutRun, workers_per_node: int) -> tuple[float, ...]:
         tp > workers_per_node,
         tp * dp > workers_per_node,
         tp * dp * pp > workers_per_node,
-        min(tp, workers_per_node),
+        max(1.0, min(tp, workers_per_node) / cards_per_node),
+        math.log2(tp * dp * pp),
     )
 
 
@@ -281,7 +288,8 @@ def _iteration(x: Any, s: _Sizes) -> _Vector:
     across = np.maximum(x[_BETA_DP], x[_BETA_X] * s.rings)
     beta_dp = _either(s.dp_across > 0, across, x[_BETA_DP])
     gradients = s.dp_passes * (s.dp - 1.0) / s.dp * 2.0 * s.parameters * beta_dp
-    return cast("_Vector", pipe + gradients + x[_OPTIMIZER] * s.parameters + x[_CONSTANT])
+    whole = pipe + gradients + x[_OPTIMIZER] * s.parameters + x[_CONSTANT]
+    return cast("_Vector", whole * (1.0 + x[_STRAGGLE] * s.doublings))
 
 
 def _either(condition: Any, then: Any, otherwise: Any) -> Any:
@@ -313,13 +321,15 @@ def fit_layouts(
     covariance = np.diag(width**2)
     x_log, scatter = prior, _TYPICAL
     if measurements:
-        sizes = _Sizes.of([row.run for row in measurements], workers_per_node)
+        runs = [row.run for row in measurements]
+        sizes = _Sizes.of(runs, workers_per_node, link.cards_per_node)
         observed = np.log([row.iteration_s for row in measurements])
         x_log, covariance, scatter = _solve(
             lambda x: np.log(_iteration(x, sizes)) - observed, prior, width
         )
     return LayoutModel(
         workers_per_node=workers_per_node,
+        cards_per_node=link.cards_per_node,
         most_workers=max((row.run.layout.world_size for row in measurements), default=0),
         log_parameters=tuple(float(value) for value in x_log),
         covariance=tuple(tuple(float(v) for v in row) for row in covariance),
@@ -366,7 +376,7 @@ def _priors(
 ) -> tuple[_Vector, _Vector]:
     """Centre and width. Arithmetic reaches 60 % of the data sheet and element-wise kernels half of
     the memory's; a layer's launches take 2 ms, within a factor of e; Adam moves 16 bytes a
-    parameter."""
+    parameter; stragglers cost 1 % a doubling of the workers (`supple.core.step_form`)."""
     memory = 0.5 * device.memory_bytes_per_s
     beta = 1.0 / local_link.bandwidth_bytes_per_s
     centre = [
@@ -382,6 +392,7 @@ def _priors(
         3e-4,
         16.0 / memory,
         4e-3,
+        0.01,
     ]
-    width = [0.5, 0.5, 0.7, 0.7, 0.5, 0.7, 1.0, 0.7, 0.7, 1.0, 1.0, 1.0]
+    width = [0.5, 0.5, 0.7, 0.7, 0.5, 0.7, 1.0, 0.7, 0.7, 1.0, 1.0, 1.0, 0.5]
     return np.log(centre), np.array(width)

@@ -3,12 +3,13 @@
 
     compute   C = (a + b m) (1 + chi log2 g)                    per micro-batch of m samples
     inside    w = (1 + eta (g-1)) / W                           seconds a byte, a hop in a node
-    across    v = (1 + tau log2 n) (1 + kappa log2(K/n)) (1 + pi, for two nodes) / W'
+    across    v = (1 + tau log2 n) (1 + kappa log2(K/n)) (1 + pi, for two nodes) / (r W')
     network   N = 2 (K-n) alpha + 2 (n-1) alpha' + 2 (K-1)/K M (w^4 + v^4)^(1/4)
     step      T = (1 + sigma log2 K) [ (s-1) C + (C^p + N^p)^(1/p) + o + d m s ]
 
-with s micro-batches a step and M gradient bytes; alpha and W inside a node, alpha' and W' across; v
-counts from two nodes on, w where any node holds two workers. The network term is the textbook cost
+with s micro-batches a step and M gradient bytes; alpha and W inside a node, alpha' and W' across,
+where r network cards carry r rings, as many as there are cards and workers of a node; v counts from
+two nodes on, w where any node holds two workers. The network term is the textbook cost
 of a ring all-reduce through all workers, at the speed of its slowest hop. Neighbours slow each
 other: they share their host's processors (chi) and its memory or bus (eta; containers without
 direct memory access between accelerators feel it most), and its network card (kappa). The slowest
@@ -49,6 +50,12 @@ class Shape:
     most_per_node: Any
     micro_batch: Any
     accumulation: Any
+    cards: int
+    """Network cards of a node."""
+
+    @property
+    def rails(self) -> Any:
+        return np.clip(self.workers / self.nodes, 1.0, self.cards)
 
 
 def compute_time(x: Any, shape: Shape) -> Any:
@@ -61,7 +68,7 @@ def step_time(x: Any, shape: Shape, gradient_bytes: float, fixed: Any) -> Any:
     """Seconds for every shape; for every parameter set too, where `x` is (parameters, sets, 1).
     `fixed` is what a step takes beside: its optimizer and its data."""
     compute = compute_time(x, shape)
-    network = all_reduce(x, shape.workers, shape.nodes, shape.most_per_node, gradient_bytes)
+    network = all_reduce(x, shape, gradient_bytes)
     power = 1.0 + x[_INDEX["overlap"]]
     larger = np.maximum(compute, network)
     smaller = np.minimum(compute, network) / larger
@@ -70,15 +77,16 @@ def step_time(x: Any, shape: Shape, gradient_bytes: float, fixed: Any) -> Any:
     return straggle * ((shape.accumulation - 1.0) * compute + last + fixed)
 
 
-def all_reduce(x: Any, workers: Any, nodes: Any, most_per_node: Any, message_bytes: Any) -> Any:
-    """Seconds of one ring through all workers, node by node."""
+def all_reduce(x: Any, shape: Shape, message_bytes: Any) -> Any:
+    """Seconds of one ring through all workers, node by node, or of one over every card."""
+    workers, nodes = shape.workers, shape.nodes
     hops = (workers - nodes) * x[_INDEX["latency"]] + (nodes - 1.0) * x[_INDEX["latency_across"]]
-    host = 1.0 + x[_INDEX["host"]] * (most_per_node - 1.0)
+    host = 1.0 + x[_INDEX["host"]] * (shape.most_per_node - 1.0)
     inside = x[LOCAL_LINK] * host * np.where(workers > nodes, 1.0, 1e-3)
     card = 1.0 + x[_INDEX["card"]] * np.log2(np.maximum(1.0, workers / nodes))
     pair: Any = np.where(nodes == 2.0, 1.0 + x[_INDEX["pair"]], 1.0)
     many = 1.0 + x[_INDEX["slowest"]] * np.log2(nodes)
-    across = x[_INDEX["per_byte_across"]] * many * card * pair
+    across = x[_INDEX["per_byte_across"]] * many * card * pair / shape.rails
     larger = np.maximum(inside, across)
     smaller = np.minimum(inside, across) / larger
     both = larger * (1.0 + smaller**_SHARPNESS) ** (1.0 / _SHARPNESS)

@@ -133,7 +133,7 @@ class StepTimeModel:
         """The breakdown of what the fitted form says of a step."""
         x_log = np.asarray(self.log_parameters)
         nodes = self._nodes(num_workers) if num_nodes is None else num_nodes
-        shape = _shape(num_workers, nodes, micro_batch_size, num_accumulation_steps)
+        shape = self._shape(num_workers, nodes, micro_batch_size, num_accumulation_steps)
         total = float(self._times(x_log, shape))
         data = self.data_s_per_sample * micro_batch_size * num_accumulation_steps
         alone = num_accumulation_steps * float(compute_time(np.exp(x_log), shape))
@@ -184,7 +184,7 @@ class StepTimeModel:
     ) -> tuple[float, Vector]:
         """Seconds of a step, and how its logarithm moves with that of every parameter."""
         around = _around(np.asarray(self.log_parameters)).T[..., None]
-        times = self._times(around, _shape(workers, nodes, micro_batch, accumulation))
+        times = self._times(around, self._shape(workers, nodes, micro_batch, accumulation))
         return float(times[0, 0]), np.log(times[1:, 0] / times[0, 0]) / _NUDGE
 
     def _doubt(self, num_workers: int, num_nodes: int, *, seen: Sequence[int] = ()) -> float:
@@ -201,6 +201,17 @@ class StepTimeModel:
     def _nodes(self, num_workers: int) -> int:
         return -(-num_workers // self.workers_per_node)
 
+    def _shape(self, workers: int, nodes: int, micro_batch: int, accumulation: int) -> Shape:
+        """Workers spread evenly over their nodes."""
+        return Shape(
+            float(workers),
+            float(nodes),
+            float(-(-workers // nodes)),
+            float(micro_batch),
+            float(accumulation),
+            self.link.cards_per_node,
+        )
+
     def _times(self, log_parameters: Vector, shape: Shape) -> Any:
         samples = shape.micro_batch * shape.accumulation
         fixed = self.optimizer_s + self.data_s_per_sample * samples
@@ -213,17 +224,6 @@ class StepTimeModel:
         if (crossed and not seen) or (alone and num_workers > 1):
             return "assumed"
         return "fitted"
-
-
-def _shape(workers: int, nodes: int, micro_batch: int, accumulation: int) -> Shape:
-    """Workers spread evenly over their nodes."""
-    return Shape(
-        float(workers),
-        float(nodes),
-        float(-(-workers // nodes)),
-        float(micro_batch),
-        float(accumulation),
-    )
 
 
 def _around(x_log: Vector) -> Vector:
@@ -256,12 +256,15 @@ def fit(
         np.array([most_per_node(step) for step in steps], dtype=float),
         np.array([step.micro_batch_size for step in steps], dtype=float),
         np.array([step.num_accumulation_steps for step in steps], dtype=float),
+        link.cards_per_node,
     )
     observed = np.log([step.step_time_s for step in steps])
     compute = np.array([(s.forward_s + s.backward_s) / s.num_accumulation_steps for s in steps])
     fixed = optimizer_s + data_s_per_sample * samples
     sizes = np.array([c.message_bytes for c in collectives], dtype=float)
     ranks = np.array([c.num_workers for c in collectives], dtype=float)
+    alike = np.ones_like(ranks)
+    inside_one = Shape(ranks, alike, ranks, alike, alike, link.cards_per_node)
     reduced = np.log([c.time_s for c in collectives]) if collectives else np.zeros(0)
     prior, width = priors(compute, shape.micro_batch, inside, link)
 
@@ -272,7 +275,7 @@ def fit(
         whole = np.log(step_time(x, shape, gradient_bytes, fixed)) - observed
         parts = [own, whole]
         if collectives:
-            rings = np.log(all_reduce(x, ranks, np.ones_like(ranks), ranks, sizes)) - reduced
+            rings = np.log(all_reduce(x, inside_one, sizes)) - reduced
             parts.append(0.5 * rings)
         return np.concatenate(parts, axis=1)
 
