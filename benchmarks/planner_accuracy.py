@@ -19,14 +19,22 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.accuracy.pictures import draw
-from benchmarks.accuracy.score import Score, coverage
+from benchmarks.accuracy.score import NothingToAsk, Score, coverage
 from benchmarks.machine import report
 
-TASKS = (
-    *("steps", "fit_time", "layouts", "samples", "minutes", "epochs", "inference", "diffusion"),
-    "learning_rate",
-)
-"""Modules of `benchmarks.accuracy`, in the order they are shown."""
+TASKS = {
+    "steps": "pollux/profiles/*.csv",
+    "fit_time": "pollux/profiles/*.csv",
+    "layouts": "vtrain/*.csv",
+    "samples": "mlperf/convergence.csv",
+    "minutes": "mlperf/results.csv",
+    "epochs": "zeus/epochs_to_target.csv",
+    "inference": "inference/llm.csv",
+    "diffusion": "inference/diffusion.csv",
+    "learning_rate": "mlperf/convergence.csv",
+}
+"""Modules of `benchmarks.accuracy` in the order they are shown, and the tables each reads. Another
+split of the sources may lack some: what is not there is not measured, and said so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +83,13 @@ def show(score: Score) -> None:
 
 
 def metrics(scores: Sequence[Score]) -> dict[str, float]:
-    """Every task's figures, and the coverage of the intervals: the mean over the tasks."""
+    """Every task's figures, and the coverage of the intervals: the mean over the tasks. What a
+    split has no rows for is left out."""
     found = {name: value for score in scores for name, value in score.metrics.items()}
     shares = [coverage(score.covered) for score in scores if score.covered]
     if shares:
         found["interval_coverage"] = float(np.mean(shares))
-    return {name: round(value, 6) for name, value in found.items()}
+    return {name: round(value, 6) for name, value in found.items() if not math.isnan(value)}
 
 
 def write_table(found: dict[str, float], page: Path) -> None:
@@ -100,25 +109,31 @@ def write_table(found: dict[str, float], page: Path) -> None:
     page.write_text("\n".join([before + BEGIN, *lines, END + after]))
 
 
+def measured(task: str, data: Path) -> Score:
+    if not any(data.glob(TASKS[task])):
+        raise NothingToAsk(f"no {TASKS[task]} in {data}")
+    score: Score = importlib.import_module(f"benchmarks.accuracy.{task}").measure(data)
+    return score
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the public tables")
-    parser.add_argument("--only", choices=TASKS, action="append", help="run these tasks only")
+    parser.add_argument("--only", choices=list(TASKS), action="append", help="run these tasks only")
     parser.add_argument("--docs", type=Path, help="folder of accuracy.md, to be brought up to date")
     arguments = parser.parse_args()
     if arguments.docs and arguments.only:
         parser.error("--docs takes the figures of all tasks: leave out --only.")
-    here = Path(__file__).parent / "accuracy"
     scores: list[Score] = []
     for task in arguments.only or TASKS:
-        if not (here / f"{task}.py").exists():
-            print(f"\n{task}: not measured")
-            continue
-        score: Score = importlib.import_module(f"benchmarks.accuracy.{task}").measure(
-            arguments.data
-        )
-        show(score)
-        scores.append(score)
+        try:
+            scores.append(measured(task, arguments.data))
+        except NothingToAsk as why:
+            print(f"\n{task}: not measured: {why}")
+        else:
+            show(scores[-1])
+    if not scores:
+        parser.error(f"{arguments.data} holds none of {', '.join(sorted(set(TASKS.values())))}.")
     found = metrics(scores)
     if "interval_coverage" in found:
         verdict = "yes" if COVERAGE.holds(found["interval_coverage"]) else "NO"

@@ -1,14 +1,33 @@
 """The accuracy benchmark's arithmetic and its page."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.accuracy.pictures import deviations, draw
 from benchmarks.accuracy.published_layouts import predict, published
-from benchmarks.accuracy.score import Score, coverage, covered, mape, median, p90, relative_errors
-from benchmarks.planner_accuracy import BARS, BEGIN, END, Bar, metrics, write_table
+from benchmarks.accuracy.score import (
+    NothingToAsk,
+    Score,
+    coverage,
+    covered,
+    mape,
+    median,
+    p90,
+    relative_errors,
+)
+from benchmarks.planner_accuracy import (
+    BARS,
+    BEGIN,
+    END,
+    TASKS,
+    Bar,
+    measured,
+    metrics,
+    write_table,
+)
 from supple.core.interconnects import lookup
 from supple.core.layout_memory import num_parameters
 from supple.core.layouts import DEVICES, Transformer, fit_layouts
@@ -47,6 +66,17 @@ def test_the_edge_of_an_80_percent_interval_is_1_28_deviations_off() -> None:
 def test_a_large_task_does_not_hide_a_small_ones_coverage() -> None:
     many, few = score("many", *[True] * 99, False), score("few", True, False, False, False)
     assert metrics([many, few])["interval_coverage"] == pytest.approx((0.99 + 0.25) / 2)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_without_its_tables_says_which(task: str, tmp_path: Path) -> None:
+    with pytest.raises(NothingToAsk, match=re.escape(TASKS[task])):
+        measured(task, tmp_path)
+
+
+def test_a_figure_without_rows_is_left_out() -> None:
+    hollow = replace(score("one", True), metrics={"one_mape": float("nan"), "one_p90": 0.2})
+    assert set(metrics([hollow])) == {"one_p90", "interval_coverage"}
 
 
 def test_a_bar_holds_its_ends_and_no_more() -> None:

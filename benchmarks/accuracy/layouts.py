@@ -15,7 +15,14 @@ from scipy import optimize
 
 from benchmarks.accuracy.published_layouts import predict as predict_published
 from benchmarks.accuracy.published_layouts import published
-from benchmarks.accuracy.score import Score, coverage, covered, mape, relative_errors
+from benchmarks.accuracy.score import (
+    NothingToAsk,
+    Score,
+    coverage,
+    covered,
+    mape,
+    relative_errors,
+)
 from supple.core.interconnects import lookup
 from supple.core.layouts import (
     DEVICES,
@@ -96,6 +103,8 @@ def regret(found: Sequence[Estimate], rows: Sequence[LayoutMeasurement]) -> floa
 def measure(data: Path) -> Score:
     """Mean over the draws; and the smaller count of GPUs foretelling the next."""
     rows = read(data)
+    if len(rows) < 2 * NUM_ROWS:
+        raise NothingToAsk(f"{len(rows)} iteration times, {NUM_ROWS} to learn from and more to ask")
     metrics: dict[str, float] = {}
     held: list[bool] = []
     notes: list[str] = []

@@ -9,6 +9,10 @@ import numpy.typing as npt
 from supple.core.types import Estimate
 
 
+class NothingToAsk(Exception):
+    """The tables hold no prediction of a task: too few families, counts or sizes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """The figures of one task, and those of its baseline."""
