@@ -1,6 +1,7 @@
 """`supple layouts` as a person uses it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,43 @@ def test_iterations_that_ran_narrow_the_intervals(tmp_path: Path) -> None:
     assert width(f"--measured {path}") < 0.6 * width("")
 
 
+def test_it_says_what_to_measure_first_and_by_how_much_that_narrows(tmp_path: Path) -> None:
+    data = json.loads(supple(f"{SEVEN} --json").stdout)
+    told = re.fullmatch(
+        r"Measure (\d+) workers as (.+) with a micro-batch of (\d+)(, recomputed)? first: it "
+        r"narrows the iteration time at (\d+) from ±(\d+)% to ±(\d+)%\.",
+        data["measure_first"],
+    )
+    assert told is not None, data["measure_first"]
+    count, layout, micro, again, target, now, then = told.groups()
+    assert int(then) <= 0.7 * int(now) and 4 * int(count) <= int(target) == data["recommended"]
+    assert data["measure_first"] in supple(SEVEN).stdout
+    # Done as told, it comes out about as promised.
+    degrees = dict(re.findall(r"(tp|pp|fsdp|dp)(\d+)", layout))
+    dp = degrees.get("fsdp", degrees.get("dp", "1"))
+    (tmp_path / "ran.csv").write_text(
+        "tp,dp,pp,micro_batch_size,global_batch_size,iteration_time_s,fsdp,recompute\n"
+        f"{degrees.get('tp', 1)},{dp},{degrees.get('pp', 1)},{micro},512,"
+        f"{next(r for r in data['rows'] if r['num_workers'] == int(count))['step_time_s']['value']}"
+        f",{int('fsdp' in degrees)},{int(bool(again))}\n"
+    )
+    after = json.loads(
+        supple(f"{SEVEN} --json --max-workers {target} --measured {tmp_path / 'ran.csv'}").stdout
+    )
+    step = after["rows"][-1]["step_time_s"]
+    share = (step["high"] - step["low"]) / 2 / step["value"]
+    assert share == pytest.approx(int(then) / 100, rel=0.35)
+
+
+def test_probes_are_worth_a_larger_batch(tmp_path: Path) -> None:
+    path = tmp_path / "probes.csv"
+    path.write_text("batch_size,samples\n512,1000\n2048,1050\n")
+    result = supple(f"{SEVEN} --batch adaptive --probes {path} --json")
+    assert "from short probes at 2 batch sizes" in result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert max(row["batch"]["global_batch_size"] for row in rows) > 512
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -62,7 +100,7 @@ def test_iterations_that_ran_narrow_the_intervals(tmp_path: Path) -> None:
         (f"{SEVEN} --interconnect rope", "rope"),
         (f"{SEVEN} --memory -3", "--memory is -3"),
         (f"{SEVEN} --lr nan", "--lr is nan"),
-        (f"{SEVEN} --batch adaptive", "without --noise-scale"),
+        (f"{SEVEN} --batch adaptive", "without --noise-scale, --probes and --history"),
         (f"{SEVEN} --deadline 2h --budget 5", "choose the one"),
         (f"{SEVEN} --measured absent.csv", "absent.csv"),
         (SEVEN.replace("--heads 32 --samples 1M", ""), "--heads, --samples missing"),

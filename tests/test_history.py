@@ -50,6 +50,37 @@ def test_a_history_without_meaning_is_refused(tmp_path: Path, text: str, said: s
         read_curve(written(tmp_path, text))
 
 
+def test_two_probes_alone_compare_batch_sizes_and_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "probes.csv"
+    path.write_text("batch_size,samples\n64,10000\n1024,20000\n")
+    curve = read_curve(None, path)
+    assert curve.why == "from short probes at 2 batch sizes"
+    found = curve.efficiency(64, 1024)
+    assert found.low < 0.5 < found.high
+
+
+def test_runs_of_the_task_are_trusted_before_probes(tmp_path: Path) -> None:
+    path = tmp_path / "probes.csv"
+    path.write_text("batch_size,samples\n64,10000\n1024,40000\n")
+    runs = written(tmp_path, "batch_size,samples_to_target\n64,1e6\n1024,1.1e6\n")
+    both = read_curve(runs, path)
+    assert both.why.startswith("from runs of this task")
+    assert both.efficiency(64, 1024).value > 0.52  # nearer to the runs (0.91) than to the probes
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("batch_size,samples_to_target\n64,1\n", "the probes .* no column samples"),
+        ("batch_size,samples\n64,ten\n", "line 2.*not a probe"),
+        ("batch_size,samples\n64,100\n", "the probes .*nothing there compares two sizes"),
+    ],
+)
+def test_probes_without_meaning_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(SpecError, match=f"(?s){said}"):
+        read_curve(None, written(tmp_path, text))
+
+
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="cannot be read"):
         read_curve(tmp_path / "absent.csv")

@@ -67,7 +67,10 @@ def layouts(
     ] = None,
     measured: Annotated[
         Path | None,
-        typer.Option(help=f"CSV of iterations of this model that ran: {', '.join(_COLUMNS)}."),
+        typer.Option(
+            help=f"CSV of iterations of this model that ran: {', '.join(_COLUMNS)}[, fsdp, "
+            "recompute]."
+        ),
     ] = None,
     batch: Annotated[
         str, typer.Option(help="fixed, or adaptive with --noise-scale or --history.")
@@ -79,6 +82,13 @@ def layouts(
         Path | None,
         typer.Option(
             help="CSV of previous runs, in sequences: batch_size,samples_to_target[,learning_rate]."
+        ),
+    ] = None,
+    probes: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV of short probes, branches of one checkpoint until one loss: "
+            "batch_size,samples."
         ),
     ] = None,
     max_workers: Annotated[str | None, typer.Option(help="Cap; default: none.")] = None,
@@ -126,17 +136,18 @@ def layouts(
             price_per_hour=parse_money(price, what="--price") if price else None,
             batch=parse_batch(batch),
         )
-        if limits.batch == "adaptive" and noise_scale is None and history is None:
+        if limits.batch == "adaptive" and not (noise_scale or history or probes):
             raise SpecError(
-                "--batch adaptive was given without --noise-scale and --history: what a larger "
-                "batch is worth is not known from sizes. Give the noise scale that `supple plan` "
-                "measured, or previous runs at several batch sizes."
+                "--batch adaptive was given without --noise-scale, --probes and --history: what a "
+                "larger batch is worth is not known from sizes. Give the noise scale that `supple "
+                "plan` measured, or probes or previous runs at several batch sizes."
             )
         curve, tuned = None, ()
-        if history is not None:
+        if history is not None or probes is not None:
             from supple.history import best_rates, read_curve, read_history
 
-            curve, tuned = read_curve(history), best_rates(read_history(history))
+            curve = read_curve(history, probes)
+            tuned = () if history is None else best_rates(read_history(history))
             typer.echo(f"the worth of other batch sizes: {curve.why}", err=True)
         objective = Objective(
             deadline_s=parse_duration(deadline, what="--deadline") if deadline else None,
@@ -149,6 +160,7 @@ def layouts(
         from supple import plan_view
         from supple.core.layout_planner import LayoutJob, plan_layouts
         from supple.core.layouts import fit_layouts
+        from supple.core.next_measurement import which_layout_to_measure_first
 
         amount = _amount(samples) if samples else None
         rows: list[LayoutMeasurement] = []
@@ -181,12 +193,17 @@ def layouts(
             tuned=tuned,
         )
         table = plan_layouts(job, limits, objective)
+        # Layers of a script are measured already, and --measured knows transformers only.
+        first = ""
+        if script is None and not isinstance(table, Infeasible):
+            first = which_layout_to_measure_first(table, job)
         if as_json:
-            typer.echo(json.dumps(to_plain(plan_view.to_json(table))))
+            typer.echo(json.dumps(to_plain(plan_view.to_json(table, measure_first=first))))
         if isinstance(table, Infeasible):
             typer.echo(f"supple: {table}", err=True)
             raise typer.Exit(FAILED)
-        _show(table, as_json, plot, objective, Path(script).name if script else "transformer")
+        title = Path(script).name if script else "transformer"
+        _show(table, as_json, plot, objective, title, first)
 
 
 def _measure(script: str, verbose: bool) -> "LayerReport":
@@ -208,13 +225,18 @@ def _measure(script: str, verbose: bool) -> "LayerReport":
 
 
 def _show(
-    table: "PlanTable", as_json: bool, plot: Path | None, objective: Objective, title: str
+    table: "PlanTable",
+    as_json: bool,
+    plot: Path | None,
+    objective: Objective,
+    title: str,
+    first: str,
 ) -> None:
     from supple import plan_view
 
     if not as_json:
         width = None if sys.stdout.isatty() else 220
-        plan_view.show(table, Console(highlight=False, width=width))
+        plan_view.show(table, Console(highlight=False, width=width), measure_first=first)
     if plot is not None:
         from supple.picture import draw_plan
 
@@ -264,16 +286,19 @@ def _read(path: Path, model: "Transformer") -> "list[LayoutMeasurement]":
     """Raises `SpecError` for a file that cannot be read and for rows that make no sense."""
     from supple.core.layouts import LayoutMeasurement, LayoutRun
 
-    rows = read_rows(path, _COLUMNS, what="--measured", besides="optionally recompute (0 or 1)")
+    rows = read_rows(
+        path, _COLUMNS, what="--measured", besides="optionally fsdp and recompute (0 or 1)"
+    )
     found: list[LayoutMeasurement] = []
     for number, row in enumerate(rows, 2):
         try:
             tp, dp, pp, micro, batch = (int(row[name]) for name in _COLUMNS[:-1])
             if batch % (dp * micro):
                 raise ValueError(f"{dp} replicas of micro-batches of {micro} do not make {batch}")
+            shard = dp if row.get("fsdp", "0") == "1" else 1
             run = LayoutRun(
                 model=model,
-                layout=ParallelLayout(dp_replicate=dp, tp=tp, pp=pp),
+                layout=ParallelLayout(dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp),
                 micro_batch_size=micro,
                 num_micro_batches=batch // (dp * micro),
                 recompute=row.get("recompute", "0") == "1",

@@ -1,4 +1,5 @@
-"""Reads previous runs of a task from a CSV file, for `supple plan --history`."""
+"""Reads previous runs of a task, and short probes, from CSV files: `--history` and `--probes` of
+`supple plan` and `supple layouts`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +11,33 @@ from supple.rows import read_rows
 
 COLUMNS = ("batch_size", "samples_to_target")
 OPTIONAL = ("learning_rate", "reached")
+PROBE_COLUMNS = ("batch_size", "samples")
 
 
-def read_curve(path: Path) -> SamplesModel:
-    """Samples to the target against batch size. Raises `SpecError` as `read_history` does, and for
-    runs that no curve can be drawn through."""
-    runs = read_history(path)
+def read_curve(history: Path | None, probes: Path | None = None) -> SamplesModel:
+    """Samples to the target against batch size; from probes alone only ratios of them. Raises
+    `SpecError` as the readers do, and for what no curve can be drawn through."""
+    runs = [] if history is None else read_history(history)
+    branches = [] if probes is None else read_probes(probes)
+    given = " and ".join(
+        f"the {what} {path}"
+        for what, path in (("history", history), ("probes", probes))
+        if path is not None
+    )
     try:
-        return fit_samples(runs)
+        return fit_samples(runs, branches)
     except ValueError as error:
-        raise SpecError(f"the history {path}: {error}") from None
+        raise SpecError(f"{given}: {error}") from None
+
+
+def read_probes(path: Path) -> list[Run]:
+    """Branches of one checkpoint, each at its own batch size until the same loss: a line has
+    `batch_size` (global) and `samples`, how many the branch took. Raises `SpecError` naming the
+    file and the line."""
+    rows = read_rows(
+        path, PROBE_COLUMNS, what="the probes", besides="nothing more; a branch a line"
+    )
+    return [_probe(row, f"{path}, line {line}") for line, row in enumerate(rows, start=2)]
 
 
 def read_history(path: Path) -> list[Run]:
@@ -62,4 +80,14 @@ def _run(row: dict[str, str], where: str) -> Run:
         raise SpecError(
             f"{where}: {dict(row)} is not a run: batch_size and samples_to_target must be numbers. "
             "Correct the line, or delete it."
+        ) from None
+
+
+def _probe(row: dict[str, str], where: str) -> Run:
+    try:
+        return Run(batch_size=float(row["batch_size"]), samples=float(row["samples"]))
+    except (TypeError, ValueError):
+        raise SpecError(
+            f"{where}: {dict(row)} is not a probe: batch_size and samples must be numbers. Correct "
+            "the line, or delete it."
         ) from None

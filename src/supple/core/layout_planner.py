@@ -95,6 +95,17 @@ def runs_for(job: LayoutJob, count: int, batch: int) -> Iterator[LayoutRun]:
                             yield run
 
 
+def run_of(job: LayoutJob, row: Plan) -> LayoutRun:
+    """What a row of the table runs."""
+    return LayoutRun(
+        model=job.model,
+        layout=row.layout,
+        micro_batch_size=row.batch.micro_batch_size,
+        num_micro_batches=row.batch.num_accumulation_steps,
+        recompute=row.recompute,
+    )
+
+
 def _cuts_into(model: Model, tp: int) -> bool:
     if not isinstance(model, Transformer):
         return tp == 1

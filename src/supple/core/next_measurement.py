@@ -6,6 +6,10 @@ A measurement of another configuration, with gradient h of its logarithm and sca
 more), and moves the end of what was measured outwards.
 """
 
+import math
+from collections.abc import Mapping
+
+from supple.core.layout_planner import LayoutJob, describe, run_of
 from supple.core.planner import JobModel, PlanTable, in_words, row_for
 from supple.core.spec import Limits
 from supple.core.types import Plan
@@ -28,20 +32,54 @@ def what_to_measure_first(table: PlanTable, job: JobModel, limits: Limits) -> st
         count: _half_width(job, chosen, also=row_for(job, limits, count))
         for count in _candidates(job, chosen.num_workers)
     }
-    good = [count for count, width in left.items() if width <= _NARROWS * now]
-    if not good:
+    best = _cheapest(left, now)
+    if best is None:
         return ""
-    # Each larger one must be worth its place: narrower by a tenth than what is cheaper.
-    best = min(good)
-    for count in sorted(good):
-        if left[count] < 0.9 * left[best]:
-            best = count
     nodes = -(-best // job.step_time.workers_per_node)
     where = f" on {nodes} nodes" if nodes > 1 else ""
     return (
         f"Measure {in_words(best)}{where} first: it narrows the step time at "
-        f"{chosen.num_workers} from ±{now:.0%} to ±{left[best]:.0%}."
+        f"{chosen.num_workers} from {_shown(now)} to {_shown(left[best])}."
     )
+
+
+def which_layout_to_measure_first(table: PlanTable, job: LayoutJob) -> str:
+    """The same for layouts: a row of the table on at most a quarter of the accelerators."""
+    chosen = table.choice
+    now = job.times.half_width(run_of(job, chosen))
+    if now < _WIDE:
+        return ""
+    smaller = {
+        row.num_workers: row for row in table.rows if 4 * row.num_workers <= chosen.num_workers
+    }
+    left = {
+        count: job.times.half_width(run_of(job, chosen), also=[run_of(job, row)])
+        for count, row in smaller.items()
+    }
+    best = _cheapest(left, now)
+    if best is None:
+        return ""
+    row = smaller[best]
+    again = ", recomputed" if row.recompute else ""
+    return (
+        f"Measure {in_words(best)} as {describe(row.layout)} with a micro-batch of "
+        f"{row.batch.micro_batch_size}{again} first: it narrows the iteration time at "
+        f"{chosen.num_workers} from {_shown(now)} to {_shown(left[best])}."
+    )
+
+
+def _cheapest(left: Mapping[int, float], now: float) -> int | None:
+    """The smallest count that narrows `now` enough, and at least half as far (in logarithms) as the
+    best of them; None where none narrows it enough."""
+    if min(left.values(), default=now) > _NARROWS * now:
+        return None
+    least = max(math.log(1.0 / _NARROWS), 0.5 * math.log(now / min(left.values())))
+    return min(count for count, width in left.items() if math.log(now / width) >= least)
+
+
+def _shown(half_width: float) -> str:
+    """As the tables show it: half of the interval, over the value."""
+    return f"±{half_width * (2.0 + half_width) / (2.0 * (1.0 + half_width)):.0%}"
 
 
 def _candidates(job: JobModel, target: int) -> list[int]:

@@ -1,0 +1,149 @@
+"""`supple plan`: measures a script here, and says how many workers it deserves."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from supple.core.interconnects import lookup
+from supple.core.spec import (
+    KNEE_RULE,
+    Limits,
+    Objective,
+    SpecError,
+    parse_batch,
+    parse_count,
+    parse_duration,
+    parse_money,
+    parse_rule,
+)
+from supple.core.types import Infeasible
+from supple.eventlog import to_plain
+from supple.refusals import FAILED, messages, split_target
+from supple.train.script import check
+
+EPILOG = (
+    f"Without --deadline and --budget it recommends {KNEE_RULE}.\n\n"
+    "Examples:\n\n  supple plan examples/digits.py\n\n"
+    "  supple plan train.py --deadline 2h --interconnect infiniband-200 --workers-per-node 8\n\n"
+    "  supple plan train.py --budget 50 --price 2.50 --plot plan.png\n\n"
+    "  supple plan train.py --batch adaptive --history runs.csv\n\n"
+    "  supple plan train.py --batch adaptive --probes two-branches.csv"
+)
+
+
+def plan(
+    script: Annotated[str, typer.Argument(help="A Python file, or FILE:FUNCTION.")],
+    max_workers: Annotated[str | None, typer.Option(help="Cap; default: none.")] = None,
+    deadline: Annotated[str | None, typer.Option(help="Latest end: 90s, 2h.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Money, or accelerator-hours without --price.")
+    ] = None,
+    price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
+    interconnect: Annotated[
+        str, typer.Option(help="Between nodes; cloud-… for virtual machines.")
+    ] = "ethernet-25",
+    workers_per_node: Annotated[
+        str | None, typer.Option(help="Default: this machine's cores.")
+    ] = None,
+    batch: Annotated[
+        str, typer.Option(help="fixed, or adaptive: grows where that is faster.")
+    ] = "fixed",
+    lr_rule: Annotated[
+        str, typer.Option(help="auto (by optimizer), linear, sqrt, adascale or constant.")
+    ] = "auto",
+    measure_workers: Annotated[
+        str | None, typer.Option(help="Most workers to measure; default: 4 or the cores.")
+    ] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(help="CSV of previous runs: batch_size,samples_to_target[,learning_rate]."),
+    ] = None,
+    probes: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV of short probes, branches of one checkpoint until one loss: "
+            "batch_size,samples."
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time and cost into this file.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON for programs, nothing else.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")] = False,
+) -> None:
+    """Measure SCRIPT for half a minute; say how many workers it deserves, and why."""
+    with messages(verbose):
+        path, function = split_target(script)
+        limits = Limits(
+            max_workers=parse_count(max_workers, what="--max-workers") if max_workers else None,
+            price_per_hour=parse_money(price, what="--price") if price else None,
+            batch=parse_batch(batch),
+        )
+        if deadline and budget:
+            raise SpecError("--deadline and --budget were both given: choose the one that binds.")
+        objective = Objective(
+            deadline_s=parse_duration(deadline, what="--deadline") if deadline else None,
+            budget=parse_money(budget, what="--budget") if budget else None,
+        )
+        lookup(interconnect)
+        rule = parse_rule(lr_rule)
+        per_node = (
+            parse_count(workers_per_node, what="--workers-per-node")
+            if workers_per_node
+            else os.cpu_count() or 1
+        )
+        most = parse_count(measure_workers, what="--measure-workers") if measure_workers else None
+        curve, tuned = None, ()
+        if history is not None or probes is not None:
+            from supple.history import best_rates, read_curve, read_history
+
+            curve = read_curve(history, probes)
+            tuned = () if history is None else best_rates(read_history(history))
+        if plot is not None:
+            from supple.picture import check_target
+
+            check_target(plot)
+        check(path, function)
+        from supple import plan_view
+        from supple.cluster.measure import ScriptFailed, job_model, measure
+        from supple.core.next_measurement import what_to_measure_first
+        from supple.core.planner import plan as make_plan
+        from supple.core.planner import rate_at
+
+        try:
+            found = measure(path, function, max_local_workers=most, verbose=verbose, on_line=_tell)
+        except ScriptFailed as error:
+            _tell(f"supple: the script failed while it was measured:\n{error}")
+            raise typer.Exit(FAILED) from None
+        job = job_model(found, interconnect=interconnect, workers_per_node=per_node, lr_rule=rule)
+        if curve is not None:
+            job = replace(job, samples=curve, tuned=tuned)
+            _tell(f"the worth of other batch sizes: {curve.why}")
+        table = make_plan(job, limits, objective)
+        is_plan = not isinstance(table, Infeasible)
+        first = what_to_measure_first(table, job, limits) if is_plan else ""
+        if as_json:
+            typer.echo(json.dumps(to_plain(plan_view.to_json(table, measure_first=first))))
+        if isinstance(table, Infeasible):
+            _tell(f"supple: {table}")
+            raise typer.Exit(FAILED)
+        if tuned:
+            _tell(f"learning rate: {rate_at(job, table.choice.batch.global_batch_size)[1]}")
+        if not as_json:
+            console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+            plan_view.show(table, console, measure_first=first)
+        if plot is not None:
+            from supple.picture import draw_plan
+
+            draw_plan(table, plot, title=Path(path).name, objective=objective)
+            _tell(f"picture {plot}")
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)

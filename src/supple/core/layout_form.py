@@ -1,0 +1,249 @@
+"""What an iteration costs under a layout: the form that `supple.core.layouts` fits, the nouns it is
+about, and what is believed of its parameters before anything is measured.
+
+A transformer layer, forward and backward, of a micro-batch of `tok` tokens, on t tensor ranks:
+
+    arithmetic  72 tok h^2 (1 + s/6h) / (t F)           with recomputation a third more of this
+    memory      3 tok (34 h + 5 a s) / (t W_mem)        and of this: element-wise kernels
+    collective  c (lambda + 2 (t-1)/t 2 tok h / W_tp)   c = 4, or 6 with recomputation
+    host        k + k' (with t > 1)                     launching the kernels
+    layer       (host^q + (arithmetic + memory + collective)^q)^(1/q)
+
+    head        6 tok h V / (t F) + memory of the logits; on the last stage
+    iteration   (1 + sigma log2 K) [ sum over stages + (m-1) slowest stage + gradients + optimizer
+                + constant ]
+
+The sizes are those of Korthikanti et al. 2022 (activations, equation 1) and Narayanan et al. 2021
+(operations, equation 3; pipeline). A small micro-batch costs what its launches cost and a large one
+what the device needs: that maximum, softened by q, is what plain sums get wrong. A measured layer
+has a host part and a part per sample instead, the latter divided by t. Tensor ranks are neighbours,
+then data, then pipeline ranks; a group that does not fit on a node runs at the speed between nodes,
+and the groups that run beside it share the node's network cards. Parameters are positive and fitted
+as logarithms, with priors from the device's data sheet.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from supple.core.interconnects import Interconnect
+from supple.core.stages import MeasuredLayer, split, stage_s
+from supple.core.types import ParallelLayout
+
+_FLOPS, _MEMORY, _HOST, _HOST_TP, _SOFT, _BETA_TP, _LAMBDA, _BETA_DP, _BETA_X, _HOP = range(10)
+_OPTIMIZER, _CONSTANT, _STRAGGLE = 10, 11, 12
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Data-sheet rates of one accelerator; priors only."""
+
+    name: str
+    flops_per_s: float
+    """Dense, in the precision trained in."""
+    memory_bytes_per_s: float
+    memory_bytes: float
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device(name="v100", flops_per_s=125e12, memory_bytes_per_s=0.9e12, memory_bytes=32e9),
+        Device(name="a100", flops_per_s=312e12, memory_bytes_per_s=1.56e12, memory_bytes=40e9),
+        Device(name="a100-80", flops_per_s=312e12, memory_bytes_per_s=2.04e12, memory_bytes=80e9),
+        Device(name="h100", flops_per_s=989e12, memory_bytes_per_s=3.35e12, memory_bytes=80e9),
+        Device(name="b200", flops_per_s=2250e12, memory_bytes_per_s=8e12, memory_bytes=180e9),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transformer:
+    """A decoder of equal layers with feed-forward width 4h, in 16-bit activations."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    seq_length: int
+    """Tokens of one sample."""
+    vocab_size: int
+
+
+Model = Transformer | tuple[MeasuredLayer, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutRun:
+    """One model under one layout: `num_micro_batches` of `micro_batch_size` samples a replica."""
+
+    model: Model
+    layout: ParallelLayout
+    micro_batch_size: int
+    num_micro_batches: int
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        layers = self.model.num_layers if isinstance(self.model, Transformer) else len(self.model)
+        if self.layout.cp != 1:
+            raise ValueError(
+                f"layout {self.layout}: cp={self.layout.cp}, but context parallelism has no "
+                "iteration-time model. Ask for cp=1."
+            )
+        if not 1 <= self.layout.pp <= layers:
+            raise ValueError(
+                f"layout {self.layout}: pp={self.layout.pp} stages of {layers} layers: a stage "
+                f"needs at least 1 layer. Ask for pp of 1 to {layers}."
+            )
+        if min(self.micro_batch_size, self.num_micro_batches, self.layout.world_size) < 1:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size}, num_micro_batches="
+                f"{self.num_micro_batches}, degrees {self.layout}: all must be at least 1."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the parameters multiply: one number (or a row of stages) per run."""
+
+    flops: Any
+    """Of the slowest stage, the head apart."""
+    traffic: Any
+    host_layers: Any
+    fixed_s: Any
+    collectives: Any
+    collective_bytes: Any
+    head_flops: Any
+    head_traffic: Any
+    rest: Any
+    """All stages over the slowest."""
+    micro_batches: Any
+    hops: Any
+    hop_bytes: Any
+    tp: Any
+    dp: Any
+    dp_passes: Any
+    parameters: Any
+    tp_across: Any
+    dp_across: Any
+    pp_across: Any
+    rings: Any
+    """Data-parallel rings that share a network card."""
+    doublings: Any
+    """Of the workers."""
+
+    @staticmethod
+    def of(runs: Sequence[LayoutRun], workers_per_node: int, cards_per_node: int) -> "Sizes":
+        rows = [_sizes(run, workers_per_node, cards_per_node) for run in runs]
+        return Sizes(*(np.array(column, dtype=float) for column in zip(*rows, strict=True)))
+
+
+def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[float, ...]:
+    tp, dp, pp = run.layout.tp, run.layout.dp_degree, run.layout.pp
+    model = run.model
+    again = 4 / 3 if run.recompute else 1.0
+    if isinstance(model, Transformer):
+        tok, h = run.micro_batch_size * model.seq_length, model.hidden_size
+        layers = -(-model.num_layers // pp)
+        work = 72 * tok * h**2 * (1 + model.seq_length / (6 * h)) * again / tp
+        bytes_moved = tok * (34 * h + 5 * model.num_heads * model.seq_length) / tp
+        flops, traffic = layers * work, layers * 3 * bytes_moved * again
+        host_layers, fixed = float(layers), 0.0
+        collectives = layers * (6.0 if run.recompute else 4.0)
+        output = 2.0 * tok * h
+        head_flops = 6 * tok * h * model.vocab_size / tp
+        head_traffic = 36 * tok * model.vocab_size / tp
+        rest = model.num_layers / layers
+        parameters = (12 * h**2 * layers + model.vocab_size * h) / tp
+    else:
+        stages = split(model, pp, run.micro_batch_size, tp)
+        costs = [stage_s(stage, run.micro_batch_size, tp) * again for stage in stages]
+        slowest = stages[int(np.argmax(costs))]
+        flops = traffic = host_layers = head_flops = head_traffic = 0.0
+        fixed = max(costs)
+        collectives = float(sum(layer.num_collectives for layer in slowest))
+        output = float(max(layer.output_bytes_per_sample for layer in slowest))
+        output *= run.micro_batch_size
+        rest = sum(costs) / max(costs)
+        parameters = max(
+            sum(layer.num_parameters / layer.shards(tp) for layer in stage) for stage in stages
+        )
+    return (
+        flops,
+        traffic,
+        host_layers,
+        fixed,
+        collectives if tp > 1 else 0.0,
+        output,
+        head_flops,
+        head_traffic,
+        rest,
+        run.num_micro_batches,
+        1.0 if pp > 1 else 0.0,
+        output,
+        tp,
+        dp,
+        3.0 if run.layout.dp_shard > 1 else 2.0,
+        parameters,
+        tp > workers_per_node,
+        tp * dp > workers_per_node,
+        tp * dp * pp > workers_per_node,
+        max(1.0, min(tp, workers_per_node) / cards_per_node),
+        math.log2(tp * dp * pp),
+    )
+
+
+def iteration(x: Any, s: Sizes) -> Vector:
+    """(parameter sets, runs), seconds."""
+    beta_tp = _either(s.tp_across > 0, np.maximum(x[_BETA_TP], x[_BETA_X]), x[_BETA_TP])
+    per_ring = 2.0 * (s.tp - 1.0) / s.tp
+    comm = s.collectives * (x[_LAMBDA] + per_ring * s.collective_bytes * beta_tp)
+    device = s.flops / x[_FLOPS] + s.traffic / x[_MEMORY] + comm
+    extra = _either(s.tp > 1, x[_HOST_TP], 0.0)
+    host = s.host_layers * (x[_HOST] + extra)
+    power = 1.0 + x[_SOFT]
+    larger = np.maximum(np.maximum(host, device), 1e-12)
+    stage = larger * (1.0 + (np.minimum(host, device) / larger) ** power) ** (1.0 / power)
+    stage = stage + s.fixed_s
+    head = s.head_flops / x[_FLOPS] + s.head_traffic / x[_MEMORY]
+    beta_hop = _either(s.pp_across > 0, np.maximum(x[_BETA_TP], x[_BETA_X]), x[_BETA_TP])
+    hop = s.hops * (x[_HOP] + s.hop_bytes * beta_hop)
+    pipe = s.rest * (stage + hop) + head + (s.micro_batches - 1.0) * (stage + head + hop)
+    across = np.maximum(x[_BETA_DP], x[_BETA_X] * s.rings)
+    beta_dp = _either(s.dp_across > 0, across, x[_BETA_DP])
+    gradients = s.dp_passes * (s.dp - 1.0) / s.dp * 2.0 * s.parameters * beta_dp
+    whole = pipe + gradients + x[_OPTIMIZER] * s.parameters + x[_CONSTANT]
+    return cast("Vector", whole * (1.0 + x[_STRAGGLE] * s.doublings))
+
+
+def _either(condition: Any, then: Any, otherwise: Any) -> Any:
+    return cast("Any", np.where(condition, then, otherwise))
+
+
+def priors(device: Device, link: Interconnect, local_link: Interconnect) -> tuple[Vector, Vector]:
+    """Centre and width. Arithmetic reaches 60 % of the data sheet and element-wise kernels half of
+    the memory's; a layer's launches take 2 ms, within a factor of e; Adam moves 16 bytes a
+    parameter; stragglers cost 1 % a doubling of the workers (`supple.core.step_form`)."""
+    memory = 0.5 * device.memory_bytes_per_s
+    beta = 1.0 / local_link.bandwidth_bytes_per_s
+    centre = [
+        0.6 * device.flops_per_s,
+        memory,
+        2e-3,
+        2e-4,
+        1.3,
+        beta,
+        2e-5,
+        beta,
+        1.0 / link.bandwidth_bytes_per_s,
+        3e-4,
+        16.0 / memory,
+        4e-3,
+        0.01,
+    ]
+    width = [0.5, 0.5, 0.7, 0.7, 0.5, 0.7, 1.0, 0.7, 0.7, 1.0, 1.0, 1.0, 0.5]
+    return np.log(centre), np.array(width)
