@@ -42,6 +42,7 @@ _ENOUGH_TO_DOUBT = 5
 _PROBE_ERROR = 0.1
 """Relative error of a short probe about the whole run: the critical batch moves while training."""
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One run of the task at one batch size."""
