@@ -190,6 +190,18 @@ def test_families_without_batches_or_samples_are_still_asked(
     assert found.metrics["minutes_error_median"] < 0.4
 
 
+def test_where_nobody_states_samples_the_largest_batch_is_taken_to_be_a_sound_one(
+    tmp_path: Path,
+) -> None:
+    """Batches of 256 and 1,024 ran, 4,096 is asked: a critical batch near 256 would be absurd."""
+    references(tmp_path)
+    nothing: dict[str, object] = {"benchmark": "no_reference", "samples_to_target_median": ""}
+    nothing["convergence_unit"] = "unclear"
+    rows = [result(count, size, **nothing) for count, size in ((8, 256), (16, 1024), (128, 4096))]
+    write(tmp_path / "mlperf" / "results.csv", rows)
+    assert minutes.measure(tmp_path).metrics["minutes_error_median"] < 0.15
+
+
 def test_epochs_are_foretold_and_blanks_are_bounds(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = []
     for k in range(7):

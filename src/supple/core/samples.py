@@ -1,15 +1,14 @@
 """Samples to the same target at another batch size, from runs of the task at several sizes.
 
-    E(B) = E_min (1 + (B / B_crit)^p (lr_0 / lr)^g + B_low / B)
+    E(B) = E_min (1 + (B / B_crit)^p (lr_0(B) / lr)^g + B_low / B)
 
 McCandlish et al. (2018, equation 2.11) have p = 1 and g = B_low = 0: that is a learning rate tuned
 anew at every size. Real histories are not: with a rate that is too small progress per step, and so
 the samples, follow B / lr (g = 1); with one too large for a small batch the noise costs samples
-again (B_low). What no such curve explains is a rough path in log B (an Ornstein-Uhlenbeck process)
-and scatter. Nothing is chosen: every combination on a grid of shapes is weighed by how well it
-explains the runs (Bayes' rule), level and path in closed form, so that two runs give an answer with
-a wide interval and ten a narrow one. A run that stopped short of the target counts as what it is:
-the target is further than that (one pass of expectation propagation, Minka 2001).
+again (B_low). What no such curve explains is a rough path in log B and scatter. Nothing is chosen
+(`samples_curve.py`): every shape is weighed by how well it explains the runs, so that two runs give
+an answer with a wide interval and ten a narrow one. A run that stopped short of the target counts
+as what it is: the target is further than that (one pass of expectation propagation, Minka 2001).
 """
 
 import math
