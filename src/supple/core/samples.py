@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
+from supple.core.evaluations import SEED_SCATTER, counted, rounding_variance
 from supple.core.samples_curve import NOISE_SCALE_ERROR, NOISE_SCALE_RATIO, Point, posterior
 from supple.core.types import Estimate, Source
 
@@ -77,16 +78,15 @@ class SamplesModel:
                 "they compare batch sizes and do not reach the target. Add one run that did."
             )
         mixture = posterior(self.points, self.noise_scale, [(batch_size, lr)], [1.0])
-        low, value, high = (math.exp(q) for q in mixture.quantiles())
+        low, value, high = mixture.quantiles()
         every = self.evaluated_every
-        # The evaluation that finds it is half an interval late on average, evenly so, and there
-        # is none before the first.
-        late, rounding = every / 2.0, Z80 * every / math.sqrt(12.0)
+        # Runs that all end at one evaluation hide from the fit how much they differ.
+        luck = Z80 * SEED_SCATTER if every > 0 else 0.0
+        found = counted(math.exp(value), every)
+        lowest = counted(math.exp(value - math.hypot(value - low, luck)), every)
+        highest = counted(math.exp(value + math.hypot(high - value, luck)), every)
         return Estimate(
-            value=max(every, value + late),
-            low=max(every, value + late - math.hypot(value - low, rounding)),
-            high=max(every, value + late + math.hypot(high - value, rounding)),
-            source=self.source,
+            value=found, low=min(lowest, found), high=max(highest, found), source=self.source
         )
 
     def efficiency(self, base_batch: float, batch_size: float) -> Estimate:
@@ -169,9 +169,9 @@ def _together(batch: float, lr: float | None, group: list[Run], is_probe: bool) 
     samples = np.array([run.samples - run.evaluated_every / 2 for run in done])
     every = float(np.mean([run.evaluated_every for run in done]))
     mean = float(np.mean(samples))
-    # Seeds that all end at the same evaluation share one rounding; others average it out.
+    # Seeds that all end at the same evaluation share one rounding; others average some of it out.
     alike = bool(np.ptp(samples) == 0.0)
-    rounding = every**2 / 12.0 / (1 if alike else len(done))
+    rounding = rounding_variance(mean, every, 1 if alike else len(done))
     own = float(np.mean([(run.relative_error * run.samples) ** 2 for run in done])) / len(done)
     spread = float(np.var(samples, ddof=1)) / len(done) if len(done) > 1 else 0.0
     extra = _PROBE_ERROR**2 if is_probe else 0.0
