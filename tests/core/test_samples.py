@@ -115,6 +115,16 @@ def test_where_all_runs_end_at_the_second_evaluation_so_will_the_next() -> None:
     assert found.high < 2.5
 
 
+def test_many_evaluations_a_run_are_as_good_as_none() -> None:
+    often = [
+        Run(batch_size=size, samples=curve(size), evaluated_every=curve(size) / 1e6)
+        for size in (128, 512, 2048)
+    ]
+    found, plain = fit_samples(often).predict(1024), fit_samples(runs(128, 512, 2048)).predict(1024)
+    assert found.value == pytest.approx(plain.value, rel=1e-5)
+    assert (found.low, found.high) == pytest.approx((plain.low, plain.high), rel=1e-5)
+
+
 def test_few_seeds_that_share_a_rounding_are_not_taken_for_many() -> None:
     """Ten seeds near 2.9 epochs end at three and four: their mean is no better than one phase."""
 

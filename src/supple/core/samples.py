@@ -81,7 +81,7 @@ class SamplesModel:
         low, value, high = mixture.quantiles()
         every = self.evaluated_every
         # Runs that all end at one evaluation hide from the fit how much they differ.
-        luck = Z80 * SEED_SCATTER if every > 0 else 0.0
+        luck = Z80 * min(SEED_SCATTER, every / math.exp(value))
         found = counted(math.exp(value), every)
         lowest = counted(math.exp(value - math.hypot(value - low, luck)), every)
         highest = counted(math.exp(value + math.hypot(high - value, luck)), every)
