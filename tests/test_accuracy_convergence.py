@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy import epochs, learning_rate, minutes, noise_scale, samples
+from benchmarks.accuracy.samples_floor import FEWEST_PAIRS, Floor, floor, straight_line
+from supple.core.samples import Run
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> None:
@@ -75,6 +77,54 @@ def test_a_mistyped_seed_does_not_move_the_reference() -> None:
     assert samples.reference({k: str(v) for k, v in row.items()}).run.samples == 1e6
 
 
+def lowest(apart: float, sizes: int = 6) -> Floor:
+    """Recipes of one batch size are `apart` in logarithms, all of them."""
+    runs = [Run(batch_size=64.0 * 2**k, samples=needed(64 * 2**k)) for k in range(sizes)]
+    found = floor({"made_up": runs}, [apart] * FEWEST_PAIRS)
+    assert found is not None
+    return found
+
+
+def test_who_knows_the_curve_is_off_by_what_one_recipe_adds() -> None:
+    """Two recipes a factor of exp(0.1) apart: each 0.1 / sqrt(2) from the curve."""
+    found = lowest(0.1)
+    assert math.log1p(found.median) == pytest.approx(0.0707, abs=0.003)
+    assert math.log1p(found.worst) == pytest.approx(0.0707, abs=0.003)
+    assert found.share_within == 1.0
+    assert lowest(0.3).share_within == 0.0
+
+
+def test_who_must_fit_the_law_is_worse_off_and_better_with_more_sizes() -> None:
+    few, many = lowest(0.1, 4), lowest(0.1, 12)
+    assert many.median < many.law_median < few.law_median
+    assert few.law_worst > few.worst
+
+
+def test_recipes_that_agree_leave_no_floor() -> None:
+    found = lowest(0.0)
+    assert found.median == 0.0
+    assert found.law_worst == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_handful_of_repeated_recipes_is_needed_for_a_floor(tmp_path: Path) -> None:
+    runs = [Run(batch_size=size, samples=needed(size)) for size in (64, 128, 256)]
+    assert floor({"made_up": runs}, [0.1] * (FEWEST_PAIRS - 1)) is None
+    references(tmp_path)
+    assert "samples_floor_loo_median" not in samples.measure(tmp_path).metrics
+    rows = [point(64 * 2**k) for k in range(7)]
+    rows += [point(64 * 2**k, round="v2.0", num_seeds=9) for k in range(FEWEST_PAIRS)]
+    write(tmp_path / "mlperf" / "convergence.csv", rows)
+    found = samples.measure(tmp_path)
+    # The seeds of the made-up points scatter by half a percent, the recipes not at all.
+    assert 0.0 < found.metrics["samples_floor_loo_median"] < 0.01
+    assert any("knows every curve exactly" in note for note in found.notes)
+
+
+def test_the_published_law_is_a_line_in_the_batch() -> None:
+    runs = [Run(batch_size=size, samples=needed(size)) for size in (64, 1024)]
+    assert straight_line(runs, 4096) == pytest.approx(needed(4096))
+
+
 def test_the_learning_rates_of_a_power_are_found(tmp_path: Path) -> None:
     references(tmp_path)
     found = learning_rate.measure(tmp_path)
@@ -138,6 +188,18 @@ def test_families_without_batches_or_samples_are_still_asked(
     found = minutes.measure(tmp_path)
     assert len(found.points) == 2
     assert found.metrics["minutes_error_median"] < 0.4
+
+
+def test_where_nobody_states_samples_the_largest_batch_is_taken_to_be_a_sound_one(
+    tmp_path: Path,
+) -> None:
+    """Batches of 256 and 1,024 ran, 4,096 is asked: a critical batch near 256 would be absurd."""
+    references(tmp_path)
+    nothing: dict[str, object] = {"benchmark": "no_reference", "samples_to_target_median": ""}
+    nothing["convergence_unit"] = "unclear"
+    rows = [result(count, size, **nothing) for count, size in ((8, 256), (16, 1024), (128, 4096))]
+    write(tmp_path / "mlperf" / "results.csv", rows)
+    assert minutes.measure(tmp_path).metrics["minutes_error_median"] < 0.15
 
 
 def test_epochs_are_foretold_and_blanks_are_bounds(tmp_path: Path) -> None:

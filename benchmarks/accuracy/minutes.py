@@ -24,7 +24,8 @@ from supple.core.types import Estimate
 FEWEST_COUNTS = 3
 """Counts of a family: two to learn from, one to ask about."""
 GUESSED_NOISE_SCALE = 2.0
-"""Over the only batch size ever run, where nothing else is known: a critical batch of 4 of it."""
+"""Over the only batch size whose samples are known, or, where none is, over the largest one seen: a
+critical batch of 4 of it."""
 
 Family = tuple[str, str, str, str, str]
 References = Mapping[str, Mapping[float, Sequence[references.Reference]]]
@@ -117,7 +118,8 @@ def convergence(
             if said:
                 history.append(Run(batch_size=said[-1].batch_size, samples=said[-1].samples))
     if not history:
-        history = [Run(batch_size=r.batch, samples=1.0) for r in seen[:1] if r.batch]
+        # Nobody runs far beyond the critical batch: the largest one is the better guide to it.
+        history = [Run(batch_size=max(r.batch for r in seen if r.batch), samples=1.0)]
     sizes = {run.batch_size for run in history}
     if len(sizes) >= 2:
         return fit_samples(history).predict

@@ -8,15 +8,14 @@ import csv
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from scipy import optimize
 
 from benchmarks.accuracy import noise_scale
+from benchmarks.accuracy.samples_floor import floor, straight_line
 from benchmarks.accuracy.score import Score, coverage, covered, median, p90, relative_errors
 from supple.core.samples import Run, fit_samples
 from supple.core.types import Estimate
@@ -107,16 +106,18 @@ def measure(data: Path) -> Score:
     points: list[tuple[Estimate, float]] = []
     seeds: list[float] = []
     recipes: list[float] = []
+    curves: dict[str, list[Run]] = {}
     for benchmark, sizes in sorted(read(data).items()):
         for said in sizes.values():
             recipes += [
-                abs(old.run.samples / new.run.samples - 1.0)
+                old.run.samples / new.run.samples
                 for old, new in pairwise(said)
                 if not new.repeats(old)
             ]
         runs = [said[-1].run for _, said in sorted(sizes.items())]
         if len(runs) < 3:
             continue
+        curves[benchmark] = runs
         true = [run.samples for run in runs]
         seeds += [run.relative_error for run in runs]
         found: list[Estimate] = []
@@ -140,10 +141,22 @@ def measure(data: Path) -> Score:
     )
     metrics = scores(ours, "") | scores(theirs, "_baseline")
     if recipes:
-        metrics["samples_floor_median"] = median(recipes)
+        apart = [abs(ratio - 1.0) for ratio in recipes]
+        metrics["samples_floor_median"] = median(apart)
         notes.append(
-            f"the same batch size run again for a later round ({len(recipes)} times): median "
-            f"{100 * median(recipes):.1f} % off, worst {100 * max(recipes):.1f} %"
+            f"the same batch size run again for a later round ({len(apart)} times): median "
+            f"{100 * median(apart):.1f} % off, worst {100 * max(apart):.1f} %"
+        )
+    lowest = floor(curves, [math.log(ratio) for ratio in recipes])
+    if lowest is not None:
+        metrics["samples_floor_loo_median"] = lowest.median
+        metrics["samples_floor_loo_worst"] = lowest.worst
+        notes.append(
+            "recipes so far apart, on made-up curves: who knows every curve exactly is "
+            f"{100 * lowest.median:.1f} % off in the median and {100 * lowest.worst:.0f} % at "
+            f"worst (within 15 % in {100 * lowest.share_within:.0f} % of the draws); who knows "
+            f"only that the published law is exactly true {100 * lowest.law_median:.1f} and "
+            f"{100 * lowest.law_worst:.0f} %"
         )
     metrics["samples_interval_coverage"] = coverage(held)
     alone, said_alone = noise_scale.measure(data)
@@ -159,11 +172,3 @@ def scores(errors: dict[str, list[float]], suffix: str) -> dict[str, float]:
         f"samples_error_p90{suffix}": p90(every),
         f"samples_error_worst{suffix}": max(every),
     }
-
-
-def straight_line(runs: Sequence[Run], batch_size: float) -> float:
-    size = np.array([run.batch_size for run in runs])
-    samples = np.array([run.samples for run in runs])
-    terms = np.column_stack([1.0 / samples, size / samples])
-    found, _ = optimize.nnls(terms, np.ones(len(runs)))
-    return float(found[0] + found[1] * batch_size)

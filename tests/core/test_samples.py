@@ -103,6 +103,43 @@ def test_what_evaluations_round_up_is_given_back() -> None:
     assert few.predict(32).low >= 0.5
 
 
+def test_where_all_runs_end_at_the_second_evaluation_so_will_the_next() -> None:
+    """Zeus, librispeech with deepspeech2: seeds of all sizes reach an easy target in epoch two."""
+    counted = [
+        Run(batch_size=size, samples=2.0, evaluated_every=1.0)
+        for size in (8, 12, 24, 32, 56, 64, 72)
+        for _ in range(5)
+    ]
+    found = fit_samples(counted).predict(48)
+    assert (found.low, found.value) == (2.0, 2.0)
+    assert found.high < 2.5
+
+
+def test_many_evaluations_a_run_are_as_good_as_none() -> None:
+    often = [
+        Run(batch_size=size, samples=curve(size), evaluated_every=curve(size) / 1e6)
+        for size in (128, 512, 2048)
+    ]
+    found, plain = fit_samples(often).predict(1024), fit_samples(runs(128, 512, 2048)).predict(1024)
+    assert found.value == pytest.approx(plain.value, rel=1e-5)
+    assert (found.low, found.high) == pytest.approx((plain.low, plain.high), rel=1e-5)
+
+
+def test_few_seeds_that_share_a_rounding_are_not_taken_for_many() -> None:
+    """Ten seeds near 2.9 epochs end at three and four: their mean is no better than one phase."""
+
+    def of(every: float) -> float:
+        seen = [
+            Run(batch_size=size, samples=samples, evaluated_every=every)
+            for size in (32, 128, 512)
+            for samples in (3.0, 3.0, 4.0, 3.0, 3.0)
+        ]
+        found = fit_samples(seen).predict(256)
+        return math.log(found.high / found.low)
+
+    assert of(1.0) > of(0.0)
+
+
 def test_two_short_probes_tell_the_efficiency_but_not_the_samples() -> None:
     probes = [Run(batch_size=64, samples=1000.0), Run(batch_size=256, samples=1500.0)]
     model = fit_samples([], probes)

@@ -1,15 +1,14 @@
 """Samples to the same target at another batch size, from runs of the task at several sizes.
 
-    E(B) = E_min (1 + (B / B_crit)^p (lr_0 / lr)^g + B_low / B)
+    E(B) = E_min (1 + (B / B_crit)^p (lr_0(B) / lr)^g + B_low / B)
 
 McCandlish et al. (2018, equation 2.11) have p = 1 and g = B_low = 0: that is a learning rate tuned
 anew at every size. Real histories are not: with a rate that is too small progress per step, and so
 the samples, follow B / lr (g = 1); with one too large for a small batch the noise costs samples
-again (B_low). What no such curve explains is a rough path in log B (an Ornstein-Uhlenbeck process)
-and scatter. Nothing is chosen: every combination on a grid of shapes is weighed by how well it
-explains the runs (Bayes' rule), level and path in closed form, so that two runs give an answer with
-a wide interval and ten a narrow one. A run that stopped short of the target counts as what it is:
-the target is further than that (one pass of expectation propagation, Minka 2001).
+again (B_low). What no such curve explains is a rough path in log B and scatter. Nothing is chosen
+(`samples_curve.py`): every shape is weighed by how well it explains the runs, so that two runs give
+an answer with a wide interval and ten a narrow one. A run that stopped short of the target counts
+as what it is: the target is further than that (one pass of expectation propagation, Minka 2001).
 """
 
 import math
@@ -19,40 +18,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
+from supple.core.evaluations import SEED_SCATTER, counted, rounding_variance
+from supple.core.samples_curve import NOISE_SCALE_ERROR, NOISE_SCALE_RATIO, Point, posterior
 from supple.core.types import Estimate, Source
+
+__all__ = [
+    "NOISE_SCALE_ERROR",
+    "NOISE_SCALE_RATIO",
+    "Z80",
+    "Run",
+    "SamplesModel",
+    "fit_samples",
+]
 
 Z80 = 1.2815515655446004
 
-_Vector = npt.NDArray[np.float64]
 _special: Any = special  # scipy ships no types
-
-# The grid. Weights are logarithms; where none are given all are alike.
-_POWERS = ((0.5, -1.5), (0.7, -0.5), (1.0, 0.0), (1.4, -0.5), (2.0, -1.5))
-_RATES = (0.0, 0.5, 1.0)
-_CRITICAL = np.linspace(-4.0, 7.0, 34)
-"""log(B_crit / typical batch of the runs)."""
-_CRITICAL_PRIOR = (1.5, 3.0)
-"""Centre and standard deviation of the same, where no noise scale was measured."""
-_LOW = ((0.0, 0.0), (0.1, -2.0), (0.4, -2.5), (1.6, -3.0))
-"""B_low over the smallest batch."""
-_ROUGH = ((0.0, 0.0), (0.05, -1.0), (0.1, -1.5), (0.2, -2.0))
-_ROUGH_LENGTH = 2.0
-"""Over how many e-folds of the batch the rough path forgets itself."""
-_SCATTER = ((0.01, 0.0), (0.02, 0.0), (0.04, 0.0), (0.08, -0.5), (0.16, -2.0))
 
 _ENOUGH_TO_DOUBT = 5
 """With fewer sizes a surprising one is news, not an error."""
 _PROBE_ERROR = 0.1
 """Relative error of a short probe about the whole run: the critical batch moves while training."""
-NOISE_SCALE_RATIO = 2.0
-"""B_crit over the noise scale of the base batch: a run at a larger batch spends its steps where the
-noise is larger than where the small one was measured. On Pollux's traces about 2 at 16 to 64 times
-the base batch (see `docs/accuracy.md`); 1 is what Pollux's own efficiency assumes."""
-NOISE_SCALE_ERROR = 0.7
-"""Standard deviation of log(B_crit / that)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,24 +58,11 @@ class Run:
     """Samples between evaluations: the target was crossed somewhere in the last interval."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Point:
-    """What the runs at one batch size and learning rate say together, in logarithms."""
-
-    batch: float
-    lr: float | None
-    value: float
-    variance: float
-    is_probe: bool
-    beyond: float | None = None
-    """Set where fewer than half of the runs reached the target: it is further than this."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SamplesModel:
     """A fitted curve; make it with `fit_samples`."""
 
-    points: tuple[_Point, ...]
+    points: tuple[Point, ...]
     noise_scale: float | None
     evaluated_every: float
     source: Source
@@ -102,17 +77,16 @@ class SamplesModel:
                 f"samples to the target at batch {batch_size:g} were asked of short probes alone: "
                 "they compare batch sizes and do not reach the target. Add one run that did."
             )
-        mixture = _posterior(self.points, self.noise_scale, [(batch_size, lr)], [1.0])
-        low, value, high = (math.exp(q) for q in mixture.quantiles())
+        mixture = posterior(self.points, self.noise_scale, [(batch_size, lr)], [1.0])
+        low, value, high = mixture.quantiles()
         every = self.evaluated_every
-        # The evaluation that finds it is half an interval late on average, evenly so, and there
-        # is none before the first.
-        late, rounding = every / 2.0, Z80 * every / math.sqrt(12.0)
+        # Runs that all end at one evaluation hide from the fit how much they differ.
+        luck = Z80 * min(SEED_SCATTER, every / math.exp(value))
+        found = counted(math.exp(value), every)
+        lowest = counted(math.exp(value - math.hypot(value - low, luck)), every)
+        highest = counted(math.exp(value + math.hypot(high - value, luck)), every)
         return Estimate(
-            value=max(every, value + late),
-            low=max(every, value + late - math.hypot(value - low, rounding)),
-            high=max(every, value + late + math.hypot(high - value, rounding)),
-            source=self.source,
+            value=found, low=min(lowest, found), high=max(highest, found), source=self.source
         )
 
     def efficiency(self, base_batch: float, batch_size: float) -> Estimate:
@@ -122,7 +96,7 @@ class SamplesModel:
         if batch_size == base_batch:
             return Estimate(value=1.0, low=1.0, high=1.0, source=self.source)
         asked = [(base_batch, None), (batch_size, None)]
-        mixture = _posterior(self.points, self.noise_scale, asked, [1.0, -1.0])
+        mixture = posterior(self.points, self.noise_scale, asked, [1.0, -1.0])
         low, value, high = (math.exp(q) for q in mixture.quantiles())
         return Estimate(value=value, low=low, high=high, source=self.source)
 
@@ -166,7 +140,7 @@ def fit_samples(
 
 
 def _source(
-    points: Sequence[_Point], sizes: int, compared: int, noise_scale: float | None
+    points: Sequence[Point], sizes: int, compared: int, noise_scale: float | None
 ) -> tuple[Source, str]:
     known = [p.batch for p in points if not p.is_probe]
     if sizes >= 2:
@@ -178,7 +152,7 @@ def _source(
     return "fitted", f"from the gradient noise scale, {noise_scale:.3g} samples: a rough guide"
 
 
-def _gathered(runs: Sequence[Run], *, is_probe: bool) -> list[_Point]:
+def _gathered(runs: Sequence[Run], *, is_probe: bool) -> list[Point]:
     """Runs at one batch size and learning rate become one point: their mean, or, where fewer than
     half reached the target, the longest as a bound."""
     groups: dict[tuple[float, float | None], list[Run]] = defaultdict(list)
@@ -187,32 +161,32 @@ def _gathered(runs: Sequence[Run], *, is_probe: bool) -> list[_Point]:
     return [_together(batch, lr, group, is_probe) for (batch, lr), group in groups.items()]
 
 
-def _together(batch: float, lr: float | None, group: list[Run], is_probe: bool) -> _Point:
+def _together(batch: float, lr: float | None, group: list[Run], is_probe: bool) -> Point:
     done = [run for run in group if run.reached]
     if 2 * len(done) < len(group):
         used = math.log(max(run.samples for run in group))
-        return _Point(batch, lr, used, math.inf, is_probe, beyond=used)
+        return Point(batch, lr, used, math.inf, is_probe, beyond=used)
     samples = np.array([run.samples - run.evaluated_every / 2 for run in done])
     every = float(np.mean([run.evaluated_every for run in done]))
     mean = float(np.mean(samples))
-    # Seeds that all end at the same evaluation share one rounding; others average it out.
+    # Seeds that all end at the same evaluation share one rounding; others average some of it out.
     alike = bool(np.ptp(samples) == 0.0)
-    rounding = every**2 / 12.0 / (1 if alike else len(done))
+    rounding = rounding_variance(mean, every, 1 if alike else len(done))
     own = float(np.mean([(run.relative_error * run.samples) ** 2 for run in done])) / len(done)
     spread = float(np.var(samples, ddof=1)) / len(done) if len(done) > 1 else 0.0
     extra = _PROBE_ERROR**2 if is_probe else 0.0
     variance = (rounding + own + spread) / mean**2 + extra
-    return _Point(batch, lr, math.log(mean), variance, is_probe)
+    return Point(batch, lr, math.log(mean), variance, is_probe)
 
 
-def _without_absurd(points: list[_Point]) -> list[_Point]:
+def _without_absurd(points: list[Point]) -> list[Point]:
     """The points without those that contradict more than half of the others: no law lets samples
     grow faster than the batch, or fall faster, by a factor of two on top."""
     known = [point for point in points if point.beyond is None]
     if len(known) < _ENOUGH_TO_DOUBT:
         return points
 
-    def contradicts(a: _Point, b: _Point) -> bool:
+    def contradicts(a: Point, b: Point) -> bool:
         return abs(a.value - b.value) > abs(math.log(a.batch / b.batch)) + math.log(2.0)
 
     absurd = [
@@ -226,7 +200,7 @@ def _without_absurd(points: list[_Point]) -> list[_Point]:
     return [point for point in points if point not in absurd]
 
 
-def _with_stopped_runs(points: list[_Point], noise_scale: float | None) -> tuple[_Point, ...]:
+def _with_stopped_runs(points: list[Point], noise_scale: float | None) -> tuple[Point, ...]:
     """Bounds turned into observations with the mean and variance that knowing them leaves, one
     after another from the batch sizes nearest to those that reached the target."""
     known = [point for point in points if point.beyond is None]
@@ -236,7 +210,7 @@ def _with_stopped_runs(points: list[_Point], noise_scale: float | None) -> tuple
     middle = float(np.mean([math.log(point.batch) for point in known]))
     for point in sorted(bounds, key=lambda p: abs(math.log(p.batch) - middle)):
         assert point.beyond is not None
-        found = _posterior(known, noise_scale, [(point.batch, point.lr)], [1.0])
+        found = posterior(known, noise_scale, [(point.batch, point.lr)], [1.0])
         mean, variance = found.moments()
         deviation = math.sqrt(variance)
         z = (point.beyond - mean) / deviation
@@ -248,118 +222,9 @@ def _with_stopped_runs(points: list[_Point], noise_scale: float | None) -> tuple
         if precision > 1e-3 / variance:
             value = (cut_mean / cut_variance - mean / variance) / precision
             known.append(
-                _Point(point.batch, point.lr, value, 1.0 / precision, point.is_probe, point.beyond)
+                Point(point.batch, point.lr, value, 1.0 / precision, point.is_probe, point.beyond)
             )
     return tuple(known)
-
-
-@dataclass(frozen=True, slots=True)
-class _Mixture:
-    """Normal distributions and their weights."""
-
-    mean: _Vector
-    deviation: _Vector
-    weight: _Vector
-
-    def moments(self) -> tuple[float, float]:
-        mean = float(self.weight @ self.mean)
-        return mean, float(self.weight @ (self.deviation**2 + (self.mean - mean) ** 2))
-
-    def quantiles(self) -> tuple[float, float, float]:
-        """10, 50 and 90 %, by bisection."""
-        low = np.full(3, float(np.min(self.mean - 6.0 * self.deviation)))
-        high = np.full(3, float(np.max(self.mean + 6.0 * self.deviation)))
-        asked = np.array([0.1, 0.5, 0.9])
-        for _ in range(45):
-            middle = 0.5 * (low + high)
-            z = (middle[:, None] - self.mean) / self.deviation
-            below = _special.ndtr(z) @ self.weight < asked
-            low, high = np.where(below, middle, low), np.where(below, high, middle)
-        return float(low[0]), float(low[1]), float(low[2])
-
-
-def _posterior(
-    points: Sequence[_Point],
-    noise_scale: float | None,
-    asked: Sequence[tuple[float, float | None]],
-    combination: Sequence[float],
-) -> _Mixture:
-    """The distribution of sum(combination * log E) at the `asked` (batch size, learning rate)."""
-    batch = np.log([p.batch for p in points] + [b for b, _ in asked])
-    rates = [p.lr for p in points] + [lr for _, lr in asked]
-    lr = np.log([rate for rate in rates if rate is not None])
-    known_rates = len(lr) == len(rates)
-    num = len(points)
-    shape, log_prior = _shapes(batch, lr if known_rates else None, num, noise_scale)
-    value = np.array([p.value for p in points])
-    own = np.array([p.variance for p in points])
-    probe = np.array([p.is_probe for p in points])
-    levels = np.array([~probe, probe], dtype=float).T
-    levels = levels[:, levels.any(axis=0)]
-    weights = np.asarray(combination, dtype=float)
-    # A level that no run tells cancels in a ratio, and `predict` refuses it alone.
-    wanted = np.zeros(levels.shape[1])
-    wanted[0] = float(weights.sum())
-    apart = np.exp(-np.abs(batch[:, None] - batch[None]) / _ROUGH_LENGTH)
-    found: list[tuple[_Vector, float, _Vector]] = []
-    rest = value - shape[:, :num]
-    ahead = shape[:, num:] @ weights
-    for rough, rough_weight in _ROUGH:
-        path = rough**2 * apart
-        for scatter, scatter_weight in _SCATTER:
-            inverse = np.linalg.inv(path[:num, :num] + np.diag(scatter**2 + own))
-            inner = levels.T @ inverse @ levels
-            gain = np.linalg.solve(inner, levels.T @ inverse)
-            level = rest @ gain.T
-            off = rest - level @ levels.T
-            misfit = np.einsum("hi,ij,hj->h", off, inverse, off)
-            determinants = np.linalg.slogdet(inverse)[1] - np.linalg.slogdet(inner)[1]
-            across = path[num:, :num].T @ weights
-            pull = inverse @ across
-            lacking = wanted - levels.T @ pull
-            variance = float(weights @ path[num:, num:] @ weights - across @ pull)
-            variance += float(lacking @ np.linalg.solve(inner, lacking))
-            if len(asked) == 1:
-                variance += scatter**2
-            mean = ahead + level @ wanted + off @ pull
-            evidence = rough_weight + scatter_weight + 0.5 * (determinants - misfit)
-            found.append((mean, variance, log_prior + evidence))
-    log_weight = np.concatenate([w for _, _, w in found])
-    weight = np.exp(log_weight - log_weight.max())
-    keep = weight > 1e-7 * weight.max()
-    deviation = np.concatenate([np.full(len(m), math.sqrt(max(v, 1e-12))) for m, v, _ in found])
-    weight = weight[keep] / weight[keep].sum()
-    return _Mixture(np.concatenate([m for m, _, _ in found])[keep], deviation[keep], weight)
-
-
-def _shapes(
-    batch: _Vector, lr: _Vector | None, num: int, noise_scale: float | None
-) -> tuple[_Vector, _Vector]:
-    """log(1 + (B / B_crit)^p lr^-g + B_low / B) for every shape on the grid and every point, and
-    the logarithm of the shape's prior weight."""
-    typical = float(np.mean(batch[:num]))
-    smallest = float(np.min(batch[:num]))
-    centre, width = _CRITICAL_PRIOR
-    critical = _CRITICAL
-    if noise_scale is not None:
-        centre = math.log(NOISE_SCALE_RATIO * noise_scale) - typical
-        width = NOISE_SCALE_ERROR
-        critical = np.linspace(centre - 3.0 * width, centre + 3.0 * width, len(_CRITICAL))
-    rates = _RATES if lr is not None and float(np.ptp(lr)) > 0.0 else (0.0,)
-    shapes: list[_Vector] = []
-    priors: list[_Vector] = []
-    for power, power_weight in _POWERS:
-        for rate in rates:
-            along = power * (batch - typical)
-            if lr is not None:
-                along = along - rate * (lr - float(np.mean(lr[:num])))
-            large = np.exp(along[None] - power * critical[:, None])
-            for low, low_weight in _LOW:
-                small = low * np.exp(smallest - batch)
-                shapes.append(np.log1p(large + small))
-                doubt = -0.5 * ((critical - centre) / width) ** 2
-                priors.append(doubt + power_weight + low_weight)
-    return np.concatenate(shapes), np.concatenate(priors)
 
 
 def _check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None) -> None:
