@@ -61,11 +61,11 @@ def test_two_probes_alone_compare_batch_sizes_and_say_so(tmp_path: Path) -> None
 
 def test_runs_of_the_task_are_trusted_before_probes(tmp_path: Path) -> None:
     path = tmp_path / "probes.csv"
-    path.write_text("batch_size,samples\n64,10000\n1024,40000\n")
+    path.write_text("batch_size,samples\n64,10000\n1024,20000\n")
     runs = written(tmp_path, "batch_size,samples_to_target\n64,1e6\n1024,1.1e6\n")
     both = read_curve(runs, path)
     assert both.why.startswith("from runs of this task")
-    assert both.efficiency(64, 1024).value > 0.52  # nearer to the runs (0.91) than to the probes
+    assert both.efficiency(64, 1024).value > 0.7
 
 
 @pytest.mark.parametrize(
