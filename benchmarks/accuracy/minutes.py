@@ -18,7 +18,7 @@ from benchmarks.accuracy import samples as references
 from benchmarks.accuracy.score import Score, coverage, covered, median, p90, relative_errors
 from supple.core.estimates import exact
 from supple.core.samples import Run, fit_samples
-from supple.core.training_time import TimedRun, fit_training_time
+from supple.core.training_time import Z80, TimedRun, fit_training_time
 from supple.core.types import Estimate
 
 FEWEST_COUNTS = 3
@@ -95,9 +95,7 @@ def ours(
         return in_minutes(fit_training_time(runs).predict(asked.num_workers, 1.0, 1.0)), exact(1.0)
     need = convergence(key, seen, known)
     needed = need(asked.batch)
-    runs = [
-        timed(r, r.batch, r.samples or r.epochs or need(r.batch).value) for r in seen if r.batch
-    ]
+    runs = [timed(r, r.batch, r.samples or r.epochs or need(r.batch)) for r in seen if r.batch]
     model = fit_training_time(runs)
     return in_minutes(model.predict(asked.num_workers, asked.batch, needed)), needed
 
@@ -129,12 +127,14 @@ def convergence(
     return lambda batch: same if batch == only else rough.predict(batch)
 
 
-def timed(result: Result, batch: float, samples: float) -> TimedRun:
+def timed(result: Result, batch: float, samples: Estimate | float) -> TimedRun:
+    counted = not isinstance(samples, Estimate)
     return TimedRun(
         num_workers=result.num_workers,
         global_batch_size=batch,
-        samples=samples,
+        samples=samples if counted else samples.value,
         time_s=60.0 * result.minutes,
+        samples_error=0.0 if counted else math.log(samples.high / samples.low) / 2.0 / Z80,
     )
 
 

@@ -1,6 +1,7 @@
 """Time of a training run on more workers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -101,3 +102,21 @@ def test_a_time_without_meaning_is_refused(time_s: float) -> None:
     bad = TimedRun(num_workers=8, global_batch_size=32, samples=1e6, time_s=time_s)
     with pytest.raises(ValueError, match=r"cannot be fitted.*leave it out"):
         fit_training_time([run(8), bad])
+
+
+def test_samples_that_were_guessed_do_not_bend_the_scaling() -> None:
+    """The larger run's samples are said to be three times too many: as if counted, each of its
+    steps took a third, and the smaller run was held up by a fixed part that is not there."""
+    true = seconds(128, 2048, 1e6)
+    counted = replace(run(32), samples=3e6)
+    bent = fit_training_time([run(8), counted]).predict(128, 2048, 1e6).value
+    guessed = replace(counted, samples_error=1.0)
+    found = fit_training_time([run(8), guessed]).predict(128, 2048, 1e6)
+    assert abs(math.log(found.value / true)) < 0.5 * abs(math.log(bent / true))
+    assert found.low <= true <= found.high
+
+
+@pytest.mark.parametrize("error", [-0.1, float("nan"), float("inf")])
+def test_a_samples_error_that_cannot_be_is_refused(error: float) -> None:
+    with pytest.raises(ValueError, match="samples' error"):
+        fit_training_time([replace(run(8), samples_error=error)])

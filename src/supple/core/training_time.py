@@ -51,6 +51,8 @@ class TimedRun:
     samples: float
     """Samples until the target, or any number proportional to it, the same for all runs."""
     time_s: float
+    samples_error: float = 0.0
+    """Standard deviation of the logarithm of `samples` where they were estimated, not counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +140,7 @@ def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
         _held(runs),
     )
     observed = np.log([run.time_s for run in runs])
+    scatter = np.hypot(_SCATTER, [run.samples_error for run in runs])
     first = min(range(len(runs)), key=lambda index: runs[index].num_workers)
     prior = _PRIOR.copy()
     prior[0] = observed[first] - math.log(shape.num_steps[first])
@@ -145,7 +148,7 @@ def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
     prior[3] = min(prior[3], float(np.min(observed)) - math.log(10.0))
 
     def residuals(sets: _Vector) -> _Vector:
-        raw = (np.log(_times(sets.T[..., None], shape)) - observed) / _SCATTER
+        raw = (np.log(_times(sets.T[..., None], shape)) - observed) / scatter
         # Soft L1 beyond some scatters, so that one absurd run does not bend the others' curve.
         bent = raw * np.sqrt(2.0 / (1.0 + np.sqrt(1.0 + (raw / _LARGE) ** 2)))
         return np.concatenate([bent, (sets - prior) / _WIDTH], axis=1)
@@ -175,8 +178,9 @@ def _check(runs: Sequence[TimedRun]) -> None:
         )
     for run in runs:
         numbers = (run.num_workers, run.global_batch_size, run.samples, run.time_s)
-        if not all(math.isfinite(number) and number > 0 for number in numbers):
+        good = all(math.isfinite(number) and number > 0 for number in numbers)
+        if not good or not 0.0 <= run.samples_error < math.inf:
             raise ValueError(
                 f"the run {run} cannot be fitted: workers, batch, samples and seconds must be "
-                "positive and finite. Correct it, or leave it out."
+                "positive and finite, the samples' error at least 0. Correct it, or leave it out."
             )
