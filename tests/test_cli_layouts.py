@@ -98,6 +98,7 @@ def test_probes_are_worth_a_larger_batch(tmp_path: Path) -> None:
         (SEVEN.replace("1M", "nan"), "--samples 'nan'"),
         (f"{SEVEN} --accelerator abacus", "Known: v100"),
         (f"{SEVEN} --interconnect rope", "rope"),
+        (f"{SEVEN} --optimizer prayer", "Known: adam, adam-8bit"),
         (f"{SEVEN} --memory -3", "--memory is -3"),
         (f"{SEVEN} --lr nan", "--lr is nan"),
         (f"{SEVEN} --batch adaptive", "without --noise-scale, --probes and --history"),

@@ -33,6 +33,33 @@ def test_json_has_a_row_for_every_choice_and_more_memory_never_fits_less() -> No
     assert again[0]["largest_micro_batch"] > kept[0]["largest_micro_batch"]
 
 
+TINY = """
+import torch
+from torch.utils.data import TensorDataset
+
+def train(job):
+    model = job.model(lambda: torch.nn.Linear(512, 512))
+    job.optimizer(torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
+    for (x,) in job.batches(TensorDataset(torch.zeros(64, 512)), batch_size=8):
+        job.step(model(x).square().mean())
+"""
+
+
+def test_another_optimizer_keeps_what_it_keeps(tmp_path: Path) -> None:
+    script = tmp_path / "tiny.py"
+    script.write_text(TINY)
+    found = {
+        name: json.loads(supple(str(script), "--json", "--optimizer", name).stdout)
+        for name in ("adam", "sgd-momentum", "sgd")
+    }
+    parameters = found["adam"]["parameter_bytes"]
+    kept = {name: data["optimizer_bytes"] / parameters for name, data in found.items()}
+    assert kept == pytest.approx({"adam": 2.0, "sgd-momentum": 1.0, "sgd": 0.0}, abs=0.01)
+    traced = [data["rows"][0]["bytes"]["8"]["traced"] for data in found.values()]
+    assert traced == sorted(traced, reverse=True)
+    assert json.loads(supple(str(script), "--json").stdout) == found["adam"]
+
+
 def test_what_does_not_fit_is_called_none() -> None:
     assert "none" in supple(GPT, "--memory", "1").stdout
 
@@ -44,6 +71,7 @@ def test_what_does_not_fit_is_called_none() -> None:
         ((GPT, "--memory", "0"), "--memory is 0"),
         ((GPT, "--memory", "nan"), "--memory is nan"),
         ((f"{GPT}:main",), "no function main"),
+        ((GPT, "--optimizer", "prayer"), "Known: adam, sgd-momentum, sgd"),
     ],
 )
 def test_it_refuses_with_one_message(arguments: tuple[str, ...], words: str) -> None:

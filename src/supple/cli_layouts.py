@@ -54,6 +54,9 @@ def layouts(
     lr: Annotated[
         float | None, typer.Option(help="Tuned at --batch-size; default: 3e-4, or the script's.")
     ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="adam, adam-8bit, adafactor, sgd-momentum or sgd.")
+    ] = "adam",
     accelerator: Annotated[str, typer.Option(help="v100, a100, a100-80, h100 or b200.")] = "h100",
     memory: Annotated[
         float | None, typer.Option(help="GB of one accelerator; default: its data sheet's.")
@@ -112,7 +115,14 @@ def layouts(
                 f"{missing} missing: give a transformer's sizes, its samples and its batch, or a "
                 "script whose layers are measured."
             )
+        from supple.core.layout_memory import OPTIMIZER_BYTES
+
+        if optimizer not in OPTIMIZER_BYTES:
+            raise SpecError(
+                f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZER_BYTES)}."
+            )
         extra = [name for name, value in sizes.items() if value is not None]
+        extra += ["--optimizer"] if optimizer != "adam" else []
         if script is not None and (extra or measured):
             raise SpecError(
                 f"SCRIPT and {', '.join(extra) or '--measured'} were both given: a script's layers "
@@ -190,6 +200,7 @@ def layouts(
             total_samples=amount,
             noise_scale=noise_scale,
             samples=curve,
+            optimizer=optimizer,
             tuned=tuned,
         )
         table = plan_layouts(job, limits, objective)

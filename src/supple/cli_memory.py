@@ -20,7 +20,7 @@ from supple.train.script import check
 
 EPILOG = (
     "Examples:\n\n  supple memory examples/gpt.py --memory 80\n\n"
-    "  supple memory train.py --memory 24 --json"
+    "  supple memory train.py --memory 24 --optimizer sgd-momentum --json"
 )
 _SHARDS = (1, 2, 4, 8, 16, 64)
 
@@ -30,6 +30,10 @@ def memory(
     device_gb: Annotated[
         float, typer.Option("--memory", help="GB of the accelerator that should hold it.")
     ] = 80.0,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="In place of the script's: adam, sgd-momentum or sgd."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Tracebacks.")] = False,
 ) -> None:
@@ -39,11 +43,13 @@ def memory(
             raise SpecError(f"--memory is {device_gb:g}: give the GB of one accelerator, above 0.")
         path, function = split_target(script)
         check(path, function)
-        from supple.train.memory_trace import TraceFailed, trace_memory
+        from supple.train.memory_trace import OPTIMIZERS, TraceFailed, trace_memory
 
+        if optimizer is not None and optimizer not in OPTIMIZERS:
+            raise SpecError(f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZERS)}.")
         try:
             traced = {
-                name: trace_memory(path, function, recompute=recompute)
+                name: trace_memory(path, function, recompute=recompute, optimizer=optimizer)
                 for name, recompute in (("kept", False), ("recomputed", True))
             }
         except TraceFailed as error:

@@ -62,6 +62,15 @@ def test_sharded_replicas_hold_a_share_of_the_states() -> None:
     assert whole.states / 8 < sharded.states < whole.states / 3
 
 
+def test_an_optimizer_that_keeps_less_needs_less() -> None:
+    states = [
+        memory_parts(run(GPT_22B, recompute=True, micro=1), name).states
+        for name in ("adam", "sgd-momentum", "adam-8bit", "adafactor", "sgd")
+    ]
+    assert states == sorted(states, reverse=True)
+    assert states[0] / states[-1] == pytest.approx(18 / 10)
+
+
 @given(
     tp=st.sampled_from([1, 2, 4, 8]),
     pp=st.sampled_from([1, 2, 4, 8]),

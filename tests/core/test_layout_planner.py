@@ -110,3 +110,14 @@ def test_a_layout_is_named_by_its_degrees_from_the_inside_out() -> None:
     assert describe(ParallelLayout(tp=8, pp=2, dp_replicate=4)) == "tp8 pp2 dp4"
     assert describe(ParallelLayout(dp_shard=16)) == "fsdp16"
     assert describe(ParallelLayout()) == "one"
+
+
+def test_an_optimizer_that_keeps_less_fits_on_fewer_and_has_its_own_learning_rates() -> None:
+    light = replace(JOB, optimizer="sgd-momentum", noise_scale=1e6)
+    assert (
+        table(light).rows[0].num_workers
+        < table(replace(JOB, memory_bytes=60e9)).rows[0].num_workers
+    )
+    grown = table(light, batch="adaptive").rows[-1].batch
+    adam = table(replace(JOB, noise_scale=1e6), batch="adaptive").rows[-1].batch
+    assert grown.global_batch_size > 4 * JOB.base_batch_size >= adam.global_batch_size

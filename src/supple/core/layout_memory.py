@@ -2,7 +2,8 @@
 sizes, of any other model by what was measured of its layers.
 
     states       (2 + 4 + 12) bytes a parameter: bf16 weights, fp32 gradients, fp32 weights and two
-                 Adam moments; over tp and pp, and over dp_shard where the data ranks shard them
+                 Adam moments (other optimizers: `OPTIMIZER_BYTES`); over tp and pp, and over
+                 dp_shard where the data ranks shard them
     activations  per layer and micro-batch of `tok` tokens  tok h (10 + 24/t + 5 a s / (h t))
                  or, recomputed, its input  2 tok h  and one layer whole
     in flight    the first of p stages holds min(p, m) micro-batches (1F1B)
@@ -21,7 +22,16 @@ from supple.core.layouts import LayoutRun, Transformer
 from supple.core.stages import MeasuredLayer, split
 from supple.core.types import Estimate
 
-_WEIGHTS, _GRADIENTS, _OPTIMIZER = 2.0, 4.0, 12.0
+_WEIGHTS, _GRADIENTS = 2.0, 4.0
+OPTIMIZER_BYTES = {
+    "adam": 12.0,
+    "adam-8bit": 6.0,
+    "adafactor": 4.1,
+    "sgd-momentum": 8.0,
+    "sgd": 4.0,
+}
+"""A parameter's weights in fp32, and what the optimizer keeps of it: two moments; two of 8 bits
+(Dettmers et al. 2022); a row's and a column's share of one (Shazeer and Stern 2018); one; none."""
 _RUNTIME_BYTES = 2.5 * 2**30
 """Context, libraries' workspaces and communicators: 1 to 2.5 GiB are seen."""
 _FRAGMENTATION = 0.08
@@ -51,8 +61,9 @@ def num_parameters(model: Transformer) -> int:
     return model.num_layers * (12 * h * h + 13 * h) + (model.vocab_size + model.seq_length) * h
 
 
-def memory_parts(run: LayoutRun) -> MemoryParts:
-    """Where the bytes go, on the fullest stage."""
+def memory_parts(run: LayoutRun, optimizer: str = "adam") -> MemoryParts:
+    """Where the bytes go, on the fullest stage. `optimizer` is a key of `OPTIMIZER_BYTES`; measured
+    layers have their own."""
     model = run.model
     if not isinstance(model, Transformer):
         return _of_layers(run, model)
@@ -61,7 +72,7 @@ def memory_parts(run: LayoutRun) -> MemoryParts:
     h, tok = model.hidden_size, run.micro_batch_size * model.seq_length
     embedding = model.vocab_size * h
     parameters = (layers * 12 * h * h + embedding) / tp
-    states = parameters * (_WEIGHTS + _GRADIENTS + _OPTIMIZER) / shard
+    states = parameters * (_WEIGHTS + _GRADIENTS + OPTIMIZER_BYTES[optimizer]) / shard
     if shard > 1:
         # One layer at a time is gathered whole, and its gradients before they are scattered.
         states += 12 * h * h / tp * (_WEIGHTS + _GRADIENTS)
@@ -106,7 +117,7 @@ def _of_layers(run: LayoutRun, layers: Sequence[MeasuredLayer]) -> MemoryParts:
     return fullest
 
 
-def peak_memory(run: LayoutRun) -> Estimate:
+def peak_memory(run: LayoutRun, optimizer: str = "adam") -> Estimate:
     """Bytes; `value` and `high` are the safe ones, `assumed` since nothing was run."""
-    total = memory_parts(run).total
+    total = memory_parts(run, optimizer).total
     return Estimate(value=total, low=total * _SURE, high=total, source="assumed")

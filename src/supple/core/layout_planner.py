@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from supple.core.estimates import exact, over, plus, times
-from supple.core.goodput import largest_batch_ratio, worth
+from supple.core.goodput import family_of, largest_batch_ratio, worth
 from supple.core.layout_memory import memory_parts, num_parameters, peak_memory
 from supple.core.layouts import LayoutModel, LayoutRun, Model, Transformer
 from supple.core.learning_rate import TunedRate, planned_rate
@@ -26,7 +26,7 @@ _LARGEST_COUNT = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutJob:
-    """What is known of one job. The optimizer of a transformer is of the Adam family."""
+    """What is known of one job."""
 
     model: Model
     times: LayoutModel
@@ -41,6 +41,8 @@ class LayoutJob:
     """In sequences; None: unknown, and without `samples` the batch stays."""
     samples: SamplesModel | None = None
     """From previous runs of the task, in sequences: trusted before the noise scale."""
+    optimizer: str = "adam"
+    """Of a transformer: a key of `layout_memory.OPTIMIZER_BYTES`. Layers were measured with one."""
     tuned: tuple[TunedRate, ...] = ()
     """Learning rates of those runs: trusted before the family's rule."""
 
@@ -91,7 +93,7 @@ def runs_for(job: LayoutJob, count: int, batch: int) -> Iterator[LayoutRun]:
                             num_micro_batches=batch // dp // micro,
                             recompute=recompute,
                         )
-                        if peak_memory(run).high <= job.memory_bytes:
+                        if peak_memory(run, job.optimizer).high <= job.memory_bytes:
                             yield run
 
 
@@ -147,7 +149,9 @@ def _batches(job: LayoutJob, limits: Limits, count: int) -> list[int]:
     """The base batch; adaptive and with something known of larger ones, its doublings too."""
     if limits.batch == "fixed" or (job.noise_scale is None and job.samples is None):
         return [job.base_batch_size]
-    most = min(job.total_samples, int(job.base_batch_size * largest_batch_ratio("adam")))
+    most = min(
+        job.total_samples, int(job.base_batch_size * largest_batch_ratio(family_of(job.optimizer)))
+    )
     found = [job.base_batch_size]
     while found[-1] * 2 <= most:
         found.append(found[-1] * 2)
@@ -164,7 +168,7 @@ def _row(job: LayoutJob, limits: Limits, run: LayoutRun, batch: int, first: Plan
     lr, _ = planned_rate(
         job.tuned,
         rule="auto",
-        family="adam",
+        family=family_of(job.optimizer),
         base_lr=job.base_lr,
         base_batch=job.base_batch_size,
         batch=batch,
@@ -188,7 +192,7 @@ def _row(job: LayoutJob, limits: Limits, run: LayoutRun, batch: int, first: Plan
         efficiency=_useful(job, batch),
         goodput=goodput,
         speedup=exact(float(count)) if first is None else times(goodput, exact(1.0 / alone)),
-        memory_bytes=peak_memory(run),
+        memory_bytes=peak_memory(run, job.optimizer),
         time_to_end_s=time_to_end,
         accelerator_hours=hours,
         cost=None if price is None else times(hours, exact(price)),
@@ -207,7 +211,7 @@ def _too_large(job: LayoutJob, most: int) -> Infeasible:
         num_micro_batches=1,
         recompute=True,
     )
-    parts = memory_parts(smallest)
+    parts = memory_parts(smallest, job.optimizer)
     return Infeasible(
         asked=f"a layout of at most {most} accelerators",
         numbers=f"{_num_parameters(job.model) / 1e9:.2f} billion parameters: on one accelerator "

@@ -18,7 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
-from torch.optim import Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -32,6 +32,14 @@ _STEPS = 2
 """The second one finds the optimizer's state in place, as all later ones do."""
 
 
+OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
+    "adam": (AdamW, {}),
+    "sgd-momentum": (SGD, {"momentum": 0.9}),
+    "sgd": (SGD, {}),
+}
+"""What may stand in for a script's own. torch's Adafactor reads values, so it cannot be traced."""
+
+
 class _TraceComplete(BaseException):
     """Unwinds the user's function when everything is traced. Not an error."""
 
@@ -40,12 +48,14 @@ class TraceFailed(Exception):
     """The script cannot be traced; the message is complete."""
 
 
-def trace_memory(script: str, function: str, *, recompute: bool = False) -> list[TracedMemory]:
+def trace_memory(
+    script: str, function: str, *, recompute: bool = False, optimizer: str | None = None
+) -> list[TracedMemory]:
     """Peak bytes at the script's batch size, at a half, a quarter and an eighth of it, largest
     first. `recompute` checkpoints the activations of every block: each entry of a `ModuleList` or
-    `Sequential`. Raises `SpecError` before any work, `TraceFailed` if the script cannot be
-    traced."""
-    tracer = _Tracer(recompute)
+    `Sequential`. `optimizer`, a key of `OPTIMIZERS`, replaces the script's. Raises `SpecError`
+    before any work, `TraceFailed` if the script cannot be traced."""
+    tracer = _Tracer(recompute, optimizer)
     try:
         load(script, function)(tracer)
     except _TraceComplete:
@@ -73,8 +83,9 @@ class _Tracer:
 
     rank, world_size, generation, step_count, epoch, lr = 0, 1, 0, 0, 0, 0.0
 
-    def __init__(self, recompute: bool) -> None:
+    def __init__(self, recompute: bool, optimizer: str | None) -> None:
         self.found: list[TracedMemory] = []
+        self._instead = None if optimizer is None else OPTIMIZERS[optimizer]
         self._recompute = recompute
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._model: nn.Module | None = None
@@ -99,6 +110,8 @@ class _Tracer:
     ) -> Optimizer:
         if self._model is None:
             raise TrainingError("job.optimizer was called before job.model: swap the two lines.")
+        if self._instead is not None:
+            cls, options = self._instead
         with self._fake:
             params = [param for param in self._model.parameters() if param.requires_grad]
             self._optimizer = cls(params, lr=lr, **options)
