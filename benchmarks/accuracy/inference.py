@@ -8,6 +8,7 @@ one factor fitted to the same rows.
 """
 
 import csv
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import permutations
@@ -60,7 +61,16 @@ def measurement(row: Mapping[str, str]) -> ServingMeasurement:
         ),
         tokens_per_s=float(row["output_throughput_tokens_per_s"]),
         itl_p90_s=1e-3 * float(row["itl_p90_ms"]),
+        itl_p50_s=1e-3 * number if (number := _known(row, "itl_p50_ms")) else None,
+        running=_known(row, "avg_batch_size"),
     )
+
+
+def _known(row: Mapping[str, str], name: str) -> float | None:
+    """None where the column is blank, not there, or not a positive number."""
+    text = (row.get(name) or "").strip()
+    value = float(text) if text else 0.0
+    return value if 0.0 < value < math.inf else None
 
 
 def weight_bytes(precision: str) -> float:

@@ -168,7 +168,8 @@ def test_a_group_never_measured_is_at_its_prior() -> None:
     groups = Groups(sweep())
     other = run(workload=replace(CHAT, name="other"))
     x = 0.0 * groups.spreads()
-    x[-3:] = x[18:22] = 1.0
+    blocks = 4 * len(groups.workloads) + 3 * len(groups.sites)
+    x[-blocks:] = 1.0
     found = logs(x[None], Rows([other], groups))
     assert found == pytest.approx(logs(0.0 * x[None], Rows([other], groups)))
     assert logs(x[None], Rows([run()], groups)) != pytest.approx(
