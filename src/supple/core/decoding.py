@@ -81,6 +81,8 @@ _WORKLOAD_SPREADS = (0.5, 0.7, 0.7, 0.5)
 _SITE_CENTRES = (5e-4, 8.0, 0.06)
 _SITE_SPREADS = (1.5, 0.7, 0.7)
 """A host that stalls: seconds a step, sequences from which on, and spread of the steps."""
+_STALLS = 0.7
+"""Standard deviation of a stall's logarithm between sessions of one site."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,11 +161,11 @@ class Groups:
             + list(_SITE_SPREADS) * len(self.sites)
         )
 
-
-def session(run: ServingRun) -> str:
-    """Runs that were probably made together, on one machine and of one family: right or wrong
-    together."""
-    return f"{run.model.family}|{'|'.join(map(str, site(run)))}"
+    def loose(self) -> _Array:
+        """Standard deviations by which parameters differ from one session to the next."""
+        found = np.zeros(len(self.spreads()))
+        found[len(found) - len(_SITE_SPREADS) * len(self.sites) :: len(_SITE_SPREADS)] = _STALLS
+        return found
 
 
 def site(run: ServingRun) -> tuple[str, str, bool]:
@@ -224,7 +226,8 @@ def logs(x: _Array, rows: Rows) -> _Array:
 
     share = rows.activated / rows.parameters
     drawn = -np.expm1(p["routing"] * running * np.log1p(-np.where(several, share, 0.0)))
-    drawn = np.where(one, (p["padded_8bit"] + drawn) / (p["padded_8bit"] + 1.0), drawn)
+    eight = one & (rows.weight > 0.75)
+    drawn = np.where(eight, (p["padded_8bit"] + drawn) / (p["padded_8bit"] + 1.0), drawn)
     touched = np.where(several, share + (1.0 - share) * drawn, 1.0) * rows.parameters * rows.weight
     slower = np.where(one, p["experts_8bit"], 1.0) * (1.0 + p["imbalance"] * rows.doublings)
     filled = rows.faster ** -p["fill"]

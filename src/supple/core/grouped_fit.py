@@ -2,11 +2,13 @@
 leaving each group out in turn.
 
 Parameters are logarithms, 0 at their priors; the fit is a robust least squares whose forward
-differences are all taken in one evaluation. Rows of one session (a group on one machine) share an
-offset, normal around 0, so that what is odd about a session moves its offset more than the
-parameters, and a session measured before keeps it (a mixed model: Laird & Ware 1982). Residuals
-inside a group say little about a group never seen, so an interval is as wide as held 80 % of what
-was measured of groups left out.
+differences are all taken in one evaluation. Every row has a group (what it is of) and a kind (the
+circumstances). Rows of one group and kind were probably measured together, a session, and share an
+offset, normal around 0: what is odd about a session moves its offset more than the parameters, and
+a session measured before keeps it (a mixed model: Laird & Ware 1982). Residuals inside a group say
+little about a group never seen, so an interval is as wide as held 80 % of what was measured of
+groups left out. Parameters that themselves differ from session to session widen the intervals of
+the rows that depend on them.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +27,7 @@ _NUDGE = 1e-5
 _MOST_STEPS = 60
 _SESSION = 0.2
 """Standard deviation of a session's offset, of each figure."""
-_DOUBT = 0.2
+_DOUBT = 0.17
 """Relative error of the form itself, for a group never seen."""
 _ALONE = 0.5
 """The same where nothing was measured."""
@@ -40,16 +42,19 @@ class GroupedFit:
     covariance: _Array
     reach: tuple[float, ...]
     """Per figure the standard score that held 80 % of groups left out."""
+    loose: _Array
+    """Standard deviations by which parameters differ from one session to the next."""
     sessions: tuple[str, ...]
     source: Source
 
-    def predict(self, evaluate: Evaluate, sessions: Sequence[str]) -> tuple[_Array, _Array]:
-        """Logarithms of (figures, rows), and the halves of their 80 % intervals. `sessions` names
-        that of every row; one never measured has no offset and is as doubtful as one may be."""
-        where = _members(sessions, self.sessions)
-        num_parameters = len(self.x) - len(self.reach) * len(self.sessions)
-        plain, slopes = _with_slopes(self.x, num_parameters, evaluate, where)
-        wide = _deviations(slopes, self.covariance, where, self.source)
+    def predict(
+        self, evaluate: Evaluate, groups: Sequence[str], kinds: Sequence[str]
+    ) -> tuple[_Array, _Array]:
+        """Logarithms of (figures, rows), and the halves of their 80 % intervals. A session never
+        measured has no offset."""
+        where = _members(_sessions(groups, kinds), self.sessions)
+        plain, slopes = _with_slopes(self.x, len(self.loose), evaluate, where)
+        wide = _deviations(slopes, self.covariance, self.loose, where, self.source)
         return plain, wide * np.array(self.reach)[:, None]
 
 
@@ -59,6 +64,7 @@ def unfitted(spread: _Array, num_figures: int) -> GroupedFit:
         x=np.zeros(len(spread)),
         covariance=np.diag(spread**2),
         reach=(Z80,) * num_figures,
+        loose=np.zeros(len(spread)),
         sessions=(),
         source="assumed",
     )
@@ -68,21 +74,33 @@ def fit_groups(
     evaluate: Evaluate,
     true: _Array,
     groups: Sequence[str],
+    kinds: Sequence[str],
     spread: _Array,
-    *,
     scatters: Sequence[float],
-    sessions: Sequence[str] = (),
+    loose: _Array | None = None,
 ) -> GroupedFit:
     """Fit to the logarithms `true` of (figures, rows), NaN where one was not measured, rows named
-    by their group and their session (none: no offsets). `spread` holds the standard deviations of
-    the priors, `scatters` those of a row per figure. At least one row."""
+    by their group and kind. `spread` holds the standard deviations of the priors, `scatters` those
+    of a row per figure, `loose` those of a parameter from session to session (default: none). At
+    least one row."""
+    sessions = _sessions(groups, kinds)
     names = tuple(sorted(set(sessions)))
-    where = _members(sessions or [""] * len(groups), names)
+    where = _members(sessions, names)
     rows = _Measured(evaluate, true, np.array(scatters)[:, None], where, spread)
-
+    loose = np.zeros(len(spread)) if loose is None else loose
     x = _descend(rows)
-    covariance, reach = _doubt(x, rows, np.array(groups))
-    return GroupedFit(x=x, covariance=covariance, reach=reach, sessions=names, source="fitted")
+    return GroupedFit(
+        x=x,
+        covariance=np.asarray(np.linalg.inv(rows.normal(x)[0]), dtype=np.float64),
+        reach=_reach(x, rows, np.array(groups), loose),
+        loose=loose,
+        sessions=names,
+        source="fitted",
+    )
+
+
+def _sessions(groups: Sequence[str], kinds: Sequence[str]) -> list[str]:
+    return [f"{group}\n{kind}" for group, kind in zip(groups, kinds, strict=True)]
 
 
 class _Measured:
@@ -151,7 +169,7 @@ def _members(sessions: Sequence[str], names: Sequence[str]) -> _Array:
 
 def _offsets(offsets: _Array, where: _Array) -> _Array:
     """Of every (figure, row)."""
-    if not offsets.size:
+    if not where.shape[1]:
         return np.zeros((1, len(where)))
     return offsets.reshape(-1, where.shape[1]) @ where.T
 
@@ -177,37 +195,37 @@ def _with_slopes(
     return found[0] + _offsets(offsets, where), slopes
 
 
-def _deviations(slopes: _Array, covariance: _Array, where: _Array, source: Source) -> _Array:
+def _deviations(
+    slopes: _Array, covariance: _Array, loose: _Array, where: _Array, source: Source
+) -> _Array:
     """Standard deviations of the logarithms, (figures, rows): of the parameters, of the offset,
-    and of the form."""
+    of the form, and of what differs from session to session."""
     form = _ALONE if source == "assumed" else _DOUBT
     new = 1.0 - where.sum(axis=1) if where.shape[1] else np.zeros(len(where))
     spread = np.einsum("frp,frp->fr", slopes @ covariance, slopes)
-    return np.sqrt(spread + form**2 + new * _SESSION**2)
+    differs = np.sum((slopes[..., : len(loose)] * loose) ** 2, axis=-1)
+    return np.sqrt(spread + form**2 + new * _SESSION**2 + differs)
 
 
-def _doubt(
-    y: _Array, rows: _Measured, groups: npt.NDArray[np.str_]
-) -> tuple[_Array, tuple[float, ...]]:
-    """Covariance of the parameters, and per figure the standard score that holds 80 % of
-    what is measured of a group when it is left out (by two Gauss-Newton steps from the fit)."""
-    covariance = np.asarray(np.linalg.inv(rows.normal(y)[0]), dtype=np.float64)
+def _reach(
+    y: _Array, rows: _Measured, groups: npt.NDArray[np.str_], loose: _Array
+) -> tuple[float, ...]:
+    """Per figure the standard score that holds 80 % of what is measured of a group when it is left
+    out (by two Gauss-Newton steps from the fit). A single group tells nothing of others."""
     names = sorted(set(groups.tolist()))
     scores = np.full(rows.true.shape, Z80)
-    if len(names) > 1:
-        for name in names:
-            held = groups == name
-            at = y
-            for _ in range(2):
-                matrix, gradient = rows.normal(at, ~held)
-                step = np.clip(np.linalg.solve(matrix, gradient), -1.0, 1.0)
-                at = np.asarray(at - step, dtype=np.float64)
-            inverse = np.asarray(np.linalg.inv(rows.normal(at, ~held)[0]), dtype=np.float64)
-            plain, slopes = _with_slopes(at, rows.num_parameters, rows.evaluate, rows.where)
-            wide = _deviations(slopes, inverse, rows.where, "fitted")
-            scores[:, held] = (np.abs(plain - rows.true) / wide)[:, held]
-    reach = [
+    for name in names if len(names) > 1 else ():
+        held = groups == name
+        at = y
+        for _ in range(2):
+            matrix, gradient = rows.normal(at, ~held)
+            step = np.clip(np.linalg.solve(matrix, gradient), -1.0, 1.0)
+            at = np.asarray(at - step, dtype=np.float64)
+        inverse = np.asarray(np.linalg.inv(rows.normal(at, ~held)[0]), dtype=np.float64)
+        plain, slopes = _with_slopes(at, rows.num_parameters, rows.evaluate, rows.where)
+        wide = _deviations(slopes, inverse, loose, rows.where, "fitted")
+        scores[:, held] = (np.abs(plain - rows.true) / wide)[:, held]
+    return tuple(
         float(np.quantile(score[known], 0.8)) if known.any() else Z80
         for score, known in zip(scores, rows.known, strict=True)
-    ]
-    return covariance, tuple(reach)
+    )

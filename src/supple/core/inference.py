@@ -20,7 +20,7 @@ from supple.core.decoding import (
     Rows,
     ServingRun,
     logs,
-    session,
+    site,
     weights_fit,
 )
 from supple.core.grouped_fit import GroupedFit, fit_groups, unfitted
@@ -73,7 +73,7 @@ class InferenceModel:
                     "Use more accelerators or fewer bits a weight."
                 )
         rows = Rows(runs, self._groups)
-        plain, halves = self._fit.predict(lambda x: logs(x, rows), [session(run) for run in runs])
+        plain, halves = self._fit.predict(lambda x: logs(x, rows), *_labels(runs))
         return [
             ServingPrediction(
                 tokens_per_s=_estimate(plain[0, i], halves[0, i], self._fit.source),
@@ -113,14 +113,14 @@ def fit_inference(measurements: Sequence[ServingMeasurement]) -> InferenceModel:
     rows = Rows(runs, groups)
     true = np.log([_figures(m) for m in measurements]).T
     fit = fit_groups(
-        lambda x: logs(x, rows),
-        true,
-        [run.model.family for run in runs],
-        spread,
-        scatters=_SCATTERS,
-        sessions=[session(run) for run in runs],
+        lambda x: logs(x, rows), true, *_labels(runs), spread, _SCATTERS, groups.loose()
     )
     return InferenceModel(fit, groups)
+
+
+def _labels(runs: Sequence[ServingRun]) -> tuple[list[str], list[str]]:
+    """Groups and kinds: families, and where and at what they were run."""
+    return [run.model.family for run in runs], ["|".join(map(str, site(run))) for run in runs]
 
 
 def _figures(m: ServingMeasurement) -> tuple[float, float, float, float]:
