@@ -100,8 +100,8 @@ def fit_inference(measurements: Sequence[ServingMeasurement]) -> InferenceModel:
         if not all(value is None or 0 < value < math.inf for value in figures):
             raise ValueError(
                 f"a serving measurement of {m.tokens_per_s} tokens/s, {m.itl_p90_s} s between "
-                f"tokens (median {m.itl_p50_s} s) and {m.running} requests at once: all must be "
-                "positive numbers. Leave it out."
+                f"tokens (median {m.itl_p50_s} s) and {m.running} requests at once: all "
+                "must be positive numbers. Leave it out."
             )
         if not weights_fit(m.run):
             raise ValueError(f"the weights of {m.run} do not fit: the measurement is mistaken.")
