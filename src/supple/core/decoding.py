@@ -64,11 +64,11 @@ _PRIORS: dict[str, tuple[float, float]] = {
     "cache_experts": (0.5, 0.4),  # the same of a mixture, relative
     "capacity": (1.0, 0.3),  # cache taken at the fullest, relative
     "arithmetic": (0.45, 0.5),  # of the peak, decoding
-    "prefill": (0.4, 0.5),  # of the peak
+    "prefill": (0.5, 0.5),  # of the peak
     "sequence": (3e-5, 0.7),  # s
     "host": (2e-3, 0.7),  # s
-    "layer": (7e-5, 0.4),  # s
-    "layer_experts": (5e-5, 0.7),  # s more
+    "layer": (4e-5, 0.5),  # s: ten kernels of 4e-6
+    "layer_experts": (3e-5, 0.7),  # s more: eight kernels to route
     "tensor": (2e-5, 0.5),  # s per layer and doubling
     "layer_8bit": (3e-5, 0.7),  # s
     "link": (2.5e-12, 0.5),  # s per byte
