@@ -54,6 +54,33 @@ def test_rows_that_cannot_have_run_as_stated_are_left_out(tmp_path: Path) -> Non
     assert len(read(tmp_path)) == 12
 
 
+def test_rows_that_lack_a_number_are_left_out_and_extra_figures_may_be_missing(
+    tmp_path: Path,
+) -> None:
+    path = table(tmp_path) / "inference" / "llm.csv"
+    with path.open("a", newline="") as file:
+        csv.DictWriter(file, FIELDS).writerow(row("d/four", 8, 8, 30.0, itl_p90_ms=""))
+    assert len(read(tmp_path)) == 12
+    plain = measurement(row("a/one", 8, 8, 10.0))
+    assert plain.itl_p50_s is None
+    assert plain.running is None
+    full = measurement(row("a/one", 8, 8, 10.0) | {"itl_p50_ms": "9.5", "avg_batch_size": "7.9"})
+    assert full.itl_p50_s == 0.0095
+    assert full.running == 7.9
+
+
+def test_a_table_of_one_family_is_predicted_from_the_priors(tmp_path: Path) -> None:
+    (tmp_path / "inference").mkdir()
+    with (tmp_path / "inference" / "llm.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(row("a/one", 8, b, 8.8) for b in (8, 16, 32))
+    found = measure(tmp_path)
+    assert found.metrics["inference_throughput_mape"] < 1.0
+    assert found.metrics["inference_throughput_mape_baseline"] < 10.0
+    assert all(estimate.source == "assumed" for estimate, _ in found.points)
+
+
 def test_precisions_are_told_by_their_bits() -> None:
     assert [weight_bytes(name) for name in ("bfloat16", "fp8", "mxfp4")] == [2.0, 1.0, 0.55]
 

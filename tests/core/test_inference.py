@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -137,6 +138,67 @@ def test_the_order_of_measurements_does_not_matter() -> None:
     )
 
 
+def test_what_is_odd_about_a_session_stays_with_it() -> None:
+    """One family on one machine is twice as slow as all else: it is told so of more requests, and
+    a family never seen hardly is."""
+    odd = replace(SMALL, family="odd")
+    slow = measured([run(odd, b) for b in (8, 16, 64, 128)], factor=2.0)
+    plain = measured(sweep())
+    model = fit_inference([*plain, *slow])
+    again, other = run(odd, 32), run(replace(MIDDLE, family="new"), 32)
+    assert tokens(again, model) < 0.75 * tokens(again)
+    assert tokens(other, model) == pytest.approx(tokens(other), rel=0.15)
+    known, new = (model.predict(asked).tokens_per_s for asked in (again, other))
+    assert known.high / known.low < new.high / new.low
+
+
+def test_the_requests_that_ran_at_once_tell_how_large_the_cache_was() -> None:
+    """A full cache, at other families twice as large as thought."""
+    long = replace(CHAT, prompt_tokens=20_000)
+    runs = [run(m, 512, workload=long) for m in (SMALL, MIDDLE)]
+    held = [ServingMeasurement(run=r, tokens_per_s=tokens(r), itl_p90_s=wait(r)) for r in runs]
+    groups = Groups(runs)
+    at_once = np.exp(logs(np.zeros((1, len(groups.spreads()))), Rows(runs, groups))[0, 3])
+    told = [replace(m, running=2.0 * n) for m, n in zip(held, at_once, strict=True)]
+    asked = run(replace(SMALL, family="new"), 512, workload=long)
+    assert tokens(asked, fit_inference(told)) > 1.05 * tokens(asked, fit_inference(held))
+
+
+def test_a_median_latency_separates_plain_steps_from_those_with_prompts() -> None:
+    busy = [run(m, 128, output_tokens=200) for m in (SMALL, MIDDLE)]
+    plain = measured(busy)
+    told = [replace(m, itl_p50_s=m.itl_p90_s) for m in plain]
+    asked = run(replace(SMALL, family="new"), 8, output_tokens=200)
+    assert wait(asked, fit_inference(told)) > wait(asked, fit_inference(plain))
+
+
+def test_eight_bits_read_experts_that_nobody_drew() -> None:
+    """Half the bytes, yet by far not twice as fast while few tokens draw few experts."""
+    eight = replace(EXPERTS, bytes_per_weight=1.0)
+    assert wait(run(eight, 8)) > 0.9 * wait(run(EXPERTS, 8))
+    four = replace(EXPERTS, bytes_per_weight=0.55)
+    assert wait(run(four, 8)) < wait(run(eight, 8))
+
+
+def test_the_tail_is_flat_until_a_tenth_of_the_steps_take_in_prompts() -> None:
+    def over_the_median(concurrency: int) -> float:
+        runs = [run(concurrency=concurrency, output_tokens=500)]
+        groups = Groups(runs)
+        found = logs(np.zeros((1, len(groups.spreads()))), Rows(runs, groups))
+        return float(np.exp(found[0, 1, 0] - found[0, 2, 0]))
+
+    assert over_the_median(8) < 1.1
+    assert over_the_median(128) > 1.3
+
+
+@pytest.mark.parametrize("extra", ["itl_p50_s", "running"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_extra_figure_that_is_no_positive_number_is_refused(extra: str, value: float) -> None:
+    good = ServingMeasurement(run=run(), tokens_per_s=100.0, itl_p90_s=0.01)
+    with pytest.raises(ValueError, match="must be positive"):
+        fit_inference([replace(good, **{extra: value})])  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_measurement_that_is_no_positive_number_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="must be positive"):
@@ -168,7 +230,8 @@ def test_a_group_never_measured_is_at_its_prior() -> None:
     groups = Groups(sweep())
     other = run(workload=replace(CHAT, name="other"))
     x = 0.0 * groups.spreads()
-    x[-3:] = x[18:22] = 1.0
+    blocks = 4 * len(groups.workloads) + 3 * len(groups.sites)
+    x[-blocks:] = 1.0
     found = logs(x[None], Rows([other], groups))
     assert found == pytest.approx(logs(0.0 * x[None], Rows([other], groups)))
     assert logs(x[None], Rows([run()], groups)) != pytest.approx(

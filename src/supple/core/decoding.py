@@ -3,18 +3,22 @@
 One decoding step of B sequences on n accelerators, L layers, P parameters of which a share `a` is
 activated, w bytes each, context c, output O tokens, prompt I tokens:
 
-    weights    read w P / (n W);  of a mixture of experts the share  a + (1-a) (1 - (1-a)^(g B))
+    weights    read w P / (n W);  of a mixture of experts the share  a + (1-a) d,
+               d = 1 - (1-a)^(g B), in 8 bits more: kernels that pad go through experts nobody drew
     cache      read B c k L / (n W)
     arithmetic 2 a P B / (n F)
-    launches   host + L (launch + tensor-parallel latency log2 n + unpacking of 8-bit weights)
+    launches   host + L (launch + routing to experts + tensor-parallel latency log2 n
+               + unpacking of 8-bit weights)
     sequences  B s: sampling, bookkeeping
     step       the sum; where no captured graph is replayed (more than 512 sequences, or a step that
                also takes in prompts) at least L times an eager layer
 
-A share 1 - exp(-B/O) of steps also takes in prompts and takes longer; the mean step gives tokens
-per second, and the 90th percentile of the latency jumps where a tenth of the steps are such steps.
-Memory left beside the weights bounds the sequences that run at once. L = 17 (P / 1e9)^(1/3) where
-it is not given: 34 layers for 8e9 parameters, 126 for 405e9.
+The faster a device, the smaller the share of its speed and peak that kernels reach; wide matrices
+reach more of the peak. A share 1 - exp(-B/O) of steps also takes in prompts and takes longer; the
+mean step gives tokens per second. Prompts differ in length, so that the extra time is about
+exponential: with a rate r of such steps a quantile 1-p of the latency lies log(r/p) of it above a
+plain step once r > p. Memory left beside the weights bounds the sequences that run at once.
+L = 17 (P / 1e9)^(1/3) where it is not given: 34 layers for 8e9 parameters, 126 for 405e9.
 
 The roofline of weights, cache and arithmetic is Pope et al. 2022 (section 2 and 3); the share of
 experts is that of independent draws. Parameters are positive and fitted as logarithms
@@ -38,35 +42,47 @@ USABLE = 0.9
 """Share of the memory engines take."""
 _CACHE_ATTENTION = 0.7
 """Share of the memory's speed that attention over the cache reaches."""
-_TENTH = -math.log(0.9)
-"""Rate of mixed steps at which a tenth are mixed."""
+_TENTH, _HALF = -math.log(0.9), -math.log(0.5)
+"""Rates of mixed steps at which a tenth, or half, are mixed."""
+_REFERENCE_SPEED, _REFERENCE_WIDTH = 3.35e12, 4096.0
+"""Bytes per second and hidden size at which the shares reached are those of `_PRIORS`."""
+FIGURES = 4
+"""What is predicted of a run: tokens per second, the 90th percentile and the median of the latency,
+and the sequences that run at once."""
 
 # Centre and standard deviation of the logarithm.
 _PRIORS: dict[str, tuple[float, float]] = {
     "weights": (0.75, 0.2),  # of the memory's speed
     "experts": (0.6, 0.3),  # the same, for experts
+    "fill": (0.3, 0.3),  # exponent: how the share reached falls with a device's speed
+    "width": (0.2, 0.5),  # exponent: how the share of the peak grows with the hidden size
     "routing": (0.5, 0.4),  # independent draws of experts per token
-    "experts_8bit": (1.5, 0.4),  # times slower
+    "experts_8bit": (1.2, 0.4),  # times slower
+    "padded_8bit": (1.0, 0.7),  # weight of experts not drawn against those drawn
     "imbalance": (0.1, 0.7),  # of the experts, per doubling of devices
     "cache": (4e3, 0.3),  # bytes per token and layer
     "cache_experts": (0.5, 0.4),  # the same of a mixture, relative
     "capacity": (1.0, 0.3),  # cache taken at the fullest, relative
-    "arithmetic": (0.45, 0.4),  # of the peak, decoding
-    "prefill": (0.4, 0.3),  # of the peak
+    "arithmetic": (0.45, 0.5),  # of the peak, decoding
+    "prefill": (0.5, 0.5),  # of the peak
     "sequence": (3e-5, 0.7),  # s
     "host": (2e-3, 0.7),  # s
-    "layer": (7e-5, 0.4),  # s
+    "layer": (4e-5, 0.5),  # s: ten kernels of 4e-6
+    "layer_experts": (3e-5, 0.7),  # s more: eight kernels to route
     "tensor": (2e-5, 0.5),  # s per layer and doubling
     "layer_8bit": (3e-5, 0.7),  # s
     "link": (2.5e-12, 0.5),  # s per byte
     "eager": (5e-4, 0.4),  # s per layer
-    "sharpness": (4.0, 0.5),  # of the jump of the 90th percentile
+    "tail": (1.0, 0.4),  # of the time of mixed steps, relative to an exponential one
+    "sharpness": (4.0, 0.5),  # of the onset of mixed steps in a quantile
 }
-_WORKLOAD_SPREADS = (0.5, 1.0, 1.0, 0.5)
+_WORKLOAD_SPREADS = (0.5, 0.7, 0.7, 0.5)
 """Prompt tokens, the fixed part of a mixed step, the part per prompt, and how many steps mix."""
 _SITE_CENTRES = (5e-4, 8.0, 0.06)
 _SITE_SPREADS = (1.5, 0.7, 0.7)
 """A host that stalls: seconds a step, sequences from which on, and spread of the steps."""
+_STALLS = 0.7
+"""Standard deviation of a stall's logarithm between sessions of one site."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +161,12 @@ class Groups:
             + list(_SITE_SPREADS) * len(self.sites)
         )
 
+    def loose(self) -> _Array:
+        """Standard deviations by which parameters differ from one session to the next."""
+        found = np.zeros(len(self.spreads()))
+        found[len(found) - len(_SITE_SPREADS) * len(self.sites) :: len(_SITE_SPREADS)] = _STALLS
+        return found
+
 
 def site(run: ServingRun) -> tuple[str, str, bool]:
     """Runs that share a host's habits."""
@@ -169,7 +191,9 @@ class Rows:
         self.layers = column([model.layers for model in models])
         self.prompt = column([run.workload.prompt_tokens for run in runs])
         self.media_s = column([run.workload.media_s for run in runs])
-        self.speed = self.n * column([run.device.memory_bytes_per_s for run in runs])
+        speeds = column([run.device.memory_bytes_per_s for run in runs])
+        self.faster = speeds / _REFERENCE_SPEED
+        self.speed = self.n * speeds
         self.peak = self.n * column([run.device.flops_per_s for run in runs])
         self.memory = self.n * column([run.device.memory_bytes for run in runs])
         self.peak *= 2.0 / np.maximum(self.weight, 1.0)
@@ -183,8 +207,7 @@ class Rows:
 
 
 def logs(x: _Array, rows: Rows) -> _Array:
-    """Logarithms of tokens per second and of the 90th percentile of the latency: an array of
-    (vectors, 2, runs) for `x` of (vectors, parameters)."""
+    """Logarithms of the `FIGURES`: (vectors, figures, runs) for `x` of (vectors, parameters)."""
     p = {
         name: centre * np.exp(x[:, [index]])
         for index, (name, (centre, _)) in enumerate(_PRIORS.items())
@@ -203,19 +226,28 @@ def logs(x: _Array, rows: Rows) -> _Array:
 
     share = rows.activated / rows.parameters
     drawn = -np.expm1(p["routing"] * running * np.log1p(-np.where(several, share, 0.0)))
+    eight = one & (rows.weight > 0.75)
+    drawn = np.where(eight, (p["padded_8bit"] + drawn) / (p["padded_8bit"] + 1.0), drawn)
     touched = np.where(several, share + (1.0 - share) * drawn, 1.0) * rows.parameters * rows.weight
     slower = np.where(one, p["experts_8bit"], 1.0) * (1.0 + p["imbalance"] * rows.doublings)
-    reached = np.where(several, p["experts"] / slower, p["weights"])
+    filled = rows.faster ** -p["fill"]
+    reached = np.where(several, p["experts"] / slower, p["weights"]) * filled
+    peak = rows.peak * filled * (rows.hidden / _REFERENCE_WIDTH) ** p["width"]
     message = 2.0 * running * rows.hidden
+    layer = (
+        p["layer"]
+        + np.where(one, p["layer_8bit"], 0.0)
+        + np.where(several, p["layer_experts"], 0.0)
+        + p["tensor"] * rows.doublings
+        + np.where(rows.n > 1, 2.0 * message * p["link"], 0.0)
+    )
     device = (
         p["host"]
-        + rows.layers * (p["layer"] + np.where(one, p["layer_8bit"], 0.0))
+        + rows.layers * layer
         + _SITE_CENTRES[0] * stall / (1.0 + (_SITE_CENTRES[1] * onset / rows.sequences) ** 3)
         + touched / (rows.speed * reached)
         + running * context * cache / (rows.speed * _CACHE_ATTENTION)
-        + 2.0 * rows.activated * running / (rows.peak * p["arithmetic"])
-        + rows.layers * p["tensor"] * rows.doublings
-        + np.where(rows.n > 1, 2.0 * rows.layers * message * p["link"], 0.0)
+        + 2.0 * rows.activated * running / (peak * p["arithmetic"])
     )
     floor = rows.layers * p["eager"]
     beyond = 1.0 / (1.0 + (_GRAPH_LIMIT / running) ** 8)
@@ -223,14 +255,20 @@ def logs(x: _Array, rows: Rows) -> _Array:
     step = np.cbrt(device**3 + (beyond * floor) ** 3) + bookkeeping
     whole = np.cbrt(device**3 + floor**3) + bookkeeping
     mixed = whole - step + (2e-3 + rows.media_s) * media
-    each = 2.0 * rows.activated * prompt / (rows.peak * p["prefill"])
+    each = 2.0 * rows.activated * prompt / (peak * p["prefill"])
     each = each + (1e-3 + rows.media_s / 5.0) * request
     arrivals = running / rows.output
     often = mixing * arrivals
     mean = step - np.expm1(-often) * mixed + arrivals * each
-    jump = 1.0 / (1.0 + (_TENTH / often) ** p["sharpness"])
-    slow = step * (1.0 + _SITE_CENTRES[2] * spread) + jump * (mixed + each * (1.0 + often))
-    return np.stack([np.log(running / mean), np.log(slow)], axis=1)
+
+    def quantile(rate: float) -> _Array:
+        """Above a plain step: nothing while mixed steps are rarer than `rate`."""
+        beyond = np.logaddexp(0.0, p["sharpness"] * np.log(often / rate)) / p["sharpness"]
+        return (mixed + each) * p["tail"] * beyond + each * often
+
+    slow = step * (1.0 + _SITE_CENTRES[2] * spread) + quantile(_TENTH)
+    usual = step + quantile(_HALF)
+    return np.stack([np.log(running / mean), np.log(slow), np.log(usual), np.log(running)], axis=1)
 
 
 def _block(x: _Array, at: int, groups: int, width: int, index: Sequence[int]) -> list[_Array]:

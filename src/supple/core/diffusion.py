@@ -43,6 +43,9 @@ _PRIORS: dict[str, tuple[float, float]] = {
     "decode": (5e-8, 1.0),  # s per pixel
 }
 _SPREADS = np.array([spread for _, spread in _PRIORS.values()])
+_SCATTER = 0.2
+"""Of one row's logarithm. Rows of one family are wrong together, so each counts for less than its
+own scatter of 0.2 would say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +94,7 @@ class DiffusionModel:
 
     def predict(self, run: DiffusionRun) -> Estimate:
         """Seconds of the batch."""
-        log, half = self._fit.predict(lambda x: _logs(x, [run]))
+        log, half = self._fit.predict(lambda x: _logs(x, [run]), [run.family], [run.device.name])
         return Estimate(
             value=math.exp(log[0, 0]),
             low=math.exp(log[0, 0] - half[0, 0]),
@@ -112,8 +115,9 @@ def fit_diffusion(measurements: Sequence[DiffusionMeasurement]) -> DiffusionMode
         return DiffusionModel(unfitted(_SPREADS, 1))
     runs = [m.run for m in measurements]
     true = np.log([[m.batch_s for m in measurements]])
-    families = [run.family for run in runs]
-    return DiffusionModel(fit_groups(lambda x: _logs(x, runs), true, families, _SPREADS))
+    families, devices = [run.family for run in runs], [run.device.name for run in runs]
+    fit = fit_groups(lambda x: _logs(x, runs), true, families, devices, _SPREADS, (_SCATTER,))
+    return DiffusionModel(fit)
 
 
 def _logs(x: _Array, runs: Sequence[DiffusionRun]) -> _Array:

@@ -2,17 +2,20 @@
 leaving each group out in turn.
 
 Parameters are logarithms, 0 at their priors; the fit is a robust least squares whose forward
-differences are all taken in one evaluation. Residuals inside a group say little about a group never
-seen, so an interval is as wide as held 80 % of what was measured of groups left out.
+differences are all taken in one evaluation. Every row has a group (what it is of) and a kind (the
+circumstances). Rows of one group and kind were probably measured together, a session, and share an
+offset, normal around 0: what is odd about a session moves its offset more than the parameters, and
+a session measured before keeps it (a mixed model: Laird & Ware 1982). Residuals inside a group say
+little about a group never seen, so an interval is as wide as held 80 % of what was measured of
+groups left out. Parameters that themselves differ from session to session widen the intervals of
+the rows that depend on them.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
 from supple.core.throughput import Z80
 from supple.core.types import Source
@@ -21,10 +24,10 @@ _Array = npt.NDArray[np.float64]
 Evaluate = Callable[[_Array], _Array]
 """Logarithms of what is predicted, (vectors, figures, rows), for (vectors, parameters)."""
 _NUDGE = 1e-5
-_SCATTER = 0.4
-"""Of one row's logarithm. Rows of one group are wrong together, so each counts for less than its
-own scatter of 0.2 would say."""
-_DOUBT = 0.15
+_MOST_STEPS = 60
+_SESSION = 0.2
+"""Standard deviation of a session's offset, of each figure."""
+_DOUBT = 0.17
 """Relative error of the form itself, for a group never seen."""
 _ALONE = 0.5
 """The same where nothing was measured."""
@@ -32,19 +35,27 @@ _ALONE = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupedFit:
-    """Parameters, their covariance, and how far off groups left out were."""
+    """Parameters and offsets, their covariance, and how far off groups left out were."""
 
     x: _Array
+    """Parameters first, then the offsets of `sessions`, those of the first figure first."""
     covariance: _Array
     reach: tuple[float, ...]
     """Per figure the standard score that held 80 % of groups left out."""
+    loose: _Array
+    """Standard deviations by which parameters differ from one session to the next."""
+    sessions: tuple[str, ...]
     source: Source
 
-    def predict(self, evaluate: Evaluate) -> tuple[_Array, _Array]:
-        """Logarithms of (figures, rows), and the halves of their 80 % intervals."""
-        plain, slopes = _with_slopes(self.x, evaluate)
-        halves = _deviations(slopes, self.covariance, self.source)
-        return plain, halves * np.array(self.reach)[:, None]
+    def predict(
+        self, evaluate: Evaluate, groups: Sequence[str], kinds: Sequence[str]
+    ) -> tuple[_Array, _Array]:
+        """Logarithms of (figures, rows), and the halves of their 80 % intervals. A session never
+        measured has no offset."""
+        where = _members(_sessions(groups, kinds), self.sessions)
+        plain, slopes = _with_slopes(self.x, len(self.loose), evaluate, where)
+        wide = _deviations(slopes, self.covariance, self.loose, where, self.source)
+        return plain, wide * np.array(self.reach)[:, None]
 
 
 def unfitted(spread: _Array, num_figures: int) -> GroupedFit:
@@ -53,83 +64,168 @@ def unfitted(spread: _Array, num_figures: int) -> GroupedFit:
         x=np.zeros(len(spread)),
         covariance=np.diag(spread**2),
         reach=(Z80,) * num_figures,
+        loose=np.zeros(len(spread)),
+        sessions=(),
         source="assumed",
     )
 
 
 def fit_groups(
-    evaluate: Evaluate, true: _Array, groups: Sequence[str], spread: _Array
+    evaluate: Evaluate,
+    true: _Array,
+    groups: Sequence[str],
+    kinds: Sequence[str],
+    spread: _Array,
+    scatters: Sequence[float],
+    loose: _Array | None = None,
 ) -> GroupedFit:
-    """Fit to the logarithms `true` of (figures, rows), rows named by their group; `spread` holds
-    the standard deviations of the priors. At least one row."""
+    """Fit to the logarithms `true` of (figures, rows), NaN where one was not measured, rows named
+    by their group and kind. `spread` holds the standard deviations of the priors, `scatters` those
+    of a row per figure, `loose` those of a parameter from session to session (default: none). At
+    least one row."""
+    sessions = _sessions(groups, kinds)
+    names = tuple(sorted(set(sessions)))
+    where = _members(sessions, names)
+    rows = _Measured(evaluate, true, np.array(scatters)[:, None], where, spread)
+    loose = np.zeros(len(spread)) if loose is None else loose
+    x = _descend(rows)
+    return GroupedFit(
+        x=x,
+        covariance=np.asarray(np.linalg.inv(rows.normal(x)[0]), dtype=np.float64),
+        reach=_reach(x, rows, np.array(groups), loose),
+        loose=loose,
+        sessions=names,
+        source="fitted",
+    )
 
-    def residuals(x: _Array) -> _Array:
-        return np.concatenate([_robust(evaluate(x[None])[0] - true)[0].ravel(), x / spread])
 
-    def slopes(x: _Array) -> _Array:
-        plain, by = _with_slopes(x, evaluate)
-        steep = by * _robust(plain - true)[1][..., None]
-        return np.vstack([steep.reshape(-1, len(spread)), np.diag(1.0 / spread)])
+def _sessions(groups: Sequence[str], kinds: Sequence[str]) -> list[str]:
+    return [f"{group}\n{kind}" for group, kind in zip(groups, kinds, strict=True)]
 
-    start = np.zeros(len(spread))
-    solver = cast(Any, optimize).least_squares
-    found = solver(residuals, start, slopes, max_nfev=40, xtol=1e-4, ftol=1e-5)
-    x = np.asarray(found.x, dtype=float)
-    covariance, reach = _doubt(x, evaluate, true, np.array(groups), spread)
-    return GroupedFit(x=x, covariance=covariance, reach=reach, source="fitted")
+
+class _Measured:
+    """Rows against what was measured of them, in units of their scatter."""
+
+    def __init__(
+        self, evaluate: Evaluate, true: _Array, scatter: _Array, where: _Array, spread: _Array
+    ) -> None:
+        self.evaluate, self.scatter, self.where = evaluate, scatter, where
+        self.known = np.isfinite(true)
+        self.true = np.where(self.known, true, 0.0)
+        self.num_parameters = len(spread)
+        offsets = np.full(len(true) * where.shape[1], _SESSION)
+        self.spread = np.concatenate([spread, offsets])
+        """Of the priors, those of the offsets among them."""
+
+    def errors(self, y: _Array) -> _Array:
+        """(figures, rows), bounded in their pull; 0 where nothing was measured."""
+        plain = self.evaluate(y[None, : self.num_parameters])[0]
+        plain = plain + _offsets(y[self.num_parameters :], self.where)
+        return np.where(self.known, _robust((plain - self.true) / self.scatter)[0], 0.0)
+
+    def cost(self, y: _Array) -> float:
+        """What the fit makes smallest: half the sum of squares of errors and priors."""
+        return 0.5 * float(np.sum(self.errors(y) ** 2) + np.sum((y / self.spread) ** 2))
+
+    def normal(self, y: _Array, kept: npt.NDArray[np.bool_] | None = None) -> tuple[_Array, _Array]:
+        """Matrix and gradient of the normal equations at `y`, of the rows `kept`."""
+        plain, slopes = _with_slopes(y, self.num_parameters, self.evaluate, self.where)
+        error, slope = _robust((plain - self.true) / self.scatter)
+        count = self.known if kept is None else self.known & kept
+        flat = slopes[count] * (slope / self.scatter)[count][:, None]
+        return (
+            flat.T @ flat + np.diag(1.0 / self.spread**2),
+            flat.T @ error[count] + y / self.spread**2,
+        )
+
+
+def _descend(rows: _Measured) -> _Array:
+    """Levenberg-Marquardt from the priors."""
+    at = np.zeros(len(rows.spread))
+    cost, damping = rows.cost(at), 1e-2
+    matrix, gradient = rows.normal(at)
+    for _ in range(_MOST_STEPS):
+        step = np.linalg.solve(matrix + damping * np.diag(np.diag(matrix)), gradient)
+        lower = rows.cost(at - step)
+        if not lower < cost:
+            damping *= 10.0
+            if damping > 1e6:
+                break
+            continue
+        at, before, cost = np.asarray(at - step, dtype=np.float64), cost, lower
+        if before - cost < 1e-5 * cost:
+            break
+        damping /= 10.0
+        matrix, gradient = rows.normal(at)
+    return at
+
+
+def _members(sessions: Sequence[str], names: Sequence[str]) -> _Array:
+    """(rows, sessions): 1 where a row is of the session."""
+    return np.array([[float(one == name) for name in names] for one in sessions]).reshape(
+        len(sessions), len(names)
+    )
+
+
+def _offsets(offsets: _Array, where: _Array) -> _Array:
+    """Of every (figure, row)."""
+    if not where.shape[1]:
+        return np.zeros((1, len(where)))
+    return offsets.reshape(-1, where.shape[1]) @ where.T
 
 
 def _robust(error: _Array) -> tuple[_Array, _Array]:
-    """Errors in units of their scatter whose squares grow linearly far out (pseudo-Huber), and
-    their slopes."""
-    r = error / _SCATTER
-    root = np.sqrt(1.0 + r * r)
-    value = np.sign(r) * np.sqrt(2.0 * (root - 1.0))
-    near = np.abs(r) < 1e-4
-    return value, np.where(near, 1.0, r / np.where(near, 1.0, value * root)) / _SCATTER
+    """Errors whose squares grow linearly far out (pseudo-Huber), and their slopes."""
+    root = np.sqrt(1.0 + error * error)
+    value = np.sign(error) * np.sqrt(2.0 * (root - 1.0))
+    near = np.abs(error) < 1e-4
+    return value, np.where(near, 1.0, error / np.where(near, 1.0, value * root))
 
 
-def _with_slopes(x: _Array, evaluate: Evaluate) -> tuple[_Array, _Array]:
-    """Logarithms of (2, runs), and their forward differences of (2, runs, parameters)."""
+def _with_slopes(
+    y: _Array, num_parameters: int, evaluate: Evaluate, where: _Array
+) -> tuple[_Array, _Array]:
+    """Logarithms of (figures, rows), and their slopes of (figures, rows, parameters): forward
+    differences, and the offsets'."""
+    x, offsets = y[:num_parameters], y[num_parameters:]
     found = evaluate(np.vstack([x, x + _NUDGE * np.eye(len(x))]))
-    return found[0], np.moveaxis((found[1:] - found[0]) / _NUDGE, 0, -1)
+    slopes = np.moveaxis((found[1:] - found[0]) / _NUDGE, 0, -1)
+    shifts = np.einsum("fg,rs->frgs", np.eye(len(found[0])), where)
+    slopes = np.concatenate([slopes, shifts.reshape(*slopes.shape[:2], -1)], axis=-1)
+    return found[0] + _offsets(offsets, where), slopes
 
 
-def _deviations(slopes: _Array, covariance: _Array, source: Source) -> _Array:
-    """Standard deviations of the logarithms, (2, runs): of the parameters and of the form."""
+def _deviations(
+    slopes: _Array, covariance: _Array, loose: _Array, where: _Array, source: Source
+) -> _Array:
+    """Standard deviations of the logarithms, (figures, rows): of the parameters, of the offset,
+    of the form, and of what differs from session to session."""
     form = _ALONE if source == "assumed" else _DOUBT
-    spread = np.einsum("orp,pq,orq->or", slopes, covariance, slopes)
-    return np.sqrt(spread + form**2)
+    new = 1.0 - where.sum(axis=1) if where.shape[1] else np.zeros(len(where))
+    spread = np.einsum("frp,frp->fr", slopes @ covariance, slopes)
+    differs = np.sum((slopes[..., : len(loose)] * loose) ** 2, axis=-1)
+    return np.sqrt(spread + form**2 + new * _SESSION**2 + differs)
 
 
-def _doubt(
-    x: _Array, evaluate: Evaluate, true: _Array, groups: npt.NDArray[np.str_], spread: _Array
-) -> tuple[_Array, tuple[float, ...]]:
-    """Covariance of the parameters, and per figure the standard score that holds 80 % of
-    what is measured of a group when it is left out (by two Gauss-Newton steps from the fit)."""
-
-    def normal(at: _Array, kept: npt.NDArray[np.bool_]) -> tuple[_Array, _Array]:
-        plain, slopes = _with_slopes(at, evaluate)
-        error, slope = _robust(plain - true)
-        steep = (slopes * slope[..., None])[:, kept].reshape(-1, len(at))
-        gradient = steep.T @ error[:, kept].ravel() + at / spread**2
-        return steep.T @ steep + np.diag(1.0 / spread**2), gradient
-
-    everything = np.ones(len(groups), dtype=bool)
-    covariance = np.asarray(np.linalg.inv(normal(x, everything)[0]), dtype=np.float64)
+def _reach(
+    y: _Array, rows: _Measured, groups: npt.NDArray[np.str_], loose: _Array
+) -> tuple[float, ...]:
+    """Per figure the standard score that holds 80 % of what is measured of a group when it is left
+    out (by two Gauss-Newton steps from the fit). A single group tells nothing of others."""
     names = sorted(set(groups.tolist()))
-    scores = np.full(true.shape, Z80)
-    if len(names) > 1:
-        for name in names:
-            held = groups == name
-            at = x
-            for _ in range(2):
-                matrix, gradient = normal(at, ~held)
-                step = np.clip(np.linalg.solve(matrix, gradient), -1.0, 1.0)
-                at = np.asarray(at - step, dtype=np.float64)
-            plain, slopes = _with_slopes(at, evaluate)
-            inverse = np.asarray(np.linalg.inv(normal(at, ~held)[0]), dtype=np.float64)
-            wide = _deviations(slopes, inverse, "fitted")
-            scores[:, held] = (np.abs(plain - true) / wide)[:, held]
-    reach = [float(np.quantile(score, 0.8)) for score in scores]
-    return covariance, tuple(reach)
+    scores = np.full(rows.true.shape, Z80)
+    for name in names if len(names) > 1 else ():
+        held = groups == name
+        at = y
+        for _ in range(2):
+            matrix, gradient = rows.normal(at, ~held)
+            step = np.clip(np.linalg.solve(matrix, gradient), -1.0, 1.0)
+            at = np.asarray(at - step, dtype=np.float64)
+        inverse = np.asarray(np.linalg.inv(rows.normal(at, ~held)[0]), dtype=np.float64)
+        plain, slopes = _with_slopes(at, rows.num_parameters, rows.evaluate, rows.where)
+        wide = _deviations(slopes, inverse, loose, rows.where, "fitted")
+        scores[:, held] = (np.abs(plain - rows.true) / wide)[:, held]
+    return tuple(
+        float(np.quantile(score[known], 0.8)) if known.any() else Z80
+        for score, known in zip(scores, rows.known, strict=True)
+    )

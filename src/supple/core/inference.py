@@ -2,7 +2,9 @@
 other models, or from data sheets alone.
 
 The form is `supple.core.decoding`, the fit and its intervals `supple.core.grouped_fit`: variants of
-one base model are one group.
+one base model are one group, and what they were measured at on one kind of machine, alone or not,
+in one workload is one session. The median latency and the sequences that ran at once are not
+predicted, but tell a plain step from one that takes in prompts, and how large the cache was.
 """
 
 import math
@@ -11,9 +13,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from supple.core.decoding import USABLE, Groups, Rows, ServingRun, logs, weights_fit
+from supple.core.decoding import (
+    FIGURES,
+    USABLE,
+    Groups,
+    Rows,
+    ServingRun,
+    logs,
+    site,
+    weights_fit,
+)
 from supple.core.grouped_fit import GroupedFit, fit_groups, unfitted
 from supple.core.types import Estimate, Source
+
+_SCATTERS = (0.2, 0.2, 0.4, 0.1)
+"""Of one row's logarithms, by figure. What is only there to tell parameters apart counts for less;
+the sequences that ran at once are an average over thousands of steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +38,11 @@ class ServingMeasurement:
     """Of the whole copy, prompts not counted."""
     itl_p90_s: float
     """90th percentile of the time between two tokens of a request."""
+    itl_p50_s: float | None = None
+    """Its median; None where it is not known."""
+    running: float | None = None
+    """Requests worked on at once, on average: fewer than were allowed where the cache was full.
+    None where it is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +73,7 @@ class InferenceModel:
                     "Use more accelerators or fewer bits a weight."
                 )
         rows = Rows(runs, self._groups)
-        plain, halves = self._fit.predict(lambda x: logs(x, rows))
+        plain, halves = self._fit.predict(lambda x: logs(x, rows), *_labels(runs))
         return [
             ServingPrediction(
                 tokens_per_s=_estimate(plain[0, i], halves[0, i], self._fit.source),
@@ -76,10 +96,12 @@ def fit_inference(measurements: Sequence[ServingMeasurement]) -> InferenceModel:
     not fit.
     """
     for m in measurements:
-        if not (0 < m.tokens_per_s < math.inf and 0 < m.itl_p90_s < math.inf):
+        figures = (m.tokens_per_s, m.itl_p90_s, m.itl_p50_s, m.running)
+        if not all(value is None or 0 < value < math.inf for value in figures):
             raise ValueError(
-                f"a serving measurement of {m.tokens_per_s} tokens/s and {m.itl_p90_s} s between "
-                "tokens: both must be positive numbers. Leave it out."
+                f"a serving measurement of {m.tokens_per_s} tokens/s, {m.itl_p90_s} s between "
+                f"tokens (median {m.itl_p50_s} s) and {m.running} requests at once: all "
+                "must be positive numbers. Leave it out."
             )
         if not weights_fit(m.run):
             raise ValueError(f"the weights of {m.run} do not fit: the measurement is mistaken.")
@@ -87,8 +109,20 @@ def fit_inference(measurements: Sequence[ServingMeasurement]) -> InferenceModel:
     groups = Groups(runs)
     spread = groups.spreads()
     if not measurements:
-        return InferenceModel(unfitted(spread, 2), groups)
+        return InferenceModel(unfitted(spread, FIGURES), groups)
     rows = Rows(runs, groups)
-    true = np.log([[m.tokens_per_s for m in measurements], [m.itl_p90_s for m in measurements]])
-    families = [run.model.family for run in runs]
-    return InferenceModel(fit_groups(lambda x: logs(x, rows), true, families, spread), groups)
+    true = np.log([_figures(m) for m in measurements]).T
+    fit = fit_groups(
+        lambda x: logs(x, rows), true, *_labels(runs), spread, _SCATTERS, groups.loose()
+    )
+    return InferenceModel(fit, groups)
+
+
+def _labels(runs: Sequence[ServingRun]) -> tuple[list[str], list[str]]:
+    """Groups and kinds: families, and where and at what they were run."""
+    return [run.model.family for run in runs], ["|".join(map(str, site(run))) for run in runs]
+
+
+def _figures(m: ServingMeasurement) -> tuple[float, float, float, float]:
+    """In the order of `logs`, NaN where one is not known."""
+    return m.tokens_per_s, m.itl_p90_s, m.itl_p50_s or math.nan, m.running or math.nan
