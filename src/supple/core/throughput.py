@@ -335,6 +335,11 @@ def fit(
     x_log: Vector = found.x
     jacobian: Vector = found.jac
     covariance = np.linalg.pinv(jacobian.T @ jacobian)
+    # What the priors did not hold back was bought with freedom of the measurements: few of them
+    # look closer to the form than others will be.
+    own = jacobian[: len(jacobian) - len(prior)]
+    spent = float(np.sum((own @ covariance) * own))
+    scatter *= math.sqrt(len(own) / max(1.0, len(own) - spent))
     return StepTimeModel(
         steps=tuple(steps),
         collectives=tuple(collectives),
