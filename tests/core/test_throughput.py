@@ -257,6 +257,27 @@ def test_a_fast_link_between_nodes_does_not_hurry_a_slow_one_inside() -> None:
     assert predicted("infiniband-400") > 2 * GRADIENT_BYTES / 2.5e9
 
 
+def test_what_is_odd_about_a_count_is_remembered_at_its_other_batches() -> None:
+    """Two workers take twice as long as their link explains, at every batch."""
+    collectives = [
+        CollectiveMeasurement(num_workers=2, message_bytes=size, time_s=2 * 2e-4 + size / 1.2e9)
+        for size in (4096, 1_000_000, 16_000_000, 64_000_000)
+    ]
+    model = fit(
+        [*ALONE, measured(2, 16, factor=2.0), measured(2, 64, factor=2.0)],
+        collectives,
+        gradient_bytes=GRADIENT_BYTES,
+        link=lookup("ethernet-25"),
+        local_link=lookup("loopback"),
+        workers_per_node=64,
+    )
+    found, true = model.predict(2, 32), 2.0 * true_time(2, 32)[0]
+    assert found.value == pytest.approx(true, rel=0.1)
+    assert found.low <= true <= found.high
+    # Little of it sticks to a count that was not measured.
+    assert model.predict(3, 32).value < 1.3 * true_time(3, 32)[0]
+
+
 def test_every_doubling_beyond_what_was_measured_adds_doubt() -> None:
     model = model_of(*ALONE, measured(2, 32), measured(4, 32))
     found = [model.predict(workers, 24) for workers in (4, 8, 16, 32, 64)]
