@@ -75,6 +75,7 @@ def measure(data: Path) -> Score:
     ]
     return Score(
         task="diffusion",
+        shows="seconds a batch",
         metrics={
             "diffusion_mape": float(np.mean(errors)),
             "diffusion_mape_baseline": float(np.mean(relative_errors(plain, true))),

@@ -116,6 +116,7 @@ def measure(data: Path) -> Score:
         )
     return Score(
         task="epochs",
+        shows="epochs to the target",
         metrics={
             "epochs_error_median": median(errors),
             "epochs_error_median_baseline": median(baseline),

@@ -204,6 +204,7 @@ def measure(data: Path) -> Score:
     metrics["inference_interval_coverage"] = coverage(held_rates + held_waits)
     return Score(
         task="inference",
+        shows="tokens/s (right), seconds between tokens (left)",
         metrics=metrics,
         covered=held_rates + held_waits,
         notes=notes,

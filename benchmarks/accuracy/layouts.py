@@ -134,7 +134,14 @@ def measure(data: Path) -> Score:
     metrics["layout_floor_mape"] = mape(fitted, [row.iteration_s for row in rows])
     metrics["layouts_interval_coverage"] = coverage(held)
     notes.append(f"fitted to every row, asked the same: {100 * metrics['layout_floor_mape']:.1f} %")
-    return Score(task="layouts", metrics=metrics, covered=held, notes=notes, points=points)
+    return Score(
+        task="layouts",
+        metrics=metrics,
+        covered=held,
+        notes=notes,
+        points=points,
+        shows="seconds an iteration",
+    )
 
 
 def second_cluster(rows: Sequence[LayoutMeasurement], notes: list[str]) -> dict[str, float]:

@@ -77,6 +77,7 @@ def measure(data: Path) -> Score:
     held = covered(found, true)
     return Score(
         task="learning_rate",
+        shows="learning rate",
         metrics={
             "learning_rate_error_median": median(errors),
             "learning_rate_error_median_baseline": median(rules[best]),

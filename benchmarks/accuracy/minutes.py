@@ -196,6 +196,7 @@ def measure(data: Path) -> Score:
     ]
     return Score(
         task="minutes",
+        shows="minutes to train",
         metrics={
             "minutes_error_median": median(errors),
             "minutes_error_median_baseline": median(plain),

@@ -33,7 +33,7 @@ def draw_task(score: Score, path: Path) -> None:
     left.loglog(true, value, ".", markersize=3, alpha=0.5)
     ends = [min(true.min(), value.min()), max(true.max(), value.max())]
     left.loglog(ends, ends, color="black", linewidth=0.8)
-    left.set(title=score.task, xlabel="measured", ylabel="predicted")
+    left.set(title=score.shows or score.task, xlabel="measured", ylabel="predicted")
     asked = np.linspace(0.05, 0.95, 19)
     surprise = np.array([deviations(estimate, measured) for estimate, measured in score.points])
     held = [float(np.mean(surprise <= NormalDist().inv_cdf(0.5 + p / 2))) for p in asked]

@@ -162,7 +162,14 @@ def measure(data: Path) -> Score:
     alone, said_alone = noise_scale.measure(data)
     metrics |= alone
     notes += said_alone
-    return Score(task="samples", metrics=metrics, covered=held, notes=notes, points=points)
+    return Score(
+        task="samples",
+        metrics=metrics,
+        covered=held,
+        notes=notes,
+        points=points,
+        shows="samples to the target",
+    )
 
 
 def scores(errors: dict[str, list[float]], suffix: str) -> dict[str, float]:

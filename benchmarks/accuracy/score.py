@@ -26,6 +26,8 @@ class Score:
     """Sentences a reader of the figures needs: what was held out, the noise floor, oddities."""
     points: Sequence[tuple[Estimate, float]] = ()
     """Predicted and measured, for the pictures; a sample of them will do."""
+    shows: str = ""
+    """What the points are, with their unit."""
 
 
 def relative_errors(predicted: npt.ArrayLike, measured: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -138,7 +138,14 @@ def measure(data: Path) -> Score:
     floor = float(np.mean(floors))
     metrics["nodes_floor_mape"] = floor
     notes.append(f"the same form fitted to the asked rows themselves: {100 * floor:.1f} %")
-    return Score(task="steps", metrics=metrics, covered=held, notes=notes, points=points)
+    return Score(
+        task="steps",
+        metrics=metrics,
+        covered=held,
+        notes=notes,
+        points=points,
+        shows="seconds a step",
+    )
 
 
 def step_time(model: StepTimeModel, row: Row) -> float:
