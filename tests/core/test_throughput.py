@@ -199,6 +199,13 @@ def test_a_configuration_measured_twice_is_given_as_the_median() -> None:
     assert found.source == "measured"
 
 
+def test_repeats_that_contradict_each_other_are_given_with_their_doubt() -> None:
+    found = model_of(*ALONE, measured(2, 32), measured(2, 32, factor=30.0)).predict(2, 32)
+    alike = model_of(*ALONE, measured(2, 32), measured(2, 32, factor=1.01)).predict(2, 32)
+    assert found.low < true_time(2, 32)[0] and found.high > 20 * true_time(2, 32)[0]
+    assert alike.high / alike.low < 1.1
+
+
 def test_refining_replaces_what_was_measured_before() -> None:
     model = model_of(*ALONE, measured(2, 32)).refine(measured(2, 32, factor=1.3))
     assert len(model.steps) == len(ALONE) + 1

@@ -113,7 +113,9 @@ class StepTimeModel:
         key = (num_workers, nodes, micro_batch_size, num_accumulation_steps)
         seen = [step.step_time_s for step in self.steps if configuration(step) == key]
         if seen:
-            value, width = float(np.median(seen)), math.exp(Z80 * NOISE_FLOOR)
+            # Repeats that contradict each other are no better known than they differ.
+            apart = float(np.std(np.log(seen), ddof=1)) if len(seen) > 1 else 0.0
+            value, width = float(np.median(seen)), math.exp(Z80 * max(NOISE_FLOOR, apart))
             return Estimate(value=value, low=value / width, high=value * width, source="measured")
         value, gradient = self._slope(num_workers, nodes, micro_batch_size, num_accumulation_steps)
         spread = float(gradient @ np.asarray(self.covariance) @ gradient)
