@@ -67,3 +67,10 @@ def test_units_do_not_matter_and_the_interval_widens_with_distance(
 def test_rates_without_meaning_are_refused(tuned: list[TunedRate]) -> None:
     with pytest.raises(ValueError, match="a learning rate was asked for"):
         expected_rate(tuned, 64, "sgd")
+
+
+def test_rates_that_contradict_each_other_are_no_better_known_than_that() -> None:
+    found = expected_rate(
+        [TunedRate(batch_size=64, lr=0.1), TunedRate(batch_size=64, lr=100.0)], 64, "sgd"
+    ).lr
+    assert found.low < 0.1 and found.high > 100.0

@@ -1,6 +1,7 @@
 """Samples to target at another batch size."""
 
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -179,8 +180,8 @@ def test_an_absurd_run_is_left_out_and_named() -> None:
     found = fit_samples([*seen, absurd])
     assert found.predict(800) == fit_samples(seen).predict(800)
     assert found.why.endswith("left out, as most others contradict it: batch 700")
-    few = fit_samples([*runs(256, 1024), absurd])
-    assert width(few, 800) > 3 * width(found, 800)
+    with pytest.raises(ValueError, match="batch 256 and 700 took .* 3 batch sizes are too few"):
+        fit_samples([*runs(256, 1024), absurd])
 
 
 @settings(deadline=None, max_examples=20)
@@ -206,11 +207,15 @@ def test_where_no_two_runs_agree_all_are_kept() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.floats(1, 1e6), st.floats(1, 1e9)), min_size=2, max_size=8))
-def test_contradictory_runs_give_a_finite_answer(history: list[tuple[float, float]]) -> None:
+def test_contradictory_runs_give_a_finite_answer_or_are_refused(
+    history: list[tuple[float, float]],
+) -> None:
     seen = [Run(batch_size=batch, samples=samples) for batch, samples in history]
-    if len({run.batch_size for run in seen}) < 2:
+    try:
+        found = fit_samples(seen).predict(1000.0)
+    except ValueError as refusal:
+        assert re.search("compares two sizes|too few to say which is wrong", str(refusal))
         return
-    found = fit_samples(seen).predict(1000.0)
     assert 0.0 < found.low <= found.value <= found.high < math.inf
 
 
@@ -244,3 +249,11 @@ def test_runs_that_never_reached_the_target_are_refused() -> None:
 def test_a_noise_scale_that_is_no_number_is_refused() -> None:
     with pytest.raises(ValueError, match="noise_scale=nan"):
         fit_samples(runs(16, 32), noise_scale=math.nan)
+
+
+def test_two_runs_that_no_law_reconciles_are_refused() -> None:
+    runs = [Run(batch_size=64, samples=1e6), Run(batch_size=128, samples=1e9)]
+    with pytest.raises(ValueError, match="too few to say which is wrong"):
+        fit_samples(runs)
+    steep = [Run(batch_size=64, samples=1e6), Run(batch_size=1024, samples=16e6)]
+    assert fit_samples(steep).predict(256).value > 2e6

@@ -120,3 +120,9 @@ def test_samples_that_were_guessed_do_not_bend_the_scaling() -> None:
 def test_a_samples_error_that_cannot_be_is_refused(error: float) -> None:
     with pytest.raises(ValueError, match="samples' error"):
         fit_training_time([replace(run(8), samples_error=error)])
+
+
+def test_two_runs_that_contradict_each_other_promise_little() -> None:
+    once, again = run(8), replace(run(8), time_s=100 * run(8).time_s)
+    found = fit_training_time([once, again]).predict(16, 2048, 1e6)
+    assert found.high / found.low > 100

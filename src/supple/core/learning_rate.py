@@ -38,6 +38,8 @@ _ROUGH_LENGTH = 1.5
 """Over how many e-folds of the batch that is forgotten: rates of close sizes are chosen alike."""
 _SCATTER = 0.1
 """What is left of it between two rates tuned at one size."""
+_ABSURD = 4.0
+"""Squared deviations, in the mean, from which rates contradict each other."""
 _REACH = 8.0
 """Beyond so many times the tuned sizes nothing was seen to hold, for any family."""
 _REACH_BEYOND_HISTORY = 2.0
@@ -87,12 +89,16 @@ def expected_rate(
     value = math.exp(level + centre * float(away[-1]) + float(pull @ (rest - level)))
     lacking = 1.0 - float(pull.sum())
     variance = float(alike[-1, -1] - alike[:-1, -1] @ pull) + lacking**2 / float(ones.sum())
+    # Rates that contradict each other by more than the prior allows are no better known than that.
+    freedom = max(1, len(tuned) - 1)
+    misfit = float((rest - level) @ inverse @ (rest - level)) / freedom
+    odd = math.sqrt(float(np.sum((rest - level) ** 2)) / freedom) if misfit > _ABSURD else 0.0
     exponent = centre + width**2 * float(away[:-1] @ inverse @ (rest - level))
-    edge = math.exp(Z80 * math.sqrt(variance + _SCATTER**2))
+    edge = math.exp(Z80 * math.sqrt(variance + max(_SCATTER, odd) ** 2))
     known = sorted({rate.batch_size for rate in tuned})
     smallest, largest = _range(known, family)
     inside = smallest <= batch_size <= largest
-    if len(known) == 1 and batch_size == known[0]:
+    if len(tuned) == 1 and batch_size == known[0]:
         edge = 1.0
     return ExpectedRate(
         lr=Estimate(
@@ -149,7 +155,7 @@ def _why(known: Sequence[float], exponent: float, family: OptimizerFamily, insid
         head = f"rates tuned at {len(known)} batch sizes of this task follow {law}"
     else:
         name = "optimizers of no known family" if family == "other" else family.upper()
-        head = f"one tuned rate, and {law}, as is usual for {name}"
+        head = f"rates tuned at one batch size, and {law}, as is usual for {name}"
     return head if inside else f"{head}; too far from what was tuned: probe it first"
 
 

@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ _special: Any = special  # scipy ships no types
 
 _ENOUGH_TO_DOUBT = 5
 """With fewer sizes a surprising one is news, not an error."""
+_IMPOSSIBLE = math.log(10.0)
+"""Samples at two sizes that differ by this and the ratio of the batches contradict each other."""
 _PROBE_ERROR = 0.15
 """Relative error of a short probe about the whole run: the critical batch moves while training. On
 Pollux's traces the stretch between two metrics tells the ratio of the whole within a fifth in the
@@ -117,6 +120,7 @@ def fit_samples(
     batch size from another (no noise scale, fewer than two sizes)."""
     _check(runs, probes, noise_scale)
     gathered = _gathered(runs, is_probe=False)
+    _refuse_contradictions(gathered)
     agreed = _without_absurd(gathered)
     points = [*agreed, *_gathered(probes, is_probe=True)]
     sizes = len({p.batch for p in points if not p.is_probe})
@@ -200,6 +204,21 @@ def _without_absurd(points: list[Point]) -> list[Point]:
     if 2 * len(absurd) >= len(known):
         return points
     return [point for point in points if point not in absurd]
+
+
+def _refuse_contradictions(points: list[Point]) -> None:
+    """Where so few sizes are known that nobody can say which of two is wrong."""
+    known = sorted((p for p in points if p.beyond is None), key=lambda p: p.batch)
+    if len(known) >= _ENOUGH_TO_DOUBT:
+        return
+    for a, b in pairwise(known):
+        if abs(a.value - b.value) > math.log(b.batch / a.batch) + _IMPOSSIBLE:
+            raise ValueError(
+                f"runs at batch {a.batch:g} and {b.batch:g} took {math.exp(a.value):.3g} and "
+                f"{math.exp(b.value):.3g} samples: no law lets them differ by more than the batch, "
+                f"and a factor of 10 besides, and {len(known)} batch sizes are too few to say "
+                "which is wrong. Check that both counts are samples to the same target."
+            )
 
 
 def _with_stopped_runs(points: list[Point], noise_scale: float | None) -> tuple[Point, ...]:

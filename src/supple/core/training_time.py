@@ -62,6 +62,8 @@ class TrainingTimeModel:
     runs: tuple[TimedRun, ...]
     log_parameters: tuple[float, ...]
     covariance: tuple[tuple[float, ...], ...]
+    scatter: float
+    """Relative standard deviation of a run about the model."""
 
     def predict(
         self, num_workers: int, global_batch_size: float, samples: Estimate | float
@@ -82,7 +84,7 @@ class TrainingTimeModel:
         own = float(slope @ np.asarray(self.covariance) @ slope)
         largest = max(run.num_workers for run in self.runs)
         doublings = math.log2(max(1.0, num_workers / largest))
-        own += _SCATTER**2 + _DOUBT**2 * doublings
+        own += self.scatter**2 + _DOUBT**2 * doublings
         width = Z80 * math.sqrt(own)
         # What the samples' error does to the part of the time that is steps.
         steps = 1.0 - min(1.0, math.exp(x[3]) / value)
@@ -163,10 +165,14 @@ def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
     found = _optimize.least_squares(at, prior, jac=slope, x_scale=_WIDTH, max_nfev=60)
     jacobian: _Vector = found.jac
     covariance = np.linalg.pinv(jacobian.T @ jacobian)
+    # Runs that contradict each other, or the form, are no better foretold than they are explained.
+    off = np.log(_times(found.x[:, None, None], shape))[0] - observed
+    misfit = float(np.sum((off / scatter) ** 2)) / len(runs)
     return TrainingTimeModel(
         runs=tuple(runs),
         log_parameters=tuple(float(value) for value in found.x),
         covariance=tuple(tuple(float(v) for v in row) for row in covariance),
+        scatter=_SCATTER * math.sqrt(max(1.0, misfit)),
     )
 
 
