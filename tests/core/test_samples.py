@@ -180,7 +180,7 @@ def test_an_absurd_run_is_left_out_and_named() -> None:
     found = fit_samples([*seen, absurd])
     assert found.predict(800) == fit_samples(seen).predict(800)
     assert found.why.endswith("left out, as most others contradict it: batch 700")
-    with pytest.raises(ValueError, match="batch 256 and 700 took .* 3 batch sizes are too few"):
+    with pytest.raises(ValueError, match=r"batch 256 and 700 took .* 3 batch sizes are too few"):
         fit_samples([*runs(256, 1024), absurd])
 
 
@@ -211,10 +211,13 @@ def test_contradictory_runs_give_a_finite_answer_or_are_refused(
     history: list[tuple[float, float]],
 ) -> None:
     seen = [Run(batch_size=batch, samples=samples) for batch, samples in history]
+    told = ""
     try:
         found = fit_samples(seen).predict(1000.0)
     except ValueError as refusal:
-        assert re.search("compares two sizes|too few to say which is wrong", str(refusal))
+        told = str(refusal)
+    if told:
+        assert re.search("compares two sizes|too few to say which is wrong", told)
         return
     assert 0.0 < found.low <= found.value <= found.high < math.inf
 
