@@ -11,13 +11,10 @@ from rich.console import Console
 from supple.core.interconnects import INTERCONNECTS, lookup
 from supple.core.spec import (
     KNEE_RULE,
-    Limits,
     Objective,
     SpecError,
-    parse_batch,
-    parse_count,
-    parse_duration,
-    parse_money,
+    parse_limits,
+    parse_objective,
 )
 from supple.core.types import Infeasible, ParallelLayout
 from supple.eventlog import to_plain
@@ -130,8 +127,6 @@ def layouts(
             )
         device = _device(accelerator)
         local = lookup(local_link or _nvlink(device))
-        if deadline and budget:
-            raise SpecError("--deadline and --budget were both given: choose the one that binds.")
         for option, value in (
             ("--batch-size", batch_size),
             ("--workers-per-node", workers_per_node),
@@ -141,11 +136,7 @@ def layouts(
         for option, number in (("--lr", lr), ("--memory", memory), ("--noise-scale", noise_scale)):
             if number is not None and not 0 < number < float("inf"):
                 raise SpecError(f"{option} is {number:g}: it must be positive and finite.")
-        limits = Limits(
-            max_workers=parse_count(max_workers, what="--max-workers") if max_workers else None,
-            price_per_hour=parse_money(price, what="--price") if price else None,
-            batch=parse_batch(batch),
-        )
+        limits = parse_limits(max_workers, price, batch)
         if limits.batch == "adaptive" and not (noise_scale or history or probes):
             raise SpecError(
                 "--batch adaptive was given without --noise-scale, --probes and --history: what a "
@@ -154,15 +145,11 @@ def layouts(
             )
         curve, tuned = None, ()
         if history is not None or probes is not None:
-            from supple.history import best_rates, read_curve, read_history
+            from supple.history import read_known
 
-            curve = read_curve(history, probes)
-            tuned = () if history is None else best_rates(read_history(history))
+            curve, tuned = read_known(history, probes)
             typer.echo(f"the worth of other batch sizes: {curve.why}", err=True)
-        objective = Objective(
-            deadline_s=parse_duration(deadline, what="--deadline") if deadline else None,
-            budget=parse_money(budget, what="--budget") if budget else None,
-        )
+        objective = parse_objective(deadline, budget)
         if plot is not None:
             from supple.picture import check_target
 

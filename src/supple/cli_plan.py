@@ -13,13 +13,9 @@ from rich.console import Console
 from supple.core.interconnects import lookup
 from supple.core.spec import (
     KNEE_RULE,
-    Limits,
-    Objective,
-    SpecError,
-    parse_batch,
     parse_count,
-    parse_duration,
-    parse_money,
+    parse_limits,
+    parse_objective,
     parse_rule,
 )
 from supple.core.types import Infeasible
@@ -80,17 +76,8 @@ def plan(
     """Measure SCRIPT for half a minute; say how many workers it deserves, and why."""
     with messages(verbose):
         path, function = split_target(script)
-        limits = Limits(
-            max_workers=parse_count(max_workers, what="--max-workers") if max_workers else None,
-            price_per_hour=parse_money(price, what="--price") if price else None,
-            batch=parse_batch(batch),
-        )
-        if deadline and budget:
-            raise SpecError("--deadline and --budget were both given: choose the one that binds.")
-        objective = Objective(
-            deadline_s=parse_duration(deadline, what="--deadline") if deadline else None,
-            budget=parse_money(budget, what="--budget") if budget else None,
-        )
+        limits = parse_limits(max_workers, price, batch)
+        objective = parse_objective(deadline, budget)
         lookup(interconnect)
         rule = parse_rule(lr_rule)
         per_node = (
@@ -101,10 +88,9 @@ def plan(
         most = parse_count(measure_workers, what="--measure-workers") if measure_workers else None
         curve, tuned = None, ()
         if history is not None or probes is not None:
-            from supple.history import best_rates, read_curve, read_history
+            from supple.history import read_known
 
-            curve = read_curve(history, probes)
-            tuned = () if history is None else best_rates(read_history(history))
+            curve, tuned = read_known(history, probes)
         if plot is not None:
             from supple.picture import check_target
 

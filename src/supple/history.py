@@ -30,6 +30,15 @@ def read_curve(history: Path | None, probes: Path | None = None) -> SamplesModel
         raise SpecError(f"{given}: {error}") from None
 
 
+def read_known(
+    history: Path | None, probes: Path | None
+) -> tuple[SamplesModel, tuple[TunedRate, ...]]:
+    """The curve, and the learning rates of the runs of the history. Raises `SpecError` as
+    `read_curve` does."""
+    curve = read_curve(history, probes)
+    return curve, () if history is None else best_rates(read_history(history))
+
+
 def read_probes(path: Path) -> list[Run]:
     """Branches of one checkpoint, each at its own batch size until the same loss: a line has
     `batch_size` (global) and `samples`, how many the branch took. Raises `SpecError` naming the

@@ -5,12 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supple.core.spec import (
+    Limits,
+    Objective,
     SpecError,
     TrainSpec,
     parse_batch,
     parse_count,
     parse_duration,
+    parse_limits,
     parse_money,
+    parse_objective,
     parse_rule,
     parse_schedule,
     parse_workers,
@@ -110,3 +114,13 @@ def test_names_of_modes_and_rules_are_listed_when_misspelt() -> None:
 def test_a_job_that_cannot_be_is_refused(fields: dict[str, object], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         TrainSpec(script="x.py", **fields)  # type: ignore[arg-type]
+
+
+def test_what_a_plan_is_asked_is_read_from_what_a_person_writes() -> None:
+    limits = parse_limits("16", "2.50", "adaptive")
+    assert (limits.max_workers, limits.price_per_hour, limits.batch) == (16, 2.5, "adaptive")
+    assert parse_limits(None, None, "fixed") == Limits()
+    assert parse_objective("2h", None) == Objective(deadline_s=7200.0)
+    assert parse_objective(None, "50").budget == 50.0
+    with pytest.raises(SpecError, match="choose the one that binds"):
+        parse_objective("2h", "50")
