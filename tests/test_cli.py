@@ -140,6 +140,17 @@ def test_it_refuses_with_one_message_and_exit_code_2(arguments: str) -> None:
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize("option", ["--max-workers", "--workers-per-node", "--measure-workers"])
+def test_an_empty_number_is_no_number(option: str) -> None:
+    """What a shell makes of a variable that is not set."""
+    assert f"{option} is '': not a whole number" in supple("plan", "good.py", option, "").stderr
+
+
+def test_a_rule_that_a_fixed_batch_does_not_use_is_said() -> None:
+    told = supple("plan", "good.py", "--lr-rule", "linear", "--plot", "plan.txt").stderr
+    assert told.startswith("--lr-rule: not used, the batch is fixed. --batch adaptive does.")
+
+
 def test_a_refusal_starts_nothing_and_leaves_no_folder() -> None:
     before = sorted(path.name for path in Path().iterdir())
     supple("train", "nothing.py")

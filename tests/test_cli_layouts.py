@@ -89,6 +89,23 @@ def test_probes_are_worth_a_larger_batch(tmp_path: Path) -> None:
     assert max(row["batch"]["global_batch_size"] for row in rows) > 512
 
 
+def test_one_run_and_a_noise_scale_are_worth_a_larger_batch_together(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text("batch_size,samples_to_target\n512,1000000\n")
+    result = supple(f"{SEVEN} --batch adaptive --history {path} --noise-scale 20000 --json")
+    assert "from the gradient noise scale, 2e+04 samples" in result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert max(row["batch"]["global_batch_size"] for row in rows) > 512
+
+
+def test_what_a_fixed_batch_does_not_use_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text("batch_size,samples_to_target\n512,1000000\n2048,1100000\n")
+    result = supple(f"{SEVEN} --history {path} --noise-scale 500 --json")
+    assert "--history, --noise-scale: not used, the batch is fixed" in result.stderr
+    assert json.loads(result.stdout) == json.loads(supple(f"{SEVEN} --json").stdout)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,19 +1,25 @@
 """Previous runs of a task, read from a file."""
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from supple.core.learning_rate import TunedRate
-from supple.core.samples import Run
+from supple.core.samples import Run, SamplesModel
 from supple.core.spec import SpecError
-from supple.history import best_rates, read_curve, read_history
+from supple.history import best_rates, read_history, read_known
 
 
 def written(folder: Path, text: str) -> Path:
     path = folder / "runs.csv"
     path.write_text(text)
     return path
+
+
+def read_curve(history: Path | None, probes: Path | None = None) -> SamplesModel:
+    return read_known(history, probes).curve()
 
 
 def test_every_line_is_a_run(tmp_path: Path) -> None:
@@ -43,6 +49,10 @@ def test_a_curve_says_what_it_rests_on(tmp_path: Path) -> None:
         ("batch_size,samples_to_target\n64\n", "line 2.*must be numbers"),
         ("batch_size,samples_to_target\n64,1e6\n", "nothing there compares two sizes"),
         ("batch_size,samples_to_target\n64,-1\n128,2\n", "must be positive and finite"),
+        (
+            "batch_size,samples_to_target,reached\n64,1,1\n64,1,n\n",
+            "line 3: reached is 'n': give 1",
+        ),
     ],
 )
 def test_a_history_without_meaning_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -98,3 +108,30 @@ def test_the_rate_of_a_batch_size_is_that_of_its_best_run() -> None:
         TunedRate(batch_size=64, lr=0.1),
         TunedRate(batch_size=256, lr=0.4),
     )
+
+
+def test_seeds_at_one_rate_count_by_their_mean_and_not_by_the_luckiest() -> None:
+    lucky = [Run(batch_size=64, samples=samples, lr=0.1) for samples in (5e5, 2e6, 2e6)]
+    steady = [Run(batch_size=64, samples=samples, lr=0.2) for samples in (1.1e6, 1.2e6)]
+    assert best_rates([*lucky, *steady]) == (TunedRate(batch_size=64, lr=0.2),)
+
+
+def test_one_batch_size_waits_for_the_noise_scale_that_is_measured_later(tmp_path: Path) -> None:
+    known = read_known(written(tmp_path, "batch_size,samples_to_target\n64,1e6\n"), None)
+    assert not known.compares_sizes
+    assert known.curve(noise_scale=500.0).why.startswith("from the gradient noise scale, 500")
+    with pytest.raises(SpecError, match="measure the noise scale"):
+        known.curve()
+
+
+def test_a_history_that_can_be_read_only_once_is_read_once(tmp_path: Path) -> None:
+    """What a shell's <(command) hands over."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    text = "batch_size,samples_to_target,learning_rate\n64,1e6,0.1\n256,1.2e6,0.2\n"
+    writer = threading.Thread(target=pipe.write_text, args=(text,))
+    writer.start()
+    known = read_known(pipe, None)
+    writer.join()
+    assert known.compares_sizes
+    assert known.rates == (TunedRate(batch_size=64, lr=0.1), TunedRate(batch_size=256, lr=0.2))

@@ -144,11 +144,18 @@ def layouts(
                 "plan` measured, or probes or previous runs at several batch sizes."
             )
         curve, tuned = None, ()
+        known = {"--history": history, "--probes": probes, "--noise-scale": noise_scale}
+        unused = [name for name, value in known.items() if value is not None]
+        if limits.batch == "fixed" and unused:
+            told = f"{', '.join(unused)}: not used, the batch is fixed. --batch adaptive does."
+            typer.echo(told, err=True)
         if history is not None or probes is not None:
             from supple.history import read_known
 
-            curve, tuned = read_known(history, probes)
-            typer.echo(f"the worth of other batch sizes: {curve.why}", err=True)
+            earlier = read_known(history, probes)
+            if limits.batch == "adaptive":
+                curve, tuned = earlier.curve(noise_scale), earlier.rates
+                typer.echo(f"the worth of other batch sizes: {curve.why}", err=True)
         objective = parse_objective(deadline, budget)
         if plot is not None:
             from supple.picture import check_target

@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -22,6 +22,10 @@ from supple.core.types import Infeasible
 from supple.eventlog import to_plain
 from supple.refusals import FAILED, messages, split_target
 from supple.train.script import check
+
+if TYPE_CHECKING:
+    from supple.core.planner import JobModel
+    from supple.history import Known
 
 EPILOG = (
     f"Without --deadline and --budget it recommends {KNEE_RULE}.\n\n"
@@ -81,16 +85,26 @@ def plan(
         lookup(interconnect)
         rule = parse_rule(lr_rule)
         per_node = (
-            parse_count(workers_per_node, what="--workers-per-node")
-            if workers_per_node
-            else os.cpu_count() or 1
+            os.cpu_count() or 1
+            if workers_per_node is None
+            else parse_count(workers_per_node, what="--workers-per-node")
         )
-        most = parse_count(measure_workers, what="--measure-workers") if measure_workers else None
-        curve, tuned = None, ()
+        most = (
+            None
+            if measure_workers is None
+            else parse_count(measure_workers, what="--measure-workers")
+        )
+        known = None
         if history is not None or probes is not None:
             from supple.history import read_known
 
-            curve, tuned = read_known(history, probes)
+            known = read_known(history, probes)
+        if limits.batch == "fixed":
+            given = {"--history": history, "--probes": probes}
+            unused = [name for name, value in given.items() if value is not None]
+            unused += ["--lr-rule"] if rule != "auto" else []
+            if unused:
+                _tell(f"{', '.join(unused)}: not used, the batch is fixed. --batch adaptive does.")
         if plot is not None:
             from supple.picture import check_target
 
@@ -108,9 +122,8 @@ def plan(
             _tell(f"supple: the script failed while it was measured:\n{error}")
             raise typer.Exit(FAILED) from None
         job = job_model(found, interconnect=interconnect, workers_per_node=per_node, lr_rule=rule)
-        if curve is not None:
-            job = replace(job, samples=curve, tuned=tuned)
-            _tell(f"the worth of other batch sizes: {curve.why}")
+        if known is not None and limits.batch == "adaptive":
+            job = _with_known(job, known)
         table = make_plan(job, limits, objective)
         is_plan = not isinstance(table, Infeasible)
         first = what_to_measure_first(table, job, limits) if is_plan else ""
@@ -119,7 +132,7 @@ def plan(
         if isinstance(table, Infeasible):
             _tell(f"supple: {table}")
             raise typer.Exit(FAILED)
-        if tuned:
+        if job.tuned:
             _tell(f"learning rate: {rate_at(job, table.choice.batch.global_batch_size)[1]}")
         if not as_json:
             console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -129,6 +142,20 @@ def plan(
 
             draw_plan(table, plot, title=Path(path).name, objective=objective)
             _tell(f"picture {plot}")
+
+
+def _with_known(job: "JobModel", known: "Known") -> "JobModel":
+    """The job with what earlier runs say. The noise scale of the first steps is smaller than that
+    of later ones, so it is asked only where no two batch sizes are known."""
+    if not known.compares_sizes and job.noise_scale is None:
+        _tell(
+            f"{known.files}: one batch size only, and no noise scale could be measured: what "
+            "another is worth is not known. Add a run at a second size."
+        )
+        return replace(job, tuned=known.rates)
+    curve = known.curve(None if known.compares_sizes else job.noise_scale)
+    _tell(f"the worth of other batch sizes: {curve.why}")
+    return replace(job, samples=curve, tuned=known.rates)
 
 
 def _tell(line: str) -> None:

@@ -2,9 +2,11 @@
 `supple plan` and `supple layouts`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from supple.core.learning_rate import TunedRate
+from supple.core.previous_runs import best_of_each_size, gathered
 from supple.core.samples import Run, SamplesModel, fit_samples
 from supple.core.spec import SpecError
 from supple.rows import read_rows
@@ -12,31 +14,44 @@ from supple.rows import read_rows
 COLUMNS = ("batch_size", "samples_to_target")
 OPTIONAL = ("learning_rate", "reached")
 PROBE_COLUMNS = ("batch_size", "samples")
+_REACHED = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
-def read_curve(history: Path | None, probes: Path | None = None) -> SamplesModel:
-    """Samples to the target against batch size; from probes alone only ratios of them. Raises
-    `SpecError` as the readers do, and for what no curve can be drawn through."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the user handed over of earlier runs; make it with `read_known`, which looks at all of
+    it, so that bad files are refused before anything is measured."""
+
+    runs: tuple[Run, ...]
+    probes: tuple[Run, ...]
+    files: str
+    """Which files, in words."""
+    compares_sizes: bool
+    """Without that, `curve` needs a noise scale."""
+
+    def curve(self, noise_scale: float | None = None) -> SamplesModel:
+        """Samples to the target against batch size; from probes alone only ratios of them. Raises
+        `SpecError` for what no curve can be drawn through."""
+        try:
+            return fit_samples(self.runs, self.probes, noise_scale=noise_scale)
+        except ValueError as error:
+            raise SpecError(f"{self.files}: {error}") from None
+
+    @property
+    def rates(self) -> tuple[TunedRate, ...]:
+        return best_rates(self.runs)
+
+
+def read_known(history: Path | None, probes: Path | None) -> Known:
+    """The files of `--history` and `--probes`, each read once. Raises `SpecError` naming the file
+    and the line, and for runs that no noise scale would make a curve of."""
     runs = [] if history is None else read_history(history)
     branches = [] if probes is None else read_probes(probes)
-    given = " and ".join(
-        f"the {what} {path}"
-        for what, path in (("history", history), ("probes", probes))
-        if path is not None
-    )
-    try:
-        return fit_samples(runs, branches)
-    except ValueError as error:
-        raise SpecError(f"{given}: {error}") from None
-
-
-def read_known(
-    history: Path | None, probes: Path | None
-) -> tuple[SamplesModel, tuple[TunedRate, ...]]:
-    """The curve, and the learning rates of the runs of the history. Raises `SpecError` as
-    `read_curve` does."""
-    curve = read_curve(history, probes)
-    return curve, () if history is None else best_rates(read_history(history))
+    given = (("the history", history), ("the probes", probes))
+    files = " and ".join(f"{what} {path}" for what, path in given if path is not None)
+    known = Known(runs=tuple(runs), probes=tuple(branches), files=files, compares_sizes=False)
+    tried = known.curve(noise_scale=[*runs, *branches][0].batch_size)
+    return replace(known, compares_sizes=tried.compares_sizes)
 
 
 def read_probes(path: Path) -> list[Run]:
@@ -61,19 +76,11 @@ def read_history(path: Path) -> list[Run]:
 
 
 def best_rates(runs: Sequence[Run]) -> tuple[TunedRate, ...]:
-    """At every batch size, the learning rate that reached the target with the fewest samples; of
-    runs that say theirs."""
-    best: dict[float, Run] = {}
-    for run in runs:
-        if (
-            run.reached
-            and run.lr
-            and (run.batch_size not in best or run.samples < best[run.batch_size].samples)
-        ):
-            best[run.batch_size] = run
-    return tuple(
-        TunedRate(batch_size=size, lr=run.lr) for size, run in sorted(best.items()) if run.lr
-    )
+    """At every batch size, the learning rate that reached the target with the fewest samples in the
+    mean of its runs; of runs that say theirs."""
+    said = gathered([run for run in runs if run.lr], is_probe=False)
+    best = best_of_each_size([point for point in said if point.beyond is None])
+    return tuple(TunedRate(batch_size=point.batch, lr=point.lr) for point in best if point.lr)
 
 
 def _run(row: dict[str, str], where: str) -> Run:
@@ -83,8 +90,13 @@ def _run(row: dict[str, str], where: str) -> Run:
             batch_size=float(row["batch_size"]),
             samples=float(row["samples_to_target"]),
             lr=float(rate) if rate else None,
-            reached=(row.get("reached") or "1").strip().lower() not in ("0", "false", "no"),
+            reached=_REACHED[(row.get("reached") or "1").strip().lower()],
         )
+    except KeyError:
+        raise SpecError(
+            f"{where}: reached is {row['reached']!r}: give 1 for a run that reached the target and "
+            "0 for one that was stopped before (or yes and no, true and false)."
+        ) from None
     except (TypeError, ValueError):
         raise SpecError(
             f"{where}: {dict(row)} is not a run: batch_size and samples_to_target must be numbers. "

@@ -2,6 +2,8 @@
 
 import math
 import re
+from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -182,6 +184,117 @@ def test_an_absurd_run_is_left_out_and_named() -> None:
     assert found.why.endswith("left out, as most others contradict it: batch 700")
     with pytest.raises(ValueError, match=r"batch 256 and 700 took .* 3 batch sizes are too few"):
         fit_samples([*runs(256, 1024), absurd])
+
+
+def test_a_badly_tuned_run_beside_a_good_one_does_not_make_its_size_look_worse() -> None:
+    good = [Run(batch_size=64, samples=1e4, lr=1e-3), Run(batch_size=256, samples=1.1e4, lr=2e-3)]
+    bad = Run(batch_size=64, samples=9e4, lr=1e-5)
+    swept, plain = fit_samples([*good, bad]), fit_samples(good)
+    assert swept.efficiency(64, 256) == plain.efficiency(64, 256)
+    assert swept.predict(512) == plain.predict(512)
+    # Asked with a rate, it counts: so slow a rate costs samples at any size.
+    assert swept.predict(256, 2e-5).value > 2.0 * swept.predict(256, 2e-3).value
+
+
+def test_a_rate_that_some_runs_do_not_say_does_not_switch_off_the_sweep_of_others() -> None:
+    seen = [*runs(256, 1024), Run(batch_size=512, samples=curve(512), lr=1e-3)]
+    worse = Run(batch_size=512, samples=5 * curve(512), lr=1e-5)
+    assert fit_samples([*seen, worse]).predict(700) == fit_samples(seen).predict(700)
+
+
+def test_a_sweep_is_no_contradiction_and_counts_as_one_size() -> None:
+    sweep = [
+        Run(batch_size=64, samples=1e4, lr=1e-3),
+        Run(batch_size=64, samples=1.1e5, lr=1e-5),
+        Run(batch_size=256, samples=1.1e4, lr=4e-3),
+    ]
+    assert "2 batch sizes" in fit_samples(sweep).why
+    with pytest.raises(ValueError, match="runs at 1 batch size"):
+        fit_samples(sweep[:2])
+
+
+def test_rates_that_all_failed_leave_the_size_beyond_the_shortest_of_them() -> None:
+    seen = runs(256, 512, 1024)
+    failed = [
+        Run(batch_size=8192, samples=s, lr=lr, reached=False) for s, lr in ((2e7, 1), (9e7, 2))
+    ]
+    assert fit_samples([*seen, *failed]).predict(8192) == fit_samples(
+        [*seen, replace(failed[0], lr=None)]
+    ).predict(8192)
+
+
+def test_runs_of_which_most_stopped_at_every_size_are_refused() -> None:
+    mostly = [
+        Run(batch_size=size, samples=1e4, reached=reached)
+        for size in (64, 128)
+        for reached in (True, False, False)
+    ]
+    with pytest.raises(ValueError, match=r"2 of 6 runs reached.*Give one run that reached"):
+        fit_samples(mostly)
+    probes = [Run(batch_size=64, samples=10.0), Run(batch_size=256, samples=15.0, reached=False)]
+    with pytest.raises(ValueError, match="probes at batch 256 did not reach their loss"):
+        fit_samples(runs(64), probes)
+
+
+def test_a_size_of_which_only_an_uninformative_bound_is_known_is_no_second_size() -> None:
+    stopped = Run(batch_size=128, samples=10.0, reached=False)
+    with pytest.raises(ValueError, match=r"runs at 1 batch size.*nothing there compares"):
+        fit_samples([Run(batch_size=64, samples=1e4), stopped])
+    alone = fit_samples([Run(batch_size=64, samples=1e4), stopped], noise_scale=500.0)
+    assert "rough guide" in alone.why
+    assert not alone.compares_sizes
+
+
+def test_probes_are_believed_less_than_whole_runs() -> None:
+    seen = runs(64, 256, 1024, 4096)
+    of_runs, of_probes = fit_samples(seen), fit_samples([], seen)
+
+    def doubt(model: SamplesModel) -> float:
+        found = model.efficiency(64, 4096)
+        return math.log(found.high / found.low)
+
+    assert doubt(of_probes) > 1.5 * doubt(of_runs)
+
+
+def test_a_mean_of_few_seeds_pulls_less_than_one_of_many() -> None:
+    """The same surprise, with a standard error of 40 % and of none."""
+    seen = runs(128, 512, 2048, 4096)
+    odd = Run(batch_size=1024, samples=1.8 * curve(1024))
+    rough = fit_samples([*seen, replace(odd, relative_error=0.4)]).predict(1024).value
+    assert curve(1024) < rough < 0.85 * fit_samples([*seen, odd]).predict(1024).value
+
+
+def test_runs_and_a_noise_scale_are_both_named() -> None:
+    model = fit_samples(runs(256, 1024), noise_scale=2000.0)
+    assert model.why.endswith("256 to 1024, guided by the gradient noise scale, 2e+03 samples")
+    assert model.compares_sizes
+
+
+history = st.lists(
+    st.builds(
+        Run,
+        batch_size=st.sampled_from([16.0, 32.0, 64.0, 128.0, 512.0]),
+        samples=st.floats(1e4, 9e4),
+        reached=st.booleans(),
+        lr=st.sampled_from([None, 0.1, 0.2]),
+    ),
+    min_size=2,
+    max_size=7,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(history, st.randoms(use_true_random=False))
+def test_the_order_of_the_runs_does_not_matter(seen: list[Run], random: Random) -> None:
+    assert asked(random.sample(seen, len(seen))) == asked(seen)
+
+
+def asked(seen: list[Run]) -> tuple[object, ...]:
+    try:
+        model = fit_samples(seen)
+    except ValueError as refusal:
+        return (str(refusal),)
+    return model.why, model.predict(256.0), model.predict(256.0, 0.15), model.efficiency(16, 2048)
 
 
 @settings(deadline=None, max_examples=20)

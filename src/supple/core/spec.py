@@ -219,17 +219,19 @@ class Objective:
 def parse_limits(max_workers: str | None, price: str | None, batch: str) -> Limits:
     """The limits of a plan from `--max-workers`, `--price` and `--batch`."""
     return Limits(
-        max_workers=parse_count(max_workers, what="--max-workers") if max_workers else None,
-        price_per_hour=parse_money(price, what="--price") if price else None,
+        max_workers=parse_count(max_workers, what="--max-workers")
+        if max_workers is not None
+        else None,
+        price_per_hour=parse_money(price, what="--price") if price is not None else None,
         batch=parse_batch(batch),
     )
 
 
 def parse_objective(deadline: str | None, budget: str | None) -> Objective:
     """What a plan is for, from `--deadline` or `--budget`; `SpecError` for both."""
-    if deadline and budget:
+    if deadline is not None and budget is not None:
         raise SpecError("--deadline and --budget were both given: choose the one that binds.")
     return Objective(
-        deadline_s=parse_duration(deadline, what="--deadline") if deadline else None,
-        budget=parse_money(budget, what="--budget") if budget else None,
+        deadline_s=parse_duration(deadline, what="--deadline") if deadline is not None else None,
+        budget=parse_money(budget, what="--budget") if budget is not None else None,
     )
