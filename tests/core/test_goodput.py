@@ -14,9 +14,10 @@ from supple.core.goodput import (
     family_of,
     gain,
     learning_rate,
-    samples_to_target,
     warmup_steps,
+    worth,
 )
+from supple.core.samples import Run, fit_samples
 
 noise = st.floats(0.1, 1e6)
 size = st.integers(1, 100_000)
@@ -34,7 +35,6 @@ def test_a_larger_batch_is_less_efficient_and_still_worth_more_a_step(
 @given(noise, size)
 def test_the_base_batch_is_the_unit(phi: float, base: int) -> None:
     assert efficiency(phi, base, base) == 1.0
-    assert samples_to_target(1000.0, base, base, phi) == 1000.0
 
 
 @pytest.mark.parametrize(
@@ -177,3 +177,12 @@ def test_the_best_batch_may_be_the_last_doubling_without_more_accumulation(
             num_candidates=num_candidates,
         )
         assert found == 32
+
+
+def test_the_worth_of_a_batch_says_what_it_rests_on() -> None:
+    assert worth(None, None, 64, 64).source == "measured"
+    assert worth(None, 500.0, 64, 128).source == "fitted"
+    unknown = worth(None, None, 64, 128)
+    assert (unknown.value, unknown.source) == (1.0, "assumed")
+    slow = fit_samples([Run(batch_size=64, samples=1e4), Run(batch_size=128, samples=2e4)])
+    assert worth(slow, 1e9, 64, 128).value < 0.7

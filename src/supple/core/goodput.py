@@ -75,12 +75,13 @@ def worth(
 ) -> Estimate:
     """Efficiency of `batch` from the best that is known: previous runs of the task, else the noise
     scale, else 1, as if a batch cost nothing."""
-    if batch == base_batch or (samples is None and noise_scale is None):
+    if batch == base_batch:
         return Estimate(value=1.0, low=1.0, high=1.0, source="measured")
     if samples is not None:
         return _from_history(samples, base_batch, batch)
-    assert noise_scale is not None
-    return expected_efficiency(noise_scale, base_batch, batch)
+    if noise_scale is not None:
+        return expected_efficiency(noise_scale, base_batch, batch)
+    return Estimate(value=1.0, low=1.0, high=1.0, source="assumed")
 
 
 @lru_cache(maxsize=512)
@@ -91,14 +92,6 @@ def _from_history(samples: SamplesModel, base_batch: int, batch: int) -> Estimat
 def gain(noise_scale: float, base_batch: float, batch: float) -> float:
     """Steps of the base batch that one step at `batch` is worth: (M/M0) (phi + M0) / (phi + M)."""
     return batch / base_batch * efficiency(noise_scale, base_batch, batch)
-
-
-def samples_to_target(
-    base_samples: float, base_batch: float, batch: float, noise_scale: float
-) -> float:
-    """Samples needed at `batch` where `base_samples` are needed at `base_batch`: E(B) is
-    proportional to 1 + B / B_crit, with the noise scale for B_crit."""
-    return base_samples / efficiency(noise_scale, base_batch, batch)
 
 
 def learning_rate(
