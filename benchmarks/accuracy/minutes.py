@@ -8,7 +8,7 @@ law and a power law through the smaller counts' minutes.
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +17,12 @@ import numpy as np
 from benchmarks.accuracy import samples as references
 from benchmarks.accuracy.score import Score, coverage, covered, median, p90, relative_errors
 from supple.core.estimates import exact
-from supple.core.samples import Run, fit_samples
-from supple.core.training_time import Z80, TimedRun, fit_training_time
+from supple.core.samples import Run
+from supple.core.time_to_target import FinishedRun, fit_time_to_target
 from supple.core.types import Estimate
 
 FEWEST_COUNTS = 3
 """Counts of a family: two to learn from, one to ask about."""
-GUESSED_NOISE_SCALE = 2.0
-"""Over the only batch size whose samples are known, or, where none is, over the largest one seen: a
-critical batch of 4 of it."""
-
 Family = tuple[str, str, str, str, str]
 References = Mapping[str, Mapping[float, Sequence[references.Reference]]]
 
@@ -89,53 +85,32 @@ def ours(
 ) -> tuple[Estimate, Estimate]:
     """Minutes, and the samples they rest on. Handed in: the asked count and batch size; the
     smaller runs; the reference points published up to this round."""
-    if asked.batch is None or any(result.batch is None for result in seen):
-        # As if the batch were the same everywhere.
-        runs = [timed(result, 1.0, 1.0) for result in seen]
-        return in_minutes(fit_training_time(runs).predict(asked.num_workers, 1.0, 1.0)), exact(1.0)
-    need = convergence(key, seen, known)
-    needed = need(asked.batch)
-    runs = [timed(r, r.batch, r.samples or r.epochs or need(r.batch)) for r in seen if r.batch]
-    model = fit_training_time(runs)
-    return in_minutes(model.predict(asked.num_workers, asked.batch, needed)), needed
+    # One unit of samples in a family: epochs where some run states nothing else.
+    in_epochs = any(result.epochs and not result.samples for result in seen)
+    finished = [
+        FinishedRun(
+            num_workers=result.num_workers,
+            time_s=60.0 * result.minutes,
+            batch_size=result.batch if asked.batch else None,
+            samples=result.epochs if in_epochs else result.samples,
+        )
+        for result in seen
+    ]
+    history = [] if in_epochs else published(key, known)
+    model = fit_time_to_target(finished, history)
+    needed = model.samples_at(asked.batch) if model.samples_at and asked.batch else exact(1.0)
+    return in_minutes(model.predict(asked.num_workers, asked.batch)), needed
 
 
-def convergence(
-    key: Family, seen: Sequence[Result], known: References
-) -> Callable[[float], Estimate]:
-    """Samples (or epochs, where the family counts those) to the target, by batch size."""
-    if any(result.epochs and not result.samples for result in seen):
-        history = [Run(batch_size=r.batch, samples=r.epochs) for r in seen if r.batch and r.epochs]
-    else:
-        history = [
-            Run(batch_size=r.batch, samples=r.samples) for r in seen if r.batch and r.samples
-        ]
-        round_number = float(key[0].rpartition("v")[2])
-        for points in known.get(key[3], {}).values():
-            said = [p.run for p in points if not p.round[0] and p.round[1] <= round_number]
-            if said:
-                history.append(Run(batch_size=said[-1].batch_size, samples=said[-1].samples))
-    if not history:
-        # Nobody runs far beyond the critical batch: the largest one is the better guide to it.
-        history = [Run(batch_size=max(r.batch for r in seen if r.batch), samples=1.0)]
-    sizes = {run.batch_size for run in history}
-    if len(sizes) >= 2:
-        return fit_samples(history).predict
-    only = min(sizes)
-    same = exact(float(np.median([run.samples for run in history])))
-    rough = fit_samples(history, noise_scale=GUESSED_NOISE_SCALE * only)
-    return lambda batch: same if batch == only else rough.predict(batch)
-
-
-def timed(result: Result, batch: float, samples: Estimate | float) -> TimedRun:
-    counted = not isinstance(samples, Estimate)
-    return TimedRun(
-        num_workers=result.num_workers,
-        global_batch_size=batch,
-        samples=samples if counted else samples.value,
-        time_s=60.0 * result.minutes,
-        samples_error=0.0 if counted else math.log(samples.high / samples.low) / 2.0 / Z80,
-    )
+def published(key: Family, known: References) -> list[Run]:
+    """The newest reference point of every batch size, of those published up to the round."""
+    round_number = float(key[0].rpartition("v")[2])
+    history: list[Run] = []
+    for points in known.get(key[3], {}).values():
+        said = [p.run for p in points if not p.round[0] and p.round[1] <= round_number]
+        if said:
+            history.append(Run(batch_size=said[-1].batch_size, samples=said[-1].samples))
+    return history
 
 
 def in_minutes(estimate: Estimate) -> Estimate:

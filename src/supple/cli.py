@@ -16,6 +16,7 @@ from supple import (
     cli_layouts,
     cli_load,
     cli_memory,
+    cli_minutes,
     cli_plan,
     cli_profile,
     cli_serve,
@@ -171,6 +172,7 @@ def train(
 app.command(epilog=cli_plan.EPILOG)(cli_plan.plan)
 app.command(epilog=cli_layouts.EPILOG)(cli_layouts.layouts)
 app.command(epilog=cli_memory.EPILOG)(cli_memory.memory)
+app.command(epilog=cli_minutes.EPILOG)(cli_minutes.minutes)
 app.command(epilog=cli_inference.EPILOG)(cli_inference.inference)
 
 

@@ -1,0 +1,178 @@
+"""`supple minutes`: how long a task takes on other numbers of workers, from finished runs."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from supple.core.estimates import exact, times
+from supple.core.spec import SpecError, parse_count, parse_money
+from supple.core.time_to_target import FinishedRun, TimeToTarget, fit_time_to_target
+from supple.core.types import Estimate
+from supple.refusals import messages
+from supple.rows import parse_amount, read_rows
+
+COLUMNS = ("num_workers", "minutes")
+OPTIONAL = ("batch_size", "samples_to_target")
+EPILOG = (
+    "RUNS is a CSV with a finished run a line: num_workers,minutes and, if known, batch_size "
+    "(global) and samples_to_target. Minutes count from the first step to the target, evaluations "
+    "included, the job's start-up not.\n\n"
+    "Examples:\n\n  supple minutes runs.csv\n\n"
+    "  supple minutes runs.csv --workers 64,128 --batch-size 8192 --price 2.50\n\n"
+    "  supple minutes runs.csv --history other-sizes.csv --json"
+)
+_DOUBLINGS = 3
+
+
+def minutes(
+    runs: Annotated[Path, typer.Argument(help="CSV of finished runs.")],
+    workers: Annotated[
+        str | None,
+        typer.Option(help="Counts, with commas; default: the largest that ran, doubled thrice."),
+    ] = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(help="Global, of the asked counts; default: that of the largest run."),
+    ] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(help="CSV of more runs of the task: batch_size,samples_to_target."),
+    ] = None,
+    price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Tracebacks.")] = False,
+) -> None:
+    """Minutes to the target on other counts of workers, from finished runs. Nothing is run."""
+    with messages(verbose):
+        finished = read_finished(runs)
+        largest = max(finished, key=lambda run: (run.num_workers, -run.time_s))
+        doubled = [largest.num_workers * 2**k for k in range(1, _DOUBLINGS + 1)]
+        counts = doubled if workers is None else _counts(workers)
+        size = None if batch_size is None else _batch(batch_size)
+        paid = None if price is None else parse_money(price, what="--price")
+        earlier = []
+        if history is not None:
+            from supple.history import read_history
+
+            earlier = read_history(history)
+        try:
+            model = fit_time_to_target(finished, earlier)
+        except ValueError as error:
+            raise SpecError(f"{runs}: {error}") from None
+        if model.samples_at is None and (size or history):
+            given = "--batch-size" if size else "--history"
+            raise SpecError(
+                f"{given} was given, and a line of {runs} has no batch_size: without it nobody can "
+                "say what another size changes. Fill the column, or leave the option out."
+            )
+        size = size or largest.batch_size
+        answers = [(count, model.predict(count, size)) for count in counts]
+        if as_json:
+            typer.echo(json.dumps(_data(model, answers, size, paid)))
+        else:
+            _show(finished, model, answers, size, paid)
+
+
+def read_finished(path: Path) -> list[FinishedRun]:
+    """Raises `SpecError` naming the file and the line of what is no finished run."""
+    besides = f"if known, {', '.join(OPTIONAL)}; a finished run a line"
+    rows = read_rows(path, COLUMNS, what="the runs", besides=besides)
+    return [_finished(row, f"{path}, line {line}") for line, row in enumerate(rows, start=2)]
+
+
+def _finished(row: dict[str, str], where: str) -> FinishedRun:
+    try:
+        batch, samples = (float(row[name]) if row.get(name) else None for name in OPTIONAL)
+        run = FinishedRun(
+            num_workers=int(row["num_workers"]),
+            time_s=60.0 * float(row["minutes"]),
+            batch_size=batch,
+            samples=samples,
+        )
+    except (TypeError, ValueError):
+        raise SpecError(
+            f"{where}: {dict(row)} is not a finished run: {', '.join(COLUMNS + OPTIONAL)} must be "
+            "numbers, the workers a whole one. Correct the line, or delete it."
+        ) from None
+    told = {
+        "num_workers": run.num_workers,
+        "minutes": run.time_s,
+        "batch_size": batch,
+        "samples_to_target": samples,
+    }
+    for name, number in told.items():
+        if number is not None and not 0 < number < math.inf:
+            raise SpecError(
+                f"{where}: {name} is {row[name]}: it must be positive and finite. Correct the "
+                "line, or delete it."
+            )
+    return run
+
+
+def _counts(text: str) -> list[int]:
+    return [parse_count(part.strip(), what="--workers") for part in text.split(",")]
+
+
+def _batch(text: str) -> float:
+    size = parse_amount(text)
+    if not 1 <= size < 1e12:
+        raise SpecError(f"--batch-size is {text!r}: give a number of samples such as 8192 or 8k.")
+    return size
+
+
+def _data(
+    model: TimeToTarget,
+    answers: Sequence[tuple[int, Estimate]],
+    size: float | None,
+    paid: float | None,
+) -> dict[str, object]:
+    """Times in seconds."""
+    return {
+        "samples": model.why,
+        "batch_size": size,
+        "rows": [
+            {
+                "num_workers": count,
+                "time_s": dataclasses.asdict(time),
+                "accelerator_hours": dataclasses.asdict(_hours(count, time)),
+                "cost": paid and dataclasses.asdict(times(_hours(count, time), exact(paid))),
+            }
+            for count, time in answers
+        ],
+    }
+
+
+def _hours(count: int, time: Estimate) -> Estimate:
+    return times(time, exact(count / 3600.0))
+
+
+def _show(
+    finished: Sequence[FinishedRun],
+    model: TimeToTarget,
+    answers: Sequence[tuple[int, Estimate]],
+    size: float | None,
+    paid: float | None,
+) -> None:
+    view = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for head in ("workers", "batch", "minutes", "80 %", "acc.-hours", *(["cost"] if paid else [])):
+        view.add_column(head, justify="right", no_wrap=True)
+    ran = [
+        (run.num_workers, run.batch_size, run.time_s, "ran")
+        for run in sorted(finished, key=lambda run: (run.num_workers, run.time_s))
+    ]
+    asked = [(n, size, t.value, f"{t.low / 60:,.4g}–{t.high / 60:,.4g}") for n, t in answers]
+    for count, batch, seconds, interval in ran + asked:
+        hours = count * seconds / 3600.0
+        cells = [str(count), f"{batch:g}" if batch else "", f"{seconds / 60:,.4g}", interval]
+        cells += [f"{hours:,.4g}", *([f"{hours * paid:,.4g}"] if paid else [])]
+        view.add_row(*cells, style="dim" if interval == "ran" else None)
+    console = Console(highlight=False)
+    console.print(view)
+    console.print(f"Samples to the target: {model.why}.", style="dim", soft_wrap=True)

@@ -1,0 +1,113 @@
+"""Time to the target on another number of workers, from finished runs."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from supple.core.samples import Run
+from supple.core.time_to_target import FinishedRun, TimeToTarget, fit_time_to_target
+
+
+def samples(batch: float) -> float:
+    return 1e6 * (1.0 + batch / 8000.0)
+
+
+def seconds(num_workers: int, batch: float) -> float:
+    """Made up: 2 ms a sample and worker, 5 ms a step besides, some seconds of start."""
+    return 5.0 + samples(batch) / batch * (0.002 * batch / num_workers + 0.005)
+
+
+def finished(*counts: int, says_samples: bool = True, says_batch: bool = True) -> list[FinishedRun]:
+    return [
+        FinishedRun(
+            num_workers=count,
+            time_s=seconds(count, 64.0 * count),
+            batch_size=64.0 * count if says_batch else None,
+            samples=samples(64.0 * count) if says_samples else None,
+        )
+        for count in counts
+    ]
+
+
+def width(model: TimeToTarget, count: int, batch: float | None) -> float:
+    found = model.predict(count, batch)
+    return math.log(found.high / found.low)
+
+
+def test_the_next_counts_of_a_known_law_are_foretold() -> None:
+    model = fit_time_to_target(finished(4, 8, 16))
+    for count in (32, 64):
+        found = model.predict(count, 64.0 * count)
+        assert found.low < seconds(count, 64.0 * count) < found.high
+        assert found.value == pytest.approx(seconds(count, 64.0 * count), rel=0.1)
+    assert "3 batch sizes, 256 to 1024" in model.why
+
+
+def test_further_counts_are_less_sure_and_so_are_guessed_samples() -> None:
+    told, untold = (fit_time_to_target(finished(4, 8, 16, says_samples=s)) for s in (True, False))
+    assert width(told, 32, 2048) < width(told, 256, 2048)
+    assert width(told, 128, 16_384) < width(untold, 128, 16_384)
+    assert "a guess" in untold.why
+
+
+def test_other_runs_of_the_task_stand_in_for_samples_that_are_not_told() -> None:
+    history = [Run(batch_size=size, samples=samples(size)) for size in (128.0, 1024.0, 8192.0)]
+    seen = finished(4, 8, 16, says_samples=False)
+    known, guessed = fit_time_to_target(seen, history), fit_time_to_target(seen)
+    found = known.predict(128, 8192.0)
+    assert found.low < seconds(128, 8192.0) < found.high
+    assert width(known, 128, 8192) < width(guessed, 128, 8192)
+
+
+def test_without_batch_sizes_the_count_alone_is_asked() -> None:
+    model = fit_time_to_target(finished(4, 8, 16, says_batch=False))
+    assert model.samples_at is None
+    assert "as if the batch were the same" in model.why
+    assert model.predict(32, None).value < seconds(16, 1024.0)
+
+
+def test_a_batch_size_must_be_asked_for_where_the_runs_say_theirs() -> None:
+    with pytest.raises(ValueError, match="without a batch size"):
+        fit_time_to_target(finished(4, 8)).predict(16, None)
+
+
+def test_one_known_size_is_exact_there_and_a_guess_elsewhere() -> None:
+    seen = [FinishedRun(num_workers=4, time_s=9e3, batch_size=256.0, samples=1e6)]
+    model = fit_time_to_target(seen)
+    assert model.samples_at is not None
+    assert model.samples_at(256.0).high == 1e6
+    assert model.samples_at(1024.0).low < model.samples_at(1024.0).high
+    assert "batch 256 alone" in model.why
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.floats(1e-3, 1e6))
+def test_the_unit_of_samples_does_not_matter(unit: float) -> None:
+    seen = finished(4, 8, 16)
+    other = [replace(run, samples=run.samples and run.samples * unit) for run in seen]
+    plain, scaled = (fit_time_to_target(runs).predict(64, 4096.0) for runs in (seen, other))
+    assert scaled.value == pytest.approx(plain.value, rel=1e-4)
+    assert scaled.high == pytest.approx(plain.high, rel=1e-3)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.permutations(finished(2, 4, 8, 16)))
+def test_the_order_of_the_runs_does_not_matter(seen: list[FinishedRun]) -> None:
+    found = fit_time_to_target(seen).predict(64, 4096.0)
+    assert found.value == pytest.approx(
+        fit_time_to_target(finished(2, 4, 8, 16)).predict(64, 4096.0).value, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("time_s", [0.0, -1.0, math.nan, math.inf])
+def test_a_run_that_took_no_time_is_refused(time_s: float) -> None:
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        fit_time_to_target([FinishedRun(num_workers=4, time_s=time_s, batch_size=64.0)])
+
+
+def test_no_run_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 finished runs"):
+        fit_time_to_target([])

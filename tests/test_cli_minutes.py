@@ -1,0 +1,96 @@
+"""`supple minutes` as a person uses it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from supple.cli import app
+
+HEAD = "num_workers,batch_size,minutes,samples_to_target\n"
+ROWS = HEAD + "8,512,400,1000000\n16,1024,210,1030000\n32,2048,112,1100000\n"
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return written(tmp_path, ROWS)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "runs.csv"
+    path.write_text(text)
+    return path
+
+
+def supple(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["minutes", *map(str, arguments)])
+
+
+def test_the_table_has_what_ran_and_what_is_foretold(runs: Path) -> None:
+    result = supple(runs)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:7]] == ["8", "16", "32", "64", "128", "256"]
+    assert [" ran " in line for line in lines[1:7]] == [True] * 3 + [False] * 3
+    assert "from runs of this task at 3 batch sizes" in lines[-1]
+    assert "cost" not in lines[0]
+
+
+def test_json_has_intervals_and_money(runs: Path) -> None:
+    result = supple(runs, "--workers", "64, 128", "--batch-size", "4k", "--price", 3, "--json")
+    data = json.loads(result.stdout)
+    assert data["batch_size"] == 4000.0
+    first, second = data["rows"]
+    assert first["time_s"]["low"] < first["time_s"]["value"] < first["time_s"]["high"]
+    assert second["time_s"]["value"] < first["time_s"]["value"]
+    hours = first["time_s"]["value"] * 64 / 3600.0
+    assert first["accelerator_hours"]["value"] == pytest.approx(hours)
+    assert first["cost"]["high"] == pytest.approx(3 * first["accelerator_hours"]["high"])
+
+
+def test_a_history_of_other_sizes_moves_the_answer(runs: Path, tmp_path: Path) -> None:
+    history = tmp_path / "history.csv"
+    history.write_text("batch_size,samples_to_target\n8192,2500000\n")
+    asked = ("--workers", 128, "--batch-size", 8192, "--json")
+    plain, known = (
+        json.loads(supple(runs, *asked, *more).stdout) for more in ((), ("--history", history))
+    )
+    assert known["rows"][0]["time_s"]["value"] > 1.2 * plain["rows"][0]["time_s"]["value"]
+    assert "512 to 8192" in known["samples"]
+
+
+def test_counts_and_minutes_are_enough(tmp_path: Path) -> None:
+    result = supple(written(tmp_path, "num_workers,minutes\n8,400\n16,210\n"))
+    assert result.exit_code == 0, result.output
+    assert "as if the batch were the same on any count" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "words"),
+    [
+        ("", (), "has 0 rows and no column num_workers, minutes"),
+        (HEAD, (), "has 0 rows"),
+        ("workers,minutes\n1,2\n", (), "no column num_workers"),
+        (HEAD + "8,512,soon,1\n", (), "line 2"),
+        (HEAD + "8.5,512,4,1\n", (), "the workers a whole one"),
+        (HEAD + "8,512,0,1\n", (), "line 2: minutes is 0: it must be positive"),
+        (HEAD + "8,nan,4,1\n", (), "line 2: batch_size is nan"),
+        (HEAD + "0,512,4,1\n", (), "line 2: num_workers is 0"),
+        (HEAD + "8,512,4,1\n16,1024,3,1000000\n", (), "too few to say which is wrong"),
+        (ROWS, ("--workers", "64,x"), "--workers is 'x'"),
+        (ROWS, ("--batch-size", "0"), "--batch-size is '0'"),
+        (ROWS, ("--price", "free"), "--price is 'free'"),
+        (ROWS, ("--history", "absent.csv"), "absent.csv cannot be read"),
+        ("num_workers,minutes\n8,4\n", ("--batch-size", "64"), "has no batch_size"),
+    ],
+)
+def test_it_refuses_with_one_message(
+    tmp_path: Path, text: str, more: tuple[str, ...], words: str
+) -> None:
+    result = supple(written(tmp_path, text), *more)
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
