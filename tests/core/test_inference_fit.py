@@ -3,9 +3,11 @@
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from supple.core.estimates import Z80
 from supple.core.grouped_fit import GroupedFit, fit_groups, unfitted
-from supple.core.throughput import Z80
 
 Array = npt.NDArray[np.float64]
 SPREAD = np.array([1.0])
@@ -77,3 +79,34 @@ def test_a_row_far_out_pulls_no_more_than_one_a_little_out() -> None:
     far = fitted([0.0, 0.0, 0.0, 0.0, 0.0, 20.0], "abcdef", "kkkkkk")
     one, other = (predicted(fit, "n", "k")[0][0] for fit in (near, far))
     assert other - one < 0.05
+
+
+def test_groups_foretold_to_the_dot_leave_a_doubt_about_the_next() -> None:
+    fit = fitted([0.0] * 6, "aabbcc", "klklkl")
+    assert fit.reach[0] >= Z80 / 2.0
+    _, halves = predicted(fit, "n", "k")
+    assert halves[0] > 0.1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-3.0, 3.0), min_size=6, max_size=6))
+def test_no_interval_has_no_width(true: list[float]) -> None:
+    plain, halves = predicted(fitted(true, "aabbcc", "klmklm"), "nab", "kkl")
+    assert np.isfinite(plain).all()
+    assert (halves > 0.01).all()
+
+
+@pytest.mark.parametrize(("apart", "least"), [(0.2, 0.72), (0.3, 0.68)])
+def test_about_four_of_five_groups_never_seen_lie_in_their_interval(
+    apart: float, least: float
+) -> None:
+    """Six groups that lie around a level, `apart` from each other: the seventh, 300 times. Where
+    groups differ by more than the form's own doubt, six are few, and fewer hold."""
+    held: list[bool] = []
+    random = np.random.default_rng(5)
+    for _ in range(300):
+        level_of = random.normal(0.0, 0.5)
+        *seen, asked = random.normal(level_of, apart, 7).tolist()
+        plain, halves = predicted(fitted(seen, "abcdef", "kkkkkk"), "n", "k")
+        held.append(abs(asked - plain[0]) < halves[0])
+    assert least < np.mean(held) < 0.88

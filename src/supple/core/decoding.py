@@ -145,6 +145,19 @@ def weights_fit(run: ServingRun) -> bool:
     return held < USABLE * run.num_devices * run.device.memory_bytes
 
 
+def request_fits(run: ServingRun) -> bool:
+    """Whether the weights and the cache of one request do; no engine admits it otherwise."""
+    held = run.model.num_parameters * run.model.bytes_per_weight
+    return held + request_bytes(run) < USABLE * run.num_devices * run.device.memory_bytes
+
+
+def request_bytes(run: ServingRun) -> float:
+    """Cache of one request at the end of its answer; a prior, as nothing of it is measured."""
+    mixture = run.model.num_activated < run.model.num_parameters
+    per_layer = _PRIORS["cache"][0] * (_PRIORS["cache_experts"][0] if mixture else 1.0)
+    return per_layer * run.model.layers * (run.workload.prompt_tokens + run.output_tokens)
+
+
 class Groups:
     """Where each parameter lies in a vector of logarithms, all 0 at their priors: those of every
     run first, then a block for each workload and each site (workload, device, one or several)."""

@@ -7,6 +7,8 @@ import math
 
 from supple.core.types import Estimate, Source
 
+Z80 = 1.2815515655446004
+"""Standard scores either side of the middle that hold 80 % of a normal distribution."""
 _FROM_BEST: tuple[Source, ...] = ("measured", "fitted", "assumed")
 
 

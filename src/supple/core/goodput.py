@@ -11,7 +11,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal
 
-from supple.core.samples import NOISE_SCALE_ERROR, NOISE_SCALE_RATIO, Z80, SamplesModel
+from supple.core.estimates import Z80
+from supple.core.samples import NOISE_SCALE_ERROR, NOISE_SCALE_RATIO, SamplesModel
 from supple.core.spec import LrRule
 from supple.core.types import Estimate
 

@@ -13,14 +13,17 @@ the rows that depend on them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
-from supple.core.throughput import Z80
+from supple.core.estimates import Z80
 from supple.core.types import Source
 
 _Array = npt.NDArray[np.float64]
+_special: Any = special  # scipy ships no types
 Evaluate = Callable[[_Array], _Array]
 """Logarithms of what is predicted, (vectors, figures, rows), for (vectors, parameters)."""
 _NUDGE = 1e-5
@@ -31,6 +34,12 @@ _DOUBT = 0.17
 """Relative error of the form itself, for a group never seen."""
 _ALONE = 0.5
 """The same where nothing was measured."""
+_SUPPOSED = 0.5
+"""Groups whose scores are supposed to be normal, beside those seen."""
+_NORMAL = 100
+"""Scores that stand for the normal distribution."""
+_LEAST = Z80 / 2.0
+"""However well all groups were foretold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +50,7 @@ class GroupedFit:
     """Parameters first, then the offsets of `sessions`, those of the first figure first."""
     covariance: _Array
     reach: tuple[float, ...]
-    """Per figure the standard score that held 80 % of groups left out."""
+    """Per figure the standard score that holds 80 % of groups left out (`_score_that_holds`)."""
     loose: _Array
     """Standard deviations by which parameters differ from one session to the next."""
     sessions: tuple[str, ...]
@@ -226,6 +235,23 @@ def _reach(
         wide = _deviations(slopes, inverse, loose, rows.where, "fitted")
         scores[:, held] = (np.abs(plain - rows.true) / wide)[:, held]
     return tuple(
-        float(np.quantile(score[known], 0.8)) if known.any() else Z80
+        _score_that_holds(score[known], len(names)) if known.any() else Z80
         for score, known in zip(scores, rows.known, strict=True)
     )
+
+
+def _score_that_holds(scores: _Array, num_groups: int) -> float:
+    """The score within which 80 % lie, of `num_groups` seen and of `_SUPPOSED` that are as the
+    form's own doubt says (normal): few groups that happened to be foretold well do not promise
+    that the next will be."""
+    if num_groups < 2:
+        return Z80
+    normal = _special.ndtri(0.5 + 0.5 * (np.arange(_NORMAL) + 0.5) / _NORMAL)
+    every = np.concatenate([scores, normal])
+    weights = np.concatenate(
+        [np.full(len(scores), num_groups / len(scores)), np.full(_NORMAL, _SUPPOSED / _NORMAL)]
+    )
+    order = np.argsort(every)
+    share = np.cumsum(weights[order]) - 0.5 * weights[order]
+    found: Any = np.interp(0.8 * float(weights.sum()), share, every[order])
+    return max(_LEAST, float(found))

@@ -9,7 +9,7 @@ predicted, but tell a plain step from one that takes in prompts, and how large t
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -81,6 +81,14 @@ class InferenceModel:
             )
             for i in range(len(runs))
         ]
+
+    def narrowed(
+        self, known: Sequence[ServingMeasurement], told: ServingMeasurement
+    ) -> "InferenceModel":
+        """The fit to what was `known` and one more, with intervals that reach as far as now:
+        whether that one comes out as foretold says nothing of how far off others will be."""
+        after = fit_inference([*known, told])
+        return InferenceModel(replace(after._fit, reach=self._fit.reach), after._groups)
 
 
 def _estimate(log: float, half: float, source: Source) -> Estimate:

@@ -8,13 +8,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from supple.core.decoding import ServedModel, ServingRun, Workload, weights_fit
-from supple.core.inference import (
-    InferenceModel,
-    ServingMeasurement,
-    ServingPrediction,
-    fit_inference,
+from supple.core.decoding import (
+    USABLE,
+    ServedModel,
+    ServingRun,
+    Workload,
+    request_bytes,
+    request_fits,
 )
+from supple.core.estimates import Z80
+from supple.core.inference import InferenceModel, ServingMeasurement, ServingPrediction
 from supple.core.layouts import Device
 from supple.core.types import Estimate, Infeasible
 
@@ -62,6 +65,8 @@ class InferenceJob:
         ):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{what} is {value:g}: it must be positive and finite.")
+        if self.max_devices < 1:
+            raise ValueError(f"the accelerators of a node are {self.max_devices}: at least 1.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +117,9 @@ def plan_inference(fit: InferenceModel, job: InferenceJob) -> InferenceTable | I
     """
     counts = [2**power for power in range(20) if 2**power <= job.max_devices]
     runs = [_run(job, count, concurrency) for count in counts for concurrency in CONCURRENCIES]
-    fitting = [run for run in runs if weights_fit(run)]
+    fitting = [run for run in runs if request_fits(run)]
     if not fitting:
-        return _too_large(job, counts[-1])
+        return _too_large(job, runs[-1])
     rows = tuple(
         _row(job, run, found) for run, found in zip(fitting, fit.predict_all(fitting), strict=True)
     )
@@ -131,13 +136,18 @@ def plan_inference(fit: InferenceModel, job: InferenceJob) -> InferenceTable | I
 
 
 def measure_first(
-    known: Sequence[ServingMeasurement], job: InferenceJob, table: InferenceTable
+    fit: InferenceModel,
+    known: Sequence[ServingMeasurement],
+    job: InferenceJob,
+    table: InferenceTable,
 ) -> str:
     """A sentence: the one row whose measurement is worth most, and what it would do to the interval
     of the time between tokens; empty where that is narrow already, or hardly gains (`_GAINS`).
+    `fit` is the one to the `known`, with which the `table` was made.
 
     It is the row that would be taken if every prediction were right. What a measurement does to
-    an interval depends on where it is made, hardly on what it says; so the prediction stands in.
+    the parameters' doubt depends on where it is made, hardly on what it says; so the prediction
+    stands in.
     """
     likely = [row for row in table.rows if _is_allowed(row, job)]
     likely = [row for row in likely if job.itl_s is None or row.itl_p90_s.value <= job.itl_s]
@@ -149,7 +159,7 @@ def measure_first(
     told = ServingMeasurement(
         run=run, tokens_per_s=row.tokens_per_s.value, itl_p90_s=row.itl_p90_s.value
     )
-    after = fit_inference([*known, told]).predict(run).itl_p90_s
+    after = fit.narrowed(known, told).predict(run).itl_p90_s
     if math.log(after.high / after.low) > _GAINS * math.log(before.high / before.low):
         return ""
     each = f"{row.num_devices} accelerator{'s' * (row.num_devices > 1)}"
@@ -188,7 +198,7 @@ def _row(job: InferenceJob, run: ServingRun, found: ServingPrediction) -> Infere
     copies = None
     if job.rate_per_s is not None:
         wanted = job.rate_per_s * job.output_tokens
-        copies = math.ceil(wanted / (_HEADROOM * tokens.low) - 1e-9)
+        copies = max(1, math.ceil(wanted / (_HEADROOM * tokens.low) - 1e-9))
     cost = None
     if job.price_per_hour is not None:
         per_token = job.price_per_hour * run.num_devices / 3600.0 * 1e6
@@ -215,7 +225,7 @@ def _chance(estimate: Estimate, within_s: float) -> float:
     away = math.log(within_s / estimate.value)
     if half <= 0.0:
         return float(away >= 0.0)
-    return 0.5 * math.erfc(-away / half * 1.2815515655446004 / math.sqrt(2.0))
+    return 0.5 * math.erfc(-away / half * Z80 / math.sqrt(2.0))
 
 
 def _is_allowed(row: InferenceRow, job: InferenceJob) -> bool:
@@ -254,13 +264,17 @@ def _why(row: InferenceRow, job: InferenceJob, *, sure: bool = True) -> str:
     return said
 
 
-def _too_large(job: InferenceJob, devices: int) -> Infeasible:
+def _too_large(job: InferenceJob, largest: ServingRun) -> Infeasible:
     held = job.model.num_parameters * job.model.bytes_per_weight
+    cache, count = request_bytes(largest), largest.num_devices
+    room = USABLE * count * job.device.memory_bytes
     return Infeasible(
         asked=f"a model of {held / 1e9:,.0f} GB of weights on {job.device.name}",
-        numbers=f"{devices} of them hold {devices * job.device.memory_bytes / 1e9:,.0f} GB",
-        rule="A copy's weights must fit the accelerators of one node with room for a cache",
-        advice="Raise --devices, use fewer bits a weight, or larger accelerators.",
+        numbers=f"one request of {job.workload.prompt_tokens + job.output_tokens:,.0f} tokens "
+        f"needs {cache / 1e9:,.3g} GB of cache besides; {count} of them have {room / 1e9:,.0f} GB "
+        "to use",
+        rule="A copy's weights and the cache of one request must fit the accelerators of one node",
+        advice="Raise --devices, use fewer bits a weight, shorter prompts, or larger accelerators.",
     )
 
 
@@ -269,9 +283,18 @@ def _out_of_reach(
 ) -> Infeasible:
     if not allowed:
         least = min(rows, key=lambda row: row.num_accelerators)
+        most = f"at most {job.max_accelerators} accelerators"
+        numbers = f"the fewest are {least.num_accelerators}: {_why(least, job)}"
+        if job.rate_per_s is None:
+            return Infeasible(
+                asked=f"one copy on {most}",
+                numbers=numbers,
+                rule="A copy's weights and the cache of one request must fit its accelerators",
+                advice="Raise --max-accelerators, use fewer bits a weight, or larger accelerators.",
+            )
         return Infeasible(
-            asked=f"{job.rate_per_s:g} requests/s on at most {job.max_accelerators} accelerators",
-            numbers=f"the fewest are {least.num_accelerators}: {_why(least, job)}",
+            asked=f"{job.rate_per_s:g} requests/s on {most}",
+            numbers=numbers,
             rule="The low end of the tokens' interval must cover the load",
             advice="Raise --max-accelerators or lower --rate.",
         )

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
+from supple.core.estimates import Z80
 from supple.core.interconnects import Interconnect
 from supple.core.layout_form import (
     DEVICES,
@@ -25,7 +26,7 @@ from supple.core.layout_form import (
     iteration,
     priors,
 )
-from supple.core.throughput import NOISE_FLOOR, Z80
+from supple.core.throughput import NOISE_FLOOR
 from supple.core.types import Estimate, Source
 
 __all__ = [

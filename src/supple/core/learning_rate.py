@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from supple.core.estimates import Z80
 from supple.core.goodput import MAX_ADAM_RATIO, OptimizerFamily, learning_rate
 from supple.core.spec import LrRule
 from supple.core.types import Estimate
@@ -44,8 +45,6 @@ _REACH = 8.0
 """Beyond so many times the tuned sizes nothing was seen to hold, for any family."""
 _REACH_BEYOND_HISTORY = 2.0
 """The same beyond the sizes of a task where at least two were tuned."""
-
-Z80 = 1.2815515655446004
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

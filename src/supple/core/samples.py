@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
+from supple.core.estimates import Z80
 from supple.core.evaluations import SEED_SCATTER, counted
 from supple.core.previous_runs import (
     Run,
@@ -38,13 +39,11 @@ from supple.core.types import Estimate, Source
 __all__ = [
     "NOISE_SCALE_ERROR",
     "NOISE_SCALE_RATIO",
-    "Z80",
     "Run",
     "SamplesModel",
     "fit_samples",
 ]
 
-Z80 = 1.2815515655446004
 
 _special: Any = special  # scipy ships no types
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
+from supple.core.estimates import Z80
 from supple.core.interconnects import Interconnect
 from supple.core.measurements import (
     CollectiveMeasurement,
@@ -36,8 +37,6 @@ from supple.core.step_form import (
 )
 from supple.core.types import Estimate, Source
 
-Z80 = 1.2815515655446004
-"""Half-width of an 80 % interval in standard deviations."""
 NOISE_FLOOR = 0.03
 """Relative scatter that repeated measurements of one configuration have at least."""
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from supple.core.estimates import exact
+from supple.core.estimates import Z80, exact
 from supple.core.samples import Run, fit_samples
-from supple.core.training_time import Z80, TimedRun, TrainingTimeModel, fit_training_time
+from supple.core.training_time import TimedRun, TrainingTimeModel, fit_training_time
 from supple.core.types import Estimate
 
 GUESSED_NOISE_SCALE = 2.0

@@ -22,12 +22,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
+from supple.core.estimates import Z80
 from supple.core.types import Estimate
 
 _Vector = npt.NDArray[np.float64]
 _optimize: Any = optimize  # scipy ships no types
 
-Z80 = 1.2815515655446004
 
 _PRIOR = np.log([1.0, 0.05, 0.0025, 3.0])
 """c over the smallest run's own; a step's fixed part; its growth a doubling; start in seconds."""
