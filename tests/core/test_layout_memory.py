@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from supple.core.layout_memory import memory_parts, num_parameters, peak_memory
 from supple.core.layouts import LayoutRun, Transformer
+from supple.core.memory import FRAGMENTATION, RUNTIME_BYTES
 from supple.core.stages import MeasuredLayer
 from supple.core.types import ParallelLayout
 
@@ -71,6 +72,24 @@ def test_an_optimizer_that_keeps_less_needs_less() -> None:
     assert states[0] / states[-1] == pytest.approx(18 / 10)
 
 
+def test_an_optimizer_nobody_knows_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match=r"'AdamW'.*not known.*adam, adam-8bit, adafactor"):
+        memory_parts(run(GPT_22B, recompute=True, micro=1), "AdamW")
+
+
+def test_the_head_keeps_logits_and_their_gradient_in_four_bytes_each() -> None:
+    parts = memory_parts(run(GPT_22B, recompute=True, micro=4, tp=8))
+    logits = 4 * 2048 * 51200 / 8
+    assert parts.head == 2 * 4 * logits
+    assert parts.total == parts.states + parts.activations + parts.head + parts.overhead
+
+
+def test_the_runtime_takes_what_a_traced_model_is_charged_and_two_communicators_more() -> None:
+    parts = memory_parts(run(GPT_22B, recompute=True, micro=4, tp=8))
+    rest = FRAGMENTATION * (parts.states + parts.activations + parts.head)
+    assert parts.overhead - rest == pytest.approx(RUNTIME_BYTES + 2**30)
+
+
 @given(
     tp=st.sampled_from([1, 2, 4, 8]),
     pp=st.sampled_from([1, 2, 4, 8]),
@@ -115,8 +134,43 @@ def test_measured_layers_need_their_states_and_what_they_keep() -> None:
 
 def test_stages_and_shards_divide_the_states_of_measured_layers() -> None:
     assert memory_parts(of_layers(pp=4)).states == 2 * 16e9
-    assert memory_parts(of_layers(shard=8)).states == 16e9 + 16e9
-    whole, again = memory_parts(of_layers()), memory_parts(of_layers(recompute=True))
-    assert again.activations < 0.2 * whole.activations
+    whole = memory_parts(of_layers())
     # One in four stages, four micro-batches in flight in the first.
     assert memory_parts(of_layers(pp=4)).activations == pytest.approx(whole.activations)
+
+
+def test_a_gathered_layer_is_whole_in_weights_and_gradients_only() -> None:
+    sharded = memory_parts(of_layers(shard=8)).states
+    assert sharded == 8 * 16e9 / 8 + 10**9 * (4 + 4)
+    # A layer cannot have more gathered than it has.
+    bare = replace(of_layers(shard=8), model=(replace(LAYER, state_bytes=1e9),) * 8)
+    assert memory_parts(bare).states == 8 * 1e9 / 8 + 1e9
+
+
+def test_recomputed_layers_keep_every_input_and_one_layer_whole_once() -> None:
+    """Eight equal layers in four stages of two: four micro-batches in flight in the first, of which
+    one layer of one is being recomputed."""
+    one, four = (memory_parts(of_layers(pp, recompute=True)).activations for pp in (1, 4))
+    inputs, whole = 8 * 1e7, 8 * 2e8
+    assert one == 8 * inputs + whole
+    assert four == 4 * 2 * inputs + whole
+    few = replace(of_layers(4, recompute=True), num_micro_batches=2)
+    assert memory_parts(few).activations == 2 * 2 * inputs + whole
+
+
+def test_recomputing_a_layer_whose_input_is_all_it_keeps_is_no_loss() -> None:
+    thin = (replace(LAYER, activation_bytes_per_sample=1e7),) * 8
+    kept, again = (
+        memory_parts(replace(of_layers(pp=4, recompute=r), model=thin)) for r in (False, True)
+    )
+    assert again.activations == kept.activations
+
+
+def test_the_last_stage_holds_one_micro_batch_and_the_first_as_many_as_stages() -> None:
+    """All activations are the last layer's, so its stage is the fullest, with one in flight."""
+    quiet = replace(LAYER, activation_bytes_per_sample=0.0)
+    loud = replace(LAYER, activation_bytes_per_sample=4e9)
+    last = replace(of_layers(pp=4), model=(*(quiet,) * 7, loud))
+    first = replace(of_layers(pp=4), model=(loud, *(quiet,) * 7))
+    assert memory_parts(last).activations == 8 * 4e9
+    assert memory_parts(first).activations == 4 * 8 * 4e9

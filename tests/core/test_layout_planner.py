@@ -1,16 +1,21 @@
 """The joint answer: count, layout, batch and learning rate for a transformer known by its sizes."""
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from supple.core.interconnects import lookup
 from supple.core.layout_memory import peak_memory
 from supple.core.layout_planner import LayoutJob, describe, plan_layouts, runs_for
-from supple.core.layouts import DEVICES, Transformer, fit_layouts
+from supple.core.layouts import DEVICES, LayoutRun, Transformer, fit_layouts
 from supple.core.planner import PlanTable
 from supple.core.samples import Run, fit_samples
 from supple.core.spec import Limits, Objective
+from supple.core.stages import MeasuredLayer, best_cuts
 from supple.core.types import Infeasible, ParallelLayout
 
 SEVEN_BILLION = Transformer(
@@ -58,7 +63,8 @@ def test_the_layout_of_a_row_is_the_fastest_of_all_that_fit() -> None:
 def test_a_model_too_large_for_one_begins_where_it_fits() -> None:
     rows = table().rows
     assert rows[0].num_workers > 1
-    assert rows[0].speedup.value == rows[0].num_workers
+    unit = rows[0].speedup
+    assert unit.low == unit.value == unit.high == rows[0].num_workers
     for count in range(1, rows[0].num_workers):
         assert not list(runs_for(JOB, count, 512))
 
@@ -121,3 +127,119 @@ def test_an_optimizer_that_keeps_less_fits_on_fewer_and_has_its_own_learning_rat
     grown = table(light, batch="adaptive").rows[-1].batch
     adam = table(replace(JOB, noise_scale=1e6), batch="adaptive").rows[-1].batch
     assert grown.global_batch_size > 4 * JOB.base_batch_size >= adam.global_batch_size
+
+
+def test_rows_end_after_two_doublings_in_a_row_that_help_little() -> None:
+    """Eight sequences, whose replicas are soon one each."""
+    few = replace(JOB, base_batch_size=8)
+    rows = table(few).rows
+    gained = [a.time_to_end_s.value / b.time_to_end_s.value for a, b in pairwise(rows)]
+    little = [gain < 1.05 for gain in gained]
+    assert rows[-1].num_workers < 4096
+    assert little[-2:] == [True, True]
+    assert (True, True) not in pairwise(little[:-1])
+    # With a cap, somebody asked to see all of them.
+    assert len(table(few, max_workers=rows[-1].num_workers * 4).rows) > len(rows)
+
+
+def test_a_cap_is_kept_and_stands_in_the_table() -> None:
+    thrice = replace(JOB, base_batch_size=768)
+    assert [row.num_workers for row in table(thrice, max_workers=48).rows] == [2, 4, 8, 16, 32, 48]
+
+
+def test_counts_double_up_to_a_cap_far_beyond_the_largest_without_one() -> None:
+    found = table(max_workers=65_536)
+    counts = [row.num_workers for row in found.rows]
+    assert counts == [1 << power for power in range(1, 17)]
+    assert found.choice.num_workers == table().choice.num_workers
+
+
+def test_memory_to_spare_is_used_instead_of_computing_again() -> None:
+    rows = table().rows
+    assert rows[0].recompute and not rows[-1].recompute
+    shapes = {(run.recompute, run.layout.dp_shard > 1) for run in runs_for(JOB, 64, 512)}
+    assert shapes == {(False, False), (False, True), (True, False), (True, True)}
+
+
+def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
+    assert [row.num_workers for row in table(min_workers=8192).rows] == [8192]
+
+
+def test_a_least_count_above_the_most_is_refused_as_such() -> None:
+    found = plan_layouts(JOB, Limits(min_workers=8, max_workers=2), Objective())
+    assert isinstance(found, Infeasible)
+    assert "the least is 8, the most 2" in str(found) and "billion" not in str(found)
+
+
+def test_the_speed_up_of_the_first_row_is_no_surer_than_its_speed() -> None:
+    assert {row.speedup.source for row in table().rows} == {"assumed"}
+    one = table(replace(JOB, memory_bytes=1e12)).rows[0]
+    assert (one.num_workers, one.speedup.value, one.speedup.source) == (1, 1.0, "assumed")
+
+
+LAYERS = tuple(
+    MeasuredLayer(
+        host_s=1e-4,
+        device_s_per_sample=1e-3 * (1.0 + 0.5 * math.sin(index)),
+        num_parameters=10**7,
+        output_bytes_per_sample=10**5,
+        state_bytes=16e7,
+        activation_bytes_per_sample=1e6,
+    )
+    for index in range(64)
+)
+
+
+def test_layers_are_cut_once_for_a_micro_batch_and_a_number_of_stages() -> None:
+    best_cuts.cache_clear()
+    runs = list(runs_for(replace(JOB, model=LAYERS), 64, 512))
+    JOB.times.fastest(runs)
+    shapes = {(run.layout.pp, run.micro_batch_size) for run in runs}
+    assert best_cuts.cache_info().misses == len(shapes) < len(runs) / 3
+
+
+def test_layers_have_tensor_ranks_where_they_say_how_many_collectives_that_takes() -> None:
+    def degrees(model: tuple[MeasuredLayer, ...]) -> set[int]:
+        return {run.layout.tp for run in runs_for(replace(JOB, model=model), 16, 512)}
+
+    shared = tuple(replace(layer, num_collectives=4) for layer in LAYERS)
+    assert degrees(LAYERS) == {1}
+    assert degrees(shared) == {1, 2, 4, 8}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([8, 12, 48]), st.sampled_from([24, 512]), st.booleans())
+def test_every_run_of_a_count_uses_all_of_it_and_makes_the_batch(
+    count: int, batch: int, measured: bool
+) -> None:
+    job = replace(JOB, model=LAYERS if measured else SEVEN_BILLION)
+
+    def used(run: LayoutRun) -> tuple[int, int]:
+        held = run.micro_batch_size * run.num_micro_batches * run.layout.dp_degree
+        return run.layout.world_size, held
+
+    assert {used(run) for run in runs_for(job, count, batch)} <= {(count, batch)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"optimizer": "AdamW"}, "'AdamW'.*not known"),
+        ({"total_samples": 0}, "total_samples=0: both must be at least 1"),
+        ({"base_batch_size": 0}, "base_batch_size=0"),
+        ({"memory_bytes": math.nan}, "memory_bytes=nan: it must be positive"),
+        ({"memory_bytes": -1.0}, "memory_bytes=-1.0"),
+        ({"noise_scale": -1.0}, "noise_scale=-1.0"),
+        ({"base_lr": math.inf}, "base_lr=inf"),
+        ({"model": ()}, "0 measured layers"),
+        ({"model": (replace(LAYERS[0], host_s=0.0, device_s_per_sample=0.0),)}, "all of 0 s"),
+    ],
+)
+def test_a_job_that_cannot_be_is_refused(fields: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        replace(JOB, **fields)  # type: ignore[arg-type]
+
+
+def test_measured_layers_may_name_any_optimizer_since_it_is_in_their_bytes() -> None:
+    named = replace(JOB, model=LAYERS, optimizer="AdamW")
+    assert table(named, max_workers=8).choice.memory_bytes.value > 0

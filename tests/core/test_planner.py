@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from supple.core.interconnects import lookup
 from supple.core.learning_rate import TunedRate
 from supple.core.memory import MemoryMeasurement, fit_memory
-from supple.core.planner import JobModel, PlanTable, plan, rate_at
+from supple.core.planner import LARGEST_COUNT, JobModel, PlanTable, counts_within, plan, rate_at
 from supple.core.samples import Run, fit_samples
 from supple.core.spec import KNEE_SHARE, Limits, Objective
 from supple.core.throughput import fit
@@ -62,6 +62,23 @@ def test_a_cap_is_kept_and_stands_in_the_table() -> None:
     assert [row.num_workers for row in found.rows] == [1, 2, 4, 6]
 
 
+@given(st.integers(1, 70_000), st.integers(1, 70_000))
+def test_counts_are_every_doubling_up_to_the_cap_and_the_limits_own(a: int, b: int) -> None:
+    least, most = min(a, b), max(a, b)
+    for cap in (most, None):
+        found = counts_within(Limits(min_workers=least, max_workers=cap))
+        end = max(LARGEST_COUNT, least) if cap is None else cap
+        assert found == sorted(set(found)) and found[0] == least and found[-1] <= end
+        powers = [2**power for power in range(18) if least <= 2**power <= end]
+        assert set(found) == {least, *powers} | ({cap} if cap else set())
+        assert all(after <= 2 * before for before, after in itertools.pairwise(found))
+
+
+def test_a_cap_far_beyond_the_largest_count_without_one_leaves_no_gap() -> None:
+    rows = table(plan(job(), Limits(min_workers=4095, max_workers=65_536), Objective())).rows
+    assert [row.num_workers for row in rows] == [4095, 4096, 8192, 16_384, 32_768, 65_536]
+
+
 def test_the_knee_is_where_a_worker_adds_half_of_one() -> None:
     found = table(plan(job(), Limits(), Objective()))
     rows, knee = found.rows, found.recommended
@@ -94,13 +111,20 @@ def test_an_impossible_deadline_is_answered_with_the_fastest_time() -> None:
     assert "1.0 s" in str(found)
 
 
-def test_a_budget_takes_the_fastest_row_that_surely_costs_no_more() -> None:
-    limits = Limits(price_per_hour=2.0)
+@pytest.mark.parametrize("price", [None, 0.5, 2.0, 7.0])
+def test_a_budget_takes_the_fastest_row_that_surely_costs_no_more(price: float | None) -> None:
+    limits = Limits(price_per_hour=price)
     rows = table(plan(job(), limits, Objective())).rows
-    costs = [row.cost.high for row in rows if row.cost is not None]
-    found = table(plan(job(), limits, Objective(budget=costs[1] * 1.001)))
-    assert found.choice.cost is not None
-    assert found.choice.cost.high <= costs[1] * 1.001
+    costs = [row.accelerator_hours.high * (price or 1.0) for row in rows]
+    if price is not None:
+        assert [row.cost.high for row in rows if row.cost is not None] == pytest.approx(costs)
+    # Every row costs more than the one before, so that a budget admits several.
+    assert costs == sorted(costs)
+    for most in range(len(rows)):
+        found = table(plan(job(), limits, Objective(budget=costs[most] * 1.001)))
+        times = [row.time_to_end_s.value for row in rows[: most + 1]]
+        assert found.recommended == times.index(min(times))
+        assert "the fastest within" in found.reason
     assert isinstance(plan(job(), limits, Objective(budget=costs[0] / 100)), Infeasible)
 
 

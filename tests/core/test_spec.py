@@ -124,3 +124,31 @@ def test_what_a_plan_is_asked_is_read_from_what_a_person_writes() -> None:
     assert parse_objective(None, "50").budget == 50.0
     with pytest.raises(SpecError, match="choose the one that binds"):
         parse_objective("2h", "50")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"min_workers": 0}, "0 as the least workers: it must be at least 1"),
+        ({"max_workers": 0}, "0 as the most workers: it must be at least 1"),
+        ({"price_per_hour": -1.0}, "a price per hour of -1.0: it must be positive"),
+        ({"price_per_hour": 0.0}, "positive"),
+        ({"price_per_hour": float("nan")}, "positive and finite"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused(fields: dict[str, float], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        Limits(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"deadline_s": 0.0}, "a deadline of 0.0"),
+        ({"budget": float("inf")}, "a budget of inf"),
+        ({"deadline_s": 3600.0, "budget": 5.0}, "3600 s and a budget of 5 were both"),
+    ],
+)
+def test_an_objective_that_cannot_be_is_refused(fields: dict[str, float], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        Objective(**fields)

@@ -1,5 +1,7 @@
 """Layers are cut into contiguous stages whose slowest is as fast as can be."""
 
+import math
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
@@ -48,6 +50,33 @@ def test_a_layer_without_collectives_is_not_shared_by_tensor_ranks() -> None:
     cut, whole = layer(0.0, 0.5, collectives=4), layer(0.0, 0.5)
     assert stage_s([cut], micro_batch_size=8, tp=4) == 1.0
     assert stage_s([whole], micro_batch_size=8, tp=4) == 4.0
+
+
+def test_a_thousand_layers_are_cut_as_evenly_as_their_largest_allows() -> None:
+    costs = [1.0 + 0.5 * math.sin(index) for index in range(1000)]
+    stages = split([layer(cost) for cost in costs], 64, micro_batch_size=1)
+    assert [x.host_s for stage in stages for x in stage] == costs
+    slowest = max(stage_s(stage, 1, tp=1) for stage in stages)
+    assert sum(costs) / 64 <= slowest < sum(costs) / 64 + max(costs)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"host_s": math.nan},
+        {"host_s": -1e-3},
+        {"device_s_per_sample": math.inf},
+        {"num_parameters": -1},
+        {"output_bytes_per_sample": -4},
+        {"num_collectives": -2},
+        {"state_bytes": math.nan},
+        {"activation_bytes_per_sample": -1.0},
+    ],
+)
+def test_a_layer_that_no_clock_can_show_is_refused(fields: dict[str, float]) -> None:
+    ((name, value),) = fields.items()
+    with pytest.raises(ValueError, match=f"{name}={value}: .* finite and not negative"):
+        replace(layer(1.0), **fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("num_stages", [0, 4])

@@ -10,16 +10,20 @@ A transformer layer, forward and backward, of a micro-batch of `tok` tokens, on 
     layer       (host^q + (arithmetic + memory + collective)^q)^(1/q)
 
     head        6 tok h V / (t F) + memory of the logits; on the last stage
+    hop         lambda' + 2 tok h / W_hop   with p > 1; one for each stage a micro-batch passes
     iteration   (1 + sigma log2 K) [ sum over stages + (m-1) slowest stage + gradients + optimizer
-                + constant ]
+                + constant ]                each stage with its hop
 
 The sizes are those of Korthikanti et al. 2022 (activations, equation 1) and Narayanan et al. 2021
 (operations, equation 3; pipeline). A small micro-batch costs what its launches cost and a large one
-what the device needs: that maximum, softened by q, is what plain sums get wrong. A measured layer
-has a host part and a part per sample instead, the latter divided by t. Tensor ranks are neighbours,
-then data, then pipeline ranks; a group that does not fit on a node runs at the speed between nodes,
-and the groups that run beside it share the node's network cards. Parameters are positive and fitted
-as logarithms, with priors from the device's data sheet.
+what the device needs: that maximum, softened by q, is what plain sums get wrong. A micro-batch
+really hops p - 1 times forward and as often back; lambda' is fitted, so that a hop here stands for
+both ways. Counted apart they explain no more (docs/accuracy.md, "Layouts"). A measured layer has a
+host part and a part per sample instead, the latter divided by t where it says how many collectives
+that takes. Tensor ranks are neighbours, then data, then pipeline ranks; a group that does not fit
+on a node runs at the speed between nodes, and the groups that run beside it share the node's
+network cards. Parameters are positive and fitted as logarithms, with priors from the device's data
+sheet.
 """
 
 import math
@@ -73,8 +77,33 @@ class Transformer:
     """Tokens of one sample."""
     vocab_size: int
 
+    def __post_init__(self) -> None:
+        sizes = (self.hidden_size, self.num_layers, self.num_heads, self.seq_length)
+        if min(*sizes, self.vocab_size) < 1:
+            raise ValueError(
+                f"{self}: every size must be at least 1. Give the sizes of a model that can run."
+            )
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"{self}: {self.hidden_size} does not divide into {self.num_heads} heads, and the "
+                "width of a head must be whole. Change one of them."
+            )
+
 
 Model = Transformer | tuple[MeasuredLayer, ...]
+
+
+def check_layers(model: Model) -> None:
+    """`ValueError` for measured layers of which no iteration can be made."""
+    if isinstance(model, Transformer):
+        return
+    if not model:
+        raise ValueError("a model of 0 measured layers was given: it needs at least 1.")
+    if not any(layer.host_s or layer.device_s_per_sample for layer in model):
+        raise ValueError(
+            f"a model of {len(model)} measured layers was given, all of 0 s: at least one must "
+            "take time. Measure them again with a finer clock or a larger micro-batch."
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,21 +117,24 @@ class LayoutRun:
     recompute: bool = False
 
     def __post_init__(self) -> None:
+        check_layers(self.model)
+        layout = self.layout
+        degrees = (layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp, layout.pp)
+        if min(self.micro_batch_size, self.num_micro_batches, *degrees) < 1:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size}, num_micro_batches="
+                f"{self.num_micro_batches}, degrees {self.layout}: each must be at least 1."
+            )
         layers = self.model.num_layers if isinstance(self.model, Transformer) else len(self.model)
         if self.layout.cp != 1:
             raise ValueError(
                 f"layout {self.layout}: cp={self.layout.cp}, but context parallelism has no "
                 "iteration-time model. Ask for cp=1."
             )
-        if not 1 <= self.layout.pp <= layers:
+        if self.layout.pp > layers:
             raise ValueError(
                 f"layout {self.layout}: pp={self.layout.pp} stages of {layers} layers: a stage "
                 f"needs at least 1 layer. Ask for pp of 1 to {layers}."
-            )
-        if min(self.micro_batch_size, self.num_micro_batches, self.layout.world_size) < 1:
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size}, num_micro_batches="
-                f"{self.num_micro_batches}, degrees {self.layout}: all must be at least 1."
             )
 
 
@@ -165,7 +197,8 @@ def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[
         slowest = stages[int(np.argmax(costs))]
         flops = traffic = host_layers = head_flops = head_traffic = 0.0
         fixed = max(costs)
-        collectives = float(sum(layer.num_collectives for layer in slowest))
+        # Recomputed, half of them, the forward pass's, come again: 6 for 4, as above.
+        collectives = sum(layer.num_collectives for layer in slowest) * (1.5 if again > 1 else 1.0)
         output = float(max(layer.output_bytes_per_sample for layer in slowest))
         output *= run.micro_batch_size
         rest = sum(costs) / max(costs)

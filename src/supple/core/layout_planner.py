@@ -4,29 +4,31 @@ layout, the micro-batch and the global batch that end soonest and fit, and the c
 For a count every layout is tried whose tensor ranks share a node and divide the heads, whose stages
 divide the layers (measured ones are cut where it is even) and whose replicas divide the batch; with
 and without recomputation and sharded states. What does not fit into the accelerator's memory is
-out; the fastest of the rest stays. Measured layers have no tensor ranks.
+out; the fastest of the rest stays. Measured layers have tensor ranks where one of them says how
+many collectives it needs for that.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from supple.core.estimates import exact, over, plus, times
+from supple.core.estimates import exact, over, times
 from supple.core.goodput import family_of, largest_batch_ratio, worth
-from supple.core.layout_memory import memory_parts, num_parameters, peak_memory
+from supple.core.layout_form import check_layers
+from supple.core.layout_memory import memory_parts, num_parameters, optimizer_bytes, peak_memory
 from supple.core.layouts import LayoutModel, LayoutRun, Model, Transformer
 from supple.core.learning_rate import TunedRate, planned_rate
-from supple.core.planner import PlanTable, choose
+from supple.core.planner import PlanTable, choose, counts_within, refusal_of
 from supple.core.samples import SamplesModel
 from supple.core.spec import Limits, Objective
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
-_LARGEST_COUNT = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutJob:
-    """What is known of one job."""
+    """What is known of one job. Raises `ValueError` for what no job can be."""
 
     model: Model
     times: LayoutModel
@@ -42,19 +44,45 @@ class LayoutJob:
     samples: SamplesModel | None = None
     """From previous runs of the task, in sequences: trusted before the noise scale."""
     optimizer: str = "adam"
-    """Of a transformer: a key of `layout_memory.OPTIMIZER_BYTES`. Layers were measured with one."""
+    """Of a transformer: a key of `layout_memory.OPTIMIZER_BYTES`. Layers were measured with one,
+    whose name says its family."""
     tuned: tuple[TunedRate, ...] = ()
     """Learning rates of those runs: trusted before the family's rule."""
+
+    def __post_init__(self) -> None:
+        check_layers(self.model)
+        if isinstance(self.model, Transformer):
+            optimizer_bytes(self.optimizer)
+        if min(self.base_batch_size, self.total_samples) < 1:
+            raise ValueError(
+                f"layouts were asked for with base_batch_size={self.base_batch_size}, "
+                f"total_samples={self.total_samples}: both must be at least 1. Give a job that has "
+                "something to train on."
+            )
+        if not (math.isfinite(self.memory_bytes) and self.memory_bytes > 0):
+            raise ValueError(
+                f"layouts were asked for with memory_bytes={self.memory_bytes}: it must be "
+                "positive and finite. Give the bytes of one accelerator."
+            )
+        phi = 0.0 if self.noise_scale is None else self.noise_scale
+        if not all(math.isfinite(value) and value >= 0 for value in (phi, self.base_lr)):
+            raise ValueError(
+                f"layouts were asked for with noise_scale={self.noise_scale}, "
+                f"base_lr={self.base_lr}: both must be finite and not negative. Give None for a "
+                "noise scale that is unknown."
+            )
 
 
 def plan_layouts(job: LayoutJob, limits: Limits, objective: Objective) -> PlanTable | Infeasible:
     """A row for every power of two (and the limits' own counts) on which the job fits, and the one
     to take; `Infeasible` where it fits on none of them, or none does what was asked."""
-    most = limits.max_workers or _LARGEST_COUNT
-    counts = {1 << power for power in range(13)} | {limits.min_workers, most}
+    impossible = refusal_of(limits)
+    if impossible is not None:
+        return impossible
+    counts = counts_within(limits)
     rows: list[Plan] = []
     useless = 0
-    for count in sorted(c for c in counts if limits.min_workers <= c <= most):
+    for count in counts:
         row = _best_row(job, limits, count, rows[0] if rows else None)
         if row is None:
             continue
@@ -65,7 +93,7 @@ def plan_layouts(job: LayoutJob, limits: Limits, objective: Objective) -> PlanTa
         if useless >= 2 and limits.max_workers is None:
             break
     if not rows:
-        return _too_large(job, most)
+        return _too_large(job, counts[-1])
     return choose(tuple(rows), limits, objective)
 
 
@@ -110,7 +138,7 @@ def run_of(job: LayoutJob, row: Plan) -> LayoutRun:
 
 def _cuts_into(model: Model, tp: int) -> bool:
     if not isinstance(model, Transformer):
-        return tp == 1
+        return tp == 1 or any(layer.num_collectives for layer in model)
     return model.num_heads % tp == model.hidden_size % tp == 0
 
 
@@ -163,7 +191,7 @@ def _row(job: LayoutJob, limits: Limits, run: LayoutRun, batch: int, first: Plan
     count = run.layout.world_size
     rate = over(batch, step)
     goodput = times(rate, _useful(job, batch))
-    time_to_end = plus(over(job.total_samples, goodput), 0.0)
+    time_to_end = over(job.total_samples, goodput)
     hours = times(time_to_end, exact(count / 3600.0))
     lr, _ = planned_rate(
         job.tuned,
@@ -191,12 +219,19 @@ def _row(job: LayoutJob, limits: Limits, run: LayoutRun, batch: int, first: Plan
         samples_per_s=rate,
         efficiency=_useful(job, batch),
         goodput=goodput,
-        speedup=exact(float(count)) if first is None else times(goodput, exact(1.0 / alone)),
+        speedup=_as_many(count, goodput) if first is None else times(goodput, exact(1.0 / alone)),
         memory_bytes=peak_memory(run, job.optimizer),
         time_to_end_s=time_to_end,
         accelerator_hours=hours,
         cost=None if price is None else times(hours, exact(price)),
     )
+
+
+def _as_many(count: int, goodput: Estimate) -> Estimate:
+    """The speed-up of the row that sets the unit: its count, by definition and so without an
+    interval, but of a speed no surer than its source."""
+    unit = float(count)
+    return Estimate(value=unit, low=unit, high=unit, source=goodput.source)
 
 
 def _useful(job: LayoutJob, batch: int) -> Estimate:

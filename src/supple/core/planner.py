@@ -84,13 +84,9 @@ class PlanTable:
 def plan(job: JobModel, limits: Limits, objective: Objective) -> PlanTable | Infeasible:
     """Rows for 1, 2, 4, ... within the limits, up to where more workers stop helping, and the one
     to take; `Infeasible` with the arithmetic where none does what was asked."""
-    if limits.max_workers is not None and limits.min_workers > limits.max_workers:
-        return Infeasible(
-            asked=f"a plan for {limits.min_workers} to {limits.max_workers} workers",
-            numbers=f"the least is {limits.min_workers}, the most {limits.max_workers}",
-            rule="the least number of workers must not be above the most",
-            advice="Swap the two.",
-        )
+    impossible = refusal_of(limits)
+    if impossible is not None:
+        return impossible
     if job.memory is not None and job.device_memory_bytes is not None:
         room = job.device_memory_bytes * _MEMORY_SHARE
         if job.memory.largest_micro_batch(room) < 1:
@@ -116,14 +112,32 @@ def choose(rows: tuple[Plan, ...], limits: Limits, objective: Objective) -> Plan
     return PlanTable(rows=rows, recommended=index, reason=_knee_reason(rows, index))
 
 
+def refusal_of(limits: Limits) -> Infeasible | None:
+    """Why no count is within the limits; None where one is."""
+    if limits.max_workers is None or limits.min_workers <= limits.max_workers:
+        return None
+    return Infeasible(
+        asked=f"a plan for {limits.min_workers} to {limits.max_workers} workers",
+        numbers=f"the least is {limits.min_workers}, the most {limits.max_workers}",
+        rule="the least number of workers must not be above the most",
+        advice="Swap the two.",
+    )
+
+
+def counts_within(limits: Limits) -> list[int]:
+    """The counts a plan is made for: every power of two within the limits, and the limits' own.
+    Without a cap they end at `LARGEST_COUNT`, or at a least count beyond it."""
+    least = limits.min_workers
+    most = limits.max_workers or max(LARGEST_COUNT, least)
+    own = {least} if limits.max_workers is None else {least, most}
+    powers = {1 << power for power in range(most.bit_length())}
+    return sorted(count for count in own | powers if least <= count <= most)
+
+
 def _rows(job: JobModel, limits: Limits) -> tuple[Plan, ...]:
-    largest = limits.max_workers or max(LARGEST_COUNT, limits.min_workers)
-    counts = {limits.min_workers} | {1 << power for power in range(13)}
-    if limits.max_workers is not None:
-        counts.add(limits.max_workers)
     rows: list[Plan] = []
     useless = 0
-    for count in sorted(c for c in counts if limits.min_workers <= c <= largest):
+    for count in counts_within(limits):
         rows.append(row_for(job, limits, count))
         if limits.max_workers is None and len(rows) > 1:
             gained = rows[-2].time_to_end_s.value / rows[-1].time_to_end_s.value

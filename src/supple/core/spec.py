@@ -206,6 +206,15 @@ class Limits:
     price_per_hour: float | None = None
     batch: BatchMode = "fixed"
 
+    def __post_init__(self) -> None:
+        for what, count in (("least", self.min_workers), ("most", self.max_workers)):
+            if count is not None and count < 1:
+                raise SpecError(
+                    f"a plan was asked for with {count} as the {what} workers: it must be at least "
+                    "1. Give None as the most for no cap."
+                )
+        _check_positive("a price per hour", self.price_per_hour)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
@@ -214,6 +223,23 @@ class Objective:
 
     deadline_s: float | None = None
     budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.deadline_s is not None and self.budget is not None:
+            raise SpecError(
+                f"a deadline of {self.deadline_s:g} s and a budget of {self.budget:g} were both "
+                "given: a plan is for one of them. Choose the one that binds."
+            )
+        _check_positive("a deadline", self.deadline_s)
+        _check_positive("a budget", self.budget)
+
+
+def _check_positive(what: str, value: float | None) -> None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise SpecError(
+            f"a plan was asked for with {what} of {value}: it must be positive and finite. Give "
+            "None for none."
+        )
 
 
 def parse_limits(max_workers: str | None, price: str | None, batch: str) -> Limits:
