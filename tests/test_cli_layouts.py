@@ -140,6 +140,8 @@ def test_it_refuses_with_one_message(arguments: str, words: str) -> None:
         ("8,1,1,3,128,5.0", "do not make 128"),
         ("8,1,1,1,128,-5.0", "iteration_time_s is -5.0"),
         ("8,1,1,1,128,fast", "line 2"),
+        ("8,1,1,1,128,5.0,maybe", "line 2: fsdp is 'maybe': it must be 0 or 1"),
+        ("8,1,1,1,128,1e-9", "Check the unit, the batch and the model's sizes"),
         ("8,1,1,1", "line 2"),
     ],
 )
@@ -147,10 +149,21 @@ def test_a_row_that_makes_no_sense_is_named_by_its_line(
     tmp_path: Path, line: str, words: str
 ) -> None:
     path = tmp_path / "ran.csv"
-    path.write_text(f"tp,dp,pp,micro_batch_size,global_batch_size,iteration_time_s\n{line}\n")
+    head = "tp,dp,pp,micro_batch_size,global_batch_size,iteration_time_s,fsdp"
+    path.write_text(f"{head}\n{line}\n")
     result = supple(f"{SEVEN} --measured {path}")
     assert result.exit_code == 2
     assert words in result.stderr
+
+
+def test_a_file_as_a_spreadsheet_writes_it_is_read_or_told_what_to_change(tmp_path: Path) -> None:
+    """With a byte-order mark and carriage returns; with semicolons."""
+    text = "tp,dp,pp,micro_batch_size,global_batch_size,iteration_time_s\r\n8,1,1,1,128,5.0\r\n"
+    (tmp_path / "good.csv").write_text(text, encoding="utf-8-sig")
+    assert supple(f"{SEVEN} --measured {tmp_path / 'good.csv'}").exit_code == 0
+    (tmp_path / "semicolons.csv").write_text(text.replace(",", ";"))
+    told = supple(f"{SEVEN} --measured {tmp_path / 'semicolons.csv'}").stderr
+    assert told.endswith("Separate the columns with commas.\n")
 
 
 def test_a_model_that_fits_nowhere_is_a_failure_with_the_numbers() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -179,15 +180,19 @@ def layouts(
             batch_size, lr = batch_size or found.base_batch_size, lr or found.base_lr
             amount = amount or found.total_samples
         assert batch_size and amount
-        job = LayoutJob(
-            model=model,
-            times=fit_layouts(
+        try:
+            times = fit_layouts(
                 rows,
                 device=device,
                 link=lookup(interconnect),
                 local_link=local,
                 workers_per_node=workers_per_node,
-            ),
+            )
+        except ValueError as error:
+            raise SpecError(f"--measured {measured}: {error}") from None
+        job = LayoutJob(
+            model=model,
+            times=times,
             memory_bytes=memory * 1e9 if memory else device.memory_bytes,
             base_batch_size=batch_size,
             base_lr=lr or 3e-4,
@@ -300,13 +305,13 @@ def _read(path: Path, model: "Transformer") -> "list[LayoutMeasurement]":
             tp, dp, pp, micro, batch = (int(row[name]) for name in _COLUMNS[:-1])
             if batch % (dp * micro):
                 raise ValueError(f"{dp} replicas of micro-batches of {micro} do not make {batch}")
-            shard = dp if row.get("fsdp", "0") == "1" else 1
+            shard = dp if _flag(row, "fsdp") else 1
             run = LayoutRun(
                 model=model,
                 layout=ParallelLayout(dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp),
                 micro_batch_size=micro,
                 num_micro_batches=batch // (dp * micro),
-                recompute=row.get("recompute", "0") == "1",
+                recompute=_flag(row, "recompute"),
             )
             seconds = float(row["iteration_time_s"])
             if not 0 < seconds < float("inf"):
@@ -315,3 +320,11 @@ def _read(path: Path, model: "Transformer") -> "list[LayoutMeasurement]":
             raise SpecError(f"--measured {path}, line {number}: {error}.") from None
         found.append(LayoutMeasurement(run=run, iteration_s=seconds))
     return found
+
+
+def _flag(row: Mapping[str, str], name: str) -> bool:
+    """A column of 0 and 1; 0 where it is empty or not there."""
+    text = (row.get(name) or "0").strip()
+    if text not in ("0", "1"):
+        raise ValueError(f"{name} is {text!r}: it must be 0 or 1")
+    return text == "1"

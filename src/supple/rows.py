@@ -15,15 +15,17 @@ def read_rows(
     """The rows of a file that has at least one, with all `columns`; `besides` says in words what
     else it may have. Raises `SpecError` for any other file, calling it `what`."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SpecError(f"{what} {path} cannot be read: {error}. Give a CSV file.") from None
     missing = [name for name in columns if not rows or name not in rows[0]]
     if missing:
+        header = "".join(str(name) for name in rows[0]) if rows else ""
+        hint = " Separate the columns with commas." if ";" in header or "\t" in header else ""
         raise SpecError(
             f"{what} {path} has {len(rows)} rows and no column {', '.join(missing)}: it needs "
-            f"{', '.join(columns)}, and {besides}."
+            f"{', '.join(columns)}, and {besides}.{hint}"
         )
     return rows
 

@@ -179,7 +179,13 @@ def test_every_prediction_is_positive_finite_and_grows_with_the_work(
     assert time_of(replace(asked, model=replace(GPT, num_layers=48))) > found.value
 
 
-@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_a_time_that_no_device_can_reach_is_refused() -> None:
+    row = LayoutMeasurement(run=run(), iteration_s=time_of(run()) / 20.0)
+    with pytest.raises(ValueError, match=r"TFLOP/s: the data sheet of a100 says 312"):
+        model_of(row)
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0])
 def test_a_slower_clock_scales_the_prediction(scale: float) -> None:
     rows = measured(RUNS)
     slow = [replace(row, iteration_s=row.iteration_s * scale) for row in rows]

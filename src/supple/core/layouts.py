@@ -55,6 +55,10 @@ class LayoutMeasurement:
     iteration_s: float
 
 
+_FASTER = 4.0
+"""Times its data sheet that no device computes: twice for half the bits, twice for sparsity."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutModel:
     """A fitted model; make it with `fit_layouts`."""
@@ -132,6 +136,20 @@ def _around(x_log: Vector) -> Vector:
     return x_log + _NUDGE * np.vstack([np.zeros(len(x_log)), np.eye(len(x_log))])
 
 
+def _refuse_impossible(
+    measurements: Sequence[LayoutMeasurement], sizes: Sizes, device: Device
+) -> None:
+    operations = sizes.flops * sizes.micro_batches
+    for row, count in zip(measurements, operations.tolist(), strict=True):
+        if count > _FASTER * device.flops_per_s * row.iteration_s:
+            raise ValueError(
+                f"an iteration of {row.iteration_s:g} s was measured for {count:.3g} operations of "
+                f"every accelerator, {count / row.iteration_s / 1e12:,.3g} TFLOP/s: the data sheet "
+                f"of {device.name} says {device.flops_per_s / 1e12:,.3g}, and nothing is more than "
+                f"{_FASTER:g} times as fast. Check the unit, the batch and the model's sizes."
+            )
+
+
 def fit_layouts(
     measurements: Sequence[LayoutMeasurement],
     *,
@@ -143,7 +161,8 @@ def fit_layouts(
     """The model that explains the measurements; with none, the priors and a wide interval.
 
     Twenty runs spread over degrees, micro-batches and sizes are a good number. Raises `ValueError`
-    for a time that is not positive and finite, and for no worker per node.
+    for a time that is not positive and finite, or shorter than the device can be (`_FASTER`), and
+    for no worker per node.
     """
     if workers_per_node < 1:
         raise ValueError(f"workers_per_node={workers_per_node}: it must be at least 1.")
@@ -159,6 +178,7 @@ def fit_layouts(
     if measurements:
         runs = [row.run for row in measurements]
         sizes = Sizes.of(runs, workers_per_node, link.cards_per_node)
+        _refuse_impossible(measurements, sizes, device)
         observed = np.log([row.iteration_s for row in measurements])
         x_log, covariance, scatter = _solve(
             lambda x: np.log(iteration(x, sizes)) - observed, prior, width

@@ -327,7 +327,7 @@ def _for_budget(rows: tuple[Plan, ...], budget: float, limits: Limits) -> PlanTa
     if not good:
         cheapest = min(rows, key=lambda row: cost(row).high)
         return Infeasible(
-            asked=f"the end for {budget:g}{unit}",
+            asked=f"the end for a budget of {budget:g}{unit}",
             numbers=f"the cheapest is {in_words(cheapest.num_workers)}: "
             f"{cost(cheapest).value:.3g}{unit}, with 90 % certainty at most "
             f"{cost(cheapest).high:.3g}{unit}",

@@ -91,7 +91,9 @@ class Infeasible:
     advice: str
 
     def __str__(self) -> str:
-        return f"{self.asked}: {self.numbers}. {self.rule}. {self.advice}"
+        return (
+            f"{self.asked}: {self.numbers}. {self.rule[:1].upper()}{self.rule[1:]}. {self.advice}"
+        )
 
 
 # --- one training job, as its controller sees it -------------------------------------------
