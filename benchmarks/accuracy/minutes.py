@@ -16,9 +16,9 @@ import numpy as np
 
 from benchmarks.accuracy import samples as references
 from benchmarks.accuracy.score import Score, coverage, covered, median, p90, relative_errors
-from supple.core.estimates import exact
+from supple.core.estimates import Z80, exact
 from supple.core.samples import Run, fit_samples
-from supple.core.training_time import Z80, TimedRun, fit_training_time
+from supple.core.training_time import TimedRun, fit_training_time
 from supple.core.types import Estimate
 
 FEWEST_COUNTS = 3
