@@ -1,6 +1,7 @@
 """The learning rate that another batch size is likely to want."""
 
 import math
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -34,9 +35,10 @@ def test_the_tuned_size_keeps_its_rate() -> None:
 
 def test_too_far_is_said_and_the_range_is_smaller_for_adam() -> None:
     far = expected_rate(ONE, 256 * 8, "adam")
-    assert not far.is_valid and "probe it first" in far.why
-    assert (far.smallest, far.largest) == (64.0, 1024.0)
-    assert expected_rate(ONE, 256 * 8, "lamb").is_valid
+    assert not far.is_valid
+    assert "known to hold from batch 64 to 1024: probe it first" in far.why
+    near = expected_rate(ONE, 256 * 8, "lamb")
+    assert near.is_valid and "probe" not in near.why
 
 
 def test_rates_tuned_at_other_sizes_move_the_exponent() -> None:
@@ -44,7 +46,8 @@ def test_rates_tuned_at_other_sizes_move_the_exponent() -> None:
     tuned = [TunedRate(batch_size=32768, lr=18.0), TunedRate(batch_size=55296, lr=24.0)]
     found = expected_rate(tuned, 71680, "sgd")
     assert found.lr.low < 26.0 < found.lr.high
-    assert (found.lr.source, found.is_valid, found.largest) == ("fitted", True, 2.0 * 55296)
+    assert (found.lr.source, found.is_valid) == ("fitted", True)
+    assert "from batch 16384 to 110592: probe" in expected_rate(tuned, 110593, "sgd").why
     assert "tuned at 2 batch sizes of this task" in found.why
     steep = [TunedRate(batch_size=2.0**k, lr=2.0**k) for k in range(6)]
     assert expected_rate(steep, 64.0, "adam").lr.value > 32.0 * 2.0**0.6
@@ -74,3 +77,22 @@ def test_rates_that_contradict_each_other_are_no_better_known_than_that() -> Non
         [TunedRate(batch_size=64, lr=0.1), TunedRate(batch_size=64, lr=100.0)], 64, "sgd"
     ).lr
     assert found.low < 0.1 and found.high > 100.0
+
+
+def test_rates_of_close_sizes_are_chosen_alike_and_of_far_ones_by_the_power() -> None:
+    """Twice the power's rate at one of five sizes: its neighbours share that, the far ones hardly,
+    and no exponent could say so."""
+
+    def odd(batch: float) -> float:
+        tuned = [TunedRate(batch_size=16.0 * 8**k, lr=0.1 * 8 ** (0.4 * k)) for k in range(5)]
+        twice = [
+            replace(rate, lr=2.0 * rate.lr) if i == 2 else rate for i, rate in enumerate(tuned)
+        ]
+        found, plain = (expected_rate(seen, batch, "adam").lr.value for seen in (twice, tuned))
+        return found / plain
+
+    middle = 16.0 * 8**2
+    assert odd(middle) > 1.5
+    assert odd(middle * 1.5) > 1.3
+    assert odd(middle * 8) < 1.2
+    assert odd(middle) > odd(middle * 2) > odd(middle * 4)

@@ -63,7 +63,7 @@ def test_no_size_that_fits_is_larger_than_the_largest(
     largest = model.largest_micro_batch(limit_bytes)
     if largest > 0:
         assert model.predict(largest).high <= limit_bytes
-    if model.bytes_per_sample > 0 or len(model.measured) == 1:
+    if model.grows:
         assert model.predict(largest + 1).high > limit_bytes
 
 
@@ -74,6 +74,25 @@ def test_beyond_the_only_size_measured_all_of_it_may_grow() -> None:
     assert model.predict(16).value == 2 * model.predict(8).value
     assert model.predict(4).value == model.predict(8).value
     assert model.largest_micro_batch(1.05 * 1080) == 8
+    assert model.largest_micro_batch(1.05 * 100 * 1080) == 800
+
+
+@pytest.mark.parametrize("more", [0, 1, 40_000])
+def test_peaks_alike_within_fragmentation_tell_nothing_beyond_twice_the_largest(more: int) -> None:
+    """A byte more at 1,024 samples is not what a sample needs."""
+    model = fit_memory(
+        [
+            MemoryMeasurement(micro_batch_size=1, peak_bytes=10**6),
+            MemoryMeasurement(micro_batch_size=1024, peak_bytes=10**6 + more),
+        ]
+    )
+    assert model.largest_micro_batch(8e9) == 2048
+    assert model.largest_micro_batch(1e6) == 0
+
+
+def test_growth_beyond_fragmentation_is_followed_as_far_as_the_memory_goes() -> None:
+    model = fit_memory(line(10**6, 100, 1, 1024))
+    assert model.largest_micro_batch(8e9) > 10**7
 
 
 def test_an_empty_measurement_is_refused() -> None:
@@ -120,6 +139,12 @@ def test_what_is_said_to_fit_fits_and_the_next_size_hardly(limit: float, shards:
         assert device_bytes(traced(size), shards=shards).high <= limit * 1.001
     bigger = device_bytes(traced(size + 1 + size // 5 + 4), shards=shards)
     assert bigger.high > limit * 0.9
+
+
+def test_a_trace_is_computed_so_that_even_little_growth_is_followed() -> None:
+    """The runtime is a hundred times what the four samples more need."""
+    traces = [traced(size, activations=10**6, states=10**7) for size in (4, 8)]
+    assert largest_that_fits(traces, 40e9) > 10_000
 
 
 def test_no_replica_at_all_is_refused() -> None:

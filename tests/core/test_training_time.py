@@ -2,7 +2,11 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
+from itertools import permutations
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,3 +130,47 @@ def test_two_runs_that_contradict_each_other_promise_little() -> None:
     once, again = run(8), replace(run(8), time_s=100 * run(8).time_s)
     found = fit_training_time([once, again]).predict(16, 2048, 1e6)
     assert found.high / found.low > 100
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.lists(
+        st.tuples(st.integers(8, 10), st.sampled_from([1024.0, 2048.0]), st.floats(50, 500)),
+        min_size=2,
+        max_size=4,
+    )
+)
+def test_the_order_in_which_runs_are_told_changes_nothing(
+    rows: list[tuple[int, float, float]],
+) -> None:
+    runs = [TimedRun(num_workers=n, global_batch_size=b, samples=1e6, time_s=t) for n, b, t in rows]
+    found = {fit_training_time(told).predict(64, 2048, 1e6) for told in permutations(runs)}
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("samples", [np.int64(10**6), np.float32(1e6), Fraction(10**6), 10**6])
+def test_samples_may_be_any_number(samples: Any) -> None:
+    model = fit_training_time([run(8)])
+    assert model.predict(16, 2048, samples) == model.predict(16, 2048, 1e6)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        (0, 64, 1e6),
+        (-8, 64, 1e6),
+        (0.5, 64, 1e6),
+        (8, 0.0, 1e6),
+        (8, math.inf, 1e6),
+        (8, 64, 0.0),
+        (8, 64, -1.0),
+        (8, 64, math.nan),
+        (8, 64, np.int64(0)),
+        (8, 64, Estimate(value=1.0, low=0.0, high=2.0, source="fitted")),
+        (8, 64, Estimate(value=1.0, low=0.5, high=math.inf, source="fitted")),
+    ],
+)
+def test_a_run_that_cannot_be_has_no_time(asked: tuple[float, float, Any]) -> None:
+    model = fit_training_time([run(8)])
+    with pytest.raises(ValueError, match=r"on [-\d.]+ workers.*positive and finite.*Ask for"):
+        model.predict(*asked)

@@ -8,13 +8,19 @@ import math
 from supple.core.types import Estimate, Source
 
 Z80 = 1.2815515655446004
-"""Standard scores either side of the middle that hold 80 % of a normal distribution."""
+"""Half-width of an 80 % interval in standard deviations."""
+
 _FROM_BEST: tuple[Source, ...] = ("measured", "fitted", "assumed")
 
 
 def exact(value: float) -> Estimate:
     """A number that is known."""
     return Estimate(value=value, low=value, high=value, source="measured")
+
+
+def less_certain(one: Source, other: Source) -> Source:
+    """The source of what is made of both."""
+    return _FROM_BEST[max(_FROM_BEST.index(one), _FROM_BEST.index(other))]
 
 
 def times(a: Estimate, b: Estimate) -> Estimate:
@@ -27,7 +33,7 @@ def times(a: Estimate, b: Estimate) -> Estimate:
         value=value,
         low=value * math.exp(-down),
         high=value * math.exp(up),
-        source=_FROM_BEST[max(_FROM_BEST.index(a.source), _FROM_BEST.index(b.source))],
+        source=less_certain(a.source, b.source),
     )
 
 

@@ -59,11 +59,11 @@ class TunedRate:
 class ExpectedRate:
     lr: Estimate
     is_valid: bool
-    """Is the asked batch size within `smallest` to `largest`? If not, probe before believing."""
-    smallest: float
-    largest: float
-    """Batch sizes between which rates like these were seen to hold."""
+    """Is the asked batch size one at which rates like these were seen to hold? If not, probe before
+    believing."""
     why: str
+    """Where the rate comes from; and the sizes at which it holds, where the asked one is not among
+    them."""
 
 
 def expected_rate(
@@ -96,7 +96,10 @@ def expected_rate(
     edge = math.exp(Z80 * math.sqrt(variance + max(_SCATTER, odd) ** 2))
     known = sorted({rate.batch_size for rate in tuned})
     smallest, largest = _range(known, family)
-    inside = smallest <= batch_size <= largest
+    is_valid = smallest <= batch_size <= largest
+    why = _why(known, exponent, family)
+    if not is_valid:
+        why += f"; known to hold from batch {smallest:g} to {largest:g}: probe it first"
     if len(tuned) == 1 and batch_size == known[0]:
         edge = 1.0
     return ExpectedRate(
@@ -106,10 +109,8 @@ def expected_rate(
             high=value * edge,
             source="fitted" if len(known) > 1 else "assumed",
         ),
-        is_valid=inside,
-        smallest=smallest,
-        largest=largest,
-        why=_why(known, exponent, family, inside),
+        is_valid=is_valid,
+        why=why,
     )
 
 
@@ -148,14 +149,12 @@ def _range(known: Sequence[float], family: OptimizerFamily) -> tuple[float, floa
     return known[0] / reach, known[-1] * reach
 
 
-def _why(known: Sequence[float], exponent: float, family: OptimizerFamily, inside: bool) -> str:
+def _why(known: Sequence[float], exponent: float, family: OptimizerFamily) -> str:
     law = f"the batch to the power of {exponent:.2f}"
     if len(known) > 1:
-        head = f"rates tuned at {len(known)} batch sizes of this task follow {law}"
-    else:
-        name = "optimizers of no known family" if family == "other" else family.upper()
-        head = f"rates tuned at one batch size, and {law}, as is usual for {name}"
-    return head if inside else f"{head}; too far from what was tuned: probe it first"
+        return f"rates tuned at {len(known)} batch sizes of this task follow {law}"
+    name = "optimizers of no known family" if family == "other" else family.upper()
+    return f"rates tuned at one batch size, and {law}, as is usual for {name}"
 
 
 def _check(tuned: Sequence[TunedRate], batch_size: float) -> None:

@@ -31,6 +31,8 @@ class MemoryModel:
     fixed_bytes: float
     bytes_per_sample: float
     measured: tuple[int, ...]
+    noise: float = _MARGIN
+    """Share of the bytes by which two measurements may differ by chance."""
 
     def predict(self, micro_batch_size: int) -> Estimate:
         """Bytes; `value` is the safe one, and neither it nor `high` ever falls as the size grows.
@@ -47,12 +49,19 @@ class MemoryModel:
             value, source = plain * micro_batch_size / self.measured[0], "assumed"
         return Estimate(value=value, low=low, high=value * (1.0 + _MARGIN), source=source)
 
+    @property
+    def grows(self) -> bool:
+        """Did the measurements grow with the batch, by more than chance might have them? One alone
+        is taken to."""
+        grown = self.bytes_per_sample * (max(self.measured) - min(self.measured))
+        least = self.predict(min(self.measured)).value
+        return len(self.measured) == 1 or grown > self.noise * least
+
     def largest_micro_batch(self, limit_bytes: float) -> int:
-        """The largest size whose `high` fits; 0 if none does. A model that does not grow with the
-        batch tells nothing of sizes beyond twice the largest one measured."""
+        """The largest size whose `high` fits; 0 if none does. Measurements that do not grow with
+        the batch tell nothing of sizes beyond twice the largest one measured."""
         low, high = 0, 2 * max(self.measured)
-        grows = self.bytes_per_sample > 0 or len(self.measured) == 1
-        while grows and self.predict(high).high <= limit_bytes:
+        while self.grows and self.predict(high).high <= limit_bytes:
             low, high = high, high * 2
         while low < high:
             middle = (low + high + 1) // 2
@@ -63,10 +72,10 @@ class MemoryModel:
         return low
 
 
-def fit_memory(measurements: Sequence[MemoryMeasurement]) -> MemoryModel:
+def fit_memory(measurements: Sequence[MemoryMeasurement], *, noise: float = _MARGIN) -> MemoryModel:
     """The line of least squares, lifted until no measurement lies above it. Where one size was
-    measured all of it counts as fixed below that size. Raises `ValueError` for no measurement, or
-    for sizes below 1."""
+    measured all of it counts as fixed below that size. `noise` is 0 for bytes that were computed.
+    Raises `ValueError` for no measurement, or for sizes below 1."""
     if not measurements or any(m.micro_batch_size < 1 or m.peak_bytes < 1 for m in measurements):
         raise ValueError(
             f"a memory fit was asked for with {list(measurements)}: it needs at least one "
@@ -86,6 +95,7 @@ def fit_memory(measurements: Sequence[MemoryMeasurement]) -> MemoryModel:
         fixed_bytes=max(0.0, fixed),
         bytes_per_sample=slope,
         measured=tuple(sorted({m.micro_batch_size for m in measurements})),
+        noise=noise,
     )
 
 
@@ -141,7 +151,8 @@ def largest_that_fits(
                 peak_bytes=max(1, round(device_bytes(trace, shards=shards).high)),
             )
             for trace in traces
-        ]
+        ],
+        noise=0.0,
     )
     fitting = [
         trace.micro_batch_size

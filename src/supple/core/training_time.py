@@ -22,12 +22,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
-from supple.core.estimates import Z80
+from supple.core.estimates import Z80, exact
+from supple.core.least_squares import forward_slope
 from supple.core.types import Estimate
 
 _Vector = npt.NDArray[np.float64]
 _optimize: Any = optimize  # scipy ships no types
-
 
 _PRIOR = np.log([1.0, 0.05, 0.0025, 3.0])
 """c over the smallest run's own; a step's fixed part; its growth a doubling; start in seconds."""
@@ -39,7 +39,6 @@ _DOUBT = 0.06
 """Relative standard deviation of the form, per square root of the doublings beyond what ran."""
 _LARGE = 3.0
 """Residuals beyond so many times the scatter count linearly."""
-_NUDGE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +59,7 @@ class TrainingTimeModel:
     """A fitted model; make it with `fit_training_time`."""
 
     runs: tuple[TimedRun, ...]
+    """From the smallest on."""
     log_parameters: tuple[float, ...]
     covariance: tuple[tuple[float, ...], ...]
     scatter: float
@@ -69,18 +69,17 @@ class TrainingTimeModel:
         self, num_workers: int, global_batch_size: float, samples: Estimate | float
     ) -> Estimate:
         """Seconds until the target on `num_workers`, with an 80 % interval, where `samples` are
-        needed at that batch: exactly, or with an interval of their own. Always `fitted`."""
-        needed = (
-            Estimate(value=samples, low=samples, high=samples, source="measured")
-            if isinstance(samples, float | int)
-            else samples
-        )
+        needed at that batch: exactly, or with an interval of their own. Always `fitted`.
+
+        Raises `ValueError` for numbers that are not positive and finite."""
+        known = isinstance(samples, Estimate)
+        ends = (samples.low, samples.high) if known else (float(samples),) * 2
+        _check_asked(num_workers, global_batch_size, *ends)
+        needed = samples if known else exact(float(samples))
         x = np.asarray(self.log_parameters)
-        sets = x + _NUDGE * np.vstack([np.zeros(len(x)), np.eye(len(x))])
         asked = _Shape.of([num_workers], [global_batch_size], [needed.value], self._held)
-        times = _times(sets.T[..., None], asked)[:, 0]
-        value = float(times[0])
-        slope = np.log(times[1:] / value) / _NUDGE
+        at, slopes = forward_slope(lambda sets: np.log(_times(sets.T[..., None], asked)), x)
+        value, slope = math.exp(at[0]), slopes[0]
         own = float(slope @ np.asarray(self.covariance) @ slope)
         largest = max(run.num_workers for run in self.runs)
         doublings = math.log2(max(1.0, num_workers / largest))
@@ -126,8 +125,8 @@ def _times(x_log: Any, shape: _Shape) -> Any:
 
 
 def _held(runs: Sequence[TimedRun]) -> float:
-    smallest = min(runs, key=lambda run: run.num_workers)
-    return smallest.global_batch_size / smallest.num_workers
+    """Samples a worker holds in the smallest of the runs, in their order."""
+    return runs[0].global_batch_size / runs[0].num_workers
 
 
 def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
@@ -135,6 +134,7 @@ def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
 
     Raises `ValueError` for no run, and for numbers that are not positive and finite."""
     _check(runs)
+    runs = sorted(runs, key=_size)
     shape = _Shape.of(
         [run.num_workers for run in runs],
         [run.global_batch_size for run in runs],
@@ -143,9 +143,8 @@ def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
     )
     observed = np.log([run.time_s for run in runs])
     scatter = np.hypot(_SCATTER, [run.samples_error for run in runs])
-    first = min(range(len(runs)), key=lambda index: runs[index].num_workers)
     prior = _PRIOR.copy()
-    prior[0] = observed[first] - math.log(shape.num_steps[first])
+    prior[0] = observed[0] - math.log(shape.num_steps[0])
     # The start can hardly be more than the shortest run.
     prior[3] = min(prior[3], float(np.min(observed)) - math.log(10.0))
 
@@ -159,8 +158,7 @@ def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
         return residuals(x_log[None])[0]
 
     def slope(x_log: _Vector) -> _Vector:
-        found = residuals(x_log + _NUDGE * np.vstack([np.zeros(4), np.eye(4)]))
-        return (found[1:] - found[0]).T / _NUDGE
+        return forward_slope(residuals, x_log)[1]
 
     found = _optimize.least_squares(at, prior, jac=slope, x_scale=_WIDTH, max_nfev=60)
     jacobian: _Vector = found.jac
@@ -174,6 +172,29 @@ def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
         covariance=tuple(tuple(float(v) for v in row) for row in covariance),
         scatter=_SCATTER * math.sqrt(max(1.0, misfit)),
     )
+
+
+def _size(run: TimedRun) -> tuple[float, ...]:
+    """The smallest run is what the others are relative to. Every number counts, so that the order
+    in which runs are told never does."""
+    return (
+        run.num_workers,
+        run.global_batch_size,
+        run.samples,
+        run.time_s,
+        run.samples_error,
+    )
+
+
+def _check_asked(num_workers: int, global_batch_size: float, least: float, most: float) -> None:
+    numbers = (num_workers, global_batch_size, least, most)
+    if not all(math.isfinite(number) and number > 0 for number in numbers) or num_workers < 1:
+        samples = f"{least}" if least == most else f"{least} to {most}"
+        raise ValueError(
+            f"a training time was asked for on {num_workers} workers, with a global batch of "
+            f"{global_batch_size} and {samples} samples: workers must be at least 1, batch and "
+            "samples positive and finite. Ask for a run that can be."
+        )
 
 
 def _check(runs: Sequence[TimedRun]) -> None:
