@@ -39,7 +39,6 @@ def job(**changes: object) -> JobModel:
         "lr_rule": "auto",
         "measured_workers": (1, 2),
         "device_memory_bytes": None,
-        "device_name": "cpu",
     }
     return JobModel(**(fields | changes))  # type: ignore[arg-type]
 

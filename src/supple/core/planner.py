@@ -44,7 +44,6 @@ class JobModel:
     lr_rule: LrRule
     measured_workers: tuple[int, ...]
     device_memory_bytes: int | None
-    device_name: str
     samples: SamplesModel | None = None
     """From previous runs of the task: trusted before the noise scale."""
     tuned: tuple[TunedRate, ...] = ()
