@@ -15,8 +15,10 @@ import numpy.typing as npt
 from scipy import optimize
 
 from benchmarks.accuracy.score import NothingToAsk, Score, coverage, covered, mape, relative_errors
+from supple.core import step_form
 from supple.core.interconnects import lookup
 from supple.core.measurements import StepMeasurement
+from supple.core.step_form import Shape
 from supple.core.throughput import StepTimeModel, fit
 from supple.core.types import Estimate
 
@@ -150,8 +152,11 @@ def measure(data: Path) -> Score:
 
 def step_time(model: StepTimeModel, row: Row) -> float:
     """The fitted form's own value, also where the row was among the measurements."""
-    parts = model.parts(row.num_workers, row.micro_batch, num_nodes=row.num_nodes)
-    return parts.compute_s + parts.sync_s + parts.optimizer_s + parts.data_s
+    even = -(-row.num_workers // row.num_nodes)
+    cards = model.link.cards_per_node
+    shape = Shape(row.num_workers, row.num_nodes, even, row.micro_batch, 1, cards)
+    x = np.exp(model.log_parameters)
+    return float(step_form.step_time(x, shape, model.gradient_bytes, fixed=0.0))
 
 
 _Vector = npt.NDArray[np.float64]

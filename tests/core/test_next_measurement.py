@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 
 from supple.core.interconnects import lookup
-from supple.core.next_measurement import what_to_measure_first
+from supple.core.next_measurement import what_to_measure_first, which_layout_to_measure_first
 from supple.core.planner import PlanTable, plan
 from supple.core.spec import Limits, Objective
 from supple.core.throughput import StepTimeModel, fit
+from tests.core.test_layout_planner import JOB as LAYOUTS
+from tests.core.test_layout_planner import table as layout_table
 from tests.core.test_planner import job, table
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
 
@@ -76,3 +78,35 @@ def test_every_further_measurement_narrows_or_changes_nothing() -> None:
         for known in range(4)
     ]
     assert widths == sorted(widths, reverse=True)
+
+
+@pytest.mark.parametrize("largest", [8, 12, 16, 24, 32, 64, 256])
+@pytest.mark.parametrize("counts", [(), (2,), (2, 4)])
+def test_what_is_asked_for_costs_at_most_a_quarter_of_the_workers_it_is_about(
+    largest: int, counts: tuple[int, ...]
+) -> None:
+    _, sentence = advice(*counts, largest=largest)
+    asked = [int(count) for count in re.findall(r"Measure (\d+) workers", sentence)]
+    assert all(4 * count <= largest for count in asked)
+    assert asked or largest < 64
+
+
+def test_a_layout_to_measure_is_a_row_of_the_table_on_at_most_a_quarter() -> None:
+    found = layout_table(max_workers=64)
+    chosen = replace(found, recommended=len(found.rows) - 1)
+    sentence = which_layout_to_measure_first(chosen, LAYOUTS)
+    count, size, now, then = map(
+        int,
+        re.findall(r"Measure (\d+) workers as .* of (\d+).* from ±(\d+)% to ±(\d+)%", sentence)[0],
+    )
+    row = next(row for row in found.rows if row.num_workers == count)
+    assert (row.batch.micro_batch_size, chosen.choice.num_workers) == (size, 64)
+    assert 4 * count <= 64 and then <= 0.7 * now
+
+
+def test_where_no_row_is_a_quarter_there_is_no_layout_to_measure() -> None:
+    """Half of the accelerators would tell as much, and cost half a run."""
+    found = layout_table(max_workers=64)
+    rows = found.rows[-2:]
+    assert [row.num_workers for row in rows] == [32, 64]
+    assert which_layout_to_measure_first(replace(found, rows=rows, recommended=1), LAYOUTS) == ""

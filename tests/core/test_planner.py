@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from supple.core.interconnects import lookup
 from supple.core.learning_rate import TunedRate
 from supple.core.memory import MemoryMeasurement, fit_memory
-from supple.core.planner import LARGEST_COUNT, JobModel, PlanTable, counts_within, plan, rate_at
+from supple.core.planner import (
+    LARGEST_COUNT,
+    JobModel,
+    PlanTable,
+    counts_within,
+    plan,
+    rate_at,
+    row_for,
+)
 from supple.core.samples import Run, fit_samples
 from supple.core.spec import KNEE_SHARE, Limits, Objective
 from supple.core.throughput import fit
@@ -39,7 +47,6 @@ def job(**changes: object) -> JobModel:
         "lr_rule": "auto",
         "measured_workers": (1, 2),
         "device_memory_bytes": None,
-        "device_name": "cpu",
     }
     return JobModel(**(fields | changes))  # type: ignore[arg-type]
 
@@ -272,3 +279,61 @@ def test_rates_of_previous_runs_come_before_the_rule_and_after_a_rule_that_was_a
     wanted = table(plan(known, Limits(batch="adaptive"), Objective()))
     for row in wanted.rows:
         assert row.batch.lr == rate_at(known, row.batch.global_batch_size)[0]
+
+
+# --- the speed-up --------------------------------------------------------------------------------
+
+
+def test_only_one_worker_with_its_own_batch_is_known_to_be_as_fast_as_itself() -> None:
+    rows = table(plan(job(), Limits(), Objective())).rows
+    first = rows[0].speedup
+    assert (first.low, first.value, first.high, first.source) == (1.0, 1.0, 1.0, "measured")
+    for row in rows[1:]:
+        assert row.speedup.low < row.speedup.value < row.speedup.high
+        assert row.speedup.source == row.step_time_s.source
+
+
+def test_one_worker_with_another_batch_is_faster_by_what_was_fitted_not_measured() -> None:
+    """Its step time and its efficiency are predictions, and so is what they make."""
+    adaptive = Limits(max_workers=1, batch="adaptive")
+    (row,) = table(plan(job(base_batch_size=64), adaptive, Objective())).rows
+    assert row.batch.global_batch_size > 64
+    found = row.speedup
+    assert found.source == "fitted"
+    assert found.high / found.low > row.efficiency.high / row.efficiency.low > 1.0
+    plain = row_for(job(base_batch_size=64), adaptive, 1, batch_size=64)
+    assert found.value == pytest.approx(row.goodput.value / plain.goodput.value)
+
+
+def test_doubt_about_one_worker_is_doubt_about_every_speed_up() -> None:
+    """It was measured twice, 30 % apart."""
+    doubtful = fit(
+        [*ALONE, measured(1, 32, factor=1.3), measured(2, 16)],
+        gradient_bytes=GRADIENT_BYTES,
+        link=lookup("infiniband-200"),
+        local_link=lookup("loopback"),
+        workers_per_node=64,
+    )
+    row = row_for(job(step_time=doubtful, base_batch_size=32), Limits(), 2)
+    assert row.step_time_s.source == "measured"
+    alone = doubtful.predict(1, 32)
+    assert row.speedup.high / row.speedup.low > alone.high / alone.low > 1.5
+
+
+def test_the_speed_up_is_as_uncertain_as_its_parts() -> None:
+    rows = table(plan(job(), Limits(batch="adaptive"), Objective())).rows
+    for row in rows[2:]:
+        found, useful = row.speedup, row.efficiency
+        assert found.high / found.low > useful.high / useful.low
+        shape = (row.num_workers, row.batch.micro_batch_size, row.batch.num_accumulation_steps)
+        ratio = job().step_time.ratio(shape, (1, 256, 1))
+        assert found.high / found.low > ratio.high / ratio.low * 0.999999
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(0, None), (-1, 64), (2, 0), (2, -64)])
+def test_a_row_that_cannot_be_is_refused_and_none_alone_means_choose(
+    count: int, batch_size: int | None
+) -> None:
+    with pytest.raises(ValueError, match=f"count={count}, batch_size={batch_size}.*at least 1"):
+        row_for(job(), Limits(), count, batch_size=batch_size)
+    assert row_for(job(), Limits(), 2).batch.global_batch_size == 256

@@ -116,7 +116,6 @@ class Advisor:
             lr_rule=self._spec.lr_rule,
             measured_workers=tuple(sorted({step.num_workers for step in measured})),
             device_memory_bytes=None,
-            device_name="",
         )
 
 

@@ -48,7 +48,6 @@ class Measurements:
     base_batch_size: int
     base_lr: float
     optimizer_name: str
-    device_name: str
     device_memory_bytes: int
 
 
@@ -170,7 +169,6 @@ def measure(
         base_batch_size=alone.base_batch_size,
         base_lr=alone.base_lr,
         optimizer_name=alone.optimizer_name,
-        device_name="cpu",
         device_memory_bytes=psutil.virtual_memory().total // most,
     )
 
@@ -199,7 +197,6 @@ def job_model(
         lr_rule=lr_rule,
         measured_workers=tuple(sorted({step.num_workers for step in found.steps})),
         device_memory_bytes=found.device_memory_bytes,
-        device_name=found.device_name,
     )
 
 

@@ -26,6 +26,7 @@ from supple.core.layout_form import (
     iteration,
     priors,
 )
+from supple.core.least_squares import forward_slope
 from supple.core.throughput import NOISE_FLOOR
 from supple.core.types import Estimate, Source
 
@@ -40,7 +41,6 @@ __all__ = [
     "fit_layouts",
 ]
 
-_NUDGE = 1e-6
 _TYPICAL = 0.05
 """Scatter the priors are weighed against before any is known."""
 _DOUBT = 0.04
@@ -114,10 +114,12 @@ class LayoutModel:
 
     def _slopes(self, runs: Sequence[LayoutRun]) -> tuple[Vector, Vector]:
         """Seconds of every run, and how their logarithms move with those of the parameters."""
-        sets = _around(np.asarray(self.log_parameters))
         sizes = Sizes.of(runs, self.workers_per_node, self.cards_per_node)
-        times = iteration(np.exp(sets).T[..., None], sizes)
-        return times[0], np.log(times[1:] / times[0]).T / _NUDGE
+        logs, slopes = forward_slope(
+            lambda sets: np.log(iteration(np.exp(sets).T[..., None], sizes)),
+            np.asarray(self.log_parameters),
+        )
+        return np.exp(logs), slopes
 
     def fastest(self, runs: Sequence[LayoutRun]) -> LayoutRun:
         """The run predicted to take the least time; `ValueError` for none."""
@@ -129,11 +131,6 @@ class LayoutModel:
 def _beyond(workers: int, most: int) -> float:
     """Doubt about the form, for the doublings beyond the most measured."""
     return _DOUBT * math.log2(max(1.0, workers / max(1, most)))
-
-
-def _around(x_log: Vector) -> Vector:
-    """The point, and one point a little along every parameter, as rows."""
-    return x_log + _NUDGE * np.vstack([np.zeros(len(x_log)), np.eye(len(x_log))])
 
 
 def _refuse_impossible(
@@ -207,8 +204,7 @@ def _solve(
         return bent(x_log[None])[0]
 
     def slope(x_log: Vector) -> Vector:
-        found = bent(_around(x_log))
-        return (found[1:] - found[0]).T / _NUDGE
+        return forward_slope(bent, x_log)[1]
 
     optimizers: Any = optimize  # scipy ships no types
     found = optimizers.least_squares(at, prior, jac=slope, x_scale=width, max_nfev=100)

@@ -3,6 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
+
+Configuration = tuple[int, int, int, int]
+"""(workers, nodes, micro-batch, accumulation)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,14 +78,30 @@ def check_measurements(
             )
 
 
+def check_asked(num_workers: int, num_nodes: int, micro_batch: int, accumulation: int) -> None:
+    """Raise `ValueError` for a configuration that cannot run, and so has no step time."""
+    counts = (num_workers, num_nodes, micro_batch, accumulation)
+    if not all(isinstance(count, Integral) and count >= 1 for count in counts):
+        raise ValueError(
+            f"a step time was asked for with num_workers={num_workers}, num_nodes={num_nodes}, "
+            f"micro_batch_size={micro_batch}, num_accumulation_steps={accumulation}: all must be "
+            "whole numbers of at least 1. Ask for a step that can run."
+        )
+    if num_nodes > num_workers:
+        raise ValueError(
+            f"a step time was asked for with {num_workers} workers on {num_nodes} nodes: every "
+            "node holds at least 1 worker. Ask for fewer nodes, or for more workers."
+        )
+
+
 def most_per_node(step: StepMeasurement) -> int:
     """Workers on the fullest node."""
     even = -(-step.num_workers // step.num_nodes)
     return even if step.most_per_node is None else step.most_per_node
 
 
-def configuration(step: StepMeasurement) -> tuple[int, int, int, int]:
-    """(workers, nodes, micro-batch, accumulation): how they lie on the nodes is left out."""
+def configuration(step: StepMeasurement) -> Configuration:
+    """What was measured: how they lie on the nodes is left out."""
     return (
         step.num_workers,
         step.num_nodes,

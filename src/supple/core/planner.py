@@ -44,7 +44,6 @@ class JobModel:
     lr_rule: LrRule
     measured_workers: tuple[int, ...]
     device_memory_bytes: int | None
-    device_name: str
     samples: SamplesModel | None = None
     """From previous runs of the task: trusted before the noise scale."""
     tuned: tuple[TunedRate, ...] = ()
@@ -149,10 +148,15 @@ def _rows(job: JobModel, limits: Limits) -> tuple[Plan, ...]:
 
 def row_for(job: JobModel, limits: Limits, count: int, *, batch_size: int | None = None) -> Plan:
     """Everything predicted for `count` workers, with the batch and learning rate it should have, or
-    with a global batch of `batch_size`."""
-    batch = _batch(job, count, batch_size or _best_batch_size(job, limits, count))
+    with a global batch of `batch_size`. Raises `ValueError` where either is below 1."""
+    if count < 1 or (batch_size is not None and batch_size < 1):
+        raise ValueError(
+            f"a row was asked for with count={count}, batch_size={batch_size}: both must be at "
+            "least 1. Leave the batch size out to have it chosen."
+        )
+    size = _best_batch_size(job, limits, count) if batch_size is None else batch_size
+    batch = _batch(job, count, size)
     step = job.step_time.predict(count, batch.micro_batch_size, batch.num_accumulation_steps)
-    size = batch.global_batch_size
     rate = over(size, step)
     useful = _efficiency(job, size)
     goodput = times(rate, useful)
@@ -160,8 +164,6 @@ def row_for(job: JobModel, limits: Limits, count: int, *, batch_size: int | None
     training = over(samples, goodput)
     time_to_end = plus(training, job.startup_s)
     hours = times(time_to_end, exact(count / 3600.0))
-    alone = job.step_time.predict(1, *_split(job, job.base_batch_size, 1))
-    first = over(job.base_batch_size, alone)
     price = limits.price_per_hour
     return Plan(
         num_workers=count,
@@ -171,7 +173,7 @@ def row_for(job: JobModel, limits: Limits, count: int, *, batch_size: int | None
         samples_per_s=rate,
         efficiency=useful,
         goodput=goodput,
-        speedup=_speedup(goodput, first.value, count),
+        speedup=_speedup(job, count, batch, useful),
         memory_bytes=_memory(job, batch.micro_batch_size),
         time_to_end_s=time_to_end,
         accelerator_hours=hours,
@@ -245,10 +247,12 @@ def _efficiency(job: JobModel, batch: int) -> Estimate:
     return worth(job.samples, job.noise_scale, job.base_batch_size, batch)
 
 
-def _speedup(goodput: Estimate, first: float, count: int) -> Estimate:
-    if count == 1:
-        return exact(goodput.value / first)
-    return times(goodput, exact(1.0 / first))
+def _speedup(job: JobModel, count: int, batch: BatchPlan, useful: Estimate) -> Estimate:
+    """Goodput over that of one worker with the script's own batch, whose step is predicted too."""
+    row = (count, batch.micro_batch_size, batch.num_accumulation_steps)
+    alone = (1, *_split(job, job.base_batch_size, 1))
+    samples = exact(batch.global_batch_size / job.base_batch_size)
+    return times(times(samples, useful), job.step_time.ratio(row, alone))
 
 
 def _memory(job: JobModel, micro_batch: int) -> Estimate:

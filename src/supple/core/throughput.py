@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
-from supple.core.estimates import Z80
+from supple.core.estimates import Z80, exact, less_certain
 from supple.core.interconnects import Interconnect
+from supple.core.least_squares import forward_slope
 from supple.core.measurements import (
     CollectiveMeasurement,
+    Configuration,
     StepMeasurement,
+    check_asked,
     check_measurements,
     configuration,
     most_per_node,
@@ -64,19 +67,6 @@ _ROUGHLY = 1e-4
 """Relative precision of a first solution, where another starts from it."""
 _A_MAJORITY = 3
 """Of fewer measurements an absurd one is not outvoted."""
-_NUDGE = 1e-6
-"""Step of the forward differences, in logarithms."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepParts:
-    """Where a predicted step goes, in seconds."""
-
-    compute_s: float
-    sync_s: float
-    """What communication adds to the step: the exposed part."""
-    optimizer_s: float
-    data_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,50 +95,33 @@ class StepTimeModel:
         num_nodes: int | None = None,
     ) -> Estimate:
         """Seconds of a step with an 80 % interval, on `num_nodes` (default: as few as hold the
-        workers). A configuration that was measured is given as
-        measured; `assumed` if it crosses to other nodes and none was measured doing so, else
-        `fitted`."""
-        nodes = self._nodes(num_workers) if num_nodes is None else num_nodes
-        key = (num_workers, nodes, micro_batch_size, num_accumulation_steps)
-        seen = [step.step_time_s for step in self.steps if configuration(step) == key]
-        if seen:
-            # Repeats that contradict each other are no better known than they differ.
-            apart = float(np.std(np.log(seen), ddof=1)) if len(seen) > 1 else 0.0
-            value, width = float(np.median(seen)), math.exp(Z80 * max(NOISE_FLOOR, apart))
-            return Estimate(value=value, low=value / width, high=value * width, source="measured")
-        value, gradient = self._slope(num_workers, nodes, micro_batch_size, num_accumulation_steps)
-        spread = float(gradient @ np.asarray(self.covariance) @ gradient)
-        own, unsure = self._peculiar(num_workers, nodes)
-        value *= math.exp(own)
-        doubt = self._doubt(num_workers, nodes)
-        width = Z80 * math.sqrt(spread + self.scatter**2 + doubt**2 + unsure)
+        workers). A configuration that was measured is given as measured. Others are `fitted`;
+        `assumed` if they cross to other nodes and none was measured doing so, and for several
+        workers where only single ones were measured and no collective.
+
+        Raises `ValueError` for counts below 1, and for fewer workers than nodes."""
+        asked = self._asked(num_workers, micro_batch_size, num_accumulation_steps, num_nodes)
+        value, variance = self._known(asked)
+        width = math.exp(Z80 * math.sqrt(variance))
         return Estimate(
-            value=value,
-            low=value * math.exp(-width),
-            high=value * math.exp(width),
-            source=self._source(num_workers, nodes),
+            value=value, low=value / width, high=value * width, source=self._source(asked)
         )
 
-    def parts(
-        self,
-        num_workers: int,
-        micro_batch_size: int,
-        num_accumulation_steps: int = 1,
-        *,
-        num_nodes: int | None = None,
-    ) -> StepParts:
-        """The breakdown of what the fitted form says of a step."""
-        x_log = np.asarray(self.log_parameters)
-        nodes = self._nodes(num_workers) if num_nodes is None else num_nodes
-        shape = self._shape(num_workers, nodes, micro_batch_size, num_accumulation_steps)
-        total = float(self._times(x_log, shape))
-        data = self.data_s_per_sample * micro_batch_size * num_accumulation_steps
-        alone = num_accumulation_steps * float(compute_time(np.exp(x_log), shape))
-        return StepParts(
-            compute_s=alone,
-            sync_s=max(0.0, total - alone - data - self.optimizer_s),
-            optimizer_s=self.optimizer_s,
-            data_s=data,
+    def ratio(self, one: tuple[int, int, int], other: tuple[int, int, int]) -> Estimate:
+        """How many times a step of `other` takes one of `one`, both as (workers, micro-batch,
+        accumulation). What makes both long or both short divides out of the interval."""
+        over, under = self._asked(*other), self._asked(*one)
+        if over == under:
+            return exact(1.0)
+        (above, own), (below, its) = self._known(over), self._known(under)
+        value = above / below
+        variance = max(0.0, own + its - 2.0 * self._shared(over, under))
+        width = math.exp(Z80 * math.sqrt(variance))
+        return Estimate(
+            value=value,
+            low=value / width,
+            high=value * width,
+            source=less_certain(self._source(over), self._source(under)),
         )
 
     def refine(self, step: StepMeasurement) -> "StepTimeModel":
@@ -172,71 +145,103 @@ class StepTimeModel:
         *,
         also: Sequence[tuple[int, int, int]] = (),
     ) -> float:
-        """Of the 80 % interval of a configuration that was not measured, as a fraction, if those
-        of `also` (workers, micro-batch, accumulation) were measured too. Their times need not be
-        known: in a linear model only what is measured narrows the interval, not what comes out."""
-        covariance = np.asarray(self.covariance)
-        for workers, micro, accumulation in also:
-            _, h = self._slope(workers, self._nodes(workers), micro, accumulation)
-            gain = covariance @ h
-            covariance = covariance - np.outer(gain, gain) / (self.scatter**2 + h @ gain)
-        nodes = self._nodes(num_workers)
-        _, g = self._slope(num_workers, nodes, micro_batch_size, num_accumulation_steps)
-        doubt = self._doubt(num_workers, nodes, seen=[workers for workers, _, _ in also])
-        variance = max(0.0, float(g @ covariance @ g)) + self.scatter**2 + doubt**2
+        """Of the interval that `predict` gives, as a fraction, if those of `also` (workers,
+        micro-batch, accumulation) were measured too. Their times need not be known: in a linear
+        model only what is measured narrows the interval, not what comes out."""
+        asked = self._asked(num_workers, micro_batch_size, num_accumulation_steps)
+        _, variance = self._known(asked, [self._asked(*other) for other in also])
         return math.exp(Z80 * math.sqrt(variance)) - 1.0
 
-    def _slope(
-        self, workers: int, nodes: int, micro_batch: int, accumulation: int
-    ) -> tuple[float, Vector]:
-        """Seconds of a step, and how its logarithm moves with that of every parameter."""
-        around = _around(np.asarray(self.log_parameters)).T[..., None]
-        times = self._times(around, self._shape(workers, nodes, micro_batch, accumulation))
-        return float(times[0, 0]), np.log(times[1:, 0] / times[0, 0]) / _NUDGE
+    def _asked(
+        self, workers: int, micro_batch: int, accumulation: int, nodes: int | None = None
+    ) -> Configuration:
+        nodes = self._nodes(workers) if nodes is None else nodes
+        check_asked(workers, nodes, micro_batch, accumulation)
+        return workers, nodes, micro_batch, accumulation
 
-    def _peculiar(self, num_workers: int, num_nodes: int) -> tuple[float, float]:
-        """What is known to be odd about a count, as the logarithm of a factor and its variance: a
-        random effect, shrunk (Laird & Ware 1982)."""
+    def _seen(self, asked: Configuration) -> list[float]:
+        return [step.step_time_s for step in self.steps if configuration(step) == asked]
+
+    def _known(
+        self, asked: Configuration, also: Sequence[Configuration] = ()
+    ) -> tuple[float, float]:
+        """A step time, and the variance of its logarithm if those of `also` were measured too."""
+        seen = self._seen(asked)
+        if seen:
+            # Repeats that contradict each other are no better known than they differ.
+            apart = float(np.std(np.log(seen), ddof=1)) if len(seen) > 1 else 0.0
+            return float(np.median(seen)), max(NOISE_FLOOR, apart) ** 2
+        form, g = self._slope(asked)
+        own, unsure = self._peculiar(asked, also)
+        value = form * math.exp(own)
+        if asked in also:
+            return value, NOISE_FLOOR**2
+        covariance = np.asarray(self.covariance)
+        for other in also:
+            _, h = self._slope(other)
+            gain = covariance @ h
+            covariance = covariance - np.outer(gain, gain) / (self.scatter**2 + h @ gain)
+        spread = max(0.0, float(g @ covariance @ g))
+        return value, spread + self.scatter**2 + self._doubt(asked, also) ** 2 + unsure
+
+    def _shared(self, one: Configuration, other: Configuration) -> float:
+        """Covariance of the logarithms of two step times: that of the parameters where both are
+        predicted, and what a count has of its own at any micro-batch. A measurement's error counts
+        as its own, though the fit saw it: that is a little too wide."""
+        if self._seen(one) or self._seen(other):
+            return 0.0
+        (_, g), (_, h) = self._slope(one), self._slope(other)
+        shared = float(g @ np.asarray(self.covariance) @ h)
+        if one[:2] == other[:2]:
+            shared += self._doubt(one) ** 2 + self._peculiar(one)[1]
+        return shared
+
+    def _slope(self, asked: Configuration) -> tuple[float, Vector]:
+        """Seconds of a step by the form, and how their logarithm moves with every parameter's."""
+        shape = self._shape(asked)
+        values, slopes = forward_slope(
+            lambda sets: np.log(self._times(sets.T[..., None], shape)),
+            np.asarray(self.log_parameters),
+        )
+        return math.exp(values[0]), slopes[0]
+
+    def _peculiar(
+        self, asked: Configuration, also: Sequence[Configuration] = ()
+    ) -> tuple[float, float]:
+        """What is known to be odd about a count, as the logarithm of a factor and its variance (if
+        those of `also` were measured too): a random effect, shrunk (Laird & Ware 1982)."""
         x_log = np.asarray(self.log_parameters)
         off: list[float] = []
         for step in self.steps:
-            if (step.num_workers, step.num_nodes) == (num_workers, num_nodes):
-                shape = replace(
-                    self._shape(
-                        num_workers, num_nodes, step.micro_batch_size, step.num_accumulation_steps
-                    ),
-                    most_per_node=float(most_per_node(step)),
-                )
+            seen = configuration(step)
+            if seen[:2] == asked[:2]:
+                shape = replace(self._shape(seen), most_per_node=float(most_per_node(step)))
                 off.append(math.log(step.step_time_s / float(self._times(x_log, shape))))
-        if not off:
+        num_seen = len(off) + sum(other[:2] == asked[:2] for other in also)
+        if num_seen == 0:
             return 0.0, 0.0
-        noise = self.scatter**2 / len(off)
+        noise = self.scatter**2 / num_seen
         known = _PECULIAR**2 / (_PECULIAR**2 + noise)
-        return known * float(np.mean(off)), known * noise
+        return known * float(np.mean(off or [0.0])), known * noise
 
-    def _doubt(self, num_workers: int, num_nodes: int, *, seen: Sequence[int] = ()) -> float:
-        most = max(*(step.num_workers for step in self.steps), *seen, 1)
-        workers = num_workers / most
-        most_nodes = max(
-            *(step.num_nodes for step in self.steps), *(self._nodes(count) for count in seen), 1
-        )
-        nodes = num_nodes / most_nodes
+    def _doubt(self, asked: Configuration, also: Sequence[Configuration] = ()) -> float:
+        seen = [*(configuration(step) for step in self.steps), *also]
+        most, most_nodes = (max(other[index] for other in seen) for index in (0, 1))
+        num_workers, num_nodes, *_ = asked
         unseen = _TOGETHER if most == 1 < num_workers else 0.0
         crossed = _ACROSS if most_nodes == 1 < num_nodes else 0.0
-        return math.hypot(unseen, crossed, _DOUBT * math.log2(max(1.0, workers, nodes)))
+        beyond = max(1.0, num_workers / most, num_nodes / most_nodes)
+        return math.hypot(unseen, crossed, _DOUBT * math.log2(beyond))
 
     def _nodes(self, num_workers: int) -> int:
         return -(-num_workers // self.workers_per_node)
 
-    def _shape(self, workers: int, nodes: int, micro_batch: int, accumulation: int) -> Shape:
+    def _shape(self, asked: Configuration) -> Shape:
         """Workers spread evenly over their nodes."""
+        workers, nodes, micro_batch, accumulation = map(float, asked)
+        most = math.ceil(workers / nodes)
         return Shape(
-            float(workers),
-            float(nodes),
-            float(-(-workers // nodes)),
-            float(micro_batch),
-            float(accumulation),
-            self.link.cards_per_node,
+            workers, nodes, float(most), micro_batch, accumulation, self.link.cards_per_node
         )
 
     def _times(self, log_parameters: Vector, shape: Shape) -> Any:
@@ -244,18 +249,13 @@ class StepTimeModel:
         fixed = self.optimizer_s + self.data_s_per_sample * samples
         return step_time(np.exp(log_parameters), shape, self.gradient_bytes, fixed)
 
-    def _source(self, num_workers: int, num_nodes: int) -> Source:
-        crossed = num_nodes > 1
-        seen = any(step.num_nodes > 1 for step in self.steps)
+    def _source(self, asked: Configuration) -> Source:
+        if self._seen(asked):
+            return "measured"
+        num_workers, num_nodes, *_ = asked
+        crossed = num_nodes > 1 and all(step.num_nodes == 1 for step in self.steps)
         alone = all(step.num_workers == 1 for step in self.steps) and not self.collectives
-        if (crossed and not seen) or (alone and num_workers > 1):
-            return "assumed"
-        return "fitted"
-
-
-def _around(x_log: Vector) -> Vector:
-    """The point, and one point a little along every parameter, as rows."""
-    return x_log + _NUDGE * np.vstack([np.zeros(len(x_log)), np.eye(len(x_log))])
+        return "assumed" if crossed or (alone and num_workers > 1) else "fitted"
 
 
 def fit(
@@ -325,8 +325,7 @@ def fit(
             return bent(x_log[None])[0]
 
         def slope(x_log: Vector) -> Vector:
-            found = bent(_around(x_log))
-            return (found[1:] - found[0]).T / _NUDGE
+            return forward_slope(bent, x_log)[1]
 
         optimizers: Any = optimize  # scipy ships no types
         return optimizers.least_squares(
