@@ -7,6 +7,8 @@ import math
 
 from supple.core.types import Estimate, Source
 
+Z80 = 1.2815515655446004
+"""Standard deviations to either end of a normal variable's 80 % interval."""
 _FROM_BEST: tuple[Source, ...] = ("measured", "fitted", "assumed")
 
 
