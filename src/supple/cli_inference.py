@@ -67,9 +67,11 @@ def inference(
     """Plan accelerators per copy, requests at a time and copies of a language model that nobody has
     run here."""
     with messages(verbose):
-        for option, number in (("--prompt", prompt), ("--answer", answer), ("--rate", rate)):
-            if number is not None and not 0 < number < math.inf:
-                raise SpecError(f"{option} is {number:g}: it must be positive and finite.")
+        for option, tokens in (("--prompt", prompt), ("--answer", answer)):
+            if not 1 <= tokens < math.inf:
+                raise SpecError(f"{option} is {tokens:g} tokens: it must be at least 1 and finite.")
+        if rate is not None and not 0 < rate < math.inf:
+            raise SpecError(f"--rate is {rate:g}: it must be positive and finite.")
         for option, count in (("--devices", devices), ("--layers", layers)):
             if count is not None and not 1 <= count <= 65_536:
                 raise SpecError(f"{option} is {count}: it must be from 1 to 65,536.")
@@ -114,10 +116,11 @@ def inference(
             price_per_hour=parse_money(price, what="--price") if price else None,
         )
         known_runs = [] if measured is None else _read(measured, job)
-        table = plan_inference(fit_inference(known_runs), job)
+        fit = fit_inference(known_runs)
+        table = plan_inference(fit, job)
         first = ""
         if not isinstance(table, Infeasible):
-            first = measure_first(known_runs, job, table)
+            first = measure_first(fit, known_runs, job, table)
         if as_json:
             typer.echo(json.dumps(to_plain(_to_json(table, first))))
         if isinstance(table, Infeasible):

@@ -1,6 +1,7 @@
 """How a language model should be served: promises kept by rows that are sure of it, load covered by
 the low end, and a plain no with its numbers."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -136,18 +137,94 @@ def test_money_is_for_a_million_tokens_of_a_busy_copy() -> None:
 
 def test_what_to_measure_first_is_told_until_it_was_measured() -> None:
     job = replace(JOB, itl_s=0.05, rate_per_s=5.0)
-    told = measure_first([], job, planned(job))
+    told = measure_first(SHEETS, [], job, planned(job))
     assert told.startswith("Measure one copy on 1 accelerator")
     known = [measured(n, c, 1.3) for n in (1, 2, 4) for c in (1, 8, 32, 64, 256)]
-    table = planned(job, fit_inference(known))
-    assert measure_first(known, job, table) == ""
+    fit = fit_inference(known)
+    table = planned(job, fit)
+    assert measure_first(fit, known, job, table) == ""
     assert table.choice.num_accelerators <= planned(job).choice.num_accelerators
+
+
+@pytest.mark.parametrize("others", [1, 2, 3])
+def test_a_measurement_narrows_at_least_as_far_as_was_told_of_it(others: int) -> None:
+    """Known are families that ran exactly as predicted, which may be luck; the model asked about
+    then runs a quarter slower or faster than predicted."""
+    known: list[ServingMeasurement] = []
+    for number in range(others):
+        model = replace(EIGHT, family=f"of {number}", num_parameters=1.4e10, num_activated=1.4e10)
+        run = replace(measured(1, 16).run, model=model)
+        found = SHEETS.predict(run)
+        known.append(
+            ServingMeasurement(
+                run=run, tokens_per_s=found.tokens_per_s.value, itl_p90_s=found.itl_p90_s.value
+            )
+        )
+    job, fit = replace(JOB, itl_s=0.05, rate_per_s=5.0), fit_inference(known)
+    told = measure_first(fit, known, job, planned(job, fit))
+    where = re.search(r"on (\d+) accelerators? with (\d+) at a time", told)
+    share = re.search(r"known to (\d+)%", told)
+    assert where is not None and share is not None, told
+    for factor in (0.8, 1.25):
+        real = measured(int(where[1]), int(where[2]), factor)
+        then = fit_inference([*known, real]).predict(real.run).itl_p90_s
+        width = (then.high / then.low) ** 0.5 - 1.0
+        assert 0.1 < width < int(share[1]) / 100 + 0.01
+
+
+def test_rows_that_cannot_hold_the_cache_of_one_request_are_left_out() -> None:
+    model = replace(EIGHT, num_parameters=15e9, num_activated=15e9)
+    long = replace(JOB.workload, prompt_tokens=1e6)
+    job = replace(JOB, model=model, device=DEVICES["a100"], workload=long)
+    assert {row.num_devices for row in planned(replace(JOB, model=model)).rows} == {1, 2, 4, 8}
+    assert {row.num_devices for row in planned(job).rows} == {8}
+    told = str(refused(replace(job, max_devices=1)))
+    assert "one request takes 167.7 GB; 6.0 GB are left on 1 accelerator beside 30 GB" in told
+
+
+def test_how_large_the_cache_is_follows_what_was_measured() -> None:
+    """Other families held twice as many long requests as thought: so does this one."""
+    asked = replace(measured(1, 512).run, workload=replace(JOB.workload, prompt_tokens=20_000))
+    known = [
+        ServingMeasurement(
+            run=replace(asked, model=replace(EIGHT, family=name, num_parameters=size)),
+            tokens_per_s=SHEETS.predict(asked).tokens_per_s.value,
+            itl_p90_s=SHEETS.predict(asked).itl_p90_s.value,
+            running=60.0,
+        )
+        for name, size in (("b", 8e9), ("c", 9e9))
+    ]
+    (_, before), (left, after) = (
+        fit.cache_room([asked])[0] for fit in (SHEETS, fit_inference(known))
+    )
+    assert left == pytest.approx(0.9 * 80e9 - 16e9)
+    assert after < 0.8 * before
+
+
+def test_too_few_accelerators_for_a_copy_are_told_where_no_rate_was_given() -> None:
+    large = replace(JOB, model=replace(EIGHT, num_parameters=70e9, num_activated=70e9))
+    told = str(refused(replace(large, max_accelerators=1)))
+    assert told.startswith("a copy on at most 1 accelerator: the smallest that holds the model is")
+    assert "copies on 2 accelerators" in told and ".." not in told
+
+
+def test_the_smallest_load_needs_a_copy() -> None:
+    table = planned(replace(JOB, rate_per_s=1e-10))
+    assert {row.num_copies for row in table.rows} == {1}
+    assert table.choice.num_accelerators == 1
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"itl_s": 0.0}, {"rate_per_s": float("nan")}, {"price_per_hour": -1.0}, {"max_devices": 0}],
+    [{"itl_s": 0.0}, {"rate_per_s": float("nan")}, {"price_per_hour": -1.0}],
 )
 def test_nonsense_is_refused(change: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="positive and finite"):
         replace(JOB, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", ["max_devices", "max_accelerators"])
+@pytest.mark.parametrize("count", [0, 0.5, float("nan"), float("inf")])
+def test_less_than_one_accelerator_is_refused(field: str, count: float) -> None:
+    with pytest.raises(ValueError, match=rf"is {count:g}: it must be at least 1"):
+        replace(JOB, **{field: count})  # type: ignore[arg-type]
