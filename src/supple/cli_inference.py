@@ -67,11 +67,11 @@ def inference(
     """Plan accelerators per copy, requests at a time and copies of a language model that nobody has
     run here."""
     with messages(verbose):
-        if rate is not None and not 0 < rate < math.inf:
-            raise SpecError(f"--rate is {rate:g}: it must be positive and finite.")
         for option, tokens in (("--prompt", prompt), ("--answer", answer)):
             if not 1 <= tokens < math.inf:
-                raise SpecError(f"{option} is {tokens:g}: it must be at least 1 token, and finite.")
+                raise SpecError(f"{option} is {tokens:g} tokens: it must be at least 1 and finite.")
+        if rate is not None and not 0 < rate < 1e9:
+            raise SpecError(f"--rate is {rate:g}: it must be positive and below 1e9.")
         for option, count in (("--devices", devices), ("--layers", layers)):
             if count is not None and not 1 <= count <= 65_536:
                 raise SpecError(f"{option} is {count}: it must be from 1 to 65,536.")

@@ -24,6 +24,11 @@ PICTURE = DiffusionRun(
     num_steps=20,
 )
 PRIORS = fit_diffusion([])
+FILM = replace(PICTURE, num_frames=81)
+EXCHANGED = replace(
+    PICTURE, device=replace(DEVICES["h100"], flops_per_s=1e30), num_tokens=1e6, num_steps=1000
+)
+"""Arithmetic costs nothing, and the sequence is so long that launches hardly count."""
 
 
 def seconds(run: DiffusionRun, model: DiffusionModel = PRIORS) -> float:
@@ -53,9 +58,37 @@ def test_steps_and_parameters_take_time() -> None:
 
 
 def test_a_faster_device_is_faster_by_less_than_its_peak() -> None:
-    film = replace(PICTURE, num_frames=81)
-    ratio = seconds(film) / seconds(replace(film, device=DEVICES["b200"]))
+    ratio = seconds(FILM) / seconds(replace(FILM, device=DEVICES["b200"]))
     assert 1.0 < ratio < 2250 / 989
+
+
+def test_the_share_of_its_peak_that_a_device_reaches_falls_as_a_power_of_it() -> None:
+    """By arithmetic alone ten times the peak would be ten times as fast; by the prior it is
+    10^0.6."""
+    faster = replace(FILM.device, flops_per_s=10 * FILM.device.flops_per_s)
+    long = replace(FILM, num_tokens=1e6)
+    assert seconds(long) / seconds(replace(long, device=faster)) == pytest.approx(10**0.6, rel=0.03)
+
+
+def test_in_a_ring_every_device_gets_what_each_of_the_others_holds() -> None:
+    """A device of n holds a message of 1/n and receives n-1 of them: 3/4 against 1/2."""
+    two, four = (seconds(replace(EXCHANGED, ring_degree=n)) for n in (2, 4))
+    assert four / two == pytest.approx(1.5, rel=0.03)
+
+
+def test_among_heads_a_device_keeps_its_own_share_of_a_message() -> None:
+    """A device of n sends (n-1)/n of a message of 1/n: 3/16 against 1/4."""
+    two, four = (seconds(replace(EXCHANGED, ulysses_degree=n)) for n in (2, 4))
+    assert four / two == pytest.approx(0.75, rel=0.03)
+
+
+def test_one_device_exchanges_nothing_and_twice_the_tokens_are_twice_the_message() -> None:
+    shorter = replace(EXCHANGED, num_tokens=5e5)
+    for degree in ("ulysses_degree", "ring_degree"):
+        one, other = (seconds(replace(run, **{degree: 4})) for run in (EXCHANGED, shorter))  # type: ignore[arg-type]
+        assert one / other == pytest.approx(2.0, rel=0.05)
+    assert seconds(EXCHANGED) == pytest.approx(seconds(shorter))
+    assert seconds(EXCHANGED) < 0.1 * seconds(replace(EXCHANGED, ring_degree=2))
 
 
 def test_a_slower_world_is_learned_for_a_model_never_seen() -> None:

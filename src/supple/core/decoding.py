@@ -26,7 +26,7 @@ experts is that of independent draws. Parameters are positive and fitted as loga
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,19 +145,6 @@ def weights_fit(run: ServingRun) -> bool:
     return held < USABLE * run.num_devices * run.device.memory_bytes
 
 
-def request_fits(run: ServingRun) -> bool:
-    """Whether the weights and the cache of one request do; no engine admits it otherwise."""
-    held = run.model.num_parameters * run.model.bytes_per_weight
-    return held + request_bytes(run) < USABLE * run.num_devices * run.device.memory_bytes
-
-
-def request_bytes(run: ServingRun) -> float:
-    """Cache of one request at the end of its answer; a prior, as nothing of it is measured."""
-    mixture = run.model.num_activated < run.model.num_parameters
-    per_layer = _PRIORS["cache"][0] * (_PRIORS["cache_experts"][0] if mixture else 1.0)
-    return per_layer * run.model.layers * (run.workload.prompt_tokens + run.output_tokens)
-
-
 class Groups:
     """Where each parameter lies in a vector of logarithms, all 0 at their priors: those of every
     run first, then a block for each workload and each site (workload, device, one or several)."""
@@ -210,6 +197,8 @@ class Rows:
         self.peak = self.n * column([run.device.flops_per_s for run in runs])
         self.memory = self.n * column([run.device.memory_bytes for run in runs])
         self.peak *= 2.0 / np.maximum(self.weight, 1.0)
+        self.left = USABLE * self.memory - self.parameters * self.weight
+        """Bytes beside the weights."""
         self.hidden = np.sqrt(self.activated / (12.0 * self.layers))
         workloads = {name: index for index, name in enumerate(groups.workloads)}
         sites = {key: index for index, key in enumerate(groups.sites)}
@@ -219,22 +208,25 @@ class Rows:
         self.num_workloads, self.num_sites = len(workloads), len(sites)
 
 
+def request_bytes(x: _Array, rows: Rows) -> _Array:
+    """What the cache of one request takes at its fullest: (vectors, runs)."""
+    p = _common(x)
+    prompt = rows.prompt * _block(x, len(_PRIORS), rows.num_workloads, 4, rows.workload)[0]
+    return p["capacity"] * _token_bytes(p, rows) * (prompt + rows.output / 2.0)
+
+
 def logs(x: _Array, rows: Rows) -> _Array:
     """Logarithms of the `FIGURES`: (vectors, figures, runs) for `x` of (vectors, parameters)."""
-    p = {
-        name: centre * np.exp(x[:, [index]])
-        for index, (name, (centre, _)) in enumerate(_PRIORS.items())
-    }
+    p = _common(x)
     prompt, media, request, mixing = _block(x, len(_PRIORS), rows.num_workloads, 4, rows.workload)
     at = len(_PRIORS) + 4 * rows.num_workloads
     stall, onset, spread = _block(x, at, rows.num_sites, 3, rows.site)
     prompt = rows.prompt * prompt
     one, several = rows.weight <= 1.0, rows.activated < rows.parameters
 
-    cache = p["cache"] * rows.layers * np.where(several, p["cache_experts"], 1.0)
+    cache = _token_bytes(p, rows)
     context = prompt + rows.output / 2.0
-    left = USABLE * rows.memory - rows.parameters * rows.weight
-    room = np.maximum(left, 1e-3 * rows.memory) / (p["capacity"] * cache * context)
+    room = np.maximum(rows.left, 1e-3 * rows.memory) / request_bytes(x, rows)
     running = (rows.sequences**-6.0 + room**-6.0) ** (-1.0 / 6.0)
 
     share = rows.activated / rows.parameters
@@ -282,6 +274,20 @@ def logs(x: _Array, rows: Rows) -> _Array:
     slow = step * (1.0 + _SITE_CENTRES[2] * spread) + quantile(_TENTH)
     usual = step + quantile(_HALF)
     return np.stack([np.log(running / mean), np.log(slow), np.log(usual), np.log(running)], axis=1)
+
+
+def _common(x: _Array) -> dict[str, _Array]:
+    """The parameters of every run by name, each of (vectors, 1)."""
+    return {
+        name: centre * np.exp(x[:, [index]])
+        for index, (name, (centre, _)) in enumerate(_PRIORS.items())
+    }
+
+
+def _token_bytes(p: Mapping[str, _Array], rows: Rows) -> _Array:
+    """Of the cache."""
+    experts = np.where(rows.activated < rows.parameters, p["cache_experts"], 1.0)
+    return p["cache"] * rows.layers * experts
 
 
 def _block(x: _Array, at: int, groups: int, width: int, index: Sequence[int]) -> list[_Array]:

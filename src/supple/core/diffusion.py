@@ -5,10 +5,13 @@ split the sequence, u by heads (Ulysses) and r in a ring:
 
     arithmetic   2 b (2 P t) / (n F) + 2 b (4 t^2 h L) / (n F')
     launches     host + L launch
-    exchange     L (latency + 8 b t h bytes / (n W) (u-1)/u + the ring's share, (r-1)/r)
+    exchange     L (r latency + m ((u-1)/(u W) + (r-1)/W')),  m = 16 b t h bytes / n
     step         (launches^4 + arithmetic^4)^(1/4) + exchange
     batch        steps * step + a fixed part + b pixels to decode
 
+Of its message m (of queries, keys, values and outputs, two bytes each, twice for guidance) a device
+sends all but its own share once among the heads; in a ring what each holds goes round to the r-1
+others. On one device nothing is exchanged.
 A token stands for 16 x 16 pixels, of a video for four frames too, unless it is given. A device
 of ten times the peak F reaches a smaller share of it: the share falls as a power of F. Layers and
 width follow from the parameters: L = 30 (P / 1e9)^0.1, P = 18 L h^2. Operations: Peebles and Xie
@@ -142,7 +145,7 @@ def _logs(x: _Array, runs: Sequence[DiffusionRun]) -> _Array:
     arithmetic = arithmetic + 8.0 * batch * tokens**2 * width * layers / (peak * p["attention"])
     launches = p["host"] + layers * p["launch"]
     message = 2.0 * 8.0 * batch * tokens * width / devices
-    split = (heads - 1.0) / heads * p["heads"] + (ring - 1.0) / ring * p["ring"] * ring
+    split = (heads - 1.0) / heads * p["heads"] + (ring - 1.0) * p["ring"]
     exchange = layers * (np.where(devices > 1, p["latency"], 0.0) * ring + message * split)
     step = (launches**4 + arithmetic**4) ** 0.25 + exchange
     return np.log(steps * step + p["fixed"] + batch * pixels * p["decode"])[:, None]

@@ -9,7 +9,7 @@ predicted, but tell a plain step from one that takes in prompts, and how large t
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from supple.core.decoding import (
     Rows,
     ServingRun,
     logs,
+    request_bytes,
     site,
     weights_fit,
 )
@@ -58,6 +59,11 @@ class InferenceModel:
     _fit: GroupedFit
     _groups: Groups
 
+    @property
+    def reach(self) -> tuple[float, ...]:
+        """Per figure the standard scores that an 80 % interval takes to either side."""
+        return self._fit.reach
+
     def predict(self, run: ServingRun) -> ServingPrediction:
         """Raises `ValueError` if the weights alone do not fit."""
         return self.predict_all([run])[0]
@@ -82,13 +88,12 @@ class InferenceModel:
             for i in range(len(runs))
         ]
 
-    def narrowed(
-        self, known: Sequence[ServingMeasurement], told: ServingMeasurement
-    ) -> "InferenceModel":
-        """The fit to what was `known` and one more, with intervals that reach as far as now:
-        whether that one comes out as foretold says nothing of how far off others will be."""
-        after = fit_inference([*known, told])
-        return InferenceModel(replace(after._fit, reach=self._fit.reach), after._groups)
+    def cache_room(self, runs: Sequence[ServingRun]) -> list[tuple[float, float]]:
+        """Of every run the bytes left beside its weights, below 0 where these do not fit, and those
+        that the cache of one request takes."""
+        rows = Rows(runs, self._groups)
+        taken = request_bytes(self._fit.x[None, : len(self._fit.loose)], rows)[0]
+        return list(zip(rows.left.tolist(), taken.tolist(), strict=True))
 
 
 def _estimate(log: float, half: float, source: Source) -> Estimate:
@@ -97,8 +102,12 @@ def _estimate(log: float, half: float, source: Source) -> Estimate:
     )
 
 
-def fit_inference(measurements: Sequence[ServingMeasurement]) -> InferenceModel:
+def fit_inference(
+    measurements: Sequence[ServingMeasurement], *, reach: tuple[float, ...] | None = None
+) -> InferenceModel:
     """Fit to measurements of any models, workloads and devices; without any, the priors alone.
+    Where a measurement is only supposed, it says nothing of how far off predictions are: `reach` is
+    then that of a fit without it.
 
     Raises `ValueError` for a measurement that is not a positive number, or one whose weights do
     not fit.
@@ -121,7 +130,13 @@ def fit_inference(measurements: Sequence[ServingMeasurement]) -> InferenceModel:
     rows = Rows(runs, groups)
     true = np.log([_figures(m) for m in measurements]).T
     fit = fit_groups(
-        lambda x: logs(x, rows), true, *_labels(runs), spread, _SCATTERS, groups.loose()
+        lambda x: logs(x, rows),
+        true,
+        *_labels(runs),
+        spread,
+        _SCATTERS,
+        groups.loose(),
+        reach,
     )
     return InferenceModel(fit, groups)
 

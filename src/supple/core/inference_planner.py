@@ -8,16 +8,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from supple.core.decoding import (
-    USABLE,
-    ServedModel,
-    ServingRun,
-    Workload,
-    request_bytes,
-    request_fits,
-)
+from supple.core.decoding import ServedModel, ServingRun, Workload, weights_fit
 from supple.core.estimates import Z80
-from supple.core.inference import InferenceModel, ServingMeasurement, ServingPrediction
+from supple.core.inference import (
+    InferenceModel,
+    ServingMeasurement,
+    ServingPrediction,
+    fit_inference,
+)
 from supple.core.layouts import Device
 from supple.core.types import Estimate, Infeasible
 
@@ -60,13 +58,15 @@ class InferenceJob:
             ("the time between tokens", self.itl_s),
             ("the rate", self.rate_per_s),
             ("the price", self.price_per_hour),
-            ("the accelerators of a node", self.max_devices),
-            ("the cap of accelerators", self.max_accelerators),
         ):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{what} is {value:g}: it must be positive and finite.")
-        if self.max_devices < 1:
-            raise ValueError(f"the accelerators of a node are {self.max_devices}: at least 1.")
+        for what, count in (
+            ("the number of accelerators of a node", self.max_devices),
+            ("the cap of accelerators", self.max_accelerators),
+        ):
+            if count is not None and not 1 <= count < math.inf:
+                raise ValueError(f"{what} is {count:g}: it must be at least 1 and finite.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,16 +110,20 @@ class InferenceTable:
 
 
 def plan_inference(fit: InferenceModel, job: InferenceJob) -> InferenceTable | Infeasible:
-    """All rows of accelerators 1, 2, 4 … and concurrencies, and the recommended one (`RULE`).
+    """All rows of accelerators 1, 2, 4 … and concurrencies whose memory holds the weights and the
+    cache of at least one request, and the recommended one (`RULE`).
 
     A row keeps the promise if the upper end of its 80 % interval does; where none does, the row of
     the best chance is recommended if that is at least even. Raises `ValueError` for nonsense.
     """
     counts = [2**power for power in range(20) if 2**power <= job.max_devices]
     runs = [_run(job, count, concurrency) for count in counts for concurrency in CONCURRENCIES]
-    fitting = [run for run in runs if request_fits(run)]
+    if not weights_fit(runs[-1]):
+        return _too_large(job, counts[-1])
+    room = fit.cache_room(runs)
+    fitting = [run for run, (left, taken) in zip(runs, room, strict=True) if left >= taken]
     if not fitting:
-        return _too_large(job, runs[-1])
+        return _too_long(job, counts[-1], *room[-1])
     rows = tuple(
         _row(job, run, found) for run, found in zip(fitting, fit.predict_all(fitting), strict=True)
     )
@@ -143,11 +147,11 @@ def measure_first(
 ) -> str:
     """A sentence: the one row whose measurement is worth most, and what it would do to the interval
     of the time between tokens; empty where that is narrow already, or hardly gains (`_GAINS`).
-    `fit` is the one to the `known`, with which the `table` was made.
+    `fit` is of the measurements `known`, and `table` by it.
 
     It is the row that would be taken if every prediction were right. What a measurement does to
-    the parameters' doubt depends on where it is made, hardly on what it says; so the prediction
-    stands in.
+    the covariance depends on where it is made, hardly on what it says; so the prediction stands in.
+    How far off predictions are it cannot tell, so that stays as in `fit`.
     """
     likely = [row for row in table.rows if _is_allowed(row, job)]
     likely = [row for row in likely if job.itl_s is None or row.itl_p90_s.value <= job.itl_s]
@@ -159,10 +163,10 @@ def measure_first(
     told = ServingMeasurement(
         run=run, tokens_per_s=row.tokens_per_s.value, itl_p90_s=row.itl_p90_s.value
     )
-    after = fit.narrowed(known, told).predict(run).itl_p90_s
+    after = fit_inference([*known, told], reach=fit.reach).predict(run).itl_p90_s
     if math.log(after.high / after.low) > _GAINS * math.log(before.high / before.low):
         return ""
-    each = f"{row.num_devices} accelerator{'s' * (row.num_devices > 1)}"
+    each = _accelerators(row.num_devices)
     return (
         f"Measure one copy on {each} with {row.concurrency} at a time first, and hand it to "
         f"--measured: what is now {before.low * 1e3:.3g} to {before.high * 1e3:.3g} ms between "
@@ -176,8 +180,8 @@ def _likely_worth(job: InferenceJob) -> Callable[[InferenceRow], tuple[float, fl
     def key(row: InferenceRow) -> tuple[float, float]:
         if job.rate_per_s is None:
             return (-row.tokens_per_device_s, row.itl_p90_s.value)
-        copies = job.rate_per_s * job.output_tokens / (_HEADROOM * row.tokens_per_s.value)
-        return (math.ceil(copies - 1e-9) * row.num_devices, row.itl_p90_s.value)
+        copies = _num_copies(job, job.rate_per_s, row.tokens_per_s.value)
+        return (copies * row.num_devices, row.itl_p90_s.value)
 
     return key
 
@@ -197,8 +201,7 @@ def _row(job: InferenceJob, run: ServingRun, found: ServingPrediction) -> Infere
     tokens = found.tokens_per_s
     copies = None
     if job.rate_per_s is not None:
-        wanted = job.rate_per_s * job.output_tokens
-        copies = max(1, math.ceil(wanted / (_HEADROOM * tokens.low) - 1e-9))
+        copies = _num_copies(job, job.rate_per_s, tokens.low)
     cost = None
     if job.price_per_hour is not None:
         per_token = job.price_per_hour * run.num_devices / 3600.0 * 1e6
@@ -217,6 +220,11 @@ def _row(job: InferenceJob, run: ServingRun, found: ServingPrediction) -> Infere
         num_copies=copies,
         cost_per_million=cost,
     )
+
+
+def _num_copies(job: InferenceJob, rate_per_s: float, tokens_per_s: float) -> int:
+    """That the rate needs where a copy does so many tokens; one for the smallest."""
+    return max(1, math.ceil(rate_per_s * job.output_tokens / (_HEADROOM * tokens_per_s) - 1e-9))
 
 
 def _chance(estimate: Estimate, within_s: float) -> float:
@@ -243,8 +251,12 @@ def _worth(job: InferenceJob) -> Callable[[InferenceRow], tuple[float, float]]:
     return key
 
 
+def _accelerators(count: int) -> str:
+    return f"{count} accelerator{'s' * (count != 1)}"
+
+
 def _why(row: InferenceRow, job: InferenceJob, *, sure: bool = True) -> str:
-    each = f"{row.num_devices} accelerator{'s' * (row.num_devices > 1)}"
+    each = _accelerators(row.num_devices)
     at_once = "one request" if row.concurrency == 1 else f"{row.concurrency} requests"
     if row.num_copies is None:
         what = f"copies on {each}, {at_once} at a time"
@@ -264,17 +276,26 @@ def _why(row: InferenceRow, job: InferenceJob, *, sure: bool = True) -> str:
     return said
 
 
-def _too_large(job: InferenceJob, largest: ServingRun) -> Infeasible:
+def _too_large(job: InferenceJob, devices: int) -> Infeasible:
     held = job.model.num_parameters * job.model.bytes_per_weight
-    cache, count = request_bytes(largest), largest.num_devices
-    room = USABLE * count * job.device.memory_bytes
     return Infeasible(
         asked=f"a model of {held / 1e9:,.0f} GB of weights on {job.device.name}",
-        numbers=f"one request of {job.workload.prompt_tokens + job.output_tokens:,.0f} tokens "
-        f"needs {cache / 1e9:,.3g} GB of cache besides; {count} of them have {room / 1e9:,.0f} GB "
-        "to use",
-        rule="A copy's weights and the cache of one request must fit the accelerators of one node",
-        advice="Raise --devices, use fewer bits a weight, shorter prompts, or larger accelerators.",
+        numbers=f"{devices} of them hold {devices * job.device.memory_bytes / 1e9:,.0f} GB",
+        rule="A copy's weights must fit the accelerators of one node with room for a cache",
+        advice="Raise --devices, use fewer bits a weight, or larger accelerators.",
+    )
+
+
+def _too_long(job: InferenceJob, devices: int, left: float, taken: float) -> Infeasible:
+    held = job.model.num_parameters * job.model.bytes_per_weight
+    return Infeasible(
+        asked=f"prompts of {job.workload.prompt_tokens:,.0f} and answers of "
+        f"{job.output_tokens:,.0f} tokens on {job.device.name}",
+        numbers=f"the cache of one request takes {taken / 1e9:,.1f} GB; {left / 1e9:,.1f} GB are "
+        f"left on {_accelerators(devices)} beside {held / 1e9:,.0f} GB of weights",
+        rule="A copy must hold its weights and the cache of at least one request",
+        advice="Raise --devices, shorten --prompt or --answer, use fewer bits a weight, or larger "
+        "accelerators.",
     )
 
 
@@ -282,19 +303,19 @@ def _out_of_reach(
     job: InferenceJob, rows: Sequence[InferenceRow], allowed: Sequence[InferenceRow]
 ) -> Infeasible:
     if not allowed:
+        assert job.max_accelerators is not None
+        most = _accelerators(job.max_accelerators)
         least = min(rows, key=lambda row: row.num_accelerators)
-        most = f"at most {job.max_accelerators} accelerators"
-        numbers = f"the fewest are {least.num_accelerators}: {_why(least, job)}"
         if job.rate_per_s is None:
             return Infeasible(
-                asked=f"one copy on {most}",
-                numbers=numbers,
-                rule="A copy's weights and the cache of one request must fit its accelerators",
+                asked=f"a copy on at most {most}",
+                numbers=f"the smallest that holds the model is {_why(least, job).rstrip('.')}",
+                rule="The weights and the cache of one request must fit the accelerators allowed",
                 advice="Raise --max-accelerators, use fewer bits a weight, or larger accelerators.",
             )
         return Infeasible(
-            asked=f"{job.rate_per_s:g} requests/s on {most}",
-            numbers=numbers,
+            asked=f"{job.rate_per_s:g} requests/s on at most {most}",
+            numbers=f"the fewest are {least.num_accelerators}: {_why(least, job).rstrip('.')}",
             rule="The low end of the tokens' interval must cover the load",
             advice="Raise --max-accelerators or lower --rate.",
         )
@@ -302,7 +323,7 @@ def _out_of_reach(
     assert job.itl_s is not None
     return Infeasible(
         asked=f"--itl {job.itl_s * 1e3:.3g} ms",
-        numbers=f"the fastest is {_why(fastest, job)}",
+        numbers=f"the fastest is {_why(fastest, job).rstrip('.')}",
         rule="No row keeps the promise with even chances",
         advice="Promise more time, or use faster accelerators, more of them, or fewer bits.",
     )
