@@ -12,6 +12,7 @@ from supple.core.planner import PlanTable, plan
 from supple.core.spec import Limits, Objective
 from supple.core.throughput import StepTimeModel, fit
 from tests.core.test_layout_planner import JOB as LAYOUTS
+from tests.core.test_layout_planner import SEVEN_BILLION
 from tests.core.test_layout_planner import table as layout_table
 from tests.core.test_planner import job, table
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
@@ -110,3 +111,9 @@ def test_where_no_row_is_a_quarter_there_is_no_layout_to_measure() -> None:
     rows = found.rows[-2:]
     assert [row.num_workers for row in rows] == [32, 64]
     assert which_layout_to_measure_first(replace(found, rows=rows, recommended=1), LAYOUTS) == ""
+
+
+def test_one_worker_has_no_layout_to_be_told() -> None:
+    small = replace(LAYOUTS, model=replace(SEVEN_BILLION, num_layers=4))
+    sentence = which_layout_to_measure_first(layout_table(small, max_workers=4), small)
+    assert sentence.startswith("Measure 1 worker with a micro-batch of ")

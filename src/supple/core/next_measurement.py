@@ -61,8 +61,9 @@ def which_layout_to_measure_first(table: PlanTable, job: LayoutJob) -> str:
         return ""
     row = smaller[best]
     again = ", recomputed" if row.recompute else ""
+    how = f" as {describe(row.layout)}" if best > 1 else ""
     return (
-        f"Measure {in_words(best)} as {describe(row.layout)} with a micro-batch of "
+        f"Measure {in_words(best)}{how} with a micro-batch of "
         f"{row.batch.micro_batch_size}{again} first: it narrows the iteration time at "
         f"{chosen.num_workers} from {_shown(now)} to {_shown(left[best])}."
     )
