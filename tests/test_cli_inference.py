@@ -84,6 +84,7 @@ REFUSALS = {
     "--parameters 8B --measured absent.csv": "absent.csv",
     "--parameters 8B --measured empty.csv": "has 0 rows",
     "--parameters 8B --measured wrong.csv": "line 2: tokens_per_s and itl_p90_ms must be positive",
+    "--parameters 8B --measured odd.csv": "measured at 1200 and at 12 tokens/s",
     "--parameters 8B --measured words.csv": "line 2: could not convert",
     "--parameters 80B --measured small.csv": "line 2: 160 GB of weights do not fit",
 }
@@ -97,6 +98,7 @@ def test_nonsense_is_refused_with_its_numbers(
     head = "accelerators,concurrency,tokens_per_s,itl_p90_ms\n"
     Path("empty.csv").write_text("")
     Path("wrong.csv").write_text(f"{head}1,1,-5,3\n")
+    Path("odd.csv").write_text(f"{head}1,16,1200,14\n1,16,12,1400\n")
     Path("words.csv").write_text(f"{head}1,1,fast,3\n")
     Path("small.csv").write_text(f"{head}1,1,50,3\n")
     result = supple(arguments)

@@ -116,7 +116,10 @@ def inference(
             price_per_hour=parse_money(price, what="--price") if price else None,
         )
         known_runs = [] if measured is None else _read(measured, job)
-        fit = fit_inference(known_runs)
+        try:
+            fit = fit_inference(known_runs)
+        except ValueError as error:
+            raise SpecError(f"--measured {measured}: {error}") from None
         table = plan_inference(fit, job)
         first = ""
         if not isinstance(table, Infeasible):

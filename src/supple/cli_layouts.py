@@ -180,11 +180,17 @@ def layouts(
             batch_size, lr = batch_size or found.base_batch_size, lr or found.base_lr
             amount = amount or found.total_samples
         assert batch_size and amount
+        if batch_size > amount:
+            raise SpecError(
+                f"a batch of {batch_size} of {amount} samples in all: training takes whole steps, "
+                "and not one would be full. Raise --samples, or lower --batch-size."
+            )
+        link = lookup(interconnect)
         try:
             times = fit_layouts(
                 rows,
                 device=device,
-                link=lookup(interconnect),
+                link=link,
                 local_link=local,
                 workers_per_node=workers_per_node,
             )

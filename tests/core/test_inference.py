@@ -125,9 +125,17 @@ def test_a_family_that_differs_from_the_others_widens_the_interval() -> None:
 def test_a_single_absurd_row_moves_the_fit_little() -> None:
     rows = measured(sweep())
     wrong = replace(rows[0], tokens_per_s=rows[0].tokens_per_s / 1000)
-    model = fit_inference([*rows, wrong])
+    model = fit_inference([wrong, *rows[1:]])
     asked = run(LARGE, num_devices=4)
     assert tokens(asked, model) == pytest.approx(tokens(asked), rel=0.2)
+
+
+def test_measurements_of_one_configuration_that_contradict_each_other_are_refused() -> None:
+    row = measured([run()])[0]
+    slower = replace(row, itl_p90_s=12.0 * row.itl_p90_s)
+    with pytest.raises(ValueError, match="differ by less than 10 times"):
+        fit_inference([row, slower])
+    fit_inference([row, replace(row, itl_p90_s=3.0 * row.itl_p90_s)])
 
 
 def test_the_order_of_measurements_does_not_matter() -> None:

@@ -341,6 +341,7 @@ def test_contradictory_runs_give_a_finite_answer_or_are_refused(
         Run(batch_size=0, samples=10),
         Run(batch_size=8, samples=math.nan),
         Run(batch_size=8, samples=-1.0),
+        Run(batch_size=8, samples=1e300),
         Run(batch_size=8, samples=10, lr=0.0),
         Run(batch_size=8, samples=10, relative_error=2.0),
         Run(batch_size=8, samples=10, evaluated_every=11),

@@ -30,6 +30,8 @@ from supple.core.types import Estimate, Source
 _SCATTERS = (0.2, 0.2, 0.4, 0.1)
 """Of one row's logarithms, by figure. What is only there to tell parameters apart counts for less;
 the sequences that ran at once are an average over thousands of steps."""
+_IMPOSSIBLE = 10.0
+"""Times by which two measurements of one configuration contradict each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +124,7 @@ def fit_inference(
             )
         if not weights_fit(m.run):
             raise ValueError(f"the weights of {m.run} do not fit: the measurement is mistaken.")
+    _refuse_contradictions(measurements)
     runs = [m.run for m in measurements]
     groups = Groups(runs)
     spread = groups.spreads()
@@ -139,6 +142,25 @@ def fit_inference(
         reach,
     )
     return InferenceModel(fit, groups)
+
+
+def _refuse_contradictions(measurements: Sequence[ServingMeasurement]) -> None:
+    """Rows of one configuration that no noise lets differ so: a fit to both explains neither."""
+    seen: dict[ServingRun, list[ServingMeasurement]] = {}
+    for m in measurements:
+        for other in seen.setdefault(m.run, []):
+            for what, one, two in (
+                ("tokens/s", m.tokens_per_s, other.tokens_per_s),
+                ("s between tokens", m.itl_p90_s, other.itl_p90_s),
+            ):
+                if max(one, two) > _IMPOSSIBLE * min(one, two):
+                    raise ValueError(
+                        f"{m.run.num_devices} accelerators with {m.run.concurrency} at a time were "
+                        f"measured at {two:g} and at {one:g} {what}: measurements of one "
+                        f"configuration differ by less than {_IMPOSSIBLE:g} times. Check the "
+                        "units, and leave the wrong one out."
+                    )
+        seen[m.run].append(m)
 
 
 def _labels(runs: Sequence[ServingRun]) -> tuple[list[str], list[str]]:

@@ -12,6 +12,7 @@ import numpy as np
 from supple.core.evaluations import rounding_variance
 from supple.core.samples_curve import Point
 
+_ABSURD = 1e100
 _ENOUGH_TO_DOUBT = 5
 """With fewer sizes a surprising one is news, not an error."""
 _IMPOSSIBLE = math.log(10.0)
@@ -47,12 +48,12 @@ def check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None)
         )
     for run in (*runs, *probes):
         numbers = [run.batch_size, run.samples, 1.0 if run.lr is None else run.lr]
-        good = all(math.isfinite(number) and number > 0 for number in numbers)
+        good = all(0 < number < _ABSURD for number in numbers)
         if not good or not 0.0 <= run.relative_error < 1.0:
             raise ValueError(
                 f"the run {run} cannot be used: batch size, samples and learning rate must be "
-                "positive and finite, a relative error at least 0 and below 1. Correct it, or "
-                "leave it out."
+                f"positive and finite (below {_ABSURD:g}), a relative error at least 0 and below "
+                "1. Correct it, or leave it out."
             )
         if not 0.0 <= run.evaluated_every <= run.samples:
             raise ValueError(
