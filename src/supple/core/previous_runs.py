@@ -13,6 +13,7 @@ from supple.core.evaluations import rounding_variance
 from supple.core.samples_curve import Point
 
 _ABSURD = 1e100
+"""Squares of numbers beyond it overflow."""
 _ENOUGH_TO_DOUBT = 5
 """With fewer sizes a surprising one is news, not an error."""
 _IMPOSSIBLE = math.log(10.0)
