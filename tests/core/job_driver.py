@@ -87,8 +87,8 @@ class Driver:
 
     # -- events ----------------------------------------------------------------------------------
 
-    def ready(self, name: str) -> list[Action]:
-        return self.send(WorkerReady, worker_id=WorkerId(name))
+    def ready(self, name: str, node: str = "") -> list[Action]:
+        return self.send(WorkerReady, worker_id=WorkerId(name), node_id=node)
 
     def formed(self, names: str, step: int) -> list[Action]:
         """What follows from the last of them."""

@@ -89,6 +89,28 @@ def test_a_shrink_drops_the_newest_and_keeps_them_until_the_rest_is_running() ->
     ]
 
 
+def test_ranks_go_node_by_node_so_that_a_ring_enters_each_once() -> None:
+    job = Driver(1, 5, initial=3)
+    job.ready("w0", "a")
+    job.ready("w1", "b")
+    assert job.ready("w2", "a") == [job.form("w0 w2 w1")]
+    job.formed("w0 w2 w1", 0)
+    job.target(5)
+    job.ready("w3", "b")
+    job.ready("w4", "a")
+    assert job.stopped("w0 w2 w1", 10) == [job.form("w0 w2 w4 w1 w3")]
+
+
+def test_a_shrink_empties_the_node_that_came_last() -> None:
+    job = Driver(1, 3, initial=3)
+    job.ready("w0", "a")
+    job.ready("w1", "b")
+    job.ready("w2", "a")
+    job.formed("w0 w2 w1", 0)
+    job.target(2)
+    assert job.stopped("w0 w2 w1", 10) == [job.form("w0 w2")]
+
+
 def test_a_dropped_worker_gives_the_state_when_its_successors_die_while_forming() -> None:
     job = running(2)
     job.target(1)

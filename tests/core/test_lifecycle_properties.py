@@ -6,6 +6,7 @@ hypothesis chooses the order of everything, and afterwards a fair world without 
 come to rest: the wanted size training on, or an end that the faults justify.
 """
 
+from itertools import groupby
 from typing import Any, cast
 
 from hypothesis import HealthCheck, settings
@@ -49,6 +50,7 @@ class AnyHistory(RuleBasedStateMachine):
         low=st.sampled_from([1, 1, 2, 3]),
         more=st.integers(0, 3),
         initial=st.integers(1, 6),
+        num_nodes=st.integers(1, 3),
         max_failures=st.sampled_from([0, 3, 3, 8]),
         num_steps=st.sampled_from([50, NEVER_ENDS, NEVER_ENDS]),
         restore=st.sampled_from([None, "old"]),
@@ -176,6 +178,8 @@ class AnyHistory(RuleBasedStateMachine):
             assert state.present == state.members
         if state.phase is Phase.STARTING:
             assert state.generation == 0
+        where = [self.backend.world.workers[member].node_id for member in state.members]
+        assert len(list(groupby(where))) == len(set(where)), "ranks leave a node and come back"
 
     # -- and in the end --------------------------------------------------------------------------
 

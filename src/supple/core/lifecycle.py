@@ -97,7 +97,12 @@ def step(state: JobState, event: Event, now: float) -> tuple[JobState, tuple[Act
 
 def _on_ready(turn: Turn, event: WorkerReady) -> None:
     if turn.state.workers[event.worker_id].status is WorkerStatus.STARTING:
-        turn.see(event.worker_id, status=WorkerStatus.STANDBY, ready_at=turn.now)
+        turn.see(
+            event.worker_id,
+            status=WorkerStatus.STANDBY,
+            ready_at=turn.now,
+            node_id=event.node_id,
+        )
 
 
 def _on_stopped(turn: Turn, event: WorkerStopped) -> None:

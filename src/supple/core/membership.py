@@ -54,6 +54,7 @@ class WorkerView:
 
     status: WorkerStatus
     heard_at: float
+    node_id: str = ""
     ready_at: float = 0.0
     step: int = -1
     """Committed steps it last told of at the end of a step or a forming; -1: no state."""
@@ -147,7 +148,7 @@ class JobState:
 
     @property
     def joinable(self) -> tuple[WorkerId, ...]:
-        """Who may be in the next generation: members by seniority, then those standing by."""
+        """Who may be in the next generation: members in rank order, then those standing by."""
         return tuple(
             w
             for w in (*self.present, *self.standing_by)
@@ -157,6 +158,9 @@ class JobState:
     @property
     def next_members(self) -> tuple[WorkerId, ...]:
         """The next generation in rank order, its members having stopped; empty: too few.
+
+        Those of one node follow one another, so that a ring over the ranks enters and leaves each
+        node once, and a shrink empties the node that came last.
 
         Someone with the newest state is always in it, even if it is one too many and about to be
         taken by its platform: the next shrink lets it go, when others have the state too. Without
@@ -174,13 +178,19 @@ class JobState:
             if not self.workers[newest].leaving:
                 chosen = chosen[: self.desired - 1]
             chosen.append(newest)
-        return tuple(w for w in order if w in chosen)
+        return self._node_by_node([w for w in order if w in chosen])
 
     @property
     def holders(self) -> tuple[WorkerId, ...]:
         """Stopped workers that hold train state, the newest state first."""
         found = [w for w, view in self.workers.items() if view.step >= 0 and view.stopped]
         return tuple(sorted(found, key=lambda w: -self.workers[w].step))
+
+    def _node_by_node(self, order: Iterable[WorkerId]) -> tuple[WorkerId, ...]:
+        nodes: dict[str, list[WorkerId]] = {}
+        for worker_id in order:
+            nodes.setdefault(self.workers[worker_id].node_id, []).append(worker_id)
+        return tuple(worker_id for there in nodes.values() for worker_id in there)
 
     def _with_status(self, status: WorkerStatus) -> list[WorkerId]:
         found = [w for w, view in self.workers.items() if view.status is status]

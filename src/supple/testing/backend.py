@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
 
 from supple.core import lifecycle
+from supple.core.membership import ordinal
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     AbortGeneration,
@@ -49,7 +50,7 @@ class ScriptedBackend:
     """One job of `num_steps` steps. The same arguments give the same run.
 
     `run` is a random but fair world. `arrive`, `work`, `poll`, `hear` and `tick` are its single
-    moves, for tests that choose the order themselves.
+    moves, for tests that choose the order themselves. Workers are dealt to `num_nodes` in turn.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class ScriptedBackend:
         faults: FaultScript | None = None,
         seed: int = 0,
         num_steps: int = 1_000_000,
+        num_nodes: int = 1,
         initial: int | None = None,
         restore: str | None = None,
         checkpoints: Mapping[str, int] | None = None,
@@ -70,6 +72,7 @@ class ScriptedBackend:
         self.outcome: FinishJob | FailJob | None = None
         self._job_id = job_id
         self._spec = spec
+        self._num_nodes = num_nodes
         self.history: list[str] = []
         """What the lifecycle was told and said, one line each; heartbeats and ticks left out."""
         self._faults = list(faults.faults if faults else ())
@@ -230,7 +233,8 @@ class ScriptedBackend:
             case StartWorker():
                 if action.worker_id in self.world.workers:
                     raise self._violation(f"{action.worker_id} was started twice")
-                worker = SimulatedWorker(worker_id=action.worker_id)
+                node_id = f"n{ordinal(action.worker_id) % self._num_nodes}"
+                worker = SimulatedWorker(worker_id=action.worker_id, node_id=node_id)
                 self.world.workers[action.worker_id] = worker
                 self._known.add(action.worker_id)
             case FormGroup():

@@ -81,6 +81,7 @@ class SimulatedWorker:
     """One worker, as the world sees it."""
 
     worker_id: WorkerId
+    node_id: str = ""
     stage: Stage = Stage.STARTING
     frozen: bool = False
     """Stopped, or cut off: it does and answers nothing, and its connections stay open for ever,
@@ -157,7 +158,7 @@ class World:
         match worker.stage:
             case Stage.STARTING:
                 worker.stage = Stage.WAITING
-                self._tell(worker, WorkerReady)
+                self._tell(worker, WorkerReady, node_id=worker.node_id)
             case Stage.WAITING | Stage.FINISHED | Stage.RAISED if worker.commands:
                 self._obey(worker, worker.commands.popleft())
             case Stage.IN_GROUP:
