@@ -79,8 +79,9 @@ def _cheapest(left: Mapping[int, float], now: float) -> int | None:
 
 
 def _shown(half_width: float) -> str:
-    """As the tables show it: half of the interval, over the value."""
-    return f"±{half_width * (2.0 + half_width) / (2.0 * (1.0 + half_width)):.0%}"
+    """In words: an interval from the value over a factor to the value times it."""
+    factor = 1.0 + half_width
+    return f"within a factor of {f'{factor:.2f}' if factor < 10 else f'{factor:,.0f}'}"
 
 
 def _candidates(job: JobModel, target: int) -> list[int]:
