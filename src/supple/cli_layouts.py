@@ -169,6 +169,7 @@ def layouts(
 
         amount = _amount(samples) if samples else None
         rows: list[LayoutMeasurement] = []
+        epochs = 1
         if script is None:
             assert hidden is not None and layers is not None and heads is not None
             described = _transformer(hidden, layers, heads, seq, vocab)
@@ -178,6 +179,7 @@ def layouts(
             found = _measure(script, verbose)
             model = found.layers
             batch_size, lr = batch_size or found.base_batch_size, lr or found.base_lr
+            epochs = 1 if amount else found.epochs
             amount = amount or found.total_samples
         assert batch_size and amount
         if batch_size > amount:
@@ -203,6 +205,7 @@ def layouts(
             base_batch_size=batch_size,
             base_lr=lr or 3e-4,
             total_samples=amount,
+            epochs=epochs,
             noise_scale=noise_scale,
             samples=curve,
             optimizer=optimizer,

@@ -13,11 +13,12 @@ from supple.core.spec import KNEE_RULE
 from supple.core.types import Estimate, Infeasible, Plan
 from supple.live import duration
 
-_MARK = {"measured": "", "fitted": "~", "assumed": "?"}
+_MARK = {"exact": "", "measured": "", "fitted": "~", "assumed": "?"}
 LEGEND = (
-    "no mark: measured   ~ fitted   ? assumed (crosses a link nobody measured)\n"
+    "no mark: measured, or so by definition   ~ fitted   ? assumed: rests on what nobody measured\n"
     "low–high: 80 % interval   goodput: samples/s × efficiency   time: to the end"
 )
+_UNIT = "speed-up: {0} workers, the fewest here that the job fits on, count as {0}"
 _FIRST = "workers"
 _WIDE_GAP, _NARROW_GAP = 2, 1
 Form = Callable[[float], str]
@@ -34,6 +35,8 @@ def show(table: PlanTable, console: Console, *, measure_first: str = "") -> None
         for part in _parts(columns, console.width):
             console.print(_view(part, table.recommended, gap=_NARROW_GAP))
     console.print(LEGEND, style="dim")
+    if table.unit > 1:
+        console.print(_UNIT.format(table.unit), style="dim")
     console.print(f"\nRecommended: {table.reason}", soft_wrap=not console.is_terminal)
     console.print(_expected(table.choice), soft_wrap=not console.is_terminal)
     if measure_first:

@@ -114,6 +114,15 @@ def test_where_no_row_is_a_quarter_there_is_no_layout_to_measure() -> None:
     assert which_layout_to_measure_first(replace(found, rows=rows, recommended=1), LAYOUTS) == ""
 
 
+def test_measurements_that_are_not_of_one_machine_are_to_be_checked_first() -> None:
+    odd = replace(LAYOUTS, times=replace(LAYOUTS.times, scatter=math.log(4.0)))
+    sentence = which_layout_to_measure_first(layout_table(odd, max_workers=64), odd)
+    assert sentence == (
+        "What was measured differs from what one such machine does by a factor of 4: check units, "
+        "batches, sizes and links first."
+    )
+
+
 def test_one_worker_has_no_layout_to_be_told() -> None:
     small = replace(LAYOUTS, model=replace(SEVEN_BILLION, num_layers=4))
     sentence = which_layout_to_measure_first(layout_table(small, max_workers=4), small)

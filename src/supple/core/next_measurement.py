@@ -16,6 +16,8 @@ from supple.core.types import Plan
 
 _WIDE = 0.2
 """Half-width, as a fraction, from which a step time is worth a measurement."""
+_CONTRADICTS = 0.5
+"""Scatter of measured layouts from which they are not those of one machine."""
 _NARROWS = 0.7
 """A measurement is worth its cost if at most this much of the width is left."""
 
@@ -44,8 +46,14 @@ def what_to_measure_first(table: PlanTable, job: JobModel, limits: Limits) -> st
 
 
 def which_layout_to_measure_first(table: PlanTable, job: LayoutJob) -> str:
-    """The same for layouts: a row of the table on at most a quarter of the accelerators."""
+    """The same for layouts: a row of the table on at most a quarter of the accelerators; the
+    recommended one itself where all is a guess and no smaller one helps; or which rows to check."""
     chosen = table.choice
+    if job.times.scatter > _CONTRADICTS:
+        return (
+            "What was measured differs from what one such machine does by a factor of "
+            f"{math.exp(job.times.scatter):.3g}: check units, batches, sizes and links first."
+        )
     now = job.times.half_width(run_of(job, chosen))
     if now < _WIDE:
         return ""

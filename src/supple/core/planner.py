@@ -6,7 +6,7 @@ cheapest that meets a deadline, the fastest within a budget, or the knee of the 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from supple.core.estimates import exact, over, plus, times
 from supple.core.goodput import OptimizerFamily, best_global_batch, largest_batch_ratio, worth
@@ -20,9 +20,12 @@ from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, P
 LARGEST_COUNT = 4096
 _MEMORY_SHARE = 0.92
 """Of a device's memory that a plan may use."""
+_FEWEST = "the fewest here that the job fits on"
 _MAX_ACCUMULATION = 256
 """Micro-batches of a step up to which a batch is grown; the user's own batch is cut into as many
 as memory needs."""
+_A_GUESS, _MEANINGLESS = 10.0, 1000.0
+"""High over low of a step time from which a recommendation says that it is a guess, and is none."""
 KEEP_SHARE = 0.8 * KNEE_SHARE
 """A running job gives workers back only where they add less than this: between the two shares
 nothing changes, so that the scatter of measurements does not send it to and fro."""
@@ -74,6 +77,8 @@ class PlanTable:
     rows: tuple[Plan, ...]
     recommended: int
     reason: str
+    unit: int = 1
+    """Workers whose speed-up is their own number: 1, or the fewest that a job fits on."""
 
     @property
     def choice(self) -> Plan:
@@ -100,15 +105,38 @@ def plan(job: JobModel, limits: Limits, objective: Objective) -> PlanTable | Inf
     return choose(_rows(job, limits), limits, objective)
 
 
-def choose(rows: tuple[Plan, ...], limits: Limits, objective: Objective) -> PlanTable | Infeasible:
+def choose(
+    rows: tuple[Plan, ...], limits: Limits, objective: Objective, *, unit: int = 1
+) -> PlanTable | Infeasible:
     """The row to take, by the objective: the cheapest that meets the deadline, the fastest within
-    the budget, else the knee."""
+    the budget, else the knee. Speed-ups are such that `unit` workers have `unit`. A step time that
+    is hardly known is said to be, or is refused where it says nothing."""
     if objective.deadline_s is not None:
-        return _for_deadline(rows, objective.deadline_s)
-    if objective.budget is not None:
-        return _for_budget(rows, objective.budget, limits)
-    index = knee(rows)
-    return PlanTable(rows=rows, recommended=index, reason=_knee_reason(rows, index))
+        found = _for_deadline(rows, objective.deadline_s)
+    elif objective.budget is not None:
+        found = _for_budget(rows, objective.budget, limits)
+    else:
+        index = knee(rows)
+        found = PlanTable(rows=rows, recommended=index, reason=_knee_reason(rows, index, unit))
+    if isinstance(found, Infeasible):
+        return found
+    step = found.choice.step_time_s
+    ends = f"a step may take {step.low:.3g} s or {step.high:.3g} s"
+    if step.high > _MEANINGLESS * step.low:
+        return Infeasible(
+            asked="a plan",
+            numbers=f"on {in_words(found.choice.num_workers)} {ends}, as far as is known",
+            rule=f"ends more than {_MEANINGLESS:,.0f} times apart decide nothing",
+            advice="Check the measurements against each other (units, batches, sizes) and leave "
+            "out what does not fit, or measure again.",
+        )
+    doubt = f" This is a guess: {ends}. Measure first." if is_a_guess(found.choice) else ""
+    return replace(found, reason=found.reason + doubt, unit=unit)
+
+
+def is_a_guess(row: Plan) -> bool:
+    """Is the step time too uncertain to rely on?"""
+    return row.step_time_s.high > _A_GUESS * row.step_time_s.low
 
 
 def refusal_of(limits: Limits) -> Infeasible | None:
@@ -278,13 +306,14 @@ def knee(rows: Sequence[Plan], *, held: int = 0) -> int:
     return best
 
 
-def _knee_reason(rows: Sequence[Plan], index: int) -> str:
+def _knee_reason(rows: Sequence[Plan], index: int, unit: int) -> str:
     row = rows[index]
-    head = (
-        f"{in_words(row.num_workers)}: {row.speedup.value:.2f} times the speed of one worker"
-        if row.num_workers > 1
-        else "1 worker"
-    )
+    head = in_words(row.num_workers)
+    if row.num_workers != unit:
+        than = "one worker" if unit == 1 else f"{in_words(unit)}, {_FEWEST}"
+        head += f": {row.speedup.value / unit:.2f} times the speed of {than}"
+    elif unit > 1:
+        head += f", {_FEWEST}"
     if index + 1 == len(rows):
         return f"{head}; it is the largest count in the table. Rule: {KNEE_RULE}."
     after = rows[index + 1]
