@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from supple import plan_view
-from supple.core.planner import PlanTable
+from supple.core.choice import PlanTable
 from supple.core.spec import KNEE_RULE, Objective
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan, Source
 from supple.picture import changes, draw_plan, draw_run

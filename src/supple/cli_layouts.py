@@ -24,8 +24,8 @@ from supple.rows import parse_amount, read_rows
 from supple.train.script import check
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
+    from supple.core.choice import PlanTable
     from supple.core.layouts import Device, LayoutMeasurement, Transformer
-    from supple.core.planner import PlanTable
     from supple.train.layer_probe import LayerReport
 
 EPILOG = (

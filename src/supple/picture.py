@@ -16,7 +16,7 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-from supple.core.planner import PlanTable, in_words
+from supple.core.choice import PlanTable, in_words
 from supple.core.spec import Objective, SpecError
 from supple.core.types import Estimate, Plan
 from supple.eventlog import last_run

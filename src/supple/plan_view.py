@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from supple.core.choice import PlanTable
 from supple.core.layout_planner import describe
-from supple.core.planner import PlanTable
 from supple.core.spec import KNEE_RULE
 from supple.core.types import Estimate, Infeasible, Plan
 from supple.live import duration

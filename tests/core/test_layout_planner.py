@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from supple.core.choice import PlanTable
 from supple.core.interconnects import lookup
 from supple.core.layout_memory import peak_memory
 from supple.core.layout_planner import LayoutJob, describe, plan_layouts, run_of, runs_for
 from supple.core.layouts import DEVICES, LayoutRun, Transformer, fit_layouts
-from supple.core.planner import PlanTable
 from supple.core.samples import Run, fit_samples
 from supple.core.spec import Limits, Objective
 from supple.core.stages import MeasuredLayer, best_cuts
@@ -201,7 +201,7 @@ def test_the_speed_of_the_fewest_that_fit_is_not_called_that_of_one_worker() -> 
     times = found.choice.speedup.value / unit
     told = f"{count} workers: {times:.2f} times the speed of {unit} workers, the fewest here that"
     assert found.unit == unit == 2 and found.reason.startswith(told)
-    assert table(max_workers=2).reason.startswith("2 workers, the fewest here that the job fits on;")
+    assert table(max_workers=2).reason.startswith("2 workers, the fewest here that the job")
     roomy = table(replace(JOB, memory_bytes=1e12))
     assert roomy.unit == 1 and "times the speed of one worker;" in roomy.reason
     for objective in (Objective(deadline_s=1e7), Objective(budget=1e6)):

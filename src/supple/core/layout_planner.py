@@ -12,13 +12,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from supple.core.choice import PlanTable, choose
 from supple.core.estimates import exact, over, times
 from supple.core.goodput import family_of, largest_batch_ratio, worth
 from supple.core.layout_form import check_layers
 from supple.core.layout_memory import memory_parts, num_parameters, optimizer_bytes, peak_memory
 from supple.core.layouts import LayoutModel, LayoutRun, Model, Transformer
 from supple.core.learning_rate import TunedRate, planned_rate
-from supple.core.planner import PlanTable, choose, counts_within, refusal_of
+from supple.core.planner import counts_within, refusal_of
 from supple.core.samples import SamplesModel
 from supple.core.spec import Limits, Objective
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan

@@ -58,7 +58,7 @@ class LayoutMeasurement:
 _FASTER = 4.0
 """Times its data sheet that no device computes: twice for half the bits, twice for sparsity."""
 _IDLE = 1e-3
-"""Share of its data sheet that no accelerator is kept for. Poor training reaches a few per cent, and
+"""Share of its data sheet that no accelerator is kept for. Poor training reaches a few per cent;
 milliseconds read as seconds make less than this of the best."""
 _SLOWER = 100.0
 """Times the priors' expectation that is beyond any doubt about them: a small model, whose launches
@@ -186,9 +186,9 @@ def _refuse_impossible(
     for number, (row, count, typical_s) in enumerate(rows, 1):
         share = count / row.iteration_s / device.flops_per_s
         told = (
-            f"measurement {number}: an iteration of {row.iteration_s:g} s for {count:.3g} operations "
-            f"of every accelerator, {count / row.iteration_s / 1e12:,.3g} TFLOP/s: the data sheet "
-            f"of {device.name} says {device.flops_per_s / 1e12:,.3g}, "
+            f"measurement {number}: an iteration of {row.iteration_s:g} s for {count:.3g} "
+            f"operations of every accelerator, {count / row.iteration_s / 1e12:,.3g} TFLOP/s: the "
+            f"data sheet of {device.name} says {device.flops_per_s / 1e12:,.3g}, "
         )
         if share > _FASTER:
             raise ValueError(

@@ -9,8 +9,9 @@ more), and moves the end of what was measured outwards.
 import math
 from collections.abc import Mapping
 
+from supple.core.choice import PlanTable, in_words
 from supple.core.layout_planner import LayoutJob, describe, run_of
-from supple.core.planner import JobModel, PlanTable, in_words, row_for
+from supple.core.planner import JobModel, row_for
 from supple.core.spec import Limits
 from supple.core.types import Plan
 
