@@ -240,6 +240,28 @@ def test_a_script_is_planned_by_its_measured_layers() -> None:
     assert "times are those of this machine's processor" in result.stderr
 
 
+def test_a_script_keeps_its_own_optimizers_rules_and_its_epochs(tmp_path: Path) -> None:
+    """SGD may grow a batch beyond the four times that Adam may; 3 epochs of 2 steps."""
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import torch\n"
+        "def train(job):\n"
+        "    model = job.model(lambda: torch.nn.Sequential(torch.nn.Linear(4, 4)))\n"
+        "    job.optimizer(torch.optim.SGD, lr=0.1)\n"
+        "    data = torch.utils.data.TensorDataset(torch.randn(65, 4))\n"
+        "    for (x,) in job.batches(data, batch_size=64, epochs=3):\n"
+        "        job.step(model(x).square().mean())\n"
+    )
+    (row,) = json.loads(supple(f"{path} --max-workers 1 --json").stdout)["rows"]
+    assert row["time_to_end_s"]["value"] == pytest.approx(6 * row["step_time_s"]["value"])
+    grown = supple(
+        f"{path} --max-workers 8 --batch-size 8 --batch adaptive --noise-scale 1e4 --samples 10k "
+        "--json"
+    )
+    batches = [row["batch"]["global_batch_size"] for row in json.loads(grown.stdout)["rows"]]
+    assert max(batches) > 4 * 8
+
+
 def test_a_script_whose_layers_are_called_twice_cannot_be_cut(tmp_path: Path) -> None:
     path = tmp_path / "twice.py"
     path.write_text(

@@ -211,10 +211,11 @@ def layouts(
             found = _measure(script, verbose)
             typer.echo(
                 "times are those of this machine's processor, on which the layers were measured; "
-                f"only memory and links are those of {device.name}",
+                f"memory, links and the optimizer's update are those of {device.name}",
                 err=True,
             )
             model = found.layers
+            optimizer = found.optimizer_name
             batch_size, lr = batch_size or found.base_batch_size, lr or found.base_lr
             epochs = 1 if amount else found.epochs
             amount = amount or found.total_samples

@@ -15,8 +15,9 @@ from supple.live import duration
 
 _MARK = {"exact": "", "measured": "", "fitted": "~", "assumed": "?"}
 LEGEND = (
-    "no mark: measured, or so by definition   ~ fitted   ? assumed: rests on what nobody measured\n"
-    "low–high: 80 % interval   goodput: samples/s × efficiency   time: to the end"
+    "no mark: measured or by definition   ~ fitted   ? assumed, nobody measured it\n"
+    "low–high: 80 % interval, of memory up to what must fit\n"
+    "goodput: samples/s × efficiency   time: to the end"
 )
 _UNIT = "speed-up: {0} workers, the fewest here that the job fits on, count as {0}"
 _FIRST = "workers"

@@ -11,6 +11,7 @@ from supple.core.next_measurement import what_to_measure_first, which_layout_to_
 from supple.core.planner import PlanTable, plan
 from supple.core.spec import Limits, Objective
 from supple.core.throughput import StepTimeModel, fit
+from supple.core.types import Plan
 from tests.core.test_layout_planner import JOB as LAYOUTS
 from tests.core.test_layout_planner import SEVEN_BILLION
 from tests.core.test_layout_planner import table as layout_table
@@ -112,6 +113,20 @@ def test_where_no_row_is_a_quarter_there_is_no_layout_to_measure() -> None:
     rows = found.rows[-2:]
     assert [row.num_workers for row in rows] == [32, 64]
     assert which_layout_to_measure_first(replace(found, rows=rows, recommended=1), LAYOUTS) == ""
+
+
+def test_a_layout_that_was_measured_is_not_to_be_measured_again() -> None:
+    found = layout_table(max_workers=64)
+    chosen = replace(found, recommended=len(found.rows) - 1)
+    told = which_layout_to_measure_first(chosen, LAYOUTS)
+    count = int(re.findall(r"Measure (\d+) worker", told)[0])
+
+    def as_measured(row: Plan) -> Plan:
+        return replace(row, step_time_s=replace(row.step_time_s, source="measured"))
+
+    rows = tuple(as_measured(row) if row.num_workers == count else row for row in found.rows)
+    again = which_layout_to_measure_first(replace(chosen, rows=rows), LAYOUTS)
+    assert again and int(re.findall(r"Measure (\d+) worker", again)[0]) != count
 
 
 def test_measurements_that_are_not_of_one_machine_are_to_be_checked_first() -> None:

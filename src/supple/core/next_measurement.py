@@ -59,7 +59,9 @@ def which_layout_to_measure_first(table: PlanTable, job: LayoutJob) -> str:
     if now < _WIDE:
         return ""
     smaller = {
-        row.num_workers: row for row in table.rows if 4 * row.num_workers <= chosen.num_workers
+        row.num_workers: row
+        for row in table.rows
+        if 4 * row.num_workers <= chosen.num_workers and row.step_time_s.source != "measured"
     }
     left = {
         count: job.times.half_width(run_of(job, chosen), also=[run_of(job, row)])

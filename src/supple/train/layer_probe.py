@@ -29,6 +29,7 @@ class LayerReport:
     base_lr: float
     total_samples: int
     epochs: int
+    optimizer_name: str
 
 
 class _Complete(BaseException):
@@ -174,6 +175,7 @@ class _LayerProbe:
             base_lr=self._lr,
             total_samples=self._total,
             epochs=self._epochs,
+            optimizer_name=type(self._optimizer).__name__,
         )
 
     def _forward(self, key: int, size: int) -> float:
