@@ -187,9 +187,9 @@ def test_speed_ups_hold_the_doubt_about_the_row_that_sets_the_unit() -> None:
             rows[0].num_workers * row.goodput.value / rows[0].goodput.value
         )
         assert row.speedup.high / row.speedup.low == pytest.approx(ratio.high / ratio.low)
-    noisy = table(replace(JOB, noise_scale=20_000.0), batch="adaptive", min_workers=512)
+    noisy = table(replace(JOB, noise_scale=2_000.0), batch="adaptive", min_workers=128)
     first, last = noisy.rows[0], noisy.rows[-1]
-    assert first.batch.global_batch_size > 512
+    assert 512 < first.batch.global_batch_size < last.batch.global_batch_size
     assert last.speedup.value == pytest.approx(
         first.num_workers * last.goodput.value / first.goodput.value
     )
