@@ -96,7 +96,7 @@ class LayoutModel:
         seen, most = self._seen(), self.most_workers
         found: list[Estimate] = []
         for run, form, shared in zip(runs, times.tolist(), spread.tolist(), strict=True):
-            if run in seen:
+            if seen and run in seen:  # hashing a run of many layers costs
                 found.append(_about(*_as_measured(seen[run]), "measured"))
                 continue
             variance = shared + self._own(run.layout.world_size, most)
