@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from supple import plan_view
-from supple.core.planner import PlanTable
+from supple.core.choice import PlanTable
 from supple.core.spec import KNEE_RULE, Objective
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan, Source
 from supple.picture import changes, draw_plan, draw_run
@@ -158,19 +159,55 @@ def test_a_change_is_explained_by_the_decision_next_to_its_forming() -> None:
 
 def test_the_table_has_a_line_a_count_and_marks_the_recommended_one() -> None:
     text = shown(table(), 200)
-    lines = [line for line in text.splitlines() if "×" in line or "±" in line][:7]
+    lines = text.splitlines()[1:8]
     assert [line.split()[0] for line in lines].count("→") == 1
     assert next(line for line in lines if line.startswith("→")).split()[1] == "8"
     assert "Recommended: 8 workers: made up for a test." in text
     assert "~" in lines[3] and "?" in lines[6] and "?" not in lines[0]
 
 
-def test_a_narrow_terminal_gets_two_tables_that_fit_and_lose_no_column() -> None:
+def test_an_interval_of_a_step_and_of_memory_is_its_two_ends_in_one_unit() -> None:
+    """Also where half of it is more than the value, which no "±" can say."""
+    wide = replace(
+        row(4),
+        step_time_s=Estimate(value=0.1, low=0.004, high=2.5, source="assumed"),
+        memory_bytes=Estimate(value=2**30, low=2**29, high=2**30, source="assumed"),
+    )
+    text = shown(PlanTable(rows=(row(2), wide), recommended=1, reason="made up."), 200)
+    assert " 199–221 ms" in text and "?0.004–2.5 s" in text
+    assert "?0.5–1 GiB" in text and "±" not in text
+
+
+def test_what_the_intervals_of_the_recommended_row_are_around_is_said() -> None:
+    assert "Expected there: 67.5 ms a step, 1h41m to the end, 13.5 accelerator-hours, cost" in (
+        shown(table(), 200)
+    )
+
+
+def test_memory_that_nobody_knows_is_not_nothing() -> None:
+    nothing = Estimate(value=0.0, low=0.0, high=0.0, source="assumed")
+    unknown = replace(row(1), memory_bytes=nothing)
+    text = shown(PlanTable(rows=(unknown,), recommended=0, reason="made up."), 200)
+    assert "MiB" not in text and " ? " in text
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_layouts_with_every_column_fit_a_narrow_terminal(width: int) -> None:
+    rows = tuple(
+        replace(row(1 << n), layout=ParallelLayout(tp=1 << n), recompute=True) for n in range(7)
+    )
+    text = shown(PlanTable(rows=rows, recommended=3, reason="made up."), width)
+    for head in ("layout", "lr", "step", "samples/s", "goodput", "memory", "acc.-hours", "cost"):
+        assert head in text.split()
+    assert "tp64 recompute" in text and "…" not in text
+
+
+def test_a_narrow_terminal_gets_tables_that_fit_and_lose_no_column() -> None:
     wide, narrow = shown(table(), 200), shown(table(), 80)
     heads = ["workers", "micro", "batch", "step", "goodput", "speed-up", "memory", "time", "cost"]
     for head in heads:
         assert head in wide and head in narrow
-    assert max(len(line) for line in narrow.splitlines() if "80 %" not in line) <= 80
+    assert max(len(line) for line in narrow.splitlines() if ": " not in line) <= 80
     assert "…" not in narrow
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from supple.core.interconnects import INTERCONNECTS, lookup
 from supple.core.spec import (
     KNEE_RULE,
+    MAX_WORKERS,
     Objective,
     SpecError,
     parse_limits,
@@ -24,8 +25,8 @@ from supple.rows import parse_amount, read_rows
 from supple.train.script import check
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
+    from supple.core.choice import PlanTable
     from supple.core.layouts import Device, LayoutMeasurement, Transformer
-    from supple.core.planner import PlanTable
     from supple.train.layer_probe import LayerReport
 
 EPILOG = (
@@ -36,6 +37,18 @@ EPILOG = (
     "--batch-size 1536 --accelerator a100-80 --deadline 30d --price 2.5"
 )
 _COLUMNS = ("tp", "dp", "pp", "micro_batch_size", "global_batch_size", "iteration_time_s")
+_MOST = {
+    "--hidden": 10**6,
+    "--layers": 10**4,
+    "--heads": 10**5,
+    "--seq": 10**9,
+    "--vocab": 10**8,
+    "--workers-per-node": MAX_WORKERS,
+    "--lr": 1e3,
+    "--memory": 1e4,
+    "--noise-scale": 1e15,
+}
+"""At least ten times what anybody published; more is a typing error."""
 
 
 def layouts(
@@ -47,24 +60,32 @@ def layouts(
     heads: Annotated[int | None, typer.Option(help="Its attention heads.")] = None,
     samples: Annotated[str | None, typer.Option(help="Sequences to train on: 200000, 10M.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Global batch, in sequences.")] = None,
-    seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
-    vocab: Annotated[int, typer.Option(help="Entries of the vocabulary.")] = 50_304,
+    seq: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: 2048.")] = None,
+    vocab: Annotated[
+        int | None, typer.Option(help="Entries of the vocabulary; default: 50304.")
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Tuned at --batch-size; default: 3e-4, or the script's.")
     ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="adam, adam-8bit, adafactor, sgd-momentum or sgd.")
-    ] = "adam",
+        str | None,
+        typer.Option(help="adam (default), adam-8bit, adafactor, sgd-momentum or sgd."),
+    ] = None,
     accelerator: Annotated[str, typer.Option(help="v100, a100, a100-80, h100 or b200.")] = "h100",
     memory: Annotated[
         float | None, typer.Option(help="GB of one accelerator; default: its data sheet's.")
     ] = None,
     workers_per_node: Annotated[int, typer.Option(help="Accelerators of a node.")] = 8,
     interconnect: Annotated[
-        str, typer.Option(help="Between nodes; x8: eight network cards a node.")
+        str,
+        typer.Option(
+            help="Between nodes; x8: eight network cards a node. "
+            f"One of {', '.join(INTERCONNECTS)}."
+        ),
     ] = "infiniband-400x8",
     local_link: Annotated[
-        str | None, typer.Option(help="Inside a node; default: nvlink of the accelerator.")
+        str | None,
+        typer.Option(help="Inside a node, one of the same; default: nvlink of the accelerator."),
     ] = None,
     measured: Annotated[
         Path | None,
@@ -115,28 +136,38 @@ def layouts(
             )
         from supple.core.layout_memory import OPTIMIZER_BYTES
 
+        given_optimizer, optimizer = optimizer, optimizer or "adam"
         if optimizer not in OPTIMIZER_BYTES:
             raise SpecError(
                 f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZER_BYTES)}."
             )
-        extra = [name for name, value in sizes.items() if value is not None]
-        extra += ["--optimizer"] if optimizer != "adam" else []
-        if script is not None and (extra or measured):
+        described_by = sizes | {
+            "--seq": seq,
+            "--vocab": vocab,
+            "--optimizer": given_optimizer,
+            "--measured": measured,
+        }
+        extra = [name for name, value in described_by.items() if value is not None]
+        if script is not None and extra:
             raise SpecError(
-                f"SCRIPT and {', '.join(extra) or '--measured'} were both given: a script's layers "
-                "are measured, a transformer is described. Leave one out."
+                f"SCRIPT and {', '.join(extra)} were both given: a script's layers are measured, a "
+                "transformer is described. Leave one out."
             )
         device = _device(accelerator)
+        link = lookup(interconnect)
         local = lookup(local_link or _nvlink(device))
         for option, value in (
             ("--batch-size", batch_size),
             ("--workers-per-node", workers_per_node),
         ):
-            if value is not None and value < 1:
-                raise SpecError(f"{option} is {value}: it must be at least 1.")
+            _check_whole(option, value)
         for option, number in (("--lr", lr), ("--memory", memory), ("--noise-scale", noise_scale)):
-            if number is not None and not 0 < number < float("inf"):
-                raise SpecError(f"{option} is {number:g}: it must be positive and finite.")
+            if number is not None and not 0 < number <= _MOST[option]:
+                unit = " GB" if option == "--memory" else ""
+                raise SpecError(
+                    f"{option} is {number:g}{unit}: it must be above 0 and at most "
+                    f"{_MOST[option]:,.16g}{unit}."
+                )
         limits = parse_limits(max_workers, price, batch)
         if limits.batch == "adaptive" and not (noise_scale or history or probes):
             raise SpecError(
@@ -169,15 +200,24 @@ def layouts(
 
         amount = _amount(samples) if samples else None
         rows: list[LayoutMeasurement] = []
+        epochs = 1
         if script is None:
             assert hidden is not None and layers is not None and heads is not None
+            seq, vocab = 2048 if seq is None else seq, 50_304 if vocab is None else vocab
             described = _transformer(hidden, layers, heads, seq, vocab)
             rows = _read(measured, described) if measured else []
             model = described
         else:
             found = _measure(script, verbose)
+            typer.echo(
+                "times are those of this machine's processor, on which the layers were measured; "
+                f"memory, links and the optimizer's update are those of {device.name}",
+                err=True,
+            )
             model = found.layers
+            optimizer = found.optimizer_name
             batch_size, lr = batch_size or found.base_batch_size, lr or found.base_lr
+            epochs = 1 if amount else found.epochs
             amount = amount or found.total_samples
         assert batch_size and amount
         if batch_size > amount:
@@ -185,7 +225,6 @@ def layouts(
                 f"a batch of {batch_size} of {amount} samples in all: training takes whole steps, "
                 "and not one would be full. Raise --samples, or lower --batch-size."
             )
-        link = lookup(interconnect)
         try:
             times = fit_layouts(
                 rows,
@@ -203,6 +242,7 @@ def layouts(
             base_batch_size=batch_size,
             base_lr=lr or 3e-4,
             total_samples=amount,
+            epochs=epochs,
             noise_scale=noise_scale,
             samples=curve,
             optimizer=optimizer,
@@ -265,8 +305,7 @@ def _transformer(hidden: int, layers: int, heads: int, seq: int, vocab: int) -> 
 
     sizes = {"--hidden": hidden, "--layers": layers, "--heads": heads, "--seq": seq}
     for option, value in (sizes | {"--vocab": vocab}).items():
-        if value < 1:
-            raise SpecError(f"{option} is {value}: it must be at least 1.")
+        _check_whole(option, value)
     if hidden % heads:
         raise SpecError(
             f"--hidden {hidden} does not divide into --heads {heads}: the width of a head must be "
@@ -275,6 +314,15 @@ def _transformer(hidden: int, layers: int, heads: int, seq: int, vocab: int) -> 
     return Transformer(
         hidden_size=hidden, num_layers=layers, num_heads=heads, seq_length=seq, vocab_size=vocab
     )
+
+
+def _check_whole(option: str, value: int | None) -> None:
+    if value is None:
+        return
+    if value < 1:
+        raise SpecError(f"{option} is {value}: it must be at least 1.")
+    if option in _MOST and value > _MOST[option]:
+        raise SpecError(f"{option} is {value}: it must be at most {_MOST[option]:,.16g}.")
 
 
 def _device(name: str) -> "Device":
@@ -286,8 +334,7 @@ def _device(name: str) -> "Device":
 
 
 def _nvlink(device: "Device") -> str:
-    name = f"nvlink-{device.name.split('-')[0]}"
-    return name if name in INTERCONNECTS else "pcie4"
+    return f"nvlink-{device.name.split('-')[0]}"
 
 
 def _amount(text: str) -> int:

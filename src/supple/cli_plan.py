@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from supple.core.interconnects import lookup
+from supple.core.interconnects import INTERCONNECTS, lookup
 from supple.core.spec import (
     KNEE_RULE,
     parse_count,
@@ -46,7 +46,10 @@ def plan(
     ] = None,
     price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
     interconnect: Annotated[
-        str, typer.Option(help="Between nodes; cloud-… for virtual machines.")
+        str,
+        typer.Option(
+            help=f"Between nodes; cloud-… for virtual machines. One of {', '.join(INTERCONNECTS)}."
+        ),
     ] = "ethernet-25",
     workers_per_node: Annotated[
         str | None, typer.Option(help="Default: this machine's cores.")

@@ -7,38 +7,39 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from supple.core.choice import PlanTable
 from supple.core.layout_planner import describe
-from supple.core.planner import PlanTable
 from supple.core.spec import KNEE_RULE
 from supple.core.types import Estimate, Infeasible, Plan
 from supple.live import duration
 
-_MARK = {"measured": "", "fitted": "~", "assumed": "?"}
+_MARK = {"exact": "", "measured": "", "fitted": "~", "assumed": "?"}
 LEGEND = (
-    "no mark: measured   ~ fitted   ? assumed (crosses a link nobody measured)\n"
-    "±, low–high: 80 % interval   goodput: samples/s × efficiency   time: to the end"
+    "no mark: measured or by definition   ~ fitted   ? assumed, nobody measured it\n"
+    "low–high: 80 % interval, of memory up to what must fit\n"
+    "goodput: samples/s × efficiency   time: to the end"
 )
-_SPLIT_AT = "speed-up"
-_ANY_WIDTH = 10_000
+_UNIT = "speed-up: {0} workers, the fewest here that the job fits on, count as {0}"
+_FIRST = "workers"
+_WIDE_GAP, _NARROW_GAP = 2, 1
 Form = Callable[[float], str]
 
 
 def show(table: PlanTable, console: Console, *, measure_first: str = "") -> None:
-    """Print the table, the legend, the recommendation, and what to measure first. Where the console
-    is too narrow for all columns, the table comes as two, one above the other."""
+    """Print the table, the legend, the recommendation with what is expected of it, and what to
+    measure first. Where the console is too narrow for all columns, the table comes in parts, one
+    above the other."""
     columns = _columns(table.rows)
-    whole = _view(columns, table.recommended, gap=2)
-    unbounded = console.options.update(max_width=_ANY_WIDTH)
-    if console.measure(whole, options=unbounded).maximum <= console.width:
-        console.print(whole)
+    if _width(columns, _WIDE_GAP) <= console.width:
+        console.print(_view(columns, table.recommended, gap=_WIDE_GAP))
     else:
-        heads = list(columns)
-        cut = heads.index(_SPLIT_AT)
-        for part in (heads[:cut], ["workers", *heads[cut:]]):
-            cells = {head: columns[head] for head in part}
-            console.print(_view(cells, table.recommended, gap=1))
+        for part in _parts(columns, console.width):
+            console.print(_view(part, table.recommended, gap=_NARROW_GAP))
     console.print(LEGEND, style="dim")
+    if table.unit > 1:
+        console.print(_UNIT.format(table.unit), style="dim")
     console.print(f"\nRecommended: {table.reason}", soft_wrap=not console.is_terminal)
+    console.print(_expected(table.choice), soft_wrap=not console.is_terminal)
     if measure_first:
         console.print(measure_first, soft_wrap=not console.is_terminal)
 
@@ -65,12 +66,12 @@ def _columns(rows: Sequence[Plan]) -> dict[str, list[str]]:
         "accum": [str(row.batch.num_accumulation_steps) for row in rows],
         "batch": [str(row.batch.global_batch_size) for row in rows],
         "lr": [f"{row.batch.lr:.3g}" for row in rows],
-        "step": [_spread(row.step_time_s, _short_time) for row in rows],
+        "step": [_range_in(row.step_time_s, _step_unit) for row in rows],
         "samples/s": [_plain(row.samples_per_s, _grouped) for row in rows],
         "effic.": [_plain(row.efficiency, "{:.2f}".format) for row in rows],
         "goodput": [_plain(row.goodput, _grouped) for row in rows],
-        "speed-up": [_range(row.speedup, "{:.2f}".format) for row in rows],
-        "memory": [_spread(row.memory_bytes, _size) for row in rows],
+        "speed-up": [_range(row.speedup, _speed) for row in rows],
+        "memory": [_range_in(row.memory_bytes, _size_unit) for row in rows],
         "time": [_range(row.time_to_end_s, _long_time) for row in rows],
         "acc.-hours": [_range(row.accelerator_hours, _grouped) for row in rows],
     }
@@ -81,6 +82,26 @@ def _columns(rows: Sequence[Plan]) -> dict[str, list[str]]:
     if len(costs) == len(rows):
         cells["cost"] = [_range(cost, _grouped) for cost in costs]
     return cells
+
+
+def _width(columns: dict[str, list[str]], gap: int) -> int:
+    """Characters of the table with these columns, the arrow's before them."""
+    widest = [max(map(len, (head, *cells))) for head, cells in columns.items()]
+    return 1 + sum(gap + width for width in widest) + gap
+
+
+def _parts(columns: dict[str, list[str]], width: int) -> list[dict[str, list[str]]]:
+    """All columns in tables of at most `width` (or two columns), each from the workers on."""
+    parts: list[dict[str, list[str]]] = [{_FIRST: columns[_FIRST]}]
+    for head, cells in columns.items():
+        if head == _FIRST:
+            continue
+        longer = {**parts[-1], head: cells}
+        if len(parts[-1]) > 1 and _width(longer, _NARROW_GAP) > width:
+            longer = {_FIRST: columns[_FIRST], head: cells}
+            parts.append(longer)
+        parts[-1] = longer
+    return parts
 
 
 def _view(columns: dict[str, list[str]], recommended: int, *, gap: int) -> Table:
@@ -98,15 +119,32 @@ def _plain(estimate: Estimate, form: Form) -> str:
     return _MARK[estimate.source] + form(estimate.value)
 
 
-def _spread(estimate: Estimate, form: Form) -> str:
-    half = (estimate.high - estimate.low) / 2
-    share = f" ±{half / estimate.value:.0%}" if estimate.value else ""
-    return _plain(estimate, form) + share
-
-
 def _range(estimate: Estimate, form: Form) -> str:
     low, high = form(estimate.low), form(estimate.high)
     return _MARK[estimate.source] + (low if low == high else f"{low}–{high}")
+
+
+def _range_in(estimate: Estimate, unit_for: Callable[[float], tuple[float, str]]) -> str:
+    """The interval with one unit for both ends, that of the high one; "?" for what is not known."""
+    if not estimate.high:
+        return "?"
+    scale, unit = unit_for(estimate.high)
+    return f"{_range(estimate, lambda number: _grouped(number / scale))} {unit}"
+
+
+def _expected(row: Plan) -> str:
+    """What the intervals of a row are around."""
+    scale, unit = _step_unit(row.step_time_s.value)
+    cost = "" if row.cost is None else f", cost {_grouped(row.cost.value)}"
+    return (
+        f"Expected there: {_grouped(row.step_time_s.value / scale)} {unit} a step, "
+        f"{_long_time(row.time_to_end_s.value)} to the end, "
+        f"{_grouped(row.accelerator_hours.value)} accelerator-hours{cost}."
+    )
+
+
+def _speed(times: float) -> str:
+    return f"{times:.2f}" if times < 100 else _grouped(times)
 
 
 def _grouped(number: float) -> str:
@@ -114,13 +152,13 @@ def _grouped(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _short_time(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+def _step_unit(seconds: float) -> tuple[float, str]:
+    return (1e-3, "ms") if seconds < 1 else (1.0, "s")
 
 
 def _long_time(seconds: float) -> str:
     return f"{seconds:.1f}s" if seconds < 60 else duration(seconds)
 
 
-def _size(count: float) -> str:
-    return f"{count / 2**20:,.0f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"
+def _size_unit(count: float) -> tuple[float, str]:
+    return (2**20, "MiB") if count < 2**30 else (2**30, "GiB")

@@ -56,7 +56,7 @@ def test_every_number_stands_in_an_interval_and_says_where_it_comes_from(planned
         for name in ESTIMATES:
             estimate = row[name]
             assert 0 < estimate["low"] <= estimate["value"] <= estimate["high"], name
-            assert estimate["source"] in ("measured", "fitted", "assumed")
+            assert estimate["source"] in ("exact", "measured", "fitted", "assumed")
     alone = planned.answer["rows"][0]
     assert alone["step_time_s"]["source"] == "measured"
     assert alone["memory_bytes"]["source"] == "measured"

@@ -10,7 +10,7 @@ from supple.core.estimates import exact, over, plus, times
 from supple.core.types import Estimate, Source
 
 positive = st.floats(1e-3, 1e6)
-sources: st.SearchStrategy[Source] = st.sampled_from(["measured", "fitted", "assumed"])
+sources: st.SearchStrategy[Source] = st.sampled_from(["exact", "measured", "fitted", "assumed"])
 
 
 @st.composite
@@ -53,6 +53,8 @@ def test_a_known_sum_keeps_the_width_in_seconds(a: Estimate, constant: float) ->
 @pytest.mark.parametrize(
     ("one", "other", "both"),
     [
+        ("exact", "exact", "exact"),
+        ("exact", "measured", "measured"),
         ("measured", "measured", "measured"),
         ("measured", "fitted", "fitted"),
         ("assumed", "fitted", "assumed"),

@@ -180,7 +180,7 @@ def test_the_best_batch_may_be_the_last_doubling_without_more_accumulation(
 
 
 def test_the_worth_of_a_batch_says_what_it_rests_on() -> None:
-    assert worth(None, None, 64, 64).source == "measured"
+    assert worth(None, None, 64, 64).source == "exact"
     assert worth(None, 500.0, 64, 128).source == "fitted"
     unknown = worth(None, None, 64, 128)
     assert (unknown.value, unknown.source) == (1.0, "assumed")

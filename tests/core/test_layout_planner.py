@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from supple.core.choice import PlanTable
 from supple.core.interconnects import lookup
 from supple.core.layout_memory import peak_memory
-from supple.core.layout_planner import LayoutJob, describe, plan_layouts, runs_for
+from supple.core.layout_planner import LayoutJob, describe, plan_layouts, run_of, runs_for
 from supple.core.layouts import DEVICES, LayoutRun, Transformer, fit_layouts
-from supple.core.planner import PlanTable
 from supple.core.samples import Run, fit_samples
 from supple.core.spec import Limits, Objective
 from supple.core.stages import MeasuredLayer, best_cuts
@@ -177,6 +177,81 @@ def test_the_speed_up_of_the_first_row_is_no_surer_than_its_speed() -> None:
     assert (one.num_workers, one.speedup.value, one.speedup.source) == (1, 1.0, "assumed")
 
 
+def test_speed_ups_hold_the_doubt_about_the_row_that_sets_the_unit() -> None:
+    """Of two rows of one fit: what makes both slow divides out, so the width is neither the later
+    row's own nor both together."""
+    rows = table().rows
+    for row in rows[1:]:
+        ratio = JOB.times.ratio(run_of(JOB, row), run_of(JOB, rows[0]))
+        assert row.speedup.value == pytest.approx(
+            rows[0].num_workers * row.goodput.value / rows[0].goodput.value
+        )
+        assert row.speedup.high / row.speedup.low == pytest.approx(ratio.high / ratio.low)
+    noisy = table(replace(JOB, noise_scale=2_000.0), batch="adaptive", min_workers=128)
+    first, last = noisy.rows[0], noisy.rows[-1]
+    assert 512 < first.batch.global_batch_size < last.batch.global_batch_size
+    assert last.speedup.value == pytest.approx(
+        first.num_workers * last.goodput.value / first.goodput.value
+    )
+
+
+def test_the_speed_of_the_fewest_that_fit_is_not_called_that_of_one_worker() -> None:
+    found = table()
+    count, unit = found.choice.num_workers, found.rows[0].num_workers
+    times = found.choice.speedup.value / unit
+    told = f"{count} workers: {times:.2f} times the speed of {unit} workers, the fewest here that"
+    assert found.unit == unit == 2 and found.reason.startswith(told)
+    assert table(max_workers=2).reason.startswith("2 workers, the fewest here that the job")
+    roomy = table(replace(JOB, memory_bytes=1e12))
+    assert roomy.unit == 1 and "times the speed of one worker;" in roomy.reason
+    for objective in (Objective(deadline_s=1e7), Objective(budget=1e6)):
+        asked = plan_layouts(JOB, Limits(), objective)
+        assert isinstance(asked, PlanTable) and asked.unit == 2
+
+
+def test_training_takes_whole_steps_in_every_epoch() -> None:
+    def steps(**fields: object) -> float:
+        row = table(replace(JOB, **fields)).choice  # type: ignore[arg-type]
+        return row.time_to_end_s.value / row.step_time_s.value
+
+    assert steps(total_samples=512) == pytest.approx(1.0)
+    assert steps(total_samples=513) == pytest.approx(2.0)
+    assert steps(total_samples=3 * 513, epochs=3) == pytest.approx(6.0)
+    assert steps(total_samples=512 * 1000) == pytest.approx(1000.0)
+
+
+def test_a_batch_that_is_worth_less_takes_more_of_the_whole_steps() -> None:
+    noisy = replace(JOB, noise_scale=20_000.0)
+    row = table(noisy, batch="adaptive", min_workers=512, max_workers=512).choice
+    needed = JOB.total_samples / row.efficiency.value / row.batch.global_batch_size
+    steps = row.time_to_end_s.value / row.step_time_s.value
+    assert needed <= steps < needed + 1.0
+    assert row.time_to_end_s.high / row.time_to_end_s.low > (
+        row.step_time_s.high / row.step_time_s.low
+    )
+
+
+def test_a_fixed_batch_is_worth_what_it_is_by_definition_and_not_as_measured() -> None:
+    assert {row.efficiency.source for row in table().rows} == {"exact"}
+
+
+def test_a_recommendation_that_is_a_guess_says_so_and_a_worse_one_is_none() -> None:
+    def found(scatter: float) -> PlanTable | Infeasible:
+        job = replace(JOB, times=replace(JOB.times, scatter=scatter))
+        return plan_layouts(job, Limits(max_workers=64), Objective())
+
+    surely, hardly, never = found(0.1), found(1.2), found(4.0)
+    assert isinstance(surely, PlanTable) and "guess" not in surely.reason
+    assert isinstance(hardly, PlanTable)
+    step = hardly.choice.step_time_s
+    assert hardly.reason.endswith(
+        f" This is a guess: a step may take {step.low:.3g} s or {step.high:.3g} s. Measure first."
+    )
+    assert isinstance(never, Infeasible)
+    assert "ends more than 1,000 times apart decide nothing" in str(never).lower()
+    assert "Check the measurements against each other" in str(never)
+
+
 LAYERS = tuple(
     MeasuredLayer(
         host_s=1e-4,
@@ -225,8 +300,9 @@ def test_every_run_of_a_count_uses_all_of_it_and_makes_the_batch(
     ("fields", "words"),
     [
         ({"optimizer": "AdamW"}, "'AdamW'.*not known"),
-        ({"total_samples": 0}, "total_samples=0: both must be at least 1"),
+        ({"total_samples": 0}, "total_samples=0, epochs=1: all must be at least 1"),
         ({"base_batch_size": 0}, "base_batch_size=0"),
+        ({"epochs": 0}, "epochs=0"),
         ({"memory_bytes": math.nan}, "memory_bytes=nan: it must be positive"),
         ({"memory_bytes": -1.0}, "memory_bytes=-1.0"),
         ({"noise_scale": -1.0}, "noise_scale=-1.0"),

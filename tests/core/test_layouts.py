@@ -103,7 +103,8 @@ def test_four_of_five_intervals_hold_the_truth() -> None:
 
 
 def test_measuring_narrows_the_interval_and_changes_the_source() -> None:
-    wide, narrow = UNMEASURED.predict(run(2)), model_of(*measured(RUNS[:20])).predict(run(2))
+    asked = run(2, micro_batch=3)
+    wide, narrow = UNMEASURED.predict(asked), model_of(*measured(RUNS[:20])).predict(asked)
     assert (wide.source, narrow.source) == ("assumed", "fitted")
     assert narrow.high / narrow.low < wide.high / wide.low
 
@@ -183,6 +184,79 @@ def test_a_time_that_no_device_can_reach_is_refused() -> None:
     row = LayoutMeasurement(run=run(), iteration_s=time_of(run()) / 20.0)
     with pytest.raises(ValueError, match=r"TFLOP/s: the data sheet of a100 says 312"):
         model_of(row)
+
+
+def test_milliseconds_given_as_seconds_are_refused_by_the_row_and_the_rule() -> None:
+    good = LayoutMeasurement(run=run(2), iteration_s=time_of(run(2)))
+    wrong = LayoutMeasurement(run=run(), iteration_s=1000.0 * time_of(run()))
+    with pytest.raises(ValueError, match=r"measurement 2: .* less than 0\.1% .* not milliseconds"):
+        model_of(good, wrong)
+
+
+def test_a_tiny_model_may_use_next_to_nothing_of_its_accelerator() -> None:
+    """Its launches are all it does: a millionth of the data sheet is no reason to refuse it."""
+    tiny = Transformer(hidden_size=64, num_layers=2, num_heads=2, seq_length=64, vocab_size=300)
+    asked = run(model=tiny, micro_batch=1)
+    model = model_of(LayoutMeasurement(run=asked, iteration_s=10.0 * time_of(asked)))
+    assert time_of(asked, model) == pytest.approx(10.0 * time_of(asked))
+
+
+def test_a_slow_link_that_nobody_named_is_no_reason_to_refuse() -> None:
+    asked = run(dp=8, micro_batch=1, num=1)
+    model_of(LayoutMeasurement(run=asked, iteration_s=50.0 * time_of(asked)))
+
+
+@pytest.mark.parametrize("times", [0.3, 0.9, 5.0, 40.0])
+def test_what_was_measured_is_given_as_measured_however_far_from_expected(times: float) -> None:
+    seconds = times * time_of(run(2))
+    found = model_of(LayoutMeasurement(run=run(2), iteration_s=seconds)).predict(run(2))
+    assert (found.value, found.source) == (pytest.approx(seconds), "measured")
+    assert 1.05 < found.high / found.low < 1.12
+
+
+def test_repeats_that_contradict_each_other_are_no_better_known_than_they_differ() -> None:
+    twice = [LayoutMeasurement(run=run(2), iteration_s=seconds) for seconds in (1.0, 2.0)]
+    found = model_of(*twice).predict(run(2))
+    assert found.low < 1.0 < 2.0 < found.high
+
+
+def test_measuring_the_very_run_leaves_the_error_of_a_measurement() -> None:
+    promised = UNMEASURED.half_width(run(2), also=[run(2)])
+    row = LayoutMeasurement(run=run(2), iteration_s=time_of(run(2)))
+    assert promised == pytest.approx(model_of(row).half_width(run(2)))
+    assert promised < UNMEASURED.half_width(run(2), also=[run(4)]) < UNMEASURED.half_width(run(2))
+
+
+def test_what_makes_two_runs_slow_divides_out_of_their_ratio() -> None:
+    one, other = run(1), run(2)
+    found = UNMEASURED.ratio(one, other)
+    under, over = UNMEASURED.predict(one), UNMEASURED.predict(other)
+    assert found.value == pytest.approx(over.value / under.value)
+    apart = math.hypot(*(math.log(row.high / row.value) for row in (under, over)))
+    assert 0.1 * apart < math.log(found.high / found.value) < 0.5 * apart
+    assert UNMEASURED.ratio(one, one).low == UNMEASURED.ratio(one, one).high == 1.0
+
+
+def test_two_measured_runs_have_the_errors_of_both() -> None:
+    rows = [LayoutMeasurement(run=asked, iteration_s=time_of(asked)) for asked in (run(1), run(2))]
+    model = model_of(*rows)
+    width = math.log(model.ratio(run(1), run(2)).high / model.ratio(run(1), run(2)).value)
+    alone = math.log(model.predict(run(1)).high / model.predict(run(1)).value)
+    assert width == pytest.approx(math.sqrt(2.0) * alone)
+    assert model.ratio(run(1), run(2)).source == "measured"
+
+
+def test_four_of_five_ratios_of_two_runs_hold_the_truth() -> None:
+    held: list[bool] = []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        rows = measured(RUNS, noise=0.08)
+        rest = rng.permutation(len(RUNS))
+        model = model_of(*[rows[index] for index in rest[:20]])
+        for one, other in zip(rest[20::2], rest[21::2], strict=False):
+            found = model.ratio(RUNS[one], RUNS[other])
+            held.append(found.low <= rows[other].iteration_s / rows[one].iteration_s <= found.high)
+    assert 0.65 <= np.mean(held) <= 0.95
 
 
 @pytest.mark.parametrize("scale", [0.3, 3.0])

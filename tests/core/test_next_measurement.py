@@ -11,11 +11,14 @@ from supple.core.next_measurement import what_to_measure_first, which_layout_to_
 from supple.core.planner import PlanTable, plan
 from supple.core.spec import Limits, Objective
 from supple.core.throughput import StepTimeModel, fit
+from supple.core.types import Plan
 from tests.core.test_layout_planner import JOB as LAYOUTS
 from tests.core.test_layout_planner import SEVEN_BILLION
 from tests.core.test_layout_planner import table as layout_table
 from tests.core.test_planner import job, table
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
+
+FACTORS = r"from within a factor of ([\d.]+) to within a factor of ([\d.]+)\."
 
 
 def model(*counts: int, per_node: int = 8) -> StepTimeModel:
@@ -40,11 +43,9 @@ def advice(*counts: int, largest: int = 64, **changes: object) -> tuple[PlanTabl
 
 def test_a_count_beyond_the_node_asks_for_a_smaller_one_and_gives_both_widths() -> None:
     _, sentence = advice(2)
-    count, now, then = map(
-        int, re.findall(r"Measure (\d+) workers.* from ±(\d+)% to ±(\d+)%", sentence)[0]
-    )
+    count, now, then = map(float, re.findall(rf"Measure (\d+) workers.* {FACTORS}", sentence)[0])
     assert 2 < count <= 16
-    assert then <= 0.7 * now
+    assert then - 1 <= 0.7 * (now - 1)
 
 
 def test_a_count_on_several_nodes_comes_with_the_number_of_nodes() -> None:
@@ -97,12 +98,13 @@ def test_a_layout_to_measure_is_a_row_of_the_table_on_at_most_a_quarter() -> Non
     chosen = replace(found, recommended=len(found.rows) - 1)
     sentence = which_layout_to_measure_first(chosen, LAYOUTS)
     count, size, now, then = map(
-        int,
-        re.findall(r"Measure (\d+) workers as .* of (\d+).* from ±(\d+)% to ±(\d+)%", sentence)[0],
+        float, re.findall(rf"Measure (\d+) workers as .* of (\d+).* {FACTORS}", sentence)[0]
     )
     row = next(row for row in found.rows if row.num_workers == count)
     assert (row.batch.micro_batch_size, chosen.choice.num_workers) == (size, 64)
-    assert 4 * count <= 64 and then <= 0.7 * now
+    assert 4 * count <= 64 and then - 1 <= 0.7 * (now - 1)
+    low_to_high = chosen.choice.step_time_s.high / chosen.choice.step_time_s.low
+    assert now == pytest.approx(math.sqrt(low_to_high), abs=0.01)
 
 
 def test_where_no_row_is_a_quarter_there_is_no_layout_to_measure() -> None:
@@ -111,6 +113,29 @@ def test_where_no_row_is_a_quarter_there_is_no_layout_to_measure() -> None:
     rows = found.rows[-2:]
     assert [row.num_workers for row in rows] == [32, 64]
     assert which_layout_to_measure_first(replace(found, rows=rows, recommended=1), LAYOUTS) == ""
+
+
+def test_a_layout_that_was_measured_is_not_to_be_measured_again() -> None:
+    found = layout_table(max_workers=64)
+    chosen = replace(found, recommended=len(found.rows) - 1)
+    told = which_layout_to_measure_first(chosen, LAYOUTS)
+    count = int(re.findall(r"Measure (\d+) worker", told)[0])
+
+    def as_measured(row: Plan) -> Plan:
+        return replace(row, step_time_s=replace(row.step_time_s, source="measured"))
+
+    rows = tuple(as_measured(row) if row.num_workers == count else row for row in found.rows)
+    again = which_layout_to_measure_first(replace(chosen, rows=rows), LAYOUTS)
+    assert again and int(re.findall(r"Measure (\d+) worker", again)[0]) != count
+
+
+def test_measurements_that_are_not_of_one_machine_are_to_be_checked_first() -> None:
+    odd = replace(LAYOUTS, times=replace(LAYOUTS.times, scatter=math.log(4.0)))
+    sentence = which_layout_to_measure_first(layout_table(odd, max_workers=64), odd)
+    assert sentence == (
+        "What was measured differs from what one such machine does by a factor of 4: check units, "
+        "batches, sizes and links first."
+    )
 
 
 def test_one_worker_has_no_layout_to_be_told() -> None:

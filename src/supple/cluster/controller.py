@@ -13,8 +13,8 @@ from supple.cluster.advisor import Advisor
 from supple.cluster.backend import Backend, Clock, Observer
 from supple.cluster.control import ControlServer
 from supple.core import lifecycle
+from supple.core.choice import in_words
 from supple.core.lifecycle import JobState, Phase
-from supple.core.planner import in_words
 from supple.core.spec import SpecError, TrainSpec, parse_count
 from supple.core.types import (
     Action,

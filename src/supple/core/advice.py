@@ -4,7 +4,8 @@ The same rows as a plan's, with two more rules: a change must pay back what it c
 small differences change nothing, so that the scatter of measurements sends nobody to and fro.
 """
 
-from supple.core.planner import LARGEST_COUNT, JobModel, in_words, knee, row_for
+from supple.core.choice import in_words, knee
+from supple.core.planner import LARGEST_COUNT, JobModel, row_for
 from supple.core.spec import KNEE_RULE, Limits
 
 _GROWTH_AT_ONCE = 2

@@ -10,12 +10,12 @@ from supple.core.types import Estimate, Source
 Z80 = 1.2815515655446004
 """Half-width of an 80 % interval in standard deviations."""
 
-_FROM_BEST: tuple[Source, ...] = ("measured", "fitted", "assumed")
+_FROM_BEST: tuple[Source, ...] = ("exact", "measured", "fitted", "assumed")
 
 
 def exact(value: float) -> Estimate:
-    """A number that is known."""
-    return Estimate(value=value, low=value, high=value, source="measured")
+    """A number that is known without measuring: given, or so by definition."""
+    return Estimate(value=value, low=value, high=value, source="exact")
 
 
 def less_certain(one: Source, other: Source) -> Source:

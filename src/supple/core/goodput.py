@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal
 
-from supple.core.estimates import Z80
+from supple.core.estimates import Z80, exact
 from supple.core.samples import NOISE_SCALE_ERROR, NOISE_SCALE_RATIO, SamplesModel
 from supple.core.spec import LrRule
 from supple.core.types import Estimate
@@ -63,7 +63,7 @@ def expected_efficiency(noise_scale: float, base_batch: float, batch: float) -> 
     says too little, see `NOISE_SCALE_RATIO`: the critical batch is about twice that. Used to plan;
     a job that runs at `batch` measures its noise scale there."""
     if batch == base_batch:
-        return Estimate(value=1.0, low=1.0, high=1.0, source="measured")
+        return exact(1.0)
     critical = NOISE_SCALE_RATIO * noise_scale
     width = math.exp(Z80 * NOISE_SCALE_ERROR)
     value = efficiency(critical, base_batch, batch)
@@ -77,7 +77,7 @@ def worth(
     """Efficiency of `batch` from the best that is known: previous runs of the task, else the noise
     scale, else 1, as if a batch cost nothing."""
     if batch == base_batch:
-        return Estimate(value=1.0, low=1.0, high=1.0, source="measured")
+        return exact(1.0)
     if samples is not None:
         return _from_history(samples, base_batch, batch)
     if noise_scale is not None:

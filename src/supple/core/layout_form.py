@@ -28,7 +28,7 @@ sheet.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import numpy as np
@@ -120,21 +120,27 @@ class LayoutRun:
         check_layers(self.model)
         layout = self.layout
         degrees = (layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp, layout.pp)
+        told = ", ".join(f"{field.name}={getattr(layout, field.name)}" for field in fields(layout))
         if min(self.micro_batch_size, self.num_micro_batches, *degrees) < 1:
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size}, num_micro_batches="
-                f"{self.num_micro_batches}, degrees {self.layout}: each must be at least 1."
+                f"{self.num_micro_batches}, {told}: each must be at least 1."
             )
         layers = self.model.num_layers if isinstance(self.model, Transformer) else len(self.model)
-        if self.layout.cp != 1:
+        if layout.cp != 1:
             raise ValueError(
-                f"layout {self.layout}: cp={self.layout.cp}, but context parallelism has no "
-                "iteration-time model. Ask for cp=1."
+                f"a layout of {told}: context parallelism has no iteration-time model. Ask for "
+                "cp=1."
             )
-        if self.layout.pp > layers:
+        if layout.pp > layers:
             raise ValueError(
-                f"layout {self.layout}: pp={self.layout.pp} stages of {layers} layers: a stage "
-                f"needs at least 1 layer. Ask for pp of 1 to {layers}."
+                f"a layout of {told}: {layout.pp} stages of {layers} layers, and a stage needs at "
+                f"least 1 layer. Ask for pp of 1 to {layers}."
+            )
+        if isinstance(self.model, Transformer) and self.model.num_heads % layout.tp:
+            raise ValueError(
+                f"a layout of {told}: {self.model.num_heads} heads over {layout.tp} tensor ranks, "
+                "and each needs whole heads. Ask for a tp that divides the heads."
             )
 
 

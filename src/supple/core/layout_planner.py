@@ -12,13 +12,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from supple.core.choice import PlanTable, choose
 from supple.core.estimates import exact, over, times
 from supple.core.goodput import family_of, largest_batch_ratio, worth
 from supple.core.layout_form import check_layers
 from supple.core.layout_memory import memory_parts, num_parameters, optimizer_bytes, peak_memory
 from supple.core.layouts import LayoutModel, LayoutRun, Model, Transformer
 from supple.core.learning_rate import TunedRate, planned_rate
-from supple.core.planner import PlanTable, choose, counts_within, refusal_of
+from supple.core.planner import counts_within, refusal_of
 from supple.core.samples import SamplesModel
 from supple.core.spec import Limits, Objective
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan
@@ -38,7 +39,9 @@ class LayoutJob:
     """In sequences."""
     base_lr: float
     total_samples: int
-    """Sequences to train on at the base batch."""
+    """Sequences to train on at the base batch, over all epochs."""
+    epochs: int = 1
+    """The last batch of each is smaller where the batch does not divide it."""
     noise_scale: float | None = None
     """In sequences; None: unknown, and without `samples` the batch stays."""
     samples: SamplesModel | None = None
@@ -53,11 +56,11 @@ class LayoutJob:
         check_layers(self.model)
         if isinstance(self.model, Transformer):
             optimizer_bytes(self.optimizer)
-        if min(self.base_batch_size, self.total_samples) < 1:
+        if min(self.base_batch_size, self.total_samples, self.epochs) < 1:
             raise ValueError(
                 f"layouts were asked for with base_batch_size={self.base_batch_size}, "
-                f"total_samples={self.total_samples}: both must be at least 1. Give a job that has "
-                "something to train on."
+                f"total_samples={self.total_samples}, epochs={self.epochs}: all must be at least "
+                "1. Give a job that has something to train on."
             )
         if not (math.isfinite(self.memory_bytes) and self.memory_bytes > 0):
             raise ValueError(
@@ -94,7 +97,7 @@ def plan_layouts(job: LayoutJob, limits: Limits, objective: Objective) -> PlanTa
             break
     if not rows:
         return _too_large(job, counts[-1])
-    return choose(tuple(rows), limits, objective)
+    return choose(tuple(rows), limits, objective, unit=rows[0].num_workers)
 
 
 def runs_for(job: LayoutJob, count: int, batch: int) -> Iterator[LayoutRun]:
@@ -190,8 +193,9 @@ def _row(job: LayoutJob, limits: Limits, run: LayoutRun, batch: int, first: Plan
     step = job.times.predict(run)
     count = run.layout.world_size
     rate = over(batch, step)
-    goodput = times(rate, _useful(job, batch))
-    time_to_end = over(job.total_samples, goodput)
+    useful = _useful(job, batch)
+    goodput = times(rate, useful)
+    time_to_end = times(step, _steps(job, batch, useful))
     hours = times(time_to_end, exact(count / 3600.0))
     lr, _ = planned_rate(
         job.tuned,
@@ -202,8 +206,6 @@ def _row(job: LayoutJob, limits: Limits, run: LayoutRun, batch: int, first: Plan
         batch=batch,
         noise_scale=job.noise_scale,
     )
-    # One accelerator may be too small for the job: the smallest count that fits sets the unit.
-    alone = goodput.value / count if first is None else first.goodput.value / first.num_workers
     price = limits.price_per_hour
     return Plan(
         num_workers=count,
@@ -217,9 +219,9 @@ def _row(job: LayoutJob, limits: Limits, run: LayoutRun, batch: int, first: Plan
         recompute=run.recompute,
         step_time_s=step,
         samples_per_s=rate,
-        efficiency=_useful(job, batch),
+        efficiency=useful,
         goodput=goodput,
-        speedup=_as_many(count, goodput) if first is None else times(goodput, exact(1.0 / alone)),
+        speedup=_as_many(count, goodput) if first is None else _speedup(job, run, batch, first),
         memory_bytes=peak_memory(run, job.optimizer),
         time_to_end_s=time_to_end,
         accelerator_hours=hours,
@@ -232,6 +234,31 @@ def _as_many(count: int, goodput: Estimate) -> Estimate:
     interval, but of a speed no surer than its source."""
     unit = float(count)
     return Estimate(value=unit, low=unit, high=unit, source=goodput.source)
+
+
+def _steps(job: LayoutJob, batch: int, useful: Estimate) -> Estimate:
+    """Until the end, whole ones, in every epoch."""
+    an_epoch = job.total_samples / job.epochs
+
+    def whole(efficiency: float) -> float:
+        return float(job.epochs * math.ceil(an_epoch / (batch * efficiency) - 1e-9))
+
+    return Estimate(
+        value=whole(useful.value),
+        low=whole(useful.high),
+        high=whole(useful.low),
+        source=useful.source,
+    )
+
+
+def _speedup(job: LayoutJob, run: LayoutRun, batch: int, first: Plan) -> Estimate:
+    """Goodput over that of the first row, whose count it counts as: what makes both fast or both
+    slow divides out. One accelerator may be too small for the job, so the smallest count that fits
+    sets the unit."""
+    before = first.batch.global_batch_size
+    samples = exact(first.num_workers * batch / before)
+    useful = worth(job.samples, job.noise_scale, before, batch)
+    return times(times(samples, useful), job.times.ratio(run, run_of(job, first)))
 
 
 def _useful(job: LayoutJob, batch: int) -> Estimate:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
-from supple.core.estimates import Z80
+from supple.core.estimates import Z80, exact, less_certain
 from supple.core.interconnects import Interconnect
 from supple.core.layout_form import (
     DEVICES,
@@ -57,23 +57,34 @@ class LayoutMeasurement:
 
 _FASTER = 4.0
 """Times its data sheet that no device computes: twice for half the bits, twice for sparsity."""
+_IDLE = 1e-3
+"""Share of its data sheet that no accelerator is kept for. Poor training reaches a few per cent;
+milliseconds read as seconds make less than this of the best."""
+_SLOWER = 100.0
+"""Times the priors' expectation that is beyond any doubt about them: a small model, whose launches
+are all it does, uses little of an accelerator and is expected to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutModel:
     """A fitted model; make it with `fit_layouts`."""
 
+    measured: tuple[LayoutMeasurement, ...]
     workers_per_node: int
     cards_per_node: int
-    most_workers: int
-    """Of any measured run; 0 without measurements."""
     log_parameters: tuple[float, ...]
     covariance: tuple[tuple[float, ...], ...]
     scatter: float
 
+    @property
+    def most_workers(self) -> int:
+        """Of any measured run; 0 without measurements."""
+        return max((row.run.layout.world_size for row in self.measured), default=0)
+
     def predict(self, run: LayoutRun) -> Estimate:
-        """Seconds of an iteration with an 80 % interval; `assumed` from priors alone or across
-        nodes when no run crossed, else `fitted`."""
+        """Seconds of an iteration with an 80 % interval. A run that was measured is given as
+        measured; others are `assumed` from priors alone or across nodes when no run crossed, else
+        `fitted`."""
         return self.predict_all([run])[0]
 
     def predict_all(self, runs: Sequence[LayoutRun]) -> list[Estimate]:
@@ -82,35 +93,60 @@ class LayoutModel:
             return []
         times, slopes = self._slopes(runs)
         spread = np.sum((slopes @ np.asarray(self.covariance)) * slopes, axis=1)
+        seen, most = self._seen(), self.most_workers
         found: list[Estimate] = []
-        for run, value, variance in zip(runs, times, spread, strict=True):
-            workers = run.layout.world_size
-            beyond = _beyond(workers, self.most_workers)
-            width = math.exp(Z80 * math.sqrt(variance + self.scatter**2 + beyond**2))
-            crossed = workers > self.workers_per_node >= self.most_workers
-            source: Source = "assumed" if crossed or not self.most_workers else "fitted"
-            found.append(
-                Estimate(
-                    value=float(value),
-                    low=float(value / width),
-                    high=float(value * width),
-                    source=source,
-                )
-            )
+        for run, form, shared in zip(runs, times.tolist(), spread.tolist(), strict=True):
+            if seen and run in seen:  # hashing a run of many layers costs
+                found.append(_about(*_as_measured(seen[run]), "measured"))
+                continue
+            variance = shared + self._own(run.layout.world_size, most)
+            found.append(_about(form, variance, self._source(run, most)))
         return found
+
+    def ratio(self, one: LayoutRun, other: LayoutRun) -> Estimate:
+        """How many times an iteration of `other` takes one of `one`. What the parameters make long
+        or short in both divides out of the interval; what a run has of its own does not."""
+        if one == other:
+            return exact(1.0)
+        under, over = self.predict_all([one, other])
+        variance = sum((math.log(row.high / row.value) / Z80) ** 2 for row in (under, over))
+        if "measured" not in (under.source, over.source):
+            g, h = self._slopes([one, other])[1]
+            variance = max(0.0, variance - 2.0 * float(g @ np.asarray(self.covariance) @ h))
+        return _about(over.value / under.value, variance, less_certain(under.source, over.source))
 
     def half_width(self, run: LayoutRun, *, also: Sequence[LayoutRun] = ()) -> float:
         """Of the 80 % interval of a run, as a fraction, if those of `also` were measured too; what
         comes out of them need not be known (linear regression)."""
+        seen = self._seen()
+        if run in seen or run in also:
+            _, variance = _as_measured(seen.get(run, [1.0]))
+            return math.exp(Z80 * math.sqrt(variance)) - 1.0
         _, slopes = self._slopes([run, *also])
         covariance = np.asarray(self.covariance)
         for h in slopes[1:]:
             gain = covariance @ h
             covariance = covariance - np.outer(gain, gain) / (self.scatter**2 + h @ gain)
         most = max(self.most_workers, *(other.layout.world_size for other in also), 0)
-        beyond = _beyond(run.layout.world_size, most)
         variance = max(0.0, float(slopes[0] @ covariance @ slopes[0]))
-        return math.exp(Z80 * math.sqrt(variance + self.scatter**2 + beyond**2)) - 1.0
+        variance += self._own(run.layout.world_size, most)
+        return math.exp(Z80 * math.sqrt(variance)) - 1.0
+
+    def _seen(self) -> dict[LayoutRun, list[float]]:
+        found: dict[LayoutRun, list[float]] = {}
+        for row in self.measured:
+            found.setdefault(row.run, []).append(row.iteration_s)
+        return found
+
+    def _own(self, workers: int, most: int) -> float:
+        """Variance of a run about the form: its scatter, and a doubt about the form itself for the
+        doublings beyond the most measured."""
+        beyond = _DOUBT * math.log2(max(1.0, workers / max(1, most)))
+        return self.scatter**2 + beyond**2
+
+    def _source(self, run: LayoutRun, most: int) -> Source:
+        crossed = run.layout.world_size > self.workers_per_node >= most
+        return "assumed" if crossed or not most else "fitted"
 
     def _slopes(self, runs: Sequence[LayoutRun]) -> tuple[Vector, Vector]:
         """Seconds of every run, and how their logarithms move with those of the parameters."""
@@ -128,22 +164,43 @@ class LayoutModel:
         return min(zip(self.predict_all(runs), runs, strict=True), key=lambda e: e[0].value)[1]
 
 
-def _beyond(workers: int, most: int) -> float:
-    """Doubt about the form, for the doublings beyond the most measured."""
-    return _DOUBT * math.log2(max(1.0, workers / max(1, most)))
+def _about(value: float, variance: float, source: Source) -> Estimate:
+    """With the 80 % interval of a logarithm of this variance."""
+    width = math.exp(Z80 * math.sqrt(variance))
+    return Estimate(value=value, low=value / width, high=value * width, source=source)
+
+
+def _as_measured(seconds: Sequence[float]) -> tuple[float, float]:
+    """The median, and the variance of its logarithm: repeats that contradict each other are no
+    better known than they differ."""
+    apart = float(np.std(np.log(seconds), ddof=1)) if len(seconds) > 1 else 0.0
+    return float(np.median(seconds)), max(NOISE_FLOOR, apart) ** 2
 
 
 def _refuse_impossible(
-    measurements: Sequence[LayoutMeasurement], sizes: Sizes, device: Device
+    measurements: Sequence[LayoutMeasurement], sizes: Sizes, prior: Vector, device: Device
 ) -> None:
     operations = sizes.flops * sizes.micro_batches
-    for row, count in zip(measurements, operations.tolist(), strict=True):
-        if count > _FASTER * device.flops_per_s * row.iteration_s:
+    expected = iteration(np.exp(prior)[:, None, None], sizes)[0]
+    rows = zip(measurements, operations.tolist(), expected.tolist(), strict=True)
+    for number, (row, count, typical_s) in enumerate(rows, 1):
+        share = count / row.iteration_s / device.flops_per_s
+        told = (
+            f"measurement {number}: an iteration of {row.iteration_s:g} s for {count:.3g} "
+            f"operations of every accelerator, {count / row.iteration_s / 1e12:,.3g} TFLOP/s: the "
+            f"data sheet of {device.name} says {device.flops_per_s / 1e12:,.3g}, "
+        )
+        if share > _FASTER:
             raise ValueError(
-                f"an iteration of {row.iteration_s:g} s was measured for {count:.3g} operations of "
-                f"every accelerator, {count / row.iteration_s / 1e12:,.3g} TFLOP/s: the data sheet "
-                f"of {device.name} says {device.flops_per_s / 1e12:,.3g}, and nothing is more than "
-                f"{_FASTER:g} times as fast. Check the unit, the batch and the model's sizes."
+                f"{told}and nothing is more than {_FASTER:g} times as fast. Check the unit, the "
+                "batch and the model's sizes."
+            )
+        if 0 < share < _IDLE and row.iteration_s > _SLOWER * typical_s:
+            raise ValueError(
+                f"{told}and {typical_s:.3g} s are expected. Nothing that is less than "
+                f"{_IDLE:.1%} of the data sheet and {_SLOWER:g} times as slow as expected is "
+                "training on it. Give seconds, not milliseconds; or check the batch, the model's "
+                "sizes, the accelerator and the links."
             )
 
 
@@ -158,8 +215,8 @@ def fit_layouts(
     """The model that explains the measurements; with none, the priors and a wide interval.
 
     Twenty runs spread over degrees, micro-batches and sizes are a good number. Raises `ValueError`
-    for a time that is not positive and finite, or shorter than the device can be (`_FASTER`), and
-    for no worker per node.
+    for a time that is not positive and finite, shorter than the device can be (`_FASTER`) or longer
+    than anything that trains on it (`_IDLE`, `_SLOWER`), and for no worker per node.
     """
     if workers_per_node < 1:
         raise ValueError(f"workers_per_node={workers_per_node}: it must be at least 1.")
@@ -175,15 +232,15 @@ def fit_layouts(
     if measurements:
         runs = [row.run for row in measurements]
         sizes = Sizes.of(runs, workers_per_node, link.cards_per_node)
-        _refuse_impossible(measurements, sizes, device)
+        _refuse_impossible(measurements, sizes, prior, device)
         observed = np.log([row.iteration_s for row in measurements])
         x_log, covariance, scatter = _solve(
             lambda x: np.log(iteration(x, sizes)) - observed, prior, width
         )
     return LayoutModel(
+        measured=tuple(measurements),
         workers_per_node=workers_per_node,
         cards_per_node=link.cards_per_node,
-        most_workers=max((row.run.layout.world_size for row in measurements), default=0),
         log_parameters=tuple(float(value) for value in x_log),
         covariance=tuple(tuple(float(v) for v in row) for row in covariance),
         scatter=scatter,

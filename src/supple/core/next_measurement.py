@@ -9,13 +9,16 @@ more), and moves the end of what was measured outwards.
 import math
 from collections.abc import Mapping
 
+from supple.core.choice import PlanTable, in_words
 from supple.core.layout_planner import LayoutJob, describe, run_of
-from supple.core.planner import JobModel, PlanTable, in_words, row_for
+from supple.core.planner import JobModel, row_for
 from supple.core.spec import Limits
 from supple.core.types import Plan
 
 _WIDE = 0.2
 """Half-width, as a fraction, from which a step time is worth a measurement."""
+_CONTRADICTS = 0.5
+"""Scatter of measured layouts from which they are not those of one machine."""
 _NARROWS = 0.7
 """A measurement is worth its cost if at most this much of the width is left."""
 
@@ -44,13 +47,21 @@ def what_to_measure_first(table: PlanTable, job: JobModel, limits: Limits) -> st
 
 
 def which_layout_to_measure_first(table: PlanTable, job: LayoutJob) -> str:
-    """The same for layouts: a row of the table on at most a quarter of the accelerators."""
+    """The same for layouts: a row of the table on at most a quarter of the accelerators; the
+    recommended one itself where all is a guess and no smaller one helps; or which rows to check."""
     chosen = table.choice
+    if job.times.scatter > _CONTRADICTS:
+        return (
+            "What was measured differs from what one such machine does by a factor of "
+            f"{math.exp(job.times.scatter):.3g}: check units, batches, sizes and links first."
+        )
     now = job.times.half_width(run_of(job, chosen))
     if now < _WIDE:
         return ""
     smaller = {
-        row.num_workers: row for row in table.rows if 4 * row.num_workers <= chosen.num_workers
+        row.num_workers: row
+        for row in table.rows
+        if 4 * row.num_workers <= chosen.num_workers and row.step_time_s.source != "measured"
     }
     left = {
         count: job.times.half_width(run_of(job, chosen), also=[run_of(job, row)])
@@ -79,8 +90,9 @@ def _cheapest(left: Mapping[int, float], now: float) -> int | None:
 
 
 def _shown(half_width: float) -> str:
-    """As the tables show it: half of the interval, over the value."""
-    return f"±{half_width * (2.0 + half_width) / (2.0 * (1.0 + half_width)):.0%}"
+    """In words: an interval from the value over a factor to the value times it."""
+    factor = 1.0 + half_width
+    return f"within a factor of {f'{factor:.2f}' if factor < 10 else f'{factor:,.0f}'}"
 
 
 def _candidates(job: JobModel, target: int) -> list[int]:

@@ -1,19 +1,19 @@
 """The only place a number of workers, a batch and a learning rate are chosen.
 
-One row for every count 1, 2, 4, ... with everything predicted for it; one of them recommended: the
-cheapest that meets a deadline, the fastest within a budget, or the knee of the curve.
+One row for every count 1, 2, 4, ... with everything predicted for it; one of them recommended
+(`supple.core.choice`).
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from supple.core.choice import PlanTable, choose, knee
 from supple.core.estimates import exact, over, plus, times
 from supple.core.goodput import OptimizerFamily, best_global_batch, largest_batch_ratio, worth
 from supple.core.learning_rate import TunedRate, planned_rate
 from supple.core.memory import MemoryModel
 from supple.core.samples import SamplesModel
-from supple.core.spec import KNEE_RULE, KNEE_SHARE, Limits, LrRule, Objective
+from supple.core.spec import Limits, LrRule, Objective
 from supple.core.throughput import StepTimeModel
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan
 
@@ -23,9 +23,6 @@ _MEMORY_SHARE = 0.92
 _MAX_ACCUMULATION = 256
 """Micro-batches of a step up to which a batch is grown; the user's own batch is cut into as many
 as memory needs."""
-KEEP_SHARE = 0.8 * KNEE_SHARE
-"""A running job gives workers back only where they add less than this: between the two shares
-nothing changes, so that the scatter of measurements does not send it to and fro."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,19 +64,6 @@ class JobModel:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanTable:
-    """All rows, by count, the index of the recommended one, and the reason in words."""
-
-    rows: tuple[Plan, ...]
-    recommended: int
-    reason: str
-
-    @property
-    def choice(self) -> Plan:
-        return self.rows[self.recommended]
-
-
 def plan(job: JobModel, limits: Limits, objective: Objective) -> PlanTable | Infeasible:
     """Rows for 1, 2, 4, ... within the limits, up to where more workers stop helping, and the one
     to take; `Infeasible` with the arithmetic where none does what was asked."""
@@ -98,17 +82,6 @@ def plan(job: JobModel, limits: Limits, objective: Objective) -> PlanTable | Inf
                 advice="Use a smaller model, recomputation, or a device with more memory.",
             )
     return choose(_rows(job, limits), limits, objective)
-
-
-def choose(rows: tuple[Plan, ...], limits: Limits, objective: Objective) -> PlanTable | Infeasible:
-    """The row to take, by the objective: the cheapest that meets the deadline, the fastest within
-    the budget, else the knee."""
-    if objective.deadline_s is not None:
-        return _for_deadline(rows, objective.deadline_s)
-    if objective.budget is not None:
-        return _for_budget(rows, objective.budget, limits)
-    index = knee(rows)
-    return PlanTable(rows=rows, recommended=index, reason=_knee_reason(rows, index))
 
 
 def refusal_of(limits: Limits) -> Infeasible | None:
@@ -259,108 +232,6 @@ def _memory(job: JobModel, micro_batch: int) -> Estimate:
     if job.memory is None:
         return Estimate(value=0.0, low=0.0, high=0.0, source="assumed")
     return job.memory.predict(micro_batch)
-
-
-# --- which row ----------------------------------------------------------------------------------
-
-
-def knee(rows: Sequence[Plan], *, held: int = 0) -> int:
-    """See `KNEE_RULE`. Speeds are relative to one worker; a step down in speed ends the curve. Up
-    to `held`, the count a job has now, `KEEP_SHARE` is enough."""
-    best = 0
-    for index in range(1, len(rows)):
-        added = rows[index].num_workers - rows[best].num_workers
-        gained = rows[index].speedup.value - rows[best].speedup.value
-        share = KNEE_SHARE if rows[index].num_workers > held else KEEP_SHARE
-        if gained / added < share:
-            break
-        best = index
-    return best
-
-
-def _knee_reason(rows: Sequence[Plan], index: int) -> str:
-    row = rows[index]
-    head = (
-        f"{in_words(row.num_workers)}: {row.speedup.value:.2f} times the speed of one worker"
-        if row.num_workers > 1
-        else "1 worker"
-    )
-    if index + 1 == len(rows):
-        return f"{head}; it is the largest count in the table. Rule: {KNEE_RULE}."
-    after = rows[index + 1]
-    gained = after.speedup.value - row.speedup.value
-    added = after.num_workers - row.num_workers
-    return (
-        f"{head}; going to {after.num_workers} would add {gained / added:.2f} of a worker's speed "
-        f"for every worker added. Rule: {KNEE_RULE}."
-    )
-
-
-def _for_deadline(rows: tuple[Plan, ...], deadline_s: float) -> PlanTable | Infeasible:
-    good = [i for i, row in enumerate(rows) if row.time_to_end_s.high <= deadline_s]
-    if not good:
-        fastest = min(rows, key=lambda row: row.time_to_end_s.high)
-        return Infeasible(
-            asked=f"the end within {_time(deadline_s)}",
-            numbers=f"the fastest is {in_words(fastest.num_workers)}: "
-            f"{_time(fastest.time_to_end_s.value)}, with 90 % certainty within "
-            f"{_time(fastest.time_to_end_s.high)}",
-            rule="the upper end of the 80 % interval must meet the deadline",
-            advice="Allow more time or workers, train fewer epochs, or measure more counts to "
-            "narrow the interval.",
-        )
-    index = min(good, key=lambda i: rows[i].accelerator_hours.value)
-    row = rows[index]
-    return PlanTable(
-        rows=rows,
-        recommended=index,
-        reason=f"{in_words(row.num_workers)}: ends in {_time(row.time_to_end_s.value)}, with 90 % "
-        f"certainty within {_time(row.time_to_end_s.high)}; of all that meet the deadline of "
-        f"{_time(deadline_s)} it uses the fewest accelerator-hours "
-        f"({row.accelerator_hours.value:.3g}).",
-    )
-
-
-def _for_budget(rows: tuple[Plan, ...], budget: float, limits: Limits) -> PlanTable | Infeasible:
-    unit = "" if limits.price_per_hour is not None else " accelerator-hours"
-
-    def cost(row: Plan) -> Estimate:
-        return row.cost if row.cost is not None else row.accelerator_hours
-
-    good = [i for i, row in enumerate(rows) if cost(row).high <= budget]
-    if not good:
-        cheapest = min(rows, key=lambda row: cost(row).high)
-        return Infeasible(
-            asked=f"the end for a budget of {budget:g}{unit}",
-            numbers=f"the cheapest is {in_words(cheapest.num_workers)}: "
-            f"{cost(cheapest).value:.3g}{unit}, with 90 % certainty at most "
-            f"{cost(cheapest).high:.3g}{unit}",
-            rule="the upper end of the 80 % interval must be within the budget",
-            advice="Raise the budget, train fewer epochs, or find a cheaper accelerator.",
-        )
-    index = min(good, key=lambda i: rows[i].time_to_end_s.value)
-    row = rows[index]
-    return PlanTable(
-        rows=rows,
-        recommended=index,
-        reason=f"{in_words(row.num_workers)}: the fastest within {budget:g}{unit}; ends in "
-        f"{_time(row.time_to_end_s.value)} for {cost(row).value:.3g}{unit}, with 90 % certainty "
-        f"at most {cost(row).high:.3g}{unit}.",
-    )
-
-
-# --- words ---------------------------------------------------------------------------------------
-
-
-def in_words(count: int) -> str:
-    """1 worker, 2 workers."""
-    return "1 worker" if count == 1 else f"{count} workers"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _bytes(count: float) -> str:

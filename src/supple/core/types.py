@@ -11,7 +11,8 @@ from typing import Literal, NewType
 JobId = NewType("JobId", str)
 WorkerId = NewType("WorkerId", str)
 
-Source = Literal["measured", "fitted", "assumed"]
+Source = Literal["exact", "measured", "fitted", "assumed"]
+"""`exact`: given, or so by definition, whatever is measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,8 @@ class LayerReport:
     base_batch_size: int
     base_lr: float
     total_samples: int
+    epochs: int
+    optimizer_name: str
 
 
 class _Complete(BaseException):
@@ -111,6 +113,7 @@ class _LayerProbe:
             dataset, epochs=epochs, shuffle=shuffle, seed=0, collate_fn=collate_fn, num_workers=0
         )
         self._batch_size, self._total = batch_size, loader.samples_total or batch_size
+        self._epochs = epochs if loader.samples_total else 1
         self._sizes = sorted({largest, max(1, largest // 2)}, reverse=True)
         for size in self._sizes:
             self._size = size
@@ -171,6 +174,8 @@ class _LayerProbe:
             base_batch_size=self._batch_size,
             base_lr=self._lr,
             total_samples=self._total,
+            epochs=self._epochs,
+            optimizer_name=type(self._optimizer).__name__,
         )
 
     def _forward(self, key: int, size: int) -> float:

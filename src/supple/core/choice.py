@@ -1,0 +1,162 @@
+"""Which row of a plan to take: the cheapest that meets a deadline, the fastest within a budget, or
+the knee of the curve; and the reason in words.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from supple.core.spec import KNEE_RULE, KNEE_SHARE, Limits, Objective
+from supple.core.types import Estimate, Infeasible, Plan
+
+KEEP_SHARE = 0.8 * KNEE_SHARE
+"""A running job gives workers back only where they add less than this: between the two shares
+nothing changes, so that the scatter of measurements does not send it to and fro."""
+_A_GUESS, _MEANINGLESS = 10.0, 1000.0
+"""High over low of a step time from which a recommendation says that it is a guess, and is none."""
+_FEWEST = "the fewest here that the job fits on"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanTable:
+    """All rows, by count, the index of the recommended one, and the reason in words."""
+
+    rows: tuple[Plan, ...]
+    recommended: int
+    reason: str
+    unit: int = 1
+    """Workers whose speed-up is their own number: 1, or the fewest that a job fits on."""
+
+    @property
+    def choice(self) -> Plan:
+        return self.rows[self.recommended]
+
+
+def choose(
+    rows: tuple[Plan, ...], limits: Limits, objective: Objective, *, unit: int = 1
+) -> PlanTable | Infeasible:
+    """The row to take, by the objective: the cheapest that meets the deadline, the fastest within
+    the budget, else the knee. Speed-ups are such that `unit` workers have `unit`. A step time that
+    is hardly known is said to be, or is refused where it says nothing."""
+    if objective.deadline_s is not None:
+        found = _for_deadline(rows, objective.deadline_s)
+    elif objective.budget is not None:
+        found = _for_budget(rows, objective.budget, limits)
+    else:
+        index = knee(rows)
+        found = PlanTable(rows=rows, recommended=index, reason=_knee_reason(rows, index, unit))
+    if isinstance(found, Infeasible):
+        return found
+    step = found.choice.step_time_s
+    ends = f"a step may take {step.low:.3g} s or {step.high:.3g} s"
+    if step.high > _MEANINGLESS * step.low:
+        return Infeasible(
+            asked="a plan",
+            numbers=f"on {in_words(found.choice.num_workers)} {ends}, as far as is known",
+            rule=f"ends more than {_MEANINGLESS:,.0f} times apart decide nothing",
+            advice="Check the measurements against each other (units, batches, sizes) and leave "
+            "out what does not fit, or measure again.",
+        )
+    doubt = f" This is a guess: {ends}. Measure first." if is_a_guess(found.choice) else ""
+    return replace(found, reason=found.reason + doubt, unit=unit)
+
+
+def is_a_guess(row: Plan) -> bool:
+    """Is the step time too uncertain to rely on?"""
+    return row.step_time_s.high > _A_GUESS * row.step_time_s.low
+
+
+def knee(rows: Sequence[Plan], *, held: int = 0) -> int:
+    """See `KNEE_RULE`. Speeds are relative to one worker; a step down in speed ends the curve. Up
+    to `held`, the count a job has now, `KEEP_SHARE` is enough."""
+    best = 0
+    for index in range(1, len(rows)):
+        added = rows[index].num_workers - rows[best].num_workers
+        gained = rows[index].speedup.value - rows[best].speedup.value
+        share = KNEE_SHARE if rows[index].num_workers > held else KEEP_SHARE
+        if gained / added < share:
+            break
+        best = index
+    return best
+
+
+def _knee_reason(rows: Sequence[Plan], index: int, unit: int) -> str:
+    row = rows[index]
+    head = in_words(row.num_workers)
+    if row.num_workers != unit:
+        than = "one worker" if unit == 1 else f"{in_words(unit)}, {_FEWEST}"
+        head += f": {row.speedup.value / unit:.2f} times the speed of {than}"
+    elif unit > 1:
+        head += f", {_FEWEST}"
+    if index + 1 == len(rows):
+        return f"{head}; it is the largest count in the table. Rule: {KNEE_RULE}."
+    after = rows[index + 1]
+    gained = after.speedup.value - row.speedup.value
+    added = after.num_workers - row.num_workers
+    return (
+        f"{head}; going to {after.num_workers} would add {gained / added:.2f} of a worker's speed "
+        f"for every worker added. Rule: {KNEE_RULE}."
+    )
+
+
+def _for_deadline(rows: tuple[Plan, ...], deadline_s: float) -> PlanTable | Infeasible:
+    good = [i for i, row in enumerate(rows) if row.time_to_end_s.high <= deadline_s]
+    if not good:
+        fastest = min(rows, key=lambda row: row.time_to_end_s.high)
+        return Infeasible(
+            asked=f"the end within {_time(deadline_s)}",
+            numbers=f"the fastest is {in_words(fastest.num_workers)}: "
+            f"{_time(fastest.time_to_end_s.value)}, with 90 % certainty within "
+            f"{_time(fastest.time_to_end_s.high)}",
+            rule="the upper end of the 80 % interval must meet the deadline",
+            advice="Allow more time or workers, train fewer epochs, or measure more counts to "
+            "narrow the interval.",
+        )
+    index = min(good, key=lambda i: rows[i].accelerator_hours.value)
+    row = rows[index]
+    return PlanTable(
+        rows=rows,
+        recommended=index,
+        reason=f"{in_words(row.num_workers)}: ends in {_time(row.time_to_end_s.value)}, with 90 % "
+        f"certainty within {_time(row.time_to_end_s.high)}; of all that meet the deadline of "
+        f"{_time(deadline_s)} it uses the fewest accelerator-hours "
+        f"({row.accelerator_hours.value:.3g}).",
+    )
+
+
+def _for_budget(rows: tuple[Plan, ...], budget: float, limits: Limits) -> PlanTable | Infeasible:
+    unit = "" if limits.price_per_hour is not None else " accelerator-hours"
+
+    def cost(row: Plan) -> Estimate:
+        return row.cost if row.cost is not None else row.accelerator_hours
+
+    good = [i for i, row in enumerate(rows) if cost(row).high <= budget]
+    if not good:
+        cheapest = min(rows, key=lambda row: cost(row).high)
+        return Infeasible(
+            asked=f"the end for a budget of {budget:g}{unit}",
+            numbers=f"the cheapest is {in_words(cheapest.num_workers)}: "
+            f"{cost(cheapest).value:.3g}{unit}, with 90 % certainty at most "
+            f"{cost(cheapest).high:.3g}{unit}",
+            rule="the upper end of the 80 % interval must be within the budget",
+            advice="Raise the budget, train fewer epochs, or find a cheaper accelerator.",
+        )
+    index = min(good, key=lambda i: rows[i].time_to_end_s.value)
+    row = rows[index]
+    return PlanTable(
+        rows=rows,
+        recommended=index,
+        reason=f"{in_words(row.num_workers)}: the fastest within {budget:g}{unit}; ends in "
+        f"{_time(row.time_to_end_s.value)} for {cost(row).value:.3g}{unit}, with 90 % certainty "
+        f"at most {cost(row).high:.3g}{unit}.",
+    )
+
+
+def in_words(count: int) -> str:
+    """1 worker, 2 workers."""
+    return "1 worker" if count == 1 else f"{count} workers"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
