@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,19 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from supple.core.serve_spec import parse_latency
-from supple.core.spec import SpecError, parse_count, parse_money
+from supple.core.spec import SpecError, parse_count, parse_money, parse_name
 from supple.core.types import Estimate, Infeasible
 from supple.eventlog import to_plain
 from supple.refusals import FAILED, messages
-from supple.rows import parse_amount, read_rows
+from supple.served import COLUMNS, OPTIONAL, check_tokens, read_served, served_model
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
-    from supple.core.decoding import ServingRun
-    from supple.core.inference import ServingMeasurement
     from supple.core.inference_planner import InferenceJob, InferenceRow, InferenceTable
 
-_COLUMNS = ("accelerators", "concurrency", "tokens_per_s", "itl_p90_ms")
-_OPTIONAL = "family, parameters, activated, bits, layers, prompt, answer, workload, accelerator"
 EPILOG = (
     "Nothing is run: step times come from the sizes, data sheets, and whatever was measured, with "
     "80 % intervals. Recommended is, among the rows that keep --itl, the one that serves --rate "
@@ -33,6 +28,7 @@ EPILOG = (
     "  supple inference --parameters 8B --itl 30ms --measured ran.csv --plot inference.png\n\n"
     "Exit codes: 0 planned; 1 nothing keeps the promise; 2 refused."
 )
+_MOST_DEVICES = 1_024
 _SHOWN = (1, 4, 16, 64, 256)
 
 
@@ -56,8 +52,7 @@ def inference(
     measured: Annotated[
         Path | None,
         typer.Option(
-            help=f"CSV of what was measured: {', '.join(_COLUMNS)}; of other models also "
-            f"{_OPTIONAL}."
+            help=f"CSV of what was measured: {', '.join(COLUMNS)}; of other models also {OPTIONAL}."
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the rows into this file.")] = None,
@@ -67,42 +62,29 @@ def inference(
     """Plan accelerators per copy, requests at a time and copies of a language model that nobody has
     run here."""
     with messages(verbose):
-        for option, tokens in (("--prompt", prompt), ("--answer", answer)):
-            if not 1 <= tokens < math.inf:
-                raise SpecError(f"{option} is {tokens:g} tokens: it must be at least 1 and finite.")
+        check_tokens(prompt, "--prompt")
+        check_tokens(answer, "--answer")
         if rate is not None and not 0 < rate < 1e9:
             raise SpecError(f"--rate is {rate:g}: it must be positive and below 1e9.")
-        for option, count in (("--devices", devices), ("--layers", layers)):
-            if count is not None and not 1 <= count <= 65_536:
-                raise SpecError(f"{option} is {count}: it must be from 1 to 65,536.")
+        if not 1 <= devices <= _MOST_DEVICES:
+            raise SpecError(
+                f"--devices is {devices}: it must be from 1 to {_MOST_DEVICES:,}, what a node or a "
+                "rack holds."
+            )
         if plot is not None:
             from supple.picture import check_target
 
             check_target(plot)
-        from supple.core.decoding import ServedModel, Workload
+        from supple.core.decoding import Workload
         from supple.core.inference import fit_inference
         from supple.core.inference_planner import InferenceJob, measure_first, plan_inference
         from supple.core.layouts import DEVICES
 
-        if accelerator not in DEVICES:
-            known = ", ".join(DEVICES)
-            raise SpecError(f"--accelerator {accelerator}: unknown. Known: {known}.")
-        total = _amount(parameters, "--parameters")
-        used = total if activated is None else _amount(activated, "--activated")
-        if used > total:
-            raise SpecError(
-                f"--activated {activated} is more than --parameters {parameters}: a token uses at "
-                "most all of them. Exchange the two."
-            )
         job = InferenceJob(
-            model=ServedModel(
-                family="asked",
-                num_parameters=total,
-                num_activated=used,
-                bytes_per_weight=_weight_bytes(bits),
-                num_layers=layers,
+            model=served_model(
+                "asked", parameters, activated, bits, layers, lambda name: f"--{name}"
             ),
-            device=DEVICES[accelerator],
+            device=DEVICES[parse_name(accelerator, DEVICES, what="--accelerator")],
             workload=Workload(name="asked", prompt_tokens=prompt),
             output_tokens=answer,
             itl_s=parse_latency(itl, what="--itl") if itl else None,
@@ -115,7 +97,7 @@ def inference(
             ),
             price_per_hour=parse_money(price, what="--price") if price else None,
         )
-        known_runs = [] if measured is None else _read(measured, job)
+        known_runs = [] if measured is None else read_served(measured, job)
         try:
             fit = fit_inference(known_runs)
         except ValueError as error:
@@ -191,82 +173,6 @@ def _cells(row: "InferenceRow") -> list[str]:
 
 def _range(estimate: Estimate, scale: float, form: str) -> str:
     return f"{form.format(estimate.low * scale)}–{form.format(estimate.high * scale)}"
-
-
-def _amount(text: str, option: str) -> float:
-    """`"8B"` as 8e9."""
-    count = parse_amount(text)
-    if not 1e3 <= count <= 1e15:
-        raise SpecError(f"{option} {text!r}: give a number of parameters such as 350M or 8B.")
-    return count
-
-
-def _weight_bytes(bits: int) -> float:
-    """With the scales that go with weights of few bits."""
-    known = {16: 2.0, 8: 1.0, 4: 0.55}
-    if bits not in known:
-        raise SpecError(f"--bits is {bits}: weights are served in 16, 8 or 4.")
-    return known[bits]
-
-
-def _read(path: Path, job: "InferenceJob") -> "list[ServingMeasurement]":
-    """Rows without the optional columns are of the model, load and accelerator asked about."""
-    from supple.core.inference import ServingMeasurement
-
-    rows = read_rows(
-        path, _COLUMNS, what="--measured", besides=f"for other models also {_OPTIONAL}"
-    )
-    found: list[ServingMeasurement] = []
-    for number, row in enumerate(rows, 2):
-        given = {name: value.strip() for name, value in row.items() if value and value.strip()}
-        try:
-            tokens, itl_ms = float(given["tokens_per_s"]), float(given["itl_p90_ms"])
-            if not (0 < tokens < math.inf and 0 < itl_ms < math.inf):
-                raise ValueError("tokens_per_s and itl_p90_ms must be positive numbers")
-            found.append(
-                ServingMeasurement(
-                    run=_run(given, job), tokens_per_s=tokens, itl_p90_s=itl_ms * 1e-3
-                )
-            )
-        except (ValueError, KeyError) as error:
-            told = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise SpecError(f"--measured {path}, line {number}: {told.rstrip('.')}.") from None
-    return found
-
-
-def _run(given: dict[str, str], job: "InferenceJob") -> "ServingRun":
-    from supple.core.decoding import ServedModel, ServingRun, Workload, weights_fit
-    from supple.core.layouts import DEVICES
-
-    model = job.model
-    if "parameters" in given:
-        total = _amount(given["parameters"], "parameters")
-        used = _amount(given["activated"], "activated") if "activated" in given else total
-        model = ServedModel(
-            family=given.get("family", given["parameters"]),
-            num_parameters=total,
-            num_activated=used,
-            bytes_per_weight=_weight_bytes(int(given.get("bits", "16"))),
-            num_layers=int(given["layers"]) if "layers" in given else None,
-        )
-    name = given.get("accelerator", job.device.name)
-    if name not in DEVICES:
-        raise ValueError(f"the accelerator {name} is unknown; known: {', '.join(DEVICES)}")
-    prompt = float(given.get("prompt", job.workload.prompt_tokens))
-    run = ServingRun(
-        model=model,
-        device=DEVICES[name],
-        num_devices=int(given["accelerators"]),
-        concurrency=int(given["concurrency"]),
-        workload=Workload(name=given.get("workload", job.workload.name), prompt_tokens=prompt),
-        output_tokens=float(given.get("answer", job.output_tokens)),
-    )
-    if not weights_fit(run):
-        raise ValueError(
-            f"{model.num_parameters * model.bytes_per_weight / 1e9:.0f} GB of weights do not fit "
-            f"{run.num_devices} x {name}"
-        )
-    return run
 
 
 def _draw(table: "InferenceTable", job: "InferenceJob", path: Path) -> None:

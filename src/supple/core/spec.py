@@ -6,7 +6,9 @@ asked, the numbers, the rule that broke and what to do.
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal, get_args
 
 BatchMode = Literal["fixed", "adaptive"]
@@ -68,6 +70,19 @@ def parse_rule(text: str) -> LrRule:
         if text == rule:
             return rule
     raise SpecError(f"--lr-rule {text}: no such rule. Choose one of {', '.join(get_args(LrRule))}.")
+
+
+def parse_name(text: str, known: Iterable[str], *, what: str) -> str:
+    """Which of `known` is named, capitals or not; else a `SpecError` with all of them, and those
+    that are probably meant."""
+    names = {name.casefold(): name for name in known}
+    asked = text.strip().casefold()
+    if asked in names:
+        return names[asked]
+    near = [name for name in names if asked.startswith(name)]
+    near = near or get_close_matches(asked, names, n=1, cutoff=0.5)
+    hint = f" Do you mean {' or '.join(names[name] for name in near)}?" if near else ""
+    raise SpecError(f"{what} {text}: unknown. Known: {', '.join(names.values())}.{hint}")
 
 
 def parse_duration(text: str, *, what: str) -> float:
