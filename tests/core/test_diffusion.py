@@ -107,6 +107,12 @@ def test_a_slower_world_is_learned_for_a_model_never_seen() -> None:
     assert PRIORS.predict(asked).source == "assumed"
 
 
+def test_an_interval_covers_what_two_measurements_of_one_batch_differ_by() -> None:
+    known = [DiffusionMeasurement(run=PICTURE, batch_s=seconds) for seconds in (3.0, 9.0)]
+    found = fit_diffusion(known).predict(PICTURE)
+    assert found.low < 3.0 < 9.0 < found.high
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_time_that_is_no_positive_number_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="a positive number is needed"):

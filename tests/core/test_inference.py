@@ -172,6 +172,18 @@ def test_the_requests_that_ran_at_once_tell_how_large_the_cache_was() -> None:
     assert tokens(asked, fit_inference(told)) > 1.05 * tokens(asked, fit_inference(held))
 
 
+def test_an_interval_covers_what_measurements_of_one_configuration_differ_by() -> None:
+    """Three times, which is not yet refused, beside others of the session that agree."""
+    asked = run(SMALL, 16)
+    others = [run(SMALL, n) for n in (1, 4, 64)]
+    known = [*measured(others), *measured([asked]), *measured([asked], factor=3.0)]
+    for rows in (known, known[-2:]):
+        found = fit_inference(rows).predict(asked)
+        assert found.tokens_per_s.low < tokens(asked) / 3.0
+        assert found.tokens_per_s.high > tokens(asked)
+        assert found.itl_p90_s.high > 3.0 * wait(asked) > wait(asked) > found.itl_p90_s.low
+
+
 def test_a_median_latency_separates_plain_steps_from_those_with_prompts() -> None:
     busy = [run(m, 128, output_tokens=200) for m in (SMALL, MIDDLE)]
     plain = measured(busy)

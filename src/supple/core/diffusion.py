@@ -97,7 +97,9 @@ class DiffusionModel:
 
     def predict(self, run: DiffusionRun) -> Estimate:
         """Seconds of the batch."""
-        log, half = self._fit.predict(lambda x: _logs(x, [run]), [run.family], [run.device.name])
+        log, half = self._fit.predict(
+            lambda x: _logs(x, [run]), [run.family], [run.device.name], [run]
+        )
         return Estimate(
             value=math.exp(log[0, 0]),
             low=math.exp(log[0, 0] - half[0, 0]),
@@ -119,7 +121,7 @@ def fit_diffusion(measurements: Sequence[DiffusionMeasurement]) -> DiffusionMode
     runs = [m.run for m in measurements]
     true = np.log([[m.batch_s for m in measurements]])
     families, devices = [run.family for run in runs], [run.device.name for run in runs]
-    fit = fit_groups(lambda x: _logs(x, runs), true, families, devices, _SPREADS, (_SCATTER,))
+    fit = fit_groups(lambda x: _logs(x, runs), true, families, devices, runs, _SPREADS, (_SCATTER,))
     return DiffusionModel(fit)
 
 
