@@ -1,6 +1,7 @@
 """`supple inference` as a person uses it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,27 @@ def test_the_table_says_what_is_recommended_and_what_to_measure_first() -> None:
     for words in ("acc./copy", "copies", "per million", "Recommended:", "from data sheets", "→"):
         assert words in result.stdout
     assert "Measure one copy on" in result.stdout
+
+
+def test_where_nothing_is_promised_no_chance_is_told() -> None:
+    result = supple("--parameters 8B")
+    assert result.exit_code == 0, result.output
+    assert "chance" not in result.stdout and "%" not in result.stdout.splitlines()[1]
+    assert {
+        row["chance"] for row in json.loads(supple("--parameters 8B --json").stdout)["rows"]
+    } == {None}
+
+
+def test_the_help_says_what_the_columns_are_and_its_example_has_a_sensible_answer() -> None:
+    told = " ".join(supple("--help").stdout.split())
+    assert "the chance that this keeps it, where 90 % count as kept" in told
+    examples = re.findall(r"supple inference (--.*?) (?=supple|Exit)", told)
+    assert len(examples) == 3
+    for arguments in examples[:2]:
+        result = supple(f"{arguments} --json")
+        data = json.loads(result.stdout)
+        chosen = data["rows"][data["recommended"]]
+        assert chosen["num_accelerators"] <= 64 and chosen["chance"] >= 0.9
 
 
 def test_json_has_the_same_as_data_and_a_picture_is_drawn(tmp_path: Path) -> None:

@@ -22,8 +22,13 @@ EPILOG = (
     "Nothing is run: step times come from the sizes, data sheets, and whatever was measured, with "
     "80 % intervals. Recommended is, among the rows that keep --itl, the one that serves --rate "
     "with the fewest accelerators; without --rate, the most tokens per accelerator.\n\n"
+    "Columns: accelerators of one copy; requests it works on at a time; its tokens a second, and "
+    "per accelerator; the time within which nine of ten tokens come after the one before; with "
+    "--itl the chance that this keeps it, where 90 % count as kept (if no row has that, the best "
+    "chance is recommended, if at least even); with --rate the copies it needs, and their "
+    "accelerators; with --price money for a million tokens.\n\n"
     "Examples:\n\n  supple inference --parameters 8B --itl 30ms\n\n"
-    "  supple inference --parameters 235B --activated 22B --bits 8 --rate 20 --answer 800 "
+    "  supple inference --parameters 30B --activated 3B --bits 8 --rate 20 --answer 800 "
     "--itl 60ms --price 2.5\n\n"
     "  supple inference --parameters 8B --itl 30ms --measured ran.csv --plot inference.png\n\n"
     "Exit codes: 0 planned; 1 nothing keeps the promise; 2 refused."
@@ -138,7 +143,8 @@ def _show(table: "InferenceTable", num_measured: int, first: str) -> None:
 
     view = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     rows = [row for row in table.rows if row.concurrency in _SHOWN or row is table.choice]
-    heads = ["", "acc./copy", "at a time", "tokens/s", "per acc.", "p90 between tokens", "chance"]
+    heads = ["", "acc./copy", "at a time", "tokens/s", "per acc.", "p90 between tokens"]
+    heads += ["chance"] if rows[0].chance is not None else []
     heads += ["copies", "accelerators"] if rows[0].num_copies is not None else []
     heads += ["per million"] if rows[0].cost_per_million is not None else []
     for head in heads:
@@ -149,7 +155,8 @@ def _show(table: "InferenceTable", num_measured: int, first: str) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(view)
     source = f"fitted to {num_measured} rows" if num_measured else "from data sheets, not measured"
-    console.print(f"{source}; low–high: 80 % interval; chance: of keeping --itl", style="dim")
+    told = "; chance: of keeping --itl; 90 % count as kept" if rows[0].chance is not None else ""
+    console.print(f"{source}; low–high: 80 % interval{told}", style="dim")
     console.print(f"\nRecommended: {table.reason}", soft_wrap=not console.is_terminal)
     if first:
         console.print(first, soft_wrap=not console.is_terminal)
@@ -162,8 +169,8 @@ def _cells(row: "InferenceRow") -> list[str]:
         _range(row.tokens_per_s, 1.0, "{:,.0f}"),
         f"{row.tokens_per_device_s:,.0f}",
         _range(row.itl_p90_s, 1e3, "{:.3g}") + " ms",
-        f"{row.chance:.0%}",
     ]
+    cells += [f"{row.chance:.0%}"] if row.chance is not None else []
     if row.num_copies is not None:
         cells += [f"{row.num_copies:,}", f"{row.num_accelerators:,}"]
     if row.cost_per_million is not None:

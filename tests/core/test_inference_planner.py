@@ -73,7 +73,7 @@ def test_what_is_recommended_keeps_the_promise_the_load_and_the_cap(
         assert str(table)
         return
     choice = table.choice
-    assert choice.chance >= 0.5
+    assert choice.chance is not None and choice.chance >= 0.5
     assert most is None or choice.num_accelerators <= most
     sure = [row for row in table.rows if row.itl_p90_s.high <= itl_s]
     sure = [row for row in sure if most is None or row.num_accelerators <= most]
@@ -89,7 +89,8 @@ def test_what_is_recommended_keeps_the_promise_the_load_and_the_cap(
 def test_without_a_promise_the_most_tokens_per_accelerator_are_taken() -> None:
     table = planned(JOB)
     assert table.choice.tokens_per_device_s == max(row.tokens_per_device_s for row in table.rows)
-    assert {row.chance for row in table.rows} == {1.0}
+    assert {row.chance for row in table.rows} == {None}
+    assert "chance" not in table.reason
 
 
 def test_more_load_never_needs_fewer_and_a_looser_promise_never_more() -> None:
@@ -122,10 +123,53 @@ def test_too_few_accelerators_for_the_load_are_told_with_the_fewest() -> None:
 
 
 def test_a_likely_row_is_recommended_with_its_chance_where_none_is_sure() -> None:
-    fastest = min(row.itl_p90_s.high for row in planned(JOB).rows)
-    table = planned(replace(JOB, itl_s=0.9 * fastest))
-    assert 0.5 <= table.choice.chance < 0.9
-    assert "measure this row before you promise it" in table.reason
+    fastest = min(planned(JOB).rows, key=lambda row: row.itl_p90_s.high)
+    one_row = replace(JOB, itl_s=0.9 * fastest.itl_p90_s.high, rate_per_s=0.01)
+    table = planned(one_row)
+    chance = table.choice.chance
+    assert chance is not None and 0.5 <= chance < 0.9
+    assert f"the 90% that count as kept; this one does with {chance:.0%}" in table.reason
+
+
+def test_a_row_that_is_sure_says_its_chance_and_what_counts_as_kept() -> None:
+    table = planned(replace(JOB, itl_s=0.03, rate_per_s=20.0))
+    assert f"with a chance of {table.choice.chance:.0%}; 90% count as kept." in table.reason
+    assert "measure that row first" not in table.reason
+
+
+MIXTURE = replace(
+    JOB,
+    model=ServedModel(family="a", num_parameters=235e9, num_activated=22e9, bytes_per_weight=1.0),
+    output_tokens=800,
+    itl_s=0.06,
+)
+
+
+def test_a_cliff_is_told_where_a_somewhat_lower_chance_needs_far_fewer_accelerators() -> None:
+    table = planned(replace(MIXTURE, rate_per_s=20.0))
+    likely = [row for row in table.rows if row.chance is not None and row.chance >= 0.5]
+    fewest = min(likely, key=lambda row: row.num_accelerators)
+    assert table.choice.num_accelerators > 3 * fewest.num_accelerators
+    assert (
+        f" {fewest.num_accelerators} accelerators (copies on {fewest.num_devices} accelerators, "
+        f"{fewest.concurrency} requests at a time each) would keep it with {fewest.chance:.0%}: "
+        "measure that row first, and hand the figure to --measured."
+    ) in table.reason
+
+
+def test_without_a_rate_a_cliff_is_told_in_tokens_per_accelerator() -> None:
+    table = planned(MIXTURE)
+    assert re.search(
+        r"Copies on 8 accelerators, 64 requests at a time, with \d+ times the tokens per "
+        r"accelerator, would keep it with 6\d%: measure that row first",
+        table.reason,
+    )
+
+
+def test_a_row_that_may_not_be_taken_is_no_alternative() -> None:
+    reasons = [planned(replace(MIXTURE, max_accelerators=most)).reason for most in (8, 4)]
+    told = [re.findall(r"Copies on (\d) accelerators", reason) for reason in reasons]
+    assert told == [["8"], ["4"]]
 
 
 def test_money_is_for_a_million_tokens_of_a_busy_copy() -> None:
