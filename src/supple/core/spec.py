@@ -85,8 +85,9 @@ def parse_name(text: str, known: Iterable[str], *, what: str) -> str:
     raise SpecError(f"{what} {text}: unknown. Known: {', '.join(names.values())}.{hint}")
 
 
-def parse_duration(text: str, *, what: str) -> float:
-    """`"90s"`, `"2h"`, `"1h30m"` or plain seconds, as positive finite seconds."""
+def parse_duration(text: str, *, what: str, such_as: str = "90s, 15m, 2h or 1h30m") -> float:
+    """`"90s"`, `"2h"`, `"1h30m"` or plain seconds, as positive finite seconds; a `SpecError` names
+    times `such_as` may be written."""
     stripped = text.strip()
     if _DURATION.fullmatch(stripped):
         seconds = sum(
@@ -96,9 +97,7 @@ def parse_duration(text: str, *, what: str) -> float:
         try:
             seconds = float(stripped)
         except ValueError:
-            raise SpecError(
-                f"{what} is {text!r}: not a time. Write 90s, 15m, 2h or 1h30m."
-            ) from None
+            raise SpecError(f"{what} is {text!r}: not a time. Write {such_as}.") from None
     if not math.isfinite(seconds) or seconds <= 0:
         raise SpecError(f"{what} is {text}: a time must be positive and finite.")
     return seconds
