@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from supple.core.serve_spec import parse_latency
-from supple.core.spec import SpecError, parse_count, parse_money, parse_name
+from supple.core.spec import MAX_WORKERS, SpecError, parse_count, parse_money, parse_name
 from supple.core.types import Estimate, Infeasible
 from supple.eventlog import to_plain
 from supple.refusals import FAILED, messages
@@ -33,7 +33,7 @@ EPILOG = (
     "  supple inference --parameters 8B --itl 30ms --measured ran.csv --plot inference.png\n\n"
     "Exit codes: 0 planned; 1 nothing keeps the promise; 2 refused."
 )
-_MOST_DEVICES = 1_024
+_MOST_RATE, _MOST_DEVICES, _LONGEST_S = 1e6, 1_024, 3600.0
 _SHOWN = (1, 4, 16, 64, 256)
 
 
@@ -69,8 +69,11 @@ def inference(
     with messages(verbose):
         check_tokens(prompt, "--prompt")
         check_tokens(answer, "--answer")
-        if rate is not None and not 0 < rate < 1e9:
-            raise SpecError(f"--rate is {rate:g}: it must be positive and below 1e9.")
+        if rate is not None and not 0 < rate <= _MOST_RATE:
+            raise SpecError(
+                f"--rate is {rate:g} requests a second: it must be positive and at most "
+                f"{_MOST_RATE:,.0f}, more than any service known. Give what arrives on average."
+            )
         if not 1 <= devices <= _MOST_DEVICES:
             raise SpecError(
                 f"--devices is {devices}: it must be from 1 to {_MOST_DEVICES:,}, what a node or a "
@@ -92,15 +95,15 @@ def inference(
             device=DEVICES[parse_name(accelerator, DEVICES, what="--accelerator")],
             workload=Workload(name="asked", prompt_tokens=prompt),
             output_tokens=answer,
-            itl_s=parse_latency(itl, what="--itl") if itl else None,
+            itl_s=None if itl is None else _promise(itl),
             rate_per_s=rate,
             max_devices=devices,
             max_accelerators=(
                 parse_count(max_accelerators, what="--max-accelerators")
-                if max_accelerators
-                else None
+                if max_accelerators is not None
+                else MAX_WORKERS
             ),
-            price_per_hour=parse_money(price, what="--price") if price else None,
+            price_per_hour=parse_money(price, what="--price") if price is not None else None,
         )
         known_runs = [] if measured is None else read_served(measured, job)
         try:
@@ -121,6 +124,17 @@ def inference(
         if plot is not None:
             _draw(table, job, plot)
             typer.echo(f"picture {plot}", err=True)
+
+
+def _promise(text: str) -> float:
+    """`--itl` in seconds."""
+    itl_s = parse_latency(text, what="--itl")
+    if itl_s > _LONGEST_S:
+        raise SpecError(
+            f"--itl is {text}: it is the time from one token to the next, at most 1h. Leave it out "
+            "where nothing is promised."
+        )
+    return itl_s
 
 
 def _to_json(table: "InferenceTable | Infeasible", first: str) -> dict[str, object]:

@@ -17,6 +17,7 @@ from supple.core.inference_planner import (
     plan_inference,
 )
 from supple.core.layouts import DEVICES
+from supple.core.spec import MAX_WORKERS
 from supple.core.types import Infeasible
 
 EIGHT = ServedModel(family="a", num_parameters=8e9, num_activated=8e9)
@@ -62,10 +63,10 @@ def measured(num_devices: int, concurrency: int, factor: float = 1.0) -> Serving
 @given(
     itl_s=st.floats(0.005, 0.5),
     rate=st.one_of(st.none(), st.floats(0.01, 1000.0)),
-    most=st.one_of(st.none(), st.integers(1, 64)),
+    most=st.one_of(st.just(MAX_WORKERS), st.integers(1, 64)),
 )
 def test_what_is_recommended_keeps_the_promise_the_load_and_the_cap(
-    itl_s: float, rate: float | None, most: int | None
+    itl_s: float, rate: float | None, most: int
 ) -> None:
     job = replace(JOB, itl_s=itl_s, rate_per_s=rate, max_accelerators=most)
     table = plan_inference(SHEETS, job)
@@ -74,9 +75,9 @@ def test_what_is_recommended_keeps_the_promise_the_load_and_the_cap(
         return
     choice = table.choice
     assert choice.chance is not None and choice.chance >= 0.5
-    assert most is None or choice.num_accelerators <= most
+    assert choice.num_accelerators <= most
     sure = [row for row in table.rows if row.itl_p90_s.high <= itl_s]
-    sure = [row for row in sure if most is None or row.num_accelerators <= most]
+    sure = [row for row in sure if row.num_accelerators <= most]
     if sure:
         assert choice in sure
         fewest = min(row.num_accelerators for row in sure)
@@ -120,6 +121,13 @@ def test_no_row_that_keeps_the_promise_is_told_with_the_fastest() -> None:
 def test_too_few_accelerators_for_the_load_are_told_with_the_fewest() -> None:
     told = str(refused(replace(JOB, rate_per_s=1000.0, max_accelerators=4)))
     assert "at most 4 accelerators" in told and "the fewest are" in told
+
+
+def test_more_accelerators_than_any_pool_has_are_an_answer_with_the_rule() -> None:
+    told = str(refused(replace(JOB, rate_per_s=1e6)))
+    assert told.startswith("1e+06 requests/s on at most 65,536 accelerators: the fewest are 1")
+    assert "more than 65,536 are more than any pool known. Lower --rate" in told
+    assert "--max-accelerators" not in told
 
 
 def test_a_likely_row_is_recommended_with_its_chance_where_none_is_sure() -> None:

@@ -17,6 +17,7 @@ from supple.core.inference import (
     fit_inference,
 )
 from supple.core.layouts import Device
+from supple.core.spec import MAX_WORKERS
 from supple.core.types import Estimate, Infeasible
 
 KEPT, LIKELY = 0.9, 0.5
@@ -54,8 +55,8 @@ class InferenceJob:
     """Requests that arrive, on average."""
     max_devices: int = 8
     """Accelerators of a copy: those of a node."""
-    max_accelerators: int | None = None
-    """Of all copies."""
+    max_accelerators: int = MAX_WORKERS
+    """Of all copies; more than any pool known unless it is given."""
     price_per_hour: float | None = None
     """Of one accelerator."""
 
@@ -71,7 +72,7 @@ class InferenceJob:
             ("the number of accelerators of a node", self.max_devices),
             ("the cap of accelerators", self.max_accelerators),
         ):
-            if count is not None and not 1 <= count < math.inf:
+            if not 1 <= count < math.inf:
                 raise ValueError(f"{what} is {count:g}: it must be at least 1 and finite.")
 
 
@@ -240,7 +241,7 @@ def _chance(estimate: Estimate, within_s: float) -> float:
 
 
 def _is_allowed(row: InferenceRow, job: InferenceJob) -> bool:
-    return job.max_accelerators is None or row.num_accelerators <= job.max_accelerators
+    return row.num_accelerators <= job.max_accelerators
 
 
 def _worth(job: InferenceJob) -> Callable[[InferenceRow], tuple[float, float]]:
@@ -339,7 +340,6 @@ def _out_of_reach(
     job: InferenceJob, rows: Sequence[InferenceRow], allowed: Sequence[InferenceRow]
 ) -> Infeasible:
     if not allowed:
-        assert job.max_accelerators is not None
         most = _accelerators(job.max_accelerators)
         least = min(rows, key=lambda row: row.num_accelerators)
         if job.rate_per_s is None:
@@ -349,11 +349,15 @@ def _out_of_reach(
                 rule="The weights and the cache of one request must fit the accelerators allowed",
                 advice="Raise --max-accelerators, use fewer bits a weight, or larger accelerators.",
             )
+        capped = job.max_accelerators < MAX_WORKERS
         return Infeasible(
-            asked=f"{job.rate_per_s:g} requests/s on at most {most}",
+            asked=f"{job.rate_per_s:,.6g} requests/s on at most {most}",
             numbers=f"the fewest are {least.num_accelerators:,}: {_what(least, job).rstrip('.')}",
-            rule="The low end of the tokens' interval must cover the load",
-            advice="Raise --max-accelerators or lower --rate.",
+            rule="The low end of the tokens' interval must cover the load"
+            + ("" if capped else f", and more than {MAX_WORKERS:,} are more than any pool known"),
+            advice="Raise --max-accelerators or lower --rate."
+            if capped
+            else "Lower --rate, shorten --answer, or use faster accelerators.",
         )
     fastest = min(allowed, key=lambda row: row.itl_p90_s.value)
     assert job.itl_s is not None
