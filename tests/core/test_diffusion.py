@@ -119,6 +119,18 @@ def test_a_time_that_is_no_positive_number_is_refused(value: float) -> None:
         fit_diffusion([DiffusionMeasurement(run=PICTURE, batch_s=value)])
 
 
-def test_a_run_without_devices_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        replace(PICTURE, ring_degree=0)
+COUNTS = ["ulysses_degree", "ring_degree", "batch_size", "num_pixels", "num_frames", "num_steps"]
+
+
+@pytest.mark.parametrize("field", COUNTS)
+@pytest.mark.parametrize("value", [0, -5, 1.5, float("nan"), float("inf")])
+def test_a_count_of_a_run_is_whole_and_at_least_1(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match="counts must be whole numbers of at least 1"):
+        replace(PICTURE, **{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", ["num_tokens", "num_parameters"])
+@pytest.mark.parametrize("value", [0.0, -5, float("nan"), float("inf")])
+def test_a_size_of_a_run_is_positive_and_finite(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match="parameters and tokens positive and finite"):
+        replace(PICTURE, **{field: value})  # type: ignore[arg-type]

@@ -275,8 +275,14 @@ def test_nonsense_is_refused(change: dict[str, float]) -> None:
         replace(JOB, **change)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("tokens", [0.5, float("nan"), float("inf")])
+def test_an_answer_of_less_than_a_token_is_refused(tokens: float) -> None:
+    with pytest.raises(ValueError, match=r"an answer has .* tokens: it must be at least 1"):
+        replace(JOB, output_tokens=tokens)
+
+
 @pytest.mark.parametrize("field", ["max_devices", "max_accelerators"])
-@pytest.mark.parametrize("count", [0, 0.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("count", [0, 0.5, 1.5, float("nan"), float("inf")])
 def test_less_than_one_accelerator_is_refused(field: str, count: float) -> None:
     with pytest.raises(ValueError, match=rf"is {count:g}: it must be at least 1"):
         replace(JOB, **{field: count})  # type: ignore[arg-type]

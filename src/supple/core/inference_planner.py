@@ -17,7 +17,7 @@ from supple.core.inference import (
     fit_inference,
 )
 from supple.core.layouts import Device
-from supple.core.spec import MAX_WORKERS
+from supple.core.spec import MAX_WORKERS, is_count, is_positive
 from supple.core.types import Estimate, Infeasible
 
 KEPT, LIKELY = 0.9, 0.5
@@ -66,14 +66,18 @@ class InferenceJob:
             ("the rate", self.rate_per_s),
             ("the price", self.price_per_hour),
         ):
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and not is_positive(value):
                 raise ValueError(f"{what} is {value:g}: it must be positive and finite.")
         for what, count in (
             ("the number of accelerators of a node", self.max_devices),
             ("the cap of accelerators", self.max_accelerators),
         ):
-            if not 1 <= count < math.inf:
-                raise ValueError(f"{what} is {count:g}: it must be at least 1 and finite.")
+            if not is_count(count):
+                raise ValueError(f"{what} is {count:g}: it must be at least 1, and whole.")
+        if not 1 <= self.output_tokens < math.inf:
+            raise ValueError(
+                f"an answer has {self.output_tokens:g} tokens: it must be at least 1 and finite."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,7 +56,7 @@ def parse_latency(text: str, *, what: str) -> float:
     """`"100ms"`, `"250us"`, `"2s"` or `"1m30s"`, as positive finite seconds. A number alone is
     refused: a latency is as often thought of in milliseconds."""
     stripped = text.strip()
-    if _is_positive(stripped):
+    if _is_bare_number(stripped):
         raise SpecError(
             f"{what} is {stripped}, a number without a unit: write {stripped}ms or {stripped}s."
         )
@@ -67,8 +67,8 @@ def parse_latency(text: str, *, what: str) -> float:
     return parse_duration(stripped, what=what, such_as="250us, 30ms or 2s")
 
 
-def _is_positive(text: str) -> bool:
-    """Whether it is a positive finite number and nothing more."""
+def _is_bare_number(text: str) -> bool:
+    """Whether it is a positive finite number, without a unit."""
     try:
         return 0.0 < float(text) < math.inf
     except ValueError:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Literal, get_args
 
 BatchMode = Literal["fixed", "adaptive"]
@@ -28,6 +29,16 @@ KNEE_RULE = (
 
 class SpecError(ValueError):
     """The user asked for something that cannot be. The message is complete."""
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number of at least 1."""
+    return isinstance(value, Integral) and int(value) >= 1
+
+
+def is_positive(value: float) -> bool:
+    """Whether it is above 0 and finite."""
+    return 0 < value < math.inf
 
 
 def parse_count(text: str, *, what: str) -> int:
@@ -98,7 +109,7 @@ def parse_duration(text: str, *, what: str, such_as: str = "90s, 15m, 2h or 1h30
             seconds = float(stripped)
         except ValueError:
             raise SpecError(f"{what} is {text!r}: not a time. Write {such_as}.") from None
-    if not math.isfinite(seconds) or seconds <= 0:
+    if not is_positive(seconds):
         raise SpecError(f"{what} is {text}: a time must be positive and finite.")
     return seconds
 
@@ -109,7 +120,7 @@ def parse_money(text: str, *, what: str) -> float:
         amount = float(text)
     except ValueError:
         raise SpecError(f"{what} is {text!r}: not a number. Write it as 2.50.") from None
-    if not math.isfinite(amount) or amount <= 0:
+    if not is_positive(amount):
         raise SpecError(f"{what} is {text}: it must be positive and finite.")
     return amount
 
@@ -249,7 +260,7 @@ class Objective:
 
 
 def _check_positive(what: str, value: float | None) -> None:
-    if value is not None and not (math.isfinite(value) and value > 0):
+    if value is not None and not is_positive(value):
         raise SpecError(
             f"a plan was asked for with {what} of {value}: it must be positive and finite. Give "
             "None for none."
