@@ -116,7 +116,10 @@ def layouts(
             )
         from supple.core.layout_memory import OPTIMIZER_BYTES
 
-        optimizer = parse_name(optimizer, OPTIMIZER_BYTES, what="--optimizer")
+        if optimizer not in OPTIMIZER_BYTES:
+            raise SpecError(
+                f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZER_BYTES)}."
+            )
         extra = [name for name, value in sizes.items() if value is not None]
         extra += ["--optimizer"] if optimizer != "adam" else []
         if script is not None and (extra or measured):

@@ -14,7 +14,7 @@ from supple.core.memory import (
     device_bytes,
     largest_that_fits,
 )
-from supple.core.spec import SpecError, parse_name
+from supple.core.spec import SpecError
 from supple.refusals import FAILED, messages, split_target
 from supple.train.script import check
 
@@ -45,8 +45,8 @@ def memory(
         check(path, function)
         from supple.train.memory_trace import OPTIMIZERS, TraceFailed, trace_memory
 
-        if optimizer is not None:
-            optimizer = parse_name(optimizer, OPTIMIZERS, what="--optimizer")
+        if optimizer is not None and optimizer not in OPTIMIZERS:
+            raise SpecError(f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZERS)}.")
         try:
             traced = {
                 name: trace_memory(path, function, recompute=recompute, optimizer=optimizer)
