@@ -47,12 +47,14 @@ def inference(
     prompt: Annotated[float, typer.Option(help="Tokens of a prompt, on average.")] = 500,
     answer: Annotated[float, typer.Option(help="Tokens of an answer, on average.")] = 300,
     itl: Annotated[
-        str | None, typer.Option(help="Promise: nine of ten tokens within, as 30ms.")
+        str | None, typer.Option(help="Promise: nine of ten tokens within, with its unit: 30ms.")
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Requests a second to be served.")] = None,
     accelerator: Annotated[str, typer.Option(help="v100, a100, a100-80, h100 or b200.")] = "h100",
     devices: Annotated[int, typer.Option(help="Most accelerators of one copy: a node's.")] = 8,
-    max_accelerators: Annotated[str | None, typer.Option(help="Of all copies.")] = None,
+    max_accelerators: Annotated[
+        str | None, typer.Option(help="Of all copies; default: 65536.")
+    ] = None,
     price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
     measured: Annotated[
         Path | None,
