@@ -14,8 +14,18 @@ CORE = sorted((SOURCE / "supple" / "core").glob("*.py"))
 MODULES = [".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in CORE]
 
 ALLOWED = {
-    *("abc", "bisect", "collections", "copy", "dataclasses", "decimal", "enum", "fractions"),
-    *("functools", "hashlib", "heapq", "ipaddress", "itertools", "json", "math", "numbers"),
+    *("abc", "bisect", "collections", "copy", "dataclasses", "decimal", "difflib", "enum"),
+    *(
+        "fractions",
+        "functools",
+        "hashlib",
+        "heapq",
+        "ipaddress",
+        "itertools",
+        "json",
+        "math",
+        "numbers",
+    ),
     *("operator", "re", "statistics", "string", "struct", "textwrap", "types", "typing"),
     *("numpy", "scipy", "supple"),
 }

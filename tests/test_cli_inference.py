@@ -1,6 +1,7 @@
 """`supple inference` as a person uses it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,27 @@ def test_the_table_says_what_is_recommended_and_what_to_measure_first() -> None:
     for words in ("acc./copy", "copies", "per million", "Recommended:", "from data sheets", "→"):
         assert words in result.stdout
     assert "Measure one copy on" in result.stdout
+
+
+def test_where_nothing_is_promised_no_chance_is_told() -> None:
+    result = supple("--parameters 8B")
+    assert result.exit_code == 0, result.output
+    assert "chance" not in result.stdout and "%" not in result.stdout.splitlines()[1]
+    assert {
+        row["chance"] for row in json.loads(supple("--parameters 8B --json").stdout)["rows"]
+    } == {None}
+
+
+def test_the_help_says_what_the_columns_are_and_its_example_has_a_sensible_answer() -> None:
+    told = " ".join(supple("--help").stdout.split())
+    assert "the chance that this keeps it, where 90 % count as kept" in told
+    examples = re.findall(r"supple inference (--.*?) (?=supple|Exit)", told)
+    assert len(examples) == 3
+    for arguments in examples[:2]:
+        result = supple(f"{arguments} --json")
+        data = json.loads(result.stdout)
+        chosen = data["rows"][data["recommended"]]
+        assert chosen["num_accelerators"] <= 64 and chosen["chance"] >= 0.9
 
 
 def test_json_has_the_same_as_data_and_a_picture_is_drawn(tmp_path: Path) -> None:
@@ -57,6 +79,16 @@ def test_what_was_measured_of_this_model_or_of_others_narrows_the_intervals(
     assert "fitted to 4 rows" in supple(f"{EIGHT} --measured {own}").stdout
 
 
+def test_an_accelerator_may_be_named_in_capitals(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(
+        "accelerator,accelerators,concurrency,tokens_per_s,itl_p90_ms\nA100,1,1,60,15\n"
+    )
+    result = supple(f"{EIGHT} --accelerator H100 --measured {rows}")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == supple(f"{EIGHT} --accelerator h100 --measured {rows}").stdout
+
+
 def test_a_promise_nobody_keeps_is_an_answer_with_another_exit_code() -> None:
     result = supple("--parameters 8B --itl 1us")
     assert result.exit_code == 1 and "the fastest is" in result.stderr
@@ -72,20 +104,31 @@ def test_a_copy_that_may_not_have_the_accelerators_it_needs_is_an_answer() -> No
 REFUSALS = {
     "--parameters many": "give a number of parameters such as 350M or 8B",
     "--parameters 8B --activated 9B": "Exchange the two",
+    "--parameters 8B --activated 1K": "a token uses more than one in 10,000, here 800,000",
     "--parameters 8B --bits 5": "--bits is 5",
+    "--parameters 8B --layers 65000": "--layers is 65000: it must be from 1 to 1,000",
+    "--parameters 8B --prompt 1e300": "--prompt is 1e+300 tokens: it must be at least 1 and at",
     "--parameters 8B --rate 0": "--rate is 0",
-    "--parameters 8B --rate 1e308": "--rate is 1e+308: it must be positive and below",
+    "--parameters 8B --rate 1e308": "--rate is 1e+308 requests a second: it must be positive",
+    "--parameters 8B --rate 2e6": "at most 1,000,000, more than any service known",
+    "--parameters 8B --itl 2h": "--itl is 2h: it is the time from one token to the next, at most",
+    "--parameters 8B --itl=": "--itl is '': not a time",
+    "--parameters 8B --devices 2000": "--devices is 2000: it must be from 1 to 1,024",
     "--parameters 8B --prompt nan": "--prompt is nan",
     "--parameters 8B --prompt 0.5": "--prompt is 0.5 tokens: it must be at least 1",
     "--parameters 8B --answer 0.5": "--answer is 0.5 tokens: it must be at least 1",
     "--parameters 8B --devices 0": "--devices is 0",
     "--parameters 8B --accelerator tpu": "--accelerator tpu: unknown",
-    "--parameters 8B --itl fast": "--itl",
+    "--parameters 8B --itl fast": "--itl is 'fast': not a time. Write 250us, 30ms or 2s.",
+    "--parameters 8B --itl 30": "--itl is 30, a number without a unit: write 30ms or 30s.",
     "--parameters 8B --measured absent.csv": "absent.csv",
-    "--parameters 8B --measured empty.csv": "has 0 rows",
-    "--parameters 8B --measured wrong.csv": "line 2: tokens_per_s and itl_p90_ms must be positive",
+    "--parameters 8B --measured empty.csv": "is empty",
+    "--parameters 8B --measured wrong.csv": "line 2: tokens_per_s is -5: it must be positive",
     "--parameters 8B --measured odd.csv": "measured at 1200 and at 12 tokens/s",
-    "--parameters 8B --measured words.csv": "line 2: could not convert",
+    "--parameters 8B --measured words.csv": "line 2: tokens_per_s is 'fast': not a number",
+    "--parameters 8B --measured thin.csv": "line 2: activated 1K of 8B parameters",
+    "--parameters 8B --measured long.csv": "line 3: prompt is 1e+14 tokens: it must be at least",
+    "--parameters 8B --measured tpu.csv": "line 2: accelerator tpu: unknown. Known: v100",
     "--parameters 80B --measured small.csv": "line 2: 160 GB of weights do not fit",
 }
 
@@ -100,6 +143,9 @@ def test_nonsense_is_refused_with_its_numbers(
     Path("wrong.csv").write_text(f"{head}1,1,-5,3\n")
     Path("odd.csv").write_text(f"{head}1,16,1200,14\n1,16,12,1400\n")
     Path("words.csv").write_text(f"{head}1,1,fast,3\n")
+    Path("thin.csv").write_text(f"parameters,activated,{head}8B,1K,1,1,50,3\n")
+    Path("long.csv").write_text(f"prompt,{head}500,1,1,50,3\n1e14,1,1,50,3\n")
+    Path("tpu.csv").write_text(f"accelerator,{head}tpu,1,1,50,3\n")
     Path("small.csv").write_text(f"{head}1,1,50,3\n")
     result = supple(arguments)
     assert result.exit_code == 2, result.output

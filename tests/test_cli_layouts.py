@@ -138,6 +138,7 @@ def test_what_a_fixed_batch_does_not_use_is_said(tmp_path: Path) -> None:
         (SEVEN.replace("1M", "nan"), "--samples 'nan'"),
         (f"{SEVEN} --accelerator abacus", "Known: v100"),
         (f"{SEVEN} --interconnect rope", "supple: --interconnect rope"),
+        (f"{SEVEN} --local-link NVlink-H10", "--local-link NVlink-H10: unknown. Known: loopback"),
         (f"{SEVEN} --batch-size 2000000", "a batch of 2000000 of 1000000 samples in all"),
         (f"{SEVEN} --optimizer prayer", "Known: adam, adam-8bit"),
         (f"{SEVEN} --memory -3", "--memory is -3"),
@@ -176,19 +177,19 @@ def test_it_refuses_with_one_message(arguments: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("0,1,1,1,128,5.0", "line 2"),
-        ("8,1,1,3,128,5.0", "do not make 128"),
-        ("8,1,1,1,128,-5.0", "iteration_time_s is -5.0"),
-        ("8,1,1,1,128,fast", "line 2"),
+        ("0,1,1,1,128,5.0,", "line 2: tp is 0"),
+        ("8,1,1,3,128,5.0,", "do not make 128"),
+        ("8,1,1,1,128,-5.0,", "iteration_time_s is -5.0"),
+        ("8,1,1,1,128,fast,", "line 2: iteration_time_s is 'fast'"),
         ("8,1,1,1,128,5.0,maybe", "line 2: fsdp is 'maybe': it must be 0 or 1"),
         (
-            "3,1,1,1,128,5.0",
+            "3,1,1,1,128,5.0,",
             "line 2: a layout of dp_replicate=1, dp_shard=1, cp=1, tp=3,",
         ),
-        ("1,1,33,1,128,5.0", "33 stages of 32 layers"),
-        ("8,1,1,1,128,5000", "Give seconds, not milliseconds"),
-        ("8,1,1,1,128,1e-9", "Check the unit, the batch and the model's sizes"),
-        ("8,1,1,1", "line 2"),
+        ("1,1,33,1,128,5.0,", "33 stages of 32 layers"),
+        ("8,1,1,1,128,5000,", "Give seconds, not milliseconds"),
+        ("8,1,1,1,128,1e-9,", "Check the unit, the batch and the model's sizes"),
+        ("8,1,1,1", "line 2: the row has 4 cells and the header 7"),
     ],
 )
 def test_a_row_that_makes_no_sense_is_named_by_its_line(

@@ -70,11 +70,11 @@ def test_counts_and_minutes_are_enough(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "more", "words"),
     [
-        ("", (), "has 0 rows and no column num_workers, minutes"),
-        (HEAD, (), "has 0 rows"),
+        ("", (), "is empty: it needs num_workers, minutes"),
+        (HEAD, (), "has a header and no rows"),
         ("workers,minutes\n1,2\n", (), "no column num_workers"),
-        (HEAD + "8,512,soon,1\n", (), "line 2"),
-        (HEAD + "8.5,512,4,1\n", (), "the workers a whole one"),
+        (HEAD + "8,512,soon,1\n", (), "line 2: minutes is 'soon': not a number"),
+        (HEAD + "8.5,512,4,1\n", (), "line 2: num_workers is 8.5: it must be a whole number"),
         (HEAD + "8,512,0,1\n", (), "line 2: minutes is 0: it must be positive"),
         (HEAD + "8,nan,4,1\n", (), "line 2: batch_size is nan"),
         (HEAD + "0,512,4,1\n", (), "line 2: num_workers is 0"),

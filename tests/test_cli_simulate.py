@@ -105,12 +105,12 @@ def test_a_trace_may_be_bare_numbers_in_any_order() -> None:
         ("", "no request"),
         ("arrival_s\n", "no request"),
         ("time\n1\n", "none is arrival_s"),
-        ("arrival_s\n1\nsoon\n", "row 3: 'soon'"),
-        ("arrival_s\n1\nnan\n", "row 3: 'nan'"),
-        ("a,arrival_s\n1\n", "row 2: ''"),
+        ("\ufeffarrival_s\n1\n\nsoon\n", "line 4: 'soon'"),
+        ("arrival_s\n1\nnan\n", "line 3: 'nan'"),
+        ("a,arrival_s\n1\n", "line 2: ''"),
     ],
 )
-def test_a_file_that_is_no_trace_is_refused_with_its_row(text: str, said: str) -> None:
+def test_a_file_that_is_no_trace_is_refused_with_its_line(text: str, said: str) -> None:
     Path("bad.csv").write_text(text)
     with pytest.raises(SpecError, match=said):
         read_trace(Path("bad.csv"))
@@ -118,7 +118,7 @@ def test_a_file_that_is_no_trace_is_refused_with_its_row(text: str, said: str) -
 
 def test_bytes_that_are_no_text_are_no_trace() -> None:
     Path("bytes.csv").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(SpecError, match="it is not text"):
+    with pytest.raises(SpecError, match="it is no CSV in UTF-8"):
         read_trace(Path("bytes.csv"))
 
 

@@ -43,15 +43,21 @@ def test_a_curve_says_what_it_rests_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "has 0 rows and no column batch_size, samples_to_target"),
+        ("", "is empty: it needs batch_size, samples_to_target"),
         ("batch,samples\n1,2\n", "no column batch_size, samples_to_target: it needs"),
-        ("batch_size,samples_to_target\n64,1e6\n128,soon\n", "line 3.*must be numbers"),
-        ("batch_size,samples_to_target\n64\n", "line 2.*must be numbers"),
+        (
+            "batch_size,samples_to_target\n64,1e6\n128,soon\n",
+            "line 3: samples_to_target is 'soon': not a number",
+        ),
+        ("batch_size,samples_to_target\n64\n", "line 2: the row has 1 cell and the header 2"),
         ("batch_size,samples_to_target\n64,1e6\n", "nothing there compares two sizes"),
-        ("batch_size,samples_to_target\n64,-1\n128,2\n", "must be positive and finite"),
+        (
+            "batch_size,samples_to_target\n64,-1\n128,2\n",
+            "line 2: samples_to_target is -1: it must be positive and finite",
+        ),
         (
             "batch_size,samples_to_target,reached\n64,1,1\n64,1,n\n",
-            "line 3: reached is 'n': give 1",
+            "line 3: reached is 'n': .* Give 1",
         ),
     ],
 )
@@ -82,7 +88,7 @@ def test_runs_of_the_task_are_trusted_before_probes(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("batch_size,samples_to_target\n64,1\n", "the probes .* no column samples"),
-        ("batch_size,samples\n64,ten\n", "line 2.*not a probe"),
+        ("batch_size,samples\n64,ten\n", "line 2: samples is 'ten': not a number"),
         ("batch_size,samples\n64,100\n", "the probes .*nothing there compares two sizes"),
     ],
 )

@@ -129,9 +129,10 @@ def test_a_trace_is_replayed_from_its_first_arrival_at_a_speed(tmp_path: Path) -
     ("text", "words"),
     [
         ("time\n1\n", "it needs arrival_s"),
-        ("arrival_s\nsoon\n", "no number"),
-        ("arrival_s\n", "has 0 arrivals"),
-        ("arrival_s\nnan\n", "all finite"),
+        ("arrival_s\n1\n\nsoon\n", "line 4: arrival_s is 'soon': not a finite number"),
+        ("tokens,arrival_s\n1\n", "line 2: arrival_s is '': not a finite number"),
+        ("arrival_s\n", "has no arrivals"),
+        ("\ufeffarrival_s\nnan\n", "line 2: arrival_s is 'nan': not a finite"),
     ],
 )
 def test_a_trace_that_is_none_is_refused(tmp_path: Path, text: str, words: str) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,29 +9,31 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from supple.core.serve_spec import parse_latency
-from supple.core.spec import SpecError, parse_count, parse_money
+from supple.core.spec import MAX_WORKERS, SpecError, parse_count, parse_money, parse_name
 from supple.core.types import Estimate, Infeasible
 from supple.eventlog import to_plain
 from supple.refusals import FAILED, messages
-from supple.rows import parse_amount, read_rows
+from supple.served import COLUMNS, OPTIONAL, check_tokens, read_served, served_model
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
-    from supple.core.decoding import ServingRun
-    from supple.core.inference import ServingMeasurement
     from supple.core.inference_planner import InferenceJob, InferenceRow, InferenceTable
 
-_COLUMNS = ("accelerators", "concurrency", "tokens_per_s", "itl_p90_ms")
-_OPTIONAL = "family, parameters, activated, bits, layers, prompt, answer, workload, accelerator"
 EPILOG = (
     "Nothing is run: step times come from the sizes, data sheets, and whatever was measured, with "
     "80 % intervals. Recommended is, among the rows that keep --itl, the one that serves --rate "
     "with the fewest accelerators; without --rate, the most tokens per accelerator.\n\n"
+    "Columns: accelerators of one copy; requests it works on at a time; its tokens a second, and "
+    "per accelerator; the time within which nine of ten tokens come after the one before; with "
+    "--itl the chance that this keeps it, where 90 % count as kept (if no row has that, the best "
+    "chance is recommended, if at least even); with --rate the copies it needs, and their "
+    "accelerators; with --price money for a million tokens.\n\n"
     "Examples:\n\n  supple inference --parameters 8B --itl 30ms\n\n"
-    "  supple inference --parameters 235B --activated 22B --bits 8 --rate 20 --answer 800 "
+    "  supple inference --parameters 30B --activated 3B --bits 8 --rate 20 --answer 800 "
     "--itl 60ms --price 2.5\n\n"
     "  supple inference --parameters 8B --itl 30ms --measured ran.csv --plot inference.png\n\n"
     "Exit codes: 0 planned; 1 nothing keeps the promise; 2 refused."
 )
+_MOST_RATE, _MOST_DEVICES, _LONGEST_S = 1e6, 1_024, 3600.0
 _SHOWN = (1, 4, 16, 64, 256)
 
 
@@ -46,18 +47,19 @@ def inference(
     prompt: Annotated[float, typer.Option(help="Tokens of a prompt, on average.")] = 500,
     answer: Annotated[float, typer.Option(help="Tokens of an answer, on average.")] = 300,
     itl: Annotated[
-        str | None, typer.Option(help="Promise: nine of ten tokens within, as 30ms.")
+        str | None, typer.Option(help="Promise: nine of ten tokens within, with its unit: 30ms.")
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Requests a second to be served.")] = None,
     accelerator: Annotated[str, typer.Option(help="v100, a100, a100-80, h100 or b200.")] = "h100",
     devices: Annotated[int, typer.Option(help="Most accelerators of one copy: a node's.")] = 8,
-    max_accelerators: Annotated[str | None, typer.Option(help="Of all copies.")] = None,
+    max_accelerators: Annotated[
+        str | None, typer.Option(help="Of all copies; default: 65536.")
+    ] = None,
     price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
     measured: Annotated[
         Path | None,
         typer.Option(
-            help=f"CSV of what was measured: {', '.join(_COLUMNS)}; of other models also "
-            f"{_OPTIONAL}."
+            help=f"CSV of what was measured: {', '.join(COLUMNS)}; of other models also {OPTIONAL}."
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the rows into this file.")] = None,
@@ -67,55 +69,45 @@ def inference(
     """Plan accelerators per copy, requests at a time and copies of a language model that nobody has
     run here."""
     with messages(verbose):
-        for option, tokens in (("--prompt", prompt), ("--answer", answer)):
-            if not 1 <= tokens < math.inf:
-                raise SpecError(f"{option} is {tokens:g} tokens: it must be at least 1 and finite.")
-        if rate is not None and not 0 < rate < 1e9:
-            raise SpecError(f"--rate is {rate:g}: it must be positive and below 1e9.")
-        for option, count in (("--devices", devices), ("--layers", layers)):
-            if count is not None and not 1 <= count <= 65_536:
-                raise SpecError(f"{option} is {count}: it must be from 1 to 65,536.")
+        check_tokens(prompt, "--prompt")
+        check_tokens(answer, "--answer")
+        if rate is not None and not 0 < rate <= _MOST_RATE:
+            raise SpecError(
+                f"--rate is {rate:g} requests a second: it must be positive and at most "
+                f"{_MOST_RATE:,.0f}, more than any service known. Give what arrives on average."
+            )
+        if not 1 <= devices <= _MOST_DEVICES:
+            raise SpecError(
+                f"--devices is {devices}: it must be from 1 to {_MOST_DEVICES:,}, what a node or a "
+                "rack holds."
+            )
         if plot is not None:
             from supple.picture import check_target
 
             check_target(plot)
-        from supple.core.decoding import ServedModel, Workload
+        from supple.core.decoding import Workload
         from supple.core.inference import fit_inference
         from supple.core.inference_planner import InferenceJob, measure_first, plan_inference
         from supple.core.layouts import DEVICES
 
-        if accelerator not in DEVICES:
-            known = ", ".join(DEVICES)
-            raise SpecError(f"--accelerator {accelerator}: unknown. Known: {known}.")
-        total = _amount(parameters, "--parameters")
-        used = total if activated is None else _amount(activated, "--activated")
-        if used > total:
-            raise SpecError(
-                f"--activated {activated} is more than --parameters {parameters}: a token uses at "
-                "most all of them. Exchange the two."
-            )
         job = InferenceJob(
-            model=ServedModel(
-                family="asked",
-                num_parameters=total,
-                num_activated=used,
-                bytes_per_weight=_weight_bytes(bits),
-                num_layers=layers,
+            model=served_model(
+                "asked", parameters, activated, bits, layers, lambda name: f"--{name}"
             ),
-            device=DEVICES[accelerator],
+            device=DEVICES[parse_name(accelerator, DEVICES, what="--accelerator")],
             workload=Workload(name="asked", prompt_tokens=prompt),
             output_tokens=answer,
-            itl_s=parse_latency(itl, what="--itl") if itl else None,
+            itl_s=None if itl is None else _promise(itl),
             rate_per_s=rate,
             max_devices=devices,
             max_accelerators=(
                 parse_count(max_accelerators, what="--max-accelerators")
-                if max_accelerators
-                else None
+                if max_accelerators is not None
+                else MAX_WORKERS
             ),
-            price_per_hour=parse_money(price, what="--price") if price else None,
+            price_per_hour=parse_money(price, what="--price") if price is not None else None,
         )
-        known_runs = [] if measured is None else _read(measured, job)
+        known_runs = [] if measured is None else read_served(measured, job)
         try:
             fit = fit_inference(known_runs)
         except ValueError as error:
@@ -134,6 +126,17 @@ def inference(
         if plot is not None:
             _draw(table, job, plot)
             typer.echo(f"picture {plot}", err=True)
+
+
+def _promise(text: str) -> float:
+    """`--itl` in seconds."""
+    itl_s = parse_latency(text, what="--itl")
+    if itl_s > _LONGEST_S:
+        raise SpecError(
+            f"--itl is {text}: it is the time from one token to the next, at most 1h. Leave it out "
+            "where nothing is promised."
+        )
+    return itl_s
 
 
 def _to_json(table: "InferenceTable | Infeasible", first: str) -> dict[str, object]:
@@ -156,7 +159,8 @@ def _show(table: "InferenceTable", num_measured: int, first: str) -> None:
 
     view = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     rows = [row for row in table.rows if row.concurrency in _SHOWN or row is table.choice]
-    heads = ["", "acc./copy", "at a time", "tokens/s", "per acc.", "p90 between tokens", "chance"]
+    heads = ["", "acc./copy", "at a time", "tokens/s", "per acc.", "p90 between tokens"]
+    heads += ["chance"] if rows[0].chance is not None else []
     heads += ["copies", "accelerators"] if rows[0].num_copies is not None else []
     heads += ["per million"] if rows[0].cost_per_million is not None else []
     for head in heads:
@@ -167,7 +171,8 @@ def _show(table: "InferenceTable", num_measured: int, first: str) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(view)
     source = f"fitted to {num_measured} rows" if num_measured else "from data sheets, not measured"
-    console.print(f"{source}; low–high: 80 % interval; chance: of keeping --itl", style="dim")
+    told = "; chance: of keeping --itl; 90 % count as kept" if rows[0].chance is not None else ""
+    console.print(f"{source}; low–high: 80 % interval{told}", style="dim")
     console.print(f"\nRecommended: {table.reason}", soft_wrap=not console.is_terminal)
     if first:
         console.print(first, soft_wrap=not console.is_terminal)
@@ -180,8 +185,8 @@ def _cells(row: "InferenceRow") -> list[str]:
         _range(row.tokens_per_s, 1.0, "{:,.0f}"),
         f"{row.tokens_per_device_s:,.0f}",
         _range(row.itl_p90_s, 1e3, "{:.3g}") + " ms",
-        f"{row.chance:.0%}",
     ]
+    cells += [f"{row.chance:.0%}"] if row.chance is not None else []
     if row.num_copies is not None:
         cells += [f"{row.num_copies:,}", f"{row.num_accelerators:,}"]
     if row.cost_per_million is not None:
@@ -191,82 +196,6 @@ def _cells(row: "InferenceRow") -> list[str]:
 
 def _range(estimate: Estimate, scale: float, form: str) -> str:
     return f"{form.format(estimate.low * scale)}–{form.format(estimate.high * scale)}"
-
-
-def _amount(text: str, option: str) -> float:
-    """`"8B"` as 8e9."""
-    count = parse_amount(text)
-    if not 1e3 <= count <= 1e15:
-        raise SpecError(f"{option} {text!r}: give a number of parameters such as 350M or 8B.")
-    return count
-
-
-def _weight_bytes(bits: int) -> float:
-    """With the scales that go with weights of few bits."""
-    known = {16: 2.0, 8: 1.0, 4: 0.55}
-    if bits not in known:
-        raise SpecError(f"--bits is {bits}: weights are served in 16, 8 or 4.")
-    return known[bits]
-
-
-def _read(path: Path, job: "InferenceJob") -> "list[ServingMeasurement]":
-    """Rows without the optional columns are of the model, load and accelerator asked about."""
-    from supple.core.inference import ServingMeasurement
-
-    rows = read_rows(
-        path, _COLUMNS, what="--measured", besides=f"for other models also {_OPTIONAL}"
-    )
-    found: list[ServingMeasurement] = []
-    for number, row in enumerate(rows, 2):
-        given = {name: value.strip() for name, value in row.items() if value and value.strip()}
-        try:
-            tokens, itl_ms = float(given["tokens_per_s"]), float(given["itl_p90_ms"])
-            if not (0 < tokens < math.inf and 0 < itl_ms < math.inf):
-                raise ValueError("tokens_per_s and itl_p90_ms must be positive numbers")
-            found.append(
-                ServingMeasurement(
-                    run=_run(given, job), tokens_per_s=tokens, itl_p90_s=itl_ms * 1e-3
-                )
-            )
-        except (ValueError, KeyError) as error:
-            told = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise SpecError(f"--measured {path}, line {number}: {told.rstrip('.')}.") from None
-    return found
-
-
-def _run(given: dict[str, str], job: "InferenceJob") -> "ServingRun":
-    from supple.core.decoding import ServedModel, ServingRun, Workload, weights_fit
-    from supple.core.layouts import DEVICES
-
-    model = job.model
-    if "parameters" in given:
-        total = _amount(given["parameters"], "parameters")
-        used = _amount(given["activated"], "activated") if "activated" in given else total
-        model = ServedModel(
-            family=given.get("family", given["parameters"]),
-            num_parameters=total,
-            num_activated=used,
-            bytes_per_weight=_weight_bytes(int(given.get("bits", "16"))),
-            num_layers=int(given["layers"]) if "layers" in given else None,
-        )
-    name = given.get("accelerator", job.device.name)
-    if name not in DEVICES:
-        raise ValueError(f"the accelerator {name} is unknown; known: {', '.join(DEVICES)}")
-    prompt = float(given.get("prompt", job.workload.prompt_tokens))
-    run = ServingRun(
-        model=model,
-        device=DEVICES[name],
-        num_devices=int(given["accelerators"]),
-        concurrency=int(given["concurrency"]),
-        workload=Workload(name=given.get("workload", job.workload.name), prompt_tokens=prompt),
-        output_tokens=float(given.get("answer", job.output_tokens)),
-    )
-    if not weights_fit(run):
-        raise ValueError(
-            f"{model.num_parameters * model.bytes_per_weight / 1e9:.0f} GB of weights do not fit "
-            f"{run.num_devices} x {name}"
-        )
-    return run
 
 
 def _draw(table: "InferenceTable", job: "InferenceJob", path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,12 +15,13 @@ from supple.core.spec import (
     Objective,
     SpecError,
     parse_limits,
+    parse_name,
     parse_objective,
 )
 from supple.core.types import Infeasible, ParallelLayout
 from supple.eventlog import to_plain
 from supple.refusals import FAILED, messages, split_target
-from supple.rows import parse_amount, read_rows
+from supple.rows import Row, parse_amount, read_rows
 from supple.train.script import check
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
@@ -49,6 +49,7 @@ _MOST = {
     "--noise-scale": 1e15,
 }
 """At least ten times what anybody published; more is a typing error."""
+_LARGEST_BATCH = 10**9
 
 
 def layouts(
@@ -155,7 +156,7 @@ def layouts(
             )
         device = _device(accelerator)
         link = lookup(interconnect)
-        local = lookup(local_link or _nvlink(device))
+        local = lookup(local_link or _nvlink(device), what="--local-link")
         for option, value in (
             ("--batch-size", batch_size),
             ("--workers-per-node", workers_per_node),
@@ -328,9 +329,7 @@ def _check_whole(option: str, value: int | None) -> None:
 def _device(name: str) -> "Device":
     from supple.core.layouts import DEVICES
 
-    if name not in DEVICES:
-        raise SpecError(f"--accelerator {name}: unknown. Known: {', '.join(DEVICES)}.")
-    return DEVICES[name]
+    return DEVICES[parse_name(name, DEVICES, what="--accelerator")]
 
 
 def _nvlink(device: "Device") -> str:
@@ -353,12 +352,17 @@ def _read(path: Path, model: "Transformer") -> "list[LayoutMeasurement]":
         path, _COLUMNS, what="--measured", besides="optionally fsdp and recompute (0 or 1)"
     )
     found: list[LayoutMeasurement] = []
-    for number, row in enumerate(rows, 2):
+    for row in rows:
+        tp, dp, pp = (row.count(name) for name in _COLUMNS[:3])
+        micro, batch = (row.count(name, most=_LARGEST_BATCH) for name in _COLUMNS[3:5])
+        seconds = row.number("iteration_time_s")
+        if batch % (dp * micro):
+            raise row.refusal(
+                f"{dp} replicas of micro-batches of {micro} do not make {batch}: a batch is whole "
+                "micro-batches of every replica"
+            )
+        shard = dp if _flag(row, "fsdp") else 1
         try:
-            tp, dp, pp, micro, batch = (int(row[name]) for name in _COLUMNS[:-1])
-            if batch % (dp * micro):
-                raise ValueError(f"{dp} replicas of micro-batches of {micro} do not make {batch}")
-            shard = dp if _flag(row, "fsdp") else 1
             run = LayoutRun(
                 model=model,
                 layout=ParallelLayout(dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp),
@@ -366,18 +370,15 @@ def _read(path: Path, model: "Transformer") -> "list[LayoutMeasurement]":
                 num_micro_batches=batch // (dp * micro),
                 recompute=_flag(row, "recompute"),
             )
-            seconds = float(row["iteration_time_s"])
-            if not 0 < seconds < float("inf"):
-                raise ValueError(f"iteration_time_s is {seconds}")
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            raise SpecError(f"--measured {path}, line {number}: {error}.") from None
+        except ValueError as error:
+            raise row.refusal(str(error)) from None
         found.append(LayoutMeasurement(run=run, iteration_s=seconds))
     return found
 
 
-def _flag(row: Mapping[str, str], name: str) -> bool:
+def _flag(row: Row, name: str) -> bool:
     """A column of 0 and 1; 0 where it is empty or not there."""
-    text = (row.get(name) or "0").strip()
+    text = row.text(name) if name in row else "0"
     if text not in ("0", "1"):
-        raise ValueError(f"{name} is {text!r}: it must be 0 or 1")
+        raise row.refusal(f"{name} is {text!r}: it must be 0 or 1")
     return text == "1"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +15,7 @@ from supple.core.spec import SpecError, parse_count, parse_money
 from supple.core.time_to_target import FinishedRun, TimeToTarget, fit_time_to_target
 from supple.core.types import Estimate
 from supple.refusals import messages
-from supple.rows import parse_amount, read_rows
+from supple.rows import Row, parse_amount, read_rows
 
 COLUMNS = ("num_workers", "minutes")
 OPTIONAL = ("batch_size", "samples_to_target")
@@ -84,36 +83,17 @@ def read_finished(path: Path) -> list[FinishedRun]:
     """Raises `SpecError` naming the file and the line of what is no finished run."""
     besides = f"if known, {', '.join(OPTIONAL)}; a finished run a line"
     rows = read_rows(path, COLUMNS, what="the runs", besides=besides)
-    return [_finished(row, f"{path}, line {line}") for line, row in enumerate(rows, start=2)]
+    return [_finished(row) for row in rows]
 
 
-def _finished(row: dict[str, str], where: str) -> FinishedRun:
-    try:
-        batch, samples = (float(row[name]) if row.get(name) else None for name in OPTIONAL)
-        run = FinishedRun(
-            num_workers=int(row["num_workers"]),
-            time_s=60.0 * float(row["minutes"]),
-            batch_size=batch,
-            samples=samples,
-        )
-    except (TypeError, ValueError):
-        raise SpecError(
-            f"{where}: {dict(row)} is not a finished run: {', '.join(COLUMNS + OPTIONAL)} must be "
-            "numbers, the workers a whole one. Correct the line, or delete it."
-        ) from None
-    told = {
-        "num_workers": run.num_workers,
-        "minutes": run.time_s,
-        "batch_size": batch,
-        "samples_to_target": samples,
-    }
-    for name, number in told.items():
-        if number is not None and not 0 < number < math.inf:
-            raise SpecError(
-                f"{where}: {name} is {row[name]}: it must be positive and finite. Correct the "
-                "line, or delete it."
-            )
-    return run
+def _finished(row: Row) -> FinishedRun:
+    batch, samples = (row.number(name) if name in row else None for name in OPTIONAL)
+    return FinishedRun(
+        num_workers=row.count("num_workers"),
+        time_s=60.0 * row.number("minutes"),
+        batch_size=batch,
+        samples=samples,
+    )
 
 
 def _counts(text: str) -> list[int]:

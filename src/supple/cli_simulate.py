@@ -171,11 +171,13 @@ def parse_service(text: str, *, startup_s: float) -> LatencyProfile:
 def read_trace(path: Path) -> Floats:
     """Sorted arrivals in seconds, the first at 0; a `SpecError` for anything else."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else "it is not text"
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            numbered = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        said = error.strerror if isinstance(error, OSError) else "it is no CSV in UTF-8"
         raise SpecError(f"the trace {path} cannot be read: {said}.") from None
+    rows = [row for _, row in numbered]
     column, first = 0, 0
     if rows and not _is_number(rows[0][0]):
         names = [name.strip() for name in rows[0]]
@@ -191,10 +193,13 @@ def read_trace(path: Path) -> Floats:
             "simulated. Cut it."
         )
     arrivals: list[float] = []
-    for number, row in enumerate(rows[first:], start=first + 1):
+    for line, row in numbered[first:]:
         text = row[column].strip() if column < len(row) else ""
         if not _is_number(text):
-            raise SpecError(f"the trace {path}, row {number}: {text!r} is no time in seconds.")
+            raise SpecError(
+                f"the trace {path}, line {line}: {text!r} is no time in seconds. Correct the line, "
+                "or delete it."
+            )
         arrivals.append(float(text))
     if not arrivals:
         raise SpecError(f"the trace {path} has no request: give at least one row.")

@@ -9,7 +9,7 @@ from supple.core.learning_rate import TunedRate
 from supple.core.previous_runs import best_of_each_size, gathered
 from supple.core.samples import Run, SamplesModel, fit_samples
 from supple.core.spec import SpecError
-from supple.rows import read_rows
+from supple.rows import Row, read_rows
 
 COLUMNS = ("batch_size", "samples_to_target")
 OPTIONAL = ("learning_rate", "reached")
@@ -61,7 +61,7 @@ def read_probes(path: Path) -> list[Run]:
     rows = read_rows(
         path, PROBE_COLUMNS, what="the probes", besides="nothing more; a branch a line"
     )
-    return [_probe(row, f"{path}, line {line}") for line, row in enumerate(rows, start=2)]
+    return [Run(batch_size=row.number("batch_size"), samples=row.number("samples")) for row in rows]
 
 
 def read_history(path: Path) -> list[Run]:
@@ -72,7 +72,7 @@ def read_history(path: Path) -> list[Run]:
     rows = read_rows(
         path, COLUMNS, what="the history", besides=f"if known, {', '.join(OPTIONAL)}; a run a line"
     )
-    return [_run(row, f"{path}, line {line}") for line, row in enumerate(rows, start=2)]
+    return [_run(row) for row in rows]
 
 
 def best_rates(runs: Sequence[Run]) -> tuple[TunedRate, ...]:
@@ -83,32 +83,17 @@ def best_rates(runs: Sequence[Run]) -> tuple[TunedRate, ...]:
     return tuple(TunedRate(batch_size=point.batch, lr=point.lr) for point in best if point.lr)
 
 
-def _run(row: dict[str, str], where: str) -> Run:
-    try:
-        rate = row.get("learning_rate")
-        return Run(
-            batch_size=float(row["batch_size"]),
-            samples=float(row["samples_to_target"]),
-            lr=float(rate) if rate else None,
-            reached=_REACHED[(row.get("reached") or "1").strip().lower()],
+def _run(row: Row) -> Run:
+    reached = row.text("reached").lower() if "reached" in row else "1"
+    if reached not in _REACHED:
+        raise row.refusal(
+            f"reached is {row.text('reached')!r}: it says whether a run reached the target",
+            "Give 1 for one that did and 0 for one that was stopped before (or yes and no, true "
+            "and false)",
         )
-    except KeyError:
-        raise SpecError(
-            f"{where}: reached is {row['reached']!r}: give 1 for a run that reached the target and "
-            "0 for one that was stopped before (or yes and no, true and false)."
-        ) from None
-    except (TypeError, ValueError):
-        raise SpecError(
-            f"{where}: {dict(row)} is not a run: batch_size and samples_to_target must be numbers. "
-            "Correct the line, or delete it."
-        ) from None
-
-
-def _probe(row: dict[str, str], where: str) -> Run:
-    try:
-        return Run(batch_size=float(row["batch_size"]), samples=float(row["samples"]))
-    except (TypeError, ValueError):
-        raise SpecError(
-            f"{where}: {dict(row)} is not a probe: batch_size and samples must be numbers. Correct "
-            "the line, or delete it."
-        ) from None
+    return Run(
+        batch_size=row.number("batch_size"),
+        samples=row.number("samples_to_target"),
+        lr=row.number("learning_rate") if "learning_rate" in row else None,
+        reached=_REACHED[reached],
+    )

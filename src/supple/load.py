@@ -53,22 +53,37 @@ def replay(path: Path, *, speed: float, duration_s: float | None = None) -> Time
     """The arrivals of a CSV with a column `arrival_s`, `speed` times as fast, of the first
     `duration_s` seconds of the run. Raises `SpecError`."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             if "arrival_s" not in (rows.fieldnames or ()):
                 raise SpecError(
                     f"--trace {path} has the columns {', '.join(rows.fieldnames or ()) or 'none'}: "
                     "it needs arrival_s, seconds from its start."
                 )
-            times = np.array([float(row["arrival_s"]) for row in rows])
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"--trace {path} cannot be read: {error}.") from None
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"--trace {path}: an arrival_s is no number: {error}.") from None
-    if not len(times) or not np.isfinite(times).all():
-        raise SpecError(f"--trace {path} has {len(times)} arrivals; it needs one, and all finite.")
+            times = np.array(
+                [_arrival(row, f"--trace {path}, line {rows.line_num}") for row in rows]
+            )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        said = error.strerror if isinstance(error, OSError) else "it is no CSV in UTF-8"
+        raise SpecError(f"--trace {path} cannot be read: {said}. Give a CSV file.") from None
+    if not len(times):
+        raise SpecError(f"--trace {path} has no arrivals: it needs at least one row.")
     due = (np.sort(times) - times.min()) / speed
     return due if duration_s is None else due[due <= duration_s]
+
+
+def _arrival(row: Mapping[str, str | None], where: str) -> float:
+    text = row["arrival_s"] or ""
+    try:
+        time_s = float(text)
+    except ValueError:
+        time_s = math.nan
+    if not math.isfinite(time_s):
+        raise SpecError(
+            f"{where}: arrival_s is {text!r}: not a finite number of seconds. Correct the line, or "
+            "delete it."
+        )
+    return time_s
 
 
 @final

@@ -1,33 +1,126 @@
 """Rows of measurements that a user hands over as a CSV file; amounts as a person writes them."""
 
 import csv
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
-from supple.core.spec import SpecError
+from supple.core.spec import MAX_WORKERS, SpecError
 
 _SCALES = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+_MOST = 1e15
+"""More than anything that is counted or timed here; a larger number is a typing error."""
 
 
-def read_rows(
-    path: Path, columns: Sequence[str], *, what: str, besides: str
-) -> list[dict[str, str]]:
-    """The rows of a file that has at least one, with all `columns`; `besides` says in words what
-    else it may have. Raises `SpecError` for any other file, calling it `what`."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its cells by column, without the spaces around them; an empty cell is not there."""
+
+    where: str
+    """The file and the line it starts at, in words."""
+    cells: Mapping[str, str]
+
+    def __contains__(self, column: str) -> bool:
+        return column in self.cells
+
+    def text(self, column: str) -> str:
+        """Raises `SpecError` where the cell is empty."""
+        if column not in self.cells:
+            raise self.refusal(f"{column} is empty", "Fill it in, or delete the line")
+        return self.cells[column]
+
+    def number(self, column: str, *, most: float = _MOST) -> float:
+        """Above 0 and at most `most`; `SpecError` for any other cell."""
+        text = self.text(column)
+        try:
+            value = float(text)
+        except ValueError:
+            raise self.refusal(f"{column} is {text!r}: not a number, such as 1250 or 0.5") from None
+        if not 0 < value < math.inf:
+            raise self.refusal(f"{column} is {text}: it must be positive and finite")
+        if value > most:
+            raise self.refusal(f"{column} is {text}: it must be at most {most:,.16g}")
+        return value
+
+    def count(self, column: str, *, most: int = MAX_WORKERS) -> int:
+        """A whole number from 1 to `most`; `SpecError` for any other cell."""
+        value = self.number(column, most=most)
+        if not value.is_integer():
+            raise self.refusal(f"{column} is {self.cells[column]}: it must be a whole number")
+        return int(value)
+
+    def refusal(self, told: str, advice: str = "Correct the line, or delete it") -> SpecError:
+        """What is wrong with the row, with its line and what to do."""
+        return SpecError(f"{self.where}: {told.rstrip('.')}. {advice}.")
+
+
+def read_rows(path: Path, columns: Sequence[str], *, what: str, besides: str) -> list[Row]:
+    """The rows of a file that has at least one, with all `columns`, every cell below one of them;
+    `besides` says in words what else it may have. Blank lines count as lines, but are no rows.
+    Raises `SpecError` for any other file, calling it `what`."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SpecError(f"{what} {path} cannot be read: {error}. Give a CSV file.") from None
-    missing = [name for name in columns if not rows or name not in rows[0]]
-    if missing:
-        header = "".join(str(name) for name in rows[0]) if rows else ""
-        hint = " Separate the columns with commas." if ";" in header or "\t" in header else ""
+            records = list(_records(file, f"{what} {path}"))
+    except OSError as error:
+        told = error.strerror or str(error)
+        raise SpecError(f"{what} {path} cannot be read: {told}. Give a CSV file.") from None
+    except UnicodeDecodeError:
         raise SpecError(
-            f"{what} {path} has {len(rows)} rows and no column {', '.join(missing)}: it needs "
-            f"{', '.join(columns)}, and {besides}.{hint}"
+            f"{what} {path} cannot be read: it is not text in UTF-8. Save it as CSV in UTF-8."
+        ) from None
+    needed = f"it needs {', '.join(columns)}, and {besides}."
+    if not records:
+        raise SpecError(f"{what} {path} is empty: {needed}")
+    (_, head), *rows = records
+    missing = [name for name in columns if name not in head]
+    if missing:
+        mixed = ";" in "".join(head) or "\t" in "".join(head)
+        hint = " Separate the columns with commas." if mixed else ""
+        raise SpecError(f"{what} {path} has no column {', '.join(missing)}: {needed}{hint}")
+    twice = sorted({name for name in head if name and head.count(name) > 1})
+    if twice:
+        raise SpecError(
+            f"{what} {path} has more than one column {', '.join(twice)}: nobody can say which "
+            "counts. Delete one, or give it another name."
         )
-    return rows
+    if not rows:
+        raise SpecError(
+            f"{what} {path} has a header and no rows: there is nothing to learn from. Add a row "
+            "for each measurement."
+        )
+    return [_row(head, cells, f"{what} {path}, line {line}") for line, cells in rows]
+
+
+def _records(file: TextIO, where: str) -> Iterator[tuple[int, list[str]]]:
+    """Every record that is not blank, and the line at which it starts."""
+    reader = csv.reader(file, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise SpecError(
+                f"{where}, line {line}: this is no row of a CSV file ({error}). Check its quotes."
+            ) from None
+        cells = [cell.strip() for cell in cells]
+        if any(cells):
+            yield line, cells
+
+
+def _row(head: Sequence[str], cells: Sequence[str], where: str) -> Row:
+    row = Row(where, {name: cell for name, cell in zip(head, cells, strict=False) if cell})
+    # Nothing is lost with the empty cells that spreadsheets write at the end.
+    if len(cells) < len(head) or any(cells[len(head) :]):
+        raise row.refusal(
+            f"the row has {len(cells)} cell{'s' * (len(cells) != 1)} and the header {len(head)}: "
+            "nobody can say which belongs where. A decimal comma makes two cells of one; an empty "
+            "cell still takes its comma"
+        )
+    return row
 
 
 def parse_amount(text: str) -> float:

@@ -107,12 +107,30 @@ def test_a_slower_world_is_learned_for_a_model_never_seen() -> None:
     assert PRIORS.predict(asked).source == "assumed"
 
 
+def test_an_interval_covers_what_two_measurements_of_one_batch_differ_by() -> None:
+    known = [DiffusionMeasurement(run=PICTURE, batch_s=seconds) for seconds in (3.0, 9.0)]
+    found = fit_diffusion(known).predict(PICTURE)
+    assert found.low < 3.0 < 9.0 < found.high
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_time_that_is_no_positive_number_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="a positive number is needed"):
         fit_diffusion([DiffusionMeasurement(run=PICTURE, batch_s=value)])
 
 
-def test_a_run_without_devices_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        replace(PICTURE, ring_degree=0)
+COUNTS = ["ulysses_degree", "ring_degree", "batch_size", "num_pixels", "num_frames", "num_steps"]
+
+
+@pytest.mark.parametrize("field", COUNTS)
+@pytest.mark.parametrize("value", [0, -5, 1.5, float("nan"), float("inf")])
+def test_a_count_of_a_run_is_whole_and_at_least_1(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match="counts must be whole numbers of at least 1"):
+        replace(PICTURE, **{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", ["num_tokens", "num_parameters"])
+@pytest.mark.parametrize("value", [0.0, -5, float("nan"), float("inf")])
+def test_a_size_of_a_run_is_positive_and_finite(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match="parameters and tokens positive and finite"):
+        replace(PICTURE, **{field: value})  # type: ignore[arg-type]

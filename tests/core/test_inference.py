@@ -172,6 +172,18 @@ def test_the_requests_that_ran_at_once_tell_how_large_the_cache_was() -> None:
     assert tokens(asked, fit_inference(told)) > 1.05 * tokens(asked, fit_inference(held))
 
 
+def test_an_interval_covers_what_measurements_of_one_configuration_differ_by() -> None:
+    """Three times, which is not yet refused, beside others of the session that agree."""
+    asked = run(SMALL, 16)
+    others = [run(SMALL, n) for n in (1, 4, 64)]
+    known = [*measured(others), *measured([asked]), *measured([asked], factor=3.0)]
+    for rows in (known, known[-2:]):
+        found = fit_inference(rows).predict(asked)
+        assert found.tokens_per_s.low < tokens(asked) / 3.0
+        assert found.tokens_per_s.high > tokens(asked)
+        assert found.itl_p90_s.high > 3.0 * wait(asked) > wait(asked) > found.itl_p90_s.low
+
+
 def test_a_median_latency_separates_plain_steps_from_those_with_prompts() -> None:
     busy = [run(m, 128, output_tokens=200) for m in (SMALL, MIDDLE)]
     plain = measured(busy)
@@ -222,11 +234,34 @@ def test_weights_that_do_not_fit_are_refused_with_the_arithmetic() -> None:
     assert weights_fit(run(LARGE, num_devices=2))
 
 
-def test_a_run_without_requests_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        run(concurrency=0)
-    with pytest.raises(ValueError, match="no more parameters activated"):
-        run(replace(SMALL, num_activated=9e9))
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("noun", "field", "values"),
+    [
+        (run(), "num_devices", (0, 1.5, NAN, INF)),
+        (run(), "concurrency", (0, 1.5, NAN, INF)),
+        (run(), "output_tokens", (0.5, NAN, INF)),
+        (SMALL, "num_parameters", (0, -8e9, NAN, INF)),
+        (SMALL, "num_activated", (0, 9e9, NAN, INF)),
+        (SMALL, "bytes_per_weight", (0, -2, NAN, INF)),
+        (SMALL, "num_layers", (0, -5, 32.5, NAN)),
+        (CHAT, "prompt_tokens", (0.5, -5, NAN, INF)),
+        (CHAT, "media_s", (-1, NAN, INF)),
+    ],
+)
+def test_a_number_that_no_run_model_or_workload_has_is_refused_where_it_is_given(
+    noun: ServingRun | ServedModel | Workload, field: str, values: tuple[float, ...]
+) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=r"Correct the number\."):
+            replace(noun, **{field: value})  # type: ignore[arg-type]
+
+
+def test_more_parameters_activated_than_there_are_are_refused_by_the_rule() -> None:
+    with pytest.raises(ValueError, match="no more parameters activated than there are"):
+        replace(SMALL, num_activated=9e9)
 
 
 def test_layers_follow_the_size_unless_they_are_given() -> None:

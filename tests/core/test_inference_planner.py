@@ -17,6 +17,7 @@ from supple.core.inference_planner import (
     plan_inference,
 )
 from supple.core.layouts import DEVICES
+from supple.core.spec import MAX_WORKERS
 from supple.core.types import Infeasible
 
 EIGHT = ServedModel(family="a", num_parameters=8e9, num_activated=8e9)
@@ -62,10 +63,10 @@ def measured(num_devices: int, concurrency: int, factor: float = 1.0) -> Serving
 @given(
     itl_s=st.floats(0.005, 0.5),
     rate=st.one_of(st.none(), st.floats(0.01, 1000.0)),
-    most=st.one_of(st.none(), st.integers(1, 64)),
+    most=st.one_of(st.just(MAX_WORKERS), st.integers(1, 64)),
 )
 def test_what_is_recommended_keeps_the_promise_the_load_and_the_cap(
-    itl_s: float, rate: float | None, most: int | None
+    itl_s: float, rate: float | None, most: int
 ) -> None:
     job = replace(JOB, itl_s=itl_s, rate_per_s=rate, max_accelerators=most)
     table = plan_inference(SHEETS, job)
@@ -73,10 +74,10 @@ def test_what_is_recommended_keeps_the_promise_the_load_and_the_cap(
         assert str(table)
         return
     choice = table.choice
-    assert choice.chance >= 0.5
-    assert most is None or choice.num_accelerators <= most
+    assert choice.chance is not None and choice.chance >= 0.5
+    assert choice.num_accelerators <= most
     sure = [row for row in table.rows if row.itl_p90_s.high <= itl_s]
-    sure = [row for row in sure if most is None or row.num_accelerators <= most]
+    sure = [row for row in sure if row.num_accelerators <= most]
     if sure:
         assert choice in sure
         fewest = min(row.num_accelerators for row in sure)
@@ -89,7 +90,8 @@ def test_what_is_recommended_keeps_the_promise_the_load_and_the_cap(
 def test_without_a_promise_the_most_tokens_per_accelerator_are_taken() -> None:
     table = planned(JOB)
     assert table.choice.tokens_per_device_s == max(row.tokens_per_device_s for row in table.rows)
-    assert {row.chance for row in table.rows} == {1.0}
+    assert {row.chance for row in table.rows} == {None}
+    assert "chance" not in table.reason
 
 
 def test_more_load_never_needs_fewer_and_a_looser_promise_never_more() -> None:
@@ -121,11 +123,61 @@ def test_too_few_accelerators_for_the_load_are_told_with_the_fewest() -> None:
     assert "at most 4 accelerators" in told and "the fewest are" in told
 
 
+def test_more_accelerators_than_any_pool_has_are_an_answer_with_the_rule() -> None:
+    told = str(refused(replace(JOB, rate_per_s=1e6)))
+    assert told.startswith("1e+06 requests/s on at most 65,536 accelerators: the fewest are 1")
+    assert "more than 65,536 are more than any pool known. Lower --rate" in told
+    assert "--max-accelerators" not in told
+
+
 def test_a_likely_row_is_recommended_with_its_chance_where_none_is_sure() -> None:
-    fastest = min(row.itl_p90_s.high for row in planned(JOB).rows)
-    table = planned(replace(JOB, itl_s=0.9 * fastest))
-    assert 0.5 <= table.choice.chance < 0.9
-    assert "measure this row before you promise it" in table.reason
+    fastest = min(planned(JOB).rows, key=lambda row: row.itl_p90_s.high)
+    one_row = replace(JOB, itl_s=0.9 * fastest.itl_p90_s.high, rate_per_s=0.01)
+    table = planned(one_row)
+    chance = table.choice.chance
+    assert chance is not None and 0.5 <= chance < 0.9
+    assert f"the 90% that count as kept; this one does with {chance:.0%}" in table.reason
+
+
+def test_a_row_that_is_sure_says_its_chance_and_what_counts_as_kept() -> None:
+    table = planned(replace(JOB, itl_s=0.03, rate_per_s=20.0))
+    assert f"with a chance of {table.choice.chance:.0%}; 90% count as kept." in table.reason
+    assert "measure that row first" not in table.reason
+
+
+MIXTURE = replace(
+    JOB,
+    model=ServedModel(family="a", num_parameters=235e9, num_activated=22e9, bytes_per_weight=1.0),
+    output_tokens=800,
+    itl_s=0.06,
+)
+
+
+def test_a_cliff_is_told_where_a_somewhat_lower_chance_needs_far_fewer_accelerators() -> None:
+    table = planned(replace(MIXTURE, rate_per_s=20.0))
+    likely = [row for row in table.rows if row.chance is not None and row.chance >= 0.5]
+    fewest = min(likely, key=lambda row: row.num_accelerators)
+    assert table.choice.num_accelerators > 3 * fewest.num_accelerators
+    assert (
+        f" {fewest.num_accelerators} accelerators (copies on {fewest.num_devices} accelerators, "
+        f"{fewest.concurrency} requests at a time each) would keep it with {fewest.chance:.0%}: "
+        "measure that row first, and hand the figure to --measured."
+    ) in table.reason
+
+
+def test_without_a_rate_a_cliff_is_told_in_tokens_per_accelerator() -> None:
+    table = planned(MIXTURE)
+    assert re.search(
+        r"Copies on 8 accelerators, 64 requests at a time, with \d+ times the tokens per "
+        r"accelerator, would keep it with 6\d%: measure that row first",
+        table.reason,
+    )
+
+
+def test_a_row_that_may_not_be_taken_is_no_alternative() -> None:
+    reasons = [planned(replace(MIXTURE, max_accelerators=most)).reason for most in (8, 4)]
+    told = [re.findall(r"Copies on (\d) accelerators", reason) for reason in reasons]
+    assert told == [["8"], ["4"]]
 
 
 def test_money_is_for_a_million_tokens_of_a_busy_copy() -> None:
@@ -223,8 +275,14 @@ def test_nonsense_is_refused(change: dict[str, float]) -> None:
         replace(JOB, **change)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("tokens", [0.5, float("nan"), float("inf")])
+def test_an_answer_of_less_than_a_token_is_refused(tokens: float) -> None:
+    with pytest.raises(ValueError, match=r"an answer has .* tokens: it must be at least 1"):
+        replace(JOB, output_tokens=tokens)
+
+
 @pytest.mark.parametrize("field", ["max_devices", "max_accelerators"])
-@pytest.mark.parametrize("count", [0, 0.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("count", [0, 0.5, 1.5, float("nan"), float("inf")])
 def test_less_than_one_accelerator_is_refused(field: str, count: float) -> None:
     with pytest.raises(ValueError, match=rf"is {count:g}: it must be at least 1"):
         replace(JOB, **{field: count})  # type: ignore[arg-type]

@@ -3,6 +3,7 @@ against the simulator."""
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +67,8 @@ def test_no_fit_is_ever_negative(points: tuple[tuple[int, float], ...]) -> None:
     ("point", "said"),
     [
         ((0, 1.0, 1.0), "at least one input"),
+        ((1.5, 1.0, 1.0), "both are whole"),
+        ((math.nan, 1.0, 1.0), "both are whole"),
         ((1, 0.0, 1.0), "0 < p50"),
         ((1, 2.0, 1.0), "p50 <= p99"),
         ((1, math.nan, 1.0), "Measure again"),
@@ -73,13 +76,23 @@ def test_no_fit_is_ever_negative(points: tuple[tuple[int, float], ...]) -> None:
     ],
 )
 def test_measurements_that_cannot_be_are_refused(
-    point: tuple[int, float, float], said: str
+    point: tuple[float, float, float], said: str
 ) -> None:
     size, p50_s, p99_s = point
     with pytest.raises(ProfileError, match=re.escape(said)):
         LatencyProfile(
-            points=(LatencyPoint(batch_size=size, p50_s=p50_s, p99_s=p99_s),), startup_s=1.0
+            points=(LatencyPoint(batch_size=size, p50_s=p50_s, p99_s=p99_s),),  # type: ignore[arg-type]
+            startup_s=1.0,
         )
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf])
+def test_a_replica_has_no_fewer_bytes_than_none_and_was_run_at_least_once(value: float) -> None:
+    point = LatencyPoint(batch_size=1, p50_s=1.0, p99_s=1.0)
+    with pytest.raises(ProfileError, match=r"a replica of .* bytes"):
+        LatencyProfile(points=(point,), startup_s=1.0, memory_bytes=value)  # type: ignore[arg-type]
+    with pytest.raises(ProfileError, match="run at least once"):
+        LatencyProfile(points=(replace(point, num_samples=value),), startup_s=1.0)  # type: ignore[arg-type]
 
 
 def test_a_profile_without_points_or_with_a_negative_start_is_refused() -> None:

@@ -55,6 +55,21 @@ def test_latencies_may_be_short_or_long() -> None:
     assert parse_latency("20ms", what="--x") == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("text", ["30", "0.5", "1e3", " 2 "])
+def test_a_latency_without_a_unit_is_refused_with_both_it_may_mean(text: str) -> None:
+    number = text.strip()
+    with pytest.raises(SpecError, match=f"--itl is {number}, .*: write {number}ms or {number}s"):
+        parse_latency(text, what="--itl")
+    with pytest.raises(SpecError, match=f"write {number}ms or {number}s"):
+        parse_slo(f"p99={text}")
+
+
+@pytest.mark.parametrize("text", ["1ns", "fast", "30 msec", ""])
+def test_what_is_no_latency_is_told_units_a_latency_has(text: str) -> None:
+    with pytest.raises(SpecError, match=r"not a time\. Write 250us, 30ms or 2s"):
+        parse_latency(text, what="--itl")
+
+
 def test_replicas_may_start_at_zero() -> None:
     assert parse_replicas("0:20") == (0, 20)
     assert parse_replicas("4") == (4, 4)

@@ -14,6 +14,7 @@ from supple.core.spec import (
     parse_duration,
     parse_limits,
     parse_money,
+    parse_name,
     parse_objective,
     parse_rule,
     parse_schedule,
@@ -96,6 +97,27 @@ def test_names_of_modes_and_rules_are_listed_when_misspelt() -> None:
     with pytest.raises(SpecError, match="linear, sqrt"):
         parse_rule("cubic")
     assert parse_count("3", what="x") == 3
+
+
+KINDS = ("a100", "a100-80", "h100", "b200")
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("H100", "h100"), (" a100-80 ", "a100-80"), ("A100", "a100")]
+)
+def test_a_name_is_found_in_capitals_too(text: str, meant: str) -> None:
+    assert parse_name(text, KINDS, what="--accelerator") == meant
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [("H100-80", " Do you mean h100?"), ("h1OO", " Do you mean h100?"), ("tpu", "")],
+)
+def test_an_unknown_name_is_told_all_names_and_the_nearest(text: str, hint: str) -> None:
+    with pytest.raises(SpecError) as told:
+        parse_name(text, KINDS, what="--accelerator")
+    known = "Known: a100, a100-80, h100, b200."
+    assert str(told.value) == f"--accelerator {text}: unknown. {known}{hint}"
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from supple.core.layouts import Device
+from supple.core.spec import is_count, is_positive
 
 _Array = npt.NDArray[np.float64]
 
@@ -97,6 +98,17 @@ class ServedModel:
     bytes_per_weight: float = 2.0
     num_layers: int | None = None
 
+    def __post_init__(self) -> None:
+        if not (
+            0 < self.num_activated <= self.num_parameters < math.inf
+            and is_positive(self.bytes_per_weight)
+            and (self.num_layers is None or is_count(self.num_layers))
+        ):
+            raise ValueError(
+                f"{self}: parameters and bytes must be positive and finite, no more parameters "
+                "activated than there are, and layers a whole number. Correct the number."
+            )
+
     @property
     def layers(self) -> float:
         return self.num_layers or 17.0 * (self.num_parameters / 1e9) ** (1 / 3)
@@ -110,6 +122,13 @@ class Workload:
     prompt_tokens: float
     media_s: float = 0.0
     """To encode the images or the video of one prompt."""
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.prompt_tokens < math.inf and 0 <= self.media_s < math.inf):
+            raise ValueError(
+                f"{self}: a prompt has at least 1 token, its pictures take at least 0 s, and both "
+                "are finite. Correct the number."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,17 +144,12 @@ class ServingRun:
     """Mean length of an answer."""
 
     def __post_init__(self) -> None:
-        model = self.model
-        if not (
-            min(self.num_devices, self.concurrency, self.output_tokens) >= 1
-            and 0 < model.num_activated <= model.num_parameters < math.inf
-            and model.bytes_per_weight > 0
-            and self.workload.prompt_tokens >= 1
-            and self.workload.media_s >= 0
-        ):
+        counts = is_count(self.num_devices) and is_count(self.concurrency)
+        if not (counts and 1 <= self.output_tokens < math.inf):
             raise ValueError(
-                f"a serving run was asked for with {self}: counts and tokens must be at least 1, "
-                "and no more parameters activated than there are. Correct the number."
+                f"a serving run was asked for with num_devices={self.num_devices}, concurrency="
+                f"{self.concurrency} and output_tokens={self.output_tokens}: each must be at least "
+                "1, the counts whole and the tokens finite. Correct the number."
             )
 
 

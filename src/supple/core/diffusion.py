@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from supple.core.grouped_fit import GroupedFit, fit_groups, unfitted
 from supple.core.layouts import Device
+from supple.core.spec import is_count, is_positive
 from supple.core.types import Estimate
 
 _Array = npt.NDArray[np.float64]
@@ -68,19 +69,23 @@ class DiffusionRun:
     num_steps: int
     """Denoising steps."""
     num_tokens: float | None = None
+    """None: a token stands for 16 x 16 pixels, of a video for four frames too."""
 
     def __post_init__(self) -> None:
         counts = (self.ulysses_degree, self.ring_degree, self.batch_size, self.num_pixels)
         counts = (*counts, self.num_frames, self.num_steps)
-        if min(counts) < 1 or not 0 < self.num_parameters < math.inf:
+        sizes = (self.num_parameters, 1.0 if self.num_tokens is None else self.num_tokens)
+        if not (all(map(is_count, counts)) and all(map(is_positive, sizes))):
             raise ValueError(
-                f"a diffusion run was asked for with {self}: counts must be at least 1 and the "
-                "parameters a positive number. Correct the number."
+                f"a diffusion run was asked for with {self}: counts must be whole numbers of at "
+                "least 1, parameters and tokens positive and finite. Correct the number."
             )
 
     @property
     def tokens(self) -> float:
-        return self.num_tokens or self.num_pixels / 256.0 * math.ceil((self.num_frames + 3) / 4)
+        if self.num_tokens is not None:
+            return self.num_tokens
+        return self.num_pixels / 256.0 * math.ceil((self.num_frames + 3) / 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +102,9 @@ class DiffusionModel:
 
     def predict(self, run: DiffusionRun) -> Estimate:
         """Seconds of the batch."""
-        log, half = self._fit.predict(lambda x: _logs(x, [run]), [run.family], [run.device.name])
+        log, half = self._fit.predict(
+            lambda x: _logs(x, [run]), [run.family], [run.device.name], [run]
+        )
         return Estimate(
             value=math.exp(log[0, 0]),
             low=math.exp(log[0, 0] - half[0, 0]),
@@ -119,7 +126,7 @@ def fit_diffusion(measurements: Sequence[DiffusionMeasurement]) -> DiffusionMode
     runs = [m.run for m in measurements]
     true = np.log([[m.batch_s for m in measurements]])
     families, devices = [run.family for run in runs], [run.device.name for run in runs]
-    fit = fit_groups(lambda x: _logs(x, runs), true, families, devices, _SPREADS, (_SCATTER,))
+    fit = fit_groups(lambda x: _logs(x, runs), true, families, devices, runs, _SPREADS, (_SCATTER,))
     return DiffusionModel(fit)
 
 

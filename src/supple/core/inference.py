@@ -81,7 +81,7 @@ class InferenceModel:
                     "Use more accelerators or fewer bits a weight."
                 )
         rows = Rows(runs, self._groups)
-        plain, halves = self._fit.predict(lambda x: logs(x, rows), *_labels(runs))
+        plain, halves = self._fit.predict(lambda x: logs(x, rows), *_labels(runs), runs)
         return [
             ServingPrediction(
                 tokens_per_s=_estimate(plain[0, i], halves[0, i], self._fit.source),
@@ -136,6 +136,7 @@ def fit_inference(
         lambda x: logs(x, rows),
         true,
         *_labels(runs),
+        runs,
         spread,
         _SCATTERS,
         groups.loose(),

@@ -17,18 +17,25 @@ from supple.core.inference import (
     fit_inference,
 )
 from supple.core.layouts import Device
+from supple.core.spec import MAX_WORKERS, is_count, is_positive
 from supple.core.types import Estimate, Infeasible
 
+KEPT, LIKELY = 0.9, 0.5
+"""Chances of keeping the promise: what counts as kept (the upper end of an 80 % interval does), and
+the least that is recommended where no row has that."""
 RULE = (
-    "among the rows that keep --itl, the one that serves --rate with the fewest accelerators, and "
-    "of those the one with the shortest time between tokens; without --rate, the most tokens per "
-    "accelerator-second"
+    f"among the rows that keep --itl with a chance of at least {KEPT:.0%}, the one that serves "
+    "--rate with the fewest accelerators, and of those the one with the shortest time between "
+    "tokens; without --rate, the most tokens per accelerator. Where no row does, the row of the "
+    f"best chance, if that is at least {LIKELY:.0%}"
 )
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _NARROW = 1.5
 """An interval whose ends are closer than this is not worth a measurement."""
 _GAINS = 0.8
 """A measurement is worth telling of if it leaves at most so much of an interval, as logarithms."""
+_MANY = 3.0
+"""Times as many accelerators as a row of a lower chance needs, from which on that is told."""
 _HEADROOM = 0.8
 """Share of a copy's tokens that arrivals may ask for: they come unevenly."""
 
@@ -48,8 +55,8 @@ class InferenceJob:
     """Requests that arrive, on average."""
     max_devices: int = 8
     """Accelerators of a copy: those of a node."""
-    max_accelerators: int | None = None
-    """Of all copies."""
+    max_accelerators: int = MAX_WORKERS
+    """Of all copies; more than any pool known unless it is given."""
     price_per_hour: float | None = None
     """Of one accelerator."""
 
@@ -59,14 +66,18 @@ class InferenceJob:
             ("the rate", self.rate_per_s),
             ("the price", self.price_per_hour),
         ):
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and not is_positive(value):
                 raise ValueError(f"{what} is {value:g}: it must be positive and finite.")
         for what, count in (
             ("the number of accelerators of a node", self.max_devices),
             ("the cap of accelerators", self.max_accelerators),
         ):
-            if count is not None and not 1 <= count < math.inf:
-                raise ValueError(f"{what} is {count:g}: it must be at least 1 and finite.")
+            if not is_count(count):
+                raise ValueError(f"{what} is {count:g}: it must be at least 1, and whole.")
+        if not 1 <= self.output_tokens < math.inf:
+            raise ValueError(
+                f"an answer has {self.output_tokens:g} tokens: it must be at least 1 and finite."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +91,8 @@ class InferenceRow:
     tokens_per_s: Estimate
     """Of one copy."""
     itl_p90_s: Estimate
-    chance: float
-    """That `itl_s` is kept; 1 where nothing is promised."""
+    chance: float | None
+    """That `itl_s` is kept; None where nothing is promised."""
     num_copies: int | None
     """For the rate, at the low end of the tokens' interval; None where no rate was given."""
     cost_per_million: Estimate | None
@@ -113,8 +124,8 @@ def plan_inference(fit: InferenceModel, job: InferenceJob) -> InferenceTable | I
     """All rows of accelerators 1, 2, 4 … and concurrencies whose memory holds the weights and the
     cache of at least one request, and the recommended one (`RULE`).
 
-    A row keeps the promise if the upper end of its 80 % interval does; where none does, the row of
-    the best chance is recommended if that is at least even. Raises `ValueError` for nonsense.
+    A row keeps the promise if the upper end of its 80 % interval does. Raises `ValueError` for
+    nonsense.
     """
     counts = [2**power for power in range(20) if 2**power <= job.max_devices]
     runs = [_run(job, count, concurrency) for count in counts for concurrency in CONCURRENCIES]
@@ -129,14 +140,11 @@ def plan_inference(fit: InferenceModel, job: InferenceJob) -> InferenceTable | I
     )
     allowed = [row for row in rows if _is_allowed(row, job)]
     kept = [row for row in allowed if job.itl_s is None or row.itl_p90_s.high <= job.itl_s]
-    if kept:
-        best = min(kept, key=_worth(job))
-        return InferenceTable(rows=rows, recommended=rows.index(best), reason=_why(best, job))
-    if allowed and (best := max(allowed, key=lambda row: row.chance)).chance >= 0.5:
-        return InferenceTable(
-            rows=rows, recommended=rows.index(best), reason=_why(best, job, sure=False)
-        )
-    return _out_of_reach(job, rows, allowed)
+    best = min(kept, key=_worth(job)) if kept else max(allowed, key=_chance_of, default=None)
+    if best is None or not (kept or _chance_of(best) >= LIKELY):
+        return _out_of_reach(job, rows, allowed)
+    reason = _what(best, job) + _promise(best, allowed, job, sure=bool(kept))
+    return InferenceTable(rows=rows, recommended=rows.index(best), reason=reason)
 
 
 def measure_first(
@@ -216,7 +224,7 @@ def _row(job: InferenceJob, run: ServingRun, found: ServingPrediction) -> Infere
         concurrency=run.concurrency,
         tokens_per_s=tokens,
         itl_p90_s=found.itl_p90_s,
-        chance=1.0 if job.itl_s is None else _chance(found.itl_p90_s, job.itl_s),
+        chance=None if job.itl_s is None else _chance(found.itl_p90_s, job.itl_s),
         num_copies=copies,
         cost_per_million=cost,
     )
@@ -237,43 +245,76 @@ def _chance(estimate: Estimate, within_s: float) -> float:
 
 
 def _is_allowed(row: InferenceRow, job: InferenceJob) -> bool:
-    return job.max_accelerators is None or row.num_accelerators <= job.max_accelerators
+    return row.num_accelerators <= job.max_accelerators
 
 
 def _worth(job: InferenceJob) -> Callable[[InferenceRow], tuple[float, float]]:
     """Smaller is better."""
 
-    def key(row: InferenceRow) -> tuple[float, float]:
-        if job.rate_per_s is None:
-            return (-row.tokens_per_device_s, row.itl_p90_s.value)
-        return (row.num_accelerators, row.itl_p90_s.value)
+    return lambda row: (_needed(row, job), row.itl_p90_s.value)
 
-    return key
+
+def _needed(row: InferenceRow, job: InferenceJob) -> float:
+    """Accelerators for the rate; without one, for a token a second."""
+    return 1.0 / row.tokens_per_device_s if job.rate_per_s is None else row.num_accelerators
 
 
 def _accelerators(count: int) -> str:
-    return f"{count} accelerator{'s' * (count != 1)}"
+    return f"{count:,} accelerator{'s' * (count != 1)}"
 
 
-def _why(row: InferenceRow, job: InferenceJob, *, sure: bool = True) -> str:
-    each = _accelerators(row.num_devices)
+def _where(row: InferenceRow) -> str:
+    """On what a copy runs, and what it works on."""
     at_once = "one request" if row.concurrency == 1 else f"{row.concurrency} requests"
+    return f"on {_accelerators(row.num_devices)}, {at_once} at a time"
+
+
+def _what(row: InferenceRow, job: InferenceJob) -> str:
     if row.num_copies is None:
-        what = f"copies on {each}, {at_once} at a time"
+        what = f"copies {_where(row)}"
     else:
-        copies = "one copy" if row.num_copies == 1 else f"{row.num_copies} copies"
-        what = f"{copies} on {each}, {at_once} at a time each, {row.num_accelerators} in all"
+        copies = "one copy" if row.num_copies == 1 else f"{row.num_copies:,} copies"
+        what = f"{copies} {_where(row)} each, {row.num_accelerators:,} in all"
     itl = row.itl_p90_s
-    said = (
+    return (
         f"{what}: {row.tokens_per_s.value:,.0f} tokens/s a copy, nine of ten tokens within "
         f"{itl.value * 1e3:.3g} ms ({itl.low * 1e3:.3g} to {itl.high * 1e3:.3g})."
     )
-    if not sure and job.itl_s is not None:
-        said += (
-            f" That keeps {job.itl_s * 1e3:.3g} ms with a chance of {row.chance:.0%}: measure this "
-            "row before you promise it, and hand the figure to --measured."
+
+
+def _promise(
+    choice: InferenceRow, allowed: Sequence[InferenceRow], job: InferenceJob, *, sure: bool
+) -> str:
+    """Sentences: with what chance the promise is kept, what counts as kept, and which row would
+    probably do with far less; empty where nothing is promised."""
+    if job.itl_s is None:
+        return ""
+    chance, promise = _chance_of(choice), f"{job.itl_s * 1e3:.3g} ms"
+    if sure:
+        said = f" That keeps {promise} with a chance of {chance:.0%}; {KEPT:.0%} count as kept."
+    else:
+        said = (
+            f" No row keeps {promise} with the {KEPT:.0%} that count as kept; this one does with "
+            f"{chance:.0%}, the best chance."
         )
+    likely = [row for row in allowed if _chance_of(row) >= LIKELY]
+    other = min(likely, key=_worth(job))
+    saved = _needed(choice, job) / _needed(other, job)
+    if saved > _MANY:
+        copies = f"copies {_where(other)}"
+        who = f"{_accelerators(other.num_accelerators)} ({copies} each)"
+        if other.num_copies is None:
+            who = f"{copies.capitalize()}, with {saved:.0f} times the tokens per accelerator,"
+        said += f" {who} would keep it with {_chance_of(other):.0%}: measure that row first,"
+        return f"{said} and hand the figure to --measured."
+    if not sure:
+        said += " Measure this row before you promise it, and hand the figure to --measured."
     return said
+
+
+def _chance_of(row: InferenceRow) -> float:
+    """That of keeping the promise, where there is one."""
+    return 1.0 if row.chance is None else row.chance
 
 
 def _too_large(job: InferenceJob, devices: int) -> Infeasible:
@@ -303,27 +344,30 @@ def _out_of_reach(
     job: InferenceJob, rows: Sequence[InferenceRow], allowed: Sequence[InferenceRow]
 ) -> Infeasible:
     if not allowed:
-        assert job.max_accelerators is not None
         most = _accelerators(job.max_accelerators)
         least = min(rows, key=lambda row: row.num_accelerators)
         if job.rate_per_s is None:
             return Infeasible(
                 asked=f"a copy on at most {most}",
-                numbers=f"the smallest that holds the model is {_why(least, job).rstrip('.')}",
+                numbers=f"the smallest that holds the model is {_what(least, job).rstrip('.')}",
                 rule="The weights and the cache of one request must fit the accelerators allowed",
                 advice="Raise --max-accelerators, use fewer bits a weight, or larger accelerators.",
             )
+        capped = job.max_accelerators < MAX_WORKERS
         return Infeasible(
-            asked=f"{job.rate_per_s:g} requests/s on at most {most}",
-            numbers=f"the fewest are {least.num_accelerators}: {_why(least, job).rstrip('.')}",
-            rule="The low end of the tokens' interval must cover the load",
-            advice="Raise --max-accelerators or lower --rate.",
+            asked=f"{job.rate_per_s:,.6g} requests/s on at most {most}",
+            numbers=f"the fewest are {least.num_accelerators:,}: {_what(least, job).rstrip('.')}",
+            rule="The low end of the tokens' interval must cover the load"
+            + ("" if capped else f", and more than {MAX_WORKERS:,} are more than any pool known"),
+            advice="Raise --max-accelerators or lower --rate."
+            if capped
+            else "Lower --rate, shorten --answer, or use faster accelerators.",
         )
     fastest = min(allowed, key=lambda row: row.itl_p90_s.value)
     assert job.itl_s is not None
     return Infeasible(
         asked=f"--itl {job.itl_s * 1e3:.3g} ms",
-        numbers=f"the fastest is {_why(fastest, job).rstrip('.')}",
+        numbers=f"the fastest is {_what(fastest, job).rstrip('.')}",
         rule="No row keeps the promise with even chances",
         advice="Promise more time, or use faster accelerators, more of them, or fewer bits.",
     )

@@ -3,7 +3,7 @@ prediction that rests on one is marked assumed and gets a wide interval."""
 
 from dataclasses import dataclass
 
-from supple.core.spec import SpecError
+from supple.core.spec import parse_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +81,6 @@ INTERCONNECTS: dict[str, Interconnect] = {
 }
 
 
-def lookup(name: str) -> Interconnect:
-    """The link of this name; `SpecError` with the valid names otherwise."""
-    found = INTERCONNECTS.get(name)
-    if found is None:
-        raise SpecError(
-            f"--interconnect {name}: not in the catalogue. Choose one of "
-            f"{', '.join(INTERCONNECTS)}: the one between your nodes."
-        )
-    return found
+def lookup(name: str, *, what: str = "--interconnect") -> Interconnect:
+    """The link of this name, capitals or not; `SpecError` with the valid names otherwise."""
+    return INTERCONNECTS[parse_name(name, INTERCONNECTS, what=what)]

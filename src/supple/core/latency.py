@@ -11,6 +11,7 @@ from typing import final
 
 import numpy as np
 
+from supple.core.spec import is_count
 from supple.core.types import ParallelLayout
 
 PLANNED_SHARE, LARGEST_SHARE = 0.5, 0.9
@@ -61,15 +62,20 @@ class LatencyProfile:
         if not self.points:
             raise ProfileError("a latency profile needs at least one measured batch size; got none")
         for point in self.points:
-            if point.batch_size < 1 or not 0 < point.p50_s <= point.p99_s < math.inf:
+            counts = is_count(point.batch_size) and is_count(point.num_samples)
+            if not counts or not 0 < point.p50_s <= point.p99_s < math.inf:
                 raise ProfileError(
-                    f"batch {point.batch_size} took p50 {point.p50_s:g} s and p99 "
-                    f"{point.p99_s:g} s: a batch has at least one input, and 0 < p50 <= p99. "
-                    "Measure again."
+                    f"batch {point.batch_size} took p50 {point.p50_s:g} s and p99 {point.p99_s:g} "
+                    f"s over {point.num_samples} repetitions: a batch has at least one input and "
+                    "was run at least once, both are whole, and 0 < p50 <= p99. Measure again."
                 )
         if not 0 <= self.startup_s < math.inf:
             raise ProfileError(
                 f"a start-up of {self.startup_s:g} s: it must be at least 0 and finite."
+            )
+        if not 0 <= self.memory_bytes < math.inf:
+            raise ProfileError(
+                f"a replica of {self.memory_bytes} bytes: it must be at least 0 and finite."
             )
         fixed_s, item_s = _affine(self.points)
         object.__setattr__(self, "points", tuple(sorted(self.points, key=lambda p: p.batch_size)))

@@ -53,13 +53,26 @@ def latency_text(seconds: float) -> str:
 
 
 def parse_latency(text: str, *, what: str) -> float:
-    """`"100ms"`, `"250us"`, `"2s"`, `"1m30s"` or plain seconds, as positive finite seconds."""
+    """`"100ms"`, `"250us"`, `"2s"` or `"1m30s"`, as positive finite seconds. A number alone is
+    refused: a latency is as often thought of in milliseconds."""
     stripped = text.strip()
+    if _is_bare_number(stripped):
+        raise SpecError(
+            f"{what} is {stripped}, a number without a unit: write {stripped}ms or {stripped}s."
+        )
     for unit, factor in _SMALL_UNIT_S.items():
         number = stripped.removesuffix(unit)
         if number != stripped and re.fullmatch(r"\d+(?:\.\d+)?", number):
             return parse_duration(str(float(number) * factor), what=what)
-    return parse_duration(stripped, what=what)
+    return parse_duration(stripped, what=what, such_as="250us, 30ms or 2s")
+
+
+def _is_bare_number(text: str) -> bool:
+    """Whether it is a positive finite number, without a unit."""
+    try:
+        return 0.0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def parse_slo(text: str) -> Slo:

@@ -6,7 +6,10 @@ asked, the numbers, the rule that broke and what to do.
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
+from numbers import Integral
 from typing import Literal, get_args
 
 BatchMode = Literal["fixed", "adaptive"]
@@ -26,6 +29,16 @@ KNEE_RULE = (
 
 class SpecError(ValueError):
     """The user asked for something that cannot be. The message is complete."""
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number of at least 1."""
+    return isinstance(value, Integral) and int(value) >= 1
+
+
+def is_positive(value: float) -> bool:
+    """Whether it is above 0 and finite."""
+    return 0 < value < math.inf
 
 
 def parse_count(text: str, *, what: str) -> int:
@@ -70,8 +83,22 @@ def parse_rule(text: str) -> LrRule:
     raise SpecError(f"--lr-rule {text}: no such rule. Choose one of {', '.join(get_args(LrRule))}.")
 
 
-def parse_duration(text: str, *, what: str) -> float:
-    """`"90s"`, `"2h"`, `"1h30m"` or plain seconds, as positive finite seconds."""
+def parse_name(text: str, known: Iterable[str], *, what: str) -> str:
+    """Which of `known` is named, capitals or not; else a `SpecError` with all of them, and those
+    that are probably meant."""
+    names = {name.casefold(): name for name in known}
+    asked = text.strip().casefold()
+    if asked in names:
+        return names[asked]
+    near = [name for name in names if asked.startswith(name)]
+    near = near or get_close_matches(asked, names, n=1, cutoff=0.5)
+    hint = f" Do you mean {' or '.join(names[name] for name in near)}?" if near else ""
+    raise SpecError(f"{what} {text}: unknown. Known: {', '.join(names.values())}.{hint}")
+
+
+def parse_duration(text: str, *, what: str, such_as: str = "90s, 15m, 2h or 1h30m") -> float:
+    """`"90s"`, `"2h"`, `"1h30m"` or plain seconds, as positive finite seconds; a `SpecError` names
+    times `such_as` may be written."""
     stripped = text.strip()
     if _DURATION.fullmatch(stripped):
         seconds = sum(
@@ -81,10 +108,8 @@ def parse_duration(text: str, *, what: str) -> float:
         try:
             seconds = float(stripped)
         except ValueError:
-            raise SpecError(
-                f"{what} is {text!r}: not a time. Write 90s, 15m, 2h or 1h30m."
-            ) from None
-    if not math.isfinite(seconds) or seconds <= 0:
+            raise SpecError(f"{what} is {text!r}: not a time. Write {such_as}.") from None
+    if not is_positive(seconds):
         raise SpecError(f"{what} is {text}: a time must be positive and finite.")
     return seconds
 
@@ -95,7 +120,7 @@ def parse_money(text: str, *, what: str) -> float:
         amount = float(text)
     except ValueError:
         raise SpecError(f"{what} is {text!r}: not a number. Write it as 2.50.") from None
-    if not math.isfinite(amount) or amount <= 0:
+    if not is_positive(amount):
         raise SpecError(f"{what} is {text}: it must be positive and finite.")
     return amount
 
@@ -235,7 +260,7 @@ class Objective:
 
 
 def _check_positive(what: str, value: float | None) -> None:
-    if value is not None and not (math.isfinite(value) and value > 0):
+    if value is not None and not is_positive(value):
         raise SpecError(
             f"a plan was asked for with {what} of {value}: it must be positive and finite. Give "
             "None for none."
