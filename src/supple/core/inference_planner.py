@@ -23,19 +23,21 @@ from supple.core.types import Estimate, Infeasible
 KEPT, LIKELY = 0.9, 0.5
 """Chances of keeping the promise: what counts as kept (the upper end of an 80 % interval does), and
 the least that is recommended where no row has that."""
+MANY = 3
+"""Times the accelerators of the cheapest likely row: more are not recommended for a better chance
+that still does not count as kept, and more for one that does are told of."""
 RULE = (
     f"among the rows that keep --itl with a chance of at least {KEPT:.0%}, the one that serves "
     "--rate with the fewest accelerators, and of those the one with the shortest time between "
-    "tokens; without --rate, the most tokens per accelerator. Where no row does, the row of the "
-    f"best chance, if that is at least {LIKELY:.0%}"
+    "tokens; without --rate, the most tokens per accelerator. Where no row does: of the rows with "
+    f"a chance of at least {LIKELY:.0%}, the best chance for at most {MANY} times the fewest "
+    "accelerators"
 )
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _NARROW = 1.5
 """An interval whose ends are closer than this is not worth a measurement."""
 _GAINS = 0.8
 """A measurement is worth telling of if it leaves at most so much of an interval, as logarithms."""
-_MANY = 3.0
-"""Times as many accelerators as a row of a lower chance needs, from which on that is told."""
 _HEADROOM = 0.8
 """Share of a copy's tokens that arrivals may ask for: they come unevenly."""
 
@@ -140,10 +142,16 @@ def plan_inference(fit: InferenceModel, job: InferenceJob) -> InferenceTable | I
     )
     allowed = [row for row in rows if _is_allowed(row, job)]
     kept = [row for row in allowed if job.itl_s is None or row.itl_p90_s.high <= job.itl_s]
-    best = min(kept, key=_worth(job)) if kept else max(allowed, key=_chance_of, default=None)
-    if best is None or not (kept or _chance_of(best) >= LIKELY):
+    likely = [row for row in allowed if _chance_of(row) >= LIKELY]
+    if not likely:
         return _out_of_reach(job, rows, allowed)
-    reason = _what(best, job) + _promise(best, allowed, job, sure=bool(kept))
+    cheapest = min(likely, key=_worth(job))
+    if kept:
+        best = min(kept, key=_worth(job))
+    else:
+        most = MANY * _needed(cheapest, job)
+        best = max((row for row in likely if _needed(row, job) <= most), key=_chance_of)
+    reason = _what(best, job) + _promise(best, cheapest, job, sure=bool(kept))
     return InferenceTable(rows=rows, recommended=rows.index(best), reason=reason)
 
 
@@ -178,7 +186,7 @@ def measure_first(
     return (
         f"Measure one copy on {each} with {row.concurrency} at a time first, and hand it to "
         f"--measured: what is now {before.low * 1e3:.3g} to {before.high * 1e3:.3g} ms between "
-        f"tokens would be known to {(after.high / after.low) ** 0.5 - 1.0:.0%}."
+        f"tokens would be known within a factor of {(after.high / after.low) ** 0.5:.2f}."
     )
 
 
@@ -282,34 +290,31 @@ def _what(row: InferenceRow, job: InferenceJob) -> str:
     )
 
 
-def _promise(
-    choice: InferenceRow, allowed: Sequence[InferenceRow], job: InferenceJob, *, sure: bool
-) -> str:
+def _promise(choice: InferenceRow, cheapest: InferenceRow, job: InferenceJob, *, sure: bool) -> str:
     """Sentences: with what chance the promise is kept, what counts as kept, and which row would
     probably do with far less; empty where nothing is promised."""
     if job.itl_s is None:
         return ""
     chance, promise = _chance_of(choice), f"{job.itl_s * 1e3:.3g} ms"
-    if sure:
-        said = f" That keeps {promise} with a chance of {chance:.0%}; {KEPT:.0%} count as kept."
-    else:
-        said = (
-            f" No row keeps {promise} with the {KEPT:.0%} that count as kept; this one does with "
-            f"{chance:.0%}, the best chance."
-        )
-    likely = [row for row in allowed if _chance_of(row) >= LIKELY]
-    other = min(likely, key=_worth(job))
-    saved = _needed(choice, job) / _needed(other, job)
-    if saved > _MANY:
-        copies = f"copies {_where(other)}"
-        who = f"{_accelerators(other.num_accelerators)} ({copies} each)"
-        if other.num_copies is None:
-            who = f"{copies.capitalize()}, with {saved:.0f} times the tokens per accelerator,"
-        said += f" {who} would keep it with {_chance_of(other):.0%}: measure that row first,"
-        return f"{said} and hand the figure to --measured."
     if not sure:
-        said += " Measure this row before you promise it, and hand the figure to --measured."
-    return said
+        return (
+            f" No row keeps {promise} with the {KEPT:.0%} that count as kept. This one does with "
+            f"{chance:.0%}, the best chance for at most {MANY} times the fewest accelerators: "
+            "measure it before you promise it, and hand the figure to --measured."
+        )
+    said = f" That keeps {promise} with a chance of {chance:.0%}; {KEPT:.0%} count as kept."
+    saved = _needed(choice, job) / _needed(cheapest, job)
+    if saved <= MANY:
+        return said
+    copies = f"copies {_where(cheapest)}"
+    if cheapest.num_copies is None:
+        who = f"{copies.capitalize()}, with {saved:.0f} times the tokens per accelerator,"
+    else:
+        who = f"{_accelerators(cheapest.num_accelerators)} ({copies} each)"
+    return (
+        f"{said} {who} would keep it with {_chance_of(cheapest):.0%}: measure that row first, and "
+        "hand the figure to --measured."
+    )
 
 
 def _chance_of(row: InferenceRow) -> float:
@@ -355,7 +360,7 @@ def _out_of_reach(
             )
         capped = job.max_accelerators < MAX_WORKERS
         return Infeasible(
-            asked=f"{job.rate_per_s:,.6g} requests/s on at most {most}",
+            asked=f"{job.rate_per_s:,.10g} requests/s on at most {most}",
             numbers=f"the fewest are {least.num_accelerators:,}: {_what(least, job).rstrip('.')}",
             rule="The low end of the tokens' interval must cover the load"
             + ("" if capped else f", and more than {MAX_WORKERS:,} are more than any pool known"),
