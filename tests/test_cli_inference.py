@@ -128,7 +128,7 @@ REFUSALS = {
     "--parameters 8B --measured words.csv": "line 2: tokens_per_s is 'fast': not a number",
     "--parameters 8B --measured thin.csv": "line 2: activated 1K of 8B parameters",
     "--parameters 8B --measured long.csv": "line 3: prompt is 1e+14 tokens: it must be at least",
-    "--parameters 8B --measured tpu.csv": "line 2: accelerator tpu: unknown. Known: v100",
+    "--parameters 8B --measured tpu.csv": "line 2: accelerator tpu: unknown. Known: t4, v100",
     "--parameters 80B --measured small.csv": "line 2: 160 GB of weights do not fit",
 }
 

@@ -136,7 +136,7 @@ def test_what_a_fixed_batch_does_not_use_is_said(tmp_path: Path) -> None:
         (SEVEN.replace("--layers 32", "--layers 0"), "--layers is 0"),
         (SEVEN.replace("1M", "many"), "--samples 'many'"),
         (SEVEN.replace("1M", "nan"), "--samples 'nan'"),
-        (f"{SEVEN} --accelerator abacus", "Known: v100"),
+        (f"{SEVEN} --accelerator abacus", "Known: t4, v100"),
         (f"{SEVEN} --interconnect rope", "supple: --interconnect rope"),
         (f"{SEVEN} --local-link NVlink-H10", "--local-link NVlink-H10: unknown. Known: loopback"),
         (f"{SEVEN} --batch-size 2000000", "a batch of 2000000 of 1000000 samples in all"),
@@ -225,7 +225,7 @@ def test_the_help_names_every_accelerator_and_has_an_example() -> None:
     assert "supple layouts --hidden" in told
     assert all(name in told for name in DEVICES)
     assert all(name in told for name in INTERCONNECTS)
-    assert {f"nvlink-{name.split('-')[0]}" for name in DEVICES} <= set(INTERCONNECTS)
+    assert {device.local_link for device in DEVICES.values()} <= set(INTERCONNECTS)
 
 
 GPT = Path(__file__).resolve().parent.parent / "examples" / "gpt.py"

@@ -50,7 +50,10 @@ def inference(
         str | None, typer.Option(help="Promise: nine of ten tokens within, with its unit: 30ms.")
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Requests a second to be served.")] = None,
-    accelerator: Annotated[str, typer.Option(help="v100, a100, a100-80, h100 or b200.")] = "h100",
+    accelerator: Annotated[
+        str,
+        typer.Option(help="t4, v100, a10g, a100, a100-80, l4, l40s, h100, h200, b200 or mi300x."),
+    ] = "h100",
     devices: Annotated[int, typer.Option(help="Most accelerators of one copy: a node's.")] = 8,
     max_accelerators: Annotated[
         str | None, typer.Option(help="Of all copies; default: 65536.")

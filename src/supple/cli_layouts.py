@@ -72,7 +72,10 @@ def layouts(
         str | None,
         typer.Option(help="adam (default), adam-8bit, adafactor, sgd-momentum or sgd."),
     ] = None,
-    accelerator: Annotated[str, typer.Option(help="v100, a100, a100-80, h100 or b200.")] = "h100",
+    accelerator: Annotated[
+        str,
+        typer.Option(help="t4, v100, a10g, a100, a100-80, l4, l40s, h100, h200, b200 or mi300x."),
+    ] = "h100",
     memory: Annotated[
         float | None, typer.Option(help="GB of one accelerator; default: its data sheet's.")
     ] = None,
@@ -86,7 +89,7 @@ def layouts(
     ] = "infiniband-400x8",
     local_link: Annotated[
         str | None,
-        typer.Option(help="Inside a node, one of the same; default: nvlink of the accelerator."),
+        typer.Option(help="Inside a node, one of the same; default: that of its data sheet."),
     ] = None,
     measured: Annotated[
         Path | None,
@@ -156,7 +159,7 @@ def layouts(
             )
         device = _device(accelerator)
         link = lookup(interconnect)
-        local = lookup(local_link or _nvlink(device), what="--local-link")
+        local = lookup(local_link or device.local_link, what="--local-link")
         for option, value in (
             ("--batch-size", batch_size),
             ("--workers-per-node", workers_per_node),
@@ -330,10 +333,6 @@ def _device(name: str) -> "Device":
     from supple.core.layouts import DEVICES
 
     return DEVICES[parse_name(name, DEVICES, what="--accelerator")]
-
-
-def _nvlink(device: "Device") -> str:
-    return f"nvlink-{device.name.split('-')[0]}"
 
 
 def _amount(text: str) -> int:

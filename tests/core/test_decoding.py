@@ -47,6 +47,17 @@ def test_twice_the_device_is_faster_by_less_than_two(device: object) -> None:
     assert step_s(run) / step_s(replace(run, device=twice)) == pytest.approx(2**0.7, rel=0.02)
 
 
+def test_tensor_ranks_wait_for_the_bytes_that_their_link_carries() -> None:
+    run = replace(PLAIN, device=FREE, num_devices=2, concurrency=256)
+    fast, slow, slower = (
+        step_s(replace(run, device=replace(FREE, local_link=link)))
+        for link in ("nvlink-h100", "pcie4", "pcie3")
+    )
+    # 360, 12 and 6 GB/s: 30 and 60 times the reference's time.
+    assert (slower - fast) / (slow - fast) == pytest.approx(59 / 29, rel=0.01)
+    assert slow > 2 * fast
+
+
 def test_where_weights_are_read_half_the_bytes_take_half_the_time() -> None:
     eight = replace(PLAIN, model=replace(DENSE, bytes_per_weight=1.0))
     assert step_s(PLAIN) / step_s(eight) == pytest.approx(2.0, rel=0.02)

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from supple.core.interconnects import INTERCONNECTS
 from supple.core.layouts import Device
 from supple.core.spec import is_count, is_positive
 
@@ -47,6 +48,7 @@ _TENTH, _HALF = -math.log(0.9), -math.log(0.5)
 """Rates of mixed steps at which a tenth, or half, are mixed."""
 _REFERENCE_SPEED, _REFERENCE_WIDTH = 3.35e12, 4096.0
 """Bytes per second and hidden size at which the shares reached are those of `_PRIORS`."""
+_REFERENCE_LINK = INTERCONNECTS["nvlink-h100"]
 FIGURES = 4
 """What is predicted of a run: tokens per second, the 90th percentile and the median of the latency,
 and the sequences that run at once."""
@@ -72,7 +74,7 @@ _PRIORS: dict[str, tuple[float, float]] = {
     "layer_experts": (3e-5, 0.7),  # s more: eight kernels to route
     "tensor": (2e-5, 0.5),  # s per layer and doubling
     "layer_8bit": (3e-5, 0.7),  # s
-    "link": (2.5e-12, 0.5),  # s per byte
+    "link": (2.5e-12, 0.5),  # s per byte, over the reference link
     "eager": (5e-4, 0.4),  # s per layer
     "tail": (1.0, 0.4),  # of the time of mixed steps, relative to an exponential one
     "sharpness": (4.0, 0.5),  # of the onset of mixed steps in a quantile
@@ -208,6 +210,8 @@ class Rows:
         speeds = column([run.device.memory_bytes_per_s for run in runs])
         self.faster = speeds / _REFERENCE_SPEED
         self.speed = self.n * speeds
+        links = column([INTERCONNECTS[run.device.local_link].bandwidth_bytes_per_s for run in runs])
+        self.slower_link = _REFERENCE_LINK.bandwidth_bytes_per_s / links
         self.peak = self.n * column([run.device.flops_per_s for run in runs])
         self.memory = self.n * column([run.device.memory_bytes for run in runs])
         self.peak *= 2.0 / np.maximum(self.weight, 1.0)
@@ -258,7 +262,7 @@ def logs(x: _Array, rows: Rows) -> _Array:
         + np.where(one, p["layer_8bit"], 0.0)
         + np.where(several, p["layer_experts"], 0.0)
         + p["tensor"] * rows.doublings
-        + np.where(rows.n > 1, 2.0 * message * p["link"], 0.0)
+        + np.where(rows.n > 1, 2.0 * message * p["link"] * rows.slower_link, 0.0)
     )
     device = (
         p["host"]

@@ -59,11 +59,13 @@ INTERCONNECTS: dict[str, Interconnect] = {
     link.name: link
     for link in (
         _link("loopback", 100.0, 1.5, "gloo between processes of one machine, order of magnitude"),
+        _link("pcie3", 15.0, 6.0, _BASIS.format("half of 12 GB/s")),
         _link("pcie4", 15.0, 12.0, _BASIS.format("half of 25 GB/s")),
         _link("nvlink-v100", 3.4, 115.0, _BASIS.format("three quarters of 150 GB/s")),
         _link("nvlink-a100", 3.4, 230.0, _BASIS.format("three quarters of 300 GB/s")),
         _link("nvlink-h100", 3.4, 360.0, _BASIS.format("four fifths of 450 GB/s")),
         _link("nvlink-b200", 3.4, 720.0, _BASIS.format("four fifths of 900 GB/s")),
+        _link("infinity-mi300x", 5.0, 300.0, _BASIS.format("two thirds of 448 GB/s")),
         _link("ethernet-10", 50.0, 1.0, _BASIS.format("80 % of 10 Gbit/s"), _TCP),
         _link("ethernet-25", 30.0, 2.5, _BASIS.format("80 % of 25 Gbit/s"), _TCP),
         _link("ethernet-50", 30.0, 5.0, _BASIS.format("80 % of 50 Gbit/s"), _TCP),

@@ -49,19 +49,37 @@ class Device:
 
     name: str
     flops_per_s: float
-    """Dense, in the precision trained in."""
+    """Dense, in the 16 bits that a matrix unit is fastest with."""
     memory_bytes_per_s: float
     memory_bytes: float
+    local_link: str = "pcie4"
+    """What joins those of a node, a name of `INTERCONNECTS`."""
+
+
+def _device(name: str, teraflops: float, terabytes: float, gigabytes: float, link: str) -> Device:
+    return Device(
+        name=name,
+        flops_per_s=teraflops * 1e12,
+        memory_bytes_per_s=terabytes * 1e12,
+        memory_bytes=gigabytes * 1e9,
+        local_link=link,
+    )
 
 
 DEVICES = {
     device.name: device
     for device in (
-        Device(name="v100", flops_per_s=125e12, memory_bytes_per_s=0.9e12, memory_bytes=32e9),
-        Device(name="a100", flops_per_s=312e12, memory_bytes_per_s=1.56e12, memory_bytes=40e9),
-        Device(name="a100-80", flops_per_s=312e12, memory_bytes_per_s=2.04e12, memory_bytes=80e9),
-        Device(name="h100", flops_per_s=989e12, memory_bytes_per_s=3.35e12, memory_bytes=80e9),
-        Device(name="b200", flops_per_s=2250e12, memory_bytes_per_s=8e12, memory_bytes=180e9),
+        _device("t4", 65, 0.32, 16, "pcie3"),
+        _device("v100", 125, 0.9, 32, "nvlink-v100"),
+        _device("a10g", 70, 0.6, 24, "pcie4"),
+        _device("a100", 312, 1.56, 40, "nvlink-a100"),
+        _device("a100-80", 312, 2.04, 80, "nvlink-a100"),
+        _device("l4", 121, 0.3, 24, "pcie4"),
+        _device("l40s", 362, 0.864, 48, "pcie4"),
+        _device("h100", 989, 3.35, 80, "nvlink-h100"),
+        _device("h200", 989, 4.8, 141, "nvlink-h100"),
+        _device("b200", 2250, 8.0, 180, "nvlink-b200"),
+        _device("mi300x", 1307, 5.3, 192, "infinity-mi300x"),
     )
 }
 
