@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,7 @@ from supple.core.estimates import exact, times
 from supple.core.spec import SpecError, parse_count, parse_money
 from supple.core.time_to_target import FinishedRun, TimeToTarget, fit_time_to_target
 from supple.core.types import Estimate
+from supple.history import read_history, refuse_odd
 from supple.refusals import messages
 from supple.rows import parse_amount, read_rows
 
@@ -57,11 +57,7 @@ def minutes(
         counts = doubled if workers is None else _counts(workers)
         size = None if batch_size is None else _batch(batch_size)
         paid = None if price is None else parse_money(price, what="--price")
-        earlier = []
-        if history is not None:
-            from supple.history import read_history
-
-            earlier = read_history(history)
+        earlier = [] if history is None else read_history(history)
         try:
             model = fit_time_to_target(finished, earlier)
         except ValueError as error:
@@ -101,18 +97,8 @@ def _finished(row: dict[str, str], where: str) -> FinishedRun:
             f"{where}: {dict(row)} is not a finished run: {', '.join(COLUMNS + OPTIONAL)} must be "
             "numbers, the workers a whole one. Correct the line, or delete it."
         ) from None
-    told = {
-        "num_workers": run.num_workers,
-        "minutes": run.time_s,
-        "batch_size": batch,
-        "samples_to_target": samples,
-    }
-    for name, number in told.items():
-        if number is not None and not 0 < number < math.inf:
-            raise SpecError(
-                f"{where}: {name} is {row[name]}: it must be positive and finite. Correct the "
-                "line, or delete it."
-            )
+    refuse_odd(row, where, num_workers=run.num_workers, minutes=run.time_s / 60.0)
+    refuse_odd(row, where, batch_size=batch, samples_to_target=samples)
     return run
 
 

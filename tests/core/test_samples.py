@@ -186,6 +186,35 @@ def test_an_absurd_run_is_left_out_and_named() -> None:
         fit_samples([*runs(256, 1024), absurd])
 
 
+@pytest.mark.parametrize(
+    ("lr", "said"),
+    [
+        (None, "at batch 512 took 1000 and 1e\\+08 samples.*or give their learning rates"),
+        (0.1, "at batch 512 and learning rate 0.1 took 1000 and 1e\\+08 .* the same target.$"),
+    ],
+)
+def test_repeats_that_differ_by_more_than_any_seed_are_refused(lr: float | None, said: str) -> None:
+    apart = [Run(batch_size=512, samples=samples, lr=lr) for samples in (1e8, 1e3, 2e3)]
+    other = Run(batch_size=1024, samples=1e6, lr=lr)
+    with pytest.raises(ValueError, match=f"runs {said}"):
+        fit_samples([*apart, other])
+    with pytest.raises(ValueError, match=r"probes at batch 512.*one run do not differ.*same loss"):
+        fit_samples([], [*apart, other])
+    near = [Run(batch_size=512, samples=samples, lr=lr) for samples in (1e5, 9e5)]
+    stopped = replace(apart[0], reached=False)
+    assert fit_samples([*near, stopped, other]).compares_sizes
+
+
+def test_probes_contradict_each_other_as_runs_do() -> None:
+    absurd = Run(batch_size=700, samples=100 * curve(700))
+    with pytest.raises(ValueError, match=r"^probes at batch 256 and 700 took .* the same loss"):
+        fit_samples([], [*runs(256, 1024), absurd])
+    seen = runs(128, 256, 512, 1024, 2048)
+    found = fit_samples([], [*seen, absurd])
+    assert found.efficiency(128, 800) == fit_samples([], seen).efficiency(128, 800)
+    assert found.why.endswith("left out, as most others contradict it: probe at batch 700")
+
+
 def test_a_badly_tuned_run_beside_a_good_one_does_not_make_its_size_look_worse() -> None:
     good = [Run(batch_size=64, samples=1e4, lr=1e-3), Run(batch_size=256, samples=1.1e4, lr=2e-3)]
     bad = Run(batch_size=64, samples=9e4, lr=1e-5)
@@ -330,7 +359,7 @@ def test_contradictory_runs_give_a_finite_answer_or_are_refused(
     except ValueError as refusal:
         told = str(refusal)
     if told:
-        assert re.search("compares two sizes|too few to say which is wrong", told)
+        assert re.search("compares two sizes|too few to say which is wrong|repeats of one", told)
         return
     assert 0.0 < found.low <= found.value <= found.high < math.inf
 

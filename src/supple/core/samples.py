@@ -115,14 +115,17 @@ def fit_samples(
     does not matter.
 
     Raises `ValueError` for numbers that are not positive and finite, for runs of which most stopped
-    short at every batch size, for few sizes that contradict each other, and where nothing tells one
-    batch size from another: no noise scale, and fewer than two sizes that were run or probed. (A
-    run that stopped before anybody expects it to end tells nothing, and its size is none.)"""
+    short at every batch size, for few sizes or for repeats that contradict each other, and where
+    nothing tells one batch size from another: no noise scale, and fewer than two sizes that were
+    run or probed. (A run that stopped before anybody expects it to end tells nothing, and its size
+    is none.)"""
     check(runs, probes, noise_scale)
     every_rate = gathered(runs, is_probe=False)
-    refuse_contradictions(best_of_each_size(every_rate))
-    agreed = without_absurd(every_rate)
-    branches = best_of_each_size(gathered(probes, is_probe=True))
+    every_branch = gathered(probes, is_probe=True)
+    for points in (every_rate, every_branch):
+        refuse_contradictions(best_of_each_size(points))
+    agreed, agreed_branches = without_absurd(every_rate), without_absurd(every_branch)
+    branches = best_of_each_size(agreed_branches)
     # Without their rates: the bounds among them are about the tuned curve too.
     best = [replace(point, lr=None) for point in best_of_each_size(agreed)]
     tuned = _with_stopped_runs([*best, *branches], noise_scale)
@@ -136,9 +139,10 @@ def fit_samples(
     has_rates = all(point.lr is not None for point in agreed) and not branches
     every = [run.evaluated_every for run in runs if run.evaluated_every > 0]
     source, why = _source(tuned, noise_scale)
-    if len(agreed) < len(every_rate):
-        left = ", ".join(f"{p.batch:g}" for p in every_rate if p not in agreed)
-        why += f"; left out, as most others contradict it: batch {left}"
+    left = [f"batch {p.batch:g}" for p in every_rate if p not in agreed]
+    left += [f"probe at batch {p.batch:g}" for p in every_branch if p not in agreed_branches]
+    if left:
+        why += f"; left out, as most others contradict it: {', '.join(left)}"
     return SamplesModel(
         tuned=tuned,
         rated=_with_stopped_runs(agreed, noise_scale) if has_rates else (),
