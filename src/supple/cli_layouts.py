@@ -25,6 +25,7 @@ from supple.train.script import check
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
     from supple.core.layouts import Device, LayoutMeasurement, Transformer
+    from supple.core.learning_rate import TunedRate
     from supple.core.planner import PlanTable
     from supple.train.layer_probe import LayerReport
 
@@ -36,6 +37,7 @@ EPILOG = (
     "--batch-size 1536 --accelerator a100-80 --deadline 30d --price 2.5"
 )
 _COLUMNS = ("tp", "dp", "pp", "micro_batch_size", "global_batch_size", "iteration_time_s")
+_DEFAULT_LR = 3e-4
 
 
 def layouts(
@@ -50,7 +52,7 @@ def layouts(
     seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
     vocab: Annotated[int, typer.Option(help="Entries of the vocabulary.")] = 50_304,
     lr: Annotated[
-        float | None, typer.Option(help="Tuned at --batch-size; default: 3e-4, or the script's.")
+        float | None, typer.Option(help="Tuned at --batch-size; default: the history's, the script's, 3e-4.")
     ] = None,
     optimizer: Annotated[
         str, typer.Option(help="adam, adam-8bit, adafactor, sgd-momentum or sgd.")
@@ -201,7 +203,7 @@ def layouts(
             times=times,
             memory_bytes=memory * 1e9 if memory else device.memory_bytes,
             base_batch_size=batch_size,
-            base_lr=lr or 3e-4,
+            base_lr=_base_lr(lr, tuned, batch_size, optimizer),
             total_samples=amount,
             noise_scale=noise_scale,
             samples=curve,
@@ -220,6 +222,26 @@ def layouts(
             raise typer.Exit(FAILED)
         title = Path(script).name if script else "transformer"
         _show(table, as_json, plot, objective, title, first)
+
+
+def _base_lr(
+    given: float | None, tuned: "tuple[TunedRate, ...]", batch_size: int, optimizer: str
+) -> float:
+    """What somebody wrote, else what previous runs found, else the default."""
+    if not tuned:
+        return given or _DEFAULT_LR
+    from supple.core.goodput import family_of
+    from supple.core.learning_rate import contradiction, said_by_previous_runs
+
+    family = family_of(optimizer)
+    if given:
+        told = contradiction(tuned, given, batch_size, family)
+    else:
+        given = said_by_previous_runs(tuned, batch_size, family).value
+        told = f"the learning rate at batch {batch_size}: {given:.3g}, from the previous runs"
+    if told:
+        typer.echo(told, err=True)
+    return given
 
 
 def _measure(script: str, verbose: bool) -> "LayerReport":

@@ -112,6 +112,7 @@ def plan(
         check(path, function)
         from supple import plan_view
         from supple.cluster.measure import ScriptFailed, job_model, measure
+        from supple.core.learning_rate import contradiction
         from supple.core.next_measurement import what_to_measure_first
         from supple.core.planner import plan as make_plan
         from supple.core.planner import rate_at
@@ -133,6 +134,9 @@ def plan(
             _tell(f"supple: {table}")
             raise typer.Exit(FAILED)
         if job.tuned:
+            family, at = job.optimizer_family, job.base_batch_size
+            if rule == "auto" and (odd := contradiction(job.tuned, job.base_lr, at, family)):
+                _tell(odd)
             _tell(f"learning rate: {rate_at(job, table.choice.batch.global_batch_size)[1]}")
         if not as_json:
             console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)

@@ -269,7 +269,7 @@ def test_a_job_that_cannot_be_is_refused(changes: dict[str, object]) -> None:
 
 
 def test_rates_of_previous_runs_come_before_the_rule_and_after_a_rule_that_was_asked_for() -> None:
-    tuned = (TunedRate(batch_size=256, lr=5.0), TunedRate(batch_size=4096, lr=1.6e-2))
+    tuned = (TunedRate(batch_size=256, lr=1e-3), TunedRate(batch_size=4096, lr=1.6e-2))
     known = job(tuned=tuned)
     assert rate_at(known, 256)[0] == known.base_lr, "what the script says is not touched"
     lr, why = rate_at(known, 4096)
