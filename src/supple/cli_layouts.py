@@ -52,7 +52,8 @@ def layouts(
     seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
     vocab: Annotated[int, typer.Option(help="Entries of the vocabulary.")] = 50_304,
     lr: Annotated[
-        float | None, typer.Option(help="Tuned at --batch-size; default: the history's, the script's, 3e-4.")
+        float | None,
+        typer.Option(help="Tuned at --batch-size; default: the script's, the history's, 3e-4."),
     ] = None,
     optimizer: Annotated[
         str, typer.Option(help="adam, adam-8bit, adafactor, sgd-momentum or sgd.")

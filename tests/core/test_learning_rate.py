@@ -126,7 +126,7 @@ def test_a_rate_that_contradicts_the_previous_runs_is_kept_said_and_scaled_as_th
     assert mine[0] / theirs[0] == pytest.approx(3e-4 / 0.1)
     assert mine[1] == f"from 0.0003 at batch 512: {theirs[1]}"
     told = contradiction(HISTORY, 3e-4, 512, "sgd")
-    assert "at batch 512 is 0.0003 as given, but the best of the previous runs there was 0.1" in told
+    assert "batch 512 is 0.0003 as given, but the best of the previous runs there was 0.1" in told
 
 
 def test_previous_runs_at_other_sizes_contradict_a_rate_outside_of_what_they_let_expect() -> None:
