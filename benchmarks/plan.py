@@ -35,7 +35,8 @@ def planning_s(found: Measurements) -> float:
     times: list[float] = []
     for _ in range(_ROUNDS):
         began = time.perf_counter()
-        job = model_of(found)
+        # A batch with a sample for every worker of the largest count.
+        job = replace(model_of(found), base_batch_size=LARGEST_COUNT)
         for count in (2**power for power in range(LARGEST_COUNT.bit_length())):
             table = plan(job, Limits(min_workers=count, max_workers=count), Objective())
             assert isinstance(table, PlanTable), str(table)

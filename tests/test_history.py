@@ -48,14 +48,8 @@ def test_a_curve_says_what_it_rests_on(tmp_path: Path) -> None:
         ("batch_size,samples_to_target\n64,1e6\n128,soon\n", "line 3.*must be numbers"),
         ("batch_size,samples_to_target\n64\n", "line 2.*must be numbers"),
         ("batch_size,samples_to_target\n64,1e6\n", "nothing there compares two sizes"),
-        (
-            "batch_size,samples_to_target\n64,1e6\n0,2\n",
-            "line 3: batch_size is 0: it must",
-        ),
-        ("batch_size,samples_to_target\n64.5,2\n", "line 2: batch_size is 64.5: .* to 1e\\+12"),
-        ("batch_size,samples_to_target\n64,-1\n", "line 2: samples_to_target is -1: .* above 0"),
-        ("batch_size,samples_to_target\n64,1e90\n", "samples_to_target is 1e90: .* at most 1e"),
-        ("batch_size,samples_to_target,learning_rate\n8,9,nan\n", "line 2: learning_rate is nan"),
+        ("batch_size,samples_to_target\n64,-1\n128,2\n", "must be positive and finite"),
+        ("batch_size,samples_to_target\n0,1\n128,2\n", "batch.*must be positive and finite"),
         ("batch_size,samples_to_target\n64,1\n64,90\n128,9\n", "runs.csv: .* 64 took 1 and 90"),
         (
             "batch_size,samples_to_target,reached\n64,1,1\n64,1,n\n",
@@ -91,7 +85,6 @@ def test_runs_of_the_task_are_trusted_before_probes(tmp_path: Path) -> None:
     [
         ("batch_size,samples_to_target\n64,1\n", "the probes .* no column samples"),
         ("batch_size,samples\n64,ten\n", "line 2.*not a probe"),
-        ("batch_size,samples\n64,9\n0,9\n", "line 3: batch_size is 0"),
         ("batch_size,samples\n512,1000\n1024,1e8\n", "probes at batch 512 and 1024 took"),
         ("batch_size,samples\n64,100\n", "the probes .*nothing there compares two sizes"),
     ],

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from supple.core.estimates import exact, times
-from supple.core.spec import SpecError, parse_count, parse_money
-from supple.core.time_to_target import FinishedRun, TimeToTarget, fit_time_to_target
+from supple.core.spec import MAX_WORKERS, SpecError, parse_count, parse_money
+from supple.core.time_to_target import (
+    FinishedRun,
+    TimeToTarget,
+    fit_time_to_target,
+    most_workers,
+)
 from supple.core.types import Estimate
-from supple.history import read_history, refuse_odd
 from supple.refusals import messages
 from supple.rows import parse_amount, read_rows
 
@@ -29,6 +35,7 @@ EPILOG = (
     "  supple minutes runs.csv --history other-sizes.csv --json"
 )
 _DOUBLINGS = 3
+_SAMPLE_RULE = "every worker takes at least one sample of a batch"
 
 
 def minutes(
@@ -53,11 +60,14 @@ def minutes(
     with messages(verbose):
         finished = read_finished(runs)
         largest = max(finished, key=lambda run: (run.num_workers, -run.time_s))
-        doubled = [largest.num_workers * 2**k for k in range(1, _DOUBLINGS + 1)]
-        counts = doubled if workers is None else _counts(workers)
+        asked = None if workers is None else _counts(workers)
         size = None if batch_size is None else _batch(batch_size)
         paid = None if price is None else parse_money(price, what="--price")
-        earlier = [] if history is None else read_history(history)
+        earlier = []
+        if history is not None:
+            from supple.history import read_history
+
+            earlier = read_history(history)
         try:
             model = fit_time_to_target(finished, earlier)
         except ValueError as error:
@@ -69,6 +79,8 @@ def minutes(
                 "say what another size changes. Fill the column, or leave the option out."
             )
         size = size or largest.batch_size
+        most = most_workers(finished, size)
+        counts = _doubled(largest.num_workers, most) if asked is None else _within(asked, most)
         answers = [(count, model.predict(count, size)) for count in counts]
         if as_json:
             typer.echo(json.dumps(_data(model, answers, size, paid)))
@@ -97,20 +109,59 @@ def _finished(row: dict[str, str], where: str) -> FinishedRun:
             f"{where}: {dict(row)} is not a finished run: {', '.join(COLUMNS + OPTIONAL)} must be "
             "numbers, the workers a whole one. Correct the line, or delete it."
         ) from None
-    refuse_odd(row, where, num_workers=run.num_workers, minutes=run.time_s / 60.0)
-    refuse_odd(row, where, batch_size=batch, samples_to_target=samples)
+    told = {
+        "num_workers": run.num_workers,
+        "minutes": run.time_s,
+        "batch_size": batch,
+        "samples_to_target": samples,
+    }
+    for name, number in told.items():
+        if number is not None and not 0 < number < math.inf:
+            raise SpecError(
+                f"{where}: {name} is {row[name]}: it must be positive and finite. Correct the "
+                "line, or delete it."
+            )
     return run
 
 
+def _doubled(largest: int, most: int | None) -> list[int]:
+    """The largest count that ran, doubled thrice; fewer times where the batch has no sample for so
+    many workers."""
+    end = MAX_WORKERS if most is None else min(most, MAX_WORKERS)
+    doubled = [largest * 2**k for k in range(1, _DOUBLINGS + 1)]
+    counts = [count for count in doubled if count <= end]
+    why = _SAMPLE_RULE if end == most else "no pool is known that has more workers"
+    if not counts:
+        raise SpecError(
+            f"no count was asked for, and twice the largest that ran, {doubled[0]}, is above "
+            f"{end}: {why}. Name counts with --workers, or a larger --batch-size."
+        )
+    if len(counts) < len(doubled):
+        typer.echo(f"Counts above {end} are left out: {why}.", err=True)
+    return counts
+
+
+def _within(asked: list[int], most: int | None) -> list[int]:
+    if most is not None and max(asked) > most:
+        raise SpecError(
+            f"--workers {max(asked)}: the batch is {most} samples, and {_SAMPLE_RULE}. Ask for "
+            "fewer workers, or for a larger --batch-size."
+        )
+    return asked
+
+
 def _counts(text: str) -> list[int]:
-    return [parse_count(part.strip(), what="--workers") for part in text.split(",")]
+    counts = [parse_count(part.strip(), what="--workers") for part in text.split(",")]
+    return list(dict.fromkeys(counts))
 
 
 def _batch(text: str) -> float:
     size = parse_amount(text)
-    if not 1 <= size < 1e12:
-        raise SpecError(f"--batch-size is {text!r}: give a number of samples such as 8192 or 8k.")
-    return size
+    if not 1 <= size < 1e12 or not math.isclose(size, round(size)):
+        raise SpecError(
+            f"--batch-size is {text!r}: give a whole number of samples such as 8192 or 8k."
+        )
+    return float(round(size))
 
 
 def _data(
@@ -159,6 +210,7 @@ def _show(
         cells = [str(count), f"{batch:g}" if batch else "", f"{seconds / 60:,.4g}", interval]
         cells += [f"{hours:,.4g}", *([f"{hours * paid:,.4g}"] if paid else [])]
         view.add_row(*cells, style="dim" if interval == "ran" else None)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     console.print(view)
-    console.print(f"Samples to the target: {model.why}.", style="dim", soft_wrap=True)
+    whole = not console.is_terminal
+    console.print(f"Samples to the target: {model.why}.", style="dim", soft_wrap=whole)

@@ -8,16 +8,12 @@ from pathlib import Path
 from supple.core.learning_rate import TunedRate
 from supple.core.previous_runs import best_of_each_size, gathered
 from supple.core.samples import Run, SamplesModel, fit_samples
-from supple.core.spec import MAX_WORKERS, SpecError
+from supple.core.spec import SpecError
 from supple.rows import read_rows
 
 COLUMNS = ("batch_size", "samples_to_target")
 OPTIONAL = ("learning_rate", "reached")
 PROBE_COLUMNS = ("batch_size", "samples")
-_COUNTS = ("num_workers", "batch_size")
-_MOST = {"num_workers": MAX_WORKERS, "batch_size": 1e12, "minutes": 1e9}
-"""Anything larger is a typing error."""
-_ANY_MOST = 1e18
 _REACHED = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -90,7 +86,7 @@ def best_rates(runs: Sequence[Run]) -> tuple[TunedRate, ...]:
 def _run(row: dict[str, str], where: str) -> Run:
     try:
         rate = row.get("learning_rate")
-        run = Run(
+        return Run(
             batch_size=float(row["batch_size"]),
             samples=float(row["samples_to_target"]),
             lr=float(rate) if rate else None,
@@ -106,33 +102,13 @@ def _run(row: dict[str, str], where: str) -> Run:
             f"{where}: {dict(row)} is not a run: batch_size and samples_to_target must be numbers. "
             "Correct the line, or delete it."
         ) from None
-    told = {"samples_to_target": run.samples, "learning_rate": run.lr}
-    refuse_odd(row, where, batch_size=run.batch_size, **told)
-    return run
 
 
 def _probe(row: dict[str, str], where: str) -> Run:
     try:
-        run = Run(batch_size=float(row["batch_size"]), samples=float(row["samples"]))
+        return Run(batch_size=float(row["batch_size"]), samples=float(row["samples"]))
     except (TypeError, ValueError):
         raise SpecError(
             f"{where}: {dict(row)} is not a probe: batch_size and samples must be numbers. Correct "
             "the line, or delete it."
         ) from None
-    refuse_odd(row, where, batch_size=run.batch_size, samples=run.samples)
-    return run
-
-
-def refuse_odd(row: dict[str, str], where: str, **numbers: float | None) -> None:
-    """Raises `SpecError` with the line for a number of the row that no run can have. None: the
-    row does not say it."""
-    for name, number in numbers.items():
-        if number is None:
-            continue
-        is_count, most = name in _COUNTS, _MOST.get(name, _ANY_MOST)
-        if 0 < number <= most and (not is_count or number == int(number)):
-            continue
-        rule = f"a whole number from 1 to {most:g}" if is_count else f"above 0, at most {most:g}"
-        raise SpecError(
-            f"{where}: {name} is {row[name]}: it must be {rule}. Correct the line, or delete it."
-        )

@@ -82,8 +82,37 @@ def test_counts_are_every_doubling_up_to_the_cap_and_the_limits_own(a: int, b: i
 
 
 def test_a_cap_far_beyond_the_largest_count_without_one_leaves_no_gap() -> None:
-    rows = table(plan(job(), Limits(min_workers=4095, max_workers=65_536), Objective())).rows
+    wide = job(base_batch_size=65_536)
+    rows = table(plan(wide, Limits(min_workers=4095, max_workers=65_536), Objective())).rows
     assert [row.num_workers for row in rows] == [4095, 4096, 8192, 16_384, 32_768, 65_536]
+
+
+SAMPLE_RULE = "every worker takes at least one sample of a batch"
+
+
+def test_a_count_without_a_sample_of_the_batch_for_every_worker_is_left_out_and_said() -> None:
+    small = job(base_batch_size=6, optimizer_family="sgd")
+    found = table(plan(small, Limits(max_workers=64), Objective()))
+    assert [row.num_workers for row in found.rows] == [1, 2, 4]
+    assert found.reason.endswith(f"Counts above 6 are left out: {SAMPLE_RULE}.")
+    hurried = plan(small, Limits(max_workers=64), Objective(deadline_s=5.1))
+    assert isinstance(hurried, Infeasible)
+    assert hurried.advice.endswith(f"Counts above 6 are left out: {SAMPLE_RULE}.")
+    assert SAMPLE_RULE not in table(plan(small, Limits(max_workers=6), Objective())).reason
+
+
+def test_a_batch_that_may_grow_has_a_sample_for_every_worker() -> None:
+    small = job(base_batch_size=6, optimizer_family="sgd", noise_scale=0.0)
+    found = table(plan(small, Limits(max_workers=1024, batch="adaptive"), Objective()))
+    assert [row.num_workers for row in found.rows][-1] == 256
+    assert all(row.batch.global_batch_size >= row.num_workers for row in found.rows)
+    assert "Counts above 384 are left out" in found.reason
+
+
+def test_a_least_count_without_a_sample_for_every_worker_is_refused() -> None:
+    found = plan(job(base_batch_size=1), Limits(min_workers=2), Objective())
+    assert isinstance(found, Infeasible)
+    assert "the largest batch this job may have is 1 sample." in str(found)
 
 
 def test_the_knee_is_where_a_worker_adds_half_of_one() -> None:
@@ -247,7 +276,7 @@ def test_a_least_count_above_the_most_is_refused() -> None:
 
 
 def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
-    rows = table(plan(job(), Limits(min_workers=5000), Objective())).rows
+    rows = table(plan(job(base_batch_size=5000), Limits(min_workers=5000), Objective())).rows
     assert [row.num_workers for row in rows] == [5000]
 
 

@@ -6,7 +6,7 @@ cheapest that meets a deadline, the fastest within a budget, or the knee of the 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from supple.core.estimates import exact, over, plus, times
 from supple.core.goodput import OptimizerFamily, best_global_batch, largest_batch_ratio, worth
@@ -23,6 +23,7 @@ _MEMORY_SHARE = 0.92
 _MAX_ACCUMULATION = 256
 """Micro-batches of a step up to which a batch is grown; the user's own batch is cut into as many
 as memory needs."""
+_SAMPLE_RULE = "every worker takes at least one sample of a batch"
 KEEP_SHARE = 0.8 * KNEE_SHARE
 """A running job gives workers back only where they add less than this: between the two shares
 nothing changes, so that the scatter of measurements does not send it to and fro."""
@@ -81,9 +82,10 @@ class PlanTable:
 
 
 def plan(job: JobModel, limits: Limits, objective: Objective) -> PlanTable | Infeasible:
-    """Rows for 1, 2, 4, ... within the limits, up to where more workers stop helping, and the one
-    to take; `Infeasible` with the arithmetic where none does what was asked."""
-    impossible = refusal_of(limits)
+    """Rows for 1, 2, 4, ... within the limits, up to where more workers stop helping or the batch
+    has no sample for them, and the one to take; `Infeasible` with the arithmetic where none does
+    what was asked."""
+    impossible = refusal_of(limits) or _too_many(job, limits)
     if impossible is not None:
         return impossible
     if job.memory is not None and job.device_memory_bytes is not None:
@@ -97,7 +99,13 @@ def plan(job: JobModel, limits: Limits, objective: Objective) -> PlanTable | Inf
                 rule="one sample must fit into one worker's memory",
                 advice="Use a smaller model, recomputation, or a device with more memory.",
             )
-    return choose(_rows(job, limits), limits, objective)
+    rows, left_out = _rows(job, limits)
+    found = choose(rows, limits, objective)
+    if not left_out:
+        return found
+    if isinstance(found, PlanTable):
+        return replace(found, reason=f"{found.reason} {left_out}")
+    return replace(found, advice=f"{found.advice} {left_out}")
 
 
 def choose(rows: tuple[Plan, ...], limits: Limits, objective: Objective) -> PlanTable | Infeasible:
@@ -133,17 +141,46 @@ def counts_within(limits: Limits) -> list[int]:
     return sorted(count for count in own | powers if least <= count <= most)
 
 
-def _rows(job: JobModel, limits: Limits) -> tuple[Plan, ...]:
+def _rows(job: JobModel, limits: Limits) -> tuple[tuple[Plan, ...], str]:
+    """The rows, and a sentence where the batch is what ends them."""
     rows: list[Plan] = []
     useless = 0
+    most = _most_workers(job, limits)
     for count in counts_within(limits):
+        if count > most:
+            return tuple(rows), f"Counts above {most} are left out: {_SAMPLE_RULE}."
         rows.append(row_for(job, limits, count))
         if limits.max_workers is None and len(rows) > 1:
             gained = rows[-2].time_to_end_s.value / rows[-1].time_to_end_s.value
             useless = useless + 1 if gained < 1.05 else 0
             if useless >= 2 and knee(rows) < len(rows) - 1:
                 break
-    return tuple(rows)
+    return tuple(rows), ""
+
+
+def _most_workers(job: JobModel, limits: Limits) -> int:
+    """Beyond it a worker would have no sample of any batch the job may have."""
+    if not _may_grow(job, limits):
+        return job.base_batch_size
+    return max(job.base_batch_size, _grown(job))
+
+
+def _too_many(job: JobModel, limits: Limits) -> Infeasible | None:
+    most = _most_workers(job, limits)
+    if limits.min_workers <= most:
+        return None
+    return Infeasible(
+        asked=f"a plan for at least {in_words(limits.min_workers)}",
+        numbers=f"the largest batch this job may have is {most} sample{'s' * (most > 1)}",
+        rule=_SAMPLE_RULE,
+        advice="Ask for fewer workers, or give the job a larger batch.",
+    )
+
+
+def _may_grow(job: JobModel, limits: Limits) -> bool:
+    """Without knowing what a larger batch is worth, none is tried."""
+    known = job.noise_scale is not None or job.samples is not None
+    return limits.batch == "adaptive" and known
 
 
 def row_for(job: JobModel, limits: Limits, count: int, *, batch_size: int | None = None) -> Plan:
@@ -182,8 +219,10 @@ def row_for(job: JobModel, limits: Limits, count: int, *, batch_size: int | None
 
 
 def _best_batch_size(job: JobModel, limits: Limits, count: int) -> int:
-    if limits.batch == "fixed" or (job.noise_scale is None and job.samples is None):
+    if not _may_grow(job, limits):
         return job.base_batch_size
+    largest = _largest_batch(job, count)
+    least = max(job.base_batch_size, count)
 
     def throughput(batch: int) -> float:
         micro, accumulation = _split(job, batch, count)
@@ -191,8 +230,8 @@ def _best_batch_size(job: JobModel, limits: Limits, count: int) -> int:
 
     return best_global_batch(
         efficiency=lambda size: _efficiency(job, size).value,
-        base_batch=job.base_batch_size,
-        largest=_largest_batch(job, count),
+        base_batch=least if least <= largest else job.base_batch_size,
+        largest=largest,
         throughput=throughput,
         num_candidates=16,
     )
@@ -238,9 +277,12 @@ def _largest_micro_batch(job: JobModel) -> int:
 
 def _largest_batch(job: JobModel, count: int) -> int:
     """What an adaptive batch may grow to: by the optimizer, by accumulation, by the data."""
-    grown = int(job.base_batch_size * largest_batch_ratio(job.optimizer_family))
-    held = count * _largest_micro_batch(job) * _MAX_ACCUMULATION
-    return min(grown, held, job.dataset_size)
+    return min(_grown(job), count * _largest_micro_batch(job) * _MAX_ACCUMULATION)
+
+
+def _grown(job: JobModel) -> int:
+    most = int(job.base_batch_size * largest_batch_ratio(job.optimizer_family))
+    return min(most, job.dataset_size)
 
 
 def _efficiency(job: JobModel, batch: int) -> Estimate:

@@ -43,11 +43,6 @@ class Run:
 def check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None) -> None:
     """Raises `ValueError` for numbers that no run, probe or noise scale can have, for repeats that
     contradict each other, and where the target was hardly ever reached."""
-    if noise_scale is not None and not (math.isfinite(noise_scale) and noise_scale > 0):
-        raise ValueError(
-            f"noise_scale={noise_scale}: it must be positive and finite. Leave it out where it is "
-            "not known."
-        )
     for run in (*runs, *probes):
         numbers = [run.batch_size, run.samples, 1.0 if run.lr is None else run.lr]
         good = all(0 < number < _ABSURD for number in numbers)
@@ -63,6 +58,11 @@ def check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None)
                 "it must be at least 0 and no more than the samples the run took. Correct it, or "
                 "leave it out."
             )
+    if noise_scale is not None and not (math.isfinite(noise_scale) and noise_scale > 0):
+        raise ValueError(
+            f"noise_scale={noise_scale}: it must be positive and finite. Leave it out where it is "
+            "not known."
+        )
     _refuse_contradictory_repeats(runs, "runs")
     _refuse_contradictory_repeats(probes, "probes")
     if not all(probe.reached for probe in probes):

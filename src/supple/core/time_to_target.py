@@ -7,8 +7,10 @@ docs/accuracy.md, "Minutes to train on the next larger count".
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
@@ -21,6 +23,8 @@ GUESSED_NOISE_SCALE = 2.0
 """Over the only batch size whose samples are known, or, where none is, over the largest one seen: a
 critical batch of 4 of it. Nobody runs far beyond the critical batch: the largest one is the better
 guide to it."""
+_IMPOSSIBLE = 10.0
+"""Times of one configuration that differ by this factor contradict each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +69,10 @@ def fit_time_to_target(
     """The model of a task from `finished` runs, one or more, and, if there are any, from other runs
     of it (`history`) that tell the samples to the target at other batch sizes.
 
-    Raises `ValueError` for no run, for numbers that are not positive and finite, and for samples
-    that contradict each other (`fit_samples`)."""
+    Raises `ValueError` for no run, for numbers that are not positive and finite, for workers that
+    are no whole number, for times of one configuration that contradict each other, and for samples
+    that do (`fit_samples`)."""
+    _check(finished)
     if any(run.batch_size is None for run in finished):
         runs = [
             TimedRun(
@@ -82,6 +88,38 @@ def fit_time_to_target(
     samples_at, why = _samples(finished, history)
     runs = [_timed(run, samples_at) for run in finished]
     return TimeToTarget(model=fit_training_time(runs), samples_at=samples_at, why=why)
+
+
+def _check(finished: Sequence[FinishedRun]) -> None:
+    for run in finished:
+        numbers = [run.time_s, *(n for n in (run.batch_size, run.samples) if n is not None)]
+        counted = isinstance(run.num_workers, Integral) and run.num_workers >= 1
+        if not counted or not all(0 < number < math.inf for number in numbers):
+            raise ValueError(
+                f"the run {run} cannot be used: workers must be a whole number of at least 1, and "
+                "seconds, batch size and samples must be positive and finite, or None where batch "
+                "and samples are not known. Correct it, or leave it out."
+            )
+    took: dict[tuple[int, float | None], list[float]] = defaultdict(list)
+    for run in finished:
+        took[(run.num_workers, run.batch_size)].append(run.time_s)
+    for (num_workers, batch), seconds in took.items():
+        if max(seconds) > _IMPOSSIBLE * min(seconds):
+            how = "" if batch is None else f" with batch {batch:g}"
+            unless = " Say the batch sizes if they differ." if batch is None else ""
+            raise ValueError(
+                f"runs on {num_workers} workers{how} took {min(seconds) / 60:g} and "
+                f"{max(seconds) / 60:g} minutes: repeats of one run do not differ by more than a "
+                f"factor of {_IMPOSSIBLE:g}. Check that all are minutes to the same target.{unless}"
+            )
+
+
+def most_workers(finished: Sequence[FinishedRun], batch_size: float | None) -> int | None:
+    """The most workers that can share a batch of `batch_size`: each takes at least one sample. None
+    where the batch is not known, and where some run had more workers than that: then several of
+    them work on one sample (tensor or pipeline parallel), and nothing here says how many can."""
+    shared = any(run.num_workers > (run.batch_size or math.inf) for run in finished)
+    return None if batch_size is None or shared else math.floor(batch_size)
 
 
 def _samples(
