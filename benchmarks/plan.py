@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import report
 from supple.cluster.measure import Measurements, job_model, measure
+from supple.core.measurements import configuration
 from supple.core.planner import LARGEST_COUNT, JobModel, PlanTable, plan
 from supple.core.spec import Limits, Objective
 
@@ -78,7 +79,9 @@ def unseen_sizes(found: Measurements) -> list[tuple[float, bool]]:
     """The same for every configuration that is left out while its count stays in."""
     rows: list[tuple[float, bool]] = []
     for left_out in found.steps:
-        rest = tuple(step for step in found.steps if step is not left_out)
+        # Its repeats too: with one of them it would be known.
+        key = configuration(left_out)
+        rest = tuple(step for step in found.steps if configuration(step) != key)
         if left_out.num_workers in {step.num_workers for step in rest}:
             model = model_of(replace(found, steps=rest)).step_time
             predicted = model.predict(

@@ -13,6 +13,7 @@ from rich.console import Console
 from supple.core.interconnects import lookup
 from supple.core.spec import (
     KNEE_RULE,
+    MAX_WORKERS,
     parse_count,
     parse_limits,
     parse_objective,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 EPILOG = (
     f"Without --deadline and --budget it recommends {KNEE_RULE}.\n\n"
+    "Every configuration is measured twice, some seconds apart. What was measured stands with the "
+    "interval of those repeats: another hour on a busy machine may lie outside of it.\n\n"
     "Examples:\n\n  supple plan examples/digits.py\n\n"
     "  supple plan train.py --deadline 2h --interconnect infiniband-200 --workers-per-node 8\n\n"
     "  supple plan train.py --budget 50 --price 2.50 --plot plan.png\n\n"
@@ -58,7 +61,8 @@ def plan(
         str, typer.Option(help="auto (by optimizer), linear, sqrt, adascale or constant.")
     ] = "auto",
     measure_workers: Annotated[
-        str | None, typer.Option(help="Most workers to measure; default: 4 or the cores.")
+        str | None,
+        typer.Option(help="Most workers to measure; default: 4, the cores or the cap if fewer."),
     ] = None,
     history: Annotated[
         Path | None,
@@ -77,7 +81,7 @@ def plan(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")] = False,
 ) -> None:
-    """Measure SCRIPT for half a minute; say how many workers it deserves, and why."""
+    """Measure SCRIPT for half a minute or longer; say how many workers it deserves, and why."""
     with messages(verbose):
         path, function = split_target(script)
         limits = parse_limits(max_workers, price, batch)
@@ -111,12 +115,14 @@ def plan(
             check_target(plot)
         check(path, function)
         from supple import plan_view
-        from supple.cluster.measure import ScriptFailed, job_model, measure
+        from supple.cluster.measure import MOST_MEASURED, ScriptFailed, job_model, measure
         from supple.core.learning_rate import contradiction
         from supple.core.next_measurement import what_to_measure_first
         from supple.core.planner import plan as make_plan
         from supple.core.planner import rate_at
 
+        # More than may be used is not worth its time.
+        most = min(most or MOST_MEASURED, limits.max_workers or MAX_WORKERS)
         try:
             found = measure(path, function, max_local_workers=most, verbose=verbose, on_line=_tell)
         except ScriptFailed as error:
