@@ -137,6 +137,12 @@ def test_previous_runs_at_other_sizes_contradict_a_rate_outside_of_what_they_let
     assert planned(said.value, 2048, 1024)[0] == pytest.approx(0.3, rel=0.1)
 
 
+def test_a_rate_or_a_batch_that_cannot_be_contradicts_nobody_and_is_refused() -> None:
+    for lr, batch in ((math.nan, 512), (math.inf, 512), (0.1, 0), (0.1, -64)):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            contradiction(HISTORY, lr, batch, "sgd")
+
+
 def test_rates_that_agree_or_are_not_known_are_no_contradiction() -> None:
     assert contradiction(HISTORY, 0.1, 512, "sgd") == ""
     assert contradiction((), 0.1, 512, "sgd") == contradiction(HISTORY, 0.0, 512, "sgd") == ""

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -290,10 +291,15 @@ def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
         {"noise_scale": -1.0},
         {"startup_s": float("inf")},
         {"base_lr": -0.1},
+        {"dataset_size": math.nan},
+        {"base_batch_size": 2.5},
+        {"measured_workers": (1, 2.5)},
+        {"device_memory_bytes": -1},
+        {"device_memory_bytes": math.nan},
     ],
 )
 def test_a_job_that_cannot_be_is_refused(changes: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"at least 1|finite and not negative"):
+    with pytest.raises(ValueError, match=r"at least 1\.|finite and not negative"):
         job(**changes)
 
 
@@ -359,9 +365,11 @@ def test_the_speed_up_is_as_uncertain_as_its_parts() -> None:
         assert found.high / found.low > ratio.high / ratio.low * 0.999999
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(0, None), (-1, 64), (2, 0), (2, -64)])
+@pytest.mark.parametrize(
+    ("count", "batch_size"), [(0, None), (-1, 64), (2.5, 64), (2, 0), (2, -64), (2, 0.5)]
+)
 def test_a_row_that_cannot_be_is_refused_and_none_alone_means_choose(
-    count: int, batch_size: int | None
+    count: Any, batch_size: Any
 ) -> None:
     with pytest.raises(ValueError, match=f"count={count}, batch_size={batch_size}.*at least 1"):
         row_for(job(), Limits(), count, batch_size=batch_size)

@@ -403,3 +403,16 @@ def test_two_runs_that_no_law_reconciles_are_refused() -> None:
         fit_samples(runs)
     steep = [Run(batch_size=64, samples=1e6), Run(batch_size=1024, samples=16e6)]
     assert fit_samples(steep).predict(256).value > 2e6
+
+
+@pytest.mark.parametrize("odd", [0, -64.0, math.nan, math.inf])
+def test_samples_at_a_batch_that_nobody_can_run_are_refused(odd: float) -> None:
+    model = fit_samples(runs(16, 32))
+    for ask in (
+        lambda: model.predict(odd),
+        lambda: model.predict(64, odd),
+        lambda: model.efficiency(odd, 64),
+        lambda: model.efficiency(64, odd),
+    ):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            ask()

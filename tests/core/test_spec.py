@@ -129,8 +129,9 @@ def test_what_a_plan_is_asked_is_read_from_what_a_person_writes() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"min_workers": 0}, "0 as the least workers: it must be at least 1"),
-        ({"max_workers": 0}, "0 as the most workers: it must be at least 1"),
+        ({"min_workers": 0}, "0 as the least workers: it must be a whole number"),
+        ({"max_workers": 0}, "0 as the most workers: it must be a whole number"),
+        ({"max_workers": 2.5}, "2.5 as the most workers: it must be a whole number"),
         ({"price_per_hour": -1.0}, "a price per hour of -1.0: it must be positive"),
         ({"price_per_hour": 0.0}, "positive"),
         ({"price_per_hour": float("nan")}, "positive and finite"),

@@ -168,9 +168,11 @@ def contradiction(
     tuned: Sequence[TunedRate], base_lr: float, base_batch: int, family: OptimizerFamily
 ) -> str:
     """A sentence where the rate that somebody wrote for `base_batch` is not the one that previous
-    runs found; else empty. What is written wins: whoever wrote it may have another recipe."""
+    runs found; else empty. What is written wins: whoever wrote it may have another recipe. Raises
+    `ValueError` as `expected_rate` does."""
     if not tuned or base_lr <= 0:
         return ""
+    _check([TunedRate(batch_size=base_batch, lr=base_lr)], base_batch)
     said = said_by_previous_runs(tuned, base_batch, family)
     if not _contradicts(said, base_lr):
         return ""

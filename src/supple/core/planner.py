@@ -7,6 +7,7 @@ cheapest that meets a deadline, the fastest within a budget, or the knee of the 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 from supple.core.estimates import exact, over, plus, times
 from supple.core.goodput import OptimizerFamily, best_global_batch, largest_batch_ratio, worth
@@ -52,19 +53,23 @@ class JobModel:
 
     def __post_init__(self) -> None:
         sizes = (self.dataset_size, self.epochs, self.base_batch_size, *self.measured_workers)
-        if min(sizes) < 1:
+        if not all(isinstance(size, Integral) and size >= 1 for size in sizes):
             raise ValueError(
                 f"a plan was asked for with dataset_size={self.dataset_size}, "
                 f"epochs={self.epochs}, base_batch_size={self.base_batch_size}, "
-                f"measured_workers={self.measured_workers}: all must be at least 1. Give a job "
-                "that has something to train on."
+                f"measured_workers={self.measured_workers}: all must be whole numbers of at least "
+                "1. Give a job that has something to train on."
             )
         phi = 0.0 if self.noise_scale is None else self.noise_scale
-        if not all(math.isfinite(v) and v >= 0 for v in (phi, self.startup_s, self.base_lr)):
+        room = 0.0 if self.device_memory_bytes is None else self.device_memory_bytes
+        numbers = (phi, self.startup_s, self.base_lr, room)
+        if not all(math.isfinite(number) and number >= 0 for number in numbers):
             raise ValueError(
                 f"a plan was asked for with noise_scale={self.noise_scale}, "
-                f"startup_s={self.startup_s}, base_lr={self.base_lr}: all must be finite and not "
-                "negative. Give None for a noise scale that is unknown, and measure the rest again."
+                f"startup_s={self.startup_s}, base_lr={self.base_lr}, "
+                f"device_memory_bytes={self.device_memory_bytes}: all must be finite and not "
+                "negative. Give None for a noise scale or a memory that is unknown, and measure "
+                "the rest again."
             )
 
 
@@ -185,11 +190,13 @@ def _may_grow(job: JobModel, limits: Limits) -> bool:
 
 def row_for(job: JobModel, limits: Limits, count: int, *, batch_size: int | None = None) -> Plan:
     """Everything predicted for `count` workers, with the batch and learning rate it should have, or
-    with a global batch of `batch_size`. Raises `ValueError` where either is below 1."""
-    if count < 1 or (batch_size is not None and batch_size < 1):
+    with a global batch of `batch_size`. Raises `ValueError` where either is no whole number of at
+    least 1."""
+    asked = (count,) if batch_size is None else (count, batch_size)
+    if not all(isinstance(number, Integral) and number >= 1 for number in asked):
         raise ValueError(
-            f"a row was asked for with count={count}, batch_size={batch_size}: both must be at "
-            "least 1. Leave the batch size out to have it chosen."
+            f"a row was asked for with count={count}, batch_size={batch_size}: both must be whole "
+            "numbers of at least 1. Leave the batch size out to have it chosen."
         )
     size = _best_batch_size(job, limits, count) if batch_size is None else batch_size
     batch = _batch(job, count, size)

@@ -80,6 +80,16 @@ def check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None)
         )
 
 
+def check_asked(*numbers: float) -> None:
+    """Raises `ValueError` for batch sizes and learning rates that nobody can run."""
+    if not all(0 < number < _ABSURD for number in numbers):
+        told = ", ".join(str(number) for number in numbers)
+        raise ValueError(
+            f"samples to the target were asked for with {told}: batch sizes and learning rates "
+            f"must be positive and finite (below {_ABSURD:g}). Ask for a run that can be."
+        )
+
+
 def gathered(runs: Sequence[Run], *, is_probe: bool) -> list[Point]:
     """Runs at one batch size and learning rate become one point: their mean, or, where fewer than
     half reached the target, the longest as a bound. By batch size, then by rate."""

@@ -29,6 +29,7 @@ from supple.core.previous_runs import (
     Run,
     best_of_each_size,
     check,
+    check_asked,
     gathered,
     refuse_contradictions,
     without_absurd,
@@ -72,7 +73,9 @@ class SamplesModel:
     def predict(self, batch_size: float, lr: float | None = None) -> Estimate:
         """Samples until an evaluation finds the target reached, with an 80 % interval; at the
         tuned learning rate, or at `lr` where every run said its own. Raises `ValueError` where only
-        probes are known: they tell ratios, not a level."""
+        probes are known: they tell ratios, not a level; and for numbers that are not positive and
+        finite."""
+        check_asked(batch_size, 1.0 if lr is None else lr)
         if all(point.is_probe for point in self.tuned):
             raise ValueError(
                 f"samples to the target at batch {batch_size:g} were asked of short probes alone: "
@@ -94,7 +97,9 @@ class SamplesModel:
     def efficiency(self, base_batch: float, batch_size: float) -> Estimate:
         """Progress per sample at `batch_size` relative to `base_batch`, E(base) / E(batch), each at
         its tuned learning rate, with an 80 % interval. Above 1 only where the runs show that the
-        larger batch needed fewer samples."""
+        larger batch needed fewer samples. Raises `ValueError` for sizes that are not positive and
+        finite."""
+        check_asked(base_batch, batch_size)
         if batch_size == base_batch:
             return Estimate(value=1.0, low=1.0, high=1.0, source=self.source)
         asked = [(base_batch, None), (batch_size, None)]

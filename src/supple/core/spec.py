@@ -7,6 +7,7 @@ asked, the numbers, the rule that broke and what to do.
 import math
 import re
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 BatchMode = Literal["fixed", "adaptive"]
@@ -208,10 +209,10 @@ class Limits:
 
     def __post_init__(self) -> None:
         for what, count in (("least", self.min_workers), ("most", self.max_workers)):
-            if count is not None and count < 1:
+            if count is not None and not (isinstance(count, Integral) and count >= 1):
                 raise SpecError(
-                    f"a plan was asked for with {count} as the {what} workers: it must be at least "
-                    "1. Give None as the most for no cap."
+                    f"a plan was asked for with {count} as the {what} workers: it must be a whole "
+                    "number of at least 1. Give None as the most for no cap."
                 )
         _check_positive("a price per hour", self.price_per_hour)
 
