@@ -77,7 +77,7 @@ def layouts(
         ),
     ] = None,
     batch: Annotated[
-        str, typer.Option(help="fixed, or adaptive with --noise-scale or --history.")
+        str, typer.Option(help="fixed, or adaptive with --noise-scale, --history or --probes.")
     ] = "fixed",
     noise_scale: Annotated[
         float | None, typer.Option(help="Gradient noise scale, in sequences.")
@@ -85,7 +85,8 @@ def layouts(
     history: Annotated[
         Path | None,
         typer.Option(
-            help="CSV of previous runs, in sequences: batch_size,samples_to_target[,learning_rate]."
+            help="CSV of previous runs, in sequences: batch_size,samples_to_target"
+            "[,learning_rate,reached] (reached: 0 where it was stopped before the target)."
         ),
     ] = None,
     probes: Annotated[

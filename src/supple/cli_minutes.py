@@ -50,7 +50,10 @@ def minutes(
     ] = None,
     history: Annotated[
         Path | None,
-        typer.Option(help="CSV of more runs of the task: batch_size,samples_to_target."),
+        typer.Option(
+            help="CSV of more runs of the task: batch_size,samples_to_target[,learning_rate,"
+            "reached] (reached: 0 where it was stopped before the target)."
+        ),
     ] = None,
     price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

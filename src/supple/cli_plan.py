@@ -66,7 +66,10 @@ def plan(
     ] = None,
     history: Annotated[
         Path | None,
-        typer.Option(help="CSV of previous runs: batch_size,samples_to_target[,learning_rate]."),
+        typer.Option(
+            help="CSV of previous runs: batch_size,samples_to_target[,learning_rate,reached] "
+            "(reached: 0 where it was stopped before the target)."
+        ),
     ] = None,
     probes: Annotated[
         Path | None,
