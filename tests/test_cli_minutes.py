@@ -78,6 +78,13 @@ def test_a_pipe_gets_the_whole_width(runs: Path) -> None:
     assert all("…" not in line and len(line) > 60 for line in result.stdout.splitlines()[:5])
 
 
+def test_a_history_that_contradicts_the_runs_is_named_with_them(runs: Path, tmp_path: Path) -> None:
+    history = tmp_path / "history.csv"
+    history.write_text("batch_size,samples_to_target\n512,1e9\n")
+    told = supple(runs, "--history", history).stderr
+    assert "runs.csv and " in told and "history.csv: runs at batch 512 took 1e+06 and 1e+09" in told
+
+
 def test_counts_and_minutes_are_enough(tmp_path: Path) -> None:
     result = supple(written(tmp_path, "num_workers,minutes\n8,400\n16,210\n"))
     assert result.exit_code == 0, result.output
@@ -100,7 +107,7 @@ def test_counts_and_minutes_are_enough(tmp_path: Path) -> None:
         (ROWS, ("--workers", "64,4096"), "--workers 4096: the batch is 2048 samples, and every"),
         (HEAD + "8,8,9,1\n", (), "twice the largest that ran, 16, is above 8: every worker takes"),
         (HEAD + "50000,1e6,9,1\n", (), "is above 65536: no pool is known that has more"),
-        (HEAD + "8,64,4,1\n8,64,50,1\n", (), "8 workers with batch 64 took 4 and 50 minutes"),
+        (HEAD + "8,64,4,1\n8,64,50,1\n", (), "8 workers with batch 64 took 4 minutes and a run on"),
         (ROWS, ("--batch-size", "8.5"), "--batch-size is '8.5': give a whole number"),
         (ROWS, ("--batch-size", "0"), "--batch-size is '0'"),
         (ROWS, ("--price", "free"), "--price is 'free'"),

@@ -105,6 +105,16 @@ def test_a_history_that_agrees_with_the_script_is_not_quoted(machine: Machine) -
     assert "as given" not in result.stderr and "learning rate: " in result.stderr
 
 
+@pytest.mark.parametrize("noise_scale", [None, 0.0])
+def test_one_size_and_no_noise_scale_loses_nothing_of_what_was_measured(
+    machine: Machine, noise_scale: float | None
+) -> None:
+    machine.found = FOUND | {"noise_scale": noise_scale}
+    result = supple(*history("512,1000000,0.1"))
+    assert "no noise scale could be measured" in result.stderr
+    assert batches(result) == {512: 3e-4}
+
+
 def test_a_batch_of_one_is_planned_on_one_worker(machine: Machine) -> None:
     machine.found = FOUND | {"base_batch_size": 1}
     result = supple("--max-workers", "8", "--json")

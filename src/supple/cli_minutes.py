@@ -74,7 +74,8 @@ def minutes(
         try:
             model = fit_time_to_target(finished, earlier)
         except ValueError as error:
-            raise SpecError(f"{runs}: {error}") from None
+            files = f"{runs}" if history is None else f"{runs} and {history}"
+            raise SpecError(f"{files}: {error}") from None
         if model.samples_at is None and (size or history):
             given = "--batch-size" if size else "--history"
             raise SpecError(
@@ -133,11 +134,13 @@ def _doubled(largest: int, most: int | None) -> list[int]:
     end = MAX_WORKERS if most is None else min(most, MAX_WORKERS)
     doubled = [largest * 2**k for k in range(1, _DOUBLINGS + 1)]
     counts = [count for count in doubled if count <= end]
-    why = _SAMPLE_RULE if end == most else "no pool is known that has more workers"
+    why, more = "no pool is known that has more workers", ""
+    if end == most:
+        why, more = _SAMPLE_RULE, ", or a larger --batch-size"
     if not counts:
         raise SpecError(
             f"no count was asked for, and twice the largest that ran, {doubled[0]}, is above "
-            f"{end}: {why}. Name counts with --workers, or a larger --batch-size."
+            f"{end}: {why}. Name counts with --workers{more}."
         )
     if len(counts) < len(doubled):
         typer.echo(f"Counts above {end} are left out: {why}.", err=True)
@@ -162,7 +165,8 @@ def _batch(text: str) -> float:
     size = parse_amount(text)
     if not 1 <= size < 1e12 or not math.isclose(size, round(size)):
         raise SpecError(
-            f"--batch-size is {text!r}: give a whole number of samples such as 8192 or 8k."
+            f"--batch-size is {text!r}: give a whole number of samples such as 8192 or 8k, below "
+            "1e12."
         )
     return float(round(size))
 
@@ -210,7 +214,7 @@ def _show(
     asked = [(n, size, t.value, f"{t.low / 60:,.4g}–{t.high / 60:,.4g}") for n, t in answers]
     for count, batch, seconds, interval in ran + asked:
         hours = count * seconds / 3600.0
-        cells = [str(count), f"{batch:g}" if batch else "", f"{seconds / 60:,.4g}", interval]
+        cells = [str(count), f"{batch:.15g}" if batch else "", f"{seconds / 60:,.4g}", interval]
         cells += [f"{hours:,.4g}", *([f"{hours * paid:,.4g}"] if paid else [])]
         view.add_row(*cells, style="dim" if interval == "ran" else None)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)

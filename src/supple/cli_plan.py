@@ -160,7 +160,7 @@ def plan(
 def _with_known(job: "JobModel", known: "Known") -> "JobModel":
     """The job with what earlier runs say. The noise scale of the first steps is smaller than that
     of later ones, so it is asked only where no two batch sizes are known."""
-    if not known.compares_sizes and job.noise_scale is None:
+    if not known.compares_sizes and not job.noise_scale:
         _tell(
             f"{known.files}: one batch size only, and no noise scale could be measured: what "
             "another is worth is not known. Add a run at a second size."

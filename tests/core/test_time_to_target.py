@@ -128,10 +128,24 @@ def test_times_of_one_configuration_that_contradict_each_other_are_refused(
     batch: float | None,
 ) -> None:
     seen = [FinishedRun(num_workers=4, time_s=t, batch_size=batch) for t in (600.0, 60.0, 6060.0)]
-    with pytest.raises(ValueError, match="took 1 and 101 minutes") as refused:
+    with pytest.raises(ValueError, match=r"took 1 minutes and a run on 4 .* took 101 minutes"):
         fit_time_to_target(seen)
-    assert ("Say the batch sizes" in str(refused.value)) == (batch is None)
     assert fit_time_to_target(seen[:2]).predict(8, batch).value > 0
+    many = finished(8, 16, 32, 64, 128, says_batch=batch is not None)
+    with pytest.raises(ValueError, match="a factor of 10 besides"):
+        fit_time_to_target([*seen, *many])
+
+
+def test_times_of_few_configurations_differ_by_no_more_than_workers_and_batches() -> None:
+    slow = FinishedRun(num_workers=16, time_s=60.0 * 400_000, batch_size=1024.0)
+    few = finished(4, 8)
+    with pytest.raises(ValueError, match=r"8 workers with batch 512 took .* took 400000 minutes"):
+        fit_time_to_target([*few, slow])
+    many = finished(4, 8, 16, 32, 64)
+    kept = fit_time_to_target([*many, replace(slow, batch_size=1100.0)]).predict(128, 8192.0)
+    assert kept.low < seconds(128, 8192.0) < kept.high
+    far = FinishedRun(num_workers=4, time_s=15.0 * few[0].time_s, batch_size=2.0)
+    assert fit_time_to_target([*few, far]).predict(16, 512.0).value > 0
 
 
 def test_a_batch_is_shared_by_no_more_workers_than_samples_unless_a_run_did_so() -> None:

@@ -15,6 +15,9 @@ LrRule = Literal["auto", "linear", "sqrt", "adascale", "constant"]
 MAX_WORKERS = 65_536
 """More than any pool known; a larger count is a typing error."""
 
+_MOST_S, _MOST_MONEY = 8.64e9, 1e15
+"""The same of times, 100,000 days, and of money."""
+
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
 
@@ -87,6 +90,8 @@ def parse_duration(text: str, *, what: str) -> float:
             ) from None
     if not math.isfinite(seconds) or seconds <= 0:
         raise SpecError(f"{what} is {text}: a time must be positive and finite.")
+    if seconds > _MOST_S:
+        raise SpecError(f"{what} is {text}: that is more than {_MOST_S / 86_400:,.0f} days.")
     return seconds
 
 
@@ -98,6 +103,8 @@ def parse_money(text: str, *, what: str) -> float:
         raise SpecError(f"{what} is {text!r}: not a number. Write it as 2.50.") from None
     if not math.isfinite(amount) or amount <= 0:
         raise SpecError(f"{what} is {text}: it must be positive and finite.")
+    if amount > _MOST_MONEY:
+        raise SpecError(f"{what} is {text}: it must be at most {_MOST_MONEY:,.0f}.")
     return amount
 
 

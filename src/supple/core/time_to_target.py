@@ -7,9 +7,9 @@ docs/accuracy.md, "Minutes to train on the next larger count".
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from numbers import Integral
 
 import numpy as np
@@ -24,7 +24,10 @@ GUESSED_NOISE_SCALE = 2.0
 critical batch of 4 of it. Nobody runs far beyond the critical batch: the largest one is the better
 guide to it."""
 _IMPOSSIBLE = 10.0
-"""Times of one configuration that differ by this factor contradict each other."""
+"""Times that differ by this factor, besides the workers' and the batches', contradict each other.
+"""
+_ENOUGH_TO_DOUBT = 5
+"""From so many configurations on, most of them show which is wrong: it hardly counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +73,8 @@ def fit_time_to_target(
     of it (`history`) that tell the samples to the target at other batch sizes.
 
     Raises `ValueError` for no run, for numbers that are not positive and finite, for workers that
-    are no whole number, for times of one configuration that contradict each other, and for samples
-    that do (`fit_samples`)."""
+    are no whole number, for times that contradict each other, and for samples that do
+    (`fit_samples`)."""
     _check(finished)
     if any(run.batch_size is None for run in finished):
         runs = [
@@ -100,18 +103,28 @@ def _check(finished: Sequence[FinishedRun]) -> None:
                 "seconds, batch size and samples must be positive and finite, or None where batch "
                 "and samples are not known. Correct it, or leave it out."
             )
-    took: dict[tuple[int, float | None], list[float]] = defaultdict(list)
-    for run in finished:
-        took[(run.num_workers, run.batch_size)].append(run.time_s)
-    for (num_workers, batch), seconds in took.items():
-        if max(seconds) > _IMPOSSIBLE * min(seconds):
-            how = "" if batch is None else f" with batch {batch:g}"
-            unless = " Say the batch sizes if they differ." if batch is None else ""
+    configurations = {(run.num_workers, run.batch_size) for run in finished}
+    few = len(configurations) < _ENOUGH_TO_DOUBT
+    for a, b in combinations(sorted(finished, key=lambda run: run.time_s), 2):
+        repeats = (a.num_workers, a.batch_size) == (b.num_workers, b.batch_size)
+        if (few or repeats) and b.time_s > _IMPOSSIBLE * _apart(a, b) * a.time_s:
             raise ValueError(
-                f"runs on {num_workers} workers{how} took {min(seconds) / 60:g} and "
-                f"{max(seconds) / 60:g} minutes: repeats of one run do not differ by more than a "
-                f"factor of {_IMPOSSIBLE:g}. Check that all are minutes to the same target.{unless}"
+                f"{_told(a)} and {_told(b)}: times differ by no more than the workers and the "
+                f"batches do, and a factor of {_IMPOSSIBLE:g} besides. Check that all are minutes "
+                "to the same target, and that batches that differ are given."
             )
+
+
+def _apart(a: FinishedRun, b: FinishedRun) -> float:
+    """By what factor the workers and the batches of two runs differ together."""
+    batches = [run.batch_size for run in (a, b) if run.batch_size is not None]
+    ratios = (a.num_workers / b.num_workers, batches[0] / batches[-1] if batches else 1.0)
+    return math.prod(max(ratio, 1.0 / ratio) for ratio in ratios)
+
+
+def _told(run: FinishedRun) -> str:
+    batch = "" if run.batch_size is None else f" with batch {run.batch_size:g}"
+    return f"a run on {run.num_workers} workers{batch} took {run.time_s / 60:g} minutes"
 
 
 def most_workers(finished: Sequence[FinishedRun], batch_size: float | None) -> int | None:
