@@ -122,7 +122,8 @@ def measure(
     (as many as it has cores, `max_local_workers` at most), and all of it a second time: every
     configuration has two measurements. `on_line` is told what is going on.
 
-    Raises `SpecError` before any work, `ScriptFailed` if the script fails.
+    Raises `SpecError` before any work, or after the first worker's if the dataset has no length;
+    `ScriptFailed` if the script fails.
     """
     check(script, function)
     script = os.path.abspath(script)
@@ -153,14 +154,15 @@ def measure(
                     for size, seconds in reports[0].collectives
                 ]
                 first = first or reports[0]
+                if first.dataset_size is None:
+                    raise SpecError(
+                        "the length of the dataset is unknown before it was read once, so the time "
+                        "to the end cannot be planned. Give shards with a length, or train without "
+                        "a plan."
+                    )
     finally:
         ray.shutdown()
-    assert first is not None
-    if first.dataset_size is None:
-        raise SpecError(
-            "the length of the dataset is unknown before it was read once, so the time to the end "
-            "cannot be planned. Give shards with a length, or train without a plan."
-        )
+    assert first is not None and first.dataset_size is not None
     return Measurements(
         steps=tuple(steps),
         collectives=tuple(collectives),

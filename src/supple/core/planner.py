@@ -61,15 +61,13 @@ class JobModel:
                 "1. Give a job that has something to train on."
             )
         phi = 0.0 if self.noise_scale is None else self.noise_scale
-        room = 0.0 if self.device_memory_bytes is None else self.device_memory_bytes
-        numbers = (phi, self.startup_s, self.base_lr, room)
-        if not all(math.isfinite(number) and number >= 0 for number in numbers):
+        room = self.device_memory_bytes or 0.0
+        if not all(0.0 <= n < math.inf for n in (phi, self.startup_s, self.base_lr, room)):
             raise ValueError(
                 f"a plan was asked for with noise_scale={self.noise_scale}, "
-                f"startup_s={self.startup_s}, base_lr={self.base_lr}, "
-                f"device_memory_bytes={self.device_memory_bytes}: all must be finite and not "
-                "negative. Give None for a noise scale or a memory that is unknown, and measure "
-                "the rest again."
+                f"startup_s={self.startup_s}, base_lr={self.base_lr}, device_memory_bytes={room}: "
+                "all must be finite and not negative. Give None for a noise scale or a memory that "
+                "is unknown, and measure the rest again."
             )
 
 
@@ -106,11 +104,9 @@ def plan(job: JobModel, limits: Limits, objective: Objective) -> PlanTable | Inf
             )
     rows, left_out = _rows(job, limits)
     found = choose(rows, limits, objective)
-    if not left_out:
-        return found
     if isinstance(found, PlanTable):
-        return replace(found, reason=f"{found.reason} {left_out}")
-    return replace(found, advice=f"{found.advice} {left_out}")
+        return replace(found, reason=found.reason + left_out)
+    return replace(found, advice=found.advice + left_out)
 
 
 def choose(rows: tuple[Plan, ...], limits: Limits, objective: Objective) -> PlanTable | Infeasible:
@@ -153,7 +149,7 @@ def _rows(job: JobModel, limits: Limits) -> tuple[tuple[Plan, ...], str]:
     most = _most_workers(job, limits)
     for count in counts_within(limits):
         if count > most:
-            return tuple(rows), f"Counts above {most} are left out: {_SAMPLE_RULE}."
+            return tuple(rows), f" Counts above {most} are left out: {_SAMPLE_RULE}."
         rows.append(row_for(job, limits, count))
         if limits.max_workers is None and len(rows) > 1:
             gained = rows[-2].time_to_end_s.value / rows[-1].time_to_end_s.value
@@ -165,9 +161,7 @@ def _rows(job: JobModel, limits: Limits) -> tuple[tuple[Plan, ...], str]:
 
 def _most_workers(job: JobModel, limits: Limits) -> int:
     """Beyond it a worker would have no sample of any batch the job may have."""
-    if not _may_grow(job, limits):
-        return job.base_batch_size
-    return max(job.base_batch_size, _grown(job))
+    return max(job.base_batch_size, _grown(job) if _may_grow(job, limits) else 0)
 
 
 def _too_many(job: JobModel, limits: Limits) -> Infeasible | None:
