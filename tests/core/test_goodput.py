@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -236,8 +237,8 @@ def test_a_warm_up_by_no_factor_is_refused(factor: float) -> None:
         warmup_steps(factor)
 
 
-@pytest.mark.parametrize("odd", [{"base_batch": 0}, {"num_candidates": 1}])
-def test_the_best_of_no_batches_is_refused(odd: dict[str, int]) -> None:
-    asked = {"base_batch": 64, "num_candidates": 16} | odd
+@pytest.mark.parametrize("odd", [{"base_batch": 0}, {"num_candidates": 1}, {"largest": math.inf}])
+def test_the_best_of_no_batches_is_refused(odd: dict[str, float]) -> None:
+    asked: dict[str, Any] = {"base_batch": 64, "largest": 512, "num_candidates": 16} | odd
     with pytest.raises(ValueError, match="at least 1 and 2"):
-        best_global_batch(efficiency=float, throughput=float, largest=512, **asked)
+        best_global_batch(efficiency=float, throughput=float, **asked)

@@ -371,6 +371,7 @@ def test_contradictory_runs_give_a_finite_answer_or_are_refused(
         Run(batch_size=8, samples=math.nan),
         Run(batch_size=8, samples=-1.0),
         Run(batch_size=8, samples=1e300),
+        Run(batch_size=8, samples=1e-300),
         Run(batch_size=8, samples=10, lr=0.0),
         Run(batch_size=8, samples=10, relative_error=2.0),
         Run(batch_size=8, samples=10, evaluated_every=11),
@@ -392,9 +393,10 @@ def test_runs_that_never_reached_the_target_are_refused() -> None:
         fit_samples(stopped)
 
 
-def test_a_noise_scale_that_is_no_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="noise_scale=nan"):
-        fit_samples(runs(16, 32), noise_scale=math.nan)
+@pytest.mark.parametrize("odd", [math.nan, 0.0, 1e-300, 1e300])
+def test_a_noise_scale_without_meaning_is_refused(odd: float) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"noise_scale={odd}:")):
+        fit_samples(runs(16, 32), noise_scale=odd)
 
 
 def test_two_runs_that_no_law_reconciles_are_refused() -> None:

@@ -152,6 +152,9 @@ def test_a_batch_is_shared_by_no_more_workers_than_samples_unless_a_run_did_so()
     assert most_workers(finished(4, 8), 512.0) == 512
     assert most_workers(finished(4, 8), None) is None
     assert most_workers(finished(4, 8, says_batch=False), 512.0) == 512
+    for odd in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="a batch has at least 1"):
+            most_workers(finished(4, 8), odd)
     sharing = FinishedRun(num_workers=16, time_s=9.0, batch_size=8.0)
     assert most_workers([*finished(4, 8), sharing], 512.0) is None
 

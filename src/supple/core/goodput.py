@@ -180,13 +180,13 @@ def best_global_batch(
     `efficiency(batch)` relative to the base batch.
 
     The doublings of the base are candidates too: those are the sizes that workers share evenly, and
-    the largest that need no more accumulation. Raises `ValueError` for a base batch below 1, or
-    fewer than 2 candidates."""
-    if base_batch < 1 or num_candidates < 2:
+    the largest that need no more accumulation. Raises `ValueError` for a base batch below 1, a
+    largest that is not finite, and fewer than 2 candidates."""
+    if base_batch < 1 or num_candidates < 2 or not math.isfinite(largest):
         raise ValueError(
-            f"the best batch was asked for with base_batch={base_batch}, "
-            f"num_candidates={num_candidates}: at least 1 and 2. Give the script's batch, and two "
-            "sizes or more to choose among."
+            f"the best batch was asked for with base_batch={base_batch}, largest={largest}, "
+            f"num_candidates={num_candidates}: the batches must be finite, the base and the "
+            "candidates at least 1 and 2. Give the script's batch, and sizes to choose among."
         )
     if largest <= base_batch:
         return base_batch

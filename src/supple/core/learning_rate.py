@@ -19,6 +19,7 @@ import numpy as np
 
 from supple.core.estimates import Z80
 from supple.core.goodput import MAX_ADAM_RATIO, OptimizerFamily, learning_rate
+from supple.core.previous_runs import is_usable
 from supple.core.spec import LrRule
 from supple.core.types import Estimate
 
@@ -212,7 +213,7 @@ def _check(tuned: Sequence[TunedRate], batch_size: float) -> None:
             "batch size first."
         )
     numbers = [batch_size, *(n for rate in tuned for n in (rate.batch_size, rate.lr))]
-    if not all(math.isfinite(number) and number > 0 for number in numbers):
+    if not all(map(is_usable, numbers)):
         raise ValueError(
             f"a learning rate was asked for at batch {batch_size} from {list(tuned)}: all numbers "
             "must be positive and finite. Correct them, or leave the rate out."

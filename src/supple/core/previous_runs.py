@@ -13,7 +13,8 @@ from supple.core.evaluations import rounding_variance
 from supple.core.samples_curve import Point
 
 _ABSURD = 1e100
-"""Squares of numbers beyond it overflow."""
+"""Squares of numbers beyond it overflow, of those below its inverse vanish."""
+_ALLOWED = f"{1.0 / _ABSURD:g} to {_ABSURD:g}"
 _ENOUGH_TO_DOUBT = 5
 """With fewer sizes a surprising one is news, not an error."""
 _IMPOSSIBLE = math.log(10.0)
@@ -40,16 +41,21 @@ class Run:
     """Samples between evaluations: the target was crossed somewhere in the last interval."""
 
 
+def is_usable(number: float) -> bool:
+    """Positive, finite, and fit to be squared."""
+    return 1.0 / _ABSURD < number < _ABSURD
+
+
 def check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None) -> None:
     """Raises `ValueError` for numbers that no run, probe or noise scale can have, for repeats that
     contradict each other, and where the target was hardly ever reached."""
     for run in (*runs, *probes):
         numbers = [run.batch_size, run.samples, 1.0 if run.lr is None else run.lr]
-        good = all(0 < number < _ABSURD for number in numbers)
+        good = all(map(is_usable, numbers))
         if not good or not 0.0 <= run.relative_error < 1.0:
             raise ValueError(
                 f"the run {run} cannot be used: batch size, samples and learning rate must be "
-                f"positive and finite (below {_ABSURD:g}), a relative error at least 0 and below "
+                f"positive and finite ({_ALLOWED}), a relative error at least 0 and below "
                 "1. Correct it, or leave it out."
             )
         if not 0.0 <= run.evaluated_every <= run.samples:
@@ -58,10 +64,10 @@ def check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None)
                 "it must be at least 0 and no more than the samples the run took. Correct it, or "
                 "leave it out."
             )
-    if noise_scale is not None and not (math.isfinite(noise_scale) and noise_scale > 0):
+    if noise_scale is not None and not is_usable(noise_scale):
         raise ValueError(
-            f"noise_scale={noise_scale}: it must be positive and finite. Leave it out where it is "
-            "not known."
+            f"noise_scale={noise_scale}: it must be positive and finite ({_ALLOWED}). Leave "
+            "it out where it is not known."
         )
     _refuse_contradictory_repeats(runs, "runs")
     _refuse_contradictory_repeats(probes, "probes")
@@ -82,11 +88,11 @@ def check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None)
 
 def check_asked(*numbers: float) -> None:
     """Raises `ValueError` for batch sizes and learning rates that nobody can run."""
-    if not all(0 < number < _ABSURD for number in numbers):
+    if not all(map(is_usable, numbers)):
         told = ", ".join(str(number) for number in numbers)
         raise ValueError(
             f"samples to the target were asked for with {told}: batch sizes and learning rates "
-            f"must be positive and finite (below {_ABSURD:g}). Ask for a run that can be."
+            f"must be positive and finite ({_ALLOWED}). Ask for a run that can be."
         )
 
 

@@ -15,6 +15,7 @@ from numbers import Integral
 import numpy as np
 
 from supple.core.estimates import Z80, exact
+from supple.core.previous_runs import is_usable
 from supple.core.samples import Run, fit_samples
 from supple.core.training_time import TimedRun, TrainingTimeModel, fit_training_time
 from supple.core.types import Estimate
@@ -97,7 +98,7 @@ def _check(finished: Sequence[FinishedRun]) -> None:
     for run in finished:
         numbers = [run.time_s, *(n for n in (run.batch_size, run.samples) if n is not None)]
         counted = isinstance(run.num_workers, Integral) and run.num_workers >= 1
-        if not counted or not all(0 < number < math.inf for number in numbers):
+        if not counted or not all(map(is_usable, numbers)):
             raise ValueError(
                 f"the run {run} cannot be used: workers must be a whole number of at least 1, and "
                 "seconds, batch size and samples must be positive and finite, or None where batch "
@@ -130,7 +131,13 @@ def _told(run: FinishedRun) -> str:
 def most_workers(finished: Sequence[FinishedRun], batch_size: float | None) -> int | None:
     """The most workers that can share a batch of `batch_size`: each takes at least one sample. None
     where the batch is not known, and where some run had more workers than that: then several of
-    them work on one sample (tensor or pipeline parallel), and nothing here says how many can."""
+    them work on one sample (tensor or pipeline parallel), and nothing here says how many can.
+    Raises `ValueError` for a batch of less than a sample."""
+    if batch_size is not None and not 1.0 <= batch_size < math.inf:
+        raise ValueError(
+            f"the most workers for a batch of {batch_size} samples were asked for: a batch has at "
+            "least 1. Give a global batch size, or None where it is not known."
+        )
     shared = any(run.num_workers > (run.batch_size or math.inf) for run in finished)
     return None if batch_size is None or shared else math.floor(batch_size)
 

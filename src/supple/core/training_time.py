@@ -25,6 +25,7 @@ from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
 from supple.core.estimates import Z80, exact
 from supple.core.least_squares import forward_slope
+from supple.core.previous_runs import is_usable
 from supple.core.types import Estimate
 
 _Vector = npt.NDArray[np.float64]
@@ -191,7 +192,7 @@ def _size(run: TimedRun) -> tuple[float, ...]:
 def _check_asked(num_workers: int, global_batch_size: float, least: float, most: float) -> None:
     numbers = (num_workers, global_batch_size, least, most)
     counted = isinstance(num_workers, Integral) and num_workers >= 1
-    if not counted or not all(math.isfinite(number) and number > 0 for number in numbers):
+    if not counted or not all(map(is_usable, numbers)):
         samples = f"{least}" if least == most else f"{least} to {most}"
         raise ValueError(
             f"a training time was asked for on {num_workers} workers, with a global batch of "
@@ -208,8 +209,7 @@ def _check(runs: Sequence[TimedRun]) -> None:
         )
     for run in runs:
         numbers = (run.num_workers, run.global_batch_size, run.samples, run.time_s)
-        good = isinstance(run.num_workers, Integral)
-        good = good and all(math.isfinite(number) and number > 0 for number in numbers)
+        good = isinstance(run.num_workers, Integral) and all(map(is_usable, numbers))
         if not good or not 0.0 <= run.samples_error < math.inf:
             raise ValueError(
                 f"the run {run} cannot be fitted: workers must be a whole number, workers, batch, "
