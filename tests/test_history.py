@@ -119,6 +119,12 @@ def test_seeds_at_one_rate_count_by_their_mean_and_not_by_the_luckiest() -> None
     assert best_rates([*lucky, *steady]) == (TunedRate(batch_size=64, lr=0.2),)
 
 
+def test_a_run_that_is_left_out_of_the_curve_has_no_say_in_the_rates() -> None:
+    runs = [Run(batch_size=2.0**k, samples=1e6, lr=0.1 * k) for k in range(6, 11)]
+    absurd = Run(batch_size=700, samples=1e12, lr=1e-9)
+    assert best_rates([*runs, absurd]) == best_rates(runs)
+
+
 def test_one_batch_size_waits_for_the_noise_scale_that_is_measured_later(tmp_path: Path) -> None:
     known = read_known(written(tmp_path, "batch_size,samples_to_target\n64,1e6\n"), None)
     assert not known.compares_sizes
