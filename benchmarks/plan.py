@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import report
 from supple.cluster.measure import Measurements, job_model, measure
+from supple.core.measurements import configuration
 from supple.core.planner import LARGEST_COUNT, JobModel, PlanTable, plan
 from supple.core.spec import Limits, Objective
 
@@ -35,7 +36,8 @@ def planning_s(found: Measurements) -> float:
     times: list[float] = []
     for _ in range(_ROUNDS):
         began = time.perf_counter()
-        job = model_of(found)
+        # A batch with a sample for every worker of the largest count.
+        job = replace(model_of(found), base_batch_size=LARGEST_COUNT)
         for count in (2**power for power in range(LARGEST_COUNT.bit_length())):
             table = plan(job, Limits(min_workers=count, max_workers=count), Objective())
             assert isinstance(table, PlanTable), str(table)
@@ -77,7 +79,9 @@ def unseen_sizes(found: Measurements) -> list[tuple[float, bool]]:
     """The same for every configuration that is left out while its count stays in."""
     rows: list[tuple[float, bool]] = []
     for left_out in found.steps:
-        rest = tuple(step for step in found.steps if step is not left_out)
+        # Its repeats too: with one of them it would be known.
+        key = configuration(left_out)
+        rest = tuple(step for step in found.steps if configuration(step) != key)
         if left_out.num_workers in {step.num_workers for step in rest}:
             model = model_of(replace(found, steps=rest)).step_time
             predicted = model.predict(

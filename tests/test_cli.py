@@ -211,6 +211,12 @@ def test_an_unexpected_error_is_one_line_unless_verbose() -> None:
     assert caught.value.exit_code == 1
 
 
+def test_an_unexpected_error_ends_with_one_full_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), messages():
+        raise ValueError("it must be positive. Measure it again.")
+    assert "Measure it again. Run again with --verbose" in capsys.readouterr().err
+
+
 def test_verbose_lets_a_refusal_through_with_its_traceback() -> None:
     result = supple("train", "absent.py", "--verbose")
     assert isinstance(result.exception, SpecError)

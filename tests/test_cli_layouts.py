@@ -121,6 +121,24 @@ def test_one_run_and_a_noise_scale_are_worth_a_larger_batch_together(tmp_path: P
     assert max(row["batch"]["global_batch_size"] for row in rows) > 512
 
 
+def test_a_default_rate_gives_way_to_what_previous_runs_found_and_a_given_one_does_not(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "runs.csv"
+    rows = "512,1000000,0.1\n2048,5000000,0.2\n"
+    path.write_text(f"batch_size,samples_to_target,learning_rate\n{rows}")
+    asked = f"{SEVEN} --batch adaptive --history {path} --max-workers 8 --json"
+
+    def first(result: Result) -> dict[str, float]:
+        return json.loads(result.stdout)["rows"][0]["batch"]
+
+    default, given = supple(asked), supple(f"{asked} --lr 3e-4")
+    assert first(default)["lr"] == 0.1 and first(default)["global_batch_size"] == 512
+    assert "learning rate at batch 512: 0.1, from the previous runs" in default.stderr
+    assert first(given)["lr"] == 3e-4
+    assert "is 0.0003 as given, but the best of the previous runs there was 0.1" in given.stderr
+
+
 def test_what_a_fixed_batch_does_not_use_is_said(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("batch_size,samples_to_target\n512,1000000\n2048,1100000\n")

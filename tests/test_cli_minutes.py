@@ -61,6 +61,33 @@ def test_a_history_of_other_sizes_moves_the_answer(runs: Path, tmp_path: Path) -
     assert "512 to 8192" in known["samples"]
 
 
+def test_counts_that_the_batch_has_no_samples_for_are_left_out_and_said(tmp_path: Path) -> None:
+    result = supple(written(tmp_path, HEAD + "8,32,400,1000000\n"))
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:4]] == ["8", "16", "32"]
+    assert "Counts above 32 are left out: every worker takes at least one" in result.stderr
+
+
+def test_a_run_whose_workers_shared_a_sample_says_that_others_can(tmp_path: Path) -> None:
+    result = supple(written(tmp_path, HEAD + "8,32,400,1000000\n64,32,100,1000000\n"))
+    assert result.exit_code == 0 and " 512 " in result.stdout, result.output
+    assert result.stderr == ""
+
+
+def test_a_pipe_gets_whole_lines_whatever_the_terminal_is(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = supple(runs, "--price", 2)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert supple(runs, "--price", 2).stdout == wide.stdout
+
+
+def test_a_history_that_contradicts_the_runs_is_named_with_them(runs: Path, tmp_path: Path) -> None:
+    history = tmp_path / "history.csv"
+    history.write_text("batch_size,samples_to_target\n512,1e9\n")
+    told = supple(runs, "--history", history).stderr
+    assert "runs.csv and " in told and "history.csv: runs at batch 512 took 1e+06 and 1e+09" in told
+
+
 def test_counts_and_minutes_are_enough(tmp_path: Path) -> None:
     result = supple(written(tmp_path, "num_workers,minutes\n8,400\n16,210\n"))
     assert result.exit_code == 0, result.output
@@ -80,6 +107,11 @@ def test_counts_and_minutes_are_enough(tmp_path: Path) -> None:
         (HEAD + "0,512,4,1\n", (), "line 2: num_workers is 0"),
         (HEAD + "8,512,4,1\n16,1024,3,1000000\n", (), "too few to say which is wrong"),
         (ROWS, ("--workers", "64,x"), "--workers is 'x'"),
+        (ROWS, ("--workers", "64,4096"), "--workers 4096: the batch is 2048 samples, and every"),
+        (HEAD + "8,8,9,1\n", (), "twice the largest that ran, 16, is above 8: every worker takes"),
+        (HEAD + "50000,1e6,9,1\n", (), "is above 65536: no pool is known that has more"),
+        (HEAD + "8,64,4,1\n8,64,50,1\n", (), "8 workers with batch 64 took 4 minutes and a run on"),
+        (ROWS, ("--batch-size", "8.5"), "--batch-size is '8.5': give a whole number"),
         (ROWS, ("--batch-size", "0"), "--batch-size is '0'"),
         (ROWS, ("--price", "free"), "--price is 'free'"),
         (ROWS, ("--history", "absent.csv"), "absent.csv cannot be read"),

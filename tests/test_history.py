@@ -56,6 +56,11 @@ def test_a_curve_says_what_it_rests_on(tmp_path: Path) -> None:
             "line 2: samples_to_target is -1: it must be positive and finite",
         ),
         (
+            "batch_size,samples_to_target\n0,1\n128,2\n",
+            "line 2: batch_size is 0: it must be positive and finite",
+        ),
+        ("batch_size,samples_to_target\n64,1\n64,90\n128,9\n", "runs.csv: .* 64 took 1 and 90"),
+        (
             "batch_size,samples_to_target,reached\n64,1,1\n64,1,n\n",
             "line 3: reached is 'n': .* Give 1",
         ),
@@ -89,6 +94,7 @@ def test_runs_of_the_task_are_trusted_before_probes(tmp_path: Path) -> None:
     [
         ("batch_size,samples_to_target\n64,1\n", "the probes .* no column samples"),
         ("batch_size,samples\n64,ten\n", "line 2: samples is 'ten': not a number"),
+        ("batch_size,samples\n512,1000\n1024,1e8\n", "probes at batch 512 and 1024 took"),
         ("batch_size,samples\n64,100\n", "the probes .*nothing there compares two sizes"),
     ],
 )
@@ -120,6 +126,12 @@ def test_seeds_at_one_rate_count_by_their_mean_and_not_by_the_luckiest() -> None
     lucky = [Run(batch_size=64, samples=samples, lr=0.1) for samples in (5e5, 2e6, 2e6)]
     steady = [Run(batch_size=64, samples=samples, lr=0.2) for samples in (1.1e6, 1.2e6)]
     assert best_rates([*lucky, *steady]) == (TunedRate(batch_size=64, lr=0.2),)
+
+
+def test_a_run_that_is_left_out_of_the_curve_has_no_say_in_the_rates() -> None:
+    runs = [Run(batch_size=2.0**k, samples=1e6, lr=0.1 * k) for k in range(6, 11)]
+    absurd = Run(batch_size=700, samples=1e12, lr=1e-9)
+    assert best_rates([*runs, absurd]) == best_rates(runs)
 
 
 def test_one_batch_size_waits_for_the_noise_scale_that_is_measured_later(tmp_path: Path) -> None:

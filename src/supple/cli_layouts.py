@@ -18,15 +18,17 @@ from supple.core.spec import (
     parse_name,
     parse_objective,
 )
-from supple.core.types import Infeasible, ParallelLayout
+from supple.core.types import Infeasible
 from supple.eventlog import to_plain
+from supple.layout_rows import COLUMNS, read_layouts
 from supple.refusals import FAILED, messages, split_target
-from supple.rows import Row, parse_amount, read_rows
+from supple.rows import parse_amount
 from supple.train.script import check
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
     from supple.core.choice import PlanTable
     from supple.core.layouts import Device, LayoutMeasurement, Transformer
+    from supple.core.learning_rate import TunedRate
     from supple.train.layer_probe import LayerReport
 
 EPILOG = (
@@ -36,7 +38,6 @@ EPILOG = (
     "\n\n  supple layouts --hidden 8192 --layers 48 --heads 64 --samples 100M "
     "--batch-size 1536 --accelerator a100-80 --deadline 30d --price 2.5"
 )
-_COLUMNS = ("tp", "dp", "pp", "micro_batch_size", "global_batch_size", "iteration_time_s")
 _MOST = {
     "--hidden": 10**6,
     "--layers": 10**4,
@@ -49,7 +50,7 @@ _MOST = {
     "--noise-scale": 1e15,
 }
 """At least ten times what anybody published; more is a typing error."""
-_LARGEST_BATCH = 10**9
+_DEFAULT_LR = 3e-4
 
 
 def layouts(
@@ -66,7 +67,8 @@ def layouts(
         int | None, typer.Option(help="Entries of the vocabulary; default: 50304.")
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Tuned at --batch-size; default: 3e-4, or the script's.")
+        float | None,
+        typer.Option(help="Tuned at --batch-size; default: the script's, the history's, 3e-4."),
     ] = None,
     optimizer: Annotated[
         str | None,
@@ -94,12 +96,12 @@ def layouts(
     measured: Annotated[
         Path | None,
         typer.Option(
-            help=f"CSV of iterations of this model that ran: {', '.join(_COLUMNS)}[, fsdp, "
+            help=f"CSV of iterations of this model that ran: {', '.join(COLUMNS)}[, fsdp, "
             "recompute]."
         ),
     ] = None,
     batch: Annotated[
-        str, typer.Option(help="fixed, or adaptive with --noise-scale or --history.")
+        str, typer.Option(help="fixed, or adaptive with --noise-scale, --history or --probes.")
     ] = "fixed",
     noise_scale: Annotated[
         float | None, typer.Option(help="Gradient noise scale, in sequences.")
@@ -107,7 +109,8 @@ def layouts(
     history: Annotated[
         Path | None,
         typer.Option(
-            help="CSV of previous runs, in sequences: batch_size,samples_to_target[,learning_rate]."
+            help="CSV of previous runs, in sequences: batch_size,samples_to_target"
+            "[,learning_rate,reached] (reached: 0 where it was stopped before the target)."
         ),
     ] = None,
     probes: Annotated[
@@ -209,7 +212,7 @@ def layouts(
             assert hidden is not None and layers is not None and heads is not None
             seq, vocab = 2048 if seq is None else seq, 50_304 if vocab is None else vocab
             described = _transformer(hidden, layers, heads, seq, vocab)
-            rows = _read(measured, described) if measured else []
+            rows = read_layouts(measured, described) if measured else []
             model = described
         else:
             found = _measure(script, verbose)
@@ -244,7 +247,7 @@ def layouts(
             times=times,
             memory_bytes=memory * 1e9 if memory else device.memory_bytes,
             base_batch_size=batch_size,
-            base_lr=lr or 3e-4,
+            base_lr=_base_lr(lr, tuned, batch_size, optimizer),
             total_samples=amount,
             epochs=epochs,
             noise_scale=noise_scale,
@@ -264,6 +267,26 @@ def layouts(
             raise typer.Exit(FAILED)
         title = Path(script).name if script else "transformer"
         _show(table, as_json, plot, objective, title, first)
+
+
+def _base_lr(
+    given: float | None, tuned: "tuple[TunedRate, ...]", batch_size: int, optimizer: str
+) -> float:
+    """What somebody wrote, else what previous runs found, else the default."""
+    if not tuned:
+        return given or _DEFAULT_LR
+    from supple.core.goodput import family_of
+    from supple.core.learning_rate import contradiction, said_by_previous_runs
+
+    family = family_of(optimizer)
+    if given:
+        told = contradiction(tuned, given, batch_size, family)
+    else:
+        given = said_by_previous_runs(tuned, batch_size, family).value
+        told = f"the learning rate at batch {batch_size}: {given:.3g}, from the previous runs"
+    if told:
+        typer.echo(told, err=True)
+    return given
 
 
 def _measure(script: str, verbose: bool) -> "LayerReport":
@@ -341,43 +364,3 @@ def _amount(text: str) -> int:
     if not 1 <= count < 1e15:
         raise SpecError(f"--samples {text!r}: give a number of sequences such as 200000 or 10M.")
     return int(count)
-
-
-def _read(path: Path, model: "Transformer") -> "list[LayoutMeasurement]":
-    """Raises `SpecError` for a file that cannot be read and for rows that make no sense."""
-    from supple.core.layouts import LayoutMeasurement, LayoutRun
-
-    rows = read_rows(
-        path, _COLUMNS, what="--measured", besides="optionally fsdp and recompute (0 or 1)"
-    )
-    found: list[LayoutMeasurement] = []
-    for row in rows:
-        tp, dp, pp = (row.count(name) for name in _COLUMNS[:3])
-        micro, batch = (row.count(name, most=_LARGEST_BATCH) for name in _COLUMNS[3:5])
-        seconds = row.number("iteration_time_s")
-        if batch % (dp * micro):
-            raise row.refusal(
-                f"{dp} replicas of micro-batches of {micro} do not make {batch}: a batch is whole "
-                "micro-batches of every replica"
-            )
-        shard = dp if _flag(row, "fsdp") else 1
-        try:
-            run = LayoutRun(
-                model=model,
-                layout=ParallelLayout(dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp),
-                micro_batch_size=micro,
-                num_micro_batches=batch // (dp * micro),
-                recompute=_flag(row, "recompute"),
-            )
-        except ValueError as error:
-            raise row.refusal(str(error)) from None
-        found.append(LayoutMeasurement(run=run, iteration_s=seconds))
-    return found
-
-
-def _flag(row: Row, name: str) -> bool:
-    """A column of 0 and 1; 0 where it is empty or not there."""
-    text = row.text(name) if name in row else "0"
-    if text not in ("0", "1"):
-        raise row.refusal(f"{name} is {text!r}: it must be 0 or 1")
-    return text == "1"

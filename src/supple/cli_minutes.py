@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from supple.core.estimates import exact, times
-from supple.core.spec import SpecError, parse_count, parse_money
-from supple.core.time_to_target import FinishedRun, TimeToTarget, fit_time_to_target
+from supple.core.spec import MAX_WORKERS, SpecError, parse_count, parse_money
+from supple.core.time_to_target import (
+    FinishedRun,
+    TimeToTarget,
+    fit_time_to_target,
+    most_workers,
+)
 from supple.core.types import Estimate
 from supple.refusals import messages
 from supple.rows import Row, parse_amount, read_rows
@@ -28,6 +35,7 @@ EPILOG = (
     "  supple minutes runs.csv --history other-sizes.csv --json"
 )
 _DOUBLINGS = 3
+_SAMPLE_RULE = "every worker takes at least one sample of a batch"
 
 
 def minutes(
@@ -42,7 +50,10 @@ def minutes(
     ] = None,
     history: Annotated[
         Path | None,
-        typer.Option(help="CSV of more runs of the task: batch_size,samples_to_target."),
+        typer.Option(
+            help="CSV of more runs of the task: batch_size,samples_to_target[,learning_rate,"
+            "reached] (reached: 0 where it was stopped before the target)."
+        ),
     ] = None,
     price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -52,8 +63,7 @@ def minutes(
     with messages(verbose):
         finished = read_finished(runs)
         largest = max(finished, key=lambda run: (run.num_workers, -run.time_s))
-        doubled = [largest.num_workers * 2**k for k in range(1, _DOUBLINGS + 1)]
-        counts = doubled if workers is None else _counts(workers)
+        asked = None if workers is None else _counts(workers)
         size = None if batch_size is None else _batch(batch_size)
         paid = None if price is None else parse_money(price, what="--price")
         earlier = []
@@ -64,7 +74,8 @@ def minutes(
         try:
             model = fit_time_to_target(finished, earlier)
         except ValueError as error:
-            raise SpecError(f"{runs}: {error}") from None
+            files = f"{runs}" if history is None else f"{runs} and {history}"
+            raise SpecError(f"{files}: {error}") from None
         if model.samples_at is None and (size or history):
             given = "--batch-size" if size else "--history"
             raise SpecError(
@@ -72,6 +83,8 @@ def minutes(
                 "say what another size changes. Fill the column, or leave the option out."
             )
         size = size or largest.batch_size
+        most = most_workers(finished, size)
+        counts = _doubled(largest.num_workers, most) if asked is None else _within(asked, most)
         answers = [(count, model.predict(count, size)) for count in counts]
         if as_json:
             typer.echo(json.dumps(_data(model, answers, size, paid)))
@@ -87,24 +100,55 @@ def read_finished(path: Path) -> list[FinishedRun]:
 
 
 def _finished(row: Row) -> FinishedRun:
-    batch, samples = (row.number(name) if name in row else None for name in OPTIONAL)
     return FinishedRun(
         num_workers=row.count("num_workers"),
         time_s=60.0 * row.number("minutes"),
-        batch_size=batch,
-        samples=samples,
+        batch_size=row.batch() if "batch_size" in row else None,
+        samples=row.number("samples_to_target") if "samples_to_target" in row else None,
     )
 
 
+def _doubled(largest: int, most: int | None) -> list[int]:
+    """The largest count that ran, doubled thrice; fewer times where the batch has no sample for so
+    many workers."""
+    end = MAX_WORKERS if most is None else min(most, MAX_WORKERS)
+    doubled = [largest * 2**k for k in range(1, _DOUBLINGS + 1)]
+    counts = [count for count in doubled if count <= end]
+    why, more = "no pool is known that has more workers", ""
+    if end == most:
+        why, more = _SAMPLE_RULE, ", or a larger --batch-size"
+    if not counts:
+        raise SpecError(
+            f"no count was asked for, and twice the largest that ran, {doubled[0]}, is above "
+            f"{end}: {why}. Name counts with --workers{more}."
+        )
+    if len(counts) < len(doubled):
+        typer.echo(f"Counts above {end} are left out: {why}.", err=True)
+    return counts
+
+
+def _within(asked: list[int], most: int | None) -> list[int]:
+    if most is not None and max(asked) > most:
+        raise SpecError(
+            f"--workers {max(asked)}: the batch is {most} samples, and {_SAMPLE_RULE}. Ask for "
+            "fewer workers, or for a larger --batch-size."
+        )
+    return asked
+
+
 def _counts(text: str) -> list[int]:
-    return [parse_count(part.strip(), what="--workers") for part in text.split(",")]
+    counts = [parse_count(part.strip(), what="--workers") for part in text.split(",")]
+    return list(dict.fromkeys(counts))
 
 
 def _batch(text: str) -> float:
     size = parse_amount(text)
-    if not 1 <= size < 1e12:
-        raise SpecError(f"--batch-size is {text!r}: give a number of samples such as 8192 or 8k.")
-    return size
+    if not 1 <= size < 1e12 or not math.isclose(size, round(size)):
+        raise SpecError(
+            f"--batch-size is {text!r}: give a whole number of samples such as 8192 or 8k, below "
+            "1e12."
+        )
+    return float(round(size))
 
 
 def _data(
@@ -150,9 +194,10 @@ def _show(
     asked = [(n, size, t.value, f"{t.low / 60:,.4g}–{t.high / 60:,.4g}") for n, t in answers]
     for count, batch, seconds, interval in ran + asked:
         hours = count * seconds / 3600.0
-        cells = [str(count), f"{batch:g}" if batch else "", f"{seconds / 60:,.4g}", interval]
+        cells = [str(count), f"{batch:.15g}" if batch else "", f"{seconds / 60:,.4g}", interval]
         cells += [f"{hours:,.4g}", *([f"{hours * paid:,.4g}"] if paid else [])]
         view.add_row(*cells, style="dim" if interval == "ran" else None)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     console.print(view)
-    console.print(f"Samples to the target: {model.why}.", style="dim", soft_wrap=True)
+    whole = not console.is_terminal
+    console.print(f"Samples to the target: {model.why}.", style="dim", soft_wrap=whole)

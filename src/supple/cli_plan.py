@@ -13,6 +13,7 @@ from rich.console import Console
 from supple.core.interconnects import INTERCONNECTS, lookup
 from supple.core.spec import (
     KNEE_RULE,
+    MAX_WORKERS,
     parse_count,
     parse_limits,
     parse_objective,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 EPILOG = (
     f"Without --deadline and --budget it recommends {KNEE_RULE}.\n\n"
+    "Every configuration is measured twice, some seconds apart. What was measured stands with the "
+    "interval of those repeats: another hour on a busy machine may lie outside of it.\n\n"
     "Examples:\n\n  supple plan examples/digits.py\n\n"
     "  supple plan train.py --deadline 2h --interconnect infiniband-200 --workers-per-node 8\n\n"
     "  supple plan train.py --budget 50 --price 2.50 --plot plan.png\n\n"
@@ -61,11 +64,15 @@ def plan(
         str, typer.Option(help="auto (by optimizer), linear, sqrt, adascale or constant.")
     ] = "auto",
     measure_workers: Annotated[
-        str | None, typer.Option(help="Most workers to measure; default: 4 or the cores.")
+        str | None,
+        typer.Option(help="Most workers to measure; default: 4, the cores or the cap if fewer."),
     ] = None,
     history: Annotated[
         Path | None,
-        typer.Option(help="CSV of previous runs: batch_size,samples_to_target[,learning_rate]."),
+        typer.Option(
+            help="CSV of previous runs: batch_size,samples_to_target[,learning_rate,reached] "
+            "(reached: 0 where it was stopped before the target)."
+        ),
     ] = None,
     probes: Annotated[
         Path | None,
@@ -80,7 +87,7 @@ def plan(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")] = False,
 ) -> None:
-    """Measure SCRIPT for half a minute; say how many workers it deserves, and why."""
+    """Measure SCRIPT for half a minute or longer; say how many workers it deserves, and why."""
     with messages(verbose):
         path, function = split_target(script)
         limits = parse_limits(max_workers, price, batch)
@@ -114,11 +121,14 @@ def plan(
             check_target(plot)
         check(path, function)
         from supple import plan_view
-        from supple.cluster.measure import ScriptFailed, job_model, measure
+        from supple.cluster.measure import MOST_MEASURED, ScriptFailed, job_model, measure
+        from supple.core.learning_rate import contradiction
         from supple.core.next_measurement import what_to_measure_first
         from supple.core.planner import plan as make_plan
         from supple.core.planner import rate_at
 
+        # More than may be used is not worth its time.
+        most = min(most or MOST_MEASURED, limits.max_workers or MAX_WORKERS)
         try:
             found = measure(path, function, max_local_workers=most, verbose=verbose, on_line=_tell)
         except ScriptFailed as error:
@@ -136,6 +146,9 @@ def plan(
             _tell(f"supple: {table}")
             raise typer.Exit(FAILED)
         if job.tuned:
+            family, at = job.optimizer_family, job.base_batch_size
+            if rule == "auto" and (odd := contradiction(job.tuned, job.base_lr, at, family)):
+                _tell(odd)
             _tell(f"learning rate: {rate_at(job, table.choice.batch.global_batch_size)[1]}")
         if not as_json:
             console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -150,7 +163,7 @@ def plan(
 def _with_known(job: "JobModel", known: "Known") -> "JobModel":
     """The job with what earlier runs say. The noise scale of the first steps is smaller than that
     of later ones, so it is asked only where no two batch sizes are known."""
-    if not known.compares_sizes and job.noise_scale is None:
+    if not known.compares_sizes and not job.noise_scale:
         _tell(
             f"{known.files}: one batch size only, and no noise scale could be measured: what "
             "another is worth is not known. Add a run at a second size."

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from supple.core.learning_rate import TunedRate
-from supple.core.previous_runs import best_of_each_size, gathered
+from supple.core.previous_runs import best_of_each_size, gathered, without_absurd
 from supple.core.samples import Run, SamplesModel, fit_samples
 from supple.core.spec import SpecError
 from supple.rows import Row, read_rows
@@ -61,7 +61,7 @@ def read_probes(path: Path) -> list[Run]:
     rows = read_rows(
         path, PROBE_COLUMNS, what="the probes", besides="nothing more; a branch a line"
     )
-    return [Run(batch_size=row.number("batch_size"), samples=row.number("samples")) for row in rows]
+    return [Run(batch_size=row.batch(), samples=row.number("samples")) for row in rows]
 
 
 def read_history(path: Path) -> list[Run]:
@@ -77,9 +77,9 @@ def read_history(path: Path) -> list[Run]:
 
 def best_rates(runs: Sequence[Run]) -> tuple[TunedRate, ...]:
     """At every batch size, the learning rate that reached the target with the fewest samples in the
-    mean of its runs; of runs that say theirs."""
-    said = gathered([run for run in runs if run.lr], is_probe=False)
-    best = best_of_each_size([point for point in said if point.beyond is None])
+    mean of its runs; of runs that say theirs, without those that contradict most others."""
+    agreed = without_absurd(gathered(runs, is_probe=False))
+    best = best_of_each_size([point for point in agreed if point.lr and point.beyond is None])
     return tuple(TunedRate(batch_size=point.batch, lr=point.lr) for point in best if point.lr)
 
 
@@ -92,7 +92,7 @@ def _run(row: Row) -> Run:
             "and false)",
         )
     return Run(
-        batch_size=row.number("batch_size"),
+        batch_size=row.batch(),
         samples=row.number("samples_to_target"),
         lr=row.number("learning_rate") if "learning_rate" in row else None,
         reached=_REACHED[reached],

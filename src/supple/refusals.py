@@ -32,9 +32,8 @@ def messages(verbose: bool = False) -> Iterator[None]:
 
 
 def _unexpected(error: Exception) -> str:
-    return (
-        f"unexpected {type(error).__name__}: {error}. Run again with --verbose for its traceback."
-    )
+    told = str(error).rstrip(".")
+    return f"unexpected {type(error).__name__}: {told}. Run again with --verbose for its traceback."
 
 
 def refuse_used_port(port: int, option: str = "--port") -> None:

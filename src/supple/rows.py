@@ -12,6 +12,8 @@ from supple.core.spec import MAX_WORKERS, SpecError
 _SCALES = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _MOST = 1e15
 """More than anything that is counted or timed here; a larger number is a typing error."""
+_LARGEST_BATCH = 10**12
+"""Samples, or tokens where those are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,10 @@ class Row:
         if not value.is_integer():
             raise self.refusal(f"{column} is {self.cells[column]}: it must be a whole number")
         return int(value)
+
+    def batch(self, column: str = "batch_size") -> int:
+        """A global batch size; `SpecError` for what is none."""
+        return self.count(column, most=_LARGEST_BATCH)
 
     def refusal(self, told: str, advice: str = "Correct the line, or delete it") -> SpecError:
         """What is wrong with the row, with its line and what to do."""

@@ -21,6 +21,7 @@ ESTIMATES = (
 
 class Planned(NamedTuple):
     answer: dict[str, Any]
+    told: list[str]
     picture: Path
 
 
@@ -38,7 +39,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    return Planned(json.loads(result.stdout), folder / "plan.png")
+    return Planned(json.loads(result.stdout), result.stderr.splitlines(), folder / "plan.png")
 
 
 def test_there_is_a_row_for_every_doubling_and_one_is_recommended_with_the_reason(
@@ -49,6 +50,14 @@ def test_there_is_a_row_for_every_doubling_and_one_is_recommended_with_the_reaso
     assert answer["recommended"] in (1, 2, 4)
     assert answer["reason"].startswith(f"{answer['recommended']} worker")
     assert answer["knee_rule"] in answer["reason"]
+
+
+def test_every_count_is_measured_in_turn_and_then_once_more(planned: Planned) -> None:
+    """What the machine does besides is another thing a little later."""
+    told = [line for line in planned.told if line.startswith("measuring ")]
+    first, again = told[: len(told) // 2], told[len(told) // 2 :]
+    assert again == [f"{line}, again" for line in first]
+    assert first[0] == "measuring 1 worker at several micro-batch sizes"
 
 
 def test_every_number_stands_in_an_interval_and_says_where_it_comes_from(planned: Planned) -> None:

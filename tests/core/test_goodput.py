@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -186,3 +187,58 @@ def test_the_worth_of_a_batch_says_what_it_rests_on() -> None:
     assert (unknown.value, unknown.source) == (1.0, "assumed")
     slow = fit_samples([Run(batch_size=64, samples=1e4), Run(batch_size=128, samples=2e4)])
     assert worth(slow, 1e9, 64, 128).value < 0.7
+
+
+@pytest.mark.parametrize(
+    ("phi", "base", "batch"),
+    [
+        (100.0, 64, -64),
+        (100.0, 0, 64),
+        (100.0, 64, math.nan),
+        (100.0, 64, math.inf),
+        (-1.0, 64, 128),
+        (math.nan, 64, 128),
+        (math.inf, 64, 128),
+    ],
+)
+def test_the_worth_of_a_batch_that_cannot_be_is_refused(
+    phi: float, base: float, batch: float
+) -> None:
+    for ask in (efficiency, expected_efficiency, gain):
+        with pytest.raises(ValueError, match="batches must be positive and finite"):
+            ask(phi, base, batch)
+    with pytest.raises(ValueError, match="the worth of a batch was asked for"):
+        worth(None, phi, base, batch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("base_lr", "batch", "told"),
+    [
+        (-0.1, 128, "base_lr=-0.1: it must be finite and not negative"),
+        (math.nan, 128, "base_lr=nan"),
+        (0.1, 0, "batches must be positive"),
+    ],
+)
+def test_a_learning_rate_without_meaning_is_refused(base_lr: float, batch: int, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        learning_rate(
+            rule="auto",
+            family="sgd",
+            base_lr=base_lr,
+            base_batch=64,
+            batch=batch,
+            noise_scale=None,
+        )
+
+
+@pytest.mark.parametrize("factor", [0.0, -2.0, math.nan])
+def test_a_warm_up_by_no_factor_is_refused(factor: float) -> None:
+    with pytest.raises(ValueError, match="it must be positive"):
+        warmup_steps(factor)
+
+
+@pytest.mark.parametrize("odd", [{"base_batch": 0}, {"num_candidates": 1}, {"largest": math.inf}])
+def test_the_best_of_no_batches_is_refused(odd: dict[str, float]) -> None:
+    asked: dict[str, Any] = {"base_batch": 64, "largest": 512, "num_candidates": 16} | odd
+    with pytest.raises(ValueError, match="at least 1 and 2"):
+        best_global_batch(efficiency=float, throughput=float, **asked)

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supple.core.goodput import OptimizerFamily
-from supple.core.learning_rate import EXPONENTS, TunedRate, expected_rate
+from supple.core.learning_rate import (
+    EXPONENTS,
+    TunedRate,
+    contradiction,
+    expected_rate,
+    planned_rate,
+    said_by_previous_runs,
+)
 
 ONE = [TunedRate(batch_size=256, lr=1e-3)]
 
@@ -96,3 +103,47 @@ def test_rates_of_close_sizes_are_chosen_alike_and_of_far_ones_by_the_power() ->
     assert odd(middle * 1.5) > 1.3
     assert odd(middle * 8) < 1.2
     assert odd(middle) > odd(middle * 2) > odd(middle * 4)
+
+
+HISTORY = (TunedRate(batch_size=512, lr=0.1), TunedRate(batch_size=2048, lr=0.3))
+
+
+def planned(base_lr: float, batch: int, base_batch: int = 512) -> tuple[float, str]:
+    return planned_rate(
+        HISTORY,
+        rule="auto",
+        family="sgd",
+        base_lr=base_lr,
+        base_batch=base_batch,
+        batch=batch,
+        noise_scale=None,
+    )
+
+
+def test_a_rate_that_contradicts_the_previous_runs_is_kept_said_and_scaled_as_theirs() -> None:
+    theirs, mine = planned(0.1, 1024), planned(3e-4, 1024)
+    assert planned(3e-4, 512)[0] == 3e-4
+    assert mine[0] / theirs[0] == pytest.approx(3e-4 / 0.1)
+    assert mine[1] == f"from 0.0003 at batch 512: {theirs[1]}"
+    told = contradiction(HISTORY, 3e-4, 512, "sgd")
+    assert "batch 512 is 0.0003 as given, but the best of the previous runs there was 0.1" in told
+
+
+def test_previous_runs_at_other_sizes_contradict_a_rate_outside_of_what_they_let_expect() -> None:
+    said = said_by_previous_runs(HISTORY, 1024, "sgd")
+    assert said == expected_rate(HISTORY, 1024, "sgd").lr
+    assert contradiction(HISTORY, said.high, 1024, "sgd") == ""
+    assert "would be 0.1" in contradiction(HISTORY, 2.0 * said.high, 1024, "sgd")
+    assert planned(said.value, 2048, 1024)[0] == pytest.approx(0.3, rel=0.1)
+
+
+def test_a_rate_or_a_batch_that_cannot_be_contradicts_nobody_and_is_refused() -> None:
+    for lr, batch in ((math.nan, 512), (math.inf, 512), (0.1, 0), (0.1, -64)):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            contradiction(HISTORY, lr, batch, "sgd")
+
+
+def test_rates_that_agree_or_are_not_known_are_no_contradiction() -> None:
+    assert contradiction(HISTORY, 0.1, 512, "sgd") == ""
+    assert contradiction((), 0.1, 512, "sgd") == contradiction(HISTORY, 0.0, 512, "sgd") == ""
+    assert said_by_previous_runs(HISTORY, 512, "sgd").value == 0.1

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -82,8 +83,37 @@ def test_counts_are_every_doubling_up_to_the_cap_and_the_limits_own(a: int, b: i
 
 
 def test_a_cap_far_beyond_the_largest_count_without_one_leaves_no_gap() -> None:
-    rows = table(plan(job(), Limits(min_workers=4095, max_workers=65_536), Objective())).rows
+    wide = job(base_batch_size=65_536)
+    rows = table(plan(wide, Limits(min_workers=4095, max_workers=65_536), Objective())).rows
     assert [row.num_workers for row in rows] == [4095, 4096, 8192, 16_384, 32_768, 65_536]
+
+
+SAMPLE_RULE = "every worker takes at least one sample of a batch"
+
+
+def test_a_count_without_a_sample_of_the_batch_for_every_worker_is_left_out_and_said() -> None:
+    small = job(base_batch_size=6, optimizer_family="sgd")
+    found = table(plan(small, Limits(max_workers=64), Objective()))
+    assert [row.num_workers for row in found.rows] == [1, 2, 4]
+    assert found.reason.endswith(f"Counts above 6 are left out: {SAMPLE_RULE}.")
+    hurried = plan(small, Limits(max_workers=64), Objective(deadline_s=5.1))
+    assert isinstance(hurried, Infeasible)
+    assert hurried.advice.endswith(f"Counts above 6 are left out: {SAMPLE_RULE}.")
+    assert SAMPLE_RULE not in table(plan(small, Limits(max_workers=6), Objective())).reason
+
+
+def test_a_batch_that_may_grow_has_a_sample_for_every_worker() -> None:
+    small = job(base_batch_size=6, optimizer_family="sgd", noise_scale=0.0)
+    found = table(plan(small, Limits(max_workers=1024, batch="adaptive"), Objective()))
+    assert [row.num_workers for row in found.rows][-1] == 256
+    assert all(row.batch.global_batch_size >= row.num_workers for row in found.rows)
+    assert "Counts above 384 are left out" in found.reason
+
+
+def test_a_least_count_without_a_sample_for_every_worker_is_refused() -> None:
+    found = plan(job(base_batch_size=1), Limits(min_workers=2), Objective())
+    assert isinstance(found, Infeasible)
+    assert "the largest batch this job may have is 1 sample." in str(found)
 
 
 def test_the_knee_is_where_a_worker_adds_half_of_one() -> None:
@@ -247,7 +277,7 @@ def test_a_least_count_above_the_most_is_refused() -> None:
 
 
 def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
-    rows = table(plan(job(), Limits(min_workers=5000), Objective())).rows
+    rows = table(plan(job(base_batch_size=5000), Limits(min_workers=5000), Objective())).rows
     assert [row.num_workers for row in rows] == [5000]
 
 
@@ -261,15 +291,20 @@ def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
         {"noise_scale": -1.0},
         {"startup_s": float("inf")},
         {"base_lr": -0.1},
+        {"dataset_size": math.nan},
+        {"base_batch_size": 2.5},
+        {"measured_workers": (1, 2.5)},
+        {"device_memory_bytes": -1},
+        {"device_memory_bytes": math.nan},
     ],
 )
 def test_a_job_that_cannot_be_is_refused(changes: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"at least 1|finite and not negative"):
+    with pytest.raises(ValueError, match=r"at least 1\.|finite and not negative"):
         job(**changes)
 
 
 def test_rates_of_previous_runs_come_before_the_rule_and_after_a_rule_that_was_asked_for() -> None:
-    tuned = (TunedRate(batch_size=256, lr=5.0), TunedRate(batch_size=4096, lr=1.6e-2))
+    tuned = (TunedRate(batch_size=256, lr=1e-3), TunedRate(batch_size=4096, lr=1.6e-2))
     known = job(tuned=tuned)
     assert rate_at(known, 256)[0] == known.base_lr, "what the script says is not touched"
     lr, why = rate_at(known, 4096)
@@ -330,9 +365,11 @@ def test_the_speed_up_is_as_uncertain_as_its_parts() -> None:
         assert found.high / found.low > ratio.high / ratio.low * 0.999999
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(0, None), (-1, 64), (2, 0), (2, -64)])
+@pytest.mark.parametrize(
+    ("count", "batch_size"), [(0, None), (-1, 64), (2.5, 64), (2, 0), (2, -64), (2, 0.5)]
+)
 def test_a_row_that_cannot_be_is_refused_and_none_alone_means_choose(
-    count: int, batch_size: int | None
+    count: Any, batch_size: Any
 ) -> None:
     with pytest.raises(ValueError, match=f"count={count}, batch_size={batch_size}.*at least 1"):
         row_for(job(), Limits(), count, batch_size=batch_size)

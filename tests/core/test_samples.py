@@ -186,6 +186,35 @@ def test_an_absurd_run_is_left_out_and_named() -> None:
         fit_samples([*runs(256, 1024), absurd])
 
 
+@pytest.mark.parametrize(
+    ("lr", "said"),
+    [
+        (None, "at batch 512 took 1000 and 1e\\+08 samples.*or give their learning rates"),
+        (0.1, "at batch 512 and learning rate 0.1 took 1000 and 1e\\+08 .* the same target.$"),
+    ],
+)
+def test_repeats_that_differ_by_more_than_any_seed_are_refused(lr: float | None, said: str) -> None:
+    apart = [Run(batch_size=512, samples=samples, lr=lr) for samples in (1e8, 1e3, 2e3)]
+    other = Run(batch_size=1024, samples=1e6, lr=lr)
+    with pytest.raises(ValueError, match=f"runs {said}"):
+        fit_samples([*apart, other])
+    with pytest.raises(ValueError, match=r"probes at batch 512.*one run do not differ.*same loss"):
+        fit_samples([], [*apart, other])
+    near = [Run(batch_size=512, samples=samples, lr=lr) for samples in (1e5, 9e5)]
+    stopped = replace(apart[0], reached=False)
+    assert fit_samples([*near, stopped, other]).compares_sizes
+
+
+def test_probes_contradict_each_other_as_runs_do() -> None:
+    absurd = Run(batch_size=700, samples=100 * curve(700))
+    with pytest.raises(ValueError, match=r"^probes at batch 256 and 700 took .* the same loss"):
+        fit_samples([], [*runs(256, 1024), absurd])
+    seen = runs(128, 256, 512, 1024, 2048)
+    found = fit_samples([], [*seen, absurd])
+    assert found.efficiency(128, 800) == fit_samples([], seen).efficiency(128, 800)
+    assert found.why.endswith("left out, as most others contradict it: probe at batch 700")
+
+
 def test_a_badly_tuned_run_beside_a_good_one_does_not_make_its_size_look_worse() -> None:
     good = [Run(batch_size=64, samples=1e4, lr=1e-3), Run(batch_size=256, samples=1.1e4, lr=2e-3)]
     bad = Run(batch_size=64, samples=9e4, lr=1e-5)
@@ -330,7 +359,7 @@ def test_contradictory_runs_give_a_finite_answer_or_are_refused(
     except ValueError as refusal:
         told = str(refusal)
     if told:
-        assert re.search("compares two sizes|too few to say which is wrong", told)
+        assert re.search("compares two sizes|too few to say which is wrong|repeats of one", told)
         return
     assert 0.0 < found.low <= found.value <= found.high < math.inf
 
@@ -342,6 +371,7 @@ def test_contradictory_runs_give_a_finite_answer_or_are_refused(
         Run(batch_size=8, samples=math.nan),
         Run(batch_size=8, samples=-1.0),
         Run(batch_size=8, samples=1e300),
+        Run(batch_size=8, samples=1e-300),
         Run(batch_size=8, samples=10, lr=0.0),
         Run(batch_size=8, samples=10, relative_error=2.0),
         Run(batch_size=8, samples=10, evaluated_every=11),
@@ -363,9 +393,10 @@ def test_runs_that_never_reached_the_target_are_refused() -> None:
         fit_samples(stopped)
 
 
-def test_a_noise_scale_that_is_no_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="noise_scale=nan"):
-        fit_samples(runs(16, 32), noise_scale=math.nan)
+@pytest.mark.parametrize("odd", [math.nan, 0.0, 1e-300, 1e300])
+def test_a_noise_scale_without_meaning_is_refused(odd: float) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"noise_scale={odd}:")):
+        fit_samples(runs(16, 32), noise_scale=odd)
 
 
 def test_two_runs_that_no_law_reconciles_are_refused() -> None:
@@ -374,3 +405,16 @@ def test_two_runs_that_no_law_reconciles_are_refused() -> None:
         fit_samples(runs)
     steep = [Run(batch_size=64, samples=1e6), Run(batch_size=1024, samples=16e6)]
     assert fit_samples(steep).predict(256).value > 2e6
+
+
+@pytest.mark.parametrize("odd", [0, -64.0, math.nan, math.inf])
+def test_samples_at_a_batch_that_nobody_can_run_are_refused(odd: float) -> None:
+    model = fit_samples(runs(16, 32))
+    for ask in (
+        lambda: model.predict(odd),
+        lambda: model.predict(64, odd),
+        lambda: model.efficiency(odd, 64),
+        lambda: model.efficiency(64, odd),
+    ):
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            ask()

@@ -70,6 +70,14 @@ def test_nonsense_prices_are_refused(text: str) -> None:
         parse_money(text, what="--price")
 
 
+def test_times_and_money_beyond_all_reason_are_typing_errors() -> None:
+    with pytest.raises(SpecError, match="--deadline is 1e300: that is more than 100,000 days"):
+        parse_duration("1e300", what="--deadline")
+    assert parse_duration("100000d", what="--deadline") == 8.64e9
+    with pytest.raises(SpecError, match="--price is 1e300: it must be at most 1,000,000,000,000"):
+        parse_money("1e300", what="--price")
+
+
 def test_a_schedule_is_times_and_counts_in_order() -> None:
     assert parse_schedule("0s:2,20s:4,1m:1", minimum=1, maximum=4) == ((0, 2), (20, 4), (60, 1))
 
@@ -151,8 +159,9 @@ def test_what_a_plan_is_asked_is_read_from_what_a_person_writes() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"min_workers": 0}, "0 as the least workers: it must be at least 1"),
-        ({"max_workers": 0}, "0 as the most workers: it must be at least 1"),
+        ({"min_workers": 0}, "0 as the least workers: it must be a whole number"),
+        ({"max_workers": 0}, "0 as the most workers: it must be a whole number"),
+        ({"max_workers": 2.5}, "2.5 as the most workers: it must be a whole number"),
         ({"price_per_hour": -1.0}, "a price per hour of -1.0: it must be positive"),
         ({"price_per_hour": 0.0}, "positive"),
         ({"price_per_hour": float("nan")}, "positive and finite"),

@@ -154,11 +154,21 @@ def broken(**fields: float) -> StepMeasurement:
         [broken(data_s=-0.1)],
         [broken(num_accumulation_steps=0)],
         [broken(num_nodes=2)],
+        [broken(num_workers=2.5)],
+        [broken(micro_batch_size=float("nan"))],
     ],
 )
 def test_measurements_that_cannot_be_are_refused(steps: list[StepMeasurement]) -> None:
     with pytest.raises(ValueError, match=r"at least 1|positive and finite"):
         model_of(*steps)
+
+
+@pytest.mark.parametrize("odd", [0, -1, 2.5, float("nan")])
+def test_bytes_and_nodes_that_cannot_be_are_refused(odd: float) -> None:
+    good: dict[str, float] = {"gradient_bytes": GRADIENT_BYTES, "workers_per_node": 8}
+    for name in good:
+        with pytest.raises(ValueError, match=r"both must be whole numbers of at least 1\. Give"):
+            fit(ALONE, link=lookup("loopback"), **(good | {name: odd}))  # type: ignore[arg-type]
 
 
 def test_an_unknown_link_is_refused_with_the_known_ones() -> None:
@@ -195,8 +205,10 @@ def test_counts_may_be_integers_of_numpy() -> None:
     assert model.predict(np.int64(2), np.int64(8)) == model.predict(2, 8)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("workers", "size", "time_s"), [(1, 8, 1.0), (2, 0, 1.0), (2, 8, 0.0)])
-def test_an_all_reduce_that_cannot_be_is_refused(workers: int, size: int, time_s: float) -> None:
+@pytest.mark.parametrize(
+    ("workers", "size", "time_s"), [(1, 8, 1.0), (2.5, 8, 1.0), (2, 0, 1.0), (2, 8, 0.0)]
+)
+def test_an_all_reduce_that_cannot_be_is_refused(workers: Any, size: int, time_s: float) -> None:
     wrong = CollectiveMeasurement(num_workers=workers, message_bytes=size, time_s=time_s)
     with pytest.raises(ValueError, match="at least 2 workers"):
         fit(

@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supple.core.samples import Run
-from supple.core.time_to_target import FinishedRun, TimeToTarget, fit_time_to_target
+from supple.core.time_to_target import (
+    FinishedRun,
+    TimeToTarget,
+    fit_time_to_target,
+    most_workers,
+)
 
 
 def samples(batch: float) -> float:
@@ -106,6 +111,57 @@ def test_the_order_of_the_runs_does_not_matter(seen: list[FinishedRun]) -> None:
 def test_a_run_that_took_no_time_is_refused(time_s: float) -> None:
     with pytest.raises(ValueError, match="must be positive and finite"):
         fit_time_to_target([FinishedRun(num_workers=4, time_s=time_s, batch_size=64.0)])
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"num_workers": 2.5}, {"num_workers": 0}, {"batch_size": -64.0}, {"samples": math.nan}],
+)
+def test_a_run_that_nobody_can_have_made_is_refused(odd: dict[str, float]) -> None:
+    fields = {"num_workers": 4, "time_s": 9.0, "batch_size": 64.0, "samples": 1e6} | odd
+    with pytest.raises(ValueError, match=r"whole number of at least 1.*leave it out"):
+        fit_time_to_target([FinishedRun(**fields)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch", [64.0, None])
+def test_times_of_one_configuration_that_contradict_each_other_are_refused(
+    batch: float | None,
+) -> None:
+    seen = [FinishedRun(num_workers=4, time_s=t, batch_size=batch) for t in (600.0, 60.0, 6060.0)]
+    with pytest.raises(ValueError, match=r"took 1 minutes and a run on 4 .* took 101 minutes"):
+        fit_time_to_target(seen)
+    assert fit_time_to_target(seen[:2]).predict(8, batch).value > 0
+    many = finished(8, 16, 32, 64, 128, says_batch=batch is not None)
+    with pytest.raises(ValueError, match="a factor of 10 besides"):
+        fit_time_to_target([*seen, *many])
+
+
+def test_times_of_few_configurations_differ_by_no_more_than_workers_and_batches() -> None:
+    slow = FinishedRun(num_workers=16, time_s=60.0 * 400_000, batch_size=1024.0)
+    few = finished(4, 8)
+    with pytest.raises(ValueError, match=r"8 workers with batch 512 took .* took 400000 minutes"):
+        fit_time_to_target([*few, slow])
+    many = finished(4, 8, 16, 32, 64)
+    kept = fit_time_to_target([*many, replace(slow, batch_size=1100.0)]).predict(128, 8192.0)
+    assert kept.low < seconds(128, 8192.0) < kept.high
+    far = FinishedRun(num_workers=4, time_s=15.0 * few[0].time_s, batch_size=2.0)
+    assert fit_time_to_target([*few, far]).predict(16, 512.0).value > 0
+
+
+def test_a_batch_is_shared_by_no_more_workers_than_samples_unless_a_run_did_so() -> None:
+    assert most_workers(finished(4, 8), 512.0) == 512
+    assert most_workers(finished(4, 8), None) is None
+    assert most_workers(finished(4, 8, says_batch=False), 512.0) == 512
+    for odd in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="a batch has at least 1"):
+            most_workers(finished(4, 8), odd)
+    sharing = FinishedRun(num_workers=16, time_s=9.0, batch_size=8.0)
+    assert most_workers([*finished(4, 8), sharing], 512.0) is None
+
+
+def test_half_a_worker_is_not_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"asked for on 2\.5 workers"):
+        fit_time_to_target(finished(4, 8)).predict(2.5, 512.0)  # type: ignore[arg-type]
 
 
 def test_no_run_at_all_is_refused() -> None:

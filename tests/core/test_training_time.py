@@ -120,6 +120,14 @@ def test_samples_that_were_guessed_do_not_bend_the_scaling() -> None:
     assert found.low <= true <= found.high
 
 
+@pytest.mark.parametrize(
+    "odd", [{"num_workers": 2.5}, {"num_workers": 0}, {"time_s": 1e300}, {"samples": math.nan}]
+)
+def test_a_run_that_cannot_be_is_refused(odd: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="workers must be a whole number"):
+        fit_training_time([run(8), replace(run(16), **odd)])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("error", [-0.1, float("nan"), float("inf")])
 def test_a_samples_error_that_cannot_be_is_refused(error: float) -> None:
     with pytest.raises(ValueError, match="samples' error"):

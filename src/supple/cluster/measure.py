@@ -1,7 +1,7 @@
-"""Measures a script for `supple plan`: real workers, on this machine, for about a minute."""
+"""Measures a script for `supple plan`: real workers, on this machine, for half a minute."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -24,7 +24,21 @@ from supple.train.group import Rendezvous, form
 from supple.train.probe import Phase, Probe, ProbeComplete, ProbeReport
 from supple.train.script import check, load, user_traceback
 
-_BUDGET_S = 4.0
+MOST_MEASURED = 4
+"""Workers, where nobody says."""
+_ROUNDS = 2
+"""What a step takes drifts with what else the machine does, by far more than steps in a row differ.
+Counts are measured in turn and then once more, so that the drift shows in the interval."""
+_STEPS, _FIRST_STEPS = 6, 12
+"""Of a phase; of one worker's in the first round, on which the noise scale rests."""
+_STEP_BUDGET_S = 0.25
+"""Of a step in the mean: a phase of one worker whose steps take longer has fewer of them."""
+_ALONE = (
+    Phase(divide_by=1),
+    Phase(divide_by=2),
+    Phase(divide_by=4),
+    Phase(divide_by=2, num_accumulation_steps=2),
+)
 
 
 class ScriptFailed(Exception):
@@ -36,8 +50,6 @@ class Measurements:
     """Everything measured of one script."""
 
     steps: tuple[StepMeasurement, ...]
-    without_sync: tuple[tuple[int, float], ...]
-    """(workers, seconds of a step without gradient sync)."""
     collectives: tuple[CollectiveMeasurement, ...]
     memory: tuple[MemoryMeasurement, ...]
     noise_scale: float | None
@@ -62,10 +74,12 @@ class ProbeBody:
 
     def measure(
         self,
-        phases: list[Phase],
+        phases: Sequence[Phase],
+        num_steps: int,
         rank: int,
         size: int,
         rendezvous: tuple[str, int],
+        key: str,
         verbose: bool,
     ) -> ProbeReport | str:
         """The report; or what the script did wrong, as text."""
@@ -73,13 +87,15 @@ class ProbeBody:
         if size > 1:
             group = form(
                 rendezvous,
-                key=f"probe-{size}",
+                key=key,
                 rank=rank,
                 size=size,
                 host="127.0.0.1",
                 aborted=lambda: False,
             )
-        probe = Probe(phases, group, seed=0, budget_s=_BUDGET_S)
+        probe = Probe(
+            phases, group, seed=0, num_steps=num_steps, budget_s=_STEP_BUDGET_S * num_steps
+        )
         try:
             load(self._script, self._function)(probe)
         except ProbeComplete:
@@ -103,72 +119,68 @@ def measure(
     on_line: Callable[[str], None],
 ) -> Measurements:
     """Measure on one worker at several micro-batch sizes, then on 2, 3, ... workers of this machine
-    (as many as it has cores, `max_local_workers` at most). `on_line` is told what is going on.
+    (as many as it has cores, `max_local_workers` at most), and all of it a second time: every
+    configuration has two measurements. `on_line` is told what is going on.
 
-    Raises `SpecError` before any work, `ScriptFailed` if the script fails.
+    Raises `SpecError` before any work, or after the first worker's if the dataset has no length;
+    `ScriptFailed` if the script fails.
     """
     check(script, function)
     script = os.path.abspath(script)
-    most = max(1, min(max_local_workers or 4, os.cpu_count() or 1))
+    most = max(1, min(max_local_workers or MOST_MEASURED, os.cpu_count() or 1))
+    steps: list[StepMeasurement] = []
+    collectives: list[CollectiveMeasurement] = []
+    first: ProbeReport | None = None
     connect(TrainSpec(name="plan", script=script, max_workers=most))
     try:
         store = Rendezvous("127.0.0.1")
-        rendezvous = store.address
-        on_line("measuring 1 worker at several micro-batch sizes")
-        alone_phases = [
-            Phase(divide_by=1),
-            Phase(divide_by=2),
-            Phase(divide_by=4),
-            Phase(divide_by=2, num_accumulation_steps=2),
-        ]
-        (alone,) = _run(script, function, alone_phases, 1, rendezvous, verbose)
-        steps = [_measurement(result, 1) for result in alone.phases]
-        memory = [
+        for again in range(_ROUNDS):
+            for count in range(1, most + 1):
+                alone = count == 1
+                what = "1 worker at several micro-batch sizes" if alone else f"{count} workers"
+                on_line(f"measuring {what}{', again' if again else ''}")
+                reports = _run(
+                    (script, function),
+                    count,
+                    _ALONE if alone else (Phase(divide_by=count), Phase(divide_by=1)),
+                    num_steps=_STEPS if first else _FIRST_STEPS,
+                    rendezvous=store.address,
+                    key=f"probe-{again}-{count}",
+                    verbose=verbose,
+                )
+                steps += [_measurement(result, count) for result in reports[0].phases]
+                collectives += [
+                    CollectiveMeasurement(num_workers=count, message_bytes=size, time_s=seconds)
+                    for size, seconds in reports[0].collectives
+                ]
+                first = first or reports[0]
+                if first.dataset_size is None:
+                    raise SpecError(
+                        "the length of the dataset is unknown before it was read once, so the time "
+                        "to the end cannot be planned. Give shards with a length, or train without "
+                        "a plan."
+                    )
+    finally:
+        ray.shutdown()
+    assert first is not None and first.dataset_size is not None
+    return Measurements(
+        steps=tuple(steps),
+        collectives=tuple(collectives),
+        memory=tuple(
             MemoryMeasurement(
                 micro_batch_size=result.micro_batch_size, peak_bytes=result.peak_bytes
             )
-            for result in alone.phases
+            for result in first.phases
             if result.num_accumulation_steps == 1
-        ]
-        collectives: list[CollectiveMeasurement] = []
-        without_sync: list[tuple[int, float]] = []
-        for count in range(2, most + 1):
-            on_line(f"measuring {count} workers, with and without gradient sync")
-            phases = [
-                Phase(divide_by=count),
-                Phase(divide_by=count, sync=False),
-                Phase(divide_by=1),
-            ]
-            reports = _run(script, function, phases, count, rendezvous, verbose)
-            for result in reports[0].phases:
-                if result.sync:
-                    steps.append(_measurement(result, count))
-                else:
-                    without_sync.append((count, result.times.step_time_s))
-            collectives += [
-                CollectiveMeasurement(num_workers=count, message_bytes=size, time_s=seconds)
-                for size, seconds in reports[0].collectives
-            ]
-    finally:
-        ray.shutdown()
-    if alone.dataset_size is None:
-        raise SpecError(
-            "the length of the dataset is unknown before it was read once, so the time to the end "
-            "cannot be planned. Give shards with a length, or train without a plan."
-        )
-    return Measurements(
-        steps=tuple(steps),
-        without_sync=tuple(without_sync),
-        collectives=tuple(collectives),
-        memory=tuple(memory),
-        noise_scale=alone.noise_scale,
-        startup_s=alone.first_step_s,
-        gradient_bytes=alone.gradient_bytes,
-        dataset_size=alone.dataset_size,
-        epochs=alone.epochs,
-        base_batch_size=alone.base_batch_size,
-        base_lr=alone.base_lr,
-        optimizer_name=alone.optimizer_name,
+        ),
+        noise_scale=first.noise_scale,
+        startup_s=first.first_step_s,
+        gradient_bytes=first.gradient_bytes,
+        dataset_size=first.dataset_size,
+        epochs=first.epochs,
+        base_batch_size=first.base_batch_size,
+        base_lr=first.base_lr,
+        optimizer_name=first.optimizer_name,
         device_memory_bytes=psutil.virtual_memory().total // most,
     )
 
@@ -201,21 +213,23 @@ def job_model(
 
 
 def _run(
-    script: str,
-    function: str,
-    phases: list[Phase],
+    script: tuple[str, str],
     count: int,
+    phases: Sequence[Phase],
+    *,
+    num_steps: int,
     rendezvous: tuple[str, int],
+    key: str,
     verbose: bool,
 ) -> list[ProbeReport]:
     remote: Any = ray.remote
     actor_class = remote(num_cpus=1, max_restarts=0)(ProbeBody)
     env = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-    actors = [actor_class.options(runtime_env=env).remote(script, function) for _ in range(count)]
+    actors = [actor_class.options(runtime_env=env).remote(*script) for _ in range(count)]
     try:
         reports: list[ProbeReport | str] = ray.get(
             [
-                actor.measure.remote(phases, rank, count, rendezvous, verbose)
+                actor.measure.remote(phases, num_steps, rank, count, rendezvous, key, verbose)
                 for rank, actor in enumerate(actors)
             ]
         )

@@ -52,7 +52,9 @@ def family_of(optimizer_name: str) -> OptimizerFamily:
 
 def efficiency(noise_scale: float, base_batch: float, batch: float) -> float:
     """Progress per sample at `batch` relative to `base_batch`: (phi + M0) / (phi + M), above 0;
-    above 1 for a batch smaller than the base."""
+    above 1 for a batch smaller than the base. Raises `ValueError` for batches that are not positive
+    and finite, and for a noise scale that is negative or not finite; so do all who rest on it."""
+    _check(noise_scale, base_batch, batch)
     return (noise_scale + base_batch) / (noise_scale + batch)
 
 
@@ -62,6 +64,7 @@ def expected_efficiency(noise_scale: float, base_batch: float, batch: float) -> 
     Near the base batch it is `efficiency`; far from it a noise scale measured at the base batch
     says too little, see `NOISE_SCALE_RATIO`: the critical batch is about twice that. Used to plan;
     a job that runs at `batch` measures its noise scale there."""
+    _check(noise_scale, base_batch, batch)
     if batch == base_batch:
         return exact(1.0)
     critical = NOISE_SCALE_RATIO * noise_scale
@@ -76,6 +79,7 @@ def worth(
 ) -> Estimate:
     """Efficiency of `batch` from the best that is known: previous runs of the task, else the noise
     scale, else 1, as if a batch cost nothing."""
+    _check(noise_scale, base_batch, batch)
     if batch == base_batch:
         return exact(1.0)
     if samples is not None:
@@ -92,7 +96,7 @@ def _from_history(samples: SamplesModel, base_batch: int, batch: int) -> Estimat
 
 def gain(noise_scale: float, base_batch: float, batch: float) -> float:
     """Steps of the base batch that one step at `batch` is worth: (M/M0) (phi + M0) / (phi + M)."""
-    return batch / base_batch * efficiency(noise_scale, base_batch, batch)
+    return efficiency(noise_scale, base_batch, batch) * batch / base_batch
 
 
 def learning_rate(
@@ -110,7 +114,14 @@ def learning_rate(
     LARS and LAMB the square root, an optimizer of no known family keeps its rate. Adam stops at
     the noise scale, beyond which a larger rate is no longer better (Li et al. 2024, "Surge
     Phenomenon"), and at `MAX_ADAM_RATIO`. AdaScale's Adam form is the gain's square root (Pollux).
+    Raises `ValueError` as `efficiency` does, and for a base rate that is negative or not finite.
     """
+    _check(noise_scale, base_batch, batch)
+    if not 0.0 <= base_lr < math.inf:
+        raise ValueError(
+            f"a learning rate was asked for with base_lr={base_lr}: it must be finite and not "
+            "negative. Give the one tuned at the base batch."
+        )
     ratio = batch / base_batch
     if ratio == 1.0:
         return base_lr, "the batch the learning rate was tuned at"
@@ -144,7 +155,13 @@ def largest_batch_ratio(family: OptimizerFamily) -> float:
 
 def warmup_steps(factor: float) -> int:
     """Steps over which to walk a learning rate up by `factor` after a jump of the batch: 20 times
-    the factor, 200 at most (Goyal et al. 2017 warm up for the same reason); 0 for a fall."""
+    the factor, 200 at most (Goyal et al. 2017 warm up for the same reason); 0 for a fall. Raises
+    `ValueError` for a factor that is not positive."""
+    if not factor > 0.0:
+        raise ValueError(
+            f"a warm-up was asked for by a factor of {factor}: it must be positive. Give the new "
+            "learning rate over the old one."
+        )
     if factor <= 1.0:
         return 0
     return round(min(_WARM_UP_STEPS_MAX, _WARM_UP_STEPS_PER_FACTOR * factor))
@@ -163,7 +180,14 @@ def best_global_batch(
     `efficiency(batch)` relative to the base batch.
 
     The doublings of the base are candidates too: those are the sizes that workers share evenly, and
-    the largest that need no more accumulation."""
+    the largest that need no more accumulation. Raises `ValueError` for a base batch below 1, a
+    largest that is not finite, and fewer than 2 candidates."""
+    if base_batch < 1 or num_candidates < 2 or not math.isfinite(largest):
+        raise ValueError(
+            f"the best batch was asked for with base_batch={base_batch}, largest={largest}, "
+            f"num_candidates={num_candidates}: the batches must be finite, the base and the "
+            "candidates at least 1 and 2. Give the script's batch, and sizes to choose among."
+        )
     if largest <= base_batch:
         return base_batch
     growth = (largest / base_batch) ** (1.0 / (num_candidates - 1))
@@ -176,6 +200,17 @@ def best_global_batch(
         return throughput(batch) * efficiency(batch)
 
     return max(sorted(candidates | {base_batch, largest}), key=goodput)
+
+
+def _check(noise_scale: float | None, *batches: float) -> None:
+    known = noise_scale is None or 0.0 <= noise_scale < math.inf
+    if not known or not all(0.0 < batch < math.inf for batch in batches):
+        told = " and ".join(str(batch) for batch in batches)
+        raise ValueError(
+            f"the worth of a batch was asked for with batches of {told} samples and a noise scale "
+            f"of {noise_scale}: batches must be positive and finite, a noise scale finite and not "
+            "negative. Correct them, or measure the noise scale again."
+        )
 
 
 def _rule_for(family: OptimizerFamily, noise_scale: float | None) -> LrRule:

@@ -19,6 +19,7 @@ import numpy as np
 
 from supple.core.estimates import Z80
 from supple.core.goodput import MAX_ADAM_RATIO, OptimizerFamily, learning_rate
+from supple.core.previous_runs import is_usable
 from supple.core.spec import LrRule
 from supple.core.types import Estimate
 
@@ -45,6 +46,10 @@ _REACH = 8.0
 """Beyond so many times the tuned sizes nothing was seen to hold, for any family."""
 _REACH_BEYOND_HISTORY = 2.0
 """The same beyond the sizes of a task where at least two were tuned."""
+
+
+_ALIKE = 1.01
+"""Two rates no further apart are one, rounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +130,15 @@ def planned_rate(
     noise_scale: float | None,
 ) -> tuple[float, str]:
     """The rate of a plan at `batch`, and why: from `tuned` rates of previous runs if there are any
-    and the rule is `auto`, else by the rule. At `base_batch` it is `base_lr`, whatever they say."""
+    and the rule is `auto`, else by the rule. At `base_batch` it is `base_lr`, whatever they say;
+    where they contradict it (`contradiction`), they tell how a rate changes with the batch, and
+    `base_lr` from where."""
     if tuned and rule == "auto" and base_lr > 0 and batch != base_batch:
+        said = said_by_previous_runs(tuned, base_batch, family)
+        if _contradicts(said, base_lr):
+            found = expected_rate(tuned, batch, family)
+            lr = found.lr.value * base_lr / said.value
+            return lr, f"from {base_lr:g} at batch {base_batch}: {found.why}"
         others = (rate for rate in tuned if rate.batch_size != base_batch)
         own = TunedRate(batch_size=base_batch, lr=base_lr)
         found = expected_rate([own, *others], batch, family)
@@ -139,6 +151,43 @@ def planned_rate(
         batch=batch,
         noise_scale=noise_scale,
     )
+
+
+def said_by_previous_runs(
+    tuned: Sequence[TunedRate], batch: float, family: OptimizerFamily
+) -> Estimate:
+    """The rate that previous runs found best at `batch`; where none ran there, what theirs let
+    expect, with an 80 % interval. Raises `ValueError` as `expected_rate` does."""
+    expected = expected_rate(tuned, batch, family).lr
+    there = [rate.lr for rate in tuned if rate.batch_size == batch]
+    if not there:
+        return expected
+    return Estimate(value=there[0], low=min(there), high=max(there), source="measured")
+
+
+def contradiction(
+    tuned: Sequence[TunedRate], base_lr: float, base_batch: int, family: OptimizerFamily
+) -> str:
+    """A sentence where the rate that somebody wrote for `base_batch` is not the one that previous
+    runs found; else empty. What is written wins: whoever wrote it may have another recipe. Raises
+    `ValueError` as `expected_rate` does."""
+    if not tuned or base_lr <= 0:
+        return ""
+    _check([TunedRate(batch_size=base_batch, lr=base_lr)], base_batch)
+    said = said_by_previous_runs(tuned, base_batch, family)
+    if not _contradicts(said, base_lr):
+        return ""
+    best = f"{said.value:.3g}"
+    what = f"was {best}" if said.source == "measured" else f"would be {best}, by their other sizes"
+    return (
+        f"the learning rate at batch {base_batch} is {base_lr:g} as given, but the best of the "
+        f"previous runs there {what}. The given one is used, and other batch sizes start from it. "
+        f"Give {best} if those runs are of the same recipe, or leave them out."
+    )
+
+
+def _contradicts(said: Estimate, lr: float) -> bool:
+    return not said.low / _ALIKE <= lr <= said.high * _ALIKE
 
 
 def _range(known: Sequence[float], family: OptimizerFamily) -> tuple[float, float]:
@@ -164,7 +213,7 @@ def _check(tuned: Sequence[TunedRate], batch_size: float) -> None:
             "batch size first."
         )
     numbers = [batch_size, *(n for rate in tuned for n in (rate.batch_size, rate.lr))]
-    if not all(math.isfinite(number) and number > 0 for number in numbers):
+    if not all(map(is_usable, numbers)):
         raise ValueError(
             f"a learning rate was asked for at batch {batch_size} from {list(tuned)}: all numbers "
             "must be positive and finite. Correct them, or leave the rate out."

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+
+from supple.core.spec import is_count
 
 Configuration = tuple[int, int, int, int]
 """(workers, nodes, micro-batch, accumulation)."""
@@ -42,35 +43,35 @@ def check_measurements(
     gradient_bytes: int,
     workers_per_node: int,
 ) -> None:
-    """Raise `ValueError` for no measurement, counts below 1, and times that are not positive and
-    finite."""
+    """Raise `ValueError` for no measurement, counts that are no whole number of at least 1, and
+    times that are not positive and finite."""
     if not steps:
         raise ValueError(
             "a step-time fit was asked for with 0 measurements: it needs at least 1. Measure one "
             "configuration first."
         )
-    if gradient_bytes <= 0 or workers_per_node <= 0:
+    if not _are_counts(gradient_bytes, workers_per_node):
         raise ValueError(
-            f"gradient_bytes={gradient_bytes}, workers_per_node={workers_per_node}: both must be "
-            "positive."
+            f"a step-time fit was asked for with gradient_bytes={gradient_bytes}, "
+            f"workers_per_node={workers_per_node}: both must be whole numbers of at least 1. Give "
+            "the bytes of all gradients, and the workers of one node."
         )
     for step in steps:
         times = (step.forward_s + step.backward_s, step.step_time_s)
-        counts = (*configuration(step), step.num_workers // max(1, step.num_nodes))
-        even = -(-step.num_workers // max(1, step.num_nodes))
-        fullest = even if step.most_per_node is None else step.most_per_node
         rest = (step.optimizer_s, step.data_s, step.sync_s)
-        good = all(math.isfinite(t) and t > 0 for t in times) and min(counts) >= 1
-        good = good and even <= fullest <= step.num_workers - step.num_nodes + 1
+        good = all(math.isfinite(t) and t > 0 for t in times) and _are_counts(*configuration(step))
+        good = good and _is_spread(step)
         if not good or not all(math.isfinite(t) and t >= 0 for t in rest):
             raise ValueError(
-                f"the measurement {step} cannot be fitted: counts must be at least 1, nodes no "
-                "more than workers, the fullest node between an even share and all that the others "
-                "leave, and times positive and finite. Measure it again, or leave it out."
+                f"the measurement {step} cannot be fitted: counts must be whole and at least 1, "
+                "nodes no more than workers, the fullest node between an even share and all that "
+                "the others leave, and times positive and finite. Measure it again, or leave it "
+                "out."
             )
     for collective in collectives:
         good = math.isfinite(collective.time_s) and collective.time_s > 0
-        if not good or collective.num_workers < 2 or collective.message_bytes < 1:
+        good = good and _are_counts(collective.num_workers, collective.message_bytes)
+        if not good or collective.num_workers < 2:
             raise ValueError(
                 f"the measurement {collective} cannot be fitted: an all-reduce needs at least 2 "
                 "workers and 1 byte, and its time must be positive and finite. Measure it again, "
@@ -78,10 +79,24 @@ def check_measurements(
             )
 
 
+def _are_counts(*numbers: float) -> bool:
+    return all(map(is_count, numbers))
+
+
+def _is_spread(step: StepMeasurement) -> bool:
+    """Can the workers lie on the nodes like that?"""
+    return (
+        step.num_nodes <= step.num_workers
+        and -(-step.num_workers // step.num_nodes)
+        <= most_per_node(step)
+        <= step.num_workers - step.num_nodes + 1
+    )
+
+
 def check_asked(num_workers: int, num_nodes: int, micro_batch: int, accumulation: int) -> None:
     """Raise `ValueError` for a configuration that cannot run, and so has no step time."""
     counts = (num_workers, num_nodes, micro_batch, accumulation)
-    if not all(isinstance(count, Integral) and count >= 1 for count in counts):
+    if not _are_counts(*counts):
         raise ValueError(
             f"a step time was asked for with num_workers={num_workers}, num_nodes={num_nodes}, "
             f"micro_batch_size={micro_batch}, num_accumulation_steps={accumulation}: all must be "

@@ -5,15 +5,15 @@ One row for every count 1, 2, 4, ... with everything predicted for it; one of th
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from supple.core.choice import PlanTable, choose, knee
+from supple.core.choice import PlanTable, choose, in_words, knee
 from supple.core.estimates import exact, over, plus, times
 from supple.core.goodput import OptimizerFamily, best_global_batch, largest_batch_ratio, worth
 from supple.core.learning_rate import TunedRate, planned_rate
 from supple.core.memory import MemoryModel
 from supple.core.samples import SamplesModel
-from supple.core.spec import Limits, LrRule, Objective
+from supple.core.spec import Limits, LrRule, Objective, is_count
 from supple.core.throughput import StepTimeModel
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan
 
@@ -23,6 +23,7 @@ _MEMORY_SHARE = 0.92
 _MAX_ACCUMULATION = 256
 """Micro-batches of a step up to which a batch is grown; the user's own batch is cut into as many
 as memory needs."""
+_SAMPLE_RULE = "every worker takes at least one sample of a batch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,26 +49,29 @@ class JobModel:
 
     def __post_init__(self) -> None:
         sizes = (self.dataset_size, self.epochs, self.base_batch_size, *self.measured_workers)
-        if min(sizes) < 1:
+        if not all(map(is_count, sizes)):
             raise ValueError(
                 f"a plan was asked for with dataset_size={self.dataset_size}, "
                 f"epochs={self.epochs}, base_batch_size={self.base_batch_size}, "
-                f"measured_workers={self.measured_workers}: all must be at least 1. Give a job "
-                "that has something to train on."
+                f"measured_workers={self.measured_workers}: all must be whole numbers of at least "
+                "1. Give a job that has something to train on."
             )
         phi = 0.0 if self.noise_scale is None else self.noise_scale
-        if not all(math.isfinite(v) and v >= 0 for v in (phi, self.startup_s, self.base_lr)):
+        room = self.device_memory_bytes or 0.0
+        if not all(0.0 <= n < math.inf for n in (phi, self.startup_s, self.base_lr, room)):
             raise ValueError(
                 f"a plan was asked for with noise_scale={self.noise_scale}, "
-                f"startup_s={self.startup_s}, base_lr={self.base_lr}: all must be finite and not "
-                "negative. Give None for a noise scale that is unknown, and measure the rest again."
+                f"startup_s={self.startup_s}, base_lr={self.base_lr}, device_memory_bytes={room}: "
+                "all must be finite and not negative. Give None for a noise scale or a memory that "
+                "is unknown, and measure the rest again."
             )
 
 
 def plan(job: JobModel, limits: Limits, objective: Objective) -> PlanTable | Infeasible:
-    """Rows for 1, 2, 4, ... within the limits, up to where more workers stop helping, and the one
-    to take; `Infeasible` with the arithmetic where none does what was asked."""
-    impossible = refusal_of(limits)
+    """Rows for 1, 2, 4, ... within the limits, up to where more workers stop helping or the batch
+    has no sample for them, and the one to take; `Infeasible` with the arithmetic where none does
+    what was asked."""
+    impossible = refusal_of(limits) or _too_many(job, limits)
     if impossible is not None:
         return impossible
     if job.memory is not None and job.device_memory_bytes is not None:
@@ -81,7 +85,11 @@ def plan(job: JobModel, limits: Limits, objective: Objective) -> PlanTable | Inf
                 rule="one sample must fit into one worker's memory",
                 advice="Use a smaller model, recomputation, or a device with more memory.",
             )
-    return choose(_rows(job, limits), limits, objective)
+    rows, left_out = _rows(job, limits)
+    found = choose(rows, limits, objective)
+    if isinstance(found, PlanTable):
+        return replace(found, reason=found.reason + left_out)
+    return replace(found, advice=found.advice + left_out)
 
 
 def refusal_of(limits: Limits) -> Infeasible | None:
@@ -106,26 +114,55 @@ def counts_within(limits: Limits) -> list[int]:
     return sorted(count for count in own | powers if least <= count <= most)
 
 
-def _rows(job: JobModel, limits: Limits) -> tuple[Plan, ...]:
+def _rows(job: JobModel, limits: Limits) -> tuple[tuple[Plan, ...], str]:
+    """The rows, and a sentence where the batch is what ends them."""
     rows: list[Plan] = []
     useless = 0
+    most = _most_workers(job, limits)
     for count in counts_within(limits):
+        if count > most:
+            return tuple(rows), f" Counts above {most} are left out: {_SAMPLE_RULE}."
         rows.append(row_for(job, limits, count))
         if limits.max_workers is None and len(rows) > 1:
             gained = rows[-2].time_to_end_s.value / rows[-1].time_to_end_s.value
             useless = useless + 1 if gained < 1.05 else 0
             if useless >= 2 and knee(rows) < len(rows) - 1:
                 break
-    return tuple(rows)
+    return tuple(rows), ""
+
+
+def _most_workers(job: JobModel, limits: Limits) -> int:
+    """Beyond it a worker would have no sample of any batch the job may have."""
+    return max(job.base_batch_size, _grown(job) if _may_grow(job, limits) else 0)
+
+
+def _too_many(job: JobModel, limits: Limits) -> Infeasible | None:
+    most = _most_workers(job, limits)
+    if limits.min_workers <= most:
+        return None
+    return Infeasible(
+        asked=f"a plan for at least {in_words(limits.min_workers)}",
+        numbers=f"the largest batch this job may have is {most} sample{'s' * (most > 1)}",
+        rule=_SAMPLE_RULE,
+        advice="Ask for fewer workers, or give the job a larger batch.",
+    )
+
+
+def _may_grow(job: JobModel, limits: Limits) -> bool:
+    """Without knowing what a larger batch is worth, none is tried."""
+    known = job.noise_scale is not None or job.samples is not None
+    return limits.batch == "adaptive" and known
 
 
 def row_for(job: JobModel, limits: Limits, count: int, *, batch_size: int | None = None) -> Plan:
     """Everything predicted for `count` workers, with the batch and learning rate it should have, or
-    with a global batch of `batch_size`. Raises `ValueError` where either is below 1."""
-    if count < 1 or (batch_size is not None and batch_size < 1):
+    with a global batch of `batch_size`. Raises `ValueError` where either is no whole number of at
+    least 1."""
+    asked = (count,) if batch_size is None else (count, batch_size)
+    if not all(map(is_count, asked)):
         raise ValueError(
-            f"a row was asked for with count={count}, batch_size={batch_size}: both must be at "
-            "least 1. Leave the batch size out to have it chosen."
+            f"a row was asked for with count={count}, batch_size={batch_size}: both must be whole "
+            "numbers of at least 1. Leave the batch size out to have it chosen."
         )
     size = _best_batch_size(job, limits, count) if batch_size is None else batch_size
     batch = _batch(job, count, size)
@@ -155,8 +192,10 @@ def row_for(job: JobModel, limits: Limits, count: int, *, batch_size: int | None
 
 
 def _best_batch_size(job: JobModel, limits: Limits, count: int) -> int:
-    if limits.batch == "fixed" or (job.noise_scale is None and job.samples is None):
+    if not _may_grow(job, limits):
         return job.base_batch_size
+    largest = _largest_batch(job, count)
+    least = max(job.base_batch_size, count)
 
     def throughput(batch: int) -> float:
         micro, accumulation = _split(job, batch, count)
@@ -164,8 +203,8 @@ def _best_batch_size(job: JobModel, limits: Limits, count: int) -> int:
 
     return best_global_batch(
         efficiency=lambda size: _efficiency(job, size).value,
-        base_batch=job.base_batch_size,
-        largest=_largest_batch(job, count),
+        base_batch=least if least <= largest else job.base_batch_size,
+        largest=largest,
         throughput=throughput,
         num_candidates=16,
     )
@@ -211,9 +250,12 @@ def _largest_micro_batch(job: JobModel) -> int:
 
 def _largest_batch(job: JobModel, count: int) -> int:
     """What an adaptive batch may grow to: by the optimizer, by accumulation, by the data."""
-    grown = int(job.base_batch_size * largest_batch_ratio(job.optimizer_family))
-    held = count * _largest_micro_batch(job) * _MAX_ACCUMULATION
-    return min(grown, held, job.dataset_size)
+    return min(_grown(job), count * _largest_micro_batch(job) * _MAX_ACCUMULATION)
+
+
+def _grown(job: JobModel) -> int:
+    most = int(job.base_batch_size * largest_batch_ratio(job.optimizer_family))
+    return min(most, job.dataset_size)
 
 
 def _efficiency(job: JobModel, batch: int) -> Estimate:

@@ -13,11 +13,13 @@ from supple.core.evaluations import rounding_variance
 from supple.core.samples_curve import Point
 
 _ABSURD = 1e100
-"""Squares of numbers beyond it overflow."""
+"""Squares of numbers beyond it overflow, of those below its inverse vanish."""
+_ALLOWED = f"{1.0 / _ABSURD:g} to {_ABSURD:g}"
 _ENOUGH_TO_DOUBT = 5
 """With fewer sizes a surprising one is news, not an error."""
 _IMPOSSIBLE = math.log(10.0)
-"""Samples at two sizes that differ by this and the ratio of the batches contradict each other."""
+"""Samples at two sizes that differ by this and the ratio of the batches contradict each other, and
+so do repeats at one size that differ by this."""
 _PROBE_ERROR = 0.15
 """Relative error of a short probe about the whole run: the critical batch moves while training. On
 Pollux's traces the stretch between two metrics tells the ratio of the whole within a fifth in the
@@ -39,21 +41,21 @@ class Run:
     """Samples between evaluations: the target was crossed somewhere in the last interval."""
 
 
+def is_usable(number: float) -> bool:
+    """Positive, finite, and fit to be squared."""
+    return 1.0 / _ABSURD < number < _ABSURD
+
+
 def check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None) -> None:
-    """Raises `ValueError` for numbers that no run, probe or noise scale can have, and where the
-    target was hardly ever reached."""
-    if noise_scale is not None and not (math.isfinite(noise_scale) and noise_scale > 0):
-        raise ValueError(
-            f"noise_scale={noise_scale}: it must be positive and finite. Leave it out where it is "
-            "not known."
-        )
+    """Raises `ValueError` for numbers that no run, probe or noise scale can have, for repeats that
+    contradict each other, and where the target was hardly ever reached."""
     for run in (*runs, *probes):
         numbers = [run.batch_size, run.samples, 1.0 if run.lr is None else run.lr]
-        good = all(0 < number < _ABSURD for number in numbers)
+        good = all(map(is_usable, numbers))
         if not good or not 0.0 <= run.relative_error < 1.0:
             raise ValueError(
                 f"the run {run} cannot be used: batch size, samples and learning rate must be "
-                f"positive and finite (below {_ABSURD:g}), a relative error at least 0 and below "
+                f"positive and finite ({_ALLOWED}), a relative error at least 0 and below "
                 "1. Correct it, or leave it out."
             )
         if not 0.0 <= run.evaluated_every <= run.samples:
@@ -62,6 +64,13 @@ def check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None)
                 "it must be at least 0 and no more than the samples the run took. Correct it, or "
                 "leave it out."
             )
+    if noise_scale is not None and not is_usable(noise_scale):
+        raise ValueError(
+            f"noise_scale={noise_scale}: it must be positive and finite ({_ALLOWED}). Leave "
+            "it out where it is not known."
+        )
+    _refuse_contradictory_repeats(runs, "runs")
+    _refuse_contradictory_repeats(probes, "probes")
     if not all(probe.reached for probe in probes):
         stopped = ", ".join(f"{p.batch_size:g}" for p in probes if not p.reached)
         raise ValueError(
@@ -77,14 +86,44 @@ def check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None)
         )
 
 
+def check_asked(*numbers: float) -> None:
+    """Raises `ValueError` for batch sizes and learning rates that nobody can run."""
+    if not all(map(is_usable, numbers)):
+        told = ", ".join(str(number) for number in numbers)
+        raise ValueError(
+            f"samples to the target were asked for with {told}: batch sizes and learning rates "
+            f"must be positive and finite ({_ALLOWED}). Ask for a run that can be."
+        )
+
+
 def gathered(runs: Sequence[Run], *, is_probe: bool) -> list[Point]:
     """Runs at one batch size and learning rate become one point: their mean, or, where fewer than
     half reached the target, the longest as a bound. By batch size, then by rate."""
+    return [_together(batch, lr, group, is_probe) for (batch, lr), group in _repeats(runs)]
+
+
+def _repeats(runs: Sequence[Run]) -> list[tuple[tuple[float, float | None], list[Run]]]:
+    """The runs of every (batch size, learning rate)."""
     groups: dict[tuple[float, float | None], list[Run]] = defaultdict(list)
     for run in runs:
         groups[(run.batch_size, run.lr)].append(run)
-    in_order = sorted(groups.items(), key=lambda group: (group[0][0], group[0][1] or 0.0))
-    return [_together(batch, lr, group, is_probe) for (batch, lr), group in in_order]
+    return sorted(groups.items(), key=lambda group: (group[0][0], group[0][1] or 0.0))
+
+
+def _refuse_contradictory_repeats(runs: Sequence[Run], kind: str) -> None:
+    """Their mean would be the longest alone, and no seed is that unlucky."""
+    end = "loss" if kind == "probes" else "target"
+    for (batch, lr), group in _repeats(runs):
+        took = [run.samples for run in group if run.reached]
+        if took and math.log(max(took) / min(took)) > _IMPOSSIBLE:
+            at, unless = f"batch {batch:g}", ", or give their learning rates"
+            if lr is not None:
+                at, unless = f"{at} and learning rate {lr:g}", ""
+            raise ValueError(
+                f"{kind} at {at} took {min(took):g} and {max(took):g} samples: repeats of one run "
+                "do not differ by more than a factor of 10. Check that all counts are samples to "
+                f"the same {end}{unless}."
+            )
 
 
 def best_of_each_size(points: Sequence[Point]) -> list[Point]:
@@ -146,16 +185,17 @@ def _absurd(points: Sequence[Point]) -> list[Point]:
 
 
 def refuse_contradictions(points: Sequence[Point]) -> None:
-    """Of one point a batch size: raises `ValueError` where so few are known that nobody can say
-    which of two is wrong."""
+    """Of one point a batch size, all of runs or all of probes: raises `ValueError` where so few are
+    known that nobody can say which of two is wrong."""
     known = sorted((p for p in points if p.beyond is None), key=lambda p: p.batch)
     if len(known) >= _ENOUGH_TO_DOUBT:
         return
     for a, b in pairwise(known):
         if abs(a.value - b.value) > math.log(b.batch / a.batch) + _IMPOSSIBLE:
+            kind, end = ("probes", "loss") if a.is_probe else ("runs", "target")
             raise ValueError(
-                f"runs at batch {a.batch:g} and {b.batch:g} took {math.exp(a.value):.3g} and "
+                f"{kind} at batch {a.batch:g} and {b.batch:g} took {math.exp(a.value):.3g} and "
                 f"{math.exp(b.value):.3g} samples: no law lets them differ by more than the batch, "
                 f"and a factor of 10 besides, and {len(known)} batch sizes are too few to say "
-                "which is wrong. Check that both counts are samples to the same target."
+                f"which is wrong. Check that both counts are samples to the same {end}."
             )

@@ -29,6 +29,7 @@ from supple.core.previous_runs import (
     Run,
     best_of_each_size,
     check,
+    check_asked,
     gathered,
     refuse_contradictions,
     without_absurd,
@@ -72,7 +73,9 @@ class SamplesModel:
     def predict(self, batch_size: float, lr: float | None = None) -> Estimate:
         """Samples until an evaluation finds the target reached, with an 80 % interval; at the
         tuned learning rate, or at `lr` where every run said its own. Raises `ValueError` where only
-        probes are known: they tell ratios, not a level."""
+        probes are known: they tell ratios, not a level; and for numbers that are not positive and
+        finite."""
+        check_asked(batch_size, 1.0 if lr is None else lr)
         if all(point.is_probe for point in self.tuned):
             raise ValueError(
                 f"samples to the target at batch {batch_size:g} were asked of short probes alone: "
@@ -94,7 +97,9 @@ class SamplesModel:
     def efficiency(self, base_batch: float, batch_size: float) -> Estimate:
         """Progress per sample at `batch_size` relative to `base_batch`, E(base) / E(batch), each at
         its tuned learning rate, with an 80 % interval. Above 1 only where the runs show that the
-        larger batch needed fewer samples."""
+        larger batch needed fewer samples. Raises `ValueError` for sizes that are not positive and
+        finite."""
+        check_asked(base_batch, batch_size)
         if batch_size == base_batch:
             return Estimate(value=1.0, low=1.0, high=1.0, source=self.source)
         asked = [(base_batch, None), (batch_size, None)]
@@ -115,14 +120,17 @@ def fit_samples(
     does not matter.
 
     Raises `ValueError` for numbers that are not positive and finite, for runs of which most stopped
-    short at every batch size, for few sizes that contradict each other, and where nothing tells one
-    batch size from another: no noise scale, and fewer than two sizes that were run or probed. (A
-    run that stopped before anybody expects it to end tells nothing, and its size is none.)"""
+    short at every batch size, for few sizes or for repeats that contradict each other, and where
+    nothing tells one batch size from another: no noise scale, and fewer than two sizes that were
+    run or probed. (A run that stopped before anybody expects it to end tells nothing, and its size
+    is none.)"""
     check(runs, probes, noise_scale)
     every_rate = gathered(runs, is_probe=False)
-    refuse_contradictions(best_of_each_size(every_rate))
-    agreed = without_absurd(every_rate)
-    branches = best_of_each_size(gathered(probes, is_probe=True))
+    every_branch = gathered(probes, is_probe=True)
+    for points in (every_rate, every_branch):
+        refuse_contradictions(best_of_each_size(points))
+    agreed, agreed_branches = without_absurd(every_rate), without_absurd(every_branch)
+    branches = best_of_each_size(agreed_branches)
     # Without their rates: the bounds among them are about the tuned curve too.
     best = [replace(point, lr=None) for point in best_of_each_size(agreed)]
     tuned = _with_stopped_runs([*best, *branches], noise_scale)
@@ -136,9 +144,10 @@ def fit_samples(
     has_rates = all(point.lr is not None for point in agreed) and not branches
     every = [run.evaluated_every for run in runs if run.evaluated_every > 0]
     source, why = _source(tuned, noise_scale)
-    if len(agreed) < len(every_rate):
-        left = ", ".join(f"{p.batch:g}" for p in every_rate if p not in agreed)
-        why += f"; left out, as most others contradict it: batch {left}"
+    left = [f"batch {p.batch:g}" for p in every_rate if p not in agreed]
+    left += [f"probe at batch {p.batch:g}" for p in every_branch if p not in agreed_branches]
+    if left:
+        why += f"; left out, as most others contradict it: {', '.join(left)}"
     return SamplesModel(
         tuned=tuned,
         rated=_with_stopped_runs(agreed, noise_scale) if has_rates else (),

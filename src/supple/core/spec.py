@@ -17,6 +17,9 @@ LrRule = Literal["auto", "linear", "sqrt", "adascale", "constant"]
 MAX_WORKERS = 65_536
 """More than any pool known; a larger count is a typing error."""
 
+_MOST_S, _MOST_MONEY = 8.64e9, 1e15
+"""The same of times, 100,000 days, and of money."""
+
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
 
@@ -111,6 +114,8 @@ def parse_duration(text: str, *, what: str, such_as: str = "90s, 15m, 2h or 1h30
             raise SpecError(f"{what} is {text!r}: not a time. Write {such_as}.") from None
     if not is_positive(seconds):
         raise SpecError(f"{what} is {text}: a time must be positive and finite.")
+    if seconds > _MOST_S:
+        raise SpecError(f"{what} is {text}: that is more than {_MOST_S / 86_400:,.0f} days.")
     return seconds
 
 
@@ -122,6 +127,8 @@ def parse_money(text: str, *, what: str) -> float:
         raise SpecError(f"{what} is {text!r}: not a number. Write it as 2.50.") from None
     if not is_positive(amount):
         raise SpecError(f"{what} is {text}: it must be positive and finite.")
+    if amount > _MOST_MONEY:
+        raise SpecError(f"{what} is {text}: it must be at most {_MOST_MONEY:,.0f}.")
     return amount
 
 
@@ -233,10 +240,10 @@ class Limits:
 
     def __post_init__(self) -> None:
         for what, count in (("least", self.min_workers), ("most", self.max_workers)):
-            if count is not None and count < 1:
+            if count is not None and not is_count(count):
                 raise SpecError(
-                    f"a plan was asked for with {count} as the {what} workers: it must be at least "
-                    "1. Give None as the most for no cap."
+                    f"a plan was asked for with {count} as the {what} workers: it must be a whole "
+                    "number of at least 1. Give None as the most for no cap."
                 )
         _check_positive("a price per hour", self.price_per_hour)
 

@@ -9,11 +9,14 @@ docs/accuracy.md, "Minutes to train on the next larger count".
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
 from supple.core.estimates import Z80, exact
+from supple.core.previous_runs import is_usable
 from supple.core.samples import Run, fit_samples
+from supple.core.spec import is_count
 from supple.core.training_time import TimedRun, TrainingTimeModel, fit_training_time
 from supple.core.types import Estimate
 
@@ -21,6 +24,11 @@ GUESSED_NOISE_SCALE = 2.0
 """Over the only batch size whose samples are known, or, where none is, over the largest one seen: a
 critical batch of 4 of it. Nobody runs far beyond the critical batch: the largest one is the better
 guide to it."""
+_IMPOSSIBLE = 10.0
+"""Times that differ by this factor, besides the workers' and the batches', contradict each other.
+"""
+_ENOUGH_TO_DOUBT = 5
+"""From so many configurations on, most of them show which is wrong: it hardly counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +73,10 @@ def fit_time_to_target(
     """The model of a task from `finished` runs, one or more, and, if there are any, from other runs
     of it (`history`) that tell the samples to the target at other batch sizes.
 
-    Raises `ValueError` for no run, for numbers that are not positive and finite, and for samples
-    that contradict each other (`fit_samples`)."""
+    Raises `ValueError` for no run, for numbers that are not positive and finite, for workers that
+    are no whole number, for times that contradict each other, and for samples that do
+    (`fit_samples`)."""
+    _check(finished)
     if any(run.batch_size is None for run in finished):
         runs = [
             TimedRun(
@@ -82,6 +92,54 @@ def fit_time_to_target(
     samples_at, why = _samples(finished, history)
     runs = [_timed(run, samples_at) for run in finished]
     return TimeToTarget(model=fit_training_time(runs), samples_at=samples_at, why=why)
+
+
+def _check(finished: Sequence[FinishedRun]) -> None:
+    for run in finished:
+        numbers = [run.time_s, *(n for n in (run.batch_size, run.samples) if n is not None)]
+        counted = is_count(run.num_workers)
+        if not counted or not all(map(is_usable, numbers)):
+            raise ValueError(
+                f"the run {run} cannot be used: workers must be a whole number of at least 1, and "
+                "seconds, batch size and samples must be positive and finite, or None where batch "
+                "and samples are not known. Correct it, or leave it out."
+            )
+    configurations = {(run.num_workers, run.batch_size) for run in finished}
+    few = len(configurations) < _ENOUGH_TO_DOUBT
+    for a, b in combinations(sorted(finished, key=lambda run: run.time_s), 2):
+        repeats = (a.num_workers, a.batch_size) == (b.num_workers, b.batch_size)
+        if (few or repeats) and b.time_s > _IMPOSSIBLE * _apart(a, b) * a.time_s:
+            raise ValueError(
+                f"{_told(a)} and {_told(b)}: times differ by no more than the workers and the "
+                f"batches do, and a factor of {_IMPOSSIBLE:g} besides. Check that all are minutes "
+                "to the same target, and that batches that differ are given."
+            )
+
+
+def _apart(a: FinishedRun, b: FinishedRun) -> float:
+    """By what factor the workers and the batches of two runs differ together."""
+    batches = [run.batch_size for run in (a, b) if run.batch_size is not None]
+    ratios = (a.num_workers / b.num_workers, batches[0] / batches[-1] if batches else 1.0)
+    return math.prod(max(ratio, 1.0 / ratio) for ratio in ratios)
+
+
+def _told(run: FinishedRun) -> str:
+    batch = "" if run.batch_size is None else f" with batch {run.batch_size:g}"
+    return f"a run on {run.num_workers} workers{batch} took {run.time_s / 60:g} minutes"
+
+
+def most_workers(finished: Sequence[FinishedRun], batch_size: float | None) -> int | None:
+    """The most workers that can share a batch of `batch_size`: each takes at least one sample. None
+    where the batch is not known, and where some run had more workers than that: then several of
+    them work on one sample (tensor or pipeline parallel), and nothing here says how many can.
+    Raises `ValueError` for a batch of less than a sample."""
+    if batch_size is not None and not 1.0 <= batch_size < math.inf:
+        raise ValueError(
+            f"the most workers for a batch of {batch_size} samples were asked for: a batch has at "
+            "least 1. Give a global batch size, or None where it is not known."
+        )
+    shared = any(run.num_workers > (run.batch_size or math.inf) for run in finished)
+    return None if batch_size is None or shared else math.floor(batch_size)
 
 
 def _samples(

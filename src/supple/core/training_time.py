@@ -24,6 +24,8 @@ from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
 from supple.core.estimates import Z80, exact
 from supple.core.least_squares import forward_slope
+from supple.core.previous_runs import is_usable
+from supple.core.spec import is_count
 from supple.core.types import Estimate
 
 _Vector = npt.NDArray[np.float64]
@@ -132,7 +134,8 @@ def _held(runs: Sequence[TimedRun]) -> float:
 def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
     """The model that explains the runs, from one on: then the priors say how it scales.
 
-    Raises `ValueError` for no run, and for numbers that are not positive and finite."""
+    Raises `ValueError` for no run, and for numbers that are not positive and finite or counts that
+    are not whole."""
     _check(runs)
     runs = sorted(runs, key=_size)
     shape = _Shape.of(
@@ -188,12 +191,13 @@ def _size(run: TimedRun) -> tuple[float, ...]:
 
 def _check_asked(num_workers: int, global_batch_size: float, least: float, most: float) -> None:
     numbers = (num_workers, global_batch_size, least, most)
-    if not all(math.isfinite(number) and number > 0 for number in numbers) or num_workers < 1:
+    counted = is_count(num_workers)
+    if not counted or not all(map(is_usable, numbers)):
         samples = f"{least}" if least == most else f"{least} to {most}"
         raise ValueError(
             f"a training time was asked for on {num_workers} workers, with a global batch of "
-            f"{global_batch_size} and {samples} samples: workers must be at least 1, batch and "
-            "samples positive and finite. Ask for a run that can be."
+            f"{global_batch_size} and {samples} samples: workers must be a whole number of "
+            "at least 1, batch and samples positive and finite. Ask for a run that can be."
         )
 
 
@@ -205,9 +209,10 @@ def _check(runs: Sequence[TimedRun]) -> None:
         )
     for run in runs:
         numbers = (run.num_workers, run.global_batch_size, run.samples, run.time_s)
-        good = all(math.isfinite(number) and number > 0 for number in numbers)
+        good = is_count(run.num_workers) and all(map(is_usable, numbers))
         if not good or not 0.0 <= run.samples_error < math.inf:
             raise ValueError(
-                f"the run {run} cannot be fitted: workers, batch, samples and seconds must be "
-                "positive and finite, the samples' error at least 0. Correct it, or leave it out."
+                f"the run {run} cannot be fitted: workers must be a whole number, workers, batch, "
+                "samples and seconds positive and finite, the samples' error at least 0. Correct "
+                "it, or leave it out."
             )

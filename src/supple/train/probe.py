@@ -22,7 +22,7 @@ from supple.train.loader import make_loader
 from supple.train.meter import StepTimes
 from supple.train.rate import LearningRate
 
-_WARM_UP, _STEPS = 2, 12
+_WARM_UP = 2
 _MESSAGE_BYTES = (4_096, 65_536, 524_288, 4_194_304, 16_777_216, 67_108_864)
 
 
@@ -32,11 +32,10 @@ class ProbeComplete(BaseException):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A size to measure. `micro_batch_size` None: this rank's share of the script's batch."""
+    """A size to measure: the script's batch, divided by this on every rank."""
 
     divide_by: int = 1
     num_accumulation_steps: int = 1
-    sync: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +44,6 @@ class PhaseResult:
 
     micro_batch_size: int
     num_accumulation_steps: int
-    sync: bool
     times: StepTimes
     peak_bytes: int
     num_steps: int
@@ -71,14 +69,22 @@ class ProbeReport:
 
 @final
 class Probe:
-    """Looks like a `Job` to a training function. `budget_s` bounds each phase."""
+    """Looks like a `Job` to a training function. A phase has `num_steps` after its warm-up; one of
+    a single worker fewer where they would take longer than `budget_s`."""
 
     def __init__(
-        self, phases: Sequence[Phase], group: Group | None, *, seed: int, budget_s: float
+        self,
+        phases: Sequence[Phase],
+        group: Group | None,
+        *,
+        seed: int,
+        num_steps: int,
+        budget_s: float,
     ) -> None:
         self._phases = phases
         self._group = group
         self._seed = seed
+        self._num_steps = num_steps
         self._budget_s = budget_s
         self._began = time.monotonic()
         self._model: nn.Module | None = None
@@ -158,13 +164,12 @@ class Probe:
             _reset_peak()
             engine.meter.forget()
             done, phase_began = 0, time.monotonic()
-            while done < _WARM_UP + _STEPS:
+            while done < _WARM_UP + self._num_steps:
                 late = time.monotonic() - phase_began > self._budget_s
                 if late and self.world_size == 1 and done > _WARM_UP:
                     break
                 if loader.done or done == 0:
                     loader.place(start, 0, 1, whole, micro)
-                self._sync = phase.sync
                 for batch in engine.micro_batches(alone=True):
                     self._micro = batch
                     yield batch.data
@@ -183,7 +188,6 @@ class Probe:
                 PhaseResult(
                     micro_batch_size=micro,
                     num_accumulation_steps=phase.num_accumulation_steps,
-                    sync=phase.sync,
                     times=times,
                     peak_bytes=_peak_bytes(),
                     num_steps=done - _WARM_UP,
@@ -209,8 +213,7 @@ class Probe:
         micro, self._micro = self._micro, None
         if micro is None:
             raise TrainingError("job.step was called without a batch from job.batches.")
-        group = self._group if self._sync else None
-        self._engine.backward(loss, micro, group, lambda: False)
+        self._engine.backward(loss, micro, self._group, lambda: False)
         if micro.is_last:
             self._engine.commit(clip_norm, 0.0)
         return micro.is_last

@@ -1,0 +1,122 @@
+"""`supple plan` around measurements that are made up; real ones: cluster/test_plan.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from supple.cli import app
+from supple.cluster import measure
+from supple.cluster.measure import Measurements
+from supple.core.memory import MemoryMeasurement
+from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
+
+FOUND: dict[str, Any] = {
+    "steps": (*ALONE, measured(2, 32)),
+    "collectives": (),
+    "memory": tuple(
+        MemoryMeasurement(micro_batch_size=size, peak_bytes=10**8 + size * 10**5)
+        for size in (8, 16)
+    ),
+    "noise_scale": 500.0,
+    "startup_s": 5.0,
+    "gradient_bytes": GRADIENT_BYTES,
+    "dataset_size": 100_000,
+    "epochs": 10,
+    "base_batch_size": 512,
+    "base_lr": 3e-4,
+    "optimizer_name": "SGD",
+    "device_memory_bytes": 10**10,
+}
+
+
+class Machine:
+    """Stands in for this one: what was asked of it, and what it finds."""
+
+    def __init__(self) -> None:
+        self.found = FOUND
+        self.most: list[int | None] = []
+
+    def measure(self, *_: object, max_local_workers: int | None, **__: object) -> Measurements:
+        self.most.append(max_local_workers)
+        return Measurements(**self.found)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text("def train(job):\n    pass\n")
+    machine = Machine()
+    monkeypatch.setattr(measure, "measure", machine.measure)
+    return machine
+
+
+def supple(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", "train.py", *arguments])
+
+
+def batches(result: Result) -> dict[int, float]:
+    """Learning rates by batch size."""
+    rows = [row["batch"] for row in json.loads(result.stdout)["rows"]]
+    return {batch["global_batch_size"]: batch["lr"] for batch in rows}
+
+
+def history(*rows: str) -> tuple[str, ...]:
+    Path("runs.csv").write_text("\n".join(["batch_size,samples_to_target,learning_rate", *rows]))
+    return ("--batch", "adaptive", "--history", "runs.csv", "--json")
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ((), 4),
+        (("--max-workers", "1"), 1),
+        (("--max-workers", "64"), 4),
+        (("--measure-workers", "8"), 8),
+        (("--measure-workers", "8", "--max-workers", "6"), 6),
+    ],
+)
+def test_no_more_workers_are_measured_than_may_be_used(
+    machine: Machine, options: tuple[str, ...], most: int
+) -> None:
+    assert supple(*options).exit_code == 0
+    assert machine.most == [most]
+
+
+@pytest.mark.usefixtures("machine")
+def test_the_rate_of_the_script_is_kept_and_a_history_that_contradicts_it_is_quoted() -> None:
+    rows = ("512,1000000,0.1", "1024,1010000,0.2", "4096,1050000,0.8")
+    result = supple(*history(*rows))
+    told = "batch 512 is 0.0003 as given, but the best of the previous runs there was 0.1."
+    assert told in result.stderr
+    rates = batches(result)
+    largest = max(rates)
+    assert largest > 512
+    assert rates[largest] / 3e-4 == pytest.approx(largest / 512, rel=0.3)
+    assert "was 0.1" not in supple(*history(*rows), "--lr-rule", "linear").stderr
+
+
+def test_a_history_that_agrees_with_the_script_is_not_quoted(machine: Machine) -> None:
+    machine.found = FOUND | {"base_lr": 0.1}
+    result = supple(*history("512,1000000,0.1", "1024,1010000,0.2"))
+    assert "as given" not in result.stderr and "learning rate: " in result.stderr
+
+
+@pytest.mark.parametrize("noise_scale", [None, 0.0])
+def test_one_size_and_no_noise_scale_loses_nothing_of_what_was_measured(
+    machine: Machine, noise_scale: float | None
+) -> None:
+    machine.found = FOUND | {"noise_scale": noise_scale}
+    result = supple(*history("512,1000000,0.1"))
+    assert "no noise scale could be measured" in result.stderr
+    assert batches(result) == {512: 3e-4}
+
+
+def test_a_batch_of_one_is_planned_on_one_worker(machine: Machine) -> None:
+    machine.found = FOUND | {"base_batch_size": 1}
+    result = supple("--max-workers", "8", "--json")
+    assert list(batches(result)) == [1]
+    assert "Counts above 1 are left out: every worker takes" in json.loads(result.stdout)["reason"]
