@@ -34,6 +34,14 @@ from supple.core.layouts import DEVICES, Transformer, fit_layouts
 from supple.core.types import Estimate
 
 TEN = Estimate(value=10.0, low=8.0, high=12.5, source="fitted")
+VTRAIN = "\n".join(
+    [
+        "num_gpus,global_batch_size,micro_batch_size,hidden_size,num_attention_heads,num_layers,"
+        "seq_length,tp,dp,pp,iteration_time_s",
+        *(f"4,{4 * k},1,1024,16,24,1024,1,4,1,-1" for k in range(1, 50)),
+    ]
+)
+"""Times that nobody can have measured."""
 PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
 
 
@@ -72,6 +80,13 @@ def test_a_large_task_does_not_hide_a_small_ones_coverage() -> None:
 def test_a_task_without_its_tables_says_which(task: str, tmp_path: Path) -> None:
     with pytest.raises(NothingToAsk, match=re.escape(TASKS[task])):
         measured(task, tmp_path)
+
+
+def test_a_table_that_is_refused_as_a_whole_is_told_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "vtrain").mkdir()
+    (tmp_path / "vtrain" / "rows.csv").write_text(VTRAIN)
+    with pytest.raises(NothingToAsk, match=r"refused: the measurement .* must be positive"):
+        measured("layouts", tmp_path)
 
 
 def test_a_figure_without_rows_is_left_out() -> None:

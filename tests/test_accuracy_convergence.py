@@ -202,6 +202,20 @@ def test_where_nobody_states_samples_the_largest_batch_is_taken_to_be_a_sound_on
     assert minutes.measure(tmp_path).metrics["minutes_error_median"] < 0.15
 
 
+def test_a_family_that_the_planner_refuses_is_counted_and_takes_no_other_with_it(
+    tmp_path: Path,
+) -> None:
+    references(tmp_path)
+    rows = [result(8 * 2**k, 512) for k in range(4)]
+    rows += [result(8 * 2**k, 512, submitter="odd") for k in range(4)]
+    rows[-3]["minutes_to_train_median"] = 1e4
+    write(tmp_path / "mlperf" / "results.csv", rows)
+    found = minutes.measure(tmp_path)
+    assert (len(found.points), found.metrics["minutes_refused"]) == (2, 2)
+    (told,) = (note for note in found.notes if note.startswith("refused, and not scored: 2"))
+    assert "took 10000 minutes" in told
+
+
 def test_epochs_are_foretold_and_blanks_are_bounds(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = []
     for k in range(7):

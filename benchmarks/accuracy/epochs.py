@@ -8,12 +8,23 @@ errors over the sizes that reached the target.
 import csv
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.accuracy.samples import straight_line
-from benchmarks.accuracy.score import Score, coverage, covered, median, p90, relative_errors
+from benchmarks.accuracy.score import (
+    NothingToAsk,
+    Score,
+    answered,
+    coverage,
+    covered,
+    median,
+    p90,
+    refusals,
+    relative_errors,
+)
 from supple.core.samples import Run, fit_samples
 from supple.core.types import Estimate
 
@@ -60,6 +71,10 @@ def mean_epochs(runs: Sequence[Run]) -> float:
     return float(np.mean([run.samples for run in runs if run.reached]))
 
 
+def expected(others: Sequence[Run], size: float) -> Estimate:
+    return fit_samples(others).predict(size)
+
+
 def measure(data: Path) -> Score:
     """Every size where at least half of the runs reached the target, over all targets; the mean
     of those runs is asked for."""
@@ -67,6 +82,7 @@ def measure(data: Path) -> Score:
     true: list[float] = []
     plain: list[float] = []
     bounds: list[bool] = []
+    refused: list[str] = []
     seeds: list[float] = []
     of: dict[Workload, list[int]] = defaultdict(list)
     for (name, _), sizes in sorted(read(data).items()):
@@ -75,7 +91,9 @@ def measure(data: Path) -> Score:
             continue
         for size, runs in sorted(sizes.items()):
             others = [run for other, group in sizes.items() if other != size for run in group]
-            estimate = fit_samples(others).predict(size)
+            estimate = answered(partial(expected, others, size), refused)
+            if estimate is None:
+                continue
             if size not in reached:
                 # As far as that can be checked: is the target expected later than they ran?
                 bounds.append(estimate.high >= max(run.samples for run in runs))
@@ -92,6 +110,8 @@ def measure(data: Path) -> Score:
             if len(runs) > 1:
                 own = [run.samples for run in runs if run.reached]
                 seeds += [abs(one / true[-1] - 1.0) for one in own]
+    if not true:
+        raise NothingToAsk("no workload with enough batch sizes that the planner answers")
     errors = relative_errors([estimate.value for estimate in found], true)
     baseline = relative_errors(plain, true)
     held = covered(found, true)
@@ -109,6 +129,7 @@ def measure(data: Path) -> Score:
         f"intervals hold {100 * np.mean(np.array(held)[index]):.0f} %"
         for name, index in of.items()
     ]
+    notes += refusals(refused)
     if bounds:
         notes.append(
             f"sizes where most runs missed the target: {len(bounds)}; the interval reaches beyond "
@@ -123,6 +144,7 @@ def measure(data: Path) -> Score:
             "epochs_error_p90": p90(errors),
             "epochs_error_p90_baseline": p90(baseline),
             "epochs_interval_coverage": coverage(held),
+            "epochs_refused": len(refused),
         },
         covered=held,
         notes=notes,

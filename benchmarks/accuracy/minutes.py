@@ -10,12 +10,23 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.accuracy import samples as references
-from benchmarks.accuracy.score import Score, coverage, covered, median, p90, relative_errors
+from benchmarks.accuracy.score import (
+    NothingToAsk,
+    Score,
+    answered,
+    coverage,
+    covered,
+    median,
+    p90,
+    refusals,
+    relative_errors,
+)
 from supple.core.estimates import exact
 from supple.core.samples import Run
 from supple.core.time_to_target import FinishedRun, fit_time_to_target
@@ -132,10 +143,14 @@ def measure(data: Path) -> Score:
     jumps: list[float] = []
     spreads: list[float] = []
     needed: list[float] = []
+    refused: list[str] = []
     by_benchmark: dict[str, list[int]] = defaultdict(list)
     for key, seen, asked in cases(families):
+        told = answered(partial(ours, key, seen, asked, known), refused)
+        if told is None:
+            continue
+        estimate, samples = told
         by_benchmark[key[3]].append(len(true))
-        estimate, samples = ours(key, seen, asked, known)
         found.append(estimate)
         true.append(asked.minutes)
         workers = np.log([result.num_workers for result in seen])
@@ -146,6 +161,8 @@ def measure(data: Path) -> Score:
         spreads.append(asked.spread)
         if asked.samples:
             needed.append(abs(samples.value / asked.samples - 1.0))
+    if not true:
+        raise NothingToAsk("no family with enough counts that the planner answers")
     errors = relative_errors([estimate.value for estimate in found], true)
     plain = relative_errors(power, true)
     held = covered(found, true)
@@ -169,6 +186,7 @@ def measure(data: Path) -> Score:
         f"{name}: {len(index)}, median {100 * median(errors[index]):.1f} %"
         for name, index in sorted(by_benchmark.items())
     ]
+    notes += refusals(refused)
     return Score(
         task="minutes",
         shows="minutes to train",
@@ -178,6 +196,7 @@ def measure(data: Path) -> Score:
             "minutes_error_p90": p90(errors),
             "minutes_error_p90_baseline": p90(plain),
             "minutes_interval_coverage": coverage(held),
+            "minutes_refused": len(refused),
         },
         covered=held,
         notes=notes,

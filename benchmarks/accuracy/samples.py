@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,17 @@ import numpy as np
 
 from benchmarks.accuracy import noise_scale
 from benchmarks.accuracy.samples_floor import floor, straight_line
-from benchmarks.accuracy.score import Score, coverage, covered, median, p90, relative_errors
+from benchmarks.accuracy.score import (
+    NothingToAsk,
+    Score,
+    answered,
+    coverage,
+    covered,
+    median,
+    p90,
+    refusals,
+    relative_errors,
+)
 from supple.core.samples import Run, fit_samples
 from supple.core.types import Estimate
 
@@ -107,6 +118,7 @@ def measure(data: Path) -> Score:
     seeds: list[float] = []
     recipes: list[float] = []
     curves: dict[str, list[Run]] = {}
+    refused: list[str] = []
     for benchmark, sizes in sorted(read(data).items()):
         for said in sizes.values():
             recipes += [
@@ -118,17 +130,25 @@ def measure(data: Path) -> Score:
         if len(runs) < 3:
             continue
         curves[benchmark] = runs
-        true = [run.samples for run in runs]
+        true: list[float] = []
         seeds += [run.relative_error for run in runs]
         found: list[Estimate] = []
         plain: list[float] = []
         for index, run in enumerate(runs):
             others = runs[:index] + runs[index + 1 :]
-            found.append(fit_samples(others).predict(run.batch_size, run.lr))
+            told = answered(partial(expected, others, run), refused)
+            if told is None:
+                continue
+            found.append(told)
+            true.append(run.samples)
             plain.append(straight_line(others, run.batch_size))
+        if not found:
+            continue
         points += zip(found, true, strict=True)
         ours[benchmark] = list(relative_errors([e.value for e in found], true))
         theirs[benchmark] = list(relative_errors(plain, true))
+    if not points:
+        raise NothingToAsk("no benchmark with three batch sizes that the planner answers")
     held = covered([e for e, _ in points], [t for _, t in points])
     notes = [
         f"{name}: {len(errors)} sizes, median {100 * median(errors):.1f} %, worst "
@@ -139,6 +159,7 @@ def measure(data: Path) -> Score:
     notes.append(
         f"standard error of the asked means over seeds, median: {100 * median(seeds):.1f} %"
     )
+    notes += refusals(refused)
     metrics = scores(ours, "") | scores(theirs, "_baseline")
     if recipes:
         apart = [abs(ratio - 1.0) for ratio in recipes]
@@ -159,6 +180,7 @@ def measure(data: Path) -> Score:
             f"{100 * lowest.law_worst:.0f} %"
         )
     metrics["samples_interval_coverage"] = coverage(held)
+    metrics["samples_refused"] = len(refused)
     alone, said_alone = noise_scale.measure(data)
     metrics |= alone
     notes += said_alone
@@ -170,6 +192,10 @@ def measure(data: Path) -> Score:
         points=points,
         shows="samples to the target",
     )
+
+
+def expected(others: list[Run], asked: Run) -> Estimate:
+    return fit_samples(others).predict(asked.batch_size, asked.lr)
 
 
 def scores(errors: dict[str, list[float]], suffix: str) -> dict[str, float]:

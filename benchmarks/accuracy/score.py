@@ -1,12 +1,15 @@
 """What every task of the accuracy benchmark hands back, and the arithmetic they share."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from supple.core.types import Estimate
+
+T = TypeVar("T")
 
 
 class NothingToAsk(Exception):
@@ -28,6 +31,21 @@ class Score:
     """Predicted and measured, for the pictures; a sample of them will do."""
     shows: str = ""
     """What the points are, with their unit."""
+
+
+def answered(ask: Callable[[], T], refused: list[str]) -> T | None:
+    """What the planner says; None, with the reason in `refused`, where it refuses what it was
+    given. A refusal is not scored, but counted (`refusals`)."""
+    try:
+        return ask()
+    except ValueError as why:
+        refused.append(str(why))
+        return None
+
+
+def refusals(refused: Sequence[str]) -> list[str]:
+    """A note of them, if there are any."""
+    return [f"refused, and not scored: {len(refused)}, such as: {refused[0]}"] if refused else []
 
 
 def relative_errors(predicted: npt.ArrayLike, measured: npt.ArrayLike) -> npt.NDArray[np.float64]:

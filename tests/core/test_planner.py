@@ -116,6 +116,13 @@ def test_a_least_count_without_a_sample_for_every_worker_is_refused() -> None:
     assert "the largest batch this job may have is 1 sample." in str(found)
 
 
+@pytest.mark.parametrize(("dataset_size", "steps"), [(512, 2), (513, 3), (1, 1)])
+def test_every_epoch_ends_with_a_whole_step(dataset_size: int, steps: int) -> None:
+    row = row_for(job(dataset_size=dataset_size, epochs=3, noise_scale=None), Limits(), 2)
+    spent = row.time_to_end_s.value - 5.0
+    assert spent == pytest.approx(3 * steps * row.step_time_s.value)
+
+
 def test_the_knee_is_where_a_worker_adds_half_of_one() -> None:
     found = table(plan(job(), Limits(), Objective()))
     rows, knee = found.rows, found.recommended

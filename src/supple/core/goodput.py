@@ -94,6 +94,22 @@ def _from_history(samples: SamplesModel, base_batch: int, batch: int) -> Estimat
     return samples.efficiency(base_batch, batch)
 
 
+def steps_to_end(samples: float, epochs: int, batch: int, useful: Estimate) -> Estimate:
+    """Steps of `batch`, which is worth `useful`, for `epochs` of so many `samples` at the base
+    batch: whole ones in every epoch, since the last batch of one is smaller where the size does not
+    divide it."""
+
+    def whole(efficiency: float) -> float:
+        return float(epochs * math.ceil(samples / (batch * efficiency) - 1e-9))
+
+    return Estimate(
+        value=whole(useful.value),
+        low=whole(useful.high),
+        high=whole(useful.low),
+        source=useful.source,
+    )
+
+
 def gain(noise_scale: float, base_batch: float, batch: float) -> float:
     """Steps of the base batch that one step at `batch` is worth: (M/M0) (phi + M0) / (phi + M)."""
     return efficiency(noise_scale, base_batch, batch) * batch / base_batch

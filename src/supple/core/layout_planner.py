@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from supple.core.choice import PlanTable, choose
 from supple.core.estimates import exact, over, times
-from supple.core.goodput import family_of, largest_batch_ratio, worth
+from supple.core.goodput import family_of, largest_batch_ratio, steps_to_end, worth
 from supple.core.layout_form import check_layers
 from supple.core.layout_memory import memory_parts, num_parameters, optimizer_bytes, peak_memory
 from supple.core.layouts import LayoutModel, LayoutRun, Model, Transformer
@@ -195,7 +195,8 @@ def _row(job: LayoutJob, limits: Limits, run: LayoutRun, batch: int, first: Plan
     rate = over(batch, step)
     useful = _useful(job, batch)
     goodput = times(rate, useful)
-    time_to_end = times(step, _steps(job, batch, useful))
+    an_epoch = job.total_samples / job.epochs
+    time_to_end = times(step, steps_to_end(an_epoch, job.epochs, batch, useful))
     hours = times(time_to_end, exact(count / 3600.0))
     lr, _ = planned_rate(
         job.tuned,
@@ -234,21 +235,6 @@ def _as_many(count: int, goodput: Estimate) -> Estimate:
     interval, but of a speed no surer than its source."""
     unit = float(count)
     return Estimate(value=unit, low=unit, high=unit, source=goodput.source)
-
-
-def _steps(job: LayoutJob, batch: int, useful: Estimate) -> Estimate:
-    """Until the end, whole ones, in every epoch."""
-    an_epoch = job.total_samples / job.epochs
-
-    def whole(efficiency: float) -> float:
-        return float(job.epochs * math.ceil(an_epoch / (batch * efficiency) - 1e-9))
-
-    return Estimate(
-        value=whole(useful.value),
-        low=whole(useful.high),
-        high=whole(useful.low),
-        source=useful.source,
-    )
 
 
 def _speedup(job: LayoutJob, run: LayoutRun, batch: int, first: Plan) -> Estimate:

@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 
 from supple.core.choice import PlanTable, choose, in_words, knee
 from supple.core.estimates import exact, over, plus, times
-from supple.core.goodput import OptimizerFamily, best_global_batch, largest_batch_ratio, worth
+from supple.core.goodput import (
+    OptimizerFamily,
+    best_global_batch,
+    largest_batch_ratio,
+    steps_to_end,
+    worth,
+)
 from supple.core.learning_rate import TunedRate, planned_rate
 from supple.core.memory import MemoryModel
 from supple.core.samples import SamplesModel
@@ -170,8 +176,7 @@ def row_for(job: JobModel, limits: Limits, count: int, *, batch_size: int | None
     rate = over(size, step)
     useful = _efficiency(job, size)
     goodput = times(rate, useful)
-    samples = job.dataset_size * job.epochs
-    training = over(samples, goodput)
+    training = times(step, steps_to_end(job.dataset_size, job.epochs, size, useful))
     time_to_end = plus(training, job.startup_s)
     hours = times(time_to_end, exact(count / 3600.0))
     price = limits.price_per_hour
