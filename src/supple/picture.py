@@ -16,7 +16,7 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-from supple.core.choice import PlanTable, in_words
+from supple.core.choice import PlanTable, in_digits, in_words
 from supple.core.spec import Objective, SpecError
 from supple.core.types import Estimate, Plan
 from supple.eventlog import last_run
@@ -244,7 +244,7 @@ def draw_plan(
         f"{title}: {count} recommended",
         f"{_time_label(choice.time_to_end_s.value)} to the end"
         f" ({_time_label(choice.time_to_end_s.low)} to {_time_label(choice.time_to_end_s.high)}),"
-        f" {money}, {choice.speedup.value / table.unit:.2f} × the speed of"
+        f" {money}, {in_digits(choice.speedup.value / table.unit)} × the speed of"
         f" {'one worker' if table.unit == 1 else in_words(table.unit)},"
         f" batch {choice.batch.global_batch_size:,},"
         f" learning rate {choice.batch.lr:.3g}",

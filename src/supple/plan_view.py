@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from supple.core.choice import PlanTable
+from supple.core.choice import PlanTable, in_digits
 from supple.core.layout_planner import describe
 from supple.core.spec import KNEE_RULE
 from supple.core.types import Estimate, Infeasible, Plan
@@ -67,20 +67,20 @@ def _columns(rows: Sequence[Plan]) -> dict[str, list[str]]:
         "batch": [str(row.batch.global_batch_size) for row in rows],
         "lr": [f"{row.batch.lr:.3g}" for row in rows],
         "step": [_range_in(row.step_time_s, _step_unit) for row in rows],
-        "samples/s": [_plain(row.samples_per_s, _grouped) for row in rows],
+        "samples/s": [_plain(row.samples_per_s, in_digits) for row in rows],
         "effic.": [_plain(row.efficiency, "{:.2f}".format) for row in rows],
-        "goodput": [_plain(row.goodput, _grouped) for row in rows],
+        "goodput": [_plain(row.goodput, in_digits) for row in rows],
         "speed-up": [_range(row.speedup, _speed) for row in rows],
         "memory": [_range_in(row.memory_bytes, _size_unit) for row in rows],
         "time": [_range(row.time_to_end_s, _long_time) for row in rows],
-        "acc.-hours": [_range(row.accelerator_hours, _grouped) for row in rows],
+        "acc.-hours": [_range(row.accelerator_hours, in_digits) for row in rows],
     }
     if any(row.layout.world_size > row.layout.dp_replicate for row in rows):
         layouts = [describe(row.layout) + (" recompute" * row.recompute) for row in rows]
         cells = {"workers": cells.pop("workers"), "layout": layouts, **cells}
     costs = [row.cost for row in rows if row.cost is not None]
     if len(costs) == len(rows):
-        cells["cost"] = [_range(cost, _grouped) for cost in costs]
+        cells["cost"] = [_range(cost, in_digits) for cost in costs]
     return cells
 
 
@@ -129,27 +129,22 @@ def _range_in(estimate: Estimate, unit_for: Callable[[float], tuple[float, str]]
     if not estimate.high:
         return "?"
     scale, unit = unit_for(estimate.high)
-    return f"{_range(estimate, lambda number: _grouped(number / scale))} {unit}"
+    return f"{_range(estimate, lambda number: in_digits(number / scale))} {unit}"
 
 
 def _expected(row: Plan) -> str:
     """What the intervals of a row are around."""
     scale, unit = _step_unit(row.step_time_s.value)
-    cost = "" if row.cost is None else f", cost {_grouped(row.cost.value)}"
+    cost = "" if row.cost is None else f", cost {in_digits(row.cost.value)}"
     return (
-        f"Expected there: {_grouped(row.step_time_s.value / scale)} {unit} a step, "
+        f"Expected there: {in_digits(row.step_time_s.value / scale)} {unit} a step, "
         f"{_long_time(row.time_to_end_s.value)} to the end, "
-        f"{_grouped(row.accelerator_hours.value)} accelerator-hours{cost}."
+        f"{in_digits(row.accelerator_hours.value)} accelerator-hours{cost}."
     )
 
 
 def _speed(times: float) -> str:
-    return f"{times:.2f}" if times < 100 else _grouped(times)
-
-
-def _grouped(number: float) -> str:
-    """Three digits: "0.00234", "12.3", "4,560"."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+    return f"{times:.2f}" if times < 100 else in_digits(times)
 
 
 def _step_unit(seconds: float) -> tuple[float, str]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.choice import PlanTable
+from supple.core.choice import PlanTable, in_digits
 from supple.core.interconnects import lookup
 from supple.core.layout_memory import peak_memory
 from supple.core.layout_planner import LayoutJob, describe, plan_layouts, run_of, runs_for
@@ -198,8 +198,8 @@ def test_speed_ups_hold_the_doubt_about_the_row_that_sets_the_unit() -> None:
 def test_the_speed_of_the_fewest_that_fit_is_not_called_that_of_one_worker() -> None:
     found = table()
     count, unit = found.choice.num_workers, found.rows[0].num_workers
-    times = found.choice.speedup.value / unit
-    told = f"{count} workers: {times:.2f} times the speed of {unit} workers, the fewest here that"
+    times = in_digits(found.choice.speedup.value / unit)
+    told = f"{count} workers: {times} times the speed of {unit} workers, the fewest here that"
     assert found.unit == unit == 2 and found.reason.startswith(told)
     assert table(max_workers=2).reason.startswith("2 workers, the fewest here that the job")
     roomy = table(replace(JOB, memory_bytes=1e12))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -134,6 +135,16 @@ def test_the_knee_is_where_a_worker_adds_half_of_one() -> None:
         after.num_workers - before.num_workers
     )
     assert "of a worker's speed for every worker added" in found.reason
+
+
+def test_a_count_that_would_be_slower_is_told_so() -> None:
+    steps = [
+        measured(1, 256),
+        replace(measured(2, 128), step_time_s=10.0 * measured(1, 256).step_time_s),
+    ]
+    slow = fit(steps, gradient_bytes=GRADIENT_BYTES, link=lookup("ethernet-10"), workers_per_node=2)
+    reason = table(plan(job(step_time=slow), Limits(max_workers=2), Objective())).reason
+    assert reason.startswith("1 worker; 2 would be slower. Rule: ")
 
 
 def test_a_deadline_takes_the_cheapest_row_that_surely_meets_it() -> None:

@@ -84,13 +84,15 @@ def _knee_reason(rows: Sequence[Plan], index: int, unit: int) -> str:
     head = in_words(row.num_workers)
     if row.num_workers != unit:
         than = "one worker" if unit == 1 else f"{in_words(unit)}, {_FEWEST}"
-        head += f": {row.speedup.value / unit:.2f} times the speed of {than}"
+        head += f": {in_digits(row.speedup.value / unit)} times the speed of {than}"
     elif unit > 1:
         head += f", {_FEWEST}"
     if index + 1 == len(rows):
         return f"{head}; it is the largest count in the table. Rule: {KNEE_RULE}."
     after = rows[index + 1]
     gained = after.speedup.value - row.speedup.value
+    if gained <= 0.0:
+        return f"{head}; {after.num_workers} would be slower. Rule: {KNEE_RULE}."
     added = after.num_workers - row.num_workers
     return (
         f"{head}; going to {after.num_workers} would add {gained / added:.2f} of a worker's speed "
@@ -154,6 +156,11 @@ def _for_budget(rows: tuple[Plan, ...], budget: float, limits: Limits) -> PlanTa
 def in_words(count: int) -> str:
     """1 worker, 2 workers."""
     return "1 worker" if count == 1 else f"{count} workers"
+
+
+def in_digits(number: float) -> str:
+    """Three digits: "0.00234", "12.3", "4,560"."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _time(seconds: float) -> str:
