@@ -1,9 +1,13 @@
 """A script's errors, told as its author wants them."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from supple.train.script import memory_advice, user_traceback
+from supple.core.spec import SpecError
+from supple.train.script import memory_advice, run, user_traceback
 
 
 def raised(act) -> BaseException:
@@ -36,3 +40,41 @@ def test_a_traceback_has_the_scripts_frames_and_the_message() -> None:
     told = user_traceback(raised(in_the_script))
     assert "in in_the_script" in told
     assert told.endswith("KeyError: 'label'")
+
+
+def ended(tmp_path: Path, body: str) -> str:
+    script = tmp_path / "ends.py"
+    script.write_text(
+        f"import argparse\nimport sys\n{body}\ndef train(job):\n    job.append(sys.argv)\n"
+    )
+    with pytest.raises(SpecError) as caught:
+        run(str(script), "train", [])
+    return str(caught.value)
+
+
+def test_a_script_that_ends_the_program_is_told_where_and_what_to_do(tmp_path: Path) -> None:
+    told = ended(tmp_path, "sys.exit('no data')")
+    for words in ("ends.py, line 3, called sys.exit('no data')", "Return from the", "__main__"):
+        assert words in told
+
+
+def test_a_script_that_asks_for_arguments_is_told_which_and_what_to_do(tmp_path: Path) -> None:
+    told = ended(
+        tmp_path,
+        "p = argparse.ArgumentParser()\np.add_argument('data')\np.parse_args()",
+    )
+    for words in (
+        "line 5, reads a command line",
+        "required: data)",
+        "Give every argument a default",
+    ):
+        assert words in told
+
+
+def test_a_script_sees_an_empty_command_line_and_ours_comes_back(tmp_path: Path) -> None:
+    script = tmp_path / "sees.py"
+    script.write_text("import sys\ndef train(job):\n    job.append(list(sys.argv))\n")
+    seen: list[list[str]] = []
+    ours = list(sys.argv)
+    run(str(script), "train", seen)
+    assert (seen, sys.argv) == ([[str(script)]], ours)

@@ -145,7 +145,7 @@ def load_model(
     try:
         found.loader.exec_module(module)
         user: Any = getattr(module, class_name)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelFault(f"{target} could not be made:\n{user_traceback(error)}") from None
     return ServedModel(user, name=name or Path(path).stem, weights=weights)
 
@@ -180,7 +180,7 @@ class ServedModel:
         if load is not None:
             try:
                 load(*arguments)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise ModelFault(f"load() of {what} raised:\n{user_traceback(error)}") from None
 
     def renewed(self, weights: str) -> "ServedModel":

@@ -5,7 +5,8 @@ import difflib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,48 @@ def load(script: str, function: str) -> Callable[[Any], None]:
     sys.modules[_MODULE] = module
     spec.loader.exec_module(module)
     return getattr(module, function)
+
+
+@contextmanager
+def without_a_command_line(script: str) -> Iterator[None]:
+    """While the script's code runs: its command line is empty (ours is none of its business), and
+    an attempt to end the program raises `SpecError`."""
+    ours, sys.argv = sys.argv, [script]
+    try:
+        yield
+    except SystemExit as end:
+        raise SpecError(_ended(script, end)) from None
+    finally:
+        sys.argv = ours
+
+
+def run(script: str, function: str, job: Any) -> None:
+    """The training function with `job`, in this process. What it prints goes to stderr: stdout is
+    for the command's answer. Raises what the script raises; `SpecError` where it ends itself."""
+    with without_a_command_line(script), redirect_stdout(sys.stderr):
+        load(script, function)(job)
+
+
+def _ended(script: str, end: SystemExit) -> str:
+    """What happened, and what to do, where a script ended the program."""
+    frames = list(traceback.walk_tb(end.__traceback__))
+    file = Path(script).resolve()
+    lines = [line for frame, line in frames if Path(frame.f_code.co_filename).resolve() == file]
+    where = f", line {lines[-1]}," if lines else ""
+    parsers = [frame for frame, _ in frames if Path(frame.f_code.co_filename).name == "argparse.py"]
+    advice = 'move it under `if __name__ == "__main__":`, which Supple does not run'
+    if parsers:
+        said = parsers[-2].f_locals.get("message") if len(parsers) > 1 else None
+        return (
+            f"the script {script}{where} reads a command line{f' ({said})' if said else ''}, and "
+            "Supple runs it without one: it imports the file and calls its function. Give every "
+            f"argument a default, or {advice}."
+        )
+    return (
+        f"the script {script}{where} called sys.exit({end.code!r}) while Supple ran it: a script "
+        "that ends itself cannot be measured or trained to its end. Return from the function "
+        f"instead; what belongs to running the file by itself, {advice}."
+    )
 
 
 def user_traceback(error: BaseException, *, whole: bool = False) -> str:
