@@ -186,7 +186,7 @@ def test_the_help_of_train_documents_its_exit_codes() -> None:
 def test_refusing_imports_neither_torch_nor_ray() -> None:
     program = (
         "import sys\n"
-        "from supple.cli import main\n"
+        "from supple.__main__ import main\n"
         "try:\n    main()\n"
         "except SystemExit as end:\n"
         "    heavy = {'torch', 'ray', 'matplotlib'} & sys.modules.keys()\n"
@@ -398,7 +398,7 @@ def test_doctor_says_what_to_do_about_a_problem(monkeypatch: pytest.MonkeyPatch)
 
 def real(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "supple.cli", *arguments],
+        [sys.executable, "-m", "supple", *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -21,6 +21,7 @@ from supple import (
     cli_profile,
     cli_serve,
 )
+from supple.__main__ import main
 from supple.cli_simulate import simulate_app
 from supple.cluster.control import ask, refuse_second, running_jobs
 from supple.core.spec import (
@@ -34,6 +35,8 @@ from supple.core.spec import (
 )
 from supple.refusals import FAILED, messages, refuse_used_port, split_target
 from supple.train.script import check
+
+__all__ = ["app", "main"]  # main: where scripts of earlier installations look for it
 
 app = typer.Typer(
     add_completion=False,
@@ -281,12 +284,3 @@ def doctor(
 cli_serve.register(app)
 cli_load.register(app)
 cli_profile.register(app)
-
-
-def main() -> None:
-    """The `supple` command."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 
 import typer
 
+from supple import output
 from supple.core.spec import SpecError
 
 REFUSED, FAILED = 2, 1
@@ -21,8 +22,8 @@ def messages(verbose: bool = False) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        if verbose:
-            raise
+        if verbose or (isinstance(error, OSError) and output.lost()):
+            raise  # what could not be printed is told by the entry point
         if isinstance(error, SpecError):
             typer.echo(f"supple: {error}", err=True)
             raise typer.Exit(REFUSED) from None
