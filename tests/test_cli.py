@@ -42,11 +42,14 @@ def in_a_folder_with_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "good.py": GOOD,
         "nothing.py": "x = 1\n",
         "other.py": "def main(job):\n    pass\n",
+        "model.py": "class Model:\n    def predict(self, batch):\n        return {}\n",
         "two.py": "def train(job, more):\n    pass\n",
         "broken.py": "def train(job:\n",
     }.items():
         Path(name).write_text(source)
     Path("folder.py").mkdir()
+    Path("pictures.png").mkdir()
+    Path("pictures").mkdir()
     Path("a_file").write_text("")
     Path("not_a_checkpoint").mkdir()
 
@@ -113,6 +116,19 @@ REFUSALS: dict[str, tuple[str, list[str]]] = {
     "plan good.py --history none.csv": ("none.csv cannot be read", ["Give a CSV file"]),
     "plan good.py --plot plan.txt": ("plan.txt", [".png"]),
     "plan good.py --plot nowhere/plan.png": ("no folder nowhere", []),
+    "plan good.py --plot pictures.png": ("pictures.png is a folder", ["pictures.png/pictures.png"]),
+    "plan good.py --plot pictures": ("pictures is a folder", ["Give a file"]),
+    f"plan good.py --plot {'x' * 300}.png": ("cannot be written: File name too long", []),
+    "layouts --hidden 64 --layers 2 --heads 2 --samples 99 --batch-size 9 --plot pictures.png": (
+        "--plot pictures.png is a folder",
+        [],
+    ),
+    "inference --parameters 8B --plot pictures.png": ("--plot pictures.png is a folder", []),
+    "load http://x --rate 1 --plot pictures.png": ("--plot pictures.png is a folder", []),
+    "simulate serve a.csv --slo p99=1s --service 1s --plot pictures.png": ("is a folder", []),
+    "profile model.py:Model --plot pictures.png": ("--plot pictures.png is a folder", []),
+    "profile model.py:Model --out pictures.png": ("--out pictures.png is a folder", []),
+    "profile model.py:Model --out nowhere/p.json": ("no folder nowhere", ["Make it first"]),
     # what is on the disk
     "train good.py --resume": ("no good checkpoint", ["Start without --resume"]),
     "train good.py --resume latest": ("no good checkpoint", ["--name"]),
@@ -138,6 +154,21 @@ def test_it_refuses_with_one_message_and_exit_code_2(arguments: str) -> None:
         assert words in result.stderr
     assert "Traceback" not in result.output
     assert result.stdout == ""
+
+
+def test_a_picture_that_is_there_is_left_as_it_is_until_there_is_a_new_one() -> None:
+    Path("old.png").write_bytes(b"old")
+    supple("plan", "absent.py", "--plot", "old.png")
+    supple("plan", "absent.py", "--plot", "new.PNG")
+    assert Path("old.png").read_bytes() == b"old"
+    assert not Path("new.PNG").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to_is_refused_before_any_work() -> None:
+    Path("closed").mkdir(mode=0o500)
+    told = supple("plan", "good.py", "--plot", "closed/plan.png")
+    assert told.exit_code == 2 and "cannot be written: Permission denied" in told.stderr
 
 
 @pytest.mark.parametrize("option", ["--max-workers", "--workers-per-node", "--measure-workers"])

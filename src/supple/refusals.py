@@ -4,6 +4,7 @@ told: one message on stderr, exit code 2 for a refusal and 1 for a failure."""
 import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import typer
 
@@ -51,6 +52,30 @@ def refuse_used_port(port: int, option: str = "--port") -> None:
                 f"{option} {port} cannot be used: {error.strerror}. Give another, or 0 to take a "
                 "free one."
             ) from None
+
+
+def refuse_unwritable(path: Path, option: str) -> None:
+    """Raise `SpecError` unless a file can be written at `path`, whose folder exists. Leaves what is
+    there as it is."""
+    advice = "Give a file in a folder that may be written to."
+    try:
+        if path.is_dir():
+            raise SpecError(
+                f"{option} {path} is a folder. Give a file, such as {path / path.name}."
+            )
+        if not path.resolve().parent.is_dir():
+            raise SpecError(f"{option} {path}: there is no folder {path.parent}. Make it first.")
+        is_new = not path.exists()
+        if not is_new and not path.is_file():
+            raise SpecError(f"{option} {path} is no ordinary file. {advice}")
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except (OSError, ValueError) as error:
+        if isinstance(error, SpecError):
+            raise
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SpecError(f"{option} {path} cannot be written: {why}. {advice}") from None
 
 
 def split_target(target: str) -> tuple[str, str]:
