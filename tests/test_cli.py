@@ -17,6 +17,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from supple import __version__
 from supple.cli import app, with_bare_resume
 from supple.cluster.control import ControlServer
 from supple.cluster.controller import Outcome
@@ -202,6 +203,25 @@ def test_every_command_helps_with_an_example(command: str) -> None:
     result = supple(command, "--help")
     assert result.exit_code == 0
     assert f"supple {command}" in result.stdout.partition("Example")[2]
+
+
+def test_the_help_lists_every_command_in_one_whole_line() -> None:
+    listed = supple("--help").stdout.partition("Commands:\n")[2].splitlines()[: len(COMMANDS) + 2]
+    assert {line.split()[0] for line in listed} == {*COMMANDS, "minutes", "inference"}
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
+
+
+def test_the_version_is_told_and_h_is_help() -> None:
+    assert supple("--version").stdout == f"supple {__version__}\n"
+    assert supple("plan", "-h").stdout == supple("plan", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [("trian", "'train'"), ("Plan", "'plan'"), ("plan good.py --dedline 2h", "--deadline")],
+)
+def test_a_misspelt_word_comes_with_the_right_one(wrong: str, words: str) -> None:
+    assert words in supple(*wrong.split()).stderr
 
 
 def test_the_help_of_plan_states_the_rule_of_the_knee() -> None:
