@@ -46,6 +46,7 @@ def in_a_folder_with_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "model.py": "class Model:\n    def predict(self, batch):\n        return {}\n",
         "two.py": "def train(job, more):\n    pass\n",
         "broken.py": "def train(job:\n",
+        "nul.py": "x = 1\0\n",
     }.items():
         Path(name).write_text(source)
     Path("folder.py").mkdir()
@@ -70,6 +71,11 @@ REFUSALS: dict[str, tuple[str, list[str]]] = {
     "train two.py": ("takes 2 arguments", ["exactly one"]),
     "train broken.py": ("not valid Python", ["line 1"]),
     "plan absent.py": ("absent.py does not exist", []),
+    f"plan {'x' * 300}.py": ("cannot be read: File name too long", []),
+    "plan nul.py": ("nul.py is not valid Python", ["null bytes"]),
+    f"serve {'x' * 300}.py:Model": ("cannot be read: File name too long", []),
+    "serve folder.py:Model": ("folder.py is a folder", ["app.py:Model"]),
+    "serve nul.py:Model": ("nul.py is not valid Python", ["null bytes"]),
     "plan nothing.py": ("no function train(job)", []),
     # counts
     "train good.py --workers 4:2": ("MIN 4 is above MAX 2", ["--workers 2:4"]),
@@ -85,6 +91,9 @@ REFUSALS: dict[str, tuple[str, list[str]]] = {
     "train good.py --cpus-per-worker 0": ("--cpus-per-worker is 0", ["more than 0"]),
     "train good.py --cpus-per-worker nan": ("--cpus-per-worker is nan", []),
     "train good.py --gpus-per-worker -1": ("--gpus-per-worker is -1", []),
+    "train good.py --gpus-per-worker inf": ("--gpus-per-worker is inf", ["0 to 1024"]),
+    "train good.py --gpus-per-worker nan": ("--gpus-per-worker is nan", []),
+    f"train good.py --seed {2**63}": (f"--seed is {2**63}", ["seeds end at"]),
     "train good.py --port 70000": ("--port is 70000", ["65535"]),
     "train good.py --port -1": ("--port is -1", []),
     "train good.py --seed -1": ("--seed is -1", []),
@@ -176,6 +185,18 @@ def test_a_folder_that_may_not_be_written_to_is_refused_before_any_work() -> Non
 def test_an_empty_number_is_no_number(option: str) -> None:
     """What a shell makes of a variable that is not set."""
     assert f"{option} is '': not a whole number" in supple("plan", "good.py", option, "").stderr
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "layouts", "memory"])
+def test_an_empty_path_is_no_script(command: str) -> None:
+    result = supple(command, "", *(("--name", "x") if command == "train" else ()))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "the script '' does not exist" in result.stderr
+
+
+def test_an_empty_checkpoint_is_none() -> None:
+    told = supple("train", "good.py", "--resume", "")
+    assert told.exit_code == 2 and "--resume '': no such checkpoint" in told.stderr
 
 
 def test_a_rule_that_a_fixed_batch_does_not_use_is_said() -> None:

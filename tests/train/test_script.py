@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from supple.core.spec import SpecError
-from supple.train.script import memory_advice, run, user_traceback
+from supple.train.script import check, memory_advice, run, user_traceback
 
 
 def raised(act) -> BaseException:
@@ -78,3 +78,21 @@ def test_a_script_sees_an_empty_command_line_and_ours_comes_back(tmp_path: Path)
     ours = list(sys.argv)
     run(str(script), "train", seen)
     assert (seen, sys.argv) == ([[str(script)]], ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("bom.py", b"\xef\xbb\xbfdef train(job):\n    job.append(1)\n"),
+        ("latin.py", b"# -*- coding: latin-1 -*-\ndef train(job):\n    job.append(1)  # \xe9\n"),
+        ("script.txt", b"def train(job):\n    job.append(1)\n"),
+        ("\u00fcber uns.py", b"def train(job):\n    job.append(1)\n"),
+    ],
+)
+def test_what_python_runs_is_a_script(tmp_path: Path, name: str, source: bytes) -> None:
+    script = tmp_path / name
+    script.write_bytes(source)
+    check(str(script), "train")
+    done: list[int] = []
+    run(str(script), "train", done)
+    assert done == [1]

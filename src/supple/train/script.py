@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,25 @@ _MODULE = "supple_user_script"
 def check(script: str, function: str) -> None:
     """Raise `SpecError` unless `script` is Python and defines `function` taking one argument."""
     path = Path(script)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
-        hint = f" Did you mean {path.with_name(near[0])}?" if near else ""
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise SpecError(f"the script {script} {what}.{hint} Give the path of a Python file.")
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=script)
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        source = path.read_bytes() if script and path.is_file() else None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SpecError(f"the script {script} cannot be read: {why}. Give another.") from None
+    if source is None:
+        is_folder = bool(script) and path.is_dir()
+        near = [] if is_folder else difflib.get_close_matches(path.name, _names_beside(path), n=1)
+        hint = f" Did you mean {path.with_name(near[0])}?" if near else ""
+        what = "is a folder" if is_folder else "does not exist"
+        name = script or "''"
+        raise SpecError(f"the script {name} {what}.{hint} Give the path of a Python file.")
+    try:
+        tree = ast.parse(source, filename=script)
+    except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         where = f"line {line}: " if line else ""
-        raise SpecError(f"the script {script} is not valid Python: {where}{error}.") from None
+        why = error.msg if isinstance(error, SyntaxError) else error
+        raise SpecError(f"the script {script} is not valid Python: {where}{why}.") from None
     functions = {
         node.name: len(node.args.posonlyargs) + len(node.args.args)
         for node in tree.body
@@ -66,11 +75,13 @@ def load(script: str, function: str) -> Callable[[Any], None]:
     folder = str(Path(script).resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(_MODULE, script)
-    assert spec is not None and spec.loader is not None
+    # Whatever its name ends in.
+    loader = SourceFileLoader(_MODULE, script)
+    spec = importlib.util.spec_from_file_location(_MODULE, script, loader=loader)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[_MODULE] = module
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     return getattr(module, function)
 
 
@@ -155,6 +166,10 @@ def memory_advice(error: BaseException, num_samples: int) -> str:
 
 def _names_beside(path: Path) -> list[str]:
     try:
-        return [entry.name for entry in path.parent.iterdir() if entry.suffix == ".py"]
+        return [
+            entry.name
+            for entry in path.parent.iterdir()
+            if entry.suffix == ".py" and entry.is_file()
+        ]
     except OSError:
         return []
