@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "Examples:\n\n  supple memory examples/gpt.py --memory 80\n\n"
-    "  supple memory train.py --memory 24 --optimizer sgd-momentum --json"
+    "  supple memory train.py --memory 24 --optimizer sgd-momentum --json\n\n"
+    "Exit codes: 0 something fits; 1 nothing does, or the script cannot be traced; 2 refused "
+    "before any work."
 )
 _SHARDS = (1, 2, 4, 8, 16, 64)
 

@@ -176,6 +176,16 @@ def test_a_batch_larger_than_the_data_is_traced_as_the_data(tmp_path: Path) -> N
     assert (found.batch_size, found.dataset_size, sizes(found)) == (64, 6, [6, 3, 1])
 
 
+def test_iterable_data_that_ends_is_known_by_its_end(tmp_path: Path) -> None:
+    script = Path(job_of(tmp_path, samples=20, batch=64))
+    source = script.read_text().replace("number, (x,) in", "number, x in")
+    script.write_text(
+        source.replace("job.batches(data,", "job.batches([lambda: iter(data.tensors[0])],")
+    )
+    found = trace_memory(str(script), "train")
+    assert (found.dataset_size, sizes(found)) == (20, [20, 16, 8])
+
+
 def test_a_batch_of_one_is_traced_at_its_double_too(tmp_path: Path) -> None:
     assert sizes(trace_memory(job_of(tmp_path, batch=1), "train")) == [2, 1]
     assert sizes(trace_memory(job_of(tmp_path, batch=1, samples=1), "train")) == [1]

@@ -96,3 +96,12 @@ def test_what_python_runs_is_a_script(tmp_path: Path, name: str, source: bytes) 
     done: list[int] = []
     run(str(script), "train", done)
     assert done == [1]
+
+
+def test_a_script_that_goes_to_another_folder_does_not_take_us_along(tmp_path: Path) -> None:
+    script = tmp_path / "goes.py"
+    script.write_text("import os\nos.chdir('/')\ndef train(job):\n    job.append(os.getcwd())\n")
+    seen: list[str] = []
+    here = Path.cwd()
+    run(str(script), "train", seen)
+    assert (seen, Path.cwd()) == (["/"], here)

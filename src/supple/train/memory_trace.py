@@ -211,8 +211,9 @@ class _Tracer:
                         yield data
                         if not self._stepped:
                             raise TrainingError("the loop took a batch and did not call job.step.")
+            if batch.num_samples < self.pending[0]:
+                self.dataset_size = batch.num_samples  # iterable data that ended
             self.pending.pop(0)
-            # Iterable data may end before the size asked for.
             if batch.num_samples not in {trace.micro_batch_size for trace in self.found}:
                 self.found.append(self._account(batch.num_samples, tracker))
                 self.pending = self.pending or _larger(self.found, self.dataset_size)

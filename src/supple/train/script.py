@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stdout
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,9 @@ def without_a_command_line(script: str) -> Iterator[None]:
 
 def run(script: str, function: str, job: Any) -> None:
     """The training function with `job`, in this process. What it prints goes to stderr: stdout is
-    for the command's answer. Raises what the script raises; `SpecError` where it ends itself."""
-    with without_a_command_line(script), redirect_stdout(sys.stderr):
+    for the command's answer; and if it goes to another folder, we do not. Raises what the script
+    raises; `SpecError` where it ends itself."""
+    with without_a_command_line(script), redirect_stdout(sys.stderr), chdir("."):
         load(script, function)(job)
 
 
