@@ -170,8 +170,14 @@ def test_a_picture_that_is_there_is_left_as_it_is_until_there_is_a_new_one() -> 
     Path("old.png").write_bytes(b"old")
     supple("plan", "absent.py", "--plot", "old.png")
     supple("plan", "absent.py", "--plot", "new.PNG")
+    Path("link.png").symlink_to("elsewhere.png")
+    supple("plan", "absent.py", "--plot", "link.png")
     assert Path("old.png").read_bytes() == b"old"
-    assert not Path("new.PNG").exists()
+    assert not Path("new.PNG").exists() and not Path("elsewhere.png").exists()
+    assert Path("link.png").is_symlink()
+    Path("loop.png").symlink_to("loop.png")
+    told = supple("plan", "absent.py", "--plot", "loop.png")
+    assert told.exit_code == 2 and "--plot loop.png cannot be written" in told.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -63,15 +63,16 @@ def refuse_unwritable(path: Path, option: str) -> None:
             raise SpecError(
                 f"{option} {path} is a folder. Give a file, such as {path / path.name}."
             )
-        if not path.resolve().parent.is_dir():
+        real = path.resolve()  # what a link names is made and removed, never the link
+        if not real.parent.is_dir():
             raise SpecError(f"{option} {path}: there is no folder {path.parent}. Make it first.")
         is_new = not path.exists()
         if not is_new and not path.is_file():
             raise SpecError(f"{option} {path} is no ordinary file. {advice}")
-        path.open("ab").close()
+        real.open("ab").close()
         if is_new:
-            path.unlink()
-    except (OSError, ValueError) as error:
+            real.unlink()
+    except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, SpecError):
             raise
         why = error.strerror if isinstance(error, OSError) else error
