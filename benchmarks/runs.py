@@ -36,7 +36,7 @@ def training(script: Path, *arguments: str, env: dict[str, str] | None = None) -
     with tempfile.TemporaryDirectory(prefix="supple-bench-") as folder:
         name = f"bench-{os.getpid()}-{time.monotonic_ns() % 10**9}"
         command = [
-            *(sys.executable, "-m", "supple.cli", "train", str(script)),
+            *(sys.executable, "-m", "supple", "train", str(script)),
             *("--name", name, "--run-dir", folder, *arguments),
         ]
         environment = os.environ | {

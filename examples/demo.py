@@ -20,7 +20,7 @@ MODEL = HERE / "serve_digits.py"
 
 
 def supple(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "supple.cli", *arguments]
+    return [sys.executable, "-m", "supple", *arguments]
 
 
 def say(text: str) -> None:

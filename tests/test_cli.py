@@ -17,6 +17,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from supple import __version__
 from supple.cli import app, with_bare_resume
 from supple.cluster.control import ControlServer
 from supple.cluster.controller import Outcome
@@ -42,11 +43,15 @@ def in_a_folder_with_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "good.py": GOOD,
         "nothing.py": "x = 1\n",
         "other.py": "def main(job):\n    pass\n",
+        "model.py": "class Model:\n    def predict(self, batch):\n        return {}\n",
         "two.py": "def train(job, more):\n    pass\n",
         "broken.py": "def train(job:\n",
+        "nul.py": "x = 1\0\n",
     }.items():
         Path(name).write_text(source)
     Path("folder.py").mkdir()
+    Path("pictures.png").mkdir()
+    Path("pictures").mkdir()
     Path("a_file").write_text("")
     Path("not_a_checkpoint").mkdir()
 
@@ -66,6 +71,11 @@ REFUSALS: dict[str, tuple[str, list[str]]] = {
     "train two.py": ("takes 2 arguments", ["exactly one"]),
     "train broken.py": ("not valid Python", ["line 1"]),
     "plan absent.py": ("absent.py does not exist", []),
+    f"plan {'x' * 300}.py": ("cannot be read: File name too long", []),
+    "plan nul.py": ("nul.py is not valid Python", ["null bytes"]),
+    f"serve {'x' * 300}.py:Model": ("cannot be read: File name too long", []),
+    "serve folder.py:Model": ("folder.py is a folder", ["app.py:Model"]),
+    "serve nul.py:Model": ("nul.py is not valid Python", ["null bytes"]),
     "plan nothing.py": ("no function train(job)", []),
     # counts
     "train good.py --workers 4:2": ("MIN 4 is above MAX 2", ["--workers 2:4"]),
@@ -81,6 +91,9 @@ REFUSALS: dict[str, tuple[str, list[str]]] = {
     "train good.py --cpus-per-worker 0": ("--cpus-per-worker is 0", ["more than 0"]),
     "train good.py --cpus-per-worker nan": ("--cpus-per-worker is nan", []),
     "train good.py --gpus-per-worker -1": ("--gpus-per-worker is -1", []),
+    "train good.py --gpus-per-worker inf": ("--gpus-per-worker is inf", ["0 to 1024"]),
+    "train good.py --gpus-per-worker nan": ("--gpus-per-worker is nan", []),
+    f"train good.py --seed {2**63}": (f"--seed is {2**63}", ["seeds end at"]),
     "train good.py --port 70000": ("--port is 70000", ["65535"]),
     "train good.py --port -1": ("--port is -1", []),
     "train good.py --seed -1": ("--seed is -1", []),
@@ -113,6 +126,19 @@ REFUSALS: dict[str, tuple[str, list[str]]] = {
     "plan good.py --history none.csv": ("none.csv cannot be read", ["Give a CSV file"]),
     "plan good.py --plot plan.txt": ("plan.txt", [".png"]),
     "plan good.py --plot nowhere/plan.png": ("no folder nowhere", []),
+    "plan good.py --plot pictures.png": ("pictures.png is a folder", ["pictures.png/pictures.png"]),
+    "plan good.py --plot pictures": ("pictures is a folder", ["Give a file"]),
+    f"plan good.py --plot {'x' * 300}.png": ("cannot be written: File name too long", []),
+    "layouts --hidden 64 --layers 2 --heads 2 --samples 99 --batch-size 9 --plot pictures.png": (
+        "--plot pictures.png is a folder",
+        [],
+    ),
+    "inference --parameters 8B --plot pictures.png": ("--plot pictures.png is a folder", []),
+    "load http://x --rate 1 --plot pictures.png": ("--plot pictures.png is a folder", []),
+    "simulate serve a.csv --slo p99=1s --service 1s --plot pictures.png": ("is a folder", []),
+    "profile model.py:Model --plot pictures.png": ("--plot pictures.png is a folder", []),
+    "profile model.py:Model --out pictures.png": ("--out pictures.png is a folder", []),
+    "profile model.py:Model --out nowhere/p.json": ("no folder nowhere", ["Make it first"]),
     # what is on the disk
     "train good.py --resume": ("no good checkpoint", ["Start without --resume"]),
     "train good.py --resume latest": ("no good checkpoint", ["--name"]),
@@ -140,10 +166,43 @@ def test_it_refuses_with_one_message_and_exit_code_2(arguments: str) -> None:
     assert result.stdout == ""
 
 
+def test_a_picture_that_is_there_is_left_as_it_is_until_there_is_a_new_one() -> None:
+    Path("old.png").write_bytes(b"old")
+    supple("plan", "absent.py", "--plot", "old.png")
+    supple("plan", "absent.py", "--plot", "new.PNG")
+    Path("link.png").symlink_to("elsewhere.png")
+    supple("plan", "absent.py", "--plot", "link.png")
+    assert Path("old.png").read_bytes() == b"old"
+    assert not Path("new.PNG").exists() and not Path("elsewhere.png").exists()
+    assert Path("link.png").is_symlink()
+    Path("loop.png").symlink_to("loop.png")
+    told = supple("plan", "absent.py", "--plot", "loop.png")
+    assert told.exit_code == 2 and "--plot loop.png cannot be written" in told.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to_is_refused_before_any_work() -> None:
+    Path("closed").mkdir(mode=0o500)
+    told = supple("plan", "good.py", "--plot", "closed/plan.png")
+    assert told.exit_code == 2 and "cannot be written: Permission denied" in told.stderr
+
+
 @pytest.mark.parametrize("option", ["--max-workers", "--workers-per-node", "--measure-workers"])
 def test_an_empty_number_is_no_number(option: str) -> None:
     """What a shell makes of a variable that is not set."""
     assert f"{option} is '': not a whole number" in supple("plan", "good.py", option, "").stderr
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "layouts", "memory"])
+def test_an_empty_path_is_no_script(command: str) -> None:
+    result = supple(command, "", *(("--name", "x") if command == "train" else ()))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "the script '' does not exist" in result.stderr
+
+
+def test_an_empty_checkpoint_is_none() -> None:
+    told = supple("train", "good.py", "--resume", "")
+    assert told.exit_code == 2 and "--resume '': no such checkpoint" in told.stderr
 
 
 def test_a_rule_that_a_fixed_batch_does_not_use_is_said() -> None:
@@ -173,6 +232,25 @@ def test_every_command_helps_with_an_example(command: str) -> None:
     assert f"supple {command}" in result.stdout.partition("Example")[2]
 
 
+def test_the_help_lists_every_command_in_one_whole_line() -> None:
+    listed = supple("--help").stdout.partition("Commands:\n")[2].splitlines()[: len(COMMANDS) + 2]
+    assert {line.split()[0] for line in listed} == {*COMMANDS, "minutes", "inference"}
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
+
+
+def test_the_version_is_told_and_h_is_help() -> None:
+    assert supple("--version").stdout == f"supple {__version__}\n"
+    assert supple("plan", "-h").stdout == supple("plan", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [("trian", "'train'"), ("Plan", "'plan'"), ("plan good.py --dedline 2h", "--deadline")],
+)
+def test_a_misspelt_word_comes_with_the_right_one(wrong: str, words: str) -> None:
+    assert words in supple(*wrong.split()).stderr
+
+
 def test_the_help_of_plan_states_the_rule_of_the_knee() -> None:
     words = " ".join(supple("plan", "--help").stdout.split())
     assert KNEE_RULE in words
@@ -186,7 +264,7 @@ def test_the_help_of_train_documents_its_exit_codes() -> None:
 def test_refusing_imports_neither_torch_nor_ray() -> None:
     program = (
         "import sys\n"
-        "from supple.cli import main\n"
+        "from supple.__main__ import main\n"
         "try:\n    main()\n"
         "except SystemExit as end:\n"
         "    heavy = {'torch', 'ray', 'matplotlib'} & sys.modules.keys()\n"
@@ -404,7 +482,7 @@ def test_doctor_says_what_to_do_about_a_problem(monkeypatch: pytest.MonkeyPatch)
 
 def real(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "supple.cli", *arguments],
+        [sys.executable, "-m", "supple", *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -19,12 +19,14 @@ def supple(*arguments: str) -> Result:
 def test_the_table_says_what_fits_and_that_nothing_ran() -> None:
     result = supple(GPT, "--memory", "80")
     assert result.exit_code == 0, result.output
-    for words in ("kept", "recomputed", "largest in 80 GB", "Nothing was computed"):
+    # In one line each, since nobody reads it on a terminal.
+    for words in ("kept", "recomputed", "largest in 80 GB\n", "runtime. Nothing was computed.\n"):
         assert words in result.stdout
+    assert "\x1b" not in result.stdout
 
 
 def test_json_has_a_row_for_every_choice_and_more_memory_never_fits_less() -> None:
-    small, large = (json.loads(supple(GPT, "--json", "--memory", gb).stdout) for gb in ("4", "40"))
+    small, large = (json.loads(supple(GPT, "--json", "--memory", gb).stdout) for gb in ("2", "8"))
     assert len(small["rows"]) == len(large["rows"]) == 12
     for less, more in zip(small["rows"], large["rows"], strict=True):
         assert 0 < less["largest_micro_batch"] < more["largest_micro_batch"]
@@ -60,8 +62,84 @@ def test_another_optimizer_keeps_what_it_keeps(tmp_path: Path) -> None:
     assert json.loads(supple(str(script), "--json").stdout) == found["adam"]
 
 
-def test_what_does_not_fit_is_called_none() -> None:
-    assert "none" in supple(GPT, "--memory", "1").stdout
+def test_where_nothing_fits_it_fails_and_says_what_to_do(tmp_path: Path) -> None:
+    script = tmp_path / "tiny.py"
+    script.write_text(TINY)
+    tiny = str(script)
+    result = supple(tiny, "--memory", "1")
+    assert result.exit_code == 1
+    assert "none" in result.stdout
+    for words in (
+        "in 1.00 GB",
+        "one sample needs 1.6",
+        "activations kept",
+        f"supple layouts {tiny}",
+    ):
+        assert words in result.stderr
+    told = json.loads(supple(tiny, "--memory", "1", "--json").stdout)
+    assert told["infeasible"]["rule"] == "a micro-batch and its share of the states must fit"
+    assert json.loads(supple(tiny, "--json").stdout)["infeasible"] is None
+
+
+@pytest.mark.parametrize(
+    ("gb", "words"),
+    [
+        ("3", "The job's batch of 8 fits at once, without recomputing or sharding."),
+        (
+            "2",
+            "does not fit at once as the script stands. 2 samples do: give job.batches(..., "
+            "micro_batch_size=2), and",
+        ),
+        ("1.75", "A micro-batch of 1 does with activations kept and states over 4."),
+    ],
+)
+def test_what_the_jobs_batch_needs_is_said_with_the_least_change(
+    tmp_path: Path, gb: str, words: str
+) -> None:
+    script = tmp_path / "wide.py"
+    wide = "torch.nn.Sequential(*[torch.nn.Linear(512, 512) for _ in range(8)])"
+    source = TINY.replace("torch.nn.Linear(512, 512)", wide)
+    script.write_text(source.replace("zeros(64, 512)", "zeros(64, 4096, 512)"))
+    assert words in supple(str(script), "--memory", gb).stdout
+
+
+def test_no_more_samples_fit_than_the_data_has_and_far_ones_are_marked(tmp_path: Path) -> None:
+    script = tmp_path / "tiny.py"
+    script.write_text(TINY.replace("zeros(64", "zeros(900"))
+    told = supple(str(script), "--optimizer", "sgd").stdout
+    assert "all ?900" in told and "?: a guess, beyond 8 times the largest traced" in told
+    row = json.loads(supple(str(script), "--optimizer", "sgd", "--json").stdout)["rows"][0]
+    assert (row["largest_micro_batch"], row["limited_by"], row["guess"]) == (900, "dataset", True)
+    assert row["whole_batch_fits"]
+
+
+def test_one_traced_size_is_called_one(tmp_path: Path) -> None:
+    script = tmp_path / "tiny.py"
+    script.write_text(TINY.replace("square()", "reshape(8, 512)"))
+    told = supple(str(script)).stdout
+    assert "Not traced at a micro-batch of 4: RuntimeError" in told
+    assert "One traced size does not tell what a sample needs" in told
+    assert "?: a guess, beyond the only traced size" in told
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("batch_size=0", "batch_size must be a whole number of at least 1"),
+        ("batch_size=2.5", "job.batches(batch_size=2.5, epochs=1): batch_size must be"),
+        ("batch_size=8, epochs=0", "epochs must be a whole number of at least 1"),
+        ("batch_size=8, micro_batch_size=0", "micro_batch_size must be a whole number"),
+        ("lr=float('nan')", "job.optimizer(lr=nan): a learning rate must be above 0"),
+        ("lr='fast'", "job.optimizer(lr='fast'): a learning rate"),
+    ],
+)
+def test_a_job_that_cannot_train_is_one_message(tmp_path: Path, wrong: str, words: str) -> None:
+    script = tmp_path / "tiny.py"
+    right = "lr=1e-3" if wrong.startswith("lr") else "batch_size=8"
+    script.write_text(TINY.replace(right, wrong))
+    result = supple(str(script))
+    assert result.exit_code == 1
+    assert words in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_served_example_reads_scans_it_has_not_seen() -> None:
     assert len(example.read_text().splitlines()) < 100
     service = subprocess.Popen(
         [
-            *(sys.executable, "-m", "supple.cli", "serve", f"{example}:Digits", "--port", "0"),
+            *(sys.executable, "-m", "supple", "serve", f"{example}:Digits", "--port", "0"),
             *("--cpus-per-replica", "0.1", "--slo", "p99=60s"),
         ],
         stderr=subprocess.PIPE,

@@ -149,3 +149,10 @@ def test_traffic_does_not_say_how_long_its_inputs_were(model: Path) -> None:
     arguments = ["profile", "app.py:Model", "--seconds", "1ms", "--lengths", "2,8"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert not refresh("app.py:Model", (LatencyPoint(batch_size=1, p50_s=1.0, p99_s=1.0),))
+
+
+def test_where_a_profile_cannot_be_stored_nothing_is_measured(model: Path) -> None:
+    (model.parent / "supple-runs").write_text("no folder")
+    result = CliRunner().invoke(app, ["profile", "app.py:Model"])
+    assert result.exit_code == 2
+    assert "there is no folder supple-runs" in result.stderr

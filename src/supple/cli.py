@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from supple import (
+    __version__,
     cli_inference,
     cli_layouts,
     cli_load,
@@ -21,6 +22,7 @@ from supple import (
     cli_profile,
     cli_serve,
 )
+from supple.__main__ import main
 from supple.cli_simulate import simulate_app
 from supple.cluster.control import ask, refuse_second, running_jobs
 from supple.core.spec import (
@@ -35,14 +37,54 @@ from supple.core.spec import (
 from supple.refusals import FAILED, messages, refuse_used_port, split_target
 from supple.train.script import check
 
+__all__ = ["app", "main"]  # main: where scripts of earlier installations look for it
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Elastic training for PyTorch: how many workers a job deserves, and changing the number "
-    "while it runs.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Examples:\n\n  supple plan train.py --deadline 2h\n\n"
+    "  supple train train.py --workers 1:4\n\n  supple COMMAND --help",
 )
+
+_IN_ONE_LINE = {
+    "train": "Train a script with a number of workers that changes.",
+    "plan": "How many workers a script deserves, by measuring it here.",
+    "layouts": "Count, layout, batch and learning rate of a large model.",
+    "memory": "What micro-batch fits an accelerator that is not here.",
+    "minutes": "Time to a target on other counts, from finished runs.",
+    "inference": "Accelerators and copies that a language model needs.",
+    "resize": "Change the number of workers of a running job.",
+    "preempt": "Tell a running job that some workers will be taken.",
+    "stop": "Stop a running job after the step in flight, and save.",
+    "status": "Show the jobs that run on this machine.",
+    "doctor": "Check what this machine offers, and what is missing.",
+    "serve": "Serve a model to a latency promise.",
+    "update": "Give a running service other code or weights.",
+    "load": "Put load on a service, and report its latency.",
+    "profile": "Measure a model's latency, start-up and memory.",
+}
+"""What `supple --help` says of each command, short enough for a line of a terminal."""
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"supple {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _supple(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """Elastic training for PyTorch: how many workers a job deserves, and changing the number while
+    it runs."""
+
 
 app.add_typer(simulate_app, name="simulate")
 
@@ -282,11 +324,6 @@ cli_serve.register(app)
 cli_load.register(app)
 cli_profile.register(app)
 
-
-def main() -> None:
-    """The `supple` command."""
-    app()
-
-
-if __name__ == "__main__":
-    main()
+for _command in app.registered_commands:
+    assert _command.callback is not None
+    _command.short_help = _IN_ONE_LINE[_command.callback.__name__]

@@ -9,7 +9,7 @@ import typer
 
 from supple.core.serve_spec import latency_text, parse_latency
 from supple.core.spec import SpecError
-from supple.refusals import FAILED, messages
+from supple.refusals import FAILED, messages, refuse_unwritable
 from supple.serve.model import ModelFault, check_target
 
 if TYPE_CHECKING:  # what measures is imported by the command, so that `--help` is immediate
@@ -55,9 +55,14 @@ def profile(
         from supple.serve import profiling
 
         stored = out or profiling.place(target)
+        if out is not None:
+            refuse_unwritable(out, "--out")
         found = None if again else _known(stored, target, wanted)
         reused = found is not None
         if found is None:
+            # The folders are made once there is something to store.
+            there = next(parent for parent in stored.parents if parent.exists())
+            refuse_unwritable(there / stored.name, "--out")
             try:
                 found = profiling.measure(target, lengths=wanted, seconds_per_batch=seconds_s)
             except ModelFault as fault:

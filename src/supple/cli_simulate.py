@@ -45,12 +45,13 @@ def choose() -> None:
 
 
 @simulate_app.command(
+    short_help="A service's replicas under this policy and others.",
     epilog="Examples:\n\n"
     "  supple simulate serve trace.csv --slo p99=6s --service 2s --cold-start 30s\n\n"
     "  supple simulate serve trace.csv --slo p99=200ms --service 1=20ms,16=60ms --max-batch 16 "
     "--plot serve.png\n\n"
     "The others: Ray Serve's policy with its defaults and tuned by hand, Knative's, the fewest "
-    "constant replicas that keep the promise, and a clairvoyant that knows the trace."
+    "constant replicas that keep the promise, and a clairvoyant that knows the trace.",
 )
 def serve(
     trace: Annotated[Path, typer.Argument(help=f"A CSV file with a column {_COLUMN}.")],

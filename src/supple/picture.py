@@ -21,6 +21,7 @@ from supple.core.spec import Objective, SpecError
 from supple.core.types import Estimate, Plan
 from supple.eventlog import last_run
 from supple.live import duration
+from supple.refusals import refuse_unwritable
 
 _INK, _QUIET, _ACCENT, _WARN = "#1f2933", "#9aa5b1", "#2f6fde", "#d64545"
 _KINDS = {
@@ -190,14 +191,13 @@ def _headline(
 
 
 def check_target(plot: Path) -> None:
-    """Raise `SpecError` unless a picture can be drawn into `plot`, so far as its name tells."""
-    if plot.suffix not in _FORMATS:
+    """Raise `SpecError` unless a picture can be drawn into `plot`, which is left as it is."""
+    if plot.suffix.lower() not in _FORMATS and not plot.is_dir():
         raise SpecError(
             f"--plot {plot}: what picture that should be is not known from its name. End it in "
             f"{', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}."
         )
-    if not plot.resolve().parent.is_dir():
-        raise SpecError(f"--plot {plot}: there is no folder {plot.parent}. Make it first.")
+    refuse_unwritable(plot, "--plot")
 
 
 def draw_plan(

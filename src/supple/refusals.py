@@ -4,9 +4,11 @@ told: one message on stderr, exit code 2 for a refusal and 1 for a failure."""
 import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import typer
 
+from supple import output
 from supple.core.spec import SpecError
 
 REFUSED, FAILED = 2, 1
@@ -21,8 +23,8 @@ def messages(verbose: bool = False) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        if verbose:
-            raise
+        if verbose or (isinstance(error, OSError) and output.lost()):
+            raise  # what could not be printed is told by the entry point
         if isinstance(error, SpecError):
             typer.echo(f"supple: {error}", err=True)
             raise typer.Exit(REFUSED) from None
@@ -49,6 +51,31 @@ def refuse_used_port(port: int, option: str = "--port") -> None:
                 f"{option} {port} cannot be used: {error.strerror}. Give another, or 0 to take a "
                 "free one."
             ) from None
+
+
+def refuse_unwritable(path: Path, option: str) -> None:
+    """Raise `SpecError` unless a file can be written at `path`, whose folder exists. Leaves what is
+    there as it is."""
+    advice = "Give a file in a folder that may be written to."
+    try:
+        if path.is_dir():
+            raise SpecError(
+                f"{option} {path} is a folder. Give a file, such as {path / path.name}."
+            )
+        real = path.resolve()  # what a link names is made and removed, never the link
+        if not real.parent.is_dir():
+            raise SpecError(f"{option} {path}: there is no folder {path.parent}. Make it first.")
+        is_new = not path.exists()
+        if not is_new and not path.is_file():
+            raise SpecError(f"{option} {path} is no ordinary file. {advice}")
+        real.open("ab").close()
+        if is_new:
+            real.unlink()
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, SpecError):
+            raise
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SpecError(f"{option} {path} cannot be written: {why}. {advice}") from None
 
 
 def split_target(target: str) -> tuple[str, str]:

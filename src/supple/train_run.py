@@ -101,8 +101,11 @@ def resume_command(spec: TrainSpec, checkpoint: str) -> str:
 
 
 def _tell_files(folder: Path) -> None:
-    if draw_run(folder / "events.jsonl", folder / "run.png"):
-        _tell(f"  picture      {folder / 'run.png'}")
+    try:
+        if draw_run(folder / "events.jsonl", folder / "run.png"):
+            _tell(f"  picture      {folder / 'run.png'}")
+    except OSError as error:  # a full disk must not make a failure of a run that is over
+        _tell(f"  picture      none, it could not be written: {error.strerror}")
     _tell(f"  event log    {folder / 'events.jsonl'}")
     if (folder / "checkpoints").is_dir():
         _tell(f"  checkpoints  {folder / 'checkpoints'}")

@@ -26,7 +26,7 @@ class TrainRun:
         self.folder = folder / name
         self.records: list[dict[str, Any]] = []
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        command = [*prefix, sys.executable, "-m", "supple.cli", "train", str(script), "--json"]
+        command = [*prefix, sys.executable, "-m", "supple", "train", str(script), "--json"]
         command += ["--name", name, "--run-dir", str(folder), *arguments]
         self._stderr = folder / f"{name}.stderr"
         self._stderr_file = self._stderr.open("w")

@@ -29,7 +29,7 @@ class Planned(NamedTuple):
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
     folder = tmp_path_factory.mktemp("plan")
     script = str(ROOT / "examples" / "digits.py")
-    command = [sys.executable, "-m", "supple.cli", "plan", script, "--json", "--price", "2"]
+    command = [sys.executable, "-m", "supple", "plan", script, "--json", "--price", "2"]
     result = subprocess.run(
         [*command, "--max-workers", "4", "--plot", "plan.png"],
         capture_output=True,

@@ -69,7 +69,7 @@ class Service:
         self.out: IO[bytes] = self.log.open("wb")
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "supple.cli", "serve", f"{self.file}:Model"),
+                *(sys.executable, "-m", "supple", "serve", f"{self.file}:Model"),
                 *("--name", NAME, "--port", "0", "--grpc-port", "0"),
                 *("--cpus-per-replica", "0.1", "--slo", "p99=60s", *options),
             ],

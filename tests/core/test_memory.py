@@ -1,17 +1,22 @@
 """Memory is never under-predicted by the measurements it was fitted to."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from supple.core.memory import (
+    FAR,
     FRAGMENTATION,
     RUNTIME_BYTES,
+    LargestMicroBatch,
     MemoryMeasurement,
     TracedMemory,
     device_bytes,
     fit_memory,
     largest_that_fits,
+    safe_bytes,
 )
 
 measured = st.lists(st.tuples(st.integers(1, 4096), st.integers(1, 10**11)), min_size=1, max_size=8)
@@ -100,6 +105,18 @@ def test_an_empty_measurement_is_refused() -> None:
         fit_memory([])
 
 
+@pytest.mark.parametrize(
+    ("size", "peak"),
+    [(8, float("nan")), (float("nan"), 100), (8, -5), (8, float("inf")), (0, 100)],
+)
+def test_sizes_and_bytes_that_are_no_counts_are_refused(size: float, peak: float) -> None:
+    wrong = MemoryMeasurement(micro_batch_size=size, peak_bytes=peak)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sizes and bytes of at least 1"):
+        fit_memory([*line(1000, 10, 8), wrong])
+    with pytest.raises(ValueError, match="noise=nan"):
+        fit_memory(line(1000, 10, 8), noise=float("nan"))
+
+
 # --- from a trace ----------------------------------------------------------------------------
 
 
@@ -134,7 +151,7 @@ def test_more_shards_never_need_more_and_never_less_than_their_share(
 @given(limit=st.floats(5e9, 1e11), shards=st.sampled_from([1, 4]))
 def test_what_is_said_to_fit_fits_and_the_next_size_hardly(limit: float, shards: int) -> None:
     traces = [traced(size) for size in (32, 16, 8, 4)]
-    size = largest_that_fits(traces, limit, shards=shards)
+    size = largest_that_fits(traces, limit, shards=shards).num_samples
     if size:
         assert device_bytes(traced(size), shards=shards).high <= limit * 1.001
     bigger = device_bytes(traced(size + 1 + size // 5 + 4), shards=shards)
@@ -144,7 +161,79 @@ def test_what_is_said_to_fit_fits_and_the_next_size_hardly(limit: float, shards:
 def test_a_trace_is_computed_so_that_even_little_growth_is_followed() -> None:
     """The runtime is a hundred times what the four samples more need."""
     traces = [traced(size, activations=10**6, states=10**7) for size in (4, 8)]
-    assert largest_that_fits(traces, 40e9) > 10_000
+    assert largest_that_fits(traces, 40e9).num_samples > 10_000
+
+
+@given(
+    fixed=st.integers(0, 10**9),
+    slope=st.integers(1, 10**7),
+    curve=st.integers(0, 10**5),
+    size=st.integers(1, 64 * 8),
+)
+def test_a_size_up_to_the_largest_traced_is_never_said_to_need_less_than_it_does(
+    fixed: int, slope: int, curve: int, size: int
+) -> None:
+    """Whatever bends upwards: a peak of the optimizer's step below, pairs of samples above."""
+
+    def really(micro: int) -> TracedMemory:
+        peak = max(4 * 10**9 + fixed, 4 * 10**9 + slope * micro + curve * micro**2)
+        return replace(traced(micro), peak_bytes=peak)
+
+    known = [really(micro) for micro in (64, 32, 16, 8)]
+    if 8 <= size <= 64 or not curve:
+        assert safe_bytes(known, size) >= device_bytes(really(size)).high * (1 - 1e-9)
+
+
+def test_beyond_the_traces_the_steepest_line_counts_not_the_mean_one() -> None:
+    """Below 32 samples the peak is the optimizer's; a line through all would rise too slowly."""
+    traces = [
+        replace(traced(size), peak_bytes=max(7 * 10**9, 4 * 10**9 + size * 10**8))
+        for size in (64, 32, 16, 8)
+    ]
+    truth = device_bytes(replace(traced(640), peak_bytes=4 * 10**9 + 640 * 10**8)).high
+    assert truth < safe_bytes(traces, 640) < 1.06 * truth
+
+
+def test_one_traced_size_is_all_fixed_below_and_all_but_its_states_grow_beyond() -> None:
+    only = [traced(8)]
+    here = device_bytes(traced(8)).high
+    assert safe_bytes(only, 1) == safe_bytes(only, 8) == here
+    assert safe_bytes(only, 16) >= device_bytes(traced(16)).high
+    assert largest_that_fits(only, here - 1).num_samples == 0
+    assert largest_that_fits(only, here) == LargestMicroBatch(
+        num_samples=8, limited_by="memory", is_guess=False
+    )
+    assert largest_that_fits(only, 2 * here).is_guess
+
+
+def test_no_more_samples_fit_than_there_are() -> None:
+    found = largest_that_fits([traced(8), traced(4)], 8e10, dataset_size=100)
+    assert found == LargestMicroBatch(num_samples=100, limited_by="dataset", is_guess=True)
+
+
+def test_far_beyond_the_largest_traced_size_is_a_guess() -> None:
+    traces = [traced(8), traced(4)]
+    near, far = (device_bytes(traced(size)).high * 1.005 for size in (8 * FAR - 4, 8 * FAR + 4))
+    assert not largest_that_fits(traces, near).is_guess
+    assert largest_that_fits(traces, 1.1 * far).is_guess
+
+
+def test_traces_that_all_need_the_same_tell_nothing_beyond_twice_the_largest() -> None:
+    traces = [replace(traced(size), peak_bytes=5 * 10**9) for size in (8, 4)]
+    assert largest_that_fits(traces, 80e9) == LargestMicroBatch(
+        num_samples=16, limited_by="traces", is_guess=False
+    )
+    assert largest_that_fits(traces, 1e9).num_samples == 0
+
+
+@pytest.mark.parametrize("limit", [float("nan"), float("inf")])
+def test_what_fits_no_finite_memory_is_not_asked(limit: float) -> None:
+    with pytest.raises(ValueError, match="a finite number"):
+        largest_that_fits([traced(8)], limit)
+    with pytest.raises(ValueError, match="a finite number"):
+        fit_memory(line(1000, 10, 8, 16)).largest_micro_batch(limit)
+    with pytest.raises(ValueError, match="of 0 traces"):
+        largest_that_fits([], 1e9)
 
 
 def test_no_replica_at_all_is_refused() -> None:

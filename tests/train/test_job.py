@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import supple
-from supple.core.spec import TrainSpec
+from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import CheckpointFailed, CheckpointSaved, JobId, SaveCheckpoint, WorkerId
 from supple.train.checkpoint import CheckpointStore
 from supple.train.job import Job, TrainingError
@@ -353,8 +353,16 @@ def test_the_order_of_the_calls_is_checked() -> None:
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": 4, "epochs": 0}])
 def test_sizes_below_one_are_refused(options: dict[str, int]) -> None:
     job, _ = prepared()
-    with pytest.raises(TrainingError, match="at least 1"):
+    with pytest.raises(SpecError, match="at least 1"):
         next(job.batches(TensorDataset(X, Y), **options))
+
+
+@pytest.mark.parametrize("lr", [0.0, -0.1, float("nan"), float("inf"), "0.1", None])
+def test_a_rate_that_learns_nothing_is_refused(lr: float) -> None:
+    job = job_of()
+    job.model(build_model)
+    with pytest.raises(SpecError, match="must be above 0 and finite"):
+        job.optimizer(torch.optim.SGD, lr=lr)
 
 
 def test_the_schedule_sees_the_fraction_of_the_run_that_is_done() -> None:

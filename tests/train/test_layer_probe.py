@@ -32,7 +32,7 @@ def train(job):
 def test_layers_come_in_the_order_of_their_calls_with_their_sizes(tmp_path: Path) -> None:
     path = tmp_path / "stack.py"
     path.write_text(STACK)
-    traces = trace_memory(str(path), "train")
+    traces = trace_memory(str(path), "train").traces
     report = measure_layers(str(path), "train", traces)
     assert [layer.num_parameters for layer in report.layers] == [256 * 257, 256 * 257, 8 * 257]
     assert [layer.output_bytes_per_sample for layer in report.layers] == [1024, 1024, 32]
@@ -45,7 +45,7 @@ def test_layers_come_in_the_order_of_their_calls_with_their_sizes(tmp_path: Path
 
 def test_the_layers_of_the_gpt_are_its_embedding_blocks_norm_and_head() -> None:
     script = str(EXAMPLES / "gpt.py")
-    report = measure_layers(script, "train", trace_memory(script, "train"))
+    report = measure_layers(script, "train", trace_memory(script, "train").traces)
     assert len(report.layers) == 5  # the positions are a bare weight, and go with the bytes
     assert report.layers[0].num_parameters == (256 + 64) * 96
     assert all(layer.host_s + layer.device_s_per_sample > 0 for layer in report.layers)

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
 from supple.train.loader import make_loader
-from supple.train.memory_trace import TraceFailed, trace_memory
+from supple.train.memory_trace import TracedJob, TraceFailed, trace_memory
 from supple.train.script import load
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -84,13 +84,14 @@ def really(script: Path, size: int) -> int:
 @pytest.mark.parametrize("name", ["digits", "convnet", "gpt"])
 def test_the_trace_is_what_the_step_allocates_within_five_per_cent(name: str) -> None:
     script = EXAMPLES / f"{name}.py"
-    for trace in trace_memory(str(script), "train")[:2]:
+    for trace in trace_memory(str(script), "train").traces[:2]:
         assert trace.peak_bytes == pytest.approx(really(script, trace.micro_batch_size), rel=0.05)
 
 
 def test_recomputation_keeps_less_of_a_transformer_and_the_same_states() -> None:
     script = str(EXAMPLES / "gpt.py")
-    kept, again = trace_memory(script, "train")[0], trace_memory(script, "train", recompute=True)[0]
+    kept = trace_memory(script, "train").traces[0]
+    again = trace_memory(script, "train", recompute=True).traces[0]
     assert again.peak_bytes < 0.75 * kept.peak_bytes
     assert again.state_bytes == kept.state_bytes
     adam = 2 * kept.parameter_bytes
@@ -119,7 +120,7 @@ def write(tmp_path: Path, body: str) -> str:
 
 def test_a_model_of_640_gigabytes_of_states_is_traced_here(tmp_path: Path) -> None:
     script = write(tmp_path, "job.step(F.mse_loss(model(x), y))")
-    trace = trace_memory(script, "train")[0]
+    trace = trace_memory(script, "train").traces[0]
     assert trace.parameter_bytes == 100 * 20_000**2 * 4
     assert trace.state_bytes == pytest.approx(4 * trace.parameter_bytes)
     assert trace.largest_block_bytes == 20_000**2 * 4
@@ -143,3 +144,100 @@ def test_nothing_fake_is_left_behind_after_a_failure(tmp_path: Path) -> None:
     with pytest.raises(TraceFailed):
         trace_memory(write(tmp_path, "print(model(x).sum().item())"), "train")
     assert float(torch.ones(3).sum()) == 3.0
+
+
+DATA = """
+import sys
+import torch
+
+def train(job):
+    model = job.model(lambda: torch.nn.Linear(1000, {outputs}))
+    job.optimizer(torch.optim.{optimizer}, lr=1e-3)
+    data = torch.utils.data.TensorDataset(torch.zeros({samples}, 1000))
+    for number, (x,) in enumerate(job.batches(data, batch_size={batch})):
+        {body}
+        job.step(model(x).square().mean())
+"""
+
+
+def job_of(tmp_path: Path, **given: Any) -> str:
+    path = tmp_path / "job.py"
+    form = {"outputs": 1, "optimizer": "SGD", "samples": 640, "batch": 8, "body": ""} | given
+    path.write_text(DATA.format(**form))
+    return str(path)
+
+
+def sizes(found: TracedJob) -> list[int]:
+    return [trace.micro_batch_size for trace in found.traces]
+
+
+def test_a_batch_larger_than_the_data_is_traced_as_the_data(tmp_path: Path) -> None:
+    found = trace_memory(job_of(tmp_path, samples=6, batch=64), "train")
+    assert (found.batch_size, found.dataset_size, sizes(found)) == (64, 6, [6, 3, 1])
+
+
+def test_iterable_data_that_ends_is_known_by_its_end(tmp_path: Path) -> None:
+    script = Path(job_of(tmp_path, samples=20, batch=64))
+    source = script.read_text().replace("number, (x,) in", "number, x in")
+    script.write_text(
+        source.replace("job.batches(data,", "job.batches([lambda: iter(data.tensors[0])],")
+    )
+    found = trace_memory(str(script), "train")
+    assert (found.dataset_size, sizes(found)) == (20, [20, 16, 8])
+
+
+def test_a_batch_of_one_is_traced_at_its_double_too(tmp_path: Path) -> None:
+    assert sizes(trace_memory(job_of(tmp_path, batch=1), "train")) == [2, 1]
+    assert sizes(trace_memory(job_of(tmp_path, batch=1, samples=1), "train")) == [1]
+
+
+def test_where_the_optimizer_has_the_peak_larger_sizes_are_traced(tmp_path: Path) -> None:
+    """Of 4,000 outputs Adam's own buffers are larger than what a few samples need."""
+    wide = {"outputs": 4000, "optimizer": "AdamW", "batch": 8}
+    found = trace_memory(job_of(tmp_path, **wide, samples=100_000), "train")
+    peaks = [trace.peak_bytes for trace in found.traces]
+    assert sizes(found)[0] > 8 and peaks[0] > peaks[1] == peaks[-1]
+    assert max(sizes(trace_memory(job_of(tmp_path, **wide, samples=40), "train"))) == 32
+
+
+@pytest.mark.parametrize("body", ["x = x.reshape(8, -1)", "assert len(x) == 8, 'must be 8'"])
+def test_code_that_runs_at_one_size_only_is_traced_at_that_one(tmp_path: Path, body: str) -> None:
+    found = trace_memory(job_of(tmp_path, body=body), "train")
+    assert sizes(found) == [8]
+    assert [size for size, _ in found.untraced] == [4, 2, 1]
+    assert all(why.startswith(("RuntimeError", "AssertionError")) for _, why in found.untraced)
+    assert float(torch.ones(3).sum()) == 3.0
+
+
+def test_a_loop_that_is_left_early_is_asked_again_for_the_sizes_it_left_out(tmp_path: Path) -> None:
+    left = trace_memory(job_of(tmp_path, body="if number == 3: break"), "train")
+    assert (sizes(left), left.untraced) == ([8, 4, 2, 1], ())
+    with pytest.raises(TraceFailed, match="was left before the 2 batches"):
+        trace_memory(job_of(tmp_path, body="if number == 1: break"), "train")
+
+
+PARSES = (
+    "p = __import__('argparse').ArgumentParser(); p.add_argument('--data', required=True); "
+    "p.parse_args()"
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("sys.exit(3)", r"line 10, called sys.exit\(3\) while Supple ran it"),
+        (PARSES, r"line 10, reads a command line \(the following arguments .* --data\)"),
+    ],
+)
+def test_a_script_that_ends_itself_says_so(tmp_path: Path, body: str, words: str) -> None:
+    with pytest.raises(TraceFailed, match=words):
+        trace_memory(job_of(tmp_path, body=body), "train")
+
+
+def test_what_a_script_prints_is_not_the_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace_memory(job_of(tmp_path, body="print('step', sys.argv)"), "train")
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"step ['{tmp_path}/job.py']" in said.err

@@ -1,9 +1,13 @@
 """A script's errors, told as its author wants them."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from supple.train.script import memory_advice, user_traceback
+from supple.core.spec import SpecError
+from supple.train.script import check, memory_advice, run, user_traceback
 
 
 def raised(act) -> BaseException:
@@ -36,3 +40,68 @@ def test_a_traceback_has_the_scripts_frames_and_the_message() -> None:
     told = user_traceback(raised(in_the_script))
     assert "in in_the_script" in told
     assert told.endswith("KeyError: 'label'")
+
+
+def ended(tmp_path: Path, body: str) -> str:
+    script = tmp_path / "ends.py"
+    script.write_text(
+        f"import argparse\nimport sys\n{body}\ndef train(job):\n    job.append(sys.argv)\n"
+    )
+    with pytest.raises(SpecError) as caught:
+        run(str(script), "train", [])
+    return str(caught.value)
+
+
+def test_a_script_that_ends_the_program_is_told_where_and_what_to_do(tmp_path: Path) -> None:
+    told = ended(tmp_path, "sys.exit('no data')")
+    for words in ("ends.py, line 3, called sys.exit('no data')", "Return from the", "__main__"):
+        assert words in told
+
+
+def test_a_script_that_asks_for_arguments_is_told_which_and_what_to_do(tmp_path: Path) -> None:
+    told = ended(
+        tmp_path,
+        "p = argparse.ArgumentParser()\np.add_argument('data')\np.parse_args()",
+    )
+    for words in (
+        "line 5, reads a command line",
+        "required: data)",
+        "Give every argument a default",
+    ):
+        assert words in told
+
+
+def test_a_script_sees_an_empty_command_line_and_ours_comes_back(tmp_path: Path) -> None:
+    script = tmp_path / "sees.py"
+    script.write_text("import sys\ndef train(job):\n    job.append(list(sys.argv))\n")
+    seen: list[list[str]] = []
+    ours = list(sys.argv)
+    run(str(script), "train", seen)
+    assert (seen, sys.argv) == ([[str(script)]], ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("bom.py", b"\xef\xbb\xbfdef train(job):\n    job.append(1)\n"),
+        ("latin.py", b"# -*- coding: latin-1 -*-\ndef train(job):\n    job.append(1)  # \xe9\n"),
+        ("script.txt", b"def train(job):\n    job.append(1)\n"),
+        ("\u00fcber uns.py", b"def train(job):\n    job.append(1)\n"),
+    ],
+)
+def test_what_python_runs_is_a_script(tmp_path: Path, name: str, source: bytes) -> None:
+    script = tmp_path / name
+    script.write_bytes(source)
+    check(str(script), "train")
+    done: list[int] = []
+    run(str(script), "train", done)
+    assert done == [1]
+
+
+def test_a_script_that_goes_to_another_folder_does_not_take_us_along(tmp_path: Path) -> None:
+    script = tmp_path / "goes.py"
+    script.write_text("import os\nos.chdir('/')\ndef train(job):\n    job.append(os.getcwd())\n")
+    seen: list[str] = []
+    here = Path.cwd()
+    run(str(script), "train", seen)
+    assert (seen, Path.cwd()) == (["/"], here)

@@ -23,6 +23,7 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.schema import LoggingConfig
 from starlette.middleware import Middleware
 
+from supple.cluster.starting import to_its_end
 from supple.core.serve_spec import ServeSpec, is_loopback
 from supple.core.spec import SpecError
 from supple.serve.again import AskAgain
@@ -56,12 +57,13 @@ def connect(spec: ServeSpec) -> None:
     try:
         if not ray.is_initialized():
             here: dict[str, Any] = {"include_dashboard": False, "num_cpus": _num_cpus(spec)}
-            ray.init(
-                address=spec.address or "local",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **(here if spec.address is None else {}),
-            )
+            with to_its_end():
+                ray.init(
+                    address=spec.address or "local",
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **(here if spec.address is None else {}),
+                )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SpecError(
             f"no Ray cluster answers at {spec.address}: {str(error).splitlines()[0]}. Check the "

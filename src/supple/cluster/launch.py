@@ -41,9 +41,10 @@ def prepare(spec: TrainSpec) -> Path:
 def resumed(spec: TrainSpec, resume: str) -> tuple[TrainSpec, str]:
     """`spec` with the checkpoint that `resume` names, a folder or "latest", and a line about it."""
     if resume != "latest":
-        if not Path(resume).is_dir():
+        if not resume or not Path(resume).is_dir():
             raise SpecError(
-                f"--resume {resume}: no such checkpoint. Give a checkpoint's folder, or latest."
+                f"--resume {resume or repr(resume)}: no such checkpoint. Give a checkpoint's "
+                "folder, or latest."
             )
         return replace(spec, resume=str(Path(resume).resolve())), f"resuming from {resume}"
     folder = run_path_of(spec) / "checkpoints"

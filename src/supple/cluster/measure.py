@@ -22,7 +22,7 @@ from supple.train.checkpoint import CheckpointError
 from supple.train.engine import TrainingError
 from supple.train.group import Rendezvous, form
 from supple.train.probe import Phase, Probe, ProbeComplete, ProbeReport
-from supple.train.script import check, load, user_traceback
+from supple.train.script import check, load, user_traceback, without_a_command_line
 
 MOST_MEASURED = 4
 """Workers, where nobody says."""
@@ -97,7 +97,8 @@ class ProbeBody:
             phases, group, seed=0, num_steps=num_steps, budget_s=_STEP_BUDGET_S * num_steps
         )
         try:
-            load(self._script, self._function)(probe)
+            with without_a_command_line(self._script):
+                load(self._script, self._function)(probe)
         except ProbeComplete:
             assert probe.report_made is not None
             return probe.report_made

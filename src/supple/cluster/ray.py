@@ -23,6 +23,7 @@ from ray._private import worker as ray_worker
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from supple.cluster.starting import to_its_end
 from supple.cluster.worker import WorkerBody, WorkerSetup
 from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import (
@@ -78,15 +79,18 @@ def connect(spec: TrainSpec) -> None:
     # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; we say it.
     ray_worker._worker_logs_enabled = False
     try:
-        if spec.address is None:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, int(spec.max_workers * spec.cpus_per_worker) + 1),
-                include_dashboard=False,
-                **quiet,
-            )
-        else:
-            ray.init(address=spec.address, **quiet)
+        with to_its_end():
+            if spec.address is None:
+                ray.init(
+                    address="local",
+                    num_cpus=max(
+                        os.cpu_count() or 1, int(spec.max_workers * spec.cpus_per_worker) + 1
+                    ),
+                    include_dashboard=False,
+                    **quiet,
+                )
+            else:
+                ray.init(address=spec.address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SpecError(
             f"no Ray cluster answers at {spec.address}: {str(error).splitlines()[0]}. Check the "

@@ -26,7 +26,7 @@ from supple.train.job import Elastic, Job, TrainingError
 from supple.train.ledger import Ledger
 from supple.train.mailbox import Mailbox
 from supple.train.member import Identity, LeaveLoop
-from supple.train.script import load, memory_advice, user_traceback
+from supple.train.script import load, memory_advice, user_traceback, without_a_command_line
 
 _COMPLETE = (TrainingError, CheckpointError, SpecError)
 """Errors whose text is all a user needs."""
@@ -113,7 +113,8 @@ class WorkerBody:
             return
         with self._captured_output(run_path / "logs" / f"{setup.worker_id}.log"):
             try:
-                function = load(spec.script, spec.function)
+                with without_a_command_line(spec.script):
+                    function = load(spec.script, spec.function)
                 job = self._job = Job(
                     spec,
                     elastic=Elastic(
@@ -132,7 +133,8 @@ class WorkerBody:
                     if spec.ledger
                     else None,
                 )
-                function(job)
+                with without_a_command_line(spec.script):
+                    function(job)
                 if not job.took_batches:
                     raise TrainingError(
                         f"{spec.function}(job) in {spec.script} returned without taking a batch: "

@@ -6,8 +6,11 @@ measured everything beyond it grows in proportion, since a plan that does not fi
 one that leaves some memory unused.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from supple.core.types import Estimate
 
@@ -59,7 +62,10 @@ class MemoryModel:
 
     def largest_micro_batch(self, limit_bytes: float) -> int:
         """The largest size whose `high` fits; 0 if none does. Measurements that do not grow with
-        the batch tell nothing of sizes beyond twice the largest one measured."""
+        the batch tell nothing of sizes beyond twice the largest one measured. Raises `ValueError`
+        for a limit that is no finite number."""
+        if not math.isfinite(limit_bytes):
+            raise ValueError(f"what fits {limit_bytes} bytes was asked for: give a finite number.")
         low, high = 0, 2 * max(self.measured)
         while self.grows and self.predict(high).high <= limit_bytes:
             low, high = high, high * 2
@@ -75,12 +81,20 @@ class MemoryModel:
 def fit_memory(measurements: Sequence[MemoryMeasurement], *, noise: float = _MARGIN) -> MemoryModel:
     """The line of least squares, lifted until no measurement lies above it. Where one size was
     measured all of it counts as fixed below that size. `noise` is 0 for bytes that were computed.
-    Raises `ValueError` for no measurement, or for sizes below 1."""
-    if not measurements or any(m.micro_batch_size < 1 or m.peak_bytes < 1 for m in measurements):
+    Raises `ValueError` for no measurement, and for sizes or bytes that are below 1 or not finite.
+    """
+    if not measurements or not all(
+        1 <= number < math.inf
+        for m in measurements
+        for number in (m.micro_batch_size, m.peak_bytes)
+    ):
         raise ValueError(
             f"a memory fit was asked for with {list(measurements)}: it needs at least one "
-            "measurement, with sizes of at least 1. Measure the peak at two micro-batch sizes."
+            "measurement, with sizes and bytes of at least 1. Measure the peak at two micro-batch "
+            "sizes."
         )
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise={noise}: give the share of the bytes that is chance, from 0.")
     sizes = [float(m.micro_batch_size) for m in measurements]
     peaks = [float(m.peak_bytes) for m in measurements]
     mean_size, mean_peak = sum(sizes) / len(sizes), sum(peaks) / len(peaks)
@@ -139,24 +153,101 @@ def device_bytes(trace: TracedMemory, *, shards: int = 1, runtime: int = RUNTIME
     return Estimate(value=safe, low=bare, high=safe, source="assumed")
 
 
+FAR = 8
+"""Times the largest traced size; beyond it what the traced sizes tell is no more than a guess.
+Bytes that grow with the square of the batch (a loss over all pairs) hardly show in small ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LargestMicroBatch:
+    """What fits, and how well that is known."""
+
+    num_samples: int
+    """0: not one."""
+    limited_by: Literal["memory", "dataset", "traces"]
+    """By the traces where all sizes need the same: more may fit, but they do not tell."""
+    is_guess: bool
+    """It lies further from the traced sizes than they can tell: beyond the only one, or beyond
+    `FAR` times the largest."""
+
+
+def safe_bytes(traces: Sequence[TracedMemory], num_samples: int, *, shards: int = 1) -> float:
+    """What a micro-batch of any size safely needs: on the lines between the traced sizes, and
+    beyond them by the steepest of those lines, since bytes bend upwards only (the peak of a small
+    batch is that of the optimizer's step). One size alone does not tell what a sample needs: below
+    it all of it counts as fixed, and beyond it all but the states grows with the batch."""
+    knots = _knots(traces, shards)
+    slopes = _slopes(knots)
+    last, most = knots[-1]
+    if num_samples >= last:
+        return most + max(slopes) * (1.0 + _MARGIN) * (num_samples - last)
+    for (size, peak), slope in zip(knots[1:], slopes, strict=True):
+        if num_samples <= size:
+            return peak - slope * (size - num_samples)
+    raise AssertionError("our bug: a size below the last one lies on no line")
+
+
 def largest_that_fits(
-    traces: Sequence[TracedMemory], limit_bytes: float, *, shards: int = 1
-) -> int:
-    """The largest micro-batch whose safe estimate stays within the limit; 0 if none does. Between
-    and beyond the traced sizes by the line through them, which lies on or above each."""
-    model = fit_memory(
-        [
-            MemoryMeasurement(
-                micro_batch_size=trace.micro_batch_size,
-                peak_bytes=max(1, round(device_bytes(trace, shards=shards).high)),
-            )
-            for trace in traces
-        ],
-        noise=0.0,
+    traces: Sequence[TracedMemory],
+    limit_bytes: float,
+    *,
+    shards: int = 1,
+    dataset_size: int | None = None,
+) -> LargestMicroBatch:
+    """The largest micro-batch whose `safe_bytes` stay within the limit: no more than there are
+    samples, and where the traced sizes all need the same no more than twice the largest of them.
+    Raises `ValueError` for no trace and for a limit that is no finite number."""
+    if not traces or not math.isfinite(limit_bytes):
+        raise ValueError(
+            f"what fits {limit_bytes} bytes was asked of {len(traces)} traces: give at least one "
+            "trace, and a finite number of bytes."
+        )
+    largest = max(trace.micro_batch_size for trace in traces)
+    grows = max(_slopes(_knots(traces, shards))) > 0
+
+    def fits(size: int) -> bool:
+        return safe_bytes(traces, size, shards=shards) <= limit_bytes
+
+    low, high, limited_by = 0, 2 * largest, "memory"
+    while grows and fits(high):
+        low, high = high, high * 2
+    if not grows and fits(high):
+        low, limited_by = high, "traces"
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    if dataset_size is not None and dataset_size <= low:
+        low, limited_by = dataset_size, "dataset"
+    return LargestMicroBatch(
+        num_samples=low,
+        limited_by=limited_by,
+        is_guess=low > (FAR if len(traces) > 1 else 1) * largest,
     )
-    fitting = [
-        trace.micro_batch_size
-        for trace in traces
-        if device_bytes(trace, shards=shards).high <= limit_bytes
+
+
+def _knots(traces: Sequence[TracedMemory], shards: int) -> list[tuple[int, float]]:
+    """(micro-batch size, safe bytes), rising in both; at least two."""
+    ordered = sorted(traces, key=lambda trace: trace.micro_batch_size)
+    if len(ordered) == 1:
+        only = ordered[0]
+        at_none = replace(only, micro_batch_size=0)
+        at_twice = replace(
+            only,
+            micro_batch_size=2 * only.micro_batch_size,
+            peak_bytes=2 * only.peak_bytes - only.state_bytes,
+        )
+        ordered = [at_none, only, at_twice]
+    knots: list[tuple[int, float]] = []
+    most = 0.0
+    for trace in ordered:
+        most = max(most, device_bytes(trace, shards=shards).high)
+        knots.append((trace.micro_batch_size, most))
+    return knots
+
+
+def _slopes(knots: Sequence[tuple[int, float]]) -> list[float]:
+    """Bytes a sample, from each knot to the next."""
+    return [
+        (more - less) / (size - before)
+        for (before, less), (size, more) in itertools.pairwise(knots)
     ]
-    return max([model.largest_micro_batch(limit_bytes), *fitting])

@@ -16,6 +16,8 @@ BatchMode = Literal["fixed", "adaptive"]
 LrRule = Literal["auto", "linear", "sqrt", "adascale", "constant"]
 MAX_WORKERS = 65_536
 """More than any pool known; a larger count is a typing error."""
+_SEEDS_END = 2**63
+"""What a random generator's seed fits into."""
 
 _MOST_S, _MOST_MONEY = 8.64e9, 1e15
 """The same of times, 100,000 days, and of money."""
@@ -208,10 +210,14 @@ class TrainSpec:
                 raise SpecError(f"{what} is {value}: it must be at least {least}.")
         if self.port > 65_535:
             raise SpecError(f"--port is {self.port}: ports end at 65535.")
+        if self.seed >= _SEEDS_END:
+            raise SpecError(f"--seed is {self.seed}: seeds end at {_SEEDS_END - 1}.")
         if not 0 < self.cpus_per_worker <= 1024:
             raise SpecError(
                 f"--cpus-per-worker is {self.cpus_per_worker:g}: give more than 0, at most 1024."
             )
+        if not 0 <= self.gpus_per_worker <= 1024:
+            raise SpecError(f"--gpus-per-worker is {self.gpus_per_worker:g}: give 0 to 1024.")
         if self.min_workers > self.max_workers:
             raise SpecError(
                 f"MIN workers {self.min_workers} is above MAX {self.max_workers}: swap them."

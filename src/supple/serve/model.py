@@ -74,16 +74,25 @@ def check_target(target: str) -> tuple[str, str]:
     path, colon, class_name = target.rpartition(":")
     if not colon or not class_name.isidentifier():
         raise SpecError(
-            f"{target} names no class. Give FILE:CLASS, as in app.py:Model, or a saved .pt2."
+            f"{target or repr(target)} names no class. Give FILE:CLASS, as in app.py:Model, or a "
+            "saved .pt2."
         )
-    if not Path(path).is_file():
-        raise SpecError(f"the file {path} does not exist. Give FILE:CLASS, as in app.py:Model.")
+    advice = "Give FILE:CLASS, as in app.py:Model."
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"), filename=path)
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        source = Path(path).read_bytes() if path and Path(path).is_file() else None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SpecError(f"the file {path} cannot be read: {why}. {advice}") from None
+    if source is None:
+        what = "is a folder" if path and Path(path).is_dir() else "does not exist"
+        raise SpecError(f"the file {path or repr(path)} {what}. {advice}")
+    try:
+        tree = ast.parse(source, filename=path)
+    except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         where = f"line {line}: " if line else ""
-        raise SpecError(f"{path} is not valid Python: {where}{error}.") from None
+        why = error.msg if isinstance(error, SyntaxError) else error
+        raise SpecError(f"{path} is not valid Python: {where}{why}.") from None
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     imported = {
         alias.asname or alias.name
@@ -108,7 +117,7 @@ def declared(target: str, attribute: str, default: Any) -> Any:
     """The literal value the class of `target` gives `attribute`, read without running it; `default`
     if it gives none in its own body. Raises `SpecError` as `check_target` does."""
     path, class_name = check_target(target)
-    tree = ast.parse(Path(path).read_text(encoding="utf-8")) if class_name else ast.Module([], [])
+    tree = ast.parse(Path(path).read_bytes()) if class_name else ast.Module([], [])
     bodies = [n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name]
     for statement in (statement for body in bodies for statement in body):
         match statement:
@@ -145,7 +154,7 @@ def load_model(
     try:
         found.loader.exec_module(module)
         user: Any = getattr(module, class_name)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelFault(f"{target} could not be made:\n{user_traceback(error)}") from None
     return ServedModel(user, name=name or Path(path).stem, weights=weights)
 
@@ -180,7 +189,7 @@ class ServedModel:
         if load is not None:
             try:
                 load(*arguments)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise ModelFault(f"load() of {what} raised:\n{user_traceback(error)}") from None
 
     def renewed(self, weights: str) -> "ServedModel":

@@ -18,6 +18,7 @@ from supple.core.noise import NoiseState
 from supple.core.order import mix, share
 from supple.core.spec import TrainSpec
 from supple.core.types import Progress
+from supple.train.arguments import check_batches, check_rate
 from supple.train.checkpoint import CheckpointStore
 from supple.train.engine import StepEngine, TrainingError
 from supple.train.group import CollectiveFailed, Group
@@ -111,6 +112,7 @@ class Job:
         params = [param for param in self._model.parameters() if param.requires_grad]
         if not params:
             raise TrainingError("the model has no parameter that requires a gradient.")
+        check_rate(lr)
         self._optimizer = cls(params, lr=lr, **options)
         self._rate = LearningRate(self._spec.lr_rule, type(self._optimizer).__name__)
         self._rate.base_lr = lr
@@ -142,11 +144,7 @@ class Job:
             raise TrainingError("job.batches was called before job.model and job.optimizer.")
         if self._loader is not None:
             raise TrainingError("job.batches was called twice: a job has one training loop.")
-        if batch_size < 1 or epochs < 1 or (micro_batch_size or 1) < 1:
-            raise TrainingError(
-                f"batch_size={batch_size}, epochs={epochs}, micro_batch_size={micro_batch_size}: "
-                "all must be at least 1."
-            )
+        check_batches(batch_size=batch_size, epochs=epochs, micro_batch_size=micro_batch_size)
         self._loader = make_loader(
             dataset,
             epochs=epochs,

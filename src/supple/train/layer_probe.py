@@ -1,7 +1,7 @@
 """Measures a model layer by layer on one worker, for planning where to cut it into stages."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from supple.core.memory import TracedMemory
 from supple.core.stages import MeasuredLayer
+from supple.train.arguments import check_batches, check_rate
 from supple.train.engine import TrainingError
 from supple.train.loader import make_loader
-from supple.train.script import load
+from supple.train.script import run
 
 _WARM_UP, _STEPS = 2, 7
 
@@ -36,14 +37,14 @@ class _Complete(BaseException):
     """Unwinds the user's function when everything is measured. Not an error."""
 
 
-def measure_layers(script: str, function: str, traces: list[TracedMemory]) -> LayerReport:
+def measure_layers(script: str, function: str, traces: Sequence[TracedMemory]) -> LayerReport:
     """Forward times of every layer at the script's batch and at half of it; the backward pass,
     which is timed as a whole, is divided among the layers like the forward pass. A layer is a child
     of the model, or of a `ModuleList` or `Sequential` in it. `traces` (largest first) tell the
     bytes. Raises `TrainingError` for a model that calls a layer twice."""
     probe = _LayerProbe()
     try:
-        load(script, function)(probe)
+        run(script, function, probe)
     except _Complete:
         return probe.report_made(traces)
     raise TrainingError(
@@ -87,6 +88,7 @@ class _LayerProbe:
     def optimizer(
         self, cls: Callable[..., Optimizer], *, lr: float, schedule: Any = None, **options: Any
     ) -> Optimizer:
+        check_rate(lr)
         params = [param for param in self._model.parameters() if param.requires_grad]
         self._optimizer, self._lr = cls(params, lr=lr, **options), lr
         return self._optimizer
@@ -108,12 +110,14 @@ class _LayerProbe:
         num_workers: int = 0,
         micro_batch_size: int | None = None,
     ) -> Iterator[Any]:
-        largest = micro_batch_size or batch_size
+        check_batches(batch_size=batch_size, epochs=epochs, micro_batch_size=micro_batch_size)
         loader = make_loader(
             dataset, epochs=epochs, shuffle=shuffle, seed=0, collate_fn=collate_fn, num_workers=0
         )
-        self._batch_size, self._total = batch_size, loader.samples_total or batch_size
-        self._epochs = epochs if loader.samples_total else 1
+        known = loader.samples_total
+        self._batch_size, self._total = batch_size, known or batch_size
+        largest = min(micro_batch_size or batch_size, known // epochs if known else batch_size)
+        self._epochs = epochs if known else 1
         self._sizes = sorted({largest, max(1, largest // 2)}, reverse=True)
         for size in self._sizes:
             self._size = size
@@ -140,7 +144,7 @@ class _LayerProbe:
         self._optimizer.zero_grad()
         return True
 
-    def report_made(self, traces: list[TracedMemory]) -> LayerReport:
+    def report_made(self, traces: Sequence[TracedMemory]) -> LayerReport:
         first = traces[0]
         by_id = {id(layer): layer for layer in self._layers if id(layer) in self._order}
         large, small = self._sizes[0], self._sizes[-1]

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from supple.core.order import Position
 from supple.core.spec import TrainSpec
+from supple.train.arguments import check_batches, check_rate
 from supple.train.engine import StepEngine, TrainingError
 from supple.train.group import Group
 from supple.train.loader import make_loader
@@ -112,6 +113,7 @@ class Probe:
     ) -> Optimizer:
         if self._model is None:
             raise TrainingError("job.optimizer was called before job.model: swap the two lines.")
+        check_rate(lr)
         params = [param for param in self._model.parameters() if param.requires_grad]
         self._optimizer = cls(params, lr=lr, **options)
         self._base_lr = lr
@@ -136,9 +138,10 @@ class Probe:
     ) -> Iterator[Any]:
         if self._model is None or self._optimizer is None:
             raise TrainingError("job.batches was called before job.model and job.optimizer.")
+        check_batches(batch_size=batch_size, epochs=epochs, micro_batch_size=micro_batch_size)
         loader = make_loader(
             dataset,
-            epochs=max(epochs, 1),
+            epochs=epochs,
             shuffle=shuffle,
             seed=self._seed,
             collate_fn=collate_fn,

@@ -5,7 +5,9 @@ import difflib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager, redirect_stdout
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,25 @@ _MODULE = "supple_user_script"
 def check(script: str, function: str) -> None:
     """Raise `SpecError` unless `script` is Python and defines `function` taking one argument."""
     path = Path(script)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
-        hint = f" Did you mean {path.with_name(near[0])}?" if near else ""
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise SpecError(f"the script {script} {what}.{hint} Give the path of a Python file.")
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=script)
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        source = path.read_bytes() if script and path.is_file() else None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SpecError(f"the script {script} cannot be read: {why}. Give another.") from None
+    if source is None:
+        is_folder = bool(script) and path.is_dir()
+        near = [] if is_folder else difflib.get_close_matches(path.name, _names_beside(path), n=1)
+        hint = f" Did you mean {path.with_name(near[0])}?" if near else ""
+        what = "is a folder" if is_folder else "does not exist"
+        name = script or "''"
+        raise SpecError(f"the script {name} {what}.{hint} Give the path of a Python file.")
+    try:
+        tree = ast.parse(source, filename=script)
+    except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         where = f"line {line}: " if line else ""
-        raise SpecError(f"the script {script} is not valid Python: {where}{error}.") from None
+        why = error.msg if isinstance(error, SyntaxError) else error
+        raise SpecError(f"the script {script} is not valid Python: {where}{why}.") from None
     functions = {
         node.name: len(node.args.posonlyargs) + len(node.args.args)
         for node in tree.body
@@ -65,12 +75,57 @@ def load(script: str, function: str) -> Callable[[Any], None]:
     folder = str(Path(script).resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(_MODULE, script)
-    assert spec is not None and spec.loader is not None
+    # Whatever its name ends in.
+    loader = SourceFileLoader(_MODULE, script)
+    spec = importlib.util.spec_from_file_location(_MODULE, script, loader=loader)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[_MODULE] = module
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     return getattr(module, function)
+
+
+@contextmanager
+def without_a_command_line(script: str) -> Iterator[None]:
+    """While the script's code runs: its command line is empty (ours is none of its business), and
+    an attempt to end the program raises `SpecError`."""
+    ours, sys.argv = sys.argv, [script]
+    try:
+        yield
+    except SystemExit as end:
+        raise SpecError(_ended(script, end)) from None
+    finally:
+        sys.argv = ours
+
+
+def run(script: str, function: str, job: Any) -> None:
+    """The training function with `job`, in this process. What it prints goes to stderr: stdout is
+    for the command's answer; and if it goes to another folder, we do not. Raises what the script
+    raises; `SpecError` where it ends itself."""
+    with without_a_command_line(script), redirect_stdout(sys.stderr), chdir("."):
+        load(script, function)(job)
+
+
+def _ended(script: str, end: SystemExit) -> str:
+    """What happened, and what to do, where a script ended the program."""
+    frames = list(traceback.walk_tb(end.__traceback__))
+    file = Path(script).resolve()
+    lines = [line for frame, line in frames if Path(frame.f_code.co_filename).resolve() == file]
+    where = f", line {lines[-1]}," if lines else ""
+    parsers = [frame for frame, _ in frames if Path(frame.f_code.co_filename).name == "argparse.py"]
+    advice = 'move it under `if __name__ == "__main__":`, which Supple does not run'
+    if parsers:
+        said = parsers[-2].f_locals.get("message") if len(parsers) > 1 else None
+        return (
+            f"the script {script}{where} reads a command line{f' ({said})' if said else ''}, and "
+            "Supple runs it without one: it imports the file and calls its function. Give every "
+            f"argument a default, or {advice}."
+        )
+    return (
+        f"the script {script}{where} called sys.exit({end.code!r}) while Supple ran it: a script "
+        "that ends itself cannot be measured or trained to its end. Return from the function "
+        f"instead; what belongs to running the file by itself, {advice}."
+    )
 
 
 def user_traceback(error: BaseException, *, whole: bool = False) -> str:
@@ -112,6 +167,10 @@ def memory_advice(error: BaseException, num_samples: int) -> str:
 
 def _names_beside(path: Path) -> list[str]:
     try:
-        return [entry.name for entry in path.parent.iterdir() if entry.suffix == ".py"]
+        return [
+            entry.name
+            for entry in path.parent.iterdir()
+            if entry.suffix == ".py" and entry.is_file()
+        ]
     except OSError:
         return []

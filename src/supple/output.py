@@ -1,0 +1,67 @@
+"""Whether what is printed arrives: a full disk, and a reader that has gone away (`| head -1`)."""
+
+import io
+import os
+import sys
+from typing import TextIO, final
+
+
+@final
+class _Watched(io.TextIOWrapper):
+    """A text stream that remembers what kept it from being written."""
+
+    lost: OSError | None = None
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self.lost = self.lost or error
+            raise
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self.lost = self.lost or error
+            raise
+
+
+def watch() -> None:
+    """Remember from here on what keeps stdout and stderr from being written."""
+    sys.stdout, sys.stderr = _watched(sys.stdout), _watched(sys.stderr)
+
+
+def lost() -> OSError | None:
+    """What kept stdout, or else stderr, from taking what was printed; None if all arrived."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            return error
+        found = getattr(stream, "lost", None)
+        if found is not None:
+            return found
+    return None
+
+
+def give_up() -> None:
+    """Let go what could not be written, so that the interpreter's end does not complain of it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
+def _watched(stream: TextIO | None) -> TextIO:
+    if stream is None:  # closed by whoever started us: `>&-`
+        return open(os.devnull, "w")
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    return _Watched(
+        stream.buffer,
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
