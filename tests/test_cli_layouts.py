@@ -147,6 +147,15 @@ def test_what_a_fixed_batch_does_not_use_is_said(tmp_path: Path) -> None:
     assert json.loads(result.stdout) == json.loads(supple(f"{SEVEN} --json").stdout)
 
 
+def test_a_fixed_batch_too_has_the_learning_rate_that_previous_runs_found(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    rows = "512,1000000,0.1\n2048,1100000,0.2\n"
+    path.write_text(f"batch_size,samples_to_target,learning_rate\n{rows}")
+    result = supple(f"{SEVEN} --history {path} --json")
+    assert "--history: not used but for the learning rate, the batch is fixed" in result.stderr
+    assert json.loads(result.stdout)["rows"][0]["batch"]["lr"] == 0.1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -38,8 +38,9 @@ def test_a_row_with_a_cell_too_many_or_too_few_is_refused_with_its_line(
 
 
 def test_empty_cells_at_the_end_as_spreadsheets_write_them_are_no_cells(tmp_path: Path) -> None:
-    (row,) = rows(tmp_path, "a,b,,\n1,2,,,\n")
-    assert dict(row.cells) == {"a": "1", "b": "2"}
+    for text in ("a,b,,\n1,2,,,\n", "a,b,\n1,2\n"):
+        (row,) = rows(tmp_path, text)
+        assert dict(row.cells) == {"a": "1", "b": "2"}
 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:

@@ -185,16 +185,18 @@ def layouts(
         curve, tuned = None, ()
         known = {"--history": history, "--probes": probes, "--noise-scale": noise_scale}
         unused = [name for name, value in known.items() if value is not None]
-        if limits.batch == "fixed" and unused:
-            told = f"{', '.join(unused)}: not used, the batch is fixed. --batch adaptive does."
-            typer.echo(told, err=True)
         if history is not None or probes is not None:
             from supple.history import read_known
 
             earlier = read_known(history, probes)
+            tuned = earlier.rates
             if limits.batch == "adaptive":
-                curve, tuned = earlier.curve(noise_scale), earlier.rates
+                curve = earlier.curve(noise_scale)
                 typer.echo(f"the worth of other batch sizes: {curve.why}", err=True)
+        if limits.batch == "fixed" and unused:
+            rates = " but for the learning rate" if tuned else ""
+            told = f"{', '.join(unused)}: not used{rates}, the batch is fixed. --batch adaptive "
+            typer.echo(f"{told}does.", err=True)
         objective = parse_objective(deadline, budget)
         if plot is not None:
             from supple.picture import check_target

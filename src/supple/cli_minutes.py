@@ -35,7 +35,6 @@ EPILOG = (
     "  supple minutes runs.csv --history other-sizes.csv --json"
 )
 _DOUBLINGS = 3
-_SAMPLE_RULE = "every worker takes at least one sample of a batch"
 
 
 def minutes(
@@ -84,7 +83,9 @@ def minutes(
             )
         size = size or largest.batch_size
         most = most_workers(finished, size)
-        counts = _doubled(largest.num_workers, most) if asked is None else _within(asked, most)
+        counts = _doubled(largest.num_workers) if asked is None else asked
+        if told := _shared(counts, most):
+            typer.echo(told, err=True)
         answers = [(count, model.predict(count, size)) for count in counts]
         if as_json:
             typer.echo(json.dumps(_data(model, answers, size, paid)))
@@ -108,32 +109,27 @@ def _finished(row: Row) -> FinishedRun:
     )
 
 
-def _doubled(largest: int, most: int | None) -> list[int]:
-    """The largest count that ran, doubled thrice; fewer times where the batch has no sample for so
-    many workers."""
-    end = MAX_WORKERS if most is None else min(most, MAX_WORKERS)
+def _doubled(largest: int) -> list[int]:
+    """The largest count that ran, doubled thrice, as far as counts are known."""
     doubled = [largest * 2**k for k in range(1, _DOUBLINGS + 1)]
-    counts = [count for count in doubled if count <= end]
-    why, more = "no pool is known that has more workers", ""
-    if end == most:
-        why, more = _SAMPLE_RULE, ", or a larger --batch-size"
+    counts = [count for count in doubled if count <= MAX_WORKERS]
     if not counts:
         raise SpecError(
             f"no count was asked for, and twice the largest that ran, {doubled[0]}, is above "
-            f"{end}: {why}. Name counts with --workers{more}."
+            f"{MAX_WORKERS}: no pool is known that has more workers. Name counts with --workers."
         )
-    if len(counts) < len(doubled):
-        typer.echo(f"Counts above {end} are left out: {why}.", err=True)
     return counts
 
 
-def _within(asked: list[int], most: int | None) -> list[int]:
-    if most is not None and max(asked) > most:
-        raise SpecError(
-            f"--workers {max(asked)}: the batch is {most} samples, and {_SAMPLE_RULE}. Ask for "
-            "fewer workers, or for a larger --batch-size."
-        )
-    return asked
+def _shared(counts: Sequence[int], most: int | None) -> str:
+    """A sentence where the workers asked about are more than the samples of a batch, and none that
+    ran were; else empty."""
+    if most is None or max(counts) <= most:
+        return ""
+    return (
+        f"Above {most} workers several share a sample of the batch: only a job that splits samples "
+        "over workers (tensor, pipeline, context parallel) runs there."
+    )
 
 
 def _counts(text: str) -> list[int]:

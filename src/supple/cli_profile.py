@@ -47,7 +47,7 @@ def profile(
     with messages(verbose):
         check_target(target)
         wanted = _lengths(lengths)
-        seconds_s = parse_latency(seconds, what="--seconds")
+        seconds_s = parse_latency(seconds, what="--seconds", plain_seconds=True)
         if plot is not None:
             from supple.picture import check_target as check_picture
 

@@ -150,7 +150,9 @@ def serve(
 
 def _cold_start(text: str) -> float:
     """Seconds; zero is allowed here."""
-    return 0.0 if text.strip() in {"0", "0s"} else parse_latency(text, what="--cold-start")
+    if text.strip() in {"0", "0s"}:
+        return 0.0
+    return parse_latency(text, what="--cold-start", plain_seconds=True)
 
 
 def parse_service(text: str, *, startup_s: float) -> LatencyProfile:

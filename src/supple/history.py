@@ -6,7 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from supple.core.learning_rate import TunedRate
-from supple.core.previous_runs import best_of_each_size, gathered, without_absurd
+from supple.core.previous_runs import (
+    best_of_each_size,
+    gathered,
+    without_absurd,
+    without_odd_repeats,
+)
 from supple.core.samples import Run, SamplesModel, fit_samples
 from supple.core.spec import SpecError
 from supple.rows import Row, read_rows
@@ -78,7 +83,8 @@ def read_history(path: Path) -> list[Run]:
 def best_rates(runs: Sequence[Run]) -> tuple[TunedRate, ...]:
     """At every batch size, the learning rate that reached the target with the fewest samples in the
     mean of its runs; of runs that say theirs, without those that contradict most others."""
-    agreed = without_absurd(gathered(runs, is_probe=False))
+    usual = without_odd_repeats(runs, "runs")
+    agreed = without_absurd(gathered(usual, is_probe=False))
     best = best_of_each_size([point for point in agreed if point.lr and point.beyond is None])
     return tuple(TunedRate(batch_size=point.batch, lr=point.lr) for point in best if point.lr)
 

@@ -80,6 +80,8 @@ def read_rows(path: Path, columns: Sequence[str], *, what: str, besides: str) ->
     if not records:
         raise SpecError(f"{what} {path} is empty: {needed}")
     (_, head), *rows = records
+    while not head[-1]:  # a comma at the end of the line
+        head.pop()
     missing = [name for name in columns if name not in head]
     if missing:
         mixed = ";" in "".join(head) or "\t" in "".join(head)

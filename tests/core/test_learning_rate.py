@@ -144,6 +144,8 @@ def test_a_rate_or_a_batch_that_cannot_be_contradicts_nobody_and_is_refused() ->
 
 
 def test_rates_that_agree_or_are_not_known_are_no_contradiction() -> None:
-    assert contradiction(HISTORY, 0.1, 512, "sgd") == ""
+    # Nobody looks for the flat optimum closely: a third more or less is the same finding.
+    for lr in (0.07, 0.1, 0.14):
+        assert contradiction(HISTORY, lr, 512, "sgd") == ""
     assert contradiction((), 0.1, 512, "sgd") == contradiction(HISTORY, 0.0, 512, "sgd") == ""
     assert said_by_previous_runs(HISTORY, 512, "sgd").value == 0.1

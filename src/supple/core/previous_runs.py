@@ -17,7 +17,7 @@ _ABSURD = 1e100
 _ALLOWED = f"{1.0 / _ABSURD:g} to {_ABSURD:g}"
 _ENOUGH_TO_DOUBT = 5
 """With fewer sizes a surprising one is news, not an error."""
-_IMPOSSIBLE = math.log(10.0)
+_IMPOSSIBLE_LOG = math.log(10.0)
 """Samples at two sizes that differ by this and the ratio of the batches contradict each other, and
 so do repeats at one size that differ by this."""
 _PROBE_ERROR = 0.15
@@ -47,8 +47,8 @@ def is_usable(number: float) -> bool:
 
 
 def check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None) -> None:
-    """Raises `ValueError` for numbers that no run, probe or noise scale can have, for repeats that
-    contradict each other, and where the target was hardly ever reached."""
+    """Raises `ValueError` for numbers that no run, probe or noise scale can have, and where the
+    target was hardly ever reached."""
     for run in (*runs, *probes):
         numbers = [run.batch_size, run.samples, 1.0 if run.lr is None else run.lr]
         good = all(map(is_usable, numbers))
@@ -69,8 +69,6 @@ def check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None)
             f"noise_scale={noise_scale}: it must be positive and finite ({_ALLOWED}). Leave "
             "it out where it is not known."
         )
-    _refuse_contradictory_repeats(runs, "runs")
-    _refuse_contradictory_repeats(probes, "probes")
     if not all(probe.reached for probe in probes):
         stopped = ", ".join(f"{p.batch_size:g}" for p in probes if not p.reached)
         raise ValueError(
@@ -110,20 +108,41 @@ def _repeats(runs: Sequence[Run]) -> list[tuple[tuple[float, float | None], list
     return sorted(groups.items(), key=lambda group: (group[0][0], group[0][1] or 0.0))
 
 
-def _refuse_contradictory_repeats(runs: Sequence[Run], kind: str) -> None:
-    """Their mean would be the longest alone, and no seed is that unlucky."""
-    end = "loss" if kind == "probes" else "target"
+def without_odd_repeats(runs: Sequence[Run], kind: str) -> list[Run]:
+    """The `kind` ("runs" or "probes") without those that took over ten times as long or as short as
+    the median of three repeats or more: no seed is that lucky, and their mean would be the longest
+    alone. Raises `ValueError` where repeats are too few, or too many differ, to say which is odd.
+    """
+    odd: list[Run] = []
     for (batch, lr), group in _repeats(runs):
-        took = [run.samples for run in group if run.reached]
-        if took and math.log(max(took) / min(took)) > _IMPOSSIBLE:
-            at, unless = f"batch {batch:g}", ", or give their learning rates"
-            if lr is not None:
-                at, unless = f"{at} and learning rate {lr:g}", ""
-            raise ValueError(
-                f"{kind} at {at} took {min(took):g} and {max(took):g} samples: repeats of one run "
-                "do not differ by more than a factor of 10. Check that all counts are samples to "
-                f"the same {end}{unless}."
-            )
+        done = sorted((run for run in group if run.reached), key=lambda run: run.samples)
+        if not _are_apart(done):
+            continue
+        usual = math.log(done[len(done) // 2].samples)
+        found = [run for run in done if abs(math.log(run.samples) - usual) > _IMPOSSIBLE_LOG]
+        rest = [run for run in done if run not in found]
+        if len(rest) < 2 or 2 * len(found) >= len(done) or _are_apart(rest):
+            raise ValueError(_told_apart(done, kind, batch, lr))
+        odd += found
+    return [run for run in runs if run not in odd]
+
+
+def _are_apart(ordered: Sequence[Run]) -> bool:
+    if not ordered:
+        return False
+    return math.log(ordered[-1].samples / ordered[0].samples) > _IMPOSSIBLE_LOG
+
+
+def _told_apart(ordered: Sequence[Run], kind: str, batch: float, lr: float | None) -> str:
+    end = "loss" if kind == "probes" else "target"
+    at, unless = f"batch {batch:g}", ", or give their learning rates"
+    if lr is not None:
+        at, unless = f"{at} and learning rate {lr:g}", ""
+    return (
+        f"{kind} at {at} took {ordered[0].samples:g} and {ordered[-1].samples:g} samples: repeats "
+        "of one run do not differ by more than a factor of 10. Check that all counts are samples "
+        f"to the same {end}{unless}."
+    )
 
 
 def best_of_each_size(points: Sequence[Point]) -> list[Point]:
@@ -191,7 +210,7 @@ def refuse_contradictions(points: Sequence[Point]) -> None:
     if len(known) >= _ENOUGH_TO_DOUBT:
         return
     for a, b in pairwise(known):
-        if abs(a.value - b.value) > math.log(b.batch / a.batch) + _IMPOSSIBLE:
+        if abs(a.value - b.value) > math.log(b.batch / a.batch) + _IMPOSSIBLE_LOG:
             kind, end = ("probes", "loss") if a.is_probe else ("runs", "target")
             raise ValueError(
                 f"{kind} at batch {a.batch:g} and {b.batch:g} took {math.exp(a.value):.3g} and "

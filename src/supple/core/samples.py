@@ -33,6 +33,7 @@ from supple.core.previous_runs import (
     gathered,
     refuse_contradictions,
     without_absurd,
+    without_odd_repeats,
 )
 from supple.core.samples_curve import NOISE_SCALE_ERROR, NOISE_SCALE_RATIO, Point, posterior
 from supple.core.types import Estimate, Source
@@ -125,8 +126,9 @@ def fit_samples(
     run or probed. (A run that stopped before anybody expects it to end tells nothing, and its size
     is none.)"""
     check(runs, probes, noise_scale)
-    every_rate = gathered(runs, is_probe=False)
-    every_branch = gathered(probes, is_probe=True)
+    usual, usual_branches = without_odd_repeats(runs, "runs"), without_odd_repeats(probes, "probes")
+    every_rate = gathered(usual, is_probe=False)
+    every_branch = gathered(usual_branches, is_probe=True)
     for points in (every_rate, every_branch):
         refuse_contradictions(best_of_each_size(points))
     agreed, agreed_branches = without_absurd(every_rate), without_absurd(every_branch)
@@ -144,7 +146,13 @@ def fit_samples(
     has_rates = all(point.lr is not None for point in agreed) and not branches
     every = [run.evaluated_every for run in runs if run.evaluated_every > 0]
     source, why = _source(tuned, noise_scale)
-    left = [f"batch {p.batch:g}" for p in every_rate if p not in agreed]
+    left = [f"{r.samples:g} samples at batch {r.batch_size:g}" for r in runs if r not in usual]
+    left += [
+        f"{r.samples:g} samples of a probe at batch {r.batch_size:g}"
+        for r in probes
+        if r not in usual_branches
+    ]
+    left += [f"batch {p.batch:g}" for p in every_rate if p not in agreed]
     left += [f"probe at batch {p.batch:g}" for p in every_branch if p not in agreed_branches]
     if left:
         why += f"; left out, as most others contradict it: {', '.join(left)}"

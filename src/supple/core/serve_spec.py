@@ -52,11 +52,11 @@ def latency_text(seconds: float) -> str:
     return f"{seconds * 1e3:.4g}ms" if seconds < 1.0 else f"{seconds:.4g}s"
 
 
-def parse_latency(text: str, *, what: str) -> float:
+def parse_latency(text: str, *, what: str, plain_seconds: bool = False) -> float:
     """`"100ms"`, `"250us"`, `"2s"` or `"1m30s"`, as positive finite seconds. A number alone is
-    refused: a latency is as often thought of in milliseconds."""
+    refused, since a latency is as often thought of in milliseconds, unless `plain_seconds`."""
     stripped = text.strip()
-    if _is_bare_number(stripped):
+    if not plain_seconds and _is_bare_number(stripped):
         raise SpecError(
             f"{what} is {stripped}, a number without a unit: write {stripped}ms or {stripped}s."
         )

@@ -65,10 +65,12 @@ class SloPolicy:
         one: {"points": [[batch, p50_s, p99_s], ...], "startup_s": ...}, believed until replicas
         tell their own. Raises `SpecError` for nonsense."""
         self._slo = parse_slo(slo)
-        self._idle_s = parse_latency(idle, what="idle")
+        self._idle_s = parse_latency(idle, what="idle", plain_seconds=True)
         self._max_batch_size = max_batch_size
         self._price_per_hour, self._budget_per_hour = price_per_hour, budget_per_hour
-        self._startup_s = parse_latency(startup, what="startup") if startup else None
+        self._startup_s = (
+            parse_latency(startup, what="startup", plain_seconds=True) if startup else None
+        )
         self._points: tuple[LatencyPoint, ...] = ()
         if profile is not None:
             self._points = tuple(
