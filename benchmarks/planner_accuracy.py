@@ -49,6 +49,10 @@ class Bar:
         return f"≤ {self.high:g}" if self.low == 0.0 else f"{self.low:g}–{self.high:g}"
 
 
+class TableRefused(Exception):
+    """The planner takes what a table holds for impossible."""
+
+
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 COVERAGE = Bar(0.75, 0.85)
 BARS = {
@@ -64,6 +68,9 @@ BARS = {
     "inference_throughput_mape": Bar(0.0, 0.15),
     "inference_itl_mape": Bar(0.0, 0.15),
     "fit_ms": Bar(0.0, 20.0),
+    "minutes_refused": Bar(0.0, 0.0),
+    "samples_refused": Bar(0.0, 0.0),
+    "epochs_refused": Bar(0.0, 0.0),
 }
 
 
@@ -116,7 +123,7 @@ def measured(task: str, data: Path) -> Score:
         score: Score = importlib.import_module(f"benchmarks.accuracy.{task}").measure(data)
     except ValueError as why:
         # One table that the planner refuses as a whole takes no other task with it.
-        raise NothingToAsk(f"refused: {why}") from why
+        raise TableRefused(f"refused: {why}") from why
     return score
 
 
@@ -129,14 +136,18 @@ def main() -> None:
     if arguments.docs and arguments.only:
         parser.error("--docs takes the figures of all tasks: leave out --only.")
     scores: list[Score] = []
+    refused: list[str] = []
     for task in arguments.only or TASKS:
         try:
             scores.append(measured(task, arguments.data))
         except NothingToAsk as why:
             print(f"\n{task}: not measured: {why}")
+        except TableRefused as why:
+            print(f"\n{task}: NOT MEASURED: {why}")
+            refused.append(task)
         else:
             show(scores[-1])
-    if not scores:
+    if not scores and not refused:
         parser.error(f"{arguments.data} holds none of {', '.join(sorted(set(TASKS.values())))}.")
     found = metrics(scores)
     if "interval_coverage" in found:
@@ -146,6 +157,8 @@ def main() -> None:
         draw(scores, arguments.docs / "accuracy")
         write_table(found, arguments.docs / "accuracy.md")
     report("planner_accuracy", found)
+    if refused:
+        sys.exit(f"The planner refused the whole table of {', '.join(refused)}.")
 
 
 if __name__ == "__main__":

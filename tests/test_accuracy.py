@@ -24,6 +24,7 @@ from benchmarks.planner_accuracy import (
     END,
     TASKS,
     Bar,
+    TableRefused,
     measured,
     metrics,
     write_table,
@@ -85,7 +86,7 @@ def test_a_task_without_its_tables_says_which(task: str, tmp_path: Path) -> None
 def test_a_table_that_is_refused_as_a_whole_is_told_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "vtrain").mkdir()
     (tmp_path / "vtrain" / "rows.csv").write_text(VTRAIN)
-    with pytest.raises(NothingToAsk, match=r"refused: the measurement .* must be positive"):
+    with pytest.raises(TableRefused, match=r"refused: the measurement .* must be positive"):
         measured("layouts", tmp_path)
 
 
