@@ -27,7 +27,7 @@ from supple.core.layout_form import (
     priors,
 )
 from supple.core.least_squares import forward_slope
-from supple.core.throughput import NOISE_FLOOR
+from supple.core.repeats import NOISE_FLOOR
 from supple.core.types import Estimate, Source
 
 __all__ = [

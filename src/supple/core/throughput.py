@@ -28,6 +28,7 @@ from supple.core.measurements import (
     configuration,
     most_per_node,
 )
+from supple.core.repeats import NOISE_FLOOR, as_measured
 from supple.core.step_form import (
     LOCAL_LINK,
     SHARED_HOST,
@@ -39,9 +40,6 @@ from supple.core.step_form import (
     step_time,
 )
 from supple.core.types import Estimate, Source
-
-NOISE_FLOOR = 0.03
-"""Relative scatter that repeated measurements of one configuration have at least."""
 
 _DOUBT = 0.05
 """Relative standard deviation of the model's form per doubling, of workers or of nodes, beyond the
@@ -162,20 +160,22 @@ class StepTimeModel:
     def _seen(self, asked: Configuration) -> list[float]:
         return [step.step_time_s for step in self.steps if configuration(step) == asked]
 
+    def _others(self, asked: Configuration) -> list[list[float]]:
+        """What was measured of each other configuration."""
+        return [self._seen(other) for other in {*map(configuration, self.steps)} - {asked}]
+
     def _known(
         self, asked: Configuration, also: Sequence[Configuration] = ()
     ) -> tuple[float, float]:
         """A step time, and the variance of its logarithm if those of `also` were measured too."""
         seen = self._seen(asked)
         if seen:
-            # Repeats that contradict each other are no better known than they differ.
-            apart = float(np.std(np.log(seen), ddof=1)) if len(seen) > 1 else 0.0
-            return float(np.median(seen)), max(NOISE_FLOOR, apart) ** 2
+            return as_measured(seen, self._others(asked))
         form, g = self._slope(asked)
         own, unsure = self._peculiar(asked, also)
         value = form * math.exp(own)
         if asked in also:
-            return value, NOISE_FLOOR**2
+            return value, as_measured([value], self._others(asked))[1]
         covariance = np.asarray(self.covariance)
         for other in also:
             _, h = self._slope(other)
