@@ -60,6 +60,32 @@ def test_the_layout_of_a_row_is_the_fastest_of_all_that_fit() -> None:
     assert row.step_time_s.value == pytest.approx(min(other.value for other in others))
 
 
+def test_a_micro_batch_is_as_large_as_memory_and_the_share_of_a_replica_allow() -> None:
+    """BERT-base: short sequences, whose launches cost more than their arithmetic."""
+    bert = Transformer(
+        hidden_size=768, num_layers=12, num_heads=12, seq_length=128, vocab_size=30528
+    )
+
+    def largest(memory_bytes: float, batch: int) -> int:
+        job = replace(JOB, model=bert, memory_bytes=memory_bytes)
+        return max(run.micro_batch_size for run in runs_for(job, 1, batch))
+
+    assert [largest(1e13, batch) for batch in (4096, 96, 97)] == [4096, 32, 1]
+    tight = largest(80e9, 4096)
+    assert 64 <= tight < 4096
+    beyond = LayoutRun(
+        model=bert,
+        layout=ParallelLayout(),
+        micro_batch_size=2 * tight,
+        num_micro_batches=1,
+        recompute=True,
+    )
+    assert peak_memory(replace(beyond, micro_batch_size=tight)).high <= 80e9
+    assert peak_memory(beyond).high > 80e9
+    row = table(replace(JOB, model=bert, base_batch_size=4096), max_workers=1).choice
+    assert row.batch.micro_batch_size > 16
+
+
 def test_a_model_too_large_for_one_begins_where_it_fits() -> None:
     rows = table().rows
     assert rows[0].num_workers > 1

@@ -3,9 +3,9 @@ layout, the micro-batch and the global batch that end soonest and fit, and the c
 
 For a count every layout is tried whose tensor ranks share a node and divide the heads, whose stages
 divide the layers (measured ones are cut where it is even) and whose replicas divide the batch; with
-and without recomputation and sharded states. What does not fit into the accelerator's memory is
-out; the fastest of the rest stays. Measured layers have tensor ranks where one of them says how
-many collectives it needs for that.
+every micro-batch that is a power of two, with and without recomputation and sharded states. What
+does not fit into the accelerator's memory is out; the fastest of the rest stays. Measured layers
+have tensor ranks where one of them says how many collectives it needs for that.
 """
 
 import math
@@ -23,8 +23,6 @@ from supple.core.planner import counts_within, refusal_of
 from supple.core.samples import SamplesModel
 from supple.core.spec import Limits, Objective
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan
-
-_MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,22 +108,30 @@ def runs_for(job: LayoutJob, count: int, batch: int) -> Iterator[LayoutRun]:
             dp = count // (tp * pp)
             if not _stages_into(model, pp) or batch % dp:
                 continue
-            for micro in _MICRO_BATCHES:
-                if (batch // dp) % micro:
-                    continue
-                for shard in {1, dp}:
-                    for recompute in (False, True):
-                        run = LayoutRun(
-                            model=model,
-                            layout=ParallelLayout(
-                                dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp
-                            ),
-                            micro_batch_size=micro,
-                            num_micro_batches=batch // dp // micro,
-                            recompute=recompute,
-                        )
-                        if peak_memory(run, job.optimizer).high <= job.memory_bytes:
-                            yield run
+            for shard in {1, dp}:
+                for recompute in (False, True):
+                    layout = ParallelLayout(dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp)
+                    yield from _micro_batches(job, layout, batch // dp, recompute)
+
+
+def _micro_batches(
+    job: LayoutJob, layout: ParallelLayout, share: int, recompute: bool
+) -> Iterator[LayoutRun]:
+    """A replica's `share` of the batch in micro-batches of every power of two that divides it, up
+    to the first that does not fit: memory rises with the micro-batch."""
+    micro = 1
+    while share % micro == 0:
+        run = LayoutRun(
+            model=job.model,
+            layout=layout,
+            micro_batch_size=micro,
+            num_micro_batches=share // micro,
+            recompute=recompute,
+        )
+        if peak_memory(run, job.optimizer).high > job.memory_bytes:
+            return
+        yield run
+        micro *= 2
 
 
 def run_of(job: LayoutJob, row: Plan) -> LayoutRun:
