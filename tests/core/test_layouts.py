@@ -161,6 +161,34 @@ def test_recomputing_and_sharding_cost_time() -> None:
     assert time_of(sharded) > time_of(run(dp=4))
 
 
+def test_sharded_ranks_gather_the_weights_for_every_micro_batch() -> None:
+    """Forward and backward, and scatter the gradients: over a slow network that is all they do."""
+    link = lookup("ethernet-25")
+    slow = fit_layouts(
+        [], device=DEVICES["h100"], link=link, local_link=lookup("pcie4"), workers_per_node=8
+    )
+    parameters = 12 * 2048**2 * 24 + 51200 * 2048
+    gather = 63 / 64 * 2 * parameters / link.bandwidth_bytes_per_s
+    shards = run(layout=ParallelLayout(dp_shard=64), micro_batch=1)
+
+    def seconds(num: int, asked: LayoutRun = shards) -> float:
+        return time_of(replace(asked, num_micro_batches=num), slow) / 1.06  # six doublings
+
+    assert seconds(8) > 8 * 3 * gather
+    assert seconds(9) - seconds(8) == pytest.approx(3 * gather, rel=0.05)
+    # Replicas of eight shards inside a node gather there, and all-reduce an eighth each.
+    both = run(layout=ParallelLayout(dp_replicate=8, dp_shard=8), micro_batch=1)
+    assert seconds(9, both) < seconds(9) / 3
+
+
+def test_gathers_hide_behind_arithmetic_that_takes_longer() -> None:
+    shards, whole = run(layout=ParallelLayout(dp_shard=4)), run(dp=4)
+    more = [
+        time_of(replace(asked, num_micro_batches=9)) - time_of(asked) for asked in (shards, whole)
+    ]
+    assert more[1] < more[0] < 1.01 * more[1]
+
+
 @settings(max_examples=100)
 @given(
     st.sampled_from([1, 2, 4, 8, 16]),
