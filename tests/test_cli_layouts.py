@@ -54,6 +54,19 @@ def test_iterations_that_ran_narrow_the_intervals(tmp_path: Path) -> None:
     assert width(f"--measured {path}") < 0.6 * width("")
 
 
+def test_attention_keeps_no_scores_unless_it_is_said_to() -> None:
+    asked = f"{SEVEN} --seq 16384 --max-workers 8 --json"
+
+    def steps(arguments: str) -> list[float]:
+        rows = json.loads(supple(f"{asked} {arguments}").stdout)["rows"]
+        return [row["step_time_s"]["value"] for row in rows]
+
+    assert steps("") == steps("--attention flash")
+    assert steps("")[-1] < steps("--attention full")[-1]
+    told = " ".join(supple("--help").output.split())
+    assert "scaled_dot_product_attention (default)" in told
+
+
 def test_it_says_what_to_measure_first_and_by_how_much_that_narrows(tmp_path: Path) -> None:
     data = json.loads(supple(f"{SEVEN} --json").stdout)
     told = re.fullmatch(
@@ -158,6 +171,8 @@ def test_what_a_fixed_batch_does_not_use_is_said(tmp_path: Path) -> None:
         (f"{SEVEN} --interconnect rope", "supple: --interconnect rope"),
         (f"{SEVEN} --local-link NVlink-H10", "--local-link NVlink-H10: unknown. Known: loopback"),
         (f"{SEVEN} --batch-size 2000000", "a batch of 2000000 of 1000000 samples in all"),
+        (f"{SEVEN} --attention none", "--attention none: unknown. Known: flash, full."),
+        ("absent.py --attention full", "SCRIPT and --attention were both given"),
         (f"{SEVEN} --optimizer prayer", "Known: adam, adam-8bit"),
         (f"{SEVEN} --memory -3", "--memory is -3"),
         (

@@ -51,6 +51,8 @@ _MOST = {
 }
 """At least ten times what anybody published; more is a typing error."""
 _DEFAULT_LR = 3e-4
+_ATTENTION = {"flash": False, "full": True}
+"""Whether it keeps its scores."""
 
 
 def layouts(
@@ -65,6 +67,13 @@ def layouts(
     seq: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: 2048.")] = None,
     vocab: Annotated[
         int | None, typer.Option(help="Entries of the vocabulary; default: 50304.")
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="flash: keeps no scores, as PyTorch's scaled_dot_product_attention (default); or "
+            "full: writes all."
+        ),
     ] = None,
     lr: Annotated[
         float | None,
@@ -151,6 +160,7 @@ def layouts(
         described_by = sizes | {
             "--seq": seq,
             "--vocab": vocab,
+            "--attention": attention,
             "--optimizer": given_optimizer,
             "--measured": measured,
         }
@@ -160,6 +170,7 @@ def layouts(
                 f"SCRIPT and {', '.join(extra)} were both given: a script's layers are measured, a "
                 "transformer is described. Leave one out."
             )
+        kind = parse_name(attention or "flash", _ATTENTION, what="--attention")
         device = _device(accelerator)
         link = lookup(interconnect)
         local = lookup(local_link or device.local_link, what="--local-link")
@@ -211,7 +222,7 @@ def layouts(
         if script is None:
             assert hidden is not None and layers is not None and heads is not None
             seq, vocab = 2048 if seq is None else seq, 50_304 if vocab is None else vocab
-            described = _transformer(hidden, layers, heads, seq, vocab)
+            described = _transformer(hidden, layers, heads, seq, vocab, _ATTENTION[kind])
             rows = read_layouts(measured, described) if measured else []
             model = described
         else:
@@ -327,7 +338,9 @@ def _show(
         typer.echo(f"picture {plot}", err=True)
 
 
-def _transformer(hidden: int, layers: int, heads: int, seq: int, vocab: int) -> "Transformer":
+def _transformer(
+    hidden: int, layers: int, heads: int, seq: int, vocab: int, stores_scores: bool
+) -> "Transformer":
     from supple.core.layouts import Transformer
 
     sizes = {"--hidden": hidden, "--layers": layers, "--heads": heads, "--seq": seq}
@@ -339,7 +352,12 @@ def _transformer(hidden: int, layers: int, heads: int, seq: int, vocab: int) -> 
             "whole. Change one of them."
         )
     return Transformer(
-        hidden_size=hidden, num_layers=layers, num_heads=heads, seq_length=seq, vocab_size=vocab
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        seq_length=seq,
+        vocab_size=vocab,
+        stores_scores=stores_scores,
     )
 
 

@@ -379,6 +379,16 @@ def test_the_head_multiplies_and_its_logits_go_through_the_memory() -> None:
     assert added(flops_per_s=1e25) == pytest.approx(memory, rel=1e-3)
 
 
+def test_attention_that_keeps_no_scores_moves_none_through_the_memory() -> None:
+    long = replace(GPT, seq_length=16384)
+    full, flash = (
+        time_of(run(model=replace(long, stores_scores=kept), micro_batch=1))
+        for kept in (True, False)
+    )
+    moved = 8 * 24 * 3 * 5 * 16 * 16384**2 / (0.5 * 1.56e12)
+    assert full - flash == pytest.approx(moved, rel=0.02)
+
+
 def test_the_fastest_of_several_layouts_is_found() -> None:
     slow, fast = run(pp=4, num=1, micro_batch=8), run(dp=4, num=1, micro_batch=2)
     assert UNMEASURED.fastest([slow, fast]) == fast

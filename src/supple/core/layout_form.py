@@ -4,7 +4,8 @@ about, and what is believed of its parameters before anything is measured.
 A transformer layer, forward and backward, of a micro-batch of `tok` tokens, on t tensor ranks:
 
     arithmetic  72 tok h^2 (1 + s/6h) / (t F)           with recomputation a third more of this
-    memory      3 tok (34 h + 5 a s) / (t W_mem)        and of this: element-wise kernels
+    memory      3 tok (34 h + 5 a s) / (t W_mem)        and of this: element-wise kernels; without
+                5 a s where attention keeps no scores
     collective  c (lambda + 2 (t-1)/t 2 tok h / W_tp)   c = 4, or 6 with recomputation
     host        k + k' (with t > 1)                     launching the kernels
     layer       (host^q + (arithmetic + memory + collective)^q)^(1/q)
@@ -102,6 +103,14 @@ class Transformer:
     seq_length: int
     """Tokens of one sample."""
     vocab_size: int
+    stores_scores: bool = True
+    """Attention writes every score to memory and keeps it for the backward pass, 5 bytes a head and
+    pair of tokens; False: it keeps none (FlashAttention, Dao et al. 2022, but for a sum a token)."""
+
+    @property
+    def score_bytes(self) -> float:
+        """Kept of a token's attention in one layer."""
+        return 5.0 * self.num_heads * self.seq_length if self.stores_scores else 0.0
 
     def __post_init__(self) -> None:
         sizes = (self.hidden_size, self.num_layers, self.num_heads, self.seq_length)
@@ -220,7 +229,7 @@ def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[
         tok, h = run.micro_batch_size * model.seq_length, model.hidden_size
         layers = -(-model.num_layers // pp)
         work = 72 * tok * h**2 * (1 + model.seq_length / (6 * h)) * again / tp
-        bytes_moved = tok * (34 * h + 5 * model.num_heads * model.seq_length) / tp
+        bytes_moved = tok * (34 * h + model.score_bytes) / tp
         flops, traffic = layers * work, layers * 3 * bytes_moved * again
         host_layers, fixed = float(layers), 0.0
         collectives = layers * (6.0 if run.recompute else 4.0)
