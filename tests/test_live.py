@@ -253,11 +253,12 @@ def test_a_run_that_never_began_says_so() -> None:
 
 
 def test_durations_and_counts_read_as_people_write_them() -> None:
-    assert [duration(s) for s in (0.4, 59.6, 75.0, 3600.0, 90_000.0)] == [
+    assert [duration(s) for s in (0.4, 59.6, 75.0, 3600.0, 90_000.0, 183_600.0)] == [
         "0s",
         "1m00s",
         "1m15s",
         "1h00m",
         "25h00m",
+        "2d03h",
     ]
     assert (in_words(1), in_words(4)) == ("1 worker", "4 workers")

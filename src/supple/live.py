@@ -257,9 +257,11 @@ class Tally:
 
 
 def duration(seconds: float) -> str:
-    """`75.0` as "1m15s"."""
+    """`75.0` as "1m15s", days from 48 hours on."""
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
+    if hours >= 48:
+        return f"{hours // 24}d{hours % 24:02d}h"
     minutes, secs = divmod(rest, 60)
     if hours:
         return f"{hours}h{minutes:02d}m"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from supple.core.interconnects import lookup
 from supple.core.layouts import (
     DEVICES,
+    ImpossibleMeasurement,
     LayoutMeasurement,
     LayoutModel,
     LayoutRun,
@@ -214,11 +215,28 @@ def test_a_time_that_no_device_can_reach_is_refused() -> None:
         model_of(row)
 
 
+def test_no_low_end_is_faster_than_the_data_sheet_until_something_was_measured() -> None:
+    """96 h^2 tok and the head: of such a width that the matrices are all there is."""
+    wide = replace(GPT, hidden_size=65536, num_layers=8)
+    asked = run(model=wide, micro_batch=4, num=64, recompute=True)
+    layers = 8 * 96 * 65536**2 * (1 + 1024 / (12 * 65536))
+    operations = 64 * 4 * 1024 * (layers + 6 * 65536 * 51200)
+    found = UNMEASURED.predict(asked)
+    assert found.low == pytest.approx(operations / 312e12)
+    assert found.low < found.value < found.high
+    # Whoever computes in 8 bits is not told that it cannot be.
+    fast = model_of(LayoutMeasurement(run=asked, iteration_s=0.6 * found.low))
+    assert fast.predict(replace(asked, num_micro_batches=128)).low < 2 * found.low
+
+
 def test_milliseconds_given_as_seconds_are_refused_by_the_row_and_the_rule() -> None:
     good = LayoutMeasurement(run=run(2), iteration_s=time_of(run(2)))
     wrong = LayoutMeasurement(run=run(), iteration_s=1000.0 * time_of(run()))
     with pytest.raises(ValueError, match=r"measurement 2: .* less than 0\.1% .* not milliseconds"):
         model_of(good, wrong)
+    with pytest.raises(ImpossibleMeasurement) as refused:
+        model_of(good, wrong)
+    assert refused.value.index == 1
 
 
 def test_a_tiny_model_may_use_next_to_nothing_of_its_accelerator() -> None:

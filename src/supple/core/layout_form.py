@@ -105,7 +105,7 @@ class Transformer:
     vocab_size: int
     stores_scores: bool = True
     """Attention writes every score to memory and keeps it for the backward pass, 5 bytes a head and
-    pair of tokens; False: it keeps none (FlashAttention, Dao et al. 2022, but for a sum a token)."""
+    pair of tokens; False: it keeps none (FlashAttention, Dao et al. 2022; but a sum a token)."""
 
     @property
     def score_bytes(self) -> float:
@@ -151,6 +151,10 @@ class LayoutRun:
     num_micro_batches: int
     recompute: bool = False
 
+    @property
+    def global_batch_size(self) -> int:
+        return self.micro_batch_size * self.num_micro_batches * self.layout.dp_degree
+
     def __post_init__(self) -> None:
         check_layers(self.model)
         layout = self.layout
@@ -185,6 +189,8 @@ class Sizes:
 
     flops: Any
     """Of the slowest stage, the head apart."""
+    masked_flops: Any
+    """What a causal mask spares of them."""
     traffic: Any
     host_layers: Any
     fixed_s: Any
@@ -231,6 +237,7 @@ def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[
         work = 72 * tok * h**2 * (1 + model.seq_length / (6 * h)) * again / tp
         bytes_moved = tok * (34 * h + model.score_bytes) / tp
         flops, traffic = layers * work, layers * 3 * bytes_moved * again
+        masked = layers * 6 * tok * h * model.seq_length * again / tp
         host_layers, fixed = float(layers), 0.0
         collectives = layers * (6.0 if run.recompute else 4.0)
         output = 2.0 * tok * h
@@ -242,7 +249,7 @@ def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[
         stages = split(model, pp, run.micro_batch_size, tp)
         costs = [stage_s(stage, run.micro_batch_size, tp) * again for stage in stages]
         slowest = stages[int(np.argmax(costs))]
-        flops = traffic = host_layers = head_flops = head_traffic = 0.0
+        flops = masked = traffic = host_layers = head_flops = head_traffic = 0.0
         fixed = max(costs)
         # Recomputed, half of them, the forward pass's, come again: 6 for 4, as above.
         collectives = sum(layer.num_collectives for layer in slowest) * (1.5 if again > 1 else 1.0)
@@ -254,6 +261,7 @@ def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[
         )
     return (
         flops,
+        masked,
         traffic,
         host_layers,
         fixed,
@@ -277,6 +285,13 @@ def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[
         max(1.0, min(tp * shards, workers_per_node) / cards_per_node),
         math.log2(tp * dp * pp),
     )
+
+
+def least_flops(s: Sizes) -> Vector:
+    """Operations that one device after another has to do before an iteration ends."""
+    stage = s.flops - s.masked_flops
+    later = (s.micro_batches - 1.0) * (stage + s.head_flops)
+    return cast("Vector", s.rest * stage + s.head_flops + later)
 
 
 def iteration(x: Any, s: Sizes) -> Vector:

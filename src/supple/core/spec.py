@@ -16,6 +16,8 @@ BatchMode = Literal["fixed", "adaptive"]
 LrRule = Literal["auto", "linear", "sqrt", "adascale", "constant"]
 MAX_WORKERS = 65_536
 """More than any pool known; a larger count is a typing error."""
+LARGEST_COUNT = 4096
+"""Where a plan ends that nobody gave a cap."""
 
 _MOST_S, _MOST_MONEY = 8.64e9, 1e15
 """The same of times, 100,000 days, and of money."""
