@@ -207,6 +207,7 @@ def test_a_run_is_summed_up_with_resizes_recoveries_and_what_it_cost() -> None:
         "1,234 steps in 2h00m on 2 to 3 workers: 1 resize, 1 recovery; 3.5 accelerator-hours, "
         "cost 7"
     )
+    assert tally.summary(1000.0).endswith("cost 3,500")
 
 
 def test_a_worker_that_was_let_go_costs_nothing_from_then_on() -> None:

@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from supple.core.choice import in_digits
 from supple.core.types import (
     Action,
     CheckpointFailed,
@@ -227,14 +228,14 @@ class Tally:
             return f"no step was made in {elapsed}"
         low, high = min(self.sizes), max(self.sizes)
         hours = self._worker_s / 3600
-        cost = "" if price_per_hour is None else f", cost {hours * price_per_hour:.3g}"
+        cost = "" if price_per_hour is None else f", cost {in_digits(hours * price_per_hour)}"
         began = f" (from step {self._first_step:,})" if self._first_step else ""
         return (
             f"{self.last_step - self._first_step:,} steps{began} in {elapsed} on "
             f"{in_words(high) if low == high else f'{low} to {high} workers'}: "
             f"{_count_of(self.num_resizes, 'resize', 'resizes')}, "
             f"{_count_of(self.num_recoveries, 'recovery', 'recoveries')}; "
-            f"{hours:.3g} accelerator-hours{cost}"
+            f"{in_digits(hours)} accelerator-hours{cost}"
         )
 
     def _formed(self, members: frozenset[WorkerId]) -> None:
