@@ -54,6 +54,19 @@ def test_iterations_that_ran_narrow_the_intervals(tmp_path: Path) -> None:
     assert width(f"--measured {path}") < 0.6 * width("")
 
 
+def test_attention_keeps_no_scores_unless_it_is_said_to() -> None:
+    asked = f"{SEVEN} --seq 16384 --max-workers 8 --json"
+
+    def steps(arguments: str) -> list[float]:
+        rows = json.loads(supple(f"{asked} {arguments}").stdout)["rows"]
+        return [row["step_time_s"]["value"] for row in rows]
+
+    assert steps("") == steps("--attention flash")
+    assert steps("")[-1] < steps("--attention full")[-1]
+    told = " ".join(supple("--help").output.split())
+    assert "scaled_dot_product_attention (default)" in told
+
+
 def test_it_says_what_to_measure_first_and_by_how_much_that_narrows(tmp_path: Path) -> None:
     data = json.loads(supple(f"{SEVEN} --json").stdout)
     told = re.fullmatch(
@@ -163,10 +176,15 @@ def test_a_fixed_batch_too_has_the_learning_rate_that_previous_runs_found(tmp_pa
         (SEVEN.replace("--layers 32", "--layers 0"), "--layers is 0"),
         (SEVEN.replace("1M", "many"), "--samples 'many'"),
         (SEVEN.replace("1M", "nan"), "--samples 'nan'"),
+        (f"{SEVEN} --batch-size 1.5", "--batch-size '1.5': give a whole number"),
+        (f"{SEVEN} --batch-size 0", "--batch-size '0': give a whole number"),
+        (f"{SEVEN} --budget 1M", "--budget is '1M': not a number"),
         (f"{SEVEN} --accelerator abacus", "Known: t4, v100"),
         (f"{SEVEN} --interconnect rope", "supple: --interconnect rope"),
         (f"{SEVEN} --local-link NVlink-H10", "--local-link NVlink-H10: unknown. Known: loopback"),
         (f"{SEVEN} --batch-size 2000000", "a batch of 2000000 of 1000000 samples in all"),
+        (f"{SEVEN} --attention none", "--attention none: unknown. Known: flash, full."),
+        ("absent.py --attention full", "SCRIPT and --attention were both given"),
         (f"{SEVEN} --optimizer prayer", "Known: adam, adam-8bit"),
         (f"{SEVEN} --memory -3", "--memory is -3"),
         (
@@ -214,6 +232,7 @@ def test_it_refuses_with_one_message(arguments: str, words: str) -> None:
             "line 2: a layout of dp_replicate=1, dp_shard=1, cp=1, tp=3,",
         ),
         ("1,1,33,1,128,5.0,", "33 stages of 32 layers"),
+        ("8,1,1,1,128,5.0,\n\n8,1,1,1,128,5000,", "line 4: an iteration of 5000 s"),
         ("8,1,1,1,128,5000,", "Give seconds, not milliseconds"),
         ("8,1,1,1,128,1e-9,", "Check the unit, the batch and the model's sizes"),
         ("8,1,1,1", "line 2: the row has 4 cells and the header 7"),
@@ -247,11 +266,31 @@ def test_a_model_that_fits_nowhere_is_a_failure_with_the_numbers() -> None:
     assert "each has 3 GB" in result.stderr
 
 
+def test_a_batch_is_an_amount_as_samples_are() -> None:
+    one, other = (supple(f"{SEVEN} --batch-size {size} --json") for size in ("4K", "4000"))
+    assert json.loads(one.stdout) == json.loads(other.stdout)
+
+
+def test_without_a_plan_there_is_no_picture_and_that_is_said(tmp_path: Path) -> None:
+    result = supple(f"{SEVEN} --budget 1 --plot {tmp_path / 'plan.png'}")
+    assert result.exit_code == 1 and not (tmp_path / "plan.png").exists()
+    assert result.stderr.endswith("no picture: there is no plan\n")
+
+
+def test_a_run_that_was_not_expected_to_fit_is_in_the_table_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "ran.csv"
+    head = "tp,dp,pp,micro_batch_size,global_batch_size,iteration_time_s,fsdp,recompute"
+    path.write_text(f"{head}\n1,8,1,8,64,0.9,1,0\n")
+    told = supple(f"{SEVEN} --batch-size 64 --max-workers 8 --measured {path}").stdout
+    assert "8 workers as fsdp8 with a micro-batch of 8 ran, though 106 GB were expected of" in told
+
+
 def test_the_help_names_every_accelerator_and_has_an_example() -> None:
     told = " ".join(supple("--help").output.split())
     assert "supple layouts --hidden" in told
     assert all(name in told for name in DEVICES)
     assert all(name in told for name in INTERCONNECTS)
+    assert "Cap; default: 4,096." in told and "`recommended` is a number of workers" in told
     assert {device.local_link for device in DEVICES.values()} <= set(INTERCONNECTS)
 
 

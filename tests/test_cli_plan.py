@@ -120,3 +120,10 @@ def test_a_batch_of_one_is_planned_on_one_worker(machine: Machine) -> None:
     result = supple("--max-workers", "8", "--json")
     assert list(batches(result)) == [1]
     assert "Counts above 1 are left out: every worker takes" in json.loads(result.stdout)["reason"]
+
+
+@pytest.mark.usefixtures("machine")
+def test_without_a_plan_there_is_no_picture_and_that_is_said() -> None:
+    result = supple("--budget", "1e-9", "--plot", "plan.png")
+    assert result.exit_code == 1 and not Path("plan.png").exists()
+    assert result.stderr.endswith("no picture: there is no plan\n")

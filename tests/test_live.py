@@ -207,6 +207,7 @@ def test_a_run_is_summed_up_with_resizes_recoveries_and_what_it_cost() -> None:
         "1,234 steps in 2h00m on 2 to 3 workers: 1 resize, 1 recovery; 3.5 accelerator-hours, "
         "cost 7"
     )
+    assert tally.summary(1000.0).endswith("cost 3,500")
 
 
 def test_a_worker_that_was_let_go_costs_nothing_from_then_on() -> None:
@@ -253,11 +254,12 @@ def test_a_run_that_never_began_says_so() -> None:
 
 
 def test_durations_and_counts_read_as_people_write_them() -> None:
-    assert [duration(s) for s in (0.4, 59.6, 75.0, 3600.0, 90_000.0)] == [
+    assert [duration(s) for s in (0.4, 59.6, 75.0, 3600.0, 90_000.0, 183_600.0)] == [
         "0s",
         "1m00s",
         "1m15s",
         "1h00m",
         "25h00m",
+        "2d03h",
     ]
     assert (in_words(1), in_words(4)) == ("1 worker", "4 workers")

@@ -11,6 +11,7 @@ from rich.console import Console
 from supple.core.interconnects import INTERCONNECTS, lookup
 from supple.core.spec import (
     KNEE_RULE,
+    LARGEST_COUNT,
     MAX_WORKERS,
     Objective,
     SpecError,
@@ -22,7 +23,7 @@ from supple.core.types import Infeasible
 from supple.eventlog import to_plain
 from supple.layout_rows import COLUMNS, read_layouts
 from supple.refusals import FAILED, messages, split_target
-from supple.rows import parse_amount
+from supple.rows import Row, parse_amount
 from supple.train.script import check
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
@@ -51,6 +52,8 @@ _MOST = {
 }
 """At least ten times what anybody published; more is a typing error."""
 _DEFAULT_LR = 3e-4
+_ATTENTION = {"flash": False, "full": True}
+"""Whether it keeps its scores."""
 
 
 def layouts(
@@ -61,10 +64,19 @@ def layouts(
     layers: Annotated[int | None, typer.Option(help="Its equal decoder layers.")] = None,
     heads: Annotated[int | None, typer.Option(help="Its attention heads.")] = None,
     samples: Annotated[str | None, typer.Option(help="Sequences to train on: 200000, 10M.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Global batch, in sequences.")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(help="Global batch, in sequences: 512, 4K.")
+    ] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: 2048.")] = None,
     vocab: Annotated[
         int | None, typer.Option(help="Entries of the vocabulary; default: 50304.")
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="flash: keeps no scores, as PyTorch's scaled_dot_product_attention (default); or "
+            "full: writes all."
+        ),
     ] = None,
     lr: Annotated[
         float | None,
@@ -120,14 +132,18 @@ def layouts(
             "batch_size,samples."
         ),
     ] = None,
-    max_workers: Annotated[str | None, typer.Option(help="Cap; default: none.")] = None,
+    max_workers: Annotated[
+        str | None, typer.Option(help=f"Cap; default: {LARGEST_COUNT:,}.")
+    ] = None,
     deadline: Annotated[str | None, typer.Option(help="Latest end: 12h, 30d.")] = None,
     budget: Annotated[
         str | None, typer.Option(help="Money, or accelerator-hours without --price.")
     ] = None,
     price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time and cost into this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON; its `recommended` is a number of workers.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Tracebacks.")] = False,
 ) -> None:
     """Plan count, layout, batch and learning rate: of a transformer by its sizes, where nothing is
@@ -151,6 +167,7 @@ def layouts(
         described_by = sizes | {
             "--seq": seq,
             "--vocab": vocab,
+            "--attention": attention,
             "--optimizer": given_optimizer,
             "--measured": measured,
         }
@@ -160,14 +177,12 @@ def layouts(
                 f"SCRIPT and {', '.join(extra)} were both given: a script's layers are measured, a "
                 "transformer is described. Leave one out."
             )
+        kind = parse_name(attention or "flash", _ATTENTION, what="--attention")
         device = _device(accelerator)
         link = lookup(interconnect)
         local = lookup(local_link or device.local_link, what="--local-link")
-        for option, value in (
-            ("--batch-size", batch_size),
-            ("--workers-per-node", workers_per_node),
-        ):
-            _check_whole(option, value)
+        _check_whole("--workers-per-node", workers_per_node)
+        global_batch = None if batch_size is None else _amount("--batch-size", batch_size)
         for option, number in (("--lr", lr), ("--memory", memory), ("--noise-scale", noise_scale)):
             if number is not None and not 0 < number <= _MOST[option]:
                 unit = " GB" if option == "--memory" else ""
@@ -204,17 +219,17 @@ def layouts(
             check_target(plot)
         from supple import plan_view
         from supple.core.layout_planner import LayoutJob, plan_layouts
-        from supple.core.layouts import fit_layouts
+        from supple.core.layouts import ImpossibleMeasurement, fit_layouts
         from supple.core.next_measurement import which_layout_to_measure_first
 
-        amount = _amount(samples) if samples else None
-        rows: list[LayoutMeasurement] = []
+        amount = None if samples is None else _amount("--samples", samples)
+        ran: list[tuple[Row, LayoutMeasurement]] = []
         epochs = 1
         if script is None:
             assert hidden is not None and layers is not None and heads is not None
             seq, vocab = 2048 if seq is None else seq, 50_304 if vocab is None else vocab
-            described = _transformer(hidden, layers, heads, seq, vocab)
-            rows = read_layouts(measured, described) if measured else []
+            described = _transformer(hidden, layers, heads, seq, vocab, _ATTENTION[kind])
+            ran = read_layouts(measured, described) if measured else []
             model = described
         else:
             found = _measure(script, verbose)
@@ -225,31 +240,33 @@ def layouts(
             )
             model = found.layers
             optimizer = found.optimizer_name
-            batch_size, lr = batch_size or found.base_batch_size, lr or found.base_lr
+            global_batch, lr = global_batch or found.base_batch_size, lr or found.base_lr
             epochs = 1 if amount else found.epochs
             amount = amount or found.total_samples
-        assert batch_size and amount
-        if batch_size > amount:
+        assert global_batch and amount
+        if global_batch > amount:
             raise SpecError(
-                f"a batch of {batch_size} of {amount} samples in all: training takes whole steps, "
-                "and not one would be full. Raise --samples, or lower --batch-size."
+                f"a batch of {global_batch} of {amount} samples in all: training takes whole "
+                "steps, and not one would be full. Raise --samples, or lower --batch-size."
             )
         try:
             times = fit_layouts(
-                rows,
+                [measurement for _, measurement in ran],
                 device=device,
                 link=link,
                 local_link=local,
                 workers_per_node=workers_per_node,
             )
+        except ImpossibleMeasurement as error:
+            raise ran[error.index][0].refusal(error.told, error.advice) from None
         except ValueError as error:
             raise SpecError(f"--measured {measured}: {error}") from None
         job = LayoutJob(
             model=model,
             times=times,
             memory_bytes=memory * 1e9 if memory else device.memory_bytes,
-            base_batch_size=batch_size,
-            base_lr=_base_lr(lr, tuned, batch_size, optimizer),
+            base_batch_size=global_batch,
+            base_lr=_base_lr(lr, tuned, global_batch, optimizer),
             total_samples=amount,
             epochs=epochs,
             noise_scale=noise_scale,
@@ -266,6 +283,8 @@ def layouts(
             typer.echo(json.dumps(to_plain(plan_view.to_json(table, measure_first=first))))
         if isinstance(table, Infeasible):
             typer.echo(f"supple: {table}", err=True)
+            if plot is not None:
+                typer.echo("no picture: there is no plan", err=True)
             raise typer.Exit(FAILED)
         title = Path(script).name if script else "transformer"
         _show(table, as_json, plot, objective, title, first)
@@ -329,7 +348,9 @@ def _show(
         typer.echo(f"picture {plot}", err=True)
 
 
-def _transformer(hidden: int, layers: int, heads: int, seq: int, vocab: int) -> "Transformer":
+def _transformer(
+    hidden: int, layers: int, heads: int, seq: int, vocab: int, stores_scores: bool
+) -> "Transformer":
     from supple.core.layouts import Transformer
 
     sizes = {"--hidden": hidden, "--layers": layers, "--heads": heads, "--seq": seq}
@@ -341,7 +362,12 @@ def _transformer(hidden: int, layers: int, heads: int, seq: int, vocab: int) -> 
             "whole. Change one of them."
         )
     return Transformer(
-        hidden_size=hidden, num_layers=layers, num_heads=heads, seq_length=seq, vocab_size=vocab
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        seq_length=seq,
+        vocab_size=vocab,
+        stores_scores=stores_scores,
     )
 
 
@@ -360,9 +386,11 @@ def _device(name: str) -> "Device":
     return DEVICES[parse_name(name, DEVICES, what="--accelerator")]
 
 
-def _amount(text: str) -> int:
+def _amount(option: str, text: str) -> int:
     """`"10M"` as 10,000,000."""
     count = parse_amount(text)
-    if not 1 <= count < 1e15:
-        raise SpecError(f"--samples {text!r}: give a number of sequences such as 200000 or 10M.")
-    return int(count)
+    if not 1 <= count < 1e15 or abs(count - round(count)) > 1e-9 * count:
+        raise SpecError(
+            f"{option} {text!r}: give a whole number of sequences, such as 512, 4K or 10M."
+        )
+    return round(count)

@@ -13,6 +13,7 @@ from rich.console import Console
 from supple.core.interconnects import INTERCONNECTS, lookup
 from supple.core.spec import (
     KNEE_RULE,
+    LARGEST_COUNT,
     MAX_WORKERS,
     parse_count,
     parse_limits,
@@ -42,7 +43,9 @@ EPILOG = (
 
 def plan(
     script: Annotated[str, typer.Argument(help="A Python file, or FILE:FUNCTION.")],
-    max_workers: Annotated[str | None, typer.Option(help="Cap; default: none.")] = None,
+    max_workers: Annotated[
+        str | None, typer.Option(help=f"Cap; default: {LARGEST_COUNT:,}.")
+    ] = None,
     deadline: Annotated[str | None, typer.Option(help="Latest end: 90s, 2h.")] = None,
     budget: Annotated[
         str | None, typer.Option(help="Money, or accelerator-hours without --price.")
@@ -144,6 +147,8 @@ def plan(
             typer.echo(json.dumps(to_plain(plan_view.to_json(table, measure_first=first))))
         if isinstance(table, Infeasible):
             _tell(f"supple: {table}")
+            if plot is not None:
+                _tell("no picture: there is no plan")
             raise typer.Exit(FAILED)
         if job.tuned:
             family, at = job.optimizer_family, job.base_batch_size

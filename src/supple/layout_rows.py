@@ -12,14 +12,15 @@ if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--hel
 COLUMNS = ("tp", "dp", "pp", "micro_batch_size", "global_batch_size", "iteration_time_s")
 
 
-def read_layouts(path: Path, model: "Transformer") -> "list[LayoutMeasurement]":
-    """Raises `SpecError` for a file that cannot be read and for rows that make no sense."""
+def read_layouts(path: Path, model: "Transformer") -> "list[tuple[Row, LayoutMeasurement]]":
+    """Every row, and what it measured. Raises `SpecError` for a file that cannot be read and for
+    rows that make no sense."""
     from supple.core.layouts import LayoutMeasurement, LayoutRun
 
     rows = read_rows(
         path, COLUMNS, what="--measured", besides="optionally fsdp and recompute (0 or 1)"
     )
-    found: list[LayoutMeasurement] = []
+    found: list[tuple[Row, LayoutMeasurement]] = []
     for row in rows:
         tp, dp, pp = (row.count(name) for name in COLUMNS[:3])
         micro, batch = (row.batch(name) for name in COLUMNS[3:5])
@@ -40,7 +41,7 @@ def read_layouts(path: Path, model: "Transformer") -> "list[LayoutMeasurement]":
             )
         except ValueError as error:
             raise row.refusal(str(error)) from None
-        found.append(LayoutMeasurement(run=run, iteration_s=seconds))
+        found.append((row, LayoutMeasurement(run=run, iteration_s=seconds)))
     return found
 
 

@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from supple.core.choice import in_digits
 from supple.core.types import (
     Action,
     CheckpointFailed,
@@ -227,14 +228,14 @@ class Tally:
             return f"no step was made in {elapsed}"
         low, high = min(self.sizes), max(self.sizes)
         hours = self._worker_s / 3600
-        cost = "" if price_per_hour is None else f", cost {hours * price_per_hour:.3g}"
+        cost = "" if price_per_hour is None else f", cost {in_digits(hours * price_per_hour)}"
         began = f" (from step {self._first_step:,})" if self._first_step else ""
         return (
             f"{self.last_step - self._first_step:,} steps{began} in {elapsed} on "
             f"{in_words(high) if low == high else f'{low} to {high} workers'}: "
             f"{_count_of(self.num_resizes, 'resize', 'resizes')}, "
             f"{_count_of(self.num_recoveries, 'recovery', 'recoveries')}; "
-            f"{hours:.3g} accelerator-hours{cost}"
+            f"{in_digits(hours)} accelerator-hours{cost}"
         )
 
     def _formed(self, members: frozenset[WorkerId]) -> None:
@@ -257,9 +258,11 @@ class Tally:
 
 
 def duration(seconds: float) -> str:
-    """`75.0` as "1m15s"."""
+    """`75.0` as "1m15s", days from 48 hours on."""
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
+    if hours >= 48:
+        return f"{hours // 24}d{hours % 24:02d}h"
     minutes, secs = divmod(rest, 60)
     if hours:
         return f"{hours}h{minutes:02d}m"

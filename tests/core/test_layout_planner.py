@@ -12,7 +12,7 @@ from supple.core.choice import PlanTable, in_digits
 from supple.core.interconnects import lookup
 from supple.core.layout_memory import peak_memory
 from supple.core.layout_planner import LayoutJob, describe, plan_layouts, run_of, runs_for
-from supple.core.layouts import DEVICES, LayoutRun, Transformer, fit_layouts
+from supple.core.layouts import DEVICES, LayoutMeasurement, LayoutRun, Transformer, fit_layouts
 from supple.core.samples import Run, fit_samples
 from supple.core.spec import Limits, Objective
 from supple.core.stages import MeasuredLayer, best_cuts
@@ -60,6 +60,32 @@ def test_the_layout_of_a_row_is_the_fastest_of_all_that_fit() -> None:
     assert row.step_time_s.value == pytest.approx(min(other.value for other in others))
 
 
+def test_a_micro_batch_is_as_large_as_memory_and_the_share_of_a_replica_allow() -> None:
+    """BERT-base: short sequences, whose launches cost more than their arithmetic."""
+    bert = Transformer(
+        hidden_size=768, num_layers=12, num_heads=12, seq_length=128, vocab_size=30528
+    )
+
+    def largest(memory_bytes: float, batch: int) -> int:
+        job = replace(JOB, model=bert, memory_bytes=memory_bytes)
+        return max(run.micro_batch_size for run in runs_for(job, 1, batch))
+
+    assert [largest(1e13, batch) for batch in (4096, 96, 97)] == [4096, 32, 1]
+    tight = largest(80e9, 4096)
+    assert 64 <= tight < 4096
+    beyond = LayoutRun(
+        model=bert,
+        layout=ParallelLayout(),
+        micro_batch_size=2 * tight,
+        num_micro_batches=1,
+        recompute=True,
+    )
+    assert peak_memory(replace(beyond, micro_batch_size=tight)).high <= 80e9
+    assert peak_memory(beyond).high > 80e9
+    row = table(replace(JOB, model=bert, base_batch_size=4096), max_workers=1).choice
+    assert row.batch.micro_batch_size > 16
+
+
 def test_a_model_too_large_for_one_begins_where_it_fits() -> None:
     rows = table().rows
     assert rows[0].num_workers > 1
@@ -80,7 +106,17 @@ def test_what_fits_nowhere_is_infeasible_with_the_bytes() -> None:
     found = plan_layouts(replace(JOB, memory_bytes=4e9), Limits(max_workers=2), Objective())
     assert isinstance(found, Infeasible)
     assert "6.66 billion parameters" in str(found) or "6.65 billion parameters" in str(found)
-    assert "each has 4 GB" in str(found)
+    assert "each has 4 GB" in str(found) and "as tp2 recomputed" in str(found)
+    wishes = "more of them, a batch that more replicas divide or an optimizer that keeps less."
+    assert found.advice == f"Take accelerators with more memory, {wishes}"
+    tiny = plan_layouts(replace(JOB, memory_bytes=1e6), Limits(), Objective())
+    assert isinstance(tiny, Infeasible) and "each has 0.001 GB" in str(tiny)
+    assert "more of them" not in tiny.advice, "no cap was given"
+    long = replace(SEVEN_BILLION, seq_length=131_072)
+    found = plan_layouts(replace(JOB, model=long), Limits(), Objective())
+    assert isinstance(found, Infeasible)
+    assert "an attention that keeps no scores or shorter sequences" in found.advice
+    assert isinstance(table(replace(JOB, model=replace(long, stores_scores=False))), PlanTable)
 
 
 def test_an_adaptive_batch_grows_with_the_noise_scale_and_its_rate_with_the_root() -> None:
@@ -237,7 +273,8 @@ def test_a_fixed_batch_is_worth_what_it_is_by_definition_and_not_as_measured() -
 
 def test_a_recommendation_that_is_a_guess_says_so_and_a_worse_one_is_none() -> None:
     def found(scatter: float) -> PlanTable | Infeasible:
-        job = replace(JOB, times=replace(JOB.times, scatter=scatter))
+        # Of a device without a peak, below which no low end is told.
+        job = replace(JOB, times=replace(JOB.times, scatter=scatter, flops_per_s=math.inf))
         return plan_layouts(job, Limits(max_workers=64), Objective())
 
     surely, hardly, never = found(0.1), found(1.2), found(4.0)
@@ -250,6 +287,77 @@ def test_a_recommendation_that_is_a_guess_says_so_and_a_worse_one_is_none() -> N
     assert isinstance(never, Infeasible)
     assert "ends more than 1,000 times apart decide nothing" in str(never).lower()
     assert "Check the measurements against each other" in str(never)
+
+
+def test_counts_that_nothing_divides_are_named_with_the_nearest_batch_that_they_divide() -> None:
+    odd = table(replace(JOB, base_batch_size=513))
+    assert odd.rows[-1].num_workers == 256  # eight tensor ranks, 32 stages
+    assert odd.reason.endswith(
+        " Counts above 256 are left out: replicas must divide the batch of 513, tensor ranks the "
+        "heads and stages the layers. A batch of 512 has layouts of them."
+    )
+    capped = table(replace(JOB, base_batch_size=64), max_workers=3).reason
+    assert " 3 workers are left out: replicas must divide the batch of 64," in capped
+    assert capped.endswith(" A batch of 63 has layouts of them.")
+    assert "left out" not in table().reason
+    few = plan_layouts(replace(JOB, base_batch_size=513), Limits(), Objective(budget=1.0))
+    assert isinstance(few, Infeasible) and "Counts above 256 are left out" in few.advice
+    alone = plan_layouts(JOB, Limits(min_workers=7, max_workers=7), Objective())
+    assert isinstance(alone, Infeasible)
+    assert str(alone).startswith("a layout of 7 accelerators: the batch is 512 sequences.")
+    assert alone.advice == "A batch of 511 has layouts of them."
+
+
+def test_a_count_on_which_nothing_fits_though_fewer_do_is_said_to_be_left_out() -> None:
+    """Tensor ranks share a long sequence, and three do not divide the heads."""
+    long = replace(SEVEN_BILLION, num_layers=3, seq_length=65_536, stores_scores=False)
+    roomy = replace(JOB, model=long, base_batch_size=6, memory_bytes=1e13)
+    least = [min(peak_memory(run).high for run in runs_for(roomy, count, 6)) for count in (2, 3)]
+    assert least[0] < least[1]
+    tight = replace(roomy, memory_bytes=sum(least) / 2)
+    told = table(tight, max_workers=3).reason
+    assert told.endswith(" 3 workers are left out: no layout of them fits into the memory.")
+
+
+def test_a_table_that_ends_where_nobody_capped_it_says_that_more_can_be_looked_at() -> None:
+    edge = "the largest count looked at; --max-workers N looks further"
+    big = replace(JOB, base_batch_size=65_536)
+    assert f"; it is {edge}. Rule" in table(big).reason
+    assert edge not in table(big, max_workers=4096).reason
+    rich = plan_layouts(big, Limits(), Objective(budget=1e12))
+    assert isinstance(rich, PlanTable) and rich.reason.endswith(f" It is {edge}.")
+    late = plan_layouts(big, Limits(), Objective(deadline_s=1.0))
+    assert isinstance(late, Infeasible) and late.advice.endswith(f" 4096 workers are {edge}.")
+    assert edge not in table().reason, "it ends before, where more add too little"
+
+
+def test_a_layout_that_ran_is_a_candidate_whatever_is_expected_of_its_memory() -> None:
+    ran = LayoutRun(
+        model=SEVEN_BILLION,
+        layout=ParallelLayout(dp_shard=8),
+        micro_batch_size=24,
+        num_micro_batches=3,
+    )
+    assert ran.global_batch_size == 576 and peak_memory(ran).high > 80e9
+    fitted = fit_layouts(
+        [LayoutMeasurement(run=ran, iteration_s=2.0)],
+        device=DEVICES["h100"],
+        link=lookup("infiniband-400"),
+        local_link=lookup("nvlink-h100"),
+        workers_per_node=8,
+    )
+    job = replace(JOB, base_batch_size=576, times=fitted)
+    found = table(job, max_workers=8)
+    row = found.rows[-1]
+    assert run_of(job, row) == ran and row.step_time_s.source == "measured"
+    assert found.reason.endswith(
+        " 8 workers as fsdp8 with a micro-batch of 24 ran, though "
+        f"{peak_memory(ran).high / 1e9:,.0f} GB were expected of 80 GB."
+    )
+    runs = list(runs_for(job, 8, 576))
+    assert runs.count(ran) == 1
+    for other in (replace(job, base_batch_size=512), replace(job, model=LAYERS)):
+        assert ran not in list(runs_for(other, 8, other.base_batch_size))
 
 
 LAYERS = tuple(

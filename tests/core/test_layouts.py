@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from supple.core.interconnects import lookup
 from supple.core.layouts import (
     DEVICES,
+    ImpossibleMeasurement,
     LayoutMeasurement,
     LayoutModel,
     LayoutRun,
@@ -161,6 +162,34 @@ def test_recomputing_and_sharding_cost_time() -> None:
     assert time_of(sharded) > time_of(run(dp=4))
 
 
+def test_sharded_ranks_gather_the_weights_for_every_micro_batch() -> None:
+    """Forward and backward, and scatter the gradients: over a slow network that is all they do."""
+    link = lookup("ethernet-25")
+    slow = fit_layouts(
+        [], device=DEVICES["h100"], link=link, local_link=lookup("pcie4"), workers_per_node=8
+    )
+    parameters = 12 * 2048**2 * 24 + 51200 * 2048
+    gather = 63 / 64 * 2 * parameters / link.bandwidth_bytes_per_s
+    shards = run(layout=ParallelLayout(dp_shard=64), micro_batch=1)
+
+    def seconds(num: int, asked: LayoutRun = shards) -> float:
+        return time_of(replace(asked, num_micro_batches=num), slow) / 1.06  # six doublings
+
+    assert seconds(8) > 8 * 3 * gather
+    assert seconds(9) - seconds(8) == pytest.approx(3 * gather, rel=0.05)
+    # Replicas of eight shards inside a node gather there, and all-reduce an eighth each.
+    both = run(layout=ParallelLayout(dp_replicate=8, dp_shard=8), micro_batch=1)
+    assert seconds(9, both) < seconds(9) / 3
+
+
+def test_gathers_hide_behind_arithmetic_that_takes_longer() -> None:
+    shards, whole = run(layout=ParallelLayout(dp_shard=4)), run(dp=4)
+    more = [
+        time_of(replace(asked, num_micro_batches=9)) - time_of(asked) for asked in (shards, whole)
+    ]
+    assert more[1] < more[0] < 1.01 * more[1]
+
+
 @settings(max_examples=100)
 @given(
     st.sampled_from([1, 2, 4, 8, 16]),
@@ -186,11 +215,29 @@ def test_a_time_that_no_device_can_reach_is_refused() -> None:
         model_of(row)
 
 
+def test_no_low_end_is_faster_than_the_data_sheet_until_something_was_measured() -> None:
+    """96 h^2 tok and the head: of such a width that the matrices are all there is."""
+    wide = replace(GPT, hidden_size=65536, num_layers=8)
+    asked = run(model=wide, micro_batch=4, num=64, recompute=True)
+    layers = 8 * 96 * 65536**2 * (1 + 1024 / (12 * 65536))
+    operations = 64 * 4 * 1024 * (layers + 6 * 65536 * 51200)
+    found = UNMEASURED.predict(asked)
+    assert found.low == pytest.approx(operations / 312e12)
+    assert found.low < found.value < found.high
+    # Whoever computes in 8 bits is not told that it cannot be.
+    fast = model_of(LayoutMeasurement(run=asked, iteration_s=0.6 * found.low))
+    more = fast.predict(replace(asked, num_micro_batches=128))
+    assert more.low < 0.99 * more.value < more.value < 2 * found.low
+
+
 def test_milliseconds_given_as_seconds_are_refused_by_the_row_and_the_rule() -> None:
     good = LayoutMeasurement(run=run(2), iteration_s=time_of(run(2)))
     wrong = LayoutMeasurement(run=run(), iteration_s=1000.0 * time_of(run()))
     with pytest.raises(ValueError, match=r"measurement 2: .* less than 0\.1% .* not milliseconds"):
         model_of(good, wrong)
+    with pytest.raises(ImpossibleMeasurement) as refused:
+        model_of(good, wrong)
+    assert refused.value.index == 1
 
 
 def test_a_tiny_model_may_use_next_to_nothing_of_its_accelerator() -> None:
@@ -349,6 +396,16 @@ def test_the_head_multiplies_and_its_logits_go_through_the_memory() -> None:
     assert added(memory_bytes_per_s=1e20) == pytest.approx(arithmetic, rel=1e-3)
     memory = (8 * 36 * tok * 100_000 + 16 * 2048 * 100_000) / (0.5 * 1.56e12)
     assert added(flops_per_s=1e25) == pytest.approx(memory, rel=1e-3)
+
+
+def test_attention_that_keeps_no_scores_moves_none_through_the_memory() -> None:
+    long = replace(GPT, seq_length=16384)
+    full, flash = (
+        time_of(run(model=replace(long, stores_scores=kept), micro_batch=1))
+        for kept in (True, False)
+    )
+    moved = 8 * 24 * 3 * 5 * 16 * 16384**2 / (0.5 * 1.56e12)
+    assert full - flash == pytest.approx(moved, rel=0.02)
 
 
 def test_the_fastest_of_several_layouts_is_found() -> None:

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from supple.core.choice import choose
 from supple.core.interconnects import lookup
 from supple.core.learning_rate import TunedRate
 from supple.core.memory import MemoryMeasurement, fit_memory
 from supple.core.planner import (
-    LARGEST_COUNT,
     JobModel,
     PlanTable,
     counts_within,
@@ -22,7 +22,7 @@ from supple.core.planner import (
     row_for,
 )
 from supple.core.samples import Run, fit_samples
-from supple.core.spec import KNEE_SHARE, Limits, Objective
+from supple.core.spec import KNEE_SHARE, LARGEST_COUNT, Limits, Objective
 from supple.core.throughput import fit
 from supple.core.types import Infeasible
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
@@ -392,3 +392,44 @@ def test_a_row_that_cannot_be_is_refused_and_none_alone_means_choose(
     with pytest.raises(ValueError, match=f"count={count}, batch_size={batch_size}.*at least 1"):
         row_for(job(), Limits(), count, batch_size=batch_size)
     assert row_for(job(), Limits(), 2).batch.global_batch_size == 256
+
+
+def test_money_and_hours_of_a_recommendation_have_digits_and_no_powers_of_ten() -> None:
+    dear = Limits(price_per_hour=1e9)
+    within = table(plan(job(), dear, Objective(budget=5e12)))
+    assert "the fastest within 5,000,000,000,000; ends in" in within.reason
+    long = table(plan(job(dataset_size=10**12), Limits(), Objective(deadline_s=8e9)))
+    assert " days; of all that meet the deadline of 92,592.6 days it uses" in long.reason
+    refused = plan(job(), dear, Objective(budget=12_345_678.5))
+    assert isinstance(refused, Infeasible)
+    assert "for a budget of 12,345,678.5: the cheapest" in str(refused)
+    for told in (within.reason, long.reason, str(refused)):
+        assert "e+" not in told
+
+
+def test_advice_is_about_what_was_asked() -> None:
+    money = plan(job(), Limits(price_per_hour=1e9), Objective(budget=1.0))
+    hours = plan(job(), Limits(), Objective(budget=1e-6))
+    assert isinstance(money, Infeasible) and isinstance(hours, Infeasible)
+    assert money.advice == "Raise the budget, train on less, or find a cheaper accelerator."
+    assert hours.advice == "Raise the budget, train on less, or find a faster accelerator."
+
+
+def test_a_gain_just_below_the_share_of_the_rule_is_not_rounded_up_to_it() -> None:
+    found = table(plan(job(), Limits(), Objective()))
+    rows = found.rows[:2]
+    two = replace(rows[1], speedup=replace(rows[1].speedup, low=1.0, value=1.498))
+    chosen = choose((rows[0], two), Limits(), Objective())
+    assert isinstance(chosen, PlanTable) and chosen.recommended == 0
+    assert "would add 0.49 of a worker's speed" in chosen.reason
+
+
+def test_a_plan_to_the_largest_count_says_that_more_can_be_looked_at() -> None:
+    edge = "the largest count looked at; --max-workers N looks further"
+    base = table(plan(job(), Limits(), Objective())).rows
+    rows = tuple(replace(row, num_workers=row.num_workers * 4096) for row in base[:1])
+    for objective in (Objective(), Objective(budget=1e15)):
+        uncapped = choose(rows, Limits(), objective)
+        capped = choose(rows, Limits(max_workers=4096), objective)
+        assert isinstance(uncapped, PlanTable) and edge in uncapped.reason
+        assert isinstance(capped, PlanTable) and edge not in capped.reason

@@ -5,8 +5,8 @@ small differences change nothing, so that the scatter of measurements sends nobo
 """
 
 from supple.core.choice import in_words, knee
-from supple.core.planner import LARGEST_COUNT, JobModel, row_for
-from supple.core.spec import KNEE_RULE, Limits
+from supple.core.planner import JobModel, row_for
+from supple.core.spec import KNEE_RULE, LARGEST_COUNT, Limits
 
 _GROWTH_AT_ONCE = 2
 """A running job asks for at most this many times the largest count it has measured, and for at most

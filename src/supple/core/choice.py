@@ -2,10 +2,11 @@
 the knee of the curve; and the reason in words.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from supple.core.spec import KNEE_RULE, KNEE_SHARE, Limits, Objective
+from supple.core.spec import KNEE_RULE, KNEE_SHARE, LARGEST_COUNT, Limits, Objective
 from supple.core.types import Estimate, Infeasible, Plan
 
 KEEP_SHARE = 0.8 * KNEE_SHARE
@@ -14,6 +15,7 @@ nothing changes, so that the scatter of measurements does not send it to and fro
 _A_GUESS, _MEANINGLESS = 10.0, 1000.0
 """High over low of a step time from which a recommendation says that it is a guess, and is none."""
 _FEWEST = "the fewest here that the job fits on"
+_LARGEST = "the largest count looked at; --max-workers N looks further"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,16 +40,18 @@ def choose(
     the budget, else the knee. Speed-ups are such that `unit` workers have `unit`. A step time that
     is hardly known is said to be, or is refused where it says nothing."""
     if objective.deadline_s is not None:
-        found = _for_deadline(rows, objective.deadline_s)
+        found = _for_deadline(rows, objective.deadline_s, limits)
     elif objective.budget is not None:
         found = _for_budget(rows, objective.budget, limits)
     else:
         index = knee(rows)
-        found = PlanTable(rows=rows, recommended=index, reason=_knee_reason(rows, index, unit))
+        found = PlanTable(
+            rows=rows, recommended=index, reason=_knee_reason(rows, index, unit, limits)
+        )
     if isinstance(found, Infeasible):
         return found
     step = found.choice.step_time_s
-    ends = f"a step may take {step.low:.3g} s or {step.high:.3g} s"
+    ends = f"a step may take {in_digits(step.low)} s or {in_digits(step.high)} s"
     if step.high > _MEANINGLESS * step.low:
         return Infeasible(
             asked="a plan",
@@ -79,7 +83,12 @@ def knee(rows: Sequence[Plan], *, held: int = 0) -> int:
     return best
 
 
-def _knee_reason(rows: Sequence[Plan], index: int, unit: int) -> str:
+def _ends_uncapped(rows: Sequence[Plan], limits: Limits) -> bool:
+    """Whether the table ends where plans do that nobody gave a cap."""
+    return limits.max_workers is None and rows[-1].num_workers >= LARGEST_COUNT
+
+
+def _knee_reason(rows: Sequence[Plan], index: int, unit: int, limits: Limits) -> str:
     row = rows[index]
     head = in_words(row.num_workers)
     if row.num_workers != unit:
@@ -88,30 +97,37 @@ def _knee_reason(rows: Sequence[Plan], index: int, unit: int) -> str:
     elif unit > 1:
         head += f", {_FEWEST}"
     if index + 1 == len(rows):
-        return f"{head}; it is the largest count in the table. Rule: {KNEE_RULE}."
+        end = _LARGEST if _ends_uncapped(rows, limits) else "the largest count in the table"
+        return f"{head}; it is {end}. Rule: {KNEE_RULE}."
     after = rows[index + 1]
     gained = after.speedup.value - row.speedup.value
     if gained <= 0.0:
         return f"{head}; {after.num_workers} would be slower. Rule: {KNEE_RULE}."
-    added = after.num_workers - row.num_workers
+    # Rounded down, for 0.498 is less than a share of 0.5 and is not to be read as it.
+    share = math.floor(100 * gained / (after.num_workers - row.num_workers)) / 100
     return (
-        f"{head}; going to {after.num_workers} would add {gained / added:.2f} of a worker's speed "
+        f"{head}; going to {after.num_workers} would add {share:.2f} of a worker's speed "
         f"for every worker added. Rule: {KNEE_RULE}."
     )
 
 
-def _for_deadline(rows: tuple[Plan, ...], deadline_s: float) -> PlanTable | Infeasible:
+def _for_deadline(
+    rows: tuple[Plan, ...], deadline_s: float, limits: Limits
+) -> PlanTable | Infeasible:
     good = [i for i, row in enumerate(rows) if row.time_to_end_s.high <= deadline_s]
     if not good:
         fastest = min(rows, key=lambda row: row.time_to_end_s.high)
+        more = ""
+        if fastest is rows[-1] and _ends_uncapped(rows, limits):
+            more = f" {in_words(fastest.num_workers)} are {_LARGEST}."
         return Infeasible(
             asked=f"the end within {_time(deadline_s)}",
             numbers=f"the fastest is {in_words(fastest.num_workers)}: "
             f"{_time(fastest.time_to_end_s.value)}, with 90 % certainty within "
             f"{_time(fastest.time_to_end_s.high)}",
             rule="the upper end of the 80 % interval must meet the deadline",
-            advice="Allow more time or workers, train fewer epochs, or measure more counts to "
-            "narrow the interval.",
+            advice="Allow more time or workers, train on less, or measure more counts to narrow "
+            f"the interval.{more}",
         )
     index = min(good, key=lambda i: rows[i].accelerator_hours.value)
     row = rows[index]
@@ -121,7 +137,7 @@ def _for_deadline(rows: tuple[Plan, ...], deadline_s: float) -> PlanTable | Infe
         reason=f"{in_words(row.num_workers)}: ends in {_time(row.time_to_end_s.value)}, with 90 % "
         f"certainty within {_time(row.time_to_end_s.high)}; of all that meet the deadline of "
         f"{_time(deadline_s)} it uses the fewest accelerator-hours "
-        f"({row.accelerator_hours.value:.3g}).",
+        f"({in_digits(row.accelerator_hours.value)}).",
     )
 
 
@@ -131,25 +147,30 @@ def _for_budget(rows: tuple[Plan, ...], budget: float, limits: Limits) -> PlanTa
     def cost(row: Plan) -> Estimate:
         return row.cost if row.cost is not None else row.accelerator_hours
 
+    limit = f"{budget:,.16g}{unit}"
     good = [i for i, row in enumerate(rows) if cost(row).high <= budget]
     if not good:
         cheapest = min(rows, key=lambda row: cost(row).high)
+        find = "a faster accelerator" if unit else "a cheaper accelerator"
         return Infeasible(
-            asked=f"the end for a budget of {budget:g}{unit}",
+            asked=f"the end for a budget of {limit}",
             numbers=f"the cheapest is {in_words(cheapest.num_workers)}: "
-            f"{cost(cheapest).value:.3g}{unit}, with 90 % certainty at most "
-            f"{cost(cheapest).high:.3g}{unit}",
+            f"{in_digits(cost(cheapest).value)}{unit}, with 90 % certainty at most "
+            f"{in_digits(cost(cheapest).high)}{unit}",
             rule="the upper end of the 80 % interval must be within the budget",
-            advice="Raise the budget, train fewer epochs, or find a cheaper accelerator.",
+            advice=f"Raise the budget, train on less, or find {find}.",
         )
     index = min(good, key=lambda i: rows[i].time_to_end_s.value)
     row = rows[index]
+    end = ""
+    if index + 1 == len(rows) and _ends_uncapped(rows, limits):
+        end = f" It is {_LARGEST}."
     return PlanTable(
         rows=rows,
         recommended=index,
-        reason=f"{in_words(row.num_workers)}: the fastest within {budget:g}{unit}; ends in "
-        f"{_time(row.time_to_end_s.value)} for {cost(row).value:.3g}{unit}, with 90 % certainty "
-        f"at most {cost(row).high:.3g}{unit}.",
+        reason=f"{in_words(row.num_workers)}: the fastest within {limit}; ends in "
+        f"{_time(row.time_to_end_s.value)} for {in_digits(cost(row).value)}{unit}, with 90 % "
+        f"certainty at most {in_digits(cost(row).high)}{unit}.{end}",
     )
 
 
@@ -166,4 +187,7 @@ def in_digits(number: float) -> str:
 def _time(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:,.1f} days"

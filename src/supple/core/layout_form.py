@@ -4,19 +4,28 @@ about, and what is believed of its parameters before anything is measured.
 A transformer layer, forward and backward, of a micro-batch of `tok` tokens, on t tensor ranks:
 
     arithmetic  72 tok h^2 (1 + s/6h) / (t F)           with recomputation a third more of this
-    memory      3 tok (34 h + 5 a s) / (t W_mem)        and of this: element-wise kernels
+    memory      3 tok (34 h + 5 a s) / (t W_mem)        and of this: element-wise kernels; without
+                5 a s where attention keeps no scores
     collective  c (lambda + 2 (t-1)/t 2 tok h / W_tp)   c = 4, or 6 with recomputation
     host        k + k' (with t > 1)                     launching the kernels
     layer       (host^q + (arithmetic + memory + collective)^q)^(1/q)
 
     head        6 tok h V / (t F) + memory of the logits; on the last stage
+    gather      (f-1)/f 2 P / W_dp     with f > 1 data ranks that share the stage's P parameters.
+                Every micro-batch gathers them twice, forward and backward, and scatters its
+                gradients, behind its own arithmetic: ((stage + head)^q + (3 gather)^q)^(1/q)
     hop         lambda' + 2 tok h / W_hop   with p > 1; one for each stage a micro-batch passes
     iteration   (1 + sigma log2 K) [ sum over stages + (m-1) slowest stage + gradients + optimizer
                 + constant ]                each stage with its hop
+    gradients   2 (r-1)/r 2 P / (f W_dp) + 2 gather    all-reduced by r replicas of what a data rank
+                holds; of the first micro-batch's three gathers two stand here, not behind it
 
 The sizes are those of Korthikanti et al. 2022 (activations, equation 1) and Narayanan et al. 2021
-(operations, equation 3; pipeline). A small micro-batch costs what its launches cost and a large one
-what the device needs: that maximum, softened by q, is what plain sums get wrong. A micro-batch
+(operations, equation 3; pipeline). Sharded data ranks are those of Zhao et al. 2023 (PyTorch FSDP,
+full sharding, prefetched), of which no row is fitted: the rows are of replicas whose all-reduce
+nothing hides, so as much of the gathers is not hidden either, and sharding alone saves no time. A
+small micro-batch costs what its launches cost and a large one what the device needs: that maximum,
+softened by q, is what plain sums get wrong. A micro-batch
 really hops p - 1 times forward and as often back; lambda' is fitted, so that a hop here stands for
 both ways. Counted apart they explain no more (docs/accuracy.md, "Layouts"). A measured layer has a
 host part and a part per sample instead, the latter divided by t where it says how many collectives
@@ -94,6 +103,14 @@ class Transformer:
     seq_length: int
     """Tokens of one sample."""
     vocab_size: int
+    stores_scores: bool = True
+    """Attention writes every score to memory and keeps it for the backward pass, 5 bytes a head and
+    pair of tokens; False: it keeps none (FlashAttention, Dao et al. 2022; but a sum a token)."""
+
+    @property
+    def score_bytes(self) -> float:
+        """Kept of a token's attention in one layer."""
+        return 5.0 * self.num_heads * self.seq_length if self.stores_scores else 0.0
 
     def __post_init__(self) -> None:
         sizes = (self.hidden_size, self.num_layers, self.num_heads, self.seq_length)
@@ -134,6 +151,10 @@ class LayoutRun:
     num_micro_batches: int
     recompute: bool = False
 
+    @property
+    def global_batch_size(self) -> int:
+        return self.micro_batch_size * self.num_micro_batches * self.layout.dp_degree
+
     def __post_init__(self) -> None:
         check_layers(self.model)
         layout = self.layout
@@ -168,6 +189,8 @@ class Sizes:
 
     flops: Any
     """Of the slowest stage, the head apart."""
+    masked_flops: Any
+    """What a causal mask spares of them."""
     traffic: Any
     host_layers: Any
     fixed_s: Any
@@ -181,14 +204,19 @@ class Sizes:
     hops: Any
     hop_bytes: Any
     tp: Any
-    dp: Any
-    dp_passes: Any
+    replicas: Any
+    shards: Any
+    """Data ranks over which each replica's parameters are cut."""
     parameters: Any
+    """Of the fullest stage, before they are."""
     tp_across: Any
+    shards_across: Any
     dp_across: Any
     pp_across: Any
+    shard_rings: Any
+    """Rings of sharing data ranks that use one network card."""
     rings: Any
-    """Data-parallel rings that share a network card."""
+    """The same of replicas."""
     doublings: Any
     """Of the workers."""
 
@@ -200,14 +228,16 @@ class Sizes:
 
 def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[float, ...]:
     tp, dp, pp = run.layout.tp, run.layout.dp_degree, run.layout.pp
+    shards = run.layout.dp_shard
     model = run.model
     again = 4 / 3 if run.recompute else 1.0
     if isinstance(model, Transformer):
         tok, h = run.micro_batch_size * model.seq_length, model.hidden_size
         layers = -(-model.num_layers // pp)
         work = 72 * tok * h**2 * (1 + model.seq_length / (6 * h)) * again / tp
-        bytes_moved = tok * (34 * h + 5 * model.num_heads * model.seq_length) / tp
+        bytes_moved = tok * (34 * h + model.score_bytes) / tp
         flops, traffic = layers * work, layers * 3 * bytes_moved * again
+        masked = layers * 6 * tok * h * model.seq_length * again / tp
         host_layers, fixed = float(layers), 0.0
         collectives = layers * (6.0 if run.recompute else 4.0)
         output = 2.0 * tok * h
@@ -219,7 +249,7 @@ def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[
         stages = split(model, pp, run.micro_batch_size, tp)
         costs = [stage_s(stage, run.micro_batch_size, tp) * again for stage in stages]
         slowest = stages[int(np.argmax(costs))]
-        flops = traffic = host_layers = head_flops = head_traffic = 0.0
+        flops = masked = traffic = host_layers = head_flops = head_traffic = 0.0
         fixed = max(costs)
         # Recomputed, half of them, the forward pass's, come again: 6 for 4, as above.
         collectives = sum(layer.num_collectives for layer in slowest) * (1.5 if again > 1 else 1.0)
@@ -231,6 +261,7 @@ def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[
         )
     return (
         flops,
+        masked,
         traffic,
         host_layers,
         fixed,
@@ -243,15 +274,24 @@ def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[
         1.0 if pp > 1 else 0.0,
         output,
         tp,
-        dp,
-        3.0 if run.layout.dp_shard > 1 else 2.0,
+        run.layout.dp_replicate,
+        shards,
         parameters,
         tp > workers_per_node,
+        tp * shards > workers_per_node,
         tp * dp > workers_per_node,
         tp * dp * pp > workers_per_node,
         max(1.0, min(tp, workers_per_node) / cards_per_node),
+        max(1.0, min(tp * shards, workers_per_node) / cards_per_node),
         math.log2(tp * dp * pp),
     )
+
+
+def least_flops(s: Sizes) -> Vector:
+    """Operations that one device after another has to do before an iteration ends."""
+    stage = s.flops - s.masked_flops
+    later = (s.micro_batches - 1.0) * (stage + s.head_flops)
+    return cast("Vector", s.rest * stage + s.head_flops + later)
 
 
 def iteration(x: Any, s: Sizes) -> Vector:
@@ -263,18 +303,31 @@ def iteration(x: Any, s: Sizes) -> Vector:
     extra = _either(s.tp > 1, x[_HOST_TP], 0.0)
     host = s.host_layers * (x[_HOST] + extra)
     power = 1.0 + x[_SOFT]
-    larger = np.maximum(np.maximum(host, device), 1e-12)
-    stage = larger * (1.0 + (np.minimum(host, device) / larger) ** power) ** (1.0 / power)
-    stage = stage + s.fixed_s
+    stage = _larger(host, device, power) + s.fixed_s
     head = s.head_flops / x[_FLOPS] + s.head_traffic / x[_MEMORY]
+    gather = (s.shards - 1.0) / s.shards * 2.0 * s.parameters
+    gather = gather * _data_beta(x, s.shards_across, s.shard_rings)
+    first, later = (_larger(stage + head, n * gather, power) - head for n in (1.0, 3.0))
+    first, later = (_either(s.shards > 1, with_gathers, stage) for with_gathers in (first, later))
     beta_hop = _either(s.pp_across > 0, np.maximum(x[_BETA_TP], x[_BETA_X]), x[_BETA_TP])
     hop = s.hops * (x[_HOP] + s.hop_bytes * beta_hop)
-    pipe = s.rest * (stage + hop) + head + (s.micro_batches - 1.0) * (stage + head + hop)
-    across = np.maximum(x[_BETA_DP], x[_BETA_X] * s.rings)
-    beta_dp = _either(s.dp_across > 0, across, x[_BETA_DP])
-    gradients = s.dp_passes * (s.dp - 1.0) / s.dp * 2.0 * s.parameters * beta_dp
+    pipe = s.rest * (first + hop) + head + (s.micro_batches - 1.0) * (later + head + hop)
+    held = s.parameters / s.shards
+    beta_dp = _data_beta(x, s.dp_across, s.rings)
+    gradients = 2.0 * (s.replicas - 1.0) / s.replicas * 2.0 * held * beta_dp + 2.0 * gather
     whole = pipe + gradients + x[_OPTIMIZER] * s.parameters + x[_CONSTANT]
     return cast("Vector", whole * (1.0 + x[_STRAGGLE] * s.doublings))
+
+
+def _larger(one: Any, other: Any, power: Any) -> Any:
+    """The larger of two times, softened where they are close."""
+    larger = np.maximum(np.maximum(one, other), 1e-12)
+    return larger * (1.0 + (np.minimum(one, other) / larger) ** power) ** (1.0 / power)
+
+
+def _data_beta(x: Any, across: Any, rings: Any) -> Any:
+    """Seconds a byte between data ranks."""
+    return _either(across > 0, np.maximum(x[_BETA_DP], x[_BETA_X] * rings), x[_BETA_DP])
 
 
 def _either(condition: Any, then: Any, otherwise: Any) -> Any:

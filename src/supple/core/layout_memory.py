@@ -6,7 +6,8 @@ sizes, of any other model by what was measured of its layers.
                  dp_shard where the data ranks shard them
     gathered     of one layer, where the data ranks shard: weights and gradients whole
     activations  per layer and micro-batch of `tok` tokens  tok h (10 + 24/t + 5 a s / (h t))
-                 or, recomputed, its input  2 tok h;  and once, the layer being recomputed whole
+                 (5 a s only where attention keeps its scores) or, recomputed, its input  2 tok h;
+                 and once, the layer being recomputed whole
     in flight    stage i of p, from 0, holds min(p - i, m) micro-batches (1F1B): the first of equal
                  stages is the fullest, of measured layers each stage is looked at
     head         logits and their gradient in fp32, on the last stage:  8 tok V / t
@@ -93,7 +94,7 @@ def memory_parts(run: LayoutRun, optimizer: str = "adam") -> MemoryParts:
     if shard > 1:
         # One layer at a time is gathered whole, and its gradients before they are scattered.
         states += 12 * h * h / tp * (_WEIGHTS + _GRADIENTS)
-    whole = tok * h * (10 + 24 / tp + 5 * model.num_heads * model.seq_length / (h * tp))
+    whole = tok * (h * (10 + 24 / tp) + model.score_bytes / tp)
     in_flight = min(pp, run.num_micro_batches)
     if run.recompute:
         activations = in_flight * layers * 2.0 * tok * h + whole

@@ -1,79 +1,24 @@
 """The joint answer for a model described by its sizes or its measured layers: for every count the
 layout, the micro-batch and the global batch that end soonest and fit, and the count to take.
 
-For a count every layout is tried whose tensor ranks share a node and divide the heads, whose stages
-divide the layers (measured ones are cut where it is even) and whose replicas divide the batch; with
-and without recomputation and sharded states. What does not fit into the accelerator's memory is
-out; the fastest of the rest stays. Measured layers have tensor ranks where one of them says how
-many collectives it needs for that.
+Every layout of `supple.core.layout_candidates` is tried; the fastest stays.
 """
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 from supple.core.choice import PlanTable, choose
 from supple.core.estimates import exact, over, times
 from supple.core.goodput import family_of, largest_batch_ratio, steps_to_end, worth
-from supple.core.layout_form import check_layers
-from supple.core.layout_memory import memory_parts, num_parameters, optimizer_bytes, peak_memory
-from supple.core.layouts import LayoutModel, LayoutRun, Model, Transformer
-from supple.core.learning_rate import TunedRate, planned_rate
+from supple.core.layout_candidates import LayoutJob, describe, runs_for
+from supple.core.layout_memory import peak_memory
+from supple.core.layout_refusals import left_out, none_fits, ran_all_the_same
+from supple.core.layouts import LayoutRun
+from supple.core.learning_rate import planned_rate
 from supple.core.planner import counts_within, refusal_of
-from supple.core.samples import SamplesModel
 from supple.core.spec import Limits, Objective
-from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan
+from supple.core.types import BatchPlan, Estimate, Infeasible, Plan
 
-_MICRO_BATCHES = (1, 2, 4, 8, 16)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayoutJob:
-    """What is known of one job. Raises `ValueError` for what no job can be."""
-
-    model: Model
-    times: LayoutModel
-    memory_bytes: float
-    """Of one accelerator."""
-    base_batch_size: int
-    """In sequences."""
-    base_lr: float
-    total_samples: int
-    """Sequences to train on at the base batch, over all epochs."""
-    epochs: int = 1
-    """The last batch of each is smaller where the batch does not divide it."""
-    noise_scale: float | None = None
-    """In sequences; None: unknown, and without `samples` the batch stays."""
-    samples: SamplesModel | None = None
-    """From previous runs of the task, in sequences: trusted before the noise scale."""
-    optimizer: str = "adam"
-    """Of a transformer: a key of `layout_memory.OPTIMIZER_BYTES`. Layers were measured with one,
-    whose name says its family."""
-    tuned: tuple[TunedRate, ...] = ()
-    """Learning rates of those runs: trusted before the family's rule."""
-
-    def __post_init__(self) -> None:
-        check_layers(self.model)
-        if isinstance(self.model, Transformer):
-            optimizer_bytes(self.optimizer)
-        if min(self.base_batch_size, self.total_samples, self.epochs) < 1:
-            raise ValueError(
-                f"layouts were asked for with base_batch_size={self.base_batch_size}, "
-                f"total_samples={self.total_samples}, epochs={self.epochs}: all must be at least "
-                "1. Give a job that has something to train on."
-            )
-        if not (math.isfinite(self.memory_bytes) and self.memory_bytes > 0):
-            raise ValueError(
-                f"layouts were asked for with memory_bytes={self.memory_bytes}: it must be "
-                "positive and finite. Give the bytes of one accelerator."
-            )
-        phi = 0.0 if self.noise_scale is None else self.noise_scale
-        if not all(math.isfinite(value) and value >= 0 for value in (phi, self.base_lr)):
-            raise ValueError(
-                f"layouts were asked for with noise_scale={self.noise_scale}, "
-                f"base_lr={self.base_lr}: both must be finite and not negative. Give None for a "
-                "noise scale that is unknown."
-            )
+__all__ = ["LayoutJob", "describe", "plan_layouts", "run_of", "runs_for"]
 
 
 def plan_layouts(job: LayoutJob, limits: Limits, objective: Objective) -> PlanTable | Infeasible:
@@ -84,10 +29,12 @@ def plan_layouts(job: LayoutJob, limits: Limits, objective: Objective) -> PlanTa
         return impossible
     counts = counts_within(limits)
     rows: list[Plan] = []
+    without: list[int] = []
     useless = 0
     for count in counts:
         row = _best_row(job, limits, count, rows[0] if rows else None)
         if row is None:
+            without.append(count)
             continue
         if rows:
             gained = rows[-1].time_to_end_s.value / row.time_to_end_s.value
@@ -96,36 +43,12 @@ def plan_layouts(job: LayoutJob, limits: Limits, objective: Objective) -> PlanTa
         if useless >= 2 and limits.max_workers is None:
             break
     if not rows:
-        return _too_large(job, counts[-1])
-    return choose(tuple(rows), limits, objective, unit=rows[0].num_workers)
-
-
-def runs_for(job: LayoutJob, count: int, batch: int) -> Iterator[LayoutRun]:
-    """Every layout of `count` accelerators for a global batch of `batch` sequences that fits."""
-    model = job.model
-    for tp in _divisors(count):
-        if tp > job.times.workers_per_node or not _cuts_into(model, tp):
-            continue
-        for pp in _divisors(count // tp):
-            dp = count // (tp * pp)
-            if not _stages_into(model, pp) or batch % dp:
-                continue
-            for micro in _MICRO_BATCHES:
-                if (batch // dp) % micro:
-                    continue
-                for shard in {1, dp}:
-                    for recompute in (False, True):
-                        run = LayoutRun(
-                            model=model,
-                            layout=ParallelLayout(
-                                dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp
-                            ),
-                            micro_batch_size=micro,
-                            num_micro_batches=batch // dp // micro,
-                            recompute=recompute,
-                        )
-                        if peak_memory(run, job.optimizer).high <= job.memory_bytes:
-                            yield run
+        return none_fits(job, limits, counts)
+    found = choose(tuple(rows), limits, objective, unit=rows[0].num_workers)
+    told = left_out(job, [row.num_workers for row in rows], without, _batches(job, limits))
+    if isinstance(found, PlanTable):
+        return replace(found, reason=found.reason + told + ran_all_the_same(job, rows))
+    return replace(found, advice=found.advice + told)
 
 
 def run_of(job: LayoutJob, row: Plan) -> LayoutRun:
@@ -139,34 +62,9 @@ def run_of(job: LayoutJob, row: Plan) -> LayoutRun:
     )
 
 
-def _cuts_into(model: Model, tp: int) -> bool:
-    if not isinstance(model, Transformer):
-        return tp == 1 or any(layer.num_collectives for layer in model)
-    return model.num_heads % tp == model.hidden_size % tp == 0
-
-
-def _stages_into(model: Model, pp: int) -> bool:
-    return model.num_layers % pp == 0 if isinstance(model, Transformer) else pp <= len(model)
-
-
-def describe(layout: ParallelLayout) -> str:
-    """Degrees above one, from the inside out: "tp8 pp2 dp4"; sharded replicas as "fsdp4"."""
-    parts = [
-        f"{name}{degree}"
-        for name, degree in (
-            ("tp", layout.tp),
-            ("pp", layout.pp),
-            ("fsdp", layout.dp_shard),
-            ("dp", layout.dp_replicate),
-        )
-        if degree > 1
-    ]
-    return " ".join(parts) or "one"
-
-
 def _best_row(job: LayoutJob, limits: Limits, count: int, first: Plan | None) -> Plan | None:
     best: Plan | None = None
-    for batch in _batches(job, limits, count):
+    for batch in _batches(job, limits):
         runs = list(runs_for(job, count, batch))
         if not runs:
             continue
@@ -176,7 +74,7 @@ def _best_row(job: LayoutJob, limits: Limits, count: int, first: Plan | None) ->
     return best
 
 
-def _batches(job: LayoutJob, limits: Limits, count: int) -> list[int]:
+def _batches(job: LayoutJob, limits: Limits) -> list[int]:
     """The base batch; adaptive and with something known of larger ones, its doublings too."""
     if limits.batch == "fixed" or (job.noise_scale is None and job.samples is None):
         return [job.base_batch_size]
@@ -249,33 +147,3 @@ def _speedup(job: LayoutJob, run: LayoutRun, batch: int, first: Plan) -> Estimat
 
 def _useful(job: LayoutJob, batch: int) -> Estimate:
     return worth(job.samples, job.noise_scale, job.base_batch_size, batch)
-
-
-def _too_large(job: LayoutJob, most: int) -> Infeasible:
-    smallest = LayoutRun(
-        model=job.model,
-        layout=ParallelLayout(tp=1, pp=1),
-        micro_batch_size=1,
-        num_micro_batches=1,
-        recompute=True,
-    )
-    parts = memory_parts(smallest, job.optimizer)
-    return Infeasible(
-        asked=f"a layout of at most {most} accelerators",
-        numbers=f"{_num_parameters(job.model) / 1e9:.2f} billion parameters: on one accelerator "
-        f"{parts.states / 1e9:.1f} GB of states and {parts.activations / 1e9:.1f} GB of "
-        f"activations with recomputation, each has {job.memory_bytes / 1e9:.0f} GB",
-        rule="the fullest accelerator of a layout must fit, and replicas must divide the batch of "
-        f"{job.base_batch_size} sequences",
-        advice="Allow more accelerators, take ones with more memory, or another batch size.",
-    )
-
-
-def _num_parameters(model: Model) -> int:
-    if isinstance(model, Transformer):
-        return num_parameters(model)
-    return sum(layer.num_parameters for layer in model)
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]

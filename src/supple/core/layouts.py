@@ -7,7 +7,7 @@ priors from the device's data sheet.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +24,7 @@ from supple.core.layout_form import (
     Transformer,
     Vector,
     iteration,
+    least_flops,
     priors,
 )
 from supple.core.least_squares import forward_slope
@@ -33,6 +34,7 @@ from supple.core.types import Estimate, Source
 __all__ = [
     "DEVICES",
     "Device",
+    "ImpossibleMeasurement",
     "LayoutMeasurement",
     "LayoutModel",
     "LayoutRun",
@@ -55,6 +57,16 @@ class LayoutMeasurement:
     iteration_s: float
 
 
+class ImpossibleMeasurement(ValueError):
+    """A time that no such device takes; `index` is its place among the measurements."""
+
+    def __init__(self, index: int, told: str, advice: str) -> None:
+        super().__init__(f"measurement {index + 1}: {told}. {advice}.")
+        self.index = index
+        self.told = told
+        self.advice = advice
+
+
 _FASTER = 4.0
 """Times its data sheet that no device computes: twice for half the bits, twice for sparsity."""
 _IDLE = 1e-3
@@ -72,6 +84,8 @@ class LayoutModel:
     measured: tuple[LayoutMeasurement, ...]
     workers_per_node: int
     cards_per_node: int
+    flops_per_s: float
+    """By the device's data sheet."""
     log_parameters: tuple[float, ...]
     covariance: tuple[tuple[float, ...], ...]
     scatter: float
@@ -84,23 +98,30 @@ class LayoutModel:
     def predict(self, run: LayoutRun) -> Estimate:
         """Seconds of an iteration with an 80 % interval. A run that was measured is given as
         measured; others are `assumed` from priors alone or across nodes when no run crossed, else
-        `fitted`."""
+        `fitted`. Before anything is measured, the low end is no less than the device's peak
+        allows."""
         return self.predict_all([run])[0]
 
     def predict_all(self, runs: Sequence[LayoutRun]) -> list[Estimate]:
         """`predict` for every run."""
         if not runs:
             return []
-        times, slopes = self._slopes(runs)
+        sizes = self._sizes(runs)
+        times, slopes = self._slopes(sizes)
+        least = least_flops(sizes) / self.flops_per_s
+        if self.measured:  # in other bits than the data sheet's, perhaps
+            least = np.zeros_like(least)
         spread = np.sum((slopes @ np.asarray(self.covariance)) * slopes, axis=1)
         seen, most = self._seen(), self.most_workers
         found: list[Estimate] = []
-        for run, form, shared in zip(runs, times.tolist(), spread.tolist(), strict=True):
+        rows = zip(runs, times.tolist(), spread.tolist(), least.tolist(), strict=True)
+        for run, form, shared, floor in rows:
             if seen and run in seen:  # hashing a run of many layers costs
                 found.append(_about(*_as_measured(seen[run]), "measured"))
                 continue
             variance = shared + self._own(run.layout.world_size, most)
-            found.append(_about(form, variance, self._source(run, most)))
+            about = _about(form, variance, self._source(run, most))
+            found.append(replace(about, low=max(about.low, min(floor, form))))
         return found
 
     def ratio(self, one: LayoutRun, other: LayoutRun) -> Estimate:
@@ -111,7 +132,7 @@ class LayoutModel:
         under, over = self.predict_all([one, other])
         variance = sum((math.log(row.high / row.value) / Z80) ** 2 for row in (under, over))
         if "measured" not in (under.source, over.source):
-            g, h = self._slopes([one, other])[1]
+            g, h = self._slopes(self._sizes([one, other]))[1]
             variance = max(0.0, variance - 2.0 * float(g @ np.asarray(self.covariance) @ h))
         return _about(over.value / under.value, variance, less_certain(under.source, over.source))
 
@@ -122,7 +143,7 @@ class LayoutModel:
         if run in seen or run in also:
             _, variance = _as_measured(seen.get(run, [1.0]))
             return math.exp(Z80 * math.sqrt(variance)) - 1.0
-        _, slopes = self._slopes([run, *also])
+        _, slopes = self._slopes(self._sizes([run, *also]))
         covariance = np.asarray(self.covariance)
         for h in slopes[1:]:
             gain = covariance @ h
@@ -148,9 +169,11 @@ class LayoutModel:
         crossed = run.layout.world_size > self.workers_per_node >= most
         return "assumed" if crossed or not most else "fitted"
 
-    def _slopes(self, runs: Sequence[LayoutRun]) -> tuple[Vector, Vector]:
+    def _sizes(self, runs: Sequence[LayoutRun]) -> Sizes:
+        return Sizes.of(runs, self.workers_per_node, self.cards_per_node)
+
+    def _slopes(self, sizes: Sizes) -> tuple[Vector, Vector]:
         """Seconds of every run, and how their logarithms move with those of the parameters."""
-        sizes = Sizes.of(runs, self.workers_per_node, self.cards_per_node)
         logs, slopes = forward_slope(
             lambda sets: np.log(iteration(np.exp(sets).T[..., None], sizes)),
             np.asarray(self.log_parameters),
@@ -183,24 +206,27 @@ def _refuse_impossible(
     operations = sizes.flops * sizes.micro_batches
     expected = iteration(np.exp(prior)[:, None, None], sizes)[0]
     rows = zip(measurements, operations.tolist(), expected.tolist(), strict=True)
-    for number, (row, count, typical_s) in enumerate(rows, 1):
+    for index, (row, count, typical_s) in enumerate(rows):
         share = count / row.iteration_s / device.flops_per_s
         told = (
-            f"measurement {number}: an iteration of {row.iteration_s:g} s for {count:.3g} "
+            f"an iteration of {row.iteration_s:g} s for {count:.3g} "
             f"operations of every accelerator, {count / row.iteration_s / 1e12:,.3g} TFLOP/s: the "
             f"data sheet of {device.name} says {device.flops_per_s / 1e12:,.3g}, "
         )
         if share > _FASTER:
-            raise ValueError(
-                f"{told}and nothing is more than {_FASTER:g} times as fast. Check the unit, the "
-                "batch and the model's sizes."
+            raise ImpossibleMeasurement(
+                index,
+                f"{told}and nothing is more than {_FASTER:g} times as fast",
+                "Check the unit, the batch and the model's sizes",
             )
         if 0 < share < _IDLE and row.iteration_s > _SLOWER * typical_s:
-            raise ValueError(
+            raise ImpossibleMeasurement(
+                index,
                 f"{told}and {typical_s:.3g} s are expected. Nothing that is less than "
                 f"{_IDLE:.1%} of the data sheet and {_SLOWER:g} times as slow as expected is "
-                "training on it. Give seconds, not milliseconds; or check the batch, the model's "
-                "sizes, the accelerator and the links."
+                "training on it",
+                "Give seconds, not milliseconds; or check the batch, the model's sizes, the "
+                "accelerator and the links",
             )
 
 
@@ -214,9 +240,10 @@ def fit_layouts(
 ) -> LayoutModel:
     """The model that explains the measurements; with none, the priors and a wide interval.
 
-    Twenty runs spread over degrees, micro-batches and sizes are a good number. Raises `ValueError`
-    for a time that is not positive and finite, shorter than the device can be (`_FASTER`) or longer
-    than anything that trains on it (`_IDLE`, `_SLOWER`), and for no worker per node.
+    Twenty runs spread over degrees, micro-batches and sizes are a good number. Raises
+    `ImpossibleMeasurement` for a time shorter than the device can be (`_FASTER`) or longer than
+    anything that trains on it (`_IDLE`, `_SLOWER`), and `ValueError` for one that is not positive
+    and finite and for no worker per node.
     """
     if workers_per_node < 1:
         raise ValueError(f"workers_per_node={workers_per_node}: it must be at least 1.")
@@ -241,6 +268,7 @@ def fit_layouts(
         measured=tuple(measurements),
         workers_per_node=workers_per_node,
         cards_per_node=link.cards_per_node,
+        flops_per_s=device.flops_per_s,
         log_parameters=tuple(float(value) for value in x_log),
         covariance=tuple(tuple(float(v) for v in row) for row in covariance),
         scatter=scatter,

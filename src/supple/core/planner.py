@@ -19,11 +19,10 @@ from supple.core.goodput import (
 from supple.core.learning_rate import TunedRate, planned_rate
 from supple.core.memory import MemoryModel
 from supple.core.samples import SamplesModel
-from supple.core.spec import Limits, LrRule, Objective, is_count
+from supple.core.spec import LARGEST_COUNT, Limits, LrRule, Objective, is_count
 from supple.core.throughput import StepTimeModel
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan
 
-LARGEST_COUNT = 4096
 _MEMORY_SHARE = 0.92
 """Of a device's memory that a plan may use."""
 _MAX_ACCUMULATION = 256

@@ -18,6 +18,8 @@ MAX_WORKERS = 65_536
 """More than any pool known; a larger count is a typing error."""
 _SEEDS_END = 2**63
 """What a random generator's seed fits into."""
+LARGEST_COUNT = 4096
+"""Where a plan ends that nobody gave a cap."""
 
 _MOST_S, _MOST_MONEY = 8.64e9, 1e15
 """The same of times, 100,000 days, and of money."""

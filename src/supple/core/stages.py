@@ -55,10 +55,11 @@ class MeasuredLayer:
 
 def stage_s(layers: Sequence[MeasuredLayer], micro_batch_size: int, tp: int) -> float:
     """Seconds of these layers, forward and backward, for one micro-batch; communication apart."""
-    return sum(
-        layer.host_s + layer.device_s_per_sample * micro_batch_size / layer.shards(tp)
-        for layer in layers
-    )
+    return sum(_layer_s(layer, micro_batch_size, tp) for layer in layers)
+
+
+def _layer_s(layer: MeasuredLayer, micro_batch_size: int, tp: int) -> float:
+    return layer.host_s + layer.device_s_per_sample * micro_batch_size / layer.shards(tp)
 
 
 def split(
@@ -71,7 +72,7 @@ def split(
             f"{num_stages} stages of {len(layers)} layers: a stage needs at least 1 layer. Ask "
             f"for 1 to {len(layers)} stages."
         )
-    costs = tuple(stage_s([layer], micro_batch_size, tp) for layer in layers)
+    costs = tuple([_layer_s(layer, micro_batch_size, tp) for layer in layers])
     cuts = best_cuts(costs, num_stages)
     return [layers[a:b] for a, b in pairwise([0, *cuts, len(layers)])]
 
