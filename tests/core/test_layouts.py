@@ -240,6 +240,23 @@ def test_milliseconds_given_as_seconds_are_refused_by_the_row_and_the_rule() -> 
     assert refused.value.index == 1
 
 
+@pytest.mark.parametrize("factor", [0.2, 0.5, 3.0])
+def test_one_odd_run_of_many_is_left_out_as_if_it_had_not_been_measured(factor: float) -> None:
+    rows = measured(RUNS[:20], noise=0.02)
+    wrong = replace(rows[7], iteration_s=factor * rows[7].iteration_s)
+    found = model_of(*rows[:7], wrong, *rows[8:])
+    assert found.odd == (wrong,)
+    assert found.predict(wrong.run) == model_of(*rows[:7], *rows[8:]).predict(wrong.run)
+    assert model_of(*rows).odd == ()
+
+
+def test_of_few_runs_a_surprising_one_is_news() -> None:
+    rows = measured(RUNS[:4])
+    wrong = replace(rows[1], iteration_s=3.0 * rows[1].iteration_s)
+    found = model_of(rows[0], wrong, *rows[2:])
+    assert found.odd == () and found.predict(wrong.run).value == wrong.iteration_s
+
+
 def test_a_tiny_model_may_use_next_to_nothing_of_its_accelerator() -> None:
     """Its launches are all it does: a millionth of the data sheet is no reason to refuse it."""
     tiny = Transformer(hidden_size=64, num_layers=2, num_heads=2, seq_length=64, vocab_size=300)

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from supple.core.interconnects import lookup
+from supple.core.layout_planner import describe, run_of
+from supple.core.layouts import LayoutMeasurement
 from supple.core.next_measurement import what_to_measure_first, which_layout_to_measure_first
 from supple.core.planner import PlanTable, plan
 from supple.core.spec import Limits, Objective
@@ -136,6 +138,17 @@ def test_measurements_that_are_not_of_one_machine_are_to_be_checked_first() -> N
         "What was measured differs from what one such machine does by a factor of 4: check units, "
         "batches, sizes and links first."
     )
+
+
+def test_a_measured_layout_that_was_left_out_is_named_before_anything_else() -> None:
+    found = layout_table(max_workers=64)
+    row = found.rows[-2]
+    run = run_of(LAYOUTS, row)
+    out = LayoutMeasurement(run=run, iteration_s=5.0 * row.step_time_s.value)
+    odd = replace(LAYOUTS, times=replace(LAYOUTS.times, odd=(out,)))
+    told = which_layout_to_measure_first(replace(found, recommended=len(found.rows) - 1), odd)
+    assert told.startswith(f"Left out, check it: 32 workers as {describe(row.layout)} with a")
+    assert f"where the others let {row.step_time_s.value:.3g} s be expected. Measure " in told
 
 
 def test_one_worker_has_no_layout_to_be_told() -> None:

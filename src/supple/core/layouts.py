@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from scipy import optimize  # pyright: ignore[reportMissingTypeStubs]
 
 from supple.core.estimates import Z80, exact, less_certain
@@ -28,7 +29,7 @@ from supple.core.layout_form import (
     priors,
 )
 from supple.core.least_squares import forward_slope
-from supple.core.repeats import NOISE_FLOOR
+from supple.core.repeats import NOISE_FLOOR, as_measured
 from supple.core.types import Estimate, Source
 
 __all__ = [
@@ -67,6 +68,10 @@ class ImpossibleMeasurement(ValueError):
         self.advice = advice
 
 
+_ENOUGH_TO_DOUBT = 5
+"""With fewer runs measured a surprising one is news, not an outlier."""
+_ODD, _ODD_SCATTERS = math.log(1.5), 6.0
+"""How far off an outlier is at least, as a logarithm, and in scatters."""
 _FASTER = 4.0
 """Times its data sheet that no device computes: twice for half the bits, twice for sparsity."""
 _IDLE = 1e-3
@@ -82,6 +87,8 @@ class LayoutModel:
     """A fitted model; make it with `fit_layouts`."""
 
     measured: tuple[LayoutMeasurement, ...]
+    odd: tuple[LayoutMeasurement, ...]
+    """Measured too, and left out: of several, most others contradict them."""
     workers_per_node: int
     cards_per_node: int
     flops_per_s: float
@@ -117,7 +124,7 @@ class LayoutModel:
         rows = zip(runs, times.tolist(), spread.tolist(), least.tolist(), strict=True)
         for run, form, shared, floor in rows:
             if seen and run in seen:  # hashing a run of many layers costs
-                found.append(_about(*_as_measured(seen[run]), "measured"))
+                found.append(_about(*self._as_measured(run, seen), "measured"))
                 continue
             variance = shared + self._own(run.layout.world_size, most)
             about = _about(form, variance, self._source(run, most))
@@ -141,7 +148,7 @@ class LayoutModel:
         comes out of them need not be known (linear regression)."""
         seen = self._seen()
         if run in seen or run in also:
-            _, variance = _as_measured(seen.get(run, [1.0]))
+            _, variance = self._as_measured(run, {run: [1.0], **seen})
             return math.exp(Z80 * math.sqrt(variance)) - 1.0
         _, slopes = self._slopes(self._sizes([run, *also]))
         covariance = np.asarray(self.covariance)
@@ -158,6 +165,11 @@ class LayoutModel:
         for row in self.measured:
             found.setdefault(row.run, []).append(row.iteration_s)
         return found
+
+    def _as_measured(
+        self, run: LayoutRun, seen: dict[LayoutRun, list[float]]
+    ) -> tuple[float, float]:
+        return as_measured(seen[run], [times for other, times in seen.items() if other != run])
 
     def _own(self, workers: int, most: int) -> float:
         """Variance of a run about the form: its scatter, and a doubt about the form itself for the
@@ -191,13 +203,6 @@ def _about(value: float, variance: float, source: Source) -> Estimate:
     """With the 80 % interval of a logarithm of this variance."""
     width = math.exp(Z80 * math.sqrt(variance))
     return Estimate(value=value, low=value / width, high=value * width, source=source)
-
-
-def _as_measured(seconds: Sequence[float]) -> tuple[float, float]:
-    """The median, and the variance of its logarithm: repeats that contradict each other are no
-    better known than they differ."""
-    apart = float(np.std(np.log(seconds), ddof=1)) if len(seconds) > 1 else 0.0
-    return float(np.median(seconds)), max(NOISE_FLOOR, apart) ** 2
 
 
 def _refuse_impossible(
@@ -240,7 +245,8 @@ def fit_layouts(
 ) -> LayoutModel:
     """The model that explains the measurements; with none, the priors and a wide interval.
 
-    Twenty runs spread over degrees, micro-batches and sizes are a good number. Raises
+    Twenty runs spread over degrees, micro-batches and sizes are a good number. Of five or more,
+    those far from what the others say are left out (`LayoutModel.odd`). Raises
     `ImpossibleMeasurement` for a time shorter than the device can be (`_FASTER`) or longer than
     anything that trains on it (`_IDLE`, `_SLOWER`), and `ValueError` for one that is not positive
     and finite and for no worker per node.
@@ -256,16 +262,21 @@ def fit_layouts(
     prior, width = priors(device, link, local_link)
     covariance = np.diag(width**2)
     x_log, scatter = prior, _TYPICAL
+    kept, odd = tuple(measurements), tuple[LayoutMeasurement, ...]()
     if measurements:
-        runs = [row.run for row in measurements]
-        sizes = Sizes.of(runs, workers_per_node, link.cards_per_node)
-        _refuse_impossible(measurements, sizes, prior, device)
-        observed = np.log([row.iteration_s for row in measurements])
-        x_log, covariance, scatter = _solve(
-            lambda x: np.log(iteration(x, sizes)) - observed, prior, width
-        )
+        sizes = Sizes.of([row.run for row in kept], workers_per_node, link.cards_per_node)
+        _refuse_impossible(kept, sizes, prior, device)
+        errors = _errors(kept, workers_per_node, link.cards_per_node)
+        x_log, covariance, scatter = _solve(errors, prior, width)
+        far = _far(errors(np.exp(x_log)[:, None, None])[0])
+        if far.any():
+            odd = tuple(row for row, is_far in zip(kept, far, strict=True) if is_far)
+            kept = tuple(row for row, is_far in zip(kept, far, strict=True) if not is_far)
+            errors = _errors(kept, workers_per_node, link.cards_per_node)
+            x_log, covariance, scatter = _solve(errors, prior, width)
     return LayoutModel(
-        measured=tuple(measurements),
+        measured=kept,
+        odd=odd,
         workers_per_node=workers_per_node,
         cards_per_node=link.cards_per_node,
         flops_per_s=device.flops_per_s,
@@ -273,6 +284,23 @@ def fit_layouts(
         covariance=tuple(tuple(float(v) for v in row) for row in covariance),
         scatter=scatter,
     )
+
+
+def _errors(
+    rows: Sequence[LayoutMeasurement], workers_per_node: int, cards_per_node: int
+) -> Callable[[Any], Vector]:
+    """Logarithms of predicted over measured, for sets of parameters."""
+    sizes = Sizes.of([row.run for row in rows], workers_per_node, cards_per_node)
+    observed = np.log([row.iteration_s for row in rows])
+    return lambda x: np.log(iteration(x, sizes)) - observed
+
+
+def _far(errors: Vector) -> npt.NDArray[np.bool_]:
+    """Which are so far off, of enough to tell, that they are not of this machine."""
+    away = np.abs(errors)
+    usual = 1.4826 * float(np.median(away))
+    far = away > max(_ODD, _ODD_SCATTERS * usual)
+    return far if len(away) >= _ENOUGH_TO_DOUBT and 2 * np.sum(far) < len(away) else far & False
 
 
 def _solve(

@@ -49,6 +49,25 @@ def what_to_measure_first(table: PlanTable, job: JobModel, limits: Limits) -> st
 def which_layout_to_measure_first(table: PlanTable, job: LayoutJob) -> str:
     """The same for layouts: a row of the table on at most a quarter of the accelerators; the
     recommended one itself where all is a guess and no smaller one helps; or which rows to check."""
+    told = _told_odd(job)
+    found = _which_layout(table, job)
+    return f"{told} {found}".strip()
+
+
+def _told_odd(job: LayoutJob) -> str:
+    """Which measured runs were left out of the fit; empty for none."""
+    if not job.times.odd:
+        return ""
+    told = [
+        f"{in_words(row.run.layout.world_size)} as {describe(row.run.layout)} with a micro-batch "
+        f"of {row.run.micro_batch_size} took {row.iteration_s:.3g} s, where the others let "
+        f"{job.times.predict(row.run).value:.3g} s be expected"
+        for row in job.times.odd
+    ]
+    return f"Left out, check it: {'; '.join(told)}."
+
+
+def _which_layout(table: PlanTable, job: LayoutJob) -> str:
     chosen = table.choice
     if job.times.scatter > _CONTRADICTS:
         return (
