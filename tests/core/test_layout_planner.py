@@ -408,7 +408,7 @@ def test_every_run_of_a_count_uses_all_of_it_and_makes_the_batch(
     ("fields", "words"),
     [
         ({"optimizer": "AdamW"}, "'AdamW'.*not known"),
-        ({"total_samples": 0}, "total_samples=0, epochs=1: all must be at least 1"),
+        ({"total_samples": 0}, "total_samples=0, epochs=1: all must be whole"),
         ({"base_batch_size": 0}, "base_batch_size=0"),
         ({"epochs": 0}, "epochs=0"),
         ({"memory_bytes": math.nan}, "memory_bytes=nan: it must be positive"),

@@ -20,6 +20,7 @@ from supple.core.layouts import (
     Transformer,
     fit_layouts,
 )
+from supple.core.spec import SpecError
 from supple.core.stages import MeasuredLayer
 from supple.core.types import ParallelLayout
 
@@ -250,6 +251,25 @@ def test_one_odd_run_of_many_is_left_out_as_if_it_had_not_been_measured(factor: 
     assert model_of(*rows).odd == ()
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"micro_batch_size": 1.5}, {"num_micro_batches": math.nan}, {"layout": ParallelLayout(tp=0)}],
+)
+def test_a_run_is_counted_in_whole_numbers(odd: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="each must be a whole number of at least 1"):
+        replace(run(), **odd)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"workers_per_node=2.5: it must be a whole number"):
+        model_of(per_node=2.5)  # type: ignore[arg-type]
+
+
+def test_an_accelerator_is_joined_by_a_link_of_the_catalogue() -> None:
+    assert replace(DEVICES["h100"], local_link="PCIe4").local_link == "PCIe4"
+    with pytest.raises(SpecError, match="the local_link of h100 warp: unknown"):
+        replace(DEVICES["h100"], local_link="warp")
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        replace(DEVICES["h100"], flops_per_s=math.nan)
+
+
 def test_of_few_runs_a_surprising_one_is_news() -> None:
     rows = measured(RUNS[:4])
     wrong = replace(rows[1], iteration_s=3.0 * rows[1].iteration_s)
@@ -439,8 +459,8 @@ def test_the_fastest_of_several_layouts_is_found() -> None:
         ({"layout": ParallelLayout(cp=2)}, "Ask for cp=1"),
         ({"layout": ParallelLayout(pp=25)}, "pp of 1 to 24"),
         ({"layout": ParallelLayout(tp=0)}, "at least 1"),
-        ({"layout": ParallelLayout(tp=-2, dp_shard=-2)}, "tp=-2.*each must be at least 1"),
-        ({"layout": ParallelLayout(pp=-1, dp_replicate=-1)}, "each must be at least 1"),
+        ({"layout": ParallelLayout(tp=-2, dp_shard=-2)}, "tp=-2.*each must be a whole number"),
+        ({"layout": ParallelLayout(pp=-1, dp_replicate=-1)}, "each must be a whole number"),
         ({"model": ()}, "0 measured layers was given: it needs at least 1"),
         ({"model": (replace(LAYERS[0], host_s=0.0, device_s_per_sample=0.0),) * 2}, "all of 0 s"),
         ({"micro_batch_size": 0}, "at least 1"),

@@ -38,7 +38,8 @@ def choose(
 ) -> PlanTable | Infeasible:
     """The row to take, by the objective: the cheapest that meets the deadline, the fastest within
     the budget, else the knee. Speed-ups are such that `unit` workers have `unit`. A step time that
-    is hardly known is said to be, or is refused where it says nothing."""
+    is hardly known is said to be; where it says nothing, a knee is refused, but not what surely
+    meets a deadline or a budget."""
     if objective.deadline_s is not None:
         found = _for_deadline(rows, objective.deadline_s, limits)
     elif objective.budget is not None:
@@ -52,7 +53,8 @@ def choose(
         return found
     step = found.choice.step_time_s
     ends = f"a step may take {in_digits(step.low)} s or {in_digits(step.high)} s"
-    if step.high > _MEANINGLESS * step.low:
+    asked_for_a_limit = objective.deadline_s is not None or objective.budget is not None
+    if step.high > _MEANINGLESS * step.low and not asked_for_a_limit:
         return Infeasible(
             asked="a plan",
             numbers=f"on {in_words(found.choice.num_workers)} {ends}, as far as is known",

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from supple.core.interconnects import INTERCONNECTS
+from supple.core.interconnects import lookup
 from supple.core.layouts import Device
 from supple.core.spec import is_count, is_positive
 
@@ -48,7 +48,7 @@ _TENTH, _HALF = -math.log(0.9), -math.log(0.5)
 """Rates of mixed steps at which a tenth, or half, are mixed."""
 _REFERENCE_SPEED, _REFERENCE_WIDTH = 3.35e12, 4096.0
 """Bytes per second and hidden size at which the shares reached are those of `_PRIORS`."""
-_REFERENCE_LINK = INTERCONNECTS["nvlink-h100"]
+_REFERENCE_LINK = lookup("nvlink-h100")
 FIGURES = 4
 """What is predicted of a run: tokens per second, the 90th percentile and the median of the latency,
 and the sequences that run at once."""
@@ -210,7 +210,7 @@ class Rows:
         speeds = column([run.device.memory_bytes_per_s for run in runs])
         self.faster = speeds / _REFERENCE_SPEED
         self.speed = self.n * speeds
-        links = column([INTERCONNECTS[run.device.local_link].bandwidth_bytes_per_s for run in runs])
+        links = column([lookup(run.device.local_link).bandwidth_bytes_per_s for run in runs])
         self.slower_link = _REFERENCE_LINK.bandwidth_bytes_per_s / links
         self.peak = self.n * column([run.device.flops_per_s for run in runs])
         self.memory = self.n * column([run.device.memory_bytes for run in runs])

@@ -16,6 +16,7 @@ from supple.core.layout_memory import optimizer_bytes, peak_memory
 from supple.core.layouts import LayoutModel, LayoutRun, Model, Transformer
 from supple.core.learning_rate import TunedRate
 from supple.core.samples import SamplesModel
+from supple.core.spec import is_count, is_positive
 from supple.core.types import ParallelLayout
 
 
@@ -48,13 +49,13 @@ class LayoutJob:
         check_layers(self.model)
         if isinstance(self.model, Transformer):
             optimizer_bytes(self.optimizer)
-        if min(self.base_batch_size, self.total_samples, self.epochs) < 1:
+        if not all(map(is_count, (self.base_batch_size, self.total_samples, self.epochs))):
             raise ValueError(
                 f"layouts were asked for with base_batch_size={self.base_batch_size}, "
-                f"total_samples={self.total_samples}, epochs={self.epochs}: all must be at least "
-                "1. Give a job that has something to train on."
+                f"total_samples={self.total_samples}, epochs={self.epochs}: all must be whole "
+                "numbers of at least 1. Give a job that has something to train on."
             )
-        if not (math.isfinite(self.memory_bytes) and self.memory_bytes > 0):
+        if not is_positive(self.memory_bytes):
             raise ValueError(
                 f"layouts were asked for with memory_bytes={self.memory_bytes}: it must be "
                 "positive and finite. Give the bytes of one accelerator."

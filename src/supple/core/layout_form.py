@@ -43,7 +43,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from supple.core.interconnects import Interconnect
+from supple.core.interconnects import Interconnect, lookup
+from supple.core.spec import is_count, is_positive
 from supple.core.stages import MeasuredLayer, split, stage_s
 from supple.core.types import ParallelLayout
 
@@ -61,8 +62,14 @@ class Device:
     """Dense, in the 16 bits that a matrix unit is fastest with."""
     memory_bytes_per_s: float
     memory_bytes: float
-    local_link: str = "pcie4"
-    """What joins those of a node, a name of `INTERCONNECTS`."""
+    local_link: str
+    """What joins those of a node, a name of `INTERCONNECTS`; `SpecError` for any other."""
+
+    def __post_init__(self) -> None:
+        lookup(self.local_link, what=f"the local_link of {self.name}")
+        rates = (self.flops_per_s, self.memory_bytes_per_s, self.memory_bytes)
+        if not all(map(is_positive, rates)):
+            raise ValueError(f"{self}: rates and memory must be positive and finite. Correct them.")
 
 
 def _device(name: str, teraflops: float, terabytes: float, gigabytes: float, link: str) -> Device:
@@ -114,9 +121,10 @@ class Transformer:
 
     def __post_init__(self) -> None:
         sizes = (self.hidden_size, self.num_layers, self.num_heads, self.seq_length)
-        if min(*sizes, self.vocab_size) < 1:
+        if not all(map(is_count, (*sizes, self.vocab_size))):
             raise ValueError(
-                f"{self}: every size must be at least 1. Give the sizes of a model that can run."
+                f"{self}: every size must be a whole number of at least 1. Give the sizes of a "
+                "model that can run."
             )
         if self.hidden_size % self.num_heads:
             raise ValueError(
@@ -160,10 +168,11 @@ class LayoutRun:
         layout = self.layout
         degrees = (layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp, layout.pp)
         told = ", ".join(f"{field.name}={getattr(layout, field.name)}" for field in fields(layout))
-        if min(self.micro_batch_size, self.num_micro_batches, *degrees) < 1:
+        counts = (self.micro_batch_size, self.num_micro_batches, *degrees)
+        if not all(map(is_count, counts)):
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size}, num_micro_batches="
-                f"{self.num_micro_batches}, {told}: each must be at least 1."
+                f"{self.num_micro_batches}, {told}: each must be a whole number of at least 1."
             )
         layers = self.model.num_layers if isinstance(self.model, Transformer) else len(self.model)
         if layout.cp != 1:

@@ -30,6 +30,7 @@ from supple.core.layout_form import (
 )
 from supple.core.least_squares import forward_slope
 from supple.core.repeats import NOISE_FLOOR, as_measured
+from supple.core.spec import is_count, is_positive
 from supple.core.types import Estimate, Source
 
 __all__ = [
@@ -251,10 +252,13 @@ def fit_layouts(
     anything that trains on it (`_IDLE`, `_SLOWER`), and `ValueError` for one that is not positive
     and finite and for no worker per node.
     """
-    if workers_per_node < 1:
-        raise ValueError(f"workers_per_node={workers_per_node}: it must be at least 1.")
+    if not is_count(workers_per_node):
+        raise ValueError(
+            f"layouts were to be fitted with workers_per_node={workers_per_node}: it must be a "
+            "whole number of at least 1. Give the accelerators of one node."
+        )
     for row in measurements:
-        if not (math.isfinite(row.iteration_s) and row.iteration_s > 0):
+        if not is_positive(row.iteration_s):
             raise ValueError(
                 f"the measurement {row} cannot be fitted: iteration_s must be positive and "
                 "finite. Measure it again, or leave it out."

@@ -9,7 +9,7 @@ more), and moves the end of what was measured outwards.
 import math
 from collections.abc import Mapping
 
-from supple.core.choice import PlanTable, in_words
+from supple.core.choice import PlanTable, in_words, is_a_guess
 from supple.core.layout_planner import LayoutJob, describe, run_of
 from supple.core.planner import JobModel, row_for
 from supple.core.spec import Limits
@@ -87,15 +87,22 @@ def _which_layout(table: PlanTable, job: LayoutJob) -> str:
         for count, row in smaller.items()
     }
     best = _cheapest(left, now)
-    if best is None:
-        return ""
-    row = smaller[best]
+    if best is not None:
+        return (
+            f"Measure {_run_in_words(smaller[best])} first: it narrows the iteration time at "
+            f"{chosen.num_workers} from {_shown(now)} to {_shown(left[best])}."
+        )
+    if is_a_guess(chosen):
+        return f"Measure {_run_in_words(chosen)} itself: no smaller count tells enough."
+    return ""
+
+
+def _run_in_words(row: Plan) -> str:
     again = ", recomputed" if row.recompute else ""
-    how = f" as {describe(row.layout)}" if best > 1 else ""
+    how = f" as {describe(row.layout)}" if row.num_workers > 1 else ""
     return (
-        f"Measure {in_words(best)}{how} with a micro-batch of "
-        f"{row.batch.micro_batch_size}{again} first: it narrows the iteration time at "
-        f"{chosen.num_workers} from {_shown(now)} to {_shown(left[best])}."
+        f"{in_words(row.num_workers)}{how} with a micro-batch of "
+        f"{row.batch.micro_batch_size}{again}"
     )
 
 
