@@ -61,20 +61,20 @@ _PRIORS: dict[str, tuple[float, float]] = {
     "fill": (0.3, 0.3),  # exponent: how the share reached falls with a device's speed
     "width": (0.2, 0.5),  # exponent: how the share of the peak grows with the hidden size
     "routing": (0.5, 0.4),  # independent draws of experts per token
-    "experts_8bit": (1.2, 0.4),  # times slower
-    "padded_8bit": (1.0, 0.7),  # weight of experts not drawn against those drawn
+    "experts_8bit": (1.4, 0.4),  # times slower a byte
+    "padded_8bit": (0.05, 2.0),  # weight of experts not drawn against those drawn
     "imbalance": (0.1, 0.7),  # of the experts, per doubling of devices
     "cache": (4e3, 0.3),  # bytes per token and layer
     "cache_experts": (0.5, 0.4),  # the same of a mixture, relative
     "capacity": (1.0, 0.3),  # cache taken at the fullest, relative
-    "arithmetic": (0.45, 0.5),  # of the peak, decoding
+    "arithmetic": (0.55, 0.5),  # of the peak, decoding
     "prefill": (0.5, 0.5),  # of the peak
-    "sequence": (3e-5, 0.7),  # s
+    "sequence": (2e-5, 0.7),  # s
     "host": (2e-3, 0.7),  # s
     "layer": (4e-5, 0.5),  # s: ten kernels of 4e-6
     "layer_experts": (3e-5, 0.7),  # s more: eight kernels to route
     "tensor": (2e-5, 0.5),  # s per layer and doubling
-    "layer_8bit": (3e-5, 0.7),  # s
+    "layer_8bit": (5e-6, 1.5),  # s
     "link": (2.5e-12, 0.5),  # s per byte, over the reference link
     "eager": (5e-4, 0.4),  # s per layer
     "tail": (1.0, 0.4),  # of the time of mixed steps, relative to an exponential one
