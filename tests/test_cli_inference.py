@@ -79,6 +79,41 @@ def test_what_was_measured_of_this_model_or_of_others_narrows_the_intervals(
     assert "fitted to 4 rows" in supple(f"{EIGHT} --measured {own}").stdout
 
 
+def test_a_row_that_was_measured_is_shown_as_measured_and_marked(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("accelerators,concurrency,tokens_per_s,itl_p90_ms\n1,32,2200,15\n")
+    result = supple(f"{EIGHT} --devices 2 --measured {rows}")
+    (marked,) = [line for line in result.stdout.splitlines() if line.lstrip(" →").startswith("●")]
+    assert marked.split()[1:5] == ["1", "32", "2,117–2,286", "2,200"]
+    assert "13.2–17.1 ms" in marked and "100%" in marked
+    assert "fitted to 1 row; ●: as measured;" in result.stdout
+    assert "●" not in supple(EIGHT).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--parameters 235B --activated 22B --bits 8 --answer 800 --itl 71ms",
+        "--parameters 235B --activated 22B --bits 8 --answer 800 --itl 71ms --rate 20",
+        "--parameters 8B --itl 20ms --rate 50",
+        "--parameters 70B --itl 60ms",
+    ],
+)
+def test_every_row_that_is_spoken_of_is_shown(arguments: str) -> None:
+    said = supple(arguments).stdout
+    table, _, rest = said.partition("Recommended:")
+    shown = {tuple(line.lstrip(" →").split()[:2]) for line in table.splitlines() if line.strip()}
+    spoken = re.findall(r"on (\d+) accelerators?,? (?:with )?(\w+)(?: requests?)? at a time", rest)
+    assert len(spoken) >= 2
+    assert {(n, "1" if b == "one" else b) for n, b in spoken} <= shown
+
+
+def test_no_number_is_written_with_an_exponent_and_little_is_not_nothing() -> None:
+    said = supple("--parameters 8B --prompt 100000 --answer 1").stdout
+    assert not re.search(r"\de[+-]\d", said)
+    assert re.search(r": \d\.\d+ tokens/s a copy", said)
+
+
 def test_an_accelerator_may_be_named_in_capitals(tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text(
@@ -124,12 +159,16 @@ REFUSALS = {
     "--parameters 8B --measured absent.csv": "absent.csv",
     "--parameters 8B --measured empty.csv": "is empty",
     "--parameters 8B --measured wrong.csv": "line 2: tokens_per_s is -5: it must be positive",
-    "--parameters 8B --measured odd.csv": "measured at 1200 and at 12 tokens/s",
+    "--parameters 8B --measured odd.csv": "1 accelerator with 16 at a time was measured at 1,200",
     "--parameters 8B --measured words.csv": "line 2: tokens_per_s is 'fast': not a number",
     "--parameters 8B --measured thin.csv": "line 2: activated 1K of 8B parameters",
     "--parameters 8B --measured long.csv": "line 3: prompt is 1e+14 tokens: it must be at least",
     "--parameters 8B --measured tpu.csv": "line 2: accelerator tpu: unknown. Known: t4, v100",
-    "--parameters 80B --measured small.csv": "line 2: 160 GB of weights do not fit",
+    "--parameters 80B --measured small.csv": "line 2: 160 GB of weights on 1 accelerator",
+    "--parameters 8B --measured typo.csv": "line 2: 3,600,000 tokens/s of 8B parameters are",
+    "--parameters 8B --measured seconds.csv": "line 3: itl_p90_ms is 0.02, and 64 at a time",
+    "--parameters 8B --measured late.csv": "line 2: itl_p90_ms is 100, and 1 at a time",
+    "--parameters 8B --measured bits.csv": "line 2: bits and layers without parameters",
 }
 
 
@@ -147,6 +186,10 @@ def test_nonsense_is_refused_with_its_numbers(
     Path("long.csv").write_text(f"prompt,{head}500,1,1,50,3\n1e14,1,1,50,3\n")
     Path("tpu.csv").write_text(f"accelerator,{head}tpu,1,1,50,3\n")
     Path("small.csv").write_text(f"{head}1,1,50,3\n")
+    Path("typo.csv").write_text(f"{head}1,64,3600000,20\n")
+    Path("seconds.csv").write_text(f"{head}1,64,3600,20\n1,64,3600,0.020\n")
+    Path("late.csv").write_text(f"{head}1,1,140,100\n")
+    Path("bits.csv").write_text(f"bits,layers,{head}8,32,1,1,50,3\n")
     result = supple(arguments)
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("supple: ") and REFUSALS[arguments] in result.stderr

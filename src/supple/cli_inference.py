@@ -11,6 +11,7 @@ import typer
 from supple.core.serve_spec import parse_latency
 from supple.core.spec import MAX_WORKERS, SpecError, parse_count, parse_money, parse_name
 from supple.core.types import Estimate, Infeasible
+from supple.core.words import in_digits
 from supple.eventlog import to_plain
 from supple.refusals import FAILED, messages
 from supple.served import COLUMNS, OPTIONAL, check_tokens, read_served, served_model
@@ -26,7 +27,9 @@ EPILOG = (
     "per accelerator; the time within which nine of ten tokens come after the one before; with "
     "--itl the chance that this keeps it, where 90 % count as kept (if no row has that, the best "
     "chance is recommended, if at least even); with --rate the copies it needs, and their "
-    "accelerators; with --price money for a million tokens.\n\n"
+    "accelerators; with --price money for a million tokens. A row that was itself measured shows "
+    "its measurement (●), as sure as a repeat would be.\n\n"
+    "JSON: `recommended` is the index of a row in `rows`, from 0; times are in seconds.\n\n"
     "Examples:\n\n  supple inference --parameters 8B --itl 30ms\n\n"
     "  supple inference --parameters 30B --activated 3B --bits 8 --rate 20 --answer 800 "
     "--itl 60ms --price 2.5\n\n"
@@ -90,7 +93,12 @@ def inference(
             check_target(plot)
         from supple.core.decoding import Workload
         from supple.core.inference import fit_inference
-        from supple.core.inference_planner import InferenceJob, measure_first, plan_inference
+        from supple.core.inference_planner import (
+            InferenceJob,
+            measure_first,
+            plan_inference,
+            worth_measuring,
+        )
         from supple.core.layouts import DEVICES
 
         job = InferenceJob(
@@ -116,16 +124,15 @@ def inference(
         except ValueError as error:
             raise SpecError(f"--measured {measured}: {error}") from None
         table = plan_inference(fit, job)
-        first = ""
-        if not isinstance(table, Infeasible):
-            first = measure_first(fit, known_runs, job, table)
+        wanted = None if isinstance(table, Infeasible) else worth_measuring(job, table)
+        first = "" if wanted is None else measure_first(wanted)
         if as_json:
             typer.echo(json.dumps(to_plain(_to_json(table, first))))
         if isinstance(table, Infeasible):
             typer.echo(f"supple: {table}", err=True)
             raise typer.Exit(FAILED)
         if not as_json:
-            _show(table, len(known_runs), first)
+            _show(table, len(known_runs), wanted, first)
         if plot is not None:
             _draw(table, job, plot)
             typer.echo(f"picture {plot}", err=True)
@@ -156,12 +163,19 @@ def _to_json(table: "InferenceTable | Infeasible", first: str) -> dict[str, obje
     }
 
 
-def _show(table: "InferenceTable", num_measured: int, first: str) -> None:
+def _show(
+    table: "InferenceTable", num_measured: int, wanted: "InferenceRow | None", first: str
+) -> None:
+    """Few rows of the table: all that were measured or are spoken of, and some to compare with."""
     from rich.console import Console
     from rich.table import Table
 
     view = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    rows = [row for row in table.rows if row.concurrency in _SHOWN or row is table.choice]
+    rows = [
+        row
+        for row in table.rows
+        if row.concurrency in _SHOWN or row.is_measured or row in (wanted, *table.told)
+    ]
     heads = ["", "acc./copy", "at a time", "tokens/s", "per acc.", "p90 between tokens"]
     heads += ["chance"] if rows[0].chance is not None else []
     heads += ["copies", "accelerators"] if rows[0].num_copies is not None else []
@@ -170,10 +184,14 @@ def _show(table: "InferenceTable", num_measured: int, first: str) -> None:
         view.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         chosen = row is table.choice
-        view.add_row("→" if chosen else "", *_cells(row), style="bold green" if chosen else None)
+        mark = "→" * chosen + "●" * row.is_measured
+        view.add_row(mark, *_cells(row), style="bold green" if chosen else None)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(view)
-    source = f"fitted to {num_measured} rows" if num_measured else "from data sheets, not measured"
+    source = "from data sheets, not measured"
+    if num_measured:
+        source = f"fitted to {num_measured} row{'s' * (num_measured != 1)}"
+    source += "; ●: as measured" * any(row.is_measured for row in rows)
     told = "; chance: of keeping --itl; 90 % count as kept" if rows[0].chance is not None else ""
     console.print(f"{source}; low–high: 80 % interval{told}", style="dim")
     console.print(f"\nRecommended: {table.reason}", soft_wrap=not console.is_terminal)
@@ -185,20 +203,20 @@ def _cells(row: "InferenceRow") -> list[str]:
     cells = [
         str(row.num_devices),
         str(row.concurrency),
-        _range(row.tokens_per_s, 1.0, "{:,.0f}"),
-        f"{row.tokens_per_device_s:,.0f}",
-        _range(row.itl_p90_s, 1e3, "{:.3g}") + " ms",
+        _range(row.tokens_per_s, 1.0),
+        in_digits(row.tokens_per_device_s),
+        _range(row.itl_p90_s, 1e3) + " ms",
     ]
     cells += [f"{row.chance:.0%}"] if row.chance is not None else []
     if row.num_copies is not None:
         cells += [f"{row.num_copies:,}", f"{row.num_accelerators:,}"]
     if row.cost_per_million is not None:
-        cells.append(_range(row.cost_per_million, 1.0, "{:.3g}"))
+        cells.append(_range(row.cost_per_million, 1.0))
     return cells
 
 
-def _range(estimate: Estimate, scale: float, form: str) -> str:
-    return f"{form.format(estimate.low * scale)}–{form.format(estimate.high * scale)}"
+def _range(estimate: Estimate, scale: float) -> str:
+    return f"{in_digits(estimate.low * scale)}–{in_digits(estimate.high * scale)}"
 
 
 def _draw(table: "InferenceTable", job: "InferenceJob", path: Path) -> None:

@@ -9,7 +9,6 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from supple.core.choice import in_digits
 from supple.core.types import (
     Action,
     CheckpointFailed,
@@ -25,6 +24,7 @@ from supple.core.types import (
     WorkerId,
     WorkerLost,
 )
+from supple.core.words import in_digits
 
 _PLAIN_EVERY_S = 5.0
 _BAR = 24

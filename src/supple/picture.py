@@ -16,9 +16,10 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-from supple.core.choice import PlanTable, in_digits, in_words
+from supple.core.choice import PlanTable
 from supple.core.spec import Objective, SpecError
 from supple.core.types import Estimate, Plan
+from supple.core.words import in_digits, in_words
 from supple.eventlog import last_run
 from supple.live import duration
 from supple.refusals import refuse_unwritable

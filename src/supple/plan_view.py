@@ -7,10 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from supple.core.choice import PlanTable, in_digits
+from supple.core.choice import PlanTable
 from supple.core.layout_planner import describe
 from supple.core.spec import KNEE_RULE
 from supple.core.types import Estimate, Infeasible, Plan
+from supple.core.words import in_digits
 from supple.live import duration
 
 _MARK = {"exact": "", "measured": "", "fitted": "~", "assumed": "?"}

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--hel
 
 COLUMNS = ("accelerators", "concurrency", "tokens_per_s", "itl_p90_ms")
 OPTIONAL = "family, parameters, activated, bits, layers, prompt, answer, workload, accelerator"
+_OF_A_MODEL = ("family", "activated", "bits", "layers")
+"""Columns that say nothing without `parameters`."""
 
 # More than any model, request or copy known; beyond is a typing error.
 _MOST_LAYERS = 1_000
@@ -91,21 +93,28 @@ def _weight_bytes(bits: int, what: str) -> float:
 def read_served(path: Path, job: "InferenceJob") -> "list[ServingMeasurement]":
     """What was measured. Rows without the optional columns are of the model, load and accelerator
     asked about. Raises `SpecError` naming the file and the line."""
-    from supple.core.inference import ServingMeasurement
-
     rows = read_rows(path, COLUMNS, what="--measured", besides=f"for other models also {OPTIONAL}")
-    return [
-        ServingMeasurement(
-            run=_run(row, job),
-            tokens_per_s=row.number("tokens_per_s", most=_MOST_TOKENS_PER_S),
-            itl_p90_s=row.number("itl_p90_ms", most=_MOST_MS) * 1e-3,
-        )
-        for row in rows
-    ]
+    return [_measurement(row, job) for row in rows]
+
+
+def _measurement(row: Row, job: "InferenceJob") -> "ServingMeasurement":
+    from supple.core.inference import ServingMeasurement
+    from supple.core.serving_limits import why_impossible
+
+    found = ServingMeasurement(
+        run=_run(row, job),
+        tokens_per_s=row.number("tokens_per_s", most=_MOST_TOKENS_PER_S),
+        itl_p90_s=row.number("itl_p90_ms", most=_MOST_MS) * 1e-3,
+    )
+    impossible = why_impossible(found)
+    if impossible is not None:
+        told, advice = impossible
+        raise row.refusal(told, f"{advice}; correct the line, or delete it")
+    return found
 
 
 def _run(row: Row, job: "InferenceJob") -> "ServingRun":
-    from supple.core.decoding import ServingRun, Workload, weights_fit
+    from supple.core.decoding import ServingRun, Workload, weights_and_room, weights_fit
     from supple.core.layouts import DEVICES
 
     def named(column: str) -> str:
@@ -115,6 +124,13 @@ def _run(row: Row, job: "InferenceJob") -> "ServingRun":
         return check_tokens(row.number(column), named(column)) if column in row else default
 
     model, device, load = job.model, job.device, job.workload
+    others = [column for column in _OF_A_MODEL if column in row]
+    if others and "parameters" not in row:
+        raise row.refusal(
+            f"{' and '.join(others)} without parameters: a row without parameters is of the model "
+            "asked about, which has its own",
+            "Give the parameters too, or leave these cells empty",
+        )
     if "parameters" in row:
         model = served_model(
             row.text("family" if "family" in row else "parameters"),
@@ -138,8 +154,5 @@ def _run(row: Row, job: "InferenceJob") -> "ServingRun":
         output_tokens=tokens("answer", job.output_tokens),
     )
     if not weights_fit(run):
-        raise row.refusal(
-            f"{model.num_parameters * model.bytes_per_weight / 1e9:.0f} GB of weights do not fit "
-            f"{run.num_devices} x {device.name}"
-        )
+        raise row.refusal(weights_and_room(run))
     return run

@@ -107,10 +107,25 @@ def test_a_slower_world_is_learned_for_a_model_never_seen() -> None:
     assert PRIORS.predict(asked).source == "assumed"
 
 
+def measured(*times_s: float) -> list[DiffusionMeasurement]:
+    return [DiffusionMeasurement(run=PICTURE, batch_s=seconds) for seconds in times_s]
+
+
+def test_a_batch_that_was_measured_is_given_as_measured() -> None:
+    found = fit_diffusion(measured(6.5)).predict(PICTURE)
+    assert (found.value, found.source) == (6.5, "measured")
+    assert found.high < 1.05 * 6.5
+
+
 def test_an_interval_covers_what_two_measurements_of_one_batch_differ_by() -> None:
-    known = [DiffusionMeasurement(run=PICTURE, batch_s=seconds) for seconds in (3.0, 9.0)]
-    found = fit_diffusion(known).predict(PICTURE)
+    found = fit_diffusion(measured(3.0, 9.0)).predict(PICTURE)
     assert found.low < 3.0 < 9.0 < found.high
+
+
+def test_times_of_one_batch_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"one on h100 was measured at 6\.5 and at 6,500 s"):
+        fit_diffusion(measured(6.5, 6500.0))
+    fit_diffusion([*measured(6.5), replace(measured(6500.0)[0], run=FILM)])
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
@@ -125,12 +140,12 @@ COUNTS = ["ulysses_degree", "ring_degree", "batch_size", "num_pixels", "num_fram
 @pytest.mark.parametrize("field", COUNTS)
 @pytest.mark.parametrize("value", [0, -5, 1.5, float("nan"), float("inf")])
 def test_a_count_of_a_run_is_whole_and_at_least_1(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match="counts must be whole numbers of at least 1"):
+    with pytest.raises(ValueError, match=f"{field}={value:g}: it must be a whole number"):
         replace(PICTURE, **{field: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("field", ["num_tokens", "num_parameters"])
 @pytest.mark.parametrize("value", [0.0, -5, float("nan"), float("inf")])
 def test_a_size_of_a_run_is_positive_and_finite(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match="parameters and tokens positive and finite"):
+    with pytest.raises(ValueError, match=f"{field}={value:g}: it must be positive and finite"):
         replace(PICTURE, **{field: value})  # type: ignore[arg-type]

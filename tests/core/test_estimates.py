@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.core.estimates import exact, over, plus, times
+from supple.core.estimates import contradiction, exact, over, plus, times
 from supple.core.types import Estimate, Source
 
 positive = st.floats(1e-3, 1e6)
@@ -66,3 +66,8 @@ def test_a_product_is_as_uncertain_as_its_weaker_factor(
     a = Estimate(value=1.0, low=1.0, high=1.0, source=one)
     b = Estimate(value=1.0, low=1.0, high=1.0, source=other)
     assert times(a, b).source == times(b, a).source == both
+
+
+def test_two_measurements_of_one_thing_contradict_each_other_and_of_two_do_not() -> None:
+    assert contradiction([("a", 6.5), ("b", 65.1), ("a", 65.0)]) is None
+    assert contradiction([("a", 6.5), ("b", 65.1), ("a", 65.1)]) == ("a", 6.5, 65.1)

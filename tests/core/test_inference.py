@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from supple.core.decoding import Groups, Rows, ServedModel, ServingRun, Workload, logs, weights_fit
 from supple.core.inference import InferenceModel, ServingMeasurement, fit_inference
-from supple.core.layouts import DEVICES
+from supple.core.layouts import DEVICES, Device
+from supple.core.types import Estimate
 
 H100, B200 = DEVICES["h100"], DEVICES["b200"]
 CHAT = Workload(name="chat", prompt_tokens=300)
@@ -172,6 +173,19 @@ def test_the_requests_that_ran_at_once_tell_how_large_the_cache_was() -> None:
     assert tokens(asked, fit_inference(told)) > 1.05 * tokens(asked, fit_inference(held))
 
 
+def test_a_run_that_was_measured_is_given_as_measured_whatever_the_fit_says() -> None:
+    odd = measured([run(SMALL, 16)], factor=3.0)[0]
+    model = fit_inference([*measured(sweep()), odd])
+    found = model.predict(odd.run)
+    assert found.tokens_per_s.value == odd.tokens_per_s
+    assert (found.itl_p90_s.value, found.itl_p90_s.source) == (odd.itl_p90_s, "measured")
+    assert found.tokens_per_s.high < 1.05 * odd.tokens_per_s
+    assert 1.1 * odd.itl_p90_s < found.itl_p90_s.high < 1.2 * odd.itl_p90_s
+    for change in ({"concurrency": 17}, {"output_tokens": 501}, {"device": B200}):
+        other = model.predict(replace(odd.run, **change))  # type: ignore[arg-type]
+        assert other.itl_p90_s.source == "fitted"
+
+
 def test_an_interval_covers_what_measurements_of_one_configuration_differ_by() -> None:
     """Three times, which is not yet refused, beside others of the session that agree."""
     asked = run(SMALL, 16)
@@ -192,12 +206,49 @@ def test_a_median_latency_separates_plain_steps_from_those_with_prompts() -> Non
     assert wait(asked, fit_inference(told)) > wait(asked, fit_inference(plain))
 
 
-def test_eight_bits_read_experts_that_nobody_drew() -> None:
-    """Half the bytes, yet by far not twice as fast while few tokens draw few experts."""
-    eight = replace(EXPERTS, bytes_per_weight=1.0)
-    assert wait(run(eight, 8)) > 0.9 * wait(run(EXPERTS, 8))
-    four = replace(EXPERTS, bytes_per_weight=0.55)
-    assert wait(run(four, 8)) < wait(run(eight, 8))
+def alone(asked: ServedModel, bits: float, device: Device, num_devices: int) -> Estimate:
+    """Tokens per second of a single request of no prompt."""
+    one = run(
+        replace(asked, bytes_per_weight=bits / 8),
+        1,
+        device=device,
+        num_devices=num_devices,
+        workload=replace(CHAT, prompt_tokens=1),
+        output_tokens=2048,
+    )
+    return PRIORS.predict(one).tokens_per_s
+
+
+@pytest.mark.parametrize(
+    ("billions", "activated", "bits", "num_devices", "seen"),
+    [
+        *((8.2, 8.2, 16, 1, 82), (8.2, 8.2, 8, 1, 150), (32.8, 32.8, 16, 1, 21)),
+        *((32.8, 32.8, 8, 1, 46), (0.6, 0.6, 16, 1, 414), (0.6, 0.6, 8, 1, 458)),
+        *((30.5, 3.3, 16, 1, 137), (30.5, 3.3, 8, 1, 155), (235, 22, 8, 4, 72)),
+    ],
+)
+def test_data_sheets_alone_hold_what_qwen_published_of_its_models_on_h20(
+    billions: float, activated: float, bits: int, num_devices: int, seen: float
+) -> None:
+    """Qwen's speed benchmark: SGLang, one request, 2,048 tokens."""
+    h20 = replace(H100, name="h20", flops_per_s=148e12, memory_bytes_per_s=4e12, memory_bytes=96e9)
+    model = replace(SMALL, num_parameters=1e9 * billions, num_activated=1e9 * activated)
+    found = alone(model, bits, h20, num_devices)
+    assert found.low < seen < found.high
+
+
+def test_eight_bits_are_not_slower_than_sixteen_before_anything_was_measured() -> None:
+    for model in (SMALL, EXPERTS, replace(EXPERTS, num_parameters=60e9, num_activated=6e9)):
+        assert alone(model, 8, H100, 2).value > 0.99 * alone(model, 16, H100, 2).value
+
+
+@pytest.mark.parametrize(("concurrency", "seen"), [(256, 9_000), (512, 14_500)])
+def test_data_sheets_alone_hold_what_an_engine_does_with_8b_on_an_h100(
+    concurrency: int, seen: float
+) -> None:
+    short = run(SMALL, concurrency, workload=replace(CHAT, prompt_tokens=200), output_tokens=200)
+    found = PRIORS.predict(short).tokens_per_s
+    assert found.low < seen < found.high
 
 
 def test_the_tail_is_flat_until_a_tenth_of_the_steps_take_in_prompts() -> None:
@@ -229,7 +280,8 @@ def test_a_measurement_that_is_no_positive_number_is_refused(value: float) -> No
 
 def test_weights_that_do_not_fit_are_refused_with_the_arithmetic() -> None:
     assert not weights_fit(run(LARGE))
-    with pytest.raises(ValueError, match=r"140 GB of weights .* 1 x 80 GB, of which 90%"):
+    told = r"140 GB of weights on 1 accelerator \(h100\): 80 GB, of which engines use 90%, 72 GB\."
+    with pytest.raises(ValueError, match=told):
         PRIORS.predict(run(LARGE))
     assert weights_fit(run(LARGE, num_devices=2))
 

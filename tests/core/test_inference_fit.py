@@ -18,29 +18,20 @@ def level(x: Array) -> Array:
     return np.repeat(x[:, None, :1], 24, axis=2)
 
 
-def fitted(
-    true: list[float], groups: str, kinds: str, asked: str = "", **more: Array
-) -> GroupedFit:
-    """`asked` names the configurations: a letter twice was measured twice; default: all once."""
+def fitted(true: list[float], groups: str, kinds: str, **more: Array) -> GroupedFit:
     return fit_groups(
         lambda x: level(x)[..., : len(true)],
         np.array([true]),
         list(groups),
         list(kinds),
-        list(asked or range(len(true))),
         SPREAD,
         (0.2,),
         **more,  # pyright: ignore[reportArgumentType]
     )
 
 
-def predicted(fit: GroupedFit, groups: str, kinds: str, asked: str = "") -> tuple[Array, Array]:
-    plain, halves = fit.predict(
-        lambda x: level(x)[..., : len(groups)],
-        list(groups),
-        list(kinds),
-        list(asked or range(100, 100 + len(groups))),
-    )
+def predicted(fit: GroupedFit, groups: str, kinds: str) -> tuple[Array, Array]:
+    plain, halves = fit.predict(lambda x: level(x)[..., : len(groups)], list(groups), list(kinds))
     return plain[0], halves[0]
 
 
@@ -98,21 +89,6 @@ def test_a_row_far_out_pulls_no_more_than_one_a_little_out() -> None:
     assert other - one < 0.05
 
 
-def test_an_interval_covers_what_repeats_of_its_configuration_differ_by() -> None:
-    true = [0.0, 0.0, 1.1]
-    plain, halves = predicted(fitted(true, "aaa", "kkk", "pqq"), "aa", "kk", "pq")
-    assert plain[1] - halves[1] < 0.0 and plain[1] + halves[1] > 1.1
-    assert halves[1] > 2 * halves[0]
-
-
-def test_repeats_that_agree_narrow_as_any_measurement_does() -> None:
-    once, again = (
-        predicted(fitted([0.5] * 3, "aaa", "kkk", asked), "a", "k", "q")[1][0]
-        for asked in ("pqr", "pqq")
-    )
-    assert again == pytest.approx(once)
-
-
 def held_of_new_groups(scale: float, num_groups: int, num_kinds: int) -> float:
     """Share of groups never seen that intervals hold, over forty made-up worlds whose groups and
     sessions lie off by `scale` times what the fit states of them (0.17 and 0.2)."""
@@ -153,11 +129,6 @@ def test_two_groups_at_the_prediction_are_luck_and_many_are_not() -> None:
 def test_rows_of_one_session_are_no_more_evidence_than_one() -> None:
     once, often = (fitted([0.0] * 2 * n, "a" * n + "b" * n, "k" * 2 * n).reach[0] for n in (1, 9))
     assert once == pytest.approx(often)
-
-
-def test_a_reach_that_is_given_stays() -> None:
-    kept = fitted([0.0, 0.0], "ab", "kk", reach=(1.1,))  # pyright: ignore[reportArgumentType]
-    assert kept.reach == (1.1,)
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.choice import PlanTable, in_digits
+from supple.core.choice import PlanTable
 from supple.core.interconnects import lookup
 from supple.core.layout_memory import peak_memory
 from supple.core.layout_planner import LayoutJob, describe, plan_layouts, run_of, runs_for
@@ -17,6 +17,7 @@ from supple.core.samples import Run, fit_samples
 from supple.core.spec import Limits, Objective
 from supple.core.stages import MeasuredLayer, best_cuts
 from supple.core.types import Infeasible, ParallelLayout
+from supple.core.words import in_digits
 
 SEVEN_BILLION = Transformer(
     hidden_size=4096, num_layers=32, num_heads=32, seq_length=2048, vocab_size=51200

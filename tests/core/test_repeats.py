@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from supple.core.estimates import Z80
-from supple.core.repeats import NOISE_FLOOR, as_measured
+from supple.core.repeats import NOISE_FLOOR, as_measured, measured_estimate
 
 
 @pytest.mark.parametrize("num_seen", [2, 3, 6])
@@ -51,3 +51,12 @@ def test_the_order_of_repeats_does_not_matter() -> None:
     assert as_measured([2.0, 3.0, 2.5], others) == pytest.approx(
         as_measured([3.0, 2.5, 2.0], others[::-1])
     )
+
+
+def test_what_was_measured_is_as_sure_as_a_repeat_or_as_its_repeats_agree() -> None:
+    once = measured_estimate([20.0], floor=0.1)
+    assert (once.value, once.source) == (20.0, "measured")
+    assert math.log(once.high / once.value) == pytest.approx(Z80 * 0.1)
+    assert measured_estimate([20.0, 20.0], floor=0.1) == once
+    apart = measured_estimate([10.0, 30.0], floor=0.1)
+    assert apart.low < 10.0 < 30.0 < apart.high

@@ -13,7 +13,6 @@ from supple.cluster.advisor import Advisor
 from supple.cluster.backend import Backend, Clock, Observer
 from supple.cluster.control import ControlServer
 from supple.core import lifecycle
-from supple.core.choice import in_words
 from supple.core.lifecycle import JobState, Phase
 from supple.core.spec import SpecError, TrainSpec, parse_count
 from supple.core.types import (
@@ -33,6 +32,7 @@ from supple.core.types import (
     WorkerId,
     WorkerStopped,
 )
+from supple.core.words import in_words
 
 _TICK_S = 0.25
 

@@ -4,9 +4,10 @@ The same rows as a plan's, with two more rules: a change must pay back what it c
 small differences change nothing, so that the scatter of measurements sends nobody to and fro.
 """
 
-from supple.core.choice import in_words, knee
+from supple.core.choice import knee
 from supple.core.planner import JobModel, row_for
 from supple.core.spec import KNEE_RULE, LARGEST_COUNT, Limits
+from supple.core.words import in_words
 
 _GROWTH_AT_ONCE = 2
 """A running job asks for at most this many times the largest count it has measured, and for at most

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from supple.core.spec import KNEE_RULE, KNEE_SHARE, LARGEST_COUNT, Limits, Objective
 from supple.core.types import Estimate, Infeasible, Plan
+from supple.core.words import in_digits, in_words
 
 KEEP_SHARE = 0.8 * KNEE_SHARE
 """A running job gives workers back only where they add less than this: between the two shares
@@ -174,16 +175,6 @@ def _for_budget(rows: tuple[Plan, ...], budget: float, limits: Limits) -> PlanTa
         f"{_time(row.time_to_end_s.value)} for {in_digits(cost(row).value)}{unit}, with 90 % "
         f"certainty at most {in_digits(cost(row).high)}{unit}.{end}",
     )
-
-
-def in_words(count: int) -> str:
-    """1 worker, 2 workers."""
-    return "1 worker" if count == 1 else f"{count} workers"
-
-
-def in_digits(number: float) -> str:
-    """Three digits: "0.00234", "12.3", "4,560"."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _time(seconds: float) -> str:

@@ -35,6 +35,7 @@ import numpy.typing as npt
 from supple.core.interconnects import lookup
 from supple.core.layouts import Device
 from supple.core.spec import is_count, is_positive
+from supple.core.words import in_digits
 
 _Array = npt.NDArray[np.float64]
 
@@ -60,20 +61,20 @@ _PRIORS: dict[str, tuple[float, float]] = {
     "fill": (0.3, 0.3),  # exponent: how the share reached falls with a device's speed
     "width": (0.2, 0.5),  # exponent: how the share of the peak grows with the hidden size
     "routing": (0.5, 0.4),  # independent draws of experts per token
-    "experts_8bit": (1.2, 0.4),  # times slower
-    "padded_8bit": (1.0, 0.7),  # weight of experts not drawn against those drawn
+    "experts_8bit": (1.4, 0.4),  # times slower a byte
+    "padded_8bit": (0.05, 2.0),  # weight of experts not drawn against those drawn
     "imbalance": (0.1, 0.7),  # of the experts, per doubling of devices
     "cache": (4e3, 0.3),  # bytes per token and layer
     "cache_experts": (0.5, 0.4),  # the same of a mixture, relative
     "capacity": (1.0, 0.3),  # cache taken at the fullest, relative
-    "arithmetic": (0.45, 0.5),  # of the peak, decoding
+    "arithmetic": (0.55, 0.5),  # of the peak, decoding
     "prefill": (0.5, 0.5),  # of the peak
-    "sequence": (3e-5, 0.7),  # s
+    "sequence": (2e-5, 0.7),  # s
     "host": (2e-3, 0.7),  # s
     "layer": (4e-5, 0.5),  # s: ten kernels of 4e-6
     "layer_experts": (3e-5, 0.7),  # s more: eight kernels to route
     "tensor": (2e-5, 0.5),  # s per layer and doubling
-    "layer_8bit": (3e-5, 0.7),  # s
+    "layer_8bit": (5e-6, 1.5),  # s
     "link": (2.5e-12, 0.5),  # s per byte, over the reference link
     "eager": (5e-4, 0.4),  # s per layer
     "tail": (1.0, 0.4),  # of the time of mixed steps, relative to an exponential one
@@ -101,14 +102,25 @@ class ServedModel:
     num_layers: int | None = None
 
     def __post_init__(self) -> None:
-        if not (
-            0 < self.num_activated <= self.num_parameters < math.inf
-            and is_positive(self.bytes_per_weight)
-            and (self.num_layers is None or is_count(self.num_layers))
+        for what, size in (
+            ("number of parameters", self.num_parameters),
+            ("number of activated parameters", self.num_activated),
+            ("bytes of a weight", self.bytes_per_weight),
         ):
+            if not is_positive(size):
+                raise ValueError(
+                    f"a served model has {size:g} as its {what}: it must be positive and finite. "
+                    "Correct the number."
+                )
+        if self.num_activated > self.num_parameters:
             raise ValueError(
-                f"{self}: parameters and bytes must be positive and finite, no more parameters "
-                "activated than there are, and layers a whole number. Correct the number."
+                f"a served model has {self.num_activated:g} activated of {self.num_parameters:g} "
+                "parameters: no more parameters activated than there are. Correct the number."
+            )
+        if self.num_layers is not None and not is_count(self.num_layers):
+            raise ValueError(
+                f"a served model has {self.num_layers:g} layers: it must be a whole number of at "
+                "least 1. Correct the number."
             )
 
     @property
@@ -126,10 +138,15 @@ class Workload:
     """To encode the images or the video of one prompt."""
 
     def __post_init__(self) -> None:
-        if not (1 <= self.prompt_tokens < math.inf and 0 <= self.media_s < math.inf):
+        if not 1 <= self.prompt_tokens < math.inf:
             raise ValueError(
-                f"{self}: a prompt has at least 1 token, its pictures take at least 0 s, and both "
-                "are finite. Correct the number."
+                f"a prompt of workload {self.name} has {self.prompt_tokens:g} tokens: it must be "
+                "at least 1 and finite. Correct the number."
+            )
+        if not 0 <= self.media_s < math.inf:
+            raise ValueError(
+                f"the pictures of a prompt of workload {self.name} take {self.media_s:g} s: it "
+                "must be at least 0 and finite. Correct the number."
             )
 
 
@@ -146,19 +163,44 @@ class ServingRun:
     """Mean length of an answer."""
 
     def __post_init__(self) -> None:
-        counts = is_count(self.num_devices) and is_count(self.concurrency)
-        if not (counts and 1 <= self.output_tokens < math.inf):
+        for what, count in (
+            ("num_devices", self.num_devices),
+            ("concurrency", self.concurrency),
+        ):
+            if not is_count(count):
+                raise ValueError(
+                    f"a serving run was asked for with {what}={count:g}: it must be at least 1, "
+                    "and whole. Correct the number."
+                )
+        if not 1 <= self.output_tokens < math.inf:
             raise ValueError(
-                f"a serving run was asked for with num_devices={self.num_devices}, concurrency="
-                f"{self.concurrency} and output_tokens={self.output_tokens}: each must be at least "
-                "1, the counts whole and the tokens finite. Correct the number."
+                f"a serving run was asked for with output_tokens={self.output_tokens:g}: it must "
+                "be at least 1 and finite. Correct the number."
             )
+
+
+def weight_bytes(model: ServedModel) -> float:
+    return model.num_parameters * model.bytes_per_weight
 
 
 def weights_fit(run: ServingRun) -> bool:
     """Whether the weights leave room for a cache."""
-    held = run.model.num_parameters * run.model.bytes_per_weight
-    return held < USABLE * run.num_devices * run.device.memory_bytes
+    return weight_bytes(run.model) < USABLE * run.num_devices * run.device.memory_bytes
+
+
+def weights_and_room(run: ServingRun) -> str:
+    """A sentence's part and its rule: the weights, and what of the memory may hold them."""
+    held, total = weight_bytes(run.model), run.num_devices * run.device.memory_bytes
+    return (
+        f"{in_digits(held / 1e9)} GB of weights on {in_accelerators(run.num_devices)} "
+        f"({run.device.name}): {in_digits(total / 1e9)} GB, of which engines use {USABLE:.0%}, "
+        f"{in_digits(USABLE * total / 1e9)} GB. Weights must leave room for a cache."
+    )
+
+
+def in_accelerators(count: int) -> str:
+    """1 accelerator, 2 accelerators."""
+    return f"{count:,} accelerator{'s' * (count != 1)}"
 
 
 class Groups:

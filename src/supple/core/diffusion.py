@@ -26,10 +26,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from supple.core.estimates import IMPOSSIBLE, contradiction
 from supple.core.grouped_fit import GroupedFit, fit_groups, unfitted
 from supple.core.layouts import Device
+from supple.core.repeats import measured_estimate
 from supple.core.spec import is_count, is_positive
 from supple.core.types import Estimate
+from supple.core.words import in_digits
 
 _Array = npt.NDArray[np.float64]
 
@@ -72,14 +75,28 @@ class DiffusionRun:
     """None: a token stands for 16 x 16 pixels, of a video for four frames too."""
 
     def __post_init__(self) -> None:
-        counts = (self.ulysses_degree, self.ring_degree, self.batch_size, self.num_pixels)
-        counts = (*counts, self.num_frames, self.num_steps)
-        sizes = (self.num_parameters, 1.0 if self.num_tokens is None else self.num_tokens)
-        if not (all(map(is_count, counts)) and all(map(is_positive, sizes))):
-            raise ValueError(
-                f"a diffusion run was asked for with {self}: counts must be whole numbers of at "
-                "least 1, parameters and tokens positive and finite. Correct the number."
-            )
+        for what, count in (
+            ("ulysses_degree", self.ulysses_degree),
+            ("ring_degree", self.ring_degree),
+            ("batch_size", self.batch_size),
+            ("num_pixels", self.num_pixels),
+            ("num_frames", self.num_frames),
+            ("num_steps", self.num_steps),
+        ):
+            if not is_count(count):
+                raise ValueError(
+                    f"a diffusion run was asked for with {what}={count:g}: it must be a whole "
+                    "number of at least 1. Correct the number."
+                )
+        for what, size in (
+            ("num_parameters", self.num_parameters),
+            ("num_tokens", self.num_tokens),
+        ):
+            if size is not None and not is_positive(size):
+                raise ValueError(
+                    f"a diffusion run was asked for with {what}={size:g}: it must be positive and "
+                    "finite. Correct the number."
+                )
 
     @property
     def tokens(self) -> float:
@@ -99,12 +116,14 @@ class DiffusionModel:
     """A fit: predictions for any run. Make it with `fit_diffusion`."""
 
     _fit: GroupedFit
+    measured: tuple[DiffusionMeasurement, ...] = ()
 
     def predict(self, run: DiffusionRun) -> Estimate:
-        """Seconds of the batch."""
-        log, half = self._fit.predict(
-            lambda x: _logs(x, [run]), [run.family], [run.device.name], [run]
-        )
+        """Seconds of the batch; of a run that was measured as measured."""
+        seen = [m.batch_s for m in self.measured if m.run == run]
+        if seen:
+            return measured_estimate(seen)
+        log, half = self._fit.predict(lambda x: _logs(x, [run]), [run.family], [run.device.name])
         return Estimate(
             value=math.exp(log[0, 0]),
             low=math.exp(log[0, 0] - half[0, 0]),
@@ -115,19 +134,28 @@ class DiffusionModel:
 
 def fit_diffusion(measurements: Sequence[DiffusionMeasurement]) -> DiffusionModel:
     """Fit to measurements of any models; without any, the priors alone. Raises `ValueError` for a
-    time that is not a positive number."""
+    time that is not a positive number, and for two of one run that contradict each other."""
     for m in measurements:
         if not 0 < m.batch_s < math.inf:
             raise ValueError(
                 f"a batch was measured at {m.batch_s} s: a positive number is needed. Leave it out."
             )
+    found = contradiction((m.run, m.batch_s) for m in measurements)
+    if found is not None:
+        run, one, other = found
+        assert isinstance(run, DiffusionRun)
+        raise ValueError(
+            f"a batch of {run.batch_size} of {run.family} on {run.device.name} was measured at "
+            f"{in_digits(one)} and at {in_digits(other)} s: measurements of one run differ by less "
+            f"than {IMPOSSIBLE:g} times. Check the units, and leave the wrong one out."
+        )
     if not measurements:
         return DiffusionModel(unfitted(_SPREADS, 1))
     runs = [m.run for m in measurements]
     true = np.log([[m.batch_s for m in measurements]])
     families, devices = [run.family for run in runs], [run.device.name for run in runs]
-    fit = fit_groups(lambda x: _logs(x, runs), true, families, devices, runs, _SPREADS, (_SCATTER,))
-    return DiffusionModel(fit)
+    fit = fit_groups(lambda x: _logs(x, runs), true, families, devices, _SPREADS, (_SCATTER,))
+    return DiffusionModel(fit, tuple(measurements))
 
 
 def _logs(x: _Array, runs: Sequence[DiffusionRun]) -> _Array:

@@ -4,11 +4,14 @@ Values are positive and their errors relative, so half-widths are those of logar
 """
 
 import math
+from collections.abc import Hashable, Iterable
 
 from supple.core.types import Estimate, Source
 
 Z80 = 1.2815515655446004
 """Half-width of an 80 % interval in standard deviations."""
+IMPOSSIBLE = 10.0
+"""Times by which two measurements of one thing contradict each other: no noise explains it."""
 
 _FROM_BEST: tuple[Source, ...] = ("exact", "measured", "fitted", "assumed")
 
@@ -16,6 +19,20 @@ _FROM_BEST: tuple[Source, ...] = ("exact", "measured", "fitted", "assumed")
 def exact(value: float) -> Estimate:
     """A number that is known without measuring: given, or so by definition."""
     return Estimate(value=value, low=value, high=value, source="exact")
+
+
+def contradiction(
+    seen: Iterable[tuple[Hashable, float]],
+) -> tuple[Hashable, float, float] | None:
+    """Of what was measured of each thing, positive numbers: the first thing with two more than
+    `IMPOSSIBLE` times apart, and these, the later one last; None where no two are."""
+    found: dict[Hashable, list[float]] = {}
+    for thing, value in seen:
+        for other in found.setdefault(thing, []):
+            if max(value, other) > IMPOSSIBLE * min(value, other):
+                return thing, other, value
+        found[thing].append(value)
+    return None
 
 
 def less_certain(one: Source, other: Source) -> Source:

@@ -8,14 +8,11 @@ offset, normal around 0: what is odd about a session moves its offset more than 
 a session measured before keeps it (a mixed model: Laird & Ware 1982). Residuals inside a group say
 little about a group never seen, so an interval is as wide as held 80 % of what was measured of
 groups left out, as far as those are enough to tell (`_moderated`). Parameters that themselves
-differ from session to session widen the intervals of the rows that depend on them. Rows of one
-configuration that differ show what a measurement of it is worth (pure error: Box, Hunter and Hunter
-1978), and widen its interval.
+differ from session to session widen the intervals of the rows that depend on them.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,25 +52,16 @@ class GroupedFit:
     """Standard deviations by which parameters differ from one session to the next."""
     sessions: tuple[str, ...]
     source: Source
-    repeats: Mapping[Hashable, _Array]
-    """Of configurations measured more than once, per figure the variance of one more measurement
-    about their mean."""
 
     def predict(
-        self,
-        evaluate: Evaluate,
-        groups: Sequence[str],
-        kinds: Sequence[str],
-        configurations: Sequence[Hashable],
+        self, evaluate: Evaluate, groups: Sequence[str], kinds: Sequence[str]
     ) -> tuple[_Array, _Array]:
         """Logarithms of (figures, rows), and the halves of their 80 % intervals. A session never
         measured has no offset."""
         where = _members(_sessions(groups, kinds), self.sessions)
         plain, slopes = _with_slopes(self.x, len(self.loose), evaluate, where)
         wide = _deviations(slopes, self.covariance, self.loose, where, self.source)
-        none = np.zeros(len(plain))
-        own = np.array([self.repeats.get(asked, none) for asked in configurations]).T
-        return plain, np.hypot(wide * np.array(self.reach)[:, None], Z80 * np.sqrt(own))
+        return plain, wide * np.array(self.reach)[:, None]
 
 
 def unfitted(spread: _Array, num_figures: int) -> GroupedFit:
@@ -85,7 +73,6 @@ def unfitted(spread: _Array, num_figures: int) -> GroupedFit:
         loose=np.zeros(len(spread)),
         sessions=(),
         source="assumed",
-        repeats={},
     )
 
 
@@ -94,17 +81,14 @@ def fit_groups(
     true: _Array,
     groups: Sequence[str],
     kinds: Sequence[str],
-    configurations: Sequence[Hashable],
     spread: _Array,
     scatters: Sequence[float],
     loose: _Array | None = None,
-    reach: tuple[float, ...] | None = None,
 ) -> GroupedFit:
     """Fit to the logarithms `true` of (figures, rows), NaN where one was not measured, rows named
-    by their group and kind; rows of equal `configurations` repeat each other. `spread` holds the
-    standard deviations of the priors, `scatters` those of a row per figure, `loose` those of a
-    parameter from session to session (default: none). `reach` is taken from the groups left out
-    unless it is given. At least one row."""
+    by their group and kind. `spread` holds the standard deviations of the priors, `scatters` those
+    of a row per figure, `loose` those of a parameter from session to session (default: none). At
+    least one row."""
     sessions = _sessions(groups, kinds)
     names = tuple(sorted(set(sessions)))
     where = _members(sessions, names)
@@ -114,32 +98,15 @@ def fit_groups(
     return GroupedFit(
         x=x,
         covariance=np.asarray(np.linalg.inv(rows.normal(x)[0]), dtype=np.float64),
-        reach=_reach(x, rows, np.array(groups), loose) if reach is None else reach,
+        reach=_reach(x, rows, np.array(groups), loose),
         loose=loose,
         sessions=names,
         source="fitted",
-        repeats=_repeats(true, configurations),
     )
 
 
 def _sessions(groups: Sequence[str], kinds: Sequence[str]) -> list[str]:
     return [f"{group}\n{kind}" for group, kind in zip(groups, kinds, strict=True)]
-
-
-def _repeats(true: _Array, configurations: Sequence[Hashable]) -> dict[Hashable, _Array]:
-    """Of every configuration with two rows or more, per figure the variance of one more measurement
-    about their mean; 0 where a figure was measured once."""
-    members: dict[Hashable, list[int]] = defaultdict(list)
-    for row, asked in enumerate(configurations):
-        members[asked].append(row)
-    found: dict[Hashable, _Array] = {}
-    for asked, alike in members.items():
-        if len(alike) > 1:
-            known = [values[np.isfinite(values)] for values in true[:, alike]]
-            found[asked] = np.array(
-                [np.var(v, ddof=1) * (1.0 + 1.0 / len(v)) if len(v) > 1 else 0.0 for v in known]
-            )
-    return found
 
 
 class _Measured:

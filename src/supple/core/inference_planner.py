@@ -8,17 +8,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from supple.core.decoding import ServedModel, ServingRun, Workload, weights_fit
-from supple.core.estimates import Z80
-from supple.core.inference import (
-    InferenceModel,
-    ServingMeasurement,
-    ServingPrediction,
-    fit_inference,
+from supple.core.decoding import (
+    USABLE,
+    ServedModel,
+    ServingRun,
+    Workload,
+    in_accelerators,
+    weight_bytes,
+    weights_fit,
 )
+from supple.core.estimates import Z80
+from supple.core.inference import ITL_REPEAT, InferenceModel, ServingPrediction
 from supple.core.layouts import Device
 from supple.core.spec import MAX_WORKERS, is_count, is_positive
 from supple.core.types import Estimate, Infeasible
+from supple.core.words import in_digits
 
 KEPT, LIKELY = 0.9, 0.5
 """Chances of keeping the promise: what counts as kept (the upper end of an 80 % interval does), and
@@ -36,8 +40,8 @@ RULE = (
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _NARROW = 1.5
 """An interval whose ends are closer than this is not worth a measurement."""
-_GAINS = 0.8
-"""A measurement is worth telling of if it leaves at most so much of an interval, as logarithms."""
+_ALIKE = 1.02
+"""Rows whose tokens per accelerator differ by less are equal; of those fewer requests wait less."""
 _HEADROOM = 0.8
 """Share of a copy's tokens that arrivals may ask for: they come unevenly."""
 
@@ -108,6 +112,11 @@ class InferenceRow:
     def tokens_per_device_s(self) -> float:
         return self.tokens_per_s.value / self.num_devices
 
+    @property
+    def is_measured(self) -> bool:
+        """It is what was measured, not a prediction."""
+        return self.itl_p90_s.source == "measured"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceTable:
@@ -115,7 +124,10 @@ class InferenceTable:
 
     rows: tuple[InferenceRow, ...]
     recommended: int
+    """Its index among the rows."""
     reason: str
+    told: tuple[InferenceRow, ...]
+    """The rows that the reason speaks of."""
 
     @property
     def choice(self) -> InferenceRow:
@@ -124,7 +136,8 @@ class InferenceTable:
 
 def plan_inference(fit: InferenceModel, job: InferenceJob) -> InferenceTable | Infeasible:
     """All rows of accelerators 1, 2, 4 … and concurrencies whose memory holds the weights and the
-    cache of at least one request, and the recommended one (`RULE`).
+    cache of at least one request, and the recommended one (`RULE`). Of concurrencies beyond what
+    the cache holds only the least is a row, besides those that were measured: more only wait.
 
     A row keeps the promise if the upper end of its 80 % interval does. Raises `ValueError` for
     nonsense.
@@ -132,74 +145,56 @@ def plan_inference(fit: InferenceModel, job: InferenceJob) -> InferenceTable | I
     counts = [2**power for power in range(20) if 2**power <= job.max_devices]
     runs = [_run(job, count, concurrency) for count in counts for concurrency in CONCURRENCIES]
     if not weights_fit(runs[-1]):
-        return _too_large(job, counts[-1])
+        return _too_large(runs[-1])
     room = fit.cache_room(runs)
-    fitting = [run for run, (left, taken) in zip(runs, room, strict=True) if left >= taken]
+    fitting = [
+        (run, run.concurrency < 2 * left / taken)
+        for run, (left, taken) in zip(runs, room, strict=True)
+        if left >= taken
+    ]
     if not fitting:
         return _too_long(job, counts[-1], *room[-1])
-    rows = tuple(
-        _row(job, run, found) for run, found in zip(fitting, fit.predict_all(fitting), strict=True)
-    )
+    found = fit.predict_all([run for run, _ in fitting])
+    every = [(_row(job, run, each), held) for (run, held), each in zip(fitting, found, strict=True)]
+    rows = tuple(row for row, held in every if held or row.is_measured)
     allowed = [row for row in rows if _is_allowed(row, job)]
     kept = [row for row in allowed if job.itl_s is None or row.itl_p90_s.high <= job.itl_s]
     likely = [row for row in allowed if _chance_of(row) >= LIKELY]
     if not likely:
         return _out_of_reach(job, rows, allowed)
-    cheapest = min(likely, key=_worth(job))
+    cheapest = _cheapest(likely, job, _needed)
     if kept:
-        best = min(kept, key=_worth(job))
+        best = _cheapest(kept, job, _needed)
     else:
         most = MANY * _needed(cheapest, job)
         best = max((row for row in likely if _needed(row, job) <= most), key=_chance_of)
-    reason = _what(best, job) + _promise(best, cheapest, job, sure=bool(kept))
-    return InferenceTable(rows=rows, recommended=rows.index(best), reason=reason)
+    promise, other = _promise(best, cheapest, job, sure=bool(kept))
+    return InferenceTable(
+        rows=rows,
+        recommended=rows.index(best),
+        reason=_what(best, job) + promise,
+        told=(best,) if other is None else (best, other),
+    )
 
 
-def measure_first(
-    fit: InferenceModel,
-    known: Sequence[ServingMeasurement],
-    job: InferenceJob,
-    table: InferenceTable,
-) -> str:
-    """A sentence: the one row whose measurement is worth most, and what it would do to the interval
-    of the time between tokens; empty where that is narrow already, or hardly gains (`_GAINS`).
-    `fit` is of the measurements `known`, and `table` by it.
-
-    It is the row that would be taken if every prediction were right. What a measurement does to
-    the covariance depends on where it is made, hardly on what it says; so the prediction stands in.
-    How far off predictions are it cannot tell, so that stays as in `fit`.
-    """
+def worth_measuring(job: InferenceJob, table: InferenceTable) -> InferenceRow | None:
+    """The row whose measurement is worth most: that which would be taken if every prediction were
+    right. None where it was measured, or its time between tokens is known closely already."""
     likely = [row for row in table.rows if _is_allowed(row, job)]
     likely = [row for row in likely if job.itl_s is None or row.itl_p90_s.value <= job.itl_s]
-    row = min(likely or [table.choice], key=_likely_worth(job))
-    before = row.itl_p90_s
-    if before.high / before.low <= _NARROW:
-        return ""
-    run = _run(job, row.num_devices, row.concurrency)
-    told = ServingMeasurement(
-        run=run, tokens_per_s=row.tokens_per_s.value, itl_p90_s=row.itl_p90_s.value
-    )
-    after = fit_inference([*known, told], reach=fit.reach).predict(run).itl_p90_s
-    if math.log(after.high / after.low) > _GAINS * math.log(before.high / before.low):
-        return ""
-    each = _accelerators(row.num_devices)
+    row = _cheapest(likely, job, _likely_need) if likely else table.choice
+    known = row.is_measured or row.itl_p90_s.high / row.itl_p90_s.low <= _NARROW
+    return None if known else row
+
+
+def measure_first(row: InferenceRow) -> str:
+    """A sentence: what to measure, and what that would make of the time between tokens."""
+    itl = row.itl_p90_s
     return (
-        f"Measure one copy on {each} with {row.concurrency} at a time first, and hand it to "
-        f"--measured: what is now {before.low * 1e3:.3g} to {before.high * 1e3:.3g} ms between "
-        f"tokens would be known within a factor of {(after.high / after.low) ** 0.5:.2f}."
+        f"Measure one copy on {in_accelerators(row.num_devices)} with {row.concurrency} at a time "
+        f"first, and hand it to --measured: what is now {_ms(itl.low)} to {_ms(itl.high)} ms "
+        f"between tokens would be known within a factor of {math.exp(Z80 * ITL_REPEAT):.2f}."
     )
-
-
-def _likely_worth(job: InferenceJob) -> Callable[[InferenceRow], tuple[float, float]]:
-    """Smaller is better, were every prediction right."""
-
-    def key(row: InferenceRow) -> tuple[float, float]:
-        if job.rate_per_s is None:
-            return (-row.tokens_per_device_s, row.itl_p90_s.value)
-        copies = _num_copies(job, job.rate_per_s, row.tokens_per_s.value)
-        return (copies * row.num_devices, row.itl_p90_s.value)
-
-    return key
 
 
 def _run(job: InferenceJob, num_devices: int, concurrency: int) -> ServingRun:
@@ -256,10 +251,22 @@ def _is_allowed(row: InferenceRow, job: InferenceJob) -> bool:
     return row.num_accelerators <= job.max_accelerators
 
 
-def _worth(job: InferenceJob) -> Callable[[InferenceRow], tuple[float, float]]:
-    """Smaller is better."""
+def _cheapest(
+    rows: Sequence[InferenceRow],
+    job: InferenceJob,
+    need: Callable[[InferenceRow, InferenceJob], float],
+) -> InferenceRow:
+    """The least need, and of equals the shortest time between tokens. Without a rate needs are no
+    whole numbers: what hardly differs is equal."""
+    most = min(need(row, job) for row in rows) * (_ALIKE if job.rate_per_s is None else 1.0)
+    return min((row for row in rows if need(row, job) <= most), key=lambda row: row.itl_p90_s.value)
 
-    return lambda row: (_needed(row, job), row.itl_p90_s.value)
+
+def _likely_need(row: InferenceRow, job: InferenceJob) -> float:
+    """`_needed`, were every prediction right."""
+    if job.rate_per_s is None:
+        return _needed(row, job)
+    return _num_copies(job, job.rate_per_s, row.tokens_per_s.value) * row.num_devices
 
 
 def _needed(row: InferenceRow, job: InferenceJob) -> float:
@@ -267,54 +274,65 @@ def _needed(row: InferenceRow, job: InferenceJob) -> float:
     return 1.0 / row.tokens_per_device_s if job.rate_per_s is None else row.num_accelerators
 
 
-def _accelerators(count: int) -> str:
-    return f"{count:,} accelerator{'s' * (count != 1)}"
-
-
 def _where(row: InferenceRow) -> str:
     """On what a copy runs, and what it works on."""
     at_once = "one request" if row.concurrency == 1 else f"{row.concurrency} requests"
-    return f"on {_accelerators(row.num_devices)}, {at_once} at a time"
+    return f"on {in_accelerators(row.num_devices)}, {at_once} at a time"
 
 
 def _what(row: InferenceRow, job: InferenceJob) -> str:
     if row.num_copies is None:
         what = f"copies {_where(row)}"
+    elif row.num_copies == 1:
+        what = f"one copy {_where(row)}"
     else:
-        copies = "one copy" if row.num_copies == 1 else f"{row.num_copies:,} copies"
-        what = f"{copies} {_where(row)} each, {row.num_accelerators:,} in all"
+        what = (
+            f"{row.num_copies:,} copies {_where(row)} each, "
+            f"{in_accelerators(row.num_accelerators)} in all"
+        )
     itl = row.itl_p90_s
     return (
-        f"{what}: {row.tokens_per_s.value:,.0f} tokens/s a copy, nine of ten tokens within "
-        f"{itl.value * 1e3:.3g} ms ({itl.low * 1e3:.3g} to {itl.high * 1e3:.3g})."
+        f"{what}: {in_digits(row.tokens_per_s.value)} tokens/s a copy, nine of ten tokens within "
+        f"{_ms(itl.value)} ms ({_ms(itl.low)} to {_ms(itl.high)}"
+        f"{', as measured' * row.is_measured})."
     )
 
 
-def _promise(choice: InferenceRow, cheapest: InferenceRow, job: InferenceJob, *, sure: bool) -> str:
+def _ms(seconds: float) -> str:
+    return in_digits(seconds * 1e3)
+
+
+def _promise(
+    choice: InferenceRow, cheapest: InferenceRow, job: InferenceJob, *, sure: bool
+) -> tuple[str, InferenceRow | None]:
     """Sentences: with what chance the promise is kept, what counts as kept, and which row would
-    probably do with far less; empty where nothing is promised."""
+    probably do with far less, which comes second; empty where nothing is promised."""
     if job.itl_s is None:
-        return ""
-    chance, promise = _chance_of(choice), f"{job.itl_s * 1e3:.3g} ms"
+        return "", None
+    chance, promise = _chance_of(choice), f"{_ms(job.itl_s)} ms"
     if not sure:
+        measure = ": measure it before you promise it, and hand the figure to --measured"
         return (
             f" No row keeps {promise} with the {KEPT:.0%} that count as kept. This one does with "
-            f"{chance:.0%}, the best chance for at most {MANY} times the fewest accelerators: "
-            "measure it before you promise it, and hand the figure to --measured."
-        )
+            f"{chance:.0%}, the best chance for at most {MANY} times the fewest accelerators"
+            f"{measure * (not choice.is_measured)}."
+        ), None
     said = f" That keeps {promise} with a chance of {chance:.0%}; {KEPT:.0%} count as kept."
     saved = _needed(choice, job) / _needed(cheapest, job)
     if saved <= MANY:
-        return said
+        return said, None
     copies = f"copies {_where(cheapest)}"
     if cheapest.num_copies is None:
         who = f"{copies.capitalize()}, with {saved:.0f} times the tokens per accelerator,"
     else:
-        who = f"{_accelerators(cheapest.num_accelerators)} ({copies} each)"
+        who = in_accelerators(cheapest.num_accelerators)
+        one = cheapest.num_copies == 1
+        who += f" (one copy {_where(cheapest)})" if one else f" ({copies} each)"
+    measure = ": measure that row first, and hand the figure to --measured"
     return (
-        f"{said} {who} would keep it with {_chance_of(cheapest):.0%}: measure that row first, and "
-        "hand the figure to --measured."
-    )
+        f"{said} {who} would keep it with {_chance_of(cheapest):.0%}"
+        f"{', as measured' if cheapest.is_measured else measure}."
+    ), cheapest
 
 
 def _chance_of(row: InferenceRow) -> float:
@@ -322,23 +340,26 @@ def _chance_of(row: InferenceRow) -> float:
     return 1.0 if row.chance is None else row.chance
 
 
-def _too_large(job: InferenceJob, devices: int) -> Infeasible:
-    held = job.model.num_parameters * job.model.bytes_per_weight
+def _too_large(run: ServingRun) -> Infeasible:
+    each, count = run.device.memory_bytes / 1e9, run.num_devices
+    held = in_accelerators(count) + (" holds" if count == 1 else " hold")
     return Infeasible(
-        asked=f"a model of {held / 1e9:,.0f} GB of weights on {job.device.name}",
-        numbers=f"{devices} of them hold {devices * job.device.memory_bytes / 1e9:,.0f} GB",
+        asked=f"a model of {in_digits(weight_bytes(run.model) / 1e9)} GB of weights on "
+        f"{run.device.name}",
+        numbers=f"{held} {in_digits(count * each)} GB, of which engines use {USABLE:.0%}: "
+        f"{in_digits(USABLE * count * each)} GB",
         rule="A copy's weights must fit the accelerators of one node with room for a cache",
         advice="Raise --devices, use fewer bits a weight, or larger accelerators.",
     )
 
 
 def _too_long(job: InferenceJob, devices: int, left: float, taken: float) -> Infeasible:
-    held = job.model.num_parameters * job.model.bytes_per_weight
     return Infeasible(
         asked=f"prompts of {job.workload.prompt_tokens:,.0f} and answers of "
         f"{job.output_tokens:,.0f} tokens on {job.device.name}",
         numbers=f"the cache of one request takes {taken / 1e9:,.1f} GB; {left / 1e9:,.1f} GB are "
-        f"left on {_accelerators(devices)} beside {held / 1e9:,.0f} GB of weights",
+        f"left on {in_accelerators(devices)} beside "
+        f"{in_digits(weight_bytes(job.model) / 1e9)} GB of weights",
         rule="A copy must hold its weights and the cache of at least one request",
         advice="Raise --devices, shorten --prompt or --answer, use fewer bits a weight, or larger "
         "accelerators.",
@@ -349,7 +370,7 @@ def _out_of_reach(
     job: InferenceJob, rows: Sequence[InferenceRow], allowed: Sequence[InferenceRow]
 ) -> Infeasible:
     if not allowed:
-        most = _accelerators(job.max_accelerators)
+        most = in_accelerators(job.max_accelerators)
         least = min(rows, key=lambda row: row.num_accelerators)
         if job.rate_per_s is None:
             return Infeasible(
@@ -361,7 +382,7 @@ def _out_of_reach(
         capped = job.max_accelerators < MAX_WORKERS
         return Infeasible(
             asked=f"{job.rate_per_s:,.10g} requests/s on at most {most}",
-            numbers=f"the fewest are {least.num_accelerators:,}: {_what(least, job).rstrip('.')}",
+            numbers=f"the fewest are {_what(least, job).rstrip('.')}",
             rule="The low end of the tokens' interval must cover the load"
             + ("" if capped else f", and more than {MAX_WORKERS:,} are more than any pool known"),
             advice="Raise --max-accelerators or lower --rate."
@@ -371,7 +392,7 @@ def _out_of_reach(
     fastest = min(allowed, key=lambda row: row.itl_p90_s.value)
     assert job.itl_s is not None
     return Infeasible(
-        asked=f"--itl {job.itl_s * 1e3:.3g} ms",
+        asked=f"--itl {_ms(job.itl_s)} ms",
         numbers=f"the fastest is {_what(fastest, job).rstrip('.')}",
         rule="No row keeps the promise with even chances",
         advice="Promise more time, or use faster accelerators, more of them, or fewer bits.",

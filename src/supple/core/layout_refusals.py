@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from supple.core.choice import in_digits, in_words
 from supple.core.layout_candidates import LayoutJob, degrees, describe, layouts_for
 from supple.core.layout_memory import memory_parts, num_parameters
 from supple.core.layouts import LayoutRun, Model, Transformer
 from supple.core.spec import Limits
 from supple.core.types import Infeasible, Plan
+from supple.core.words import in_digits, in_words
 
 
 def none_fits(job: LayoutJob, limits: Limits, counts: Sequence[int]) -> Infeasible:

@@ -9,11 +9,12 @@ more), and moves the end of what was measured outwards.
 import math
 from collections.abc import Mapping
 
-from supple.core.choice import PlanTable, in_words, is_a_guess
+from supple.core.choice import PlanTable, is_a_guess
 from supple.core.layout_planner import LayoutJob, describe, run_of
 from supple.core.planner import JobModel, row_for
 from supple.core.spec import Limits
 from supple.core.types import Plan
+from supple.core.words import in_words
 
 _WIDE = 0.2
 """Half-width, as a fraction, from which a step time is worth a measurement."""

@@ -7,7 +7,7 @@ One row for every count 1, 2, 4, ... with everything predicted for it; one of th
 import math
 from dataclasses import dataclass, replace
 
-from supple.core.choice import PlanTable, choose, in_words, knee
+from supple.core.choice import PlanTable, choose, knee
 from supple.core.estimates import exact, over, plus, times
 from supple.core.goodput import (
     OptimizerFamily,
@@ -22,6 +22,7 @@ from supple.core.samples import SamplesModel
 from supple.core.spec import LARGEST_COUNT, Limits, LrRule, Objective, is_count
 from supple.core.throughput import StepTimeModel
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan
+from supple.core.words import in_words
 
 _MEMORY_SHARE = 0.92
 """Of a device's memory that a plan may use."""

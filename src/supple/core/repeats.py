@@ -10,6 +10,7 @@ import numpy.typing as npt
 from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from supple.core.estimates import Z80
+from supple.core.types import Estimate
 
 NOISE_FLOOR = 0.03
 """Relative scatter that repeated measurements of one configuration have at least."""
@@ -21,29 +22,40 @@ _NORMAL = 1.4826
 _special: Any = special  # scipy ships no types
 
 
-def as_measured(seen: Sequence[float], others: Iterable[Sequence[float]]) -> tuple[float, float]:
+def as_measured(
+    seen: Sequence[float], others: Iterable[Sequence[float]] = (), *, floor: float = NOISE_FLOOR
+) -> tuple[float, float]:
     """The median of what was measured of one configuration (at least one number), and a variance
     of the next one's logarithm, such that the 80 % interval of a normal one holds four of five.
     `others` are the measurements of each other configuration.
 
     The scatter of its own repeats is moderated by that of others', of which the median counts, so
     that one odd pair does not speak for all: a conjugate prior, and Student's t for what comes
-    next (as in Smyth 2004). Never less than `NOISE_FLOOR`, which is also what is left where
-    nothing was repeated."""
+    next (as in Smyth 2004). Never less than `floor`, which is also what is left where nothing was
+    repeated."""
     logs = np.log(seen)
     apart = [_deviations(group) for group in others if len(group) > 1]
     value = float(np.median(seen))
     if len(seen) == 1 and not apart:
-        return value, NOISE_FLOOR**2
+        return value, floor**2
     typical, believed = 0.0, 0
     if apart:
-        typical = max(NOISE_FLOOR, _NORMAL * float(np.median(np.concatenate(apart))))
+        typical = max(floor, _NORMAL * float(np.median(np.concatenate(apart))))
         believed = min(_BELIEVED, sum(len(group) - 1 for group in apart))
     degrees = believed + len(seen) - 1
     own = float(np.sum((logs - logs.mean()) ** 2))
     scale = math.sqrt((believed * typical**2 + own) / degrees * (1.0 + 1.0 / len(seen)))
     reach = float(_special.stdtrit(degrees, 0.9)) / Z80
-    return value, max(NOISE_FLOOR, reach * scale) ** 2
+    return value, max(floor, reach * scale) ** 2
+
+
+def measured_estimate(
+    seen: Sequence[float], others: Iterable[Sequence[float]] = (), *, floor: float = NOISE_FLOOR
+) -> Estimate:
+    """The same as an estimate with its 80 % interval."""
+    value, variance = as_measured(seen, others, floor=floor)
+    width = math.exp(Z80 * math.sqrt(variance))
+    return Estimate(value=value, low=value / width, high=value * width, source="measured")
 
 
 def _deviations(group: Sequence[float]) -> npt.NDArray[np.float64]:

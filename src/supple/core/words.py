@@ -1,0 +1,11 @@
+"""Counts and numbers as sentences and tables have them."""
+
+
+def in_words(count: int) -> str:
+    """1 worker, 2 workers."""
+    return "1 worker" if count == 1 else f"{count} workers"
+
+
+def in_digits(number: float) -> str:
+    """Three digits: "0.00234", "12.3", "4,560"."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
