@@ -349,13 +349,31 @@ def test_only_one_worker_with_its_own_batch_is_known_to_be_as_fast_as_itself() -
 def test_one_worker_with_another_batch_is_faster_by_what_was_fitted_not_measured() -> None:
     """Its step time and its efficiency are predictions, and so is what they make."""
     adaptive = Limits(max_workers=1, batch="adaptive")
-    (row,) = table(plan(job(base_batch_size=64), adaptive, Objective())).rows
-    assert row.batch.global_batch_size > 64
+    (row,) = table(plan(job(base_batch_size=16), adaptive, Objective())).rows
+    assert row.batch.global_batch_size > 16
     found = row.speedup
     assert found.source == "fitted"
     assert found.high / found.low > row.efficiency.high / row.efficiency.low > 1.0
-    plain = row_for(job(base_batch_size=64), adaptive, 1, batch_size=64)
+    plain = row_for(job(base_batch_size=16), adaptive, 1, batch_size=16)
     assert found.value == pytest.approx(row.goodput.value / plain.goodput.value)
+
+
+@pytest.mark.parametrize("noise_scale", [100.0, 300.0, 3000.0])
+def test_a_batch_whose_measurement_was_unlucky_is_kept(noise_scale: float) -> None:
+    """Neighbours nobody measured look half as fast again as the measured one, and are not."""
+    sizes = [(size, 1.5 if size == 128 else 1.0) for size in (32, 64, 128)]
+    unlucky = fit(
+        [measured(1, size, factor=factor) for size, factor in (*sizes, *sizes)],
+        gradient_bytes=GRADIENT_BYTES,
+        link=lookup("infiniband-200"),
+        workers_per_node=64,
+    )
+    known = job(step_time=unlucky, base_batch_size=128, noise_scale=noise_scale)
+    adaptive = Limits(max_workers=1, batch="adaptive")
+    assert row_for(known, adaptive, 1).batch.global_batch_size == 128
+    for size in (136, 160, 256):
+        found = row_for(replace(known, noise_scale=1e9), adaptive, 1, batch_size=size).speedup
+        assert found.low < 1.05, "it does as much a second in truth"
 
 
 def test_doubt_about_one_worker_is_doubt_about_every_speed_up() -> None:

@@ -29,6 +29,8 @@ _MEMORY_SHARE = 0.92
 _MAX_ACCUMULATION = 256
 """Micro-batches of a step up to which a batch is grown; the user's own batch is cut into as many
 as memory needs."""
+WORTH_A_BATCH = 1.05
+"""Another batch must be faster than the one a job has by this factor."""
 _SAMPLE_RULE = "every worker takes at least one sample of a batch"
 
 
@@ -203,16 +205,28 @@ def _best_batch_size(job: JobModel, limits: Limits, count: int) -> int:
     least = max(job.base_batch_size, count)
 
     def throughput(batch: int) -> float:
-        micro, accumulation = _split(job, batch, count)
-        return batch / job.step_time.predict(count, micro, accumulation).value
+        return batch / job.step_time.by_form(count, *_split(job, batch, count))
 
-    return best_global_batch(
+    own = least if least <= largest else job.base_batch_size
+    best = best_global_batch(
         efficiency=lambda size: _efficiency(job, size).value,
-        base_batch=least if least <= largest else job.base_batch_size,
+        base_batch=own,
         largest=largest,
         throughput=throughput,
         num_candidates=16,
     )
+    return best if times_faster(job, count, best, than=own) >= WORTH_A_BATCH else own
+
+
+def times_faster(job: JobModel, count: int, size: int, *, than: int) -> float:
+    """Goodput of `count` workers at a global batch of `size` over theirs at one of `than`, both by
+    the step time's form, so that no single measurement decides."""
+
+    def goodput(batch: int) -> float:
+        step_s = job.step_time.by_form(count, *_split(job, batch, count))
+        return batch / step_s * _efficiency(job, batch).value
+
+    return goodput(size) / goodput(than)
 
 
 def rate_at(job: JobModel, size: int) -> tuple[float, str]:
