@@ -19,7 +19,7 @@ from matplotlib.ticker import (
 from supple.core.choice import PlanTable
 from supple.core.spec import Objective, SpecError
 from supple.core.types import Estimate, Plan
-from supple.core.words import in_digits, in_words
+from supple.core.words import accelerator_hours, in_digits, in_words
 from supple.eventlog import last_run
 from supple.live import duration
 from supple.refusals import refuse_unwritable
@@ -239,7 +239,7 @@ def draw_plan(
     choice = table.choice
     count = "1 worker" if choice.num_workers == 1 else f"{choice.num_workers:,} workers"
     amount = _amount_label(cost_of(choice).value)
-    money = f"cost {amount}" if priced else f"{amount} accelerator-hours"
+    money = f"cost {amount}" if priced else accelerator_hours(amount)
     _title(
         figure,
         f"{title}: {count} recommended",
