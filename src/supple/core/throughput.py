@@ -284,7 +284,8 @@ def fit(
     """The model that explains the measurements, from one configuration on.
 
     `link` joins nodes; `local_link` the workers of a node (default: the same). Raises `ValueError`
-    for no measurement, and for a time that is not positive and finite.
+    for no measurement, and for a time that is not positive and finite; `ContradictoryMeasurements`
+    for times that no job has together.
     """
     check_measurements(steps, collectives, gradient_bytes, workers_per_node)
     inside = local_link or link
