@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
-from statistics import median
+
+import numpy as np
 
 from supple.core.spec import SpecError, is_count
 from supple.core.words import in_words
@@ -115,29 +115,29 @@ def _check_parts(step: StepMeasurement) -> None:
 
 
 def _check_counts(steps: Sequence[StepMeasurement]) -> None:
-    """By medians: one repeat may have met a busy machine."""
+    """By medians (the lower of two in the middle): one repeat may have met a busy machine."""
     groups: dict[Configuration, list[StepMeasurement]] = {}
     for step in steps:
         groups.setdefault(configuration(step), []).append(step)
-    times = {seen: median(step.step_time_s for step in group) for seen, group in groups.items()}
-    for few, many in product(times, times):
-        (workers, nodes, size, cut), (more, its_nodes, other, its_cut) = few, many
-        apart = size / other
-        alike = cut == its_cut and 1 / _COMPARABLE <= apart <= _COMPARABLE
-        # Across more nodes fewer workers may well be slower.
-        if workers >= more or nodes > its_nodes or not alike:
-            continue
-        if times[few] > _ABSURD * max(1.0, apart) * times[many]:
-            one, two = (
-                min(groups[seen], key=lambda step: abs(step.step_time_s - times[seen]))
-                for seen in (few, many)
-            )
-            raise ContradictoryMeasurements(
-                f"a step-time fit was asked for with a step of {_told(one)} and one of "
-                f"{_told(two)}: fewer workers do not take {times[few] / times[many]:,.0f} times as "
-                "long for a step. Give all times in seconds, or measure both again on an idle "
-                "machine."
-            )
+    typical = [
+        sorted(group, key=lambda step: step.step_time_s)[(len(group) - 1) // 2]
+        for group in groups.values()
+    ]
+    times = np.array([step.step_time_s for step in typical])
+    workers, nodes, sizes, cuts = np.array(list(groups), dtype=float).T
+    apart = sizes[:, None] / sizes
+    alike = (cuts[:, None] == cuts) & (abs(np.log(apart)) <= math.log(_COMPARABLE) + 1e-9)
+    # Across more nodes fewer workers may well be slower.
+    fewer = (workers[:, None] < workers) & (nodes[:, None] <= nodes)
+    longer = times[:, None] / times
+    absurd = fewer & alike & (longer > _ABSURD * np.maximum(1.0, apart))
+    for few, many in np.argwhere(absurd):
+        raise ContradictoryMeasurements(
+            f"a step-time fit was asked for with a step of {_told(typical[few])} and one of "
+            f"{_told(typical[many])}: "
+            f"fewer workers do not take {longer[few, many]:,.0f} times as long for a step. Give "
+            "all times in seconds, or measure both again on an idle machine."
+        )
 
 
 def _told(step: StepMeasurement) -> str:
