@@ -352,6 +352,7 @@ def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
         {"noise_scale": -1.0},
         {"startup_s": float("inf")},
         {"base_lr": -0.1},
+        {"base_lr": "0.1"},
         {"dataset_size": math.nan},
         {"base_batch_size": 2.5},
         {"measured_workers": (1, 2.5)},
@@ -361,6 +362,23 @@ def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
 )
 def test_a_job_that_cannot_be_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"at least 1\.|finite and not negative"):
+        job(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"optimizer_family": "adamw"},
+            "'adamw' was given: it must be one of sgd, adam, .*family_of",
+        ),
+        ({"lr_rule": "squared"}, "'squared' was given: it must be one of auto, linear, sqrt"),
+    ],
+)
+def test_a_name_that_there_is_not_is_refused_with_those_that_there_are(
+    changes: dict[str, object], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
         job(**changes)
 
 

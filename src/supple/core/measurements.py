@@ -131,12 +131,11 @@ def _check_counts(steps: Sequence[StepMeasurement]) -> None:
     fewer = (workers[:, None] < workers) & (nodes[:, None] <= nodes)
     longer = times[:, None] / times
     absurd = fewer & alike & (longer > _ABSURD * np.maximum(1.0, apart))
-    for few, many in np.argwhere(absurd):
+    for few, many in np.argwhere(absurd).tolist():
         raise ContradictoryMeasurements(
             f"a step-time fit was asked for with a step of {_told(typical[few])} and one of "
-            f"{_told(typical[many])}: "
-            f"fewer workers do not take {longer[few, many]:,.0f} times as long for a step. Give "
-            "all times in seconds, or measure both again on an idle machine."
+            f"{_told(typical[many])}: fewer workers do not take {longer[few, many]:,.0f} times as "
+            "long for a step. Give all times in seconds, or measure both again on an idle machine."
         )
 
 
