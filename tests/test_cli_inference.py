@@ -130,6 +130,13 @@ def test_a_promise_nobody_keeps_is_an_answer_with_another_exit_code() -> None:
     assert "infeasible" in json.loads(supple("--parameters 8B --itl 1us --json").stdout)
 
 
+def test_without_a_plan_there_is_no_picture_and_that_is_said(tmp_path: Path) -> None:
+    picture = tmp_path / "rows.png"
+    result = supple(f"--parameters 8B --itl 1us --plot {picture}")
+    assert result.exit_code == 1 and not picture.exists()
+    assert result.stderr.endswith("no picture: there is no plan\n")
+
+
 def test_a_copy_that_may_not_have_the_accelerators_it_needs_is_an_answer() -> None:
     result = supple("--parameters 70B --accelerator h100 --max-accelerators 1")
     assert result.exit_code == 1

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 from rich.console import Console
 
@@ -122,6 +123,29 @@ def test_a_plan_of_one_row_is_drawn_with_its_deadline(tmp_path: Path) -> None:
     target = tmp_path / "plan.png"
     draw_plan(single, target, title="train.py", objective=Objective(deadline_s=7200.0))
     assert is_picture(target)
+
+
+@pytest.mark.parametrize(
+    ("objective", "named", "lines"),
+    [
+        (Objective(deadline_s=60.0), "deadline 1 min", 1),
+        (Objective(deadline_s=864_000.0), "deadline 10 d, above the picture", 0),
+        (Objective(budget=0.01), "budget 0.01", 1),
+        (Objective(budget=5_000.0), "budget 5,000, above the picture", 0),
+    ],
+)
+def test_a_limit_is_named_in_the_legend_and_drawn_where_it_is_in_the_picture(
+    tmp_path: Path, objective: Objective, named: str, lines: int
+) -> None:
+    target = tmp_path / "plan.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        single = PlanTable(rows=(row(1),), recommended=0, reason="1 worker: the only one.")
+        draw_plan(single, target, title="train.py", objective=objective)
+    drawn = target.read_text()
+    assert f">{named}<" in drawn
+    assert "× the training speed of one worker" in drawn
+    # Its line, and the sample of it in the legend.
+    assert drawn.count("stroke: #d64545") == 2 * lines
 
 
 def test_a_run_is_drawn_from_its_event_log(tmp_path: Path) -> None:

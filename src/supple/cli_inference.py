@@ -130,6 +130,8 @@ def inference(
             typer.echo(json.dumps(to_plain(_to_json(table, first))))
         if isinstance(table, Infeasible):
             typer.echo(f"supple: {table}", err=True)
+            if plot is not None:
+                typer.echo("no picture: there is no plan", err=True)
             raise typer.Exit(FAILED)
         if not as_json:
             _show(table, len(known_runs), wanted, first)

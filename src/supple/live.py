@@ -24,7 +24,7 @@ from supple.core.types import (
     WorkerId,
     WorkerLost,
 )
-from supple.core.words import in_digits
+from supple.core.words import accelerator_hours, in_digits
 
 _PLAIN_EVERY_S = 5.0
 _BAR = 24
@@ -235,7 +235,7 @@ class Tally:
             f"{in_words(high) if low == high else f'{low} to {high} workers'}: "
             f"{_count_of(self.num_resizes, 'resize', 'resizes')}, "
             f"{_count_of(self.num_recoveries, 'recovery', 'recoveries')}; "
-            f"{in_digits(hours)} accelerator-hours{cost}"
+            f"{accelerator_hours(in_digits(hours))}{cost}"
         )
 
     def _formed(self, members: frozenset[WorkerId]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import (
     FixedLocator,
     FuncFormatter,
@@ -19,7 +20,7 @@ from matplotlib.ticker import (
 from supple.core.choice import PlanTable
 from supple.core.spec import Objective, SpecError
 from supple.core.types import Estimate, Plan
-from supple.core.words import in_digits, in_words
+from supple.core.words import accelerator_hours, in_digits, in_words
 from supple.eventlog import last_run
 from supple.live import duration
 from supple.refusals import refuse_unwritable
@@ -226,12 +227,11 @@ def draw_plan(
     )
     _draw_curve(below, table, cost_of, _amount_label)
     below.set_ylabel("cost" if priced else "accelerator-hours")
-    for axes, limit, what in (
-        (above, objective.deadline_s, "deadline"),
-        (below, objective.budget, "budget"),
-    ):
-        if limit is not None:
-            axes.axhline(limit, color=_WARN, lw=1.2, ls="--", label=what)
+    if objective.deadline_s is not None:
+        _draw_limit(above, objective.deadline_s, f"deadline {_time_label(objective.deadline_s)}")
+    if objective.budget is not None:
+        line = _draw_limit(below, objective.budget, f"budget {_amount_label(objective.budget)}")
+        below.legend(handles=[line], frameon=False, loc="best")
     below.set_xlabel("workers")
     below.set_xticks([row.num_workers for row in rows], [f"{row.num_workers:,}" for row in rows])
     below.xaxis.set_minor_locator(NullLocator())
@@ -239,13 +239,13 @@ def draw_plan(
     choice = table.choice
     count = "1 worker" if choice.num_workers == 1 else f"{choice.num_workers:,} workers"
     amount = _amount_label(cost_of(choice).value)
-    money = f"cost {amount}" if priced else f"{amount} accelerator-hours"
+    money = f"cost {amount}" if priced else accelerator_hours(amount)
     _title(
         figure,
         f"{title}: {count} recommended",
         f"{_time_label(choice.time_to_end_s.value)} to the end"
         f" ({_time_label(choice.time_to_end_s.low)} to {_time_label(choice.time_to_end_s.high)}),"
-        f" {money}, {in_digits(choice.speedup.value / table.unit)} × the speed of"
+        f" {money}, {in_digits(choice.speedup.value / table.unit)} × the training speed of"
         f" {'one worker' if table.unit == 1 else in_words(table.unit)},"
         f" batch {choice.batch.global_batch_size:,},"
         f" learning rate {choice.batch.lr:.3g}",
@@ -308,6 +308,15 @@ def _draw_curve(
         axes.set_ylim(0, max(highs) * 1.15)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
     _tidy(axes)
+
+
+def _draw_limit(axes: Axes, limit: float, told: str) -> Line2D:
+    """A line that the legend names; where an axis that begins at 0 ends below it, the words alone,
+    so that the curve stays readable."""
+    if axes.get_yscale() == "log" or limit <= axes.get_ylim()[1]:
+        return axes.axhline(limit, color=_WARN, lw=1.2, ls="--", label=told)
+    (nothing,) = axes.plot([], [], ls="", label=f"{told}, above the picture")
+    return nothing
 
 
 def _title(figure: Figure, head: str, below: str) -> None:

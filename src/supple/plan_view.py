@@ -11,7 +11,7 @@ from supple.core.choice import PlanTable
 from supple.core.layout_planner import describe
 from supple.core.spec import KNEE_RULE
 from supple.core.types import Estimate, Infeasible, Plan
-from supple.core.words import in_digits
+from supple.core.words import accelerator_hours, in_digits
 from supple.live import duration
 
 _MARK = {"exact": "", "measured": "", "fitted": "~", "assumed": "?"}
@@ -140,7 +140,7 @@ def _expected(row: Plan) -> str:
     return (
         f"Expected there: {in_digits(row.step_time_s.value / scale)} {unit} a step, "
         f"{_long_time(row.time_to_end_s.value)} to the end, "
-        f"{in_digits(row.accelerator_hours.value)} accelerator-hours{cost}."
+        f"{accelerator_hours(in_digits(row.accelerator_hours.value))}{cost}."
     )
 
 

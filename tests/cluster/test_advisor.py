@@ -69,6 +69,14 @@ def test_nothing_is_asked_of_a_run_whose_length_is_unknown() -> None:
     assert not asked(Advisor(spec()), samples_total=None)
 
 
+def test_times_that_contradict_each_other_leave_the_newest_and_end_no_job() -> None:
+    """One worker met a machine so busy that two seem to be a hundred times as fast."""
+    advisor = Advisor(spec())
+    assert asked(advisor, generation=1, step_time_s=20.0)
+    events = asked(advisor, generation=2, num_workers=2, step_time_s=0.1)
+    assert [event.num_workers for event in events if isinstance(event, TargetChanged)] == [4]
+
+
 def test_a_count_that_a_person_or_a_schedule_chose_is_left_alone() -> None:
     chosen = Advisor(spec())
     chosen.leave_count_alone()

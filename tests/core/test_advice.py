@@ -16,7 +16,7 @@ from supple.core.planner import plan
 from supple.core.spec import Limits, Objective
 from supple.core.throughput import fit
 from tests.core.test_planner import job, table
-from tests.core.test_throughput import GRADIENT_BYTES, measured
+from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
 
 ADAPTIVE = Limits(max_workers=8, batch="adaptive")
 
@@ -239,3 +239,17 @@ def test_following_the_advice_comes_to_rest(noise_scale: float, start: int) -> N
             return
         seen.append(size)
     raise AssertionError(f"the batch went {seen}")
+
+
+@pytest.mark.parametrize("noise_scale", [100.0, 200.0, 300.0])
+def test_one_unlucky_measurement_of_a_batch_does_not_move_a_job_off_it(noise_scale: float) -> None:
+    """Every batch nobody measured looks half as fast again, and is not."""
+    steps = [measured(2, size, factor=1.5 if size == 64 else 1.0) for size in (16, 32, 64)]
+    unlucky = fit(
+        [*ALONE, *steps],
+        gradient_bytes=GRADIENT_BYTES,
+        link=lookup("infiniband-200"),
+        workers_per_node=64,
+    )
+    size, _ = ask_batch(128, step_time=unlucky, base_batch_size=64, noise_scale=noise_scale)
+    assert size == 128

@@ -14,6 +14,7 @@ from supple.core.goodput import (
     expected_efficiency,
     family_of,
     gain,
+    largest_batch_ratio,
     learning_rate,
     warmup_steps,
     worth,
@@ -242,3 +243,18 @@ def test_the_best_of_no_batches_is_refused(odd: dict[str, float]) -> None:
     asked: dict[str, Any] = {"base_batch": 64, "largest": 512, "num_candidates": 16} | odd
     with pytest.raises(ValueError, match="at least 1 and 2"):
         best_global_batch(efficiency=float, throughput=float, **asked)
+
+
+def test_a_family_or_a_rule_that_there_is_not_is_refused() -> None:
+    adamw: Any = "adamw"
+    squared: Any = "squared"
+    rate = {"base_lr": 1e-3, "base_batch": 64, "batch": 128, "noise_scale": 100.0}
+    for family, rule, told in ((adamw, "auto", "family_of"), ("adam", squared, "'squared'")):
+        with pytest.raises(
+            ValueError, match=f"one of .*{told}|{told} was given: it must be one of"
+        ):
+            learning_rate(rule=rule, family=family, **rate)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match="optimizer_family='adamw' was given: it must be one of sgd, adam"
+    ):
+        largest_batch_ratio(adamw)

@@ -79,6 +79,13 @@ def test_rates_without_meaning_are_refused(tuned: list[TunedRate]) -> None:
         expected_rate(tuned, 64, "sgd")
 
 
+def test_a_family_that_there_is_not_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(
+        ValueError, match="'SGD' was given: it must be one of sgd, adam, lars, lamb, other"
+    ):
+        expected_rate([TunedRate(batch_size=64, lr=0.1)], 128, "SGD")  # type: ignore[arg-type]
+
+
 def test_rates_that_contradict_each_other_are_no_better_known_than_that() -> None:
     found = expected_rate(
         [TunedRate(batch_size=64, lr=0.1), TunedRate(batch_size=64, lr=100.0)], 64, "sgd"

@@ -24,7 +24,7 @@ from supple.core.planner import (
 from supple.core.samples import Run, fit_samples
 from supple.core.spec import KNEE_SHARE, LARGEST_COUNT, Limits, Objective
 from supple.core.throughput import fit
-from supple.core.types import Infeasible
+from supple.core.types import Estimate, Infeasible
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
 
 
@@ -145,6 +145,49 @@ def test_a_count_that_would_be_slower_is_told_so() -> None:
     slow = fit(steps, gradient_bytes=GRADIENT_BYTES, link=lookup("ethernet-10"), workers_per_node=2)
     reason = table(plan(job(step_time=slow), Limits(max_workers=2), Objective())).reason
     assert reason.startswith("1 worker; 2 would be slower. Rule: ")
+
+
+def uneven(*speedups: float, source: str = "fitted", factor: float = 1.1) -> PlanTable:
+    """Rows of so many times one worker's speed, the step times known within `factor`."""
+    base = row_for(job(), Limits(), 1)
+    rows = tuple(
+        replace(
+            base,
+            num_workers=2**power,
+            speedup=replace(base.speedup, low=0.0, value=speedup, high=9.0),
+            step_time_s=Estimate(
+                value=0.2,
+                low=0.2 / factor,
+                high=0.2 * factor,
+                source=source if power == 1 else "fitted",  # type: ignore[arg-type]
+            ),
+        )
+        for power, speedup in enumerate(speedups)
+    )
+    return table(choose(rows, Limits(), Objective()))
+
+
+def test_a_count_beyond_a_dip_that_is_faster_than_the_recommended_one_is_named() -> None:
+    told = uneven(1.0, 0.7, 2.4, 4.9).reason
+    named = "8 would be the fastest: 4.9 times the speed of one worker"
+    assert told.startswith(f"1 worker; 2 would be slower, {named}. Rule: ")
+    assert f"worker added, {named}. Rule" in uneven(1.0, 1.2, 2.4, 4.9).reason
+    for plain in (uneven(1.0, 0.7, 0.6), uneven(1.0, 1.2, 1.3, 1.4), uneven(1.0, 1.8, 2.0)):
+        assert "fastest" not in plain.reason
+
+
+def test_measured_repeats_that_disagree_are_said_of_the_rows_that_decide() -> None:
+    told = uneven(1.0, 0.7, source="measured", factor=2.0).reason
+    assert told.endswith(
+        "Repeats disagree: a step of 2 workers may take 0.1 s or 0.4 s. A busy machine does that: "
+        "measure again when it is idle."
+    )
+    quiet = (
+        uneven(1.0, 0.7, source="measured", factor=1.4),
+        uneven(1.0, 0.7, factor=2.0),
+        uneven(1.0, 2.0, 4.0, source="measured", factor=2.0),
+    )
+    assert not any("disagree" in found.reason for found in quiet)
 
 
 def test_a_deadline_takes_the_cheapest_row_that_surely_meets_it() -> None:
@@ -309,6 +352,7 @@ def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
         {"noise_scale": -1.0},
         {"startup_s": float("inf")},
         {"base_lr": -0.1},
+        {"base_lr": "0.1"},
         {"dataset_size": math.nan},
         {"base_batch_size": 2.5},
         {"measured_workers": (1, 2.5)},
@@ -318,6 +362,23 @@ def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
 )
 def test_a_job_that_cannot_be_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"at least 1\.|finite and not negative"):
+        job(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"optimizer_family": "adamw"},
+            "'adamw' was given: it must be one of sgd, adam, .*family_of",
+        ),
+        ({"lr_rule": "squared"}, "'squared' was given: it must be one of auto, linear, sqrt"),
+    ],
+)
+def test_a_name_that_there_is_not_is_refused_with_those_that_there_are(
+    changes: dict[str, object], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
         job(**changes)
 
 
@@ -349,13 +410,31 @@ def test_only_one_worker_with_its_own_batch_is_known_to_be_as_fast_as_itself() -
 def test_one_worker_with_another_batch_is_faster_by_what_was_fitted_not_measured() -> None:
     """Its step time and its efficiency are predictions, and so is what they make."""
     adaptive = Limits(max_workers=1, batch="adaptive")
-    (row,) = table(plan(job(base_batch_size=64), adaptive, Objective())).rows
-    assert row.batch.global_batch_size > 64
+    (row,) = table(plan(job(base_batch_size=16), adaptive, Objective())).rows
+    assert row.batch.global_batch_size > 16
     found = row.speedup
     assert found.source == "fitted"
     assert found.high / found.low > row.efficiency.high / row.efficiency.low > 1.0
-    plain = row_for(job(base_batch_size=64), adaptive, 1, batch_size=64)
+    plain = row_for(job(base_batch_size=16), adaptive, 1, batch_size=16)
     assert found.value == pytest.approx(row.goodput.value / plain.goodput.value)
+
+
+@pytest.mark.parametrize("noise_scale", [100.0, 300.0, 3000.0])
+def test_a_batch_whose_measurement_was_unlucky_is_kept(noise_scale: float) -> None:
+    """Neighbours nobody measured look half as fast again as the measured one, and are not."""
+    sizes = [(size, 1.5 if size == 128 else 1.0) for size in (32, 64, 128)]
+    unlucky = fit(
+        [measured(1, size, factor=factor) for size, factor in (*sizes, *sizes)],
+        gradient_bytes=GRADIENT_BYTES,
+        link=lookup("infiniband-200"),
+        workers_per_node=64,
+    )
+    known = job(step_time=unlucky, base_batch_size=128, noise_scale=noise_scale)
+    adaptive = Limits(max_workers=1, batch="adaptive")
+    assert row_for(known, adaptive, 1).batch.global_batch_size == 128
+    for size in (136, 160, 256):
+        found = row_for(replace(known, noise_scale=1e9), adaptive, 1, batch_size=size).speedup
+        assert found.low < 1.05, "it does as much a second in truth"
 
 
 def test_doubt_about_one_worker_is_doubt_about_every_speed_up() -> None:
@@ -405,6 +484,12 @@ def test_money_and_hours_of_a_recommendation_have_digits_and_no_powers_of_ten() 
     assert "for a budget of 12,345,678.5: the cheapest" in str(refused)
     for told in (within.reason, long.reason, str(refused)):
         assert "e+" not in told
+
+
+def test_a_time_below_a_second_keeps_its_digits_and_one_hour_is_no_hours() -> None:
+    assert "the end within 0.001 s" in str(plan(job(), Limits(), Objective(deadline_s=0.001)))
+    within = table(plan(job(), Limits(), Objective(budget=1.0)))
+    assert "the fastest within 1 accelerator-hour; ends" in within.reason
 
 
 def test_advice_is_about_what_was_asked() -> None:

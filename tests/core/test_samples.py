@@ -382,6 +382,8 @@ def test_contradictory_runs_give_a_finite_answer_or_are_refused(
     "bad",
     [
         Run(batch_size=0, samples=10),
+        Run(batch_size="64", samples=10),  # type: ignore[arg-type]
+        Run(batch_size=64, samples=10, evaluated_every="2"),  # type: ignore[arg-type]
         Run(batch_size=8, samples=math.nan),
         Run(batch_size=8, samples=-1.0),
         Run(batch_size=8, samples=1e300),

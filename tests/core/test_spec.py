@@ -119,7 +119,13 @@ def test_a_name_is_found_in_capitals_too(text: str, meant: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "hint"),
-    [("H100-80", " Do you mean h100?"), ("h1OO", " Do you mean h100?"), ("tpu", "")],
+    [
+        ("H100-80", " Do you mean h100?"),
+        ("h1OO", " Do you mean h100?"),
+        ("A1", " Do you mean a100 or a100-80?"),
+        ("tpu", ""),
+        ("", ""),
+    ],
 )
 def test_an_unknown_name_is_told_all_names_and_the_nearest(text: str, hint: str) -> None:
     with pytest.raises(SpecError) as told:
@@ -132,6 +138,8 @@ def test_an_unknown_name_is_told_all_names_and_the_nearest(text: str, hint: str)
     ("fields", "words"),
     [
         ({"name": "../x"}, "not usable as a folder"),
+        ({"name": "a", "batch": "Adaptive"}, "one of fixed, adaptive"),
+        ({"name": "a", "lr_rule": "squared"}, "one of auto, linear, sqrt"),
         ({"name": "a", "min_workers": 3, "max_workers": 2}, "above MAX"),
         ({"name": "a", "reproducible": True, "max_workers": 9}, "--logical-shards"),
         ({"name": "a", "reproducible": True, "batch": "adaptive"}, "choose one"),
@@ -162,12 +170,14 @@ def test_what_a_plan_is_asked_is_read_from_what_a_person_writes() -> None:
         ({"min_workers": 0}, "0 as the least workers: it must be a whole number"),
         ({"max_workers": 0}, "0 as the most workers: it must be a whole number"),
         ({"max_workers": 2.5}, "2.5 as the most workers: it must be a whole number"),
+        ({"batch": "Adaptive"}, "batch='Adaptive' was given: it must be one of fixed, adaptive"),
+        ({"price_per_hour": "2.50"}, "a price per hour of 2.50: it must be positive"),
         ({"price_per_hour": -1.0}, "a price per hour of -1.0: it must be positive"),
         ({"price_per_hour": 0.0}, "positive"),
         ({"price_per_hour": float("nan")}, "positive and finite"),
     ],
 )
-def test_limits_that_cannot_be_are_refused(fields: dict[str, float], words: str) -> None:
+def test_limits_that_cannot_be_are_refused(fields: dict[str, object], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         Limits(**fields)  # type: ignore[arg-type]
 

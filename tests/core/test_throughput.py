@@ -4,6 +4,7 @@ What it says of several nodes is tested in `test_throughput_nodes`, its interval
 `test_throughput_intervals`.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -114,24 +115,15 @@ def test_collectives_alone_teach_the_network() -> None:
     assert model.predict(4, 32).value == pytest.approx(true_time(4, 32)[0], rel=0.2)
 
 
+def scaled(step: StepMeasurement, scale: float) -> StepMeasurement:
+    parts = ("forward_s", "backward_s", "optimizer_s", "sync_s", "step_time_s")
+    return replace(step, **{name: scale * getattr(step, name) for name in parts})
+
+
 @settings(max_examples=25)
 @given(st.floats(0.01, 100.0))
 def test_a_slower_clock_scales_the_prediction(scale: float) -> None:
-    def scaled(step: StepMeasurement) -> StepMeasurement:
-        return StepMeasurement(
-            num_workers=step.num_workers,
-            num_nodes=1,
-            micro_batch_size=step.micro_batch_size,
-            num_accumulation_steps=1,
-            forward_s=step.forward_s * scale,
-            backward_s=step.backward_s * scale,
-            optimizer_s=step.optimizer_s * scale,
-            data_s=0.0,
-            sync_s=0.0,
-            step_time_s=step.step_time_s * scale,
-        )
-
-    plain, slow = model_of(*ALONE), model_of(*[scaled(step) for step in ALONE])
+    plain, slow = model_of(*ALONE), model_of(*[scaled(step, scale) for step in ALONE])
     for size in (32, 48):
         expected = plain.predict(1, size).value * scale
         assert slow.predict(1, size).value == pytest.approx(expected, rel=0.02)
@@ -161,6 +153,44 @@ def broken(**fields: float) -> StepMeasurement:
 def test_measurements_that_cannot_be_are_refused(steps: list[StepMeasurement]) -> None:
     with pytest.raises(ValueError, match=r"at least 1|positive and finite"):
         model_of(*steps)
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ({"forward_s": 3.0}, "forward and backward took"),
+        ({"backward_s": 0.04}, "forward and backward took"),
+        ({"optimizer_s": 5.0}, "the optimizer took 5 s"),
+        ({"data_s": 0.05}, "loading data took 0.05 s"),
+        ({"sync_s": 3.0}, "exposed communication took 3 s"),
+    ],
+)
+def test_a_part_far_longer_than_its_step_is_refused(part: dict[str, float], told: str) -> None:
+    step = measured(1, 8)
+    with pytest.raises(SpecError, match=f"0.0184 s on 1 worker with a micro-batch of 8, .*{told}"):
+        model_of(broken(**part))
+    for name in part:
+        model_of(broken(**{name: 1.2 * step.step_time_s}))
+
+
+def test_counts_that_contradict_each_other_are_refused_with_both_named() -> None:
+    """One worker's times are milliseconds."""
+    odd = [scaled(step, 1000.0) for step in ALONE]
+    named = "18.4 s on 1 worker with a micro-batch of 8 and one of .*2 workers with a micro-batch"
+    with pytest.raises(SpecError, match=named):
+        model_of(*odd, measured(2, 8))
+    model_of(*odd, measured(2, 512))
+    model_of(*(scaled(step, 1000.0) for step in (*ALONE, measured(2, 8))))
+
+
+def test_fewer_workers_are_not_compared_where_they_may_be_slower() -> None:
+    alone = measured(4, 16)
+    across = replace(scaled(measured(2, 16), 30.0), num_nodes=2)
+    model_of(*ALONE, alone, across)
+    with pytest.raises(SpecError, match="fewer workers do not take"):
+        model_of(*ALONE, alone, replace(across, num_nodes=1))
+    # One repeat of three met a busy machine.
+    model_of(*ALONE, *(scaled(measured(2, 16), factor) for factor in (1, 1, 40)), alone)
 
 
 @pytest.mark.parametrize("odd", [0, -1, 2.5, float("nan")])

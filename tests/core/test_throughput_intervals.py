@@ -180,7 +180,10 @@ def test_a_ratio_is_that_of_the_predictions_and_its_doubt_that_of_both_at_most(
     model = model_of(*ALONE, measured(2, 32), measured(2, 24, factor=1.2))
     found, below, above = model.ratio(one, other), model.predict(*one), model.predict(*other)
     assert found.value == pytest.approx(above.value / below.value)
-    assert half(found) <= half(below) + half(above) + 1e-9
+    alike = below.source == above.source
+    seen, asked = (below, one) if below.source == "measured" else (above, other)
+    off = 0.0 if alike else 1.2816 * abs(math.log(seen.value / model.by_form(*asked)))
+    assert half(found) <= half(below) + half(above) + off + 1e-9
     assert (half(found) == 0.0) == (one == other)
     assert found.low <= found.value <= found.high
 
@@ -190,6 +193,14 @@ def test_two_measurements_err_apart() -> None:
     found = model.ratio((1, 32, 1), (2, 32, 1))
     assert found.source == "measured"
     assert half(found) == pytest.approx(math.sqrt(2.0) * half(model.predict(2, 32)))
+
+
+def test_a_measurement_far_off_the_form_tells_little_against_what_was_not_measured() -> None:
+    """It was half as slow again, by bad luck or truly."""
+    unlucky = model_of(*(measured(1, size) for size in (16, 32)), measured(1, 64, factor=1.5))
+    found = unlucky.ratio((1, 72, 1), (1, 64, 1))
+    true = true_time(1, 64)[0] / true_time(1, 72)[0]
+    assert found.low < true < 1.1 < found.value
 
 
 def test_a_ratio_is_as_uncertain_as_the_weaker_of_both() -> None:

@@ -9,7 +9,7 @@ from typing import final
 from supple.core.advice import advise, advise_batch
 from supple.core.goodput import family_of
 from supple.core.interconnects import lookup
-from supple.core.measurements import StepMeasurement
+from supple.core.measurements import ContradictoryMeasurements, StepMeasurement
 from supple.core.planner import JobModel
 from supple.core.spec import Limits, TrainSpec
 from supple.core.throughput import fit
@@ -53,11 +53,17 @@ class Advisor:
             return []
         if progress.step - self._first_step < _MIN_STEPS or progress.step_time_s <= 0:
             return []
-        self._measured[progress.num_workers, progress.global_batch_size] = _measurement(progress)
+        newest = (progress.num_workers, progress.global_batch_size)
+        self._measured[newest] = _measurement(progress)
         if now - self._asked_at < _EVERY_S or progress.samples_total is None:
             return []
         self._asked_at = now
-        job, limits = self._model(progress, progress.samples_total), self._limits()
+        try:
+            job, limits = self._model(progress, progress.samples_total), self._limits()
+        except ContradictoryMeasurements:
+            # The machine was busy for a while: what is newest counts, and is asked again.
+            self._measured = {newest: self._measured[newest]}
+            return []
         remaining = progress.samples_total - progress.samples_done
         job_id = JobId(self._spec.name)
         if self._may_resize:

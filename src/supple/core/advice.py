@@ -5,15 +5,13 @@ small differences change nothing, so that the scatter of measurements sends nobo
 """
 
 from supple.core.choice import knee
-from supple.core.planner import JobModel, row_for
+from supple.core.planner import WORTH_A_BATCH, JobModel, row_for, times_faster
 from supple.core.spec import KNEE_RULE, LARGEST_COUNT, Limits
 from supple.core.words import in_words
 
 _GROWTH_AT_ONCE = 2
 """A running job asks for at most this many times the largest count it has measured, and for at most
 this many times its batch: a prediction is checked before the next one rests on it."""
-_WORTH_A_BATCH = 1.05
-"""Another batch must be faster by this factor."""
 
 
 def should_resize(
@@ -124,17 +122,15 @@ def advise_batch(
         return current_batch, f"keep batch {current_batch}: the noise scale is not known yet"
     best = row_for(job, limits, current_workers).batch.global_batch_size
     wanted = min(max(best, -(-current_batch // _GROWTH_AT_ONCE)), current_batch * _GROWTH_AT_ONCE)
-    now, then = (
-        row_for(job, limits, current_workers, batch_size=size) for size in (current_batch, wanted)
-    )
-    left_s = remaining_samples / now.goodput.value
-    saved_s = left_s - remaining_samples / then.goodput.value
+    now = row_for(job, limits, current_workers, batch_size=current_batch).goodput.value
+    faster = times_faster(job, current_workers, wanted, than=current_batch)
+    left_s = remaining_samples / now
+    saved_s = left_s - left_s / faster
     numbers = (
-        f"noise scale {job.noise_scale:.3g} samples; {then.goodput.value:.0f} useful samples/s "
-        f"expected at {wanted}, {now.goodput.value:.0f} at {current_batch}"
+        f"noise scale {job.noise_scale:.3g} samples; {now * faster:.0f} useful samples/s "
+        f"expected at {wanted}, {now:.0f} at {current_batch}"
     )
-    faster = then.goodput.value / now.goodput.value
-    if wanted == current_batch or faster < _WORTH_A_BATCH or saved_s <= resize_cost_s:
+    if wanted == current_batch or faster < WORTH_A_BATCH or saved_s <= resize_cost_s:
         return current_batch, f"keep batch {current_batch}: {numbers}"
     return wanted, (
         f"batch {current_batch} to {wanted}: {numbers}; saves {saved_s:.0f} of {left_s:.0f} s"

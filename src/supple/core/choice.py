@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 
 from supple.core.spec import KNEE_RULE, KNEE_SHARE, LARGEST_COUNT, Limits, Objective
 from supple.core.types import Estimate, Infeasible, Plan
-from supple.core.words import in_digits, in_words
+from supple.core.words import accelerator_hours, in_digits, in_words
 
 KEEP_SHARE = 0.8 * KNEE_SHARE
 """A running job gives workers back only where they add less than this: between the two shares
 nothing changes, so that the scatter of measurements does not send it to and fro."""
 _A_GUESS, _MEANINGLESS = 10.0, 1000.0
 """High over low of a step time from which a recommendation says that it is a guess, and is none."""
+_DISAGREE = 2.0
+"""The same of a measured one, from which its repeats are said to disagree."""
 _FEWEST = "the fewest here that the job fits on"
 _LARGEST = "the largest count looked at; --max-workers N looks further"
 
@@ -63,13 +65,29 @@ def choose(
             advice="Check the measurements against each other (units, batches, sizes) and leave "
             "out what does not fit, or measure again.",
         )
-    doubt = f" This is a guess: {ends}. Measure first." if is_a_guess(found.choice) else ""
+    compared = found.rows[found.recommended :][: 1 if asked_for_a_limit else 2]
+    doubt = _disagreement(compared)
+    if not doubt and is_a_guess(found.choice):
+        doubt = f" This is a guess: {ends}. Measure first."
     return replace(found, reason=found.reason + doubt, unit=unit)
 
 
 def is_a_guess(row: Plan) -> bool:
     """Is the step time too uncertain to rely on?"""
     return row.step_time_s.high > _A_GUESS * row.step_time_s.low
+
+
+def _disagreement(rows: Sequence[Plan]) -> str:
+    """A sentence on the first of the rows that was measured and is hardly known all the same."""
+    for row in rows:
+        step = row.step_time_s
+        if step.source == "measured" and step.high > _DISAGREE * step.low:
+            return (
+                f" Repeats disagree: a step of {in_words(row.num_workers)} may take "
+                f"{in_digits(step.low)} s or {in_digits(step.high)} s. A busy machine does that: "
+                "measure again when it is idle."
+            )
+    return ""
 
 
 def knee(rows: Sequence[Plan], *, held: int = 0) -> int:
@@ -104,14 +122,29 @@ def _knee_reason(rows: Sequence[Plan], index: int, unit: int, limits: Limits) ->
         return f"{head}; it is {end}. Rule: {KNEE_RULE}."
     after = rows[index + 1]
     gained = after.speedup.value - row.speedup.value
+    beyond = _faster_beyond(rows, index, unit)
     if gained <= 0.0:
-        return f"{head}; {after.num_workers} would be slower. Rule: {KNEE_RULE}."
+        return f"{head}; {after.num_workers} would be slower{beyond}. Rule: {KNEE_RULE}."
     # Rounded down, for 0.498 is less than a share of 0.5 and is not to be read as it.
     share = math.floor(100 * gained / (after.num_workers - row.num_workers)) / 100
     return (
         f"{head}; going to {after.num_workers} would add {share:.2f} of a worker's speed "
-        f"for every worker added. Rule: {KNEE_RULE}."
+        f"for every worker added{beyond}. Rule: {KNEE_RULE}."
     )
+
+
+def _faster_beyond(rows: Sequence[Plan], index: int, unit: int) -> str:
+    """The fastest count beyond a dip of the curve, where the knee ends at the dip; "" for none."""
+    row, after = rows[index], rows[index + 1]
+    fastest = max(rows[index + 1 :], key=lambda row: row.speedup.value)
+    gained = fastest.speedup.value - row.speedup.value
+    worth_it = gained >= KNEE_SHARE * (fastest.num_workers - row.num_workers)
+    dips = after.speedup.value <= row.speedup.value
+    if fastest is after or gained <= 0.0 or not (dips or worth_it):
+        return ""
+    times = in_digits(fastest.speedup.value / unit)
+    than = "one worker" if unit == 1 else in_words(unit)
+    return f", {fastest.num_workers} would be the fastest: {times} times the speed of {than}"
 
 
 def _for_deadline(
@@ -145,21 +178,24 @@ def _for_deadline(
 
 
 def _for_budget(rows: tuple[Plan, ...], budget: float, limits: Limits) -> PlanTable | Infeasible:
-    unit = "" if limits.price_per_hour is not None else " accelerator-hours"
+    priced = limits.price_per_hour is not None
 
     def cost(row: Plan) -> Estimate:
         return row.cost if row.cost is not None else row.accelerator_hours
 
-    limit = f"{budget:,.16g}{unit}"
+    def amount(number: str) -> str:
+        return number if priced else accelerator_hours(number)
+
+    limit = amount(f"{budget:,.16g}")
     good = [i for i, row in enumerate(rows) if cost(row).high <= budget]
     if not good:
         cheapest = min(rows, key=lambda row: cost(row).high)
-        find = "a faster accelerator" if unit else "a cheaper accelerator"
+        find = "a cheaper accelerator" if priced else "a faster accelerator"
         return Infeasible(
             asked=f"the end for a budget of {limit}",
             numbers=f"the cheapest is {in_words(cheapest.num_workers)}: "
-            f"{in_digits(cost(cheapest).value)}{unit}, with 90 % certainty at most "
-            f"{in_digits(cost(cheapest).high)}{unit}",
+            f"{amount(in_digits(cost(cheapest).value))}, with 90 % certainty at most "
+            f"{amount(in_digits(cost(cheapest).high))}",
             rule="the upper end of the 80 % interval must be within the budget",
             advice=f"Raise the budget, train on less, or find {find}.",
         )
@@ -172,12 +208,14 @@ def _for_budget(rows: tuple[Plan, ...], budget: float, limits: Limits) -> PlanTa
         rows=rows,
         recommended=index,
         reason=f"{in_words(row.num_workers)}: the fastest within {limit}; ends in "
-        f"{_time(row.time_to_end_s.value)} for {in_digits(cost(row).value)}{unit}, with 90 % "
-        f"certainty at most {in_digits(cost(row).high)}{unit}.{end}",
+        f"{_time(row.time_to_end_s.value)} for {amount(in_digits(cost(row).value))}, with 90 % "
+        f"certainty at most {amount(in_digits(cost(row).high))}.{end}",
     )
 
 
 def _time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{in_digits(seconds)} s"
     if seconds < 120:
         return f"{seconds:.1f} s"
     if seconds < 7200:

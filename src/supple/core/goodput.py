@@ -9,11 +9,11 @@ learning-rate rule holds for which optimizer, and how far, was checked on public
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 from supple.core.estimates import Z80, exact
 from supple.core.samples import NOISE_SCALE_ERROR, NOISE_SCALE_RATIO, SamplesModel
-from supple.core.spec import LrRule
+from supple.core.spec import LrRule, check_one_of
 from supple.core.types import Estimate
 
 OptimizerFamily = Literal["sgd", "adam", "lars", "lamb", "other"]
@@ -48,6 +48,16 @@ def family_of(optimizer_name: str) -> OptimizerFamily:
         if part in lowered:
             return family
     return "other"
+
+
+def check_family(family: OptimizerFamily) -> None:
+    """Raise `SpecError` for a name that is no family, as an optimizer's own is none."""
+    check_one_of(
+        family,
+        get_args(OptimizerFamily),
+        what="optimizer_family",
+        advice="supple.core.goodput.family_of gives that of an optimizer's name.",
+    )
 
 
 def efficiency(noise_scale: float, base_batch: float, batch: float) -> float:
@@ -130,9 +140,12 @@ def learning_rate(
     LARS and LAMB the square root, an optimizer of no known family keeps its rate. Adam stops at
     the noise scale, beyond which a larger rate is no longer better (Li et al. 2024, "Surge
     Phenomenon"), and at `MAX_ADAM_RATIO`. AdaScale's Adam form is the gain's square root (Pollux).
-    Raises `ValueError` as `efficiency` does, and for a base rate that is negative or not finite.
+    Raises `ValueError` as `efficiency` does, for a base rate that is negative or not finite, and
+    for a rule or a family that there is not.
     """
     _check(noise_scale, base_batch, batch)
+    check_family(family)
+    check_one_of(rule, get_args(LrRule), what="lr_rule")
     if not 0.0 <= base_lr < math.inf:
         raise ValueError(
             f"a learning rate was asked for with base_lr={base_lr}: it must be finite and not "
@@ -165,7 +178,9 @@ def learning_rate(
 
 
 def largest_batch_ratio(family: OptimizerFamily) -> float:
-    """How many times the tuned batch may be used without a probe of the learning rate."""
+    """How many times the tuned batch may be used without a probe of the learning rate. Raises
+    `SpecError` for a family that there is not."""
+    check_family(family)
     return MAX_ADAM_RATIO if family == "adam" else MAX_BATCH_GROWTH
 
 

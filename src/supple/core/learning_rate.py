@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from supple.core.estimates import Z80
-from supple.core.goodput import MAX_ADAM_RATIO, OptimizerFamily, learning_rate
+from supple.core.goodput import MAX_ADAM_RATIO, OptimizerFamily, check_family, learning_rate
 from supple.core.previous_runs import is_usable
 from supple.core.spec import LrRule
 from supple.core.types import Estimate
@@ -75,8 +75,10 @@ def expected_rate(
 ) -> ExpectedRate:
     """The rate at `batch_size` with an 80 % interval, from one tuned size on.
 
-    Raises `ValueError` for no tuned rate, and for numbers that are not positive and finite."""
+    Raises `ValueError` for no tuned rate, for numbers that are not positive and finite, and for a
+    family that there is not."""
     _check(tuned, batch_size)
+    check_family(family)
     centre, width = EXPONENTS[family]
     sizes = np.log([*(rate.batch_size for rate in tuned), batch_size])
     rates = np.log([rate.lr for rate in tuned])

@@ -4,10 +4,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from supple.core.spec import is_count
+import numpy as np
+
+from supple.core.spec import SpecError, is_count
+from supple.core.words import in_words
 
 Configuration = tuple[int, int, int, int]
 """(workers, nodes, micro-batch, accumulation)."""
+_PART = 2.0
+"""Times the step that a part of it may take: no median of a part is above that of the step, and
+the sum of two such medians is not above twice it."""
+_ABSURD = 10.0
+"""Times as long as more workers that fewer of them may take for a step of the same micro-batch: in
+truth hardly longer at all."""
+_COMPARABLE = 4.0
+"""Micro-batches up to so many times apart are compared: a step of the larger takes so many times
+longer at most."""
+
+
+class ContradictoryMeasurements(SpecError):
+    """No job has all of these times: one was measured in another unit, or on a busy machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +60,8 @@ def check_measurements(
     workers_per_node: int,
 ) -> None:
     """Raise `ValueError` for no measurement, counts that are no whole number of at least 1, and
-    times that are not positive and finite."""
+    times that are not positive and finite; `ContradictoryMeasurements` for parts far longer than
+    their step, and for fewer workers that are absurdly slower than more of them."""
     if not steps:
         raise ValueError(
             "a step-time fit was asked for with 0 measurements: it needs at least 1. Measure one "
@@ -68,6 +85,8 @@ def check_measurements(
                 "the others leave, and times positive and finite. Measure it again, or leave it "
                 "out."
             )
+        _check_parts(step)
+    _check_counts(steps)
     for collective in collectives:
         good = math.isfinite(collective.time_s) and collective.time_s > 0
         good = good and _are_counts(collective.num_workers, collective.message_bytes)
@@ -77,6 +96,54 @@ def check_measurements(
                 "workers and 1 byte, and its time must be positive and finite. Measure it again, "
                 "or leave it out."
             )
+
+
+def _check_parts(step: StepMeasurement) -> None:
+    parts = {
+        "forward and backward": step.forward_s + step.backward_s,
+        "the optimizer": step.optimizer_s,
+        "loading data": step.data_s,
+        "exposed communication": step.sync_s,
+    }
+    for name, time_s in parts.items():
+        if time_s > _PART * step.step_time_s:
+            raise ContradictoryMeasurements(
+                f"a step-time fit was asked for with a step of {_told(step)}, of which {name} "
+                f"took {time_s:.3g} s: no part of a step is longer than the step. Give all times "
+                "in seconds and of the same steps, or measure it again."
+            )
+
+
+def _check_counts(steps: Sequence[StepMeasurement]) -> None:
+    """By medians (the lower of two in the middle): one repeat may have met a busy machine."""
+    groups: dict[Configuration, list[StepMeasurement]] = {}
+    for step in steps:
+        groups.setdefault(configuration(step), []).append(step)
+    typical = [
+        sorted(group, key=lambda step: step.step_time_s)[(len(group) - 1) // 2]
+        for group in groups.values()
+    ]
+    times = np.array([step.step_time_s for step in typical])
+    workers, nodes, sizes, cuts = np.array(list(groups), dtype=float).T
+    apart = sizes[:, None] / sizes
+    alike = (cuts[:, None] == cuts) & (abs(np.log(apart)) <= math.log(_COMPARABLE) + 1e-9)
+    # Across more nodes fewer workers may well be slower.
+    fewer = (workers[:, None] < workers) & (nodes[:, None] <= nodes)
+    longer = times[:, None] / times
+    absurd = fewer & alike & (longer > _ABSURD * np.maximum(1.0, apart))
+    for few, many in np.argwhere(absurd).tolist():
+        raise ContradictoryMeasurements(
+            f"a step-time fit was asked for with a step of {_told(typical[few])} and one of "
+            f"{_told(typical[many])}: fewer workers do not take {longer[few, many]:,.0f} times as "
+            "long for a step. Give all times in seconds, or measure both again on an idle machine."
+        )
+
+
+def _told(step: StepMeasurement) -> str:
+    return (
+        f"{step.step_time_s:.3g} s on {in_words(step.num_workers)} with a micro-batch of "
+        f"{step.micro_batch_size}"
+    )
 
 
 def _are_counts(*numbers: float) -> bool:

@@ -6,12 +6,15 @@ One row for every count 1, 2, 4, ... with everything predicted for it; one of th
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
+from typing import get_args
 
 from supple.core.choice import PlanTable, choose, knee
 from supple.core.estimates import exact, over, plus, times
 from supple.core.goodput import (
     OptimizerFamily,
     best_global_batch,
+    check_family,
     largest_batch_ratio,
     steps_to_end,
     worth,
@@ -19,7 +22,7 @@ from supple.core.goodput import (
 from supple.core.learning_rate import TunedRate, planned_rate
 from supple.core.memory import MemoryModel
 from supple.core.samples import SamplesModel
-from supple.core.spec import LARGEST_COUNT, Limits, LrRule, Objective, is_count
+from supple.core.spec import LARGEST_COUNT, Limits, LrRule, Objective, check_one_of, is_count
 from supple.core.throughput import StepTimeModel
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan
 from supple.core.words import in_words
@@ -29,6 +32,8 @@ _MEMORY_SHARE = 0.92
 _MAX_ACCUMULATION = 256
 """Micro-batches of a step up to which a batch is grown; the user's own batch is cut into as many
 as memory needs."""
+WORTH_A_BATCH = 1.05
+"""Another batch must be faster than the one a job has by this factor."""
 _SAMPLE_RULE = "every worker takes at least one sample of a batch"
 
 
@@ -62,9 +67,12 @@ class JobModel:
                 f"measured_workers={self.measured_workers}: all must be whole numbers of at least "
                 "1. Give a job that has something to train on."
             )
+        check_family(self.optimizer_family)
+        check_one_of(self.lr_rule, get_args(LrRule), what="lr_rule")
         phi = 0.0 if self.noise_scale is None else self.noise_scale
         room = self.device_memory_bytes or 0.0
-        if not all(0.0 <= n < math.inf for n in (phi, self.startup_s, self.base_lr, room)):
+        numbers = (phi, self.startup_s, self.base_lr, room)
+        if not all(isinstance(n, Real) and 0.0 <= n < math.inf for n in numbers):
             raise ValueError(
                 f"a plan was asked for with noise_scale={self.noise_scale}, "
                 f"startup_s={self.startup_s}, base_lr={self.base_lr}, device_memory_bytes={room}: "
@@ -203,16 +211,28 @@ def _best_batch_size(job: JobModel, limits: Limits, count: int) -> int:
     least = max(job.base_batch_size, count)
 
     def throughput(batch: int) -> float:
-        micro, accumulation = _split(job, batch, count)
-        return batch / job.step_time.predict(count, micro, accumulation).value
+        return batch / job.step_time.by_form(count, *_split(job, batch, count))
 
-    return best_global_batch(
+    own = least if least <= largest else job.base_batch_size
+    best = best_global_batch(
         efficiency=lambda size: _efficiency(job, size).value,
-        base_batch=least if least <= largest else job.base_batch_size,
+        base_batch=own,
         largest=largest,
         throughput=throughput,
         num_candidates=16,
     )
+    return best if times_faster(job, count, best, than=own) >= WORTH_A_BATCH else own
+
+
+def times_faster(job: JobModel, count: int, size: int, *, than: int) -> float:
+    """Goodput of `count` workers at a global batch of `size` over theirs at one of `than`, both by
+    the step time's form, so that no single measurement decides."""
+
+    def goodput(batch: int) -> float:
+        step_s = job.step_time.by_form(count, *_split(job, batch, count))
+        return batch / step_s * _efficiency(job, batch).value
+
+    return goodput(size) / goodput(than)
 
 
 def rate_at(job: JobModel, size: int) -> tuple[float, str]:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 
 import numpy as np
 
@@ -42,8 +43,8 @@ class Run:
 
 
 def is_usable(number: float) -> bool:
-    """Positive, finite, and fit to be squared."""
-    return 1.0 / _ABSURD < number < _ABSURD
+    """A number, positive, finite, and fit to be squared."""
+    return isinstance(number, Real) and 1.0 / _ABSURD < number < _ABSURD
 
 
 def check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None) -> None:
@@ -51,12 +52,13 @@ def check(runs: Sequence[Run], probes: Sequence[Run], noise_scale: float | None)
     target was hardly ever reached."""
     for run in (*runs, *probes):
         numbers = [run.batch_size, run.samples, 1.0 if run.lr is None else run.lr]
-        good = all(map(is_usable, numbers))
+        rest = (run.relative_error, run.evaluated_every)
+        good = all(map(is_usable, numbers)) and all(isinstance(number, Real) for number in rest)
         if not good or not 0.0 <= run.relative_error < 1.0:
             raise ValueError(
                 f"the run {run} cannot be used: batch size, samples and learning rate must be "
                 f"positive and finite ({_ALLOWED}), a relative error at least 0 and below "
-                "1. Correct it, or leave it out."
+                "1, all of them numbers. Correct it, or leave it out."
             )
         if not 0.0 <= run.evaluated_every <= run.samples:
             raise ValueError(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 BatchMode = Literal["fixed", "adaptive"]
@@ -38,14 +38,25 @@ class SpecError(ValueError):
     """The user asked for something that cannot be. The message is complete."""
 
 
+def check_one_of(value: object, known: Iterable[str], *, what: str, advice: str = "") -> None:
+    """Raise `SpecError` with all of `known` unless `value` is one of them, letter for letter."""
+    names = tuple(known)
+    if value not in names:
+        more = f" {advice}" if advice else ""
+        raise SpecError(
+            f"{what}={value!r} was given: it must be one of {', '.join(names)}. "
+            f"Choose one of them.{more}"
+        )
+
+
 def is_count(value: object) -> bool:
     """Whether it is a whole number of at least 1."""
     return isinstance(value, Integral) and int(value) >= 1
 
 
 def is_positive(value: float) -> bool:
-    """Whether it is above 0 and finite."""
-    return 0 < value < math.inf
+    """Whether it is a number above 0 and finite."""
+    return isinstance(value, Real) and 0 < value < math.inf
 
 
 def parse_count(text: str, *, what: str) -> int:
@@ -97,7 +108,8 @@ def parse_name(text: str, known: Iterable[str], *, what: str) -> str:
     asked = text.strip().casefold()
     if asked in names:
         return names[asked]
-    near = [name for name in names if asked.startswith(name)]
+    near = [name for name in names if asked and name.startswith(asked)]
+    near = near or [name for name in names if asked.startswith(name)]
     near = near or get_close_matches(asked, names, n=1, cutoff=0.5)
     hint = f" Do you mean {' or '.join(names[name] for name in near)}?" if near else ""
     raise SpecError(f"{what} {text}: unknown. Known: {', '.join(names.values())}.{hint}")
@@ -200,6 +212,8 @@ class TrainSpec:
                 f"the job name {self.name!r} is not usable as a folder: use up to 64 letters, "
                 "digits, '.', '_' and '-'."
             )
+        check_one_of(self.batch, get_args(BatchMode), what="batch")
+        check_one_of(self.lr_rule, get_args(LrRule), what="lr_rule")
         for what, value, least in (
             ("--logical-shards", self.num_logical_shards, 1),
             ("--max-failures", self.max_failures, 0),
@@ -253,6 +267,7 @@ class Limits:
                     f"a plan was asked for with {count} as the {what} workers: it must be a whole "
                     "number of at least 1. Give None as the most for no cap."
                 )
+        check_one_of(self.batch, get_args(BatchMode), what="batch")
         _check_positive("a price per hour", self.price_per_hour)
 
 
@@ -276,10 +291,7 @@ class Objective:
 
 def _check_positive(what: str, value: float | None) -> None:
     if value is not None and not is_positive(value):
-        raise SpecError(
-            f"a plan was asked for with {what} of {value}: it must be positive and finite. Give "
-            "None for none."
-        )
+        raise SpecError(f"{what} of {value}: it must be positive and finite. Give None for none.")
 
 
 def parse_limits(max_workers: str | None, price: str | None, batch: str) -> Limits:

@@ -105,15 +105,29 @@ class StepTimeModel:
             value=value, low=value / width, high=value * width, source=self._source(asked)
         )
 
+    def by_form(
+        self, num_workers: int, micro_batch_size: int, num_accumulation_steps: int = 1
+    ) -> float:
+        """Seconds of a step by the form and by what is odd about the count, measured or not: what
+        configurations of one count are compared by, since a measured one may have been unlucky
+        where the others are smooth. Raises `ValueError` as `predict` does."""
+        asked = self._asked(num_workers, micro_batch_size, num_accumulation_steps, None)
+        form = float(self._times(np.asarray(self.log_parameters), self._shape(asked)))
+        return form * math.exp(self._peculiar(asked)[0])
+
     def ratio(self, one: tuple[int, int, int], other: tuple[int, int, int]) -> Estimate:
         """How many times a step of `other` takes one of `one`, both as (workers, micro-batch,
-        accumulation). What makes both long or both short divides out of the interval."""
+        accumulation). What makes both long or both short divides out of the interval. Where one of
+        them was measured, how far it lies off the form widens it: by luck, or truly."""
         over, under = self._asked(*other), self._asked(*one)
         if over == under:
             return exact(1.0)
         (above, own), (below, its) = self._known(over), self._known(under)
         value = above / below
         variance = max(0.0, own + its - 2.0 * self._shared(over, under))
+        if bool(self._seen(over)) != bool(self._seen(under)):
+            seen, time_s = (over, above) if self._seen(over) else (under, below)
+            variance += math.log(time_s / self.by_form(seen[0], *seen[2:])) ** 2
         width = math.exp(Z80 * math.sqrt(variance))
         return Estimate(
             value=value,
@@ -270,7 +284,8 @@ def fit(
     """The model that explains the measurements, from one configuration on.
 
     `link` joins nodes; `local_link` the workers of a node (default: the same). Raises `ValueError`
-    for no measurement, and for a time that is not positive and finite.
+    for no measurement, and for a time that is not positive and finite; `ContradictoryMeasurements`
+    for times that no job has together.
     """
     check_measurements(steps, collectives, gradient_bytes, workers_per_node)
     inside = local_link or link

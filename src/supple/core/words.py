@@ -9,3 +9,8 @@ def in_words(count: int) -> str:
 def in_digits(number: float) -> str:
     """Three digits: "0.00234", "12.3", "4,560"."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def accelerator_hours(number: str) -> str:
+    """A number that is already digits, with its unit: "1 accelerator-hour"."""
+    return f"{number} accelerator-hour{'s' * (number != '1')}"
