@@ -308,6 +308,7 @@ def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
         {"noise_scale": float("nan")},
         {"noise_scale": -1.0},
         {"startup_s": float("inf")},
+        {"largest_micro_batch": 0},
         {"base_lr": -0.1},
         {"dataset_size": math.nan},
         {"base_batch_size": 2.5},

@@ -29,14 +29,14 @@ MOST_MEASURED = 4
 _ROUNDS = 2
 """What a step takes drifts with what else the machine does, by far more than steps in a row differ.
 Counts are measured in turn and then once more, so that the drift shows in the interval."""
-_STEPS, _FIRST_STEPS = 6, 12
-"""Of a phase; of one worker's in the first round, on which the noise scale rests."""
+_STEPS, _NOISE_STEPS = 6, 12
+"""Of a phase: timed; before them, of one worker's in the first round, for the noise scale."""
 _STEP_BUDGET_S = 0.25
 """Of a step in the mean: a phase of one worker whose steps take longer has fewer of them."""
 _ALONE = (
     Phase(divide_by=1),
-    Phase(divide_by=2),
-    Phase(divide_by=4),
+    Phase(divide_by=2, num_accumulation_steps=1),
+    Phase(divide_by=4, num_accumulation_steps=1),
     Phase(divide_by=2, num_accumulation_steps=2),
 )
 
@@ -58,6 +58,9 @@ class Measurements:
     dataset_size: int
     epochs: int
     base_batch_size: int
+    """The script's, no more than the dataset has."""
+    largest_micro_batch: int | None
+    """The script's cap, where it has one."""
     base_lr: float
     optimizer_name: str
     device_memory_bytes: int
@@ -75,7 +78,7 @@ class ProbeBody:
     def measure(
         self,
         phases: Sequence[Phase],
-        num_steps: int,
+        num_noise_steps: int,
         rank: int,
         size: int,
         rendezvous: tuple[str, int],
@@ -94,7 +97,12 @@ class ProbeBody:
                 aborted=lambda: False,
             )
         probe = Probe(
-            phases, group, seed=0, num_steps=num_steps, budget_s=_STEP_BUDGET_S * num_steps
+            phases,
+            group,
+            seed=0,
+            num_steps=_STEPS,
+            num_noise_steps=num_noise_steps,
+            step_budget_s=_STEP_BUDGET_S,
         )
         try:
             with without_a_command_line(self._script):
@@ -144,7 +152,7 @@ def measure(
                     (script, function),
                     count,
                     _ALONE if alone else (Phase(divide_by=count), Phase(divide_by=1)),
-                    num_steps=_STEPS if first else _FIRST_STEPS,
+                    num_noise_steps=0 if first else _NOISE_STEPS,
                     rendezvous=store.address,
                     key=f"probe-{again}-{count}",
                     verbose=verbose,
@@ -154,13 +162,14 @@ def measure(
                     CollectiveMeasurement(num_workers=count, message_bytes=size, time_s=seconds)
                     for size, seconds in reports[0].collectives
                 ]
-                first = first or reports[0]
-                if first.dataset_size is None:
-                    raise SpecError(
-                        "the length of the dataset is unknown before it was read once, so the time "
-                        "to the end cannot be planned. Give shards with a length, or train without "
-                        "a plan."
-                    )
+                if first is None:
+                    first = reports[0]
+                    _refuse_unknown_length(first)
+                    if first.base_batch_size < first.batch_size:
+                        on_line(
+                            f"batch_size={first.batch_size}, but the dataset has only "
+                            f"{first.dataset_size}: measured and planned with a batch of all"
+                        )
     finally:
         ray.shutdown()
     assert first is not None and first.dataset_size is not None
@@ -171,8 +180,7 @@ def measure(
             MemoryMeasurement(
                 micro_batch_size=result.micro_batch_size, peak_bytes=result.peak_bytes
             )
-            for result in first.phases
-            if result.num_accumulation_steps == 1
+            for result in first.phases[:-1]  # the last has a size once more, accumulated
         ),
         noise_scale=first.noise_scale,
         startup_s=first.first_step_s,
@@ -180,6 +188,7 @@ def measure(
         dataset_size=first.dataset_size,
         epochs=first.epochs,
         base_batch_size=first.base_batch_size,
+        largest_micro_batch=first.largest_micro_batch,
         base_lr=first.base_lr,
         optimizer_name=first.optimizer_name,
         device_memory_bytes=psutil.virtual_memory().total // most,
@@ -205,6 +214,7 @@ def job_model(
         dataset_size=found.dataset_size,
         epochs=found.epochs,
         base_batch_size=found.base_batch_size,
+        largest_micro_batch=found.largest_micro_batch,
         base_lr=found.base_lr,
         optimizer_family=family_of(found.optimizer_name),
         lr_rule=lr_rule,
@@ -213,12 +223,21 @@ def job_model(
     )
 
 
+def _refuse_unknown_length(report: ProbeReport) -> None:
+    if report.dataset_size is None:
+        raise SpecError(
+            "the length of the dataset is unknown before it was read once, so the time to the end "
+            "cannot be planned. Give the dataset (or each shard in the list given as dataset) a "
+            "method __len__ that returns its number of samples, or train without a plan."
+        )
+
+
 def _run(
     script: tuple[str, str],
     count: int,
     phases: Sequence[Phase],
     *,
-    num_steps: int,
+    num_noise_steps: int,
     rendezvous: tuple[str, int],
     key: str,
     verbose: bool,
@@ -230,7 +249,7 @@ def _run(
     try:
         reports: list[ProbeReport | str] = ray.get(
             [
-                actor.measure.remote(phases, num_steps, rank, count, rendezvous, key, verbose)
+                actor.measure.remote(phases, num_noise_steps, rank, count, rendezvous, key, verbose)
                 for rank, actor in enumerate(actors)
             ]
         )

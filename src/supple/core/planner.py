@@ -48,6 +48,8 @@ class JobModel:
     lr_rule: LrRule
     measured_workers: tuple[int, ...]
     device_memory_bytes: int | None
+    largest_micro_batch: int | None = None
+    """What the script caps a micro-batch at, whatever memory would hold."""
     samples: SamplesModel | None = None
     """From previous runs of the task: trusted before the noise scale."""
     tuned: tuple[TunedRate, ...] = ()
@@ -61,6 +63,11 @@ class JobModel:
                 f"epochs={self.epochs}, base_batch_size={self.base_batch_size}, "
                 f"measured_workers={self.measured_workers}: all must be whole numbers of at least "
                 "1. Give a job that has something to train on."
+            )
+        if self.largest_micro_batch is not None and not is_count(self.largest_micro_batch):
+            raise ValueError(
+                f"a plan was asked for with largest_micro_batch={self.largest_micro_batch}: it "
+                "must be a whole number of at least 1. Leave it out where the script has no cap."
             )
         phi = 0.0 if self.noise_scale is None else self.noise_scale
         room = self.device_memory_bytes or 0.0
@@ -248,9 +255,11 @@ def _split(job: JobModel, batch: int, count: int) -> tuple[int, int]:
 
 
 def _largest_micro_batch(job: JobModel) -> int:
-    if job.memory is None or job.device_memory_bytes is None:
-        return job.base_batch_size
-    return max(1, job.memory.largest_micro_batch(job.device_memory_bytes * _MEMORY_SHARE))
+    """By memory, and by the script's own cap."""
+    most = job.base_batch_size
+    if job.memory is not None and job.device_memory_bytes is not None:
+        most = max(1, job.memory.largest_micro_batch(job.device_memory_bytes * _MEMORY_SHARE))
+    return most if job.largest_micro_batch is None else min(most, job.largest_micro_batch)
 
 
 def _largest_batch(job: JobModel, count: int) -> int:

@@ -139,6 +139,10 @@ class StepEngine:
         self.meter.end_step()
         return stats[_HEARD] > 0
 
+    def measure_noise(self, every: int) -> None:
+        """Take the gradients' norms every so many steps from now on; between two steps."""
+        self._noise_meter.every(every)
+
     def abandon(self) -> None:
         """The step in flight did not commit: as if it had not begun."""
         self._reducer.abandon()
