@@ -22,7 +22,7 @@ FOUND: dict[str, Any] = {
         for size in (8, 16)
     ),
     "noise_scale": 500.0,
-    "startup_s": 5.0,
+    "startups_s": (5.0,),
     "gradient_bytes": GRADIENT_BYTES,
     "dataset_size": 100_000,
     "epochs": 10,
@@ -141,3 +141,16 @@ def test_the_cap_of_the_script_on_a_micro_batch_is_that_of_every_row(machine: Ma
         for row in found["rows"]
     }
     assert cut[1] == (8, 64) and cut[32] == (8, 2) and cut[128] == (4, 1)
+
+
+def test_starts_that_differ_widen_the_time_to_the_end_and_nothing_else(machine: Machine) -> None:
+    machine.found = FOUND | {"startups_s": (40.0,)}
+    alike = json.loads(supple("--max-workers", "2", "--json").stdout)["rows"]
+    machine.found = FOUND | {"startups_s": (100.0, 20.0, 40.0)}
+    apart = json.loads(supple("--max-workers", "2", "--json").stdout)["rows"]
+    for one, other in zip(alike, apart, strict=True):
+        exact, wide = one["time_to_end_s"], other["time_to_end_s"]
+        assert wide["value"] == pytest.approx(exact["value"])
+        assert wide["low"] == pytest.approx(exact["low"] - 20.0)
+        assert wide["high"] == pytest.approx(exact["high"] + 60.0)
+        assert one["step_time_s"] == other["step_time_s"]

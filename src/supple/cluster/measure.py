@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, final
 
 import psutil
@@ -53,7 +54,8 @@ class Measurements:
     collectives: tuple[CollectiveMeasurement, ...]
     memory: tuple[MemoryMeasurement, ...]
     noise_scale: float | None
-    startup_s: float
+    startups_s: tuple[float, ...]
+    """From a worker's start to the end of its first step, of every group that was measured."""
     gradient_bytes: int
     dataset_size: int
     epochs: int
@@ -139,6 +141,7 @@ def measure(
     most = max(1, min(max_local_workers or MOST_MEASURED, os.cpu_count() or 1))
     steps: list[StepMeasurement] = []
     collectives: list[CollectiveMeasurement] = []
+    startups_s: list[float] = []
     first: ProbeReport | None = None
     connect(TrainSpec(name="plan", script=script, max_workers=most))
     try:
@@ -157,6 +160,7 @@ def measure(
                     key=f"probe-{again}-{count}",
                     verbose=verbose,
                 )
+                startups_s.append(max(report.first_step_s for report in reports))
                 steps += [_measurement(result, count) for result in reports[0].phases]
                 collectives += [
                     CollectiveMeasurement(num_workers=count, message_bytes=size, time_s=seconds)
@@ -183,7 +187,7 @@ def measure(
             for result in first.phases[:-1]  # the last has a size once more, accumulated
         ),
         noise_scale=first.noise_scale,
-        startup_s=first.first_step_s,
+        startups_s=tuple(startups_s),
         gradient_bytes=first.gradient_bytes,
         dataset_size=first.dataset_size,
         epochs=first.epochs,
@@ -210,7 +214,8 @@ def job_model(
         ),
         memory=fit_memory(found.memory),
         noise_scale=found.noise_scale,
-        startup_s=found.startup_s,
+        startup_s=median(found.startups_s),
+        startup_range_s=(min(found.startups_s), max(found.startups_s)),
         dataset_size=found.dataset_size,
         epochs=found.epochs,
         base_batch_size=found.base_batch_size,

@@ -48,6 +48,8 @@ class JobModel:
     lr_rule: LrRule
     measured_workers: tuple[int, ...]
     device_memory_bytes: int | None
+    startup_range_s: tuple[float, float] | None = None
+    """The shortest and the longest start that was seen; exactly `startup_s` where not given."""
     largest_micro_batch: int | None = None
     """What the script caps a micro-batch at, whatever memory would hold."""
     samples: SamplesModel | None = None
@@ -77,6 +79,13 @@ class JobModel:
                 f"startup_s={self.startup_s}, base_lr={self.base_lr}, device_memory_bytes={room}: "
                 "all must be finite and not negative. Give None for a noise scale or a memory that "
                 "is unknown, and measure the rest again."
+            )
+        shortest, longest = self.startup_range_s or (self.startup_s, self.startup_s)
+        if not 0.0 <= shortest <= self.startup_s <= longest < math.inf:
+            raise ValueError(
+                f"a plan was asked for with startup_s={self.startup_s}, startup_range_s="
+                f"{self.startup_range_s}: the range must be finite, not negative, and hold "
+                "startup_s. Give the shortest and the longest start."
             )
 
 
@@ -184,7 +193,8 @@ def row_for(job: JobModel, limits: Limits, count: int, *, batch_size: int | None
     useful = _efficiency(job, size)
     goodput = times(rate, useful)
     training = times(step, steps_to_end(job.dataset_size, job.epochs, size, useful))
-    time_to_end = plus(training, job.startup_s)
+    shortest, longest = job.startup_range_s or (job.startup_s, job.startup_s)
+    time_to_end = plus(training, job.startup_s, low=shortest, high=longest)
     hours = times(time_to_end, exact(count / 3600.0))
     price = limits.price_per_hour
     return Plan(
