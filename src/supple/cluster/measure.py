@@ -133,7 +133,7 @@ def measure(
     (as many as it has cores, `max_local_workers` at most), and all of it a second time: every
     configuration has two measurements. `on_line` is told what is going on.
 
-    Raises `SpecError` before any work, or after the first worker's if the dataset has no length;
+    Raises `SpecError` before anything is measured, also for a dataset without a length;
     `ScriptFailed` if the script fails.
     """
     check(script, function)

@@ -187,7 +187,6 @@ class Probe:
             loader,
             rate,
             [],
-            noise_every=_NOISE_EVERY,
         )
         results: list[PhaseResult] = []
         for phase in () if total is None else self._phases:
