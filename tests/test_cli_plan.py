@@ -22,11 +22,12 @@ FOUND: dict[str, Any] = {
         for size in (8, 16)
     ),
     "noise_scale": 500.0,
-    "startup_s": 5.0,
+    "startups_s": (5.0,),
     "gradient_bytes": GRADIENT_BYTES,
     "dataset_size": 100_000,
     "epochs": 10,
     "base_batch_size": 512,
+    "largest_micro_batch": None,
     "base_lr": 3e-4,
     "optimizer_name": "SGD",
     "device_memory_bytes": 10**10,
@@ -127,3 +128,29 @@ def test_without_a_plan_there_is_no_picture_and_that_is_said() -> None:
     result = supple("--budget", "1e-9", "--plot", "plan.png")
     assert result.exit_code == 1 and not Path("plan.png").exists()
     assert result.stderr.endswith("no picture: there is no plan\n")
+
+
+def test_the_cap_of_the_script_on_a_micro_batch_is_that_of_every_row(machine: Machine) -> None:
+    machine.found = FOUND | {"largest_micro_batch": 8}
+    found = json.loads(supple("--max-workers", "128", "--json").stdout)
+    cut = {
+        row["num_workers"]: (
+            row["batch"]["micro_batch_size"],
+            row["batch"]["num_accumulation_steps"],
+        )
+        for row in found["rows"]
+    }
+    assert cut[1] == (8, 64) and cut[32] == (8, 2) and cut[128] == (4, 1)
+
+
+def test_starts_that_differ_widen_the_time_to_the_end_and_nothing_else(machine: Machine) -> None:
+    machine.found = FOUND | {"startups_s": (40.0,)}
+    alike = json.loads(supple("--max-workers", "2", "--json").stdout)["rows"]
+    machine.found = FOUND | {"startups_s": (100.0, 20.0, 40.0)}
+    apart = json.loads(supple("--max-workers", "2", "--json").stdout)["rows"]
+    for one, other in zip(alike, apart, strict=True):
+        exact, wide = one["time_to_end_s"], other["time_to_end_s"]
+        assert wide["value"] == pytest.approx(exact["value"])
+        assert wide["low"] == pytest.approx(exact["low"] - 20.0)
+        assert wide["high"] == pytest.approx(exact["high"] + 60.0)
+        assert one["step_time_s"] == other["step_time_s"]

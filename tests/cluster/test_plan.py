@@ -90,3 +90,57 @@ def test_the_picture_is_a_png_of_some_size(planned: Planned) -> None:
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert content.rstrip().endswith(b"IEND\xaeB`\x82")
     assert len(content) > 20_000
+
+
+SCRIPT = """
+import torch
+from torch.utils.data import IterableDataset, TensorDataset
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.ones(3, 1))
+
+def run(job, dataset):
+    model = job.model(lambda: torch.nn.Linear(1, 1))
+    job.optimizer(torch.optim.SGD, lr=1e-3)
+    for x in job.batches(dataset, batch_size=5000, micro_batch_size=2, epochs=4):
+        job.step(model(x if torch.is_tensor(x) else x[0]).square().mean())
+
+def train(job):
+    run(job, TensorDataset(torch.ones(3, 1)))
+
+def stream(job):
+    run(job, Stream())
+"""
+
+
+def planned_alone(folder: Path, function: str) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "supple", "plan", f"script.py:{function}", "--json"]
+    return subprocess.run(
+        [*command, "--measure-workers", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_batch_beyond_the_dataset_is_told_and_the_cap_on_micro_batches_kept(
+    tmp_path: Path,
+) -> None:
+    result = planned_alone(tmp_path, "train")
+    told = "batch_size=5000, but the dataset has only 3: measured and planned with a batch of all"
+    assert result.returncode == 0 and result.stderr.splitlines().count(told) == 1, result.stderr
+    batches = [row["batch"] for row in json.loads(result.stdout)["rows"]]
+    assert {batch["global_batch_size"] for batch in batches} == {3}
+    alone = batches[0]
+    assert (alone["micro_batch_size"], alone["num_accumulation_steps"]) == (2, 2)
+    assert json.loads(result.stdout)["rows"][0]["step_time_s"]["source"] == "measured"
+
+
+def test_a_dataset_without_a_length_is_told_to_give_one(tmp_path: Path) -> None:
+    result = planned_alone(tmp_path, "stream")
+    assert result.returncode == 2
+    assert "a method __len__ that returns its number of samples" in result.stderr

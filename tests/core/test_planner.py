@@ -351,6 +351,9 @@ def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
         {"noise_scale": float("nan")},
         {"noise_scale": -1.0},
         {"startup_s": float("inf")},
+        {"largest_micro_batch": 0},
+        {"startup_range_s": (6.0, 7.0)},
+        {"startup_range_s": (1.0, float("inf"))},
         {"base_lr": -0.1},
         {"base_lr": "0.1"},
         {"dataset_size": math.nan},
@@ -361,7 +364,7 @@ def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
     ],
 )
 def test_a_job_that_cannot_be_is_refused(changes: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"at least 1\.|finite and not negative"):
+    with pytest.raises(ValueError, match=r"at least 1\.|finite and not negative|hold startup_s"):
         job(**changes)
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, final
 
 import psutil
@@ -29,14 +30,14 @@ MOST_MEASURED = 4
 _ROUNDS = 2
 """What a step takes drifts with what else the machine does, by far more than steps in a row differ.
 Counts are measured in turn and then once more, so that the drift shows in the interval."""
-_STEPS, _FIRST_STEPS = 6, 12
-"""Of a phase; of one worker's in the first round, on which the noise scale rests."""
+_STEPS, _NOISE_STEPS = 6, 12
+"""Of a phase: timed; before them, of one worker's in the first round, for the noise scale."""
 _STEP_BUDGET_S = 0.25
 """Of a step in the mean: a phase of one worker whose steps take longer has fewer of them."""
 _ALONE = (
     Phase(divide_by=1),
-    Phase(divide_by=2),
-    Phase(divide_by=4),
+    Phase(divide_by=2, num_accumulation_steps=1),
+    Phase(divide_by=4, num_accumulation_steps=1),
     Phase(divide_by=2, num_accumulation_steps=2),
 )
 
@@ -53,11 +54,15 @@ class Measurements:
     collectives: tuple[CollectiveMeasurement, ...]
     memory: tuple[MemoryMeasurement, ...]
     noise_scale: float | None
-    startup_s: float
+    startups_s: tuple[float, ...]
+    """From a worker's start to the end of its first step, of every group that was measured."""
     gradient_bytes: int
     dataset_size: int
     epochs: int
     base_batch_size: int
+    """The script's, no more than the dataset has."""
+    largest_micro_batch: int | None
+    """The script's cap, where it has one."""
     base_lr: float
     optimizer_name: str
     device_memory_bytes: int
@@ -75,7 +80,7 @@ class ProbeBody:
     def measure(
         self,
         phases: Sequence[Phase],
-        num_steps: int,
+        num_noise_steps: int,
         rank: int,
         size: int,
         rendezvous: tuple[str, int],
@@ -94,7 +99,12 @@ class ProbeBody:
                 aborted=lambda: False,
             )
         probe = Probe(
-            phases, group, seed=0, num_steps=num_steps, budget_s=_STEP_BUDGET_S * num_steps
+            phases,
+            group,
+            seed=0,
+            num_steps=_STEPS,
+            num_noise_steps=num_noise_steps,
+            step_budget_s=_STEP_BUDGET_S,
         )
         try:
             with without_a_command_line(self._script):
@@ -123,7 +133,7 @@ def measure(
     (as many as it has cores, `max_local_workers` at most), and all of it a second time: every
     configuration has two measurements. `on_line` is told what is going on.
 
-    Raises `SpecError` before any work, or after the first worker's if the dataset has no length;
+    Raises `SpecError` before anything is measured, also for a dataset without a length;
     `ScriptFailed` if the script fails.
     """
     check(script, function)
@@ -131,6 +141,7 @@ def measure(
     most = max(1, min(max_local_workers or MOST_MEASURED, os.cpu_count() or 1))
     steps: list[StepMeasurement] = []
     collectives: list[CollectiveMeasurement] = []
+    startups_s: list[float] = []
     first: ProbeReport | None = None
     connect(TrainSpec(name="plan", script=script, max_workers=most))
     try:
@@ -144,23 +155,25 @@ def measure(
                     (script, function),
                     count,
                     _ALONE if alone else (Phase(divide_by=count), Phase(divide_by=1)),
-                    num_steps=_STEPS if first else _FIRST_STEPS,
+                    num_noise_steps=0 if first else _NOISE_STEPS,
                     rendezvous=store.address,
                     key=f"probe-{again}-{count}",
                     verbose=verbose,
                 )
+                startups_s.append(max(report.first_step_s for report in reports))
                 steps += [_measurement(result, count) for result in reports[0].phases]
                 collectives += [
                     CollectiveMeasurement(num_workers=count, message_bytes=size, time_s=seconds)
                     for size, seconds in reports[0].collectives
                 ]
-                first = first or reports[0]
-                if first.dataset_size is None:
-                    raise SpecError(
-                        "the length of the dataset is unknown before it was read once, so the time "
-                        "to the end cannot be planned. Give shards with a length, or train without "
-                        "a plan."
-                    )
+                if first is None:
+                    first = reports[0]
+                    _refuse_unknown_length(first)
+                    if first.base_batch_size < first.batch_size:
+                        on_line(
+                            f"batch_size={first.batch_size}, but the dataset has only "
+                            f"{first.dataset_size}: measured and planned with a batch of all"
+                        )
     finally:
         ray.shutdown()
     assert first is not None and first.dataset_size is not None
@@ -171,15 +184,15 @@ def measure(
             MemoryMeasurement(
                 micro_batch_size=result.micro_batch_size, peak_bytes=result.peak_bytes
             )
-            for result in first.phases
-            if result.num_accumulation_steps == 1
+            for result in first.phases[:-1]  # the last has a size once more, accumulated
         ),
         noise_scale=first.noise_scale,
-        startup_s=first.first_step_s,
+        startups_s=tuple(startups_s),
         gradient_bytes=first.gradient_bytes,
         dataset_size=first.dataset_size,
         epochs=first.epochs,
         base_batch_size=first.base_batch_size,
+        largest_micro_batch=first.largest_micro_batch,
         base_lr=first.base_lr,
         optimizer_name=first.optimizer_name,
         device_memory_bytes=psutil.virtual_memory().total // most,
@@ -201,10 +214,12 @@ def job_model(
         ),
         memory=fit_memory(found.memory),
         noise_scale=found.noise_scale,
-        startup_s=found.startup_s,
+        startup_s=median(found.startups_s),
+        startup_range_s=(min(found.startups_s), max(found.startups_s)),
         dataset_size=found.dataset_size,
         epochs=found.epochs,
         base_batch_size=found.base_batch_size,
+        largest_micro_batch=found.largest_micro_batch,
         base_lr=found.base_lr,
         optimizer_family=family_of(found.optimizer_name),
         lr_rule=lr_rule,
@@ -213,12 +228,21 @@ def job_model(
     )
 
 
+def _refuse_unknown_length(report: ProbeReport) -> None:
+    if report.dataset_size is None:
+        raise SpecError(
+            "the length of the dataset is unknown before it was read once, so the time to the end "
+            "cannot be planned. Give the dataset (or each shard in the list given as dataset) a "
+            "method __len__ that returns its number of samples, or train without a plan."
+        )
+
+
 def _run(
     script: tuple[str, str],
     count: int,
     phases: Sequence[Phase],
     *,
-    num_steps: int,
+    num_noise_steps: int,
     rendezvous: tuple[str, int],
     key: str,
     verbose: bool,
@@ -230,7 +254,7 @@ def _run(
     try:
         reports: list[ProbeReport | str] = ray.get(
             [
-                actor.measure.remote(phases, num_steps, rank, count, rendezvous, key, verbose)
+                actor.measure.remote(phases, num_noise_steps, rank, count, rendezvous, key, verbose)
                 for rank, actor in enumerate(actors)
             ]
         )

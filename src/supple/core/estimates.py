@@ -64,8 +64,12 @@ def over(amount: float, rate: Estimate) -> Estimate:
     )
 
 
-def plus(a: Estimate, constant: float) -> Estimate:
-    """Both ends and the value, shifted."""
+def plus(a: Estimate, b: float, *, low: float | None = None, high: float | None = None) -> Estimate:
+    """The sum with a number whose own ends are `low` and `high` (default: itself), as if both were
+    off the same way."""
     return Estimate(
-        value=a.value + constant, low=a.low + constant, high=a.high + constant, source=a.source
+        value=a.value + b,
+        low=a.low + (b if low is None else low),
+        high=a.high + (b if high is None else high),
+        source=a.source,
     )

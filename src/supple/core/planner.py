@@ -53,6 +53,10 @@ class JobModel:
     lr_rule: LrRule
     measured_workers: tuple[int, ...]
     device_memory_bytes: int | None
+    startup_range_s: tuple[float, float] | None = None
+    """The shortest and the longest start that was seen; exactly `startup_s` where not given."""
+    largest_micro_batch: int | None = None
+    """What the script caps a micro-batch at, whatever memory would hold."""
     samples: SamplesModel | None = None
     """From previous runs of the task: trusted before the noise scale."""
     tuned: tuple[TunedRate, ...] = ()
@@ -69,6 +73,11 @@ class JobModel:
             )
         check_family(self.optimizer_family)
         check_one_of(self.lr_rule, get_args(LrRule), what="lr_rule")
+        if self.largest_micro_batch is not None and not is_count(self.largest_micro_batch):
+            raise ValueError(
+                f"a plan was asked for with largest_micro_batch={self.largest_micro_batch}: it "
+                "must be a whole number of at least 1. Leave it out where the script has no cap."
+            )
         phi = 0.0 if self.noise_scale is None else self.noise_scale
         room = self.device_memory_bytes or 0.0
         numbers = (phi, self.startup_s, self.base_lr, room)
@@ -78,6 +87,13 @@ class JobModel:
                 f"startup_s={self.startup_s}, base_lr={self.base_lr}, device_memory_bytes={room}: "
                 "all must be finite and not negative. Give None for a noise scale or a memory that "
                 "is unknown, and measure the rest again."
+            )
+        shortest, longest = self.startup_range_s or (self.startup_s, self.startup_s)
+        if not 0.0 <= shortest <= self.startup_s <= longest < math.inf:
+            raise ValueError(
+                f"a plan was asked for with startup_s={self.startup_s}, startup_range_s="
+                f"{self.startup_range_s}: the range must be finite, not negative, and hold "
+                "startup_s. Give the shortest and the longest start."
             )
 
 
@@ -185,7 +201,8 @@ def row_for(job: JobModel, limits: Limits, count: int, *, batch_size: int | None
     useful = _efficiency(job, size)
     goodput = times(rate, useful)
     training = times(step, steps_to_end(job.dataset_size, job.epochs, size, useful))
-    time_to_end = plus(training, job.startup_s)
+    shortest, longest = job.startup_range_s or (job.startup_s, job.startup_s)
+    time_to_end = plus(training, job.startup_s, low=shortest, high=longest)
     hours = times(time_to_end, exact(count / 3600.0))
     price = limits.price_per_hour
     return Plan(
@@ -268,9 +285,11 @@ def _split(job: JobModel, batch: int, count: int) -> tuple[int, int]:
 
 
 def _largest_micro_batch(job: JobModel) -> int:
-    if job.memory is None or job.device_memory_bytes is None:
-        return job.base_batch_size
-    return max(1, job.memory.largest_micro_batch(job.device_memory_bytes * _MEMORY_SHARE))
+    """By memory, and by the script's own cap."""
+    most = job.base_batch_size
+    if job.memory is not None and job.device_memory_bytes is not None:
+        most = max(1, job.memory.largest_micro_batch(job.device_memory_bytes * _MEMORY_SHARE))
+    return most if job.largest_micro_batch is None else min(most, job.largest_micro_batch)
 
 
 def _largest_batch(job: JobModel, count: int) -> int:

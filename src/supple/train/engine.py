@@ -18,7 +18,7 @@ from supple.core.spec import TrainSpec
 from supple.train.group import Group
 from supple.train.loader import Loader, MicroBatch
 from supple.train.meter import Meter
-from supple.train.noise_meter import EVERY, NoiseMeter
+from supple.train.noise_meter import NoiseMeter
 from supple.train.rate import LearningRate
 from supple.train.reduce import GradientReducer
 from supple.train.reproducible import TreeReducer
@@ -43,8 +43,6 @@ class StepEngine:
         loader: Loader,
         rate: LearningRate,
         changed_buffers: Sequence[Tensor],
-        *,
-        noise_every: int = EVERY,
     ) -> None:
         self.step = 0
         self.noise = NoiseState()
@@ -62,7 +60,7 @@ class StepEngine:
             else None
         )
         self._reducer = self._tree or GradientReducer(params, changed_buffers, num_stats)
-        self._noise_meter = NoiseMeter(self._reducer.buckets, optimizer, noise_every)
+        self._noise_meter = NoiseMeter(self._reducer.buckets, optimizer)
         self.optimizer_name = type(optimizer).__name__
         self.gradient_bytes = sum(param.numel() * param.element_size() for param in params)
         self._loss_sum, self._num_samples = 0.0, 0
@@ -138,6 +136,10 @@ class StepEngine:
         self.meter.lap("optimizer")
         self.meter.end_step()
         return stats[_HEARD] > 0
+
+    def measure_noise(self, every: int) -> None:
+        """Take the gradients' norms every so many steps from now on; between two steps."""
+        self._noise_meter.every(every)
 
     def abandon(self) -> None:
         """The step in flight did not commit: as if it had not begun."""

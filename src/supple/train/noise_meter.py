@@ -35,6 +35,10 @@ class NoiseMeter:
         self._pairing = self._within = self._across = False
         self._first_of_pair = self._second_of_pair = False
 
+    def every(self, num_steps: int) -> None:
+        """From the next step on, a sample every so many steps."""
+        self._every, self._previous = num_steps, None
+
     def begin(self, step: int, *, alone: bool, num_micro_batches: int) -> None:
         """Before the first backward pass of a step. `alone`: there are no other ranks."""
         phase = step % self._every

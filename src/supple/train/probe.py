@@ -4,9 +4,10 @@ what `supple train` will run. Nothing is written and nothing is kept.
 """
 
 import resource
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -14,16 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from supple.core.order import Position
 from supple.core.spec import TrainSpec
 from supple.train.arguments import check_batches, check_rate
 from supple.train.engine import StepEngine, TrainingError
 from supple.train.group import Group
-from supple.train.loader import make_loader
+from supple.train.loader import Loader, make_loader
 from supple.train.meter import StepTimes
 from supple.train.rate import LearningRate
 
-_WARM_UP = 2
+_WARM_UP, _FEWEST_NOISE_STEPS = 2, 4
+_NOISE_EVERY, _NEVER = 2, sys.maxsize
+_ENDLESS = sys.maxsize
+"""Epochs of the probe's loader: one that ends would stop the processes that fetch its samples."""
 _MESSAGE_BYTES = (4_096, 65_536, 524_288, 4_194_304, 16_777_216, 67_108_864)
 
 
@@ -33,10 +36,22 @@ class ProbeComplete(BaseException):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A size to measure: the script's batch, divided by this on every rank."""
+    """A size to measure on every rank. Without a number of accumulation steps: the share that one
+    of `divide_by` workers has of the script's batch, cut as the script's cap on a micro-batch asks.
+    With one: so many micro-batches, each the largest that the script allows divided by
+    `divide_by`."""
 
     divide_by: int = 1
-    num_accumulation_steps: int = 1
+    num_accumulation_steps: int | None = None
+
+    def cut(self, batch_size: int, largest_micro_batch: int) -> tuple[int, int]:
+        """(micro-batch, samples of a rank's step), neither more than the batch."""
+        if self.num_accumulation_steps is None:
+            share = -(-batch_size // self.divide_by)
+            num_pieces = -(-share // largest_micro_batch)
+            return -(-share // num_pieces), share
+        micro = max(1, min(batch_size, largest_micro_batch) // self.divide_by)
+        return micro, min(micro * self.num_accumulation_steps, batch_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +75,14 @@ class ProbeReport:
     noise_scale: float | None
     gradient_bytes: int
     dataset_size: int | None
+    """None where the dataset has no length; then nothing was measured."""
     epochs: int
+    batch_size: int
+    """The script's own."""
     base_batch_size: int
+    """The same, no more than the dataset has: what a step really takes."""
+    largest_micro_batch: int | None
+    """The script's cap; None where it has none."""
     base_lr: float
     optimizer_name: str
     first_step_s: float
@@ -70,8 +91,10 @@ class ProbeReport:
 
 @final
 class Probe:
-    """Looks like a `Job` to a training function. A phase has `num_steps` after its warm-up; one of
-    a single worker fewer where they would take longer than `budget_s`."""
+    """Looks like a `Job` to a training function. A phase has `num_noise_steps` for the noise scale,
+    whose norms may take longer than the step itself, or a warm-up, and then `num_steps` that are
+    timed; one of a single worker has fewer of both where they take longer than `step_budget_s` in
+    the mean."""
 
     def __init__(
         self,
@@ -80,14 +103,17 @@ class Probe:
         *,
         seed: int,
         num_steps: int,
-        budget_s: float,
+        num_noise_steps: int,
+        step_budget_s: float,
     ) -> None:
         self._phases = phases
         self._group = group
         self._seed = seed
         self._num_steps = num_steps
-        self._budget_s = budget_s
+        self._num_noise_steps = num_noise_steps
+        self._step_budget_s = step_budget_s
         self._began = time.monotonic()
+        self._first_step_s = 0.0
         self._model: nn.Module | None = None
         self._optimizer: Optimizer | None = None
         self._pending: tuple[Tensor] | None = None
@@ -141,15 +167,19 @@ class Probe:
         check_batches(batch_size=batch_size, epochs=epochs, micro_batch_size=micro_batch_size)
         loader = make_loader(
             dataset,
-            epochs=epochs,
+            epochs=_ENDLESS,
             shuffle=shuffle,
             seed=self._seed,
             collate_fn=collate_fn,
             num_workers=num_workers,
         )
         start = loader.position
+        total = loader.samples_total
+        size = batch_size if total is None else max(1, total // _ENDLESS)
+        batch = min(batch_size, size)
+        largest = micro_batch_size or batch
         rate = LearningRate("auto", type(self._optimizer).__name__)
-        rate.base_lr, rate.base_batch = self._base_lr, batch_size
+        rate.base_lr, rate.base_batch = self._base_lr, batch
         engine = self._engine = StepEngine(
             TrainSpec(name="probe", script=""),
             self._model,
@@ -157,58 +187,46 @@ class Probe:
             loader,
             rate,
             [],
-            noise_every=2,
         )
         results: list[PhaseResult] = []
-        first_step_s = 0.0
-        for phase in self._phases:
-            micro = max(1, batch_size // phase.divide_by)
-            whole = micro * phase.num_accumulation_steps
+        for phase in () if total is None else self._phases:
+            micro, whole = phase.cut(batch, largest)
+            batches = _FullBatches(loader, start, size, micro, whole)
             _reset_peak()
+            if self._num_noise_steps:
+                engine.measure_noise(_NOISE_EVERY)
+                least = min(_FEWEST_NOISE_STEPS, self._num_noise_steps)
+                yield from self._take(batches, self._num_noise_steps, least=least)
+            engine.measure_noise(_NEVER)
+            if not self._num_noise_steps:
+                yield from self._take(batches, _WARM_UP, least=_WARM_UP)
             engine.meter.forget()
-            done, phase_began = 0, time.monotonic()
-            while done < _WARM_UP + self._num_steps:
-                late = time.monotonic() - phase_began > self._budget_s
-                if late and self.world_size == 1 and done > _WARM_UP:
-                    break
-                if loader.done or done == 0:
-                    loader.place(start, 0, 1, whole, micro)
-                for batch in engine.micro_batches(alone=True):
-                    self._micro = batch
-                    yield batch.data
-                    if self._micro is not None:
-                        raise TrainingError(
-                            "the loop took a batch and did not call job.step(loss): nothing "
-                            "would be learned."
-                        )
-                done += 1
-                if done == _WARM_UP:
-                    engine.meter.forget()
-                first_step_s = first_step_s or time.monotonic() - self._began
+            num_timed = yield from self._take(batches, self._num_steps, least=1)
             times = engine.meter.medians()
             assert times is not None
             results.append(
                 PhaseResult(
                     micro_batch_size=micro,
-                    num_accumulation_steps=phase.num_accumulation_steps,
+                    num_accumulation_steps=-(-whole // micro),
                     times=times,
                     peak_bytes=_peak_bytes(),
-                    num_steps=done - _WARM_UP,
+                    num_steps=num_timed,
                 )
             )
-        total = loader.samples_total
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
         self.report_made = ProbeReport(
             phases=tuple(results),
             collectives=self._time_collectives(),
             noise_scale=engine.noise.noise_scale,
             gradient_bytes=sum(param.numel() * param.element_size() for param in params),
-            dataset_size=len(dataset) if isinstance(start, Position) else total,
+            dataset_size=None if total is None else size,
             epochs=epochs,
-            base_batch_size=batch_size,
+            batch_size=batch_size,
+            base_batch_size=batch,
+            largest_micro_batch=micro_batch_size,
             base_lr=self._base_lr,
             optimizer_name=type(self._optimizer).__name__,
-            first_step_s=first_step_s,
+            first_step_s=self._first_step_s,
         )
         raise ProbeComplete
 
@@ -220,6 +238,27 @@ class Probe:
         if micro.is_last:
             self._engine.commit(clip_norm, 0.0)
         return micro.is_last
+
+    def _take(
+        self, batches: "_FullBatches", num_steps: int, *, least: int
+    ) -> Generator[Any, None, int]:
+        """Hand out the micro-batches of so many steps; how many they were."""
+        began = time.monotonic()
+        for done in range(num_steps):
+            late = time.monotonic() - began > self._step_budget_s * num_steps
+            if late and self.world_size == 1 and done >= least:
+                return done
+            batches.turn()
+            for piece in self._engine.micro_batches(alone=True):
+                self._micro = piece
+                yield piece.data
+                if self._micro is not None:
+                    raise TrainingError(
+                        "the loop took a batch and did not call job.step(loss): nothing "
+                        "would be learned."
+                    )
+            self._first_step_s = self._first_step_s or time.monotonic() - self._began
+        return num_steps
 
     def _time_collectives(self) -> tuple[tuple[int, float], ...]:
         group = self._group
@@ -235,6 +274,28 @@ class Probe:
                 took.append(time.perf_counter() - began)
             found.append((size, sorted(took[1:])[2]))
         return tuple(found)
+
+
+@final
+class _FullBatches:
+    """Sees to it that a loader gives full batches only: the short last one of an epoch would be
+    timed as if it were full."""
+
+    def __init__(self, loader: Loader, start: Any, size: int, micro: int, whole: int) -> None:
+        self._loader = loader
+        self._start = start
+        self._size, self._micro, self._whole = size, micro, whole
+        self._left = size
+        loader.place(start, 0, 1, whole, micro)
+
+    def turn(self) -> None:
+        """Before every step: where the epoch has no full batch left, the next one begins."""
+        if self._left < self._whole:
+            if self._left:
+                start = replace(self._start, epoch=self._loader.epoch + 1)
+                self._loader.place(start, 0, 1, self._whole, self._micro)
+            self._left = self._size
+        self._left -= self._whole
 
 
 def _reset_peak() -> None:
