@@ -98,6 +98,14 @@ def test_counts_and_minutes_are_enough(tmp_path: Path) -> None:
     assert "as if the batch were the same on any count" in result.stdout
 
 
+def test_a_run_that_did_not_reach_the_target_is_left_out_and_said_so(tmp_path: Path) -> None:
+    head = "num_workers,minutes,reached\n"
+    stopped = supple(written(tmp_path, head + "8,10,no\n16,6,1\n32,3.5,\n"), "--json")
+    assert "runs.csv, line 2: the run did not reach the target. Left out" in stopped.stderr
+    plain = supple(written(tmp_path, "num_workers,minutes\n16,6\n32,3.5\n"), "--json")
+    assert stopped.stdout == plain.stdout and plain.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("text", "more", "words"),
     [
@@ -110,6 +118,8 @@ def test_counts_and_minutes_are_enough(tmp_path: Path) -> None:
         (HEAD + "8,nan,4,1\n", (), "line 2: batch_size is nan"),
         (HEAD + "0,512,4,1\n", (), "line 2: num_workers is 0"),
         (HEAD + "8,512,4,1\n16,1024,3,1000000\n", (), "too few to say which is wrong"),
+        ("num_workers,minutes,reached\n8,4,0\n", (), "none of 1 run reached the target"),
+        ("num_workers,minutes,reached\n8,4,soon\n", (), "line 2: reached is 'soon'"),
         (ROWS, ("--workers", "64,x"), "--workers is 'x'"),
         (HEAD + "50000,1e6,9,1\n", (), "is above 65536: no pool is known that has more"),
         (HEAD + "8,64,4,1\n8,64,50,1\n", (), "8 workers with batch 64 took 4 minutes and a run on"),
