@@ -166,3 +166,16 @@ def test_a_script_that_cannot_be_traced_fails_with_its_own_line(tmp_path: Path) 
     assert result.exit_code == 1
     assert "RuntimeError: no data" in result.stderr
     assert "supple/train" not in result.stderr
+
+
+def test_a_wrong_shape_is_told_once_by_the_scripts_line_and_whole_when_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = tmp_path / "bug.py"
+    script.write_text(TINY.replace("zeros(64, 512)", "zeros(64, 100)"))
+    for more, lines in (((), range(5, 12)), (("--verbose",), range(40, 200))):
+        result = supple(str(script), *more)
+        assert result.exit_code == 1
+        assert "bug.py" in result.stderr and "same reduction dim" in result.stderr
+        assert len(result.stderr.splitlines()) in lines
+        assert ("failed while attempting" in caplog.text) == bool(more)

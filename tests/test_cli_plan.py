@@ -127,3 +127,23 @@ def test_without_a_plan_there_is_no_picture_and_that_is_said() -> None:
     result = supple("--budget", "1e-9", "--plot", "plan.png")
     assert result.exit_code == 1 and not Path("plan.png").exists()
     assert result.stderr.endswith("no picture: there is no plan\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("the script train.py, line 5, reads a command line.", "supple: the script train.py, line"),
+        ("Traceback (most recent call last):\n", "supple: train.py failed while it was measured:"),
+    ],
+)
+def test_a_message_complete_in_itself_is_not_told_as_a_failure(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, error: str, told: str
+) -> None:
+    def fails(*_: object, **__: object) -> Measurements:
+        raise measure.ScriptFailed(error)
+
+    monkeypatch.setattr(measure, "measure", fails)
+    result = supple()
+    assert result.exit_code == 1
+    assert result.stderr.startswith(told) and error in result.stderr
+    assert result.stderr.count("the script") <= 1

@@ -319,7 +319,7 @@ def _measure(script: str, verbose: bool) -> "LayerReport":
     from supple.train.script import user_traceback
 
     try:
-        return measure_layers(path, function, trace_memory(path, function).traces)
+        return measure_layers(path, function, trace_memory(path, function, verbose=verbose).traces)
     except (TraceFailed, TrainingError, SpecError) as error:
         told = str(error)
     except Exception as error:

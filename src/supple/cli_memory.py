@@ -61,7 +61,9 @@ def memory(
             raise SpecError(f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZERS)}.")
         try:
             traced = {
-                name: trace_memory(path, function, recompute=recompute, optimizer=optimizer)
+                name: trace_memory(
+                    path, function, recompute=recompute, optimizer=optimizer, verbose=verbose
+                )
                 for name, recompute in (("kept", False), ("recomputed", True))
             }
         except TraceFailed as error:

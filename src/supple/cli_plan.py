@@ -135,7 +135,9 @@ def plan(
         try:
             found = measure(path, function, max_local_workers=most, verbose=verbose, on_line=_tell)
         except ScriptFailed as error:
-            _tell(f"supple: the script failed while it was measured:\n{error}")
+            raised = str(error).startswith("Traceback")  # else a message, complete in itself
+            what = f"{path} failed while it was measured:\n" if raised else ""
+            _tell(f"supple: {what}{error}")
             raise typer.Exit(FAILED) from None
         job = job_model(found, interconnect=interconnect, workers_per_node=per_node, lr_rule=rule)
         if known is not None and limits.batch == "adaptive":
