@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from supple.core.estimates import exact, times
@@ -21,7 +19,9 @@ from supple.core.time_to_target import (
     most_workers,
 )
 from supple.core.types import Estimate
+from supple.core.words import in_words
 from supple.history import reached, read_history
+from supple.output import console
 from supple.refusals import messages
 from supple.rows import Row, parse_amount, read_rows
 
@@ -145,13 +145,20 @@ def _shared(counts: Sequence[int], most: int | None) -> str:
     if most is None or max(counts) <= most:
         return ""
     return (
-        f"Above {most} workers several share a sample of the batch: only a job that splits samples "
-        "over workers (tensor, pipeline, context parallel) runs there."
+        f"Above {in_words(most)} several share a sample of the batch: only a job that splits "
+        "samples over workers (tensor, pipeline, context parallel) runs there."
     )
 
 
 def _counts(text: str) -> list[int]:
-    counts = [parse_count(part.strip(), what="--workers") for part in text.split(",")]
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not part.removeprefix("-").isdecimal():
+            raise SpecError(
+                f"--workers is {part!r}: not a whole number. Give counts with commas, such as "
+                "64,128."
+            )
+    counts = [parse_count(part, what="--workers") for part in parts]
     return list(dict.fromkeys(counts))
 
 
@@ -173,7 +180,7 @@ def _data(
 ) -> dict[str, object]:
     """Times in seconds."""
     return {
-        "samples": model.why,
+        "samples": model.told(size),
         "batch_size": size,
         "rows": [
             {
@@ -211,7 +218,7 @@ def _show(
         cells = [str(count), f"{batch:.15g}" if batch else "", f"{seconds / 60:,.4g}", interval]
         cells += [f"{hours:,.4g}", *([f"{hours * paid:,.4g}"] if paid else [])]
         view.add_row(*cells, style="dim" if interval == "ran" else None)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print(view)
-    whole = not console.is_terminal
-    console.print(f"Samples to the target: {model.why}.", style="dim", soft_wrap=whole)
+    out = console()
+    out.print(view)
+    whole = not out.is_terminal
+    out.print(f"Samples to the target: {model.told(size)}.", style="dim", soft_wrap=whole)
