@@ -61,6 +61,15 @@ def references(folder: Path) -> None:
     write(folder / "mlperf" / "convergence.csv", rows)
 
 
+def test_the_next_larger_size_is_asked_of_the_smaller_ones_of_its_round(tmp_path: Path) -> None:
+    write(tmp_path / "mlperf" / "convergence.csv", [point(64 * 2**k) for k in range(4)])
+    (again,) = samples.rounds(tmp_path)
+    asked = samples.next_larger(again)
+    assert [true for _, true in asked] == [needed(256), needed(512)]
+    smaller = samples.expected(again[:2], again[2])
+    assert asked[0][0] == smaller
+
+
 def test_samples_of_a_plain_law_are_found_and_odd_rows_left_out(tmp_path: Path) -> None:
     references(tmp_path)
     found = samples.measure(tmp_path)

@@ -189,7 +189,7 @@ def test_a_fixed_batch_too_has_the_learning_rate_that_previous_runs_found(tmp_pa
         (f"{SEVEN} --memory -3", "--memory is -3"),
         (
             f"{SEVEN} --memory 1e7",
-            "--memory is 1e+07 GB: it must be above 0 and at most",
+            "--memory is 1e7: it must be above 0 and at most",
         ),
         (f"{SEVEN} --lr 1e10", "--lr is 1e+10: it must be above 0 and at most 1,000."),
         (f"{SEVEN} --noise-scale 1e30", "--noise-scale is 1e+30"),

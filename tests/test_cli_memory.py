@@ -66,18 +66,22 @@ def test_where_nothing_fits_it_fails_and_says_what_to_do(tmp_path: Path) -> None
     script = tmp_path / "tiny.py"
     script.write_text(TINY)
     tiny = str(script)
-    result = supple(tiny, "--memory", "1")
+    result = supple(tiny, "--memory", "1.611")
     assert result.exit_code == 1
     assert "none" in result.stdout
     for words in (
-        "in 1.00 GB",
-        "one sample needs 1.6",
+        "in 1.61 GB",
+        "one sample needs 1.62 GB",
+        "the accelerator's runtime takes 1.61 GB of it",
         "activations kept",
         f"supple layouts {tiny}",
     ):
         assert words in result.stderr
-    told = json.loads(supple(tiny, "--memory", "1", "--json").stdout)
+    told = json.loads(supple(tiny, "--memory", "1.611", "--json").stdout)
     assert told["infeasible"]["rule"] == "a micro-batch and its share of the states must fit"
+    runtime = supple(tiny, "--memory", "1").stderr
+    assert "the accelerator's runtime alone takes 1.61 GB." in runtime
+    assert "supple layouts" not in runtime, "no cut of the layers makes room for it"
     assert json.loads(supple(tiny, "--json").stdout)["infeasible"] is None
 
 
@@ -113,6 +117,20 @@ def test_no_more_samples_fit_than_the_data_has_and_far_ones_are_marked(tmp_path:
     assert row["whole_batch_fits"]
 
 
+def test_rows_that_say_the_same_are_one_and_small_sizes_and_guesses_are_short(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "tiny.py"
+    endless = "[lambda: itertools.repeat(torch.zeros(16))]"
+    source = TINY.replace("512", "16").replace("TensorDataset(torch.zeros(64, 16))", endless)
+    script.write_text("import itertools\n" + source.replace("(x,)", "x"))
+    lines = supple(str(script)).stdout.splitlines()
+    assert lines[0].startswith("States: 1.1 kB of parameters")
+    assert lines[2].startswith("kept or recomputed  ") and "1 to 64" in lines[2]
+    guess = lines[2].rsplit("?")[-1].replace(",", "").strip()
+    assert int(guess) > 10**4 and set(guess[2:]) == {"0"}, "two digits of it mean something"
+
+
 def test_one_traced_size_is_called_one(tmp_path: Path) -> None:
     script = tmp_path / "tiny.py"
     script.write_text(TINY.replace("square()", "reshape(8, 512)"))
@@ -146,7 +164,8 @@ def test_a_job_that_cannot_train_is_one_message(tmp_path: Path, wrong: str, word
     ("arguments", "words"),
     [
         (("absent.py",), "absent.py does not exist"),
-        ((GPT, "--memory", "0"), "--memory is 0"),
+        ((GPT, "--memory", "0"), "--memory is 0: it must be above 0 and at most 10,000 GB"),
+        ((GPT, "--memory", "80XB"), "--memory is '80XB': not a number of gigabytes. Give one"),
         ((GPT, "--memory", "nan"), "--memory is nan"),
         ((f"{GPT}:main",), "no function main"),
         ((GPT, "--optimizer", "prayer"), "Known: adam, sgd-momentum, sgd"),
@@ -166,3 +185,16 @@ def test_a_script_that_cannot_be_traced_fails_with_its_own_line(tmp_path: Path) 
     assert result.exit_code == 1
     assert "RuntimeError: no data" in result.stderr
     assert "supple/train" not in result.stderr
+
+
+def test_a_wrong_shape_is_told_once_by_the_scripts_line_and_whole_when_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = tmp_path / "bug.py"
+    script.write_text(TINY.replace("zeros(64, 512)", "zeros(64, 100)"))
+    for more, lines in (((), range(5, 12)), (("--verbose",), range(40, 999))):
+        result = supple(str(script), *more)
+        assert result.exit_code == 1
+        assert "bug.py" in result.stderr and "same reduction dim" in result.stderr
+        assert len(result.stderr.splitlines()) in lines
+        assert ("failed while attempting" in caplog.text) == bool(more)

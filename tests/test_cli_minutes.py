@@ -69,6 +69,7 @@ def test_more_workers_than_samples_of_a_batch_are_answered_with_what_that_takes(
     assert [line.split()[0] for line in result.stdout.splitlines()[1:4]] == ["8", "16", "64"]
     assert "Above 32 workers several share a sample of the batch: only a job" in result.stderr
     assert supple(written(tmp_path, HEAD + "8,32,400,1\n"), "--workers", "32").stderr == ""
+    assert "Above 1 worker several" in supple(written(tmp_path, HEAD + "1,1,9,1\n")).stderr
 
 
 def test_a_run_whose_workers_shared_a_sample_shows_that_others_can(tmp_path: Path) -> None:
@@ -98,6 +99,31 @@ def test_counts_and_minutes_are_enough(tmp_path: Path) -> None:
     assert "as if the batch were the same on any count" in result.stdout
 
 
+def test_a_run_that_did_not_reach_the_target_is_left_out_and_said_so(tmp_path: Path) -> None:
+    head = "num_workers,minutes,reached\n"
+    stopped = supple(written(tmp_path, head + "8,10,no\n16,6,1\n32,3.5,\n"), "--json")
+    assert "runs.csv, line 2: the run did not reach the target. Left out" in stopped.stderr
+    plain = supple(written(tmp_path, "num_workers,minutes\n16,6\n32,3.5\n"), "--json")
+    assert stopped.stdout == plain.stdout and plain.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "told"),
+    [
+        ("8,512,9\n16,512,5\n", 512, "the same on any count, at batch 512."),
+        ("8,512,9\n16,512,5\n", 600, "at batch 512; from one batch size to another as if"),
+        ("8,512,9\n16,1024,5\n", 1024, "given by no run; from one batch size to another as if"),
+    ],
+)
+def test_a_guess_about_other_batch_sizes_is_told_where_it_has_a_part(
+    tmp_path: Path, rows: str, size: int, told: str
+) -> None:
+    path = written(tmp_path, "Num_Workers,Batch_Size,Minutes\n" + rows)
+    said = supple(path, "--batch-size", size).stdout.splitlines()[-1]
+    assert told in said + "." and ("guess" in said) == ("as if" in told)
+    assert json.loads(supple(path, "--batch-size", size, "--json").stdout)["samples"] in said
+
+
 @pytest.mark.parametrize(
     ("text", "more", "words"),
     [
@@ -110,7 +136,11 @@ def test_counts_and_minutes_are_enough(tmp_path: Path) -> None:
         (HEAD + "8,nan,4,1\n", (), "line 2: batch_size is nan"),
         (HEAD + "0,512,4,1\n", (), "line 2: num_workers is 0"),
         (HEAD + "8,512,4,1\n16,1024,3,1000000\n", (), "too few to say which is wrong"),
+        ("num_workers,minutes,reached\n8,4,0\n", (), "none of 1 run reached the target"),
+        ("num_workers,minutes,reached\n8,4,soon\n", (), "line 2: reached is 'soon'"),
         (ROWS, ("--workers", "64,x"), "--workers is 'x'"),
+        (ROWS, ("--workers", "8-16"), "--workers is '8-16': not a whole number. Give counts with"),
+        (ROWS, ("--workers", "-8"), "--workers is -8: it must be between 1 and"),
         (HEAD + "50000,1e6,9,1\n", (), "is above 65536: no pool is known that has more"),
         (HEAD + "8,64,4,1\n8,64,50,1\n", (), "8 workers with batch 64 took 4 minutes and a run on"),
         (ROWS, ("--batch-size", "8.5"), "--batch-size is '8.5': give a whole number"),

@@ -154,3 +154,23 @@ def test_starts_that_differ_widen_the_time_to_the_end_and_nothing_else(machine: 
         assert wide["low"] == pytest.approx(exact["low"] - 20.0)
         assert wide["high"] == pytest.approx(exact["high"] + 60.0)
         assert one["step_time_s"] == other["step_time_s"]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("the script train.py, line 5, reads a command line.", "supple: the script train.py, line"),
+        ("Traceback (most recent call last):\n", "supple: train.py failed while it was measured:"),
+    ],
+)
+def test_a_message_complete_in_itself_is_not_told_as_a_failure(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, error: str, told: str
+) -> None:
+    def fails(*_: object, **__: object) -> Measurements:
+        raise measure.ScriptFailed(error)
+
+    monkeypatch.setattr(measure, "measure", fails)
+    result = supple()
+    assert result.exit_code == 1
+    assert result.stderr.startswith(told) and error in result.stderr
+    assert result.stderr.count("the script") <= 1

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from supple.core.spec import SpecError
-from supple.rows import Row, read_rows
+from supple.rows import Row, parse_gigabytes, read_rows
 
 
 def rows(folder: Path, text: str | bytes) -> list[Row]:
@@ -88,6 +88,36 @@ def test_a_cell_that_is_no_number_is_told_with_line_column_text_and_remedy(
     with pytest.raises(SpecError) as error:
         row.number("a")
     assert str(error.value).startswith(f"--measured {tmp_path / 'ran.csv'}, line 2: {told}")
+
+
+def test_columns_are_named_in_any_case(tmp_path: Path) -> None:
+    (row,) = rows(tmp_path, "A,B\n8,2\n")
+    assert (row.number("a"), row.number("b")) == (8.0, 2.0)
+    assert "more than one column a" in refused(tmp_path, "a,A,b\n1,2,3\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80", 80e9), ("80GB", 80e9), ("0.5 gb", 5e8), (" 80 GiB", 80 * 2**30), ("8e1", 80e9)],
+)
+def test_gigabytes_are_read_with_and_without_their_unit(text: str, size: float) -> None:
+    assert parse_gigabytes(text, what="--memory") == size
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("80TB", "--memory is '80TB': not a number of gigabytes. Give one such as 80, 80GB or"),
+        ("", "--memory is '': not a number"),
+        ("-1GB", "--memory is -1GB: it must be above 0 and at most 10,000 GB"),
+        ("nan", "--memory is nan: it must be above 0"),
+        ("9.9e3GiB", "--memory is 9.9e3GiB: it must be above 0 and at most 10,000 GB"),
+    ],
+)
+def test_what_is_no_memory_of_an_accelerator_is_refused(text: str, told: str) -> None:
+    with pytest.raises(SpecError) as error:
+        parse_gigabytes(text, what="--memory")
+    assert str(error.value).startswith(told)
 
 
 def test_a_count_is_a_whole_number_however_it_is_written(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Samples to target at a batch size nobody has run: MLPerf's reference convergence points.
 
-Leave one batch size out: the curve is fitted to the other sizes of the same benchmark.
+Leave one batch size out: the curve is fitted to the other sizes of the same benchmark. And the next
+larger size, from two or more smaller ones of one round: what a user asks who never ran so large.
 Baseline: E(B) = E_min (1 + B / B_crit) (McCandlish et al. 2018), least squares of relative errors.
 """
 
@@ -181,6 +182,15 @@ def measure(data: Path) -> Score:
         )
     metrics["samples_interval_coverage"] = coverage(held)
     metrics["samples_refused"] = len(refused)
+    beyond = [pair for sizes in rounds(data) for pair in next_larger(sizes)]
+    if beyond:
+        held_beyond = covered([e for e, _ in beyond], [t for _, t in beyond])
+        metrics["samples_next_interval_coverage"] = coverage(held_beyond)
+        above = sum(true > told.high for told, true in beyond)
+        notes.append(
+            f"the next larger size, from smaller ones of its round: {sum(held_beyond)} of "
+            f"{len(beyond)} lie in the interval, {above} above it"
+        )
     alone, said_alone = noise_scale.measure(data)
     metrics |= alone
     notes += said_alone
@@ -192,6 +202,33 @@ def measure(data: Path) -> Score:
         points=points,
         shows="samples to the target",
     )
+
+
+def rounds(data: Path) -> list[list[Run]]:
+    """Per benchmark and round a run a batch size, by size; a round that states what another did
+    counts once."""
+    rows: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    with (data / "mlperf" / "convergence.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            rows[row["benchmark"], row["round"]].append(row)
+    found: dict[tuple[str, tuple[tuple[float, float], ...]], list[Run]] = {}
+    for (benchmark, _), said in rows.items():
+        runs = {run.batch_size: run for run in (reference(row).run for row in in_one_unit(said))}
+        ordered = [runs[size] for size in sorted(runs)]
+        told = tuple((run.batch_size, round(run.samples, 3)) for run in ordered)
+        found.setdefault((benchmark, told), ordered)
+    return list(found.values())
+
+
+def next_larger(sizes: list[Run]) -> list[tuple[Estimate, float]]:
+    """For every size with two smaller ones or more: what those tell of it, and what it took. What
+    they refuse to tell is left out."""
+    found: list[tuple[Estimate, float]] = []
+    for index in range(2, len(sizes)):
+        told = answered(partial(expected, sizes[:index], sizes[index]), [])
+        if told is not None:
+            found.append((told, sizes[index].samples))
+    return found
 
 
 def expected(others: list[Run], asked: Run) -> Estimate:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +12,7 @@ from supple.core.spec import MAX_WORKERS, SpecError, parse_count, parse_money, p
 from supple.core.types import Estimate, Infeasible
 from supple.core.words import in_digits
 from supple.eventlog import to_plain
+from supple.output import console
 from supple.refusals import FAILED, messages
 from supple.served import COLUMNS, OPTIONAL, check_tokens, read_served, served_model
 
@@ -169,7 +169,6 @@ def _show(
     table: "InferenceTable", num_measured: int, wanted: "InferenceRow | None", first: str
 ) -> None:
     """Few rows of the table: all that were measured or are spoken of, and some to compare with."""
-    from rich.console import Console
     from rich.table import Table
 
     view = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -188,17 +187,17 @@ def _show(
         chosen = row is table.choice
         mark = "→" * chosen + "●" * row.is_measured
         view.add_row(mark, *_cells(row), style="bold green" if chosen else None)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(view)
+    out = console()
+    out.print(view)
     source = "from data sheets, not measured"
     if num_measured:
         source = f"fitted to {num_measured} row{'s' * (num_measured != 1)}"
     source += "; ●: as measured" * any(row.is_measured for row in rows)
     told = "; chance: of keeping --itl; 90 % count as kept" if rows[0].chance is not None else ""
-    console.print(f"{source}; low–high: 80 % interval{told}", style="dim")
-    console.print(f"\nRecommended: {table.reason}", soft_wrap=not console.is_terminal)
+    out.print(f"{source}; low–high: 80 % interval{told}", style="dim")
+    out.print(f"\nRecommended: {table.reason}", soft_wrap=not out.is_terminal)
     if first:
-        console.print(first, soft_wrap=not console.is_terminal)
+        out.print(first, soft_wrap=not out.is_terminal)
 
 
 def _cells(row: "InferenceRow") -> list[str]:

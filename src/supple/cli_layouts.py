@@ -1,12 +1,10 @@
 """`supple layouts`: the joint answer for a transformer by its sizes, or a script by its layers."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from supple.core.interconnects import INTERCONNECTS, lookup
 from supple.core.spec import (
@@ -22,8 +20,9 @@ from supple.core.spec import (
 from supple.core.types import Infeasible
 from supple.eventlog import to_plain
 from supple.layout_rows import COLUMNS, read_layouts
+from supple.output import console
 from supple.refusals import FAILED, messages, split_target
-from supple.rows import Row, parse_amount
+from supple.rows import Row, parse_amount, parse_gigabytes
 from supple.train.script import check
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
@@ -47,7 +46,6 @@ _MOST = {
     "--vocab": 10**8,
     "--workers-per-node": MAX_WORKERS,
     "--lr": 1e3,
-    "--memory": 1e4,
     "--noise-scale": 1e15,
 }
 """At least ten times what anybody published; more is a typing error."""
@@ -91,7 +89,8 @@ def layouts(
         typer.Option(help="t4, v100, a10g, a100, a100-80, l4, l40s, h100, h200, b200 or mi300x."),
     ] = "h100",
     memory: Annotated[
-        float | None, typer.Option(help="GB of one accelerator; default: its data sheet's.")
+        str | None,
+        typer.Option(help="GB of one accelerator, or 74.5GiB; default: its data sheet's."),
     ] = None,
     workers_per_node: Annotated[int, typer.Option(help="Accelerators of a node.")] = 8,
     interconnect: Annotated[
@@ -183,13 +182,12 @@ def layouts(
         local = lookup(local_link or device.local_link, what="--local-link")
         _check_whole("--workers-per-node", workers_per_node)
         global_batch = None if batch_size is None else _amount("--batch-size", batch_size)
-        for option, number in (("--lr", lr), ("--memory", memory), ("--noise-scale", noise_scale)):
+        for option, number in (("--lr", lr), ("--noise-scale", noise_scale)):
             if number is not None and not 0 < number <= _MOST[option]:
-                unit = " GB" if option == "--memory" else ""
                 raise SpecError(
-                    f"{option} is {number:g}{unit}: it must be above 0 and at most "
-                    f"{_MOST[option]:,.16g}{unit}."
+                    f"{option} is {number:g}: it must be above 0 and at most {_MOST[option]:,.16g}."
                 )
+        given_memory = None if memory is None else parse_gigabytes(memory, what="--memory")
         limits = parse_limits(max_workers, price, batch)
         if limits.batch == "adaptive" and not (noise_scale or history or probes):
             raise SpecError(
@@ -264,7 +262,7 @@ def layouts(
         job = LayoutJob(
             model=model,
             times=times,
-            memory_bytes=memory * 1e9 if memory else device.memory_bytes,
+            memory_bytes=given_memory or device.memory_bytes,
             base_batch_size=global_batch,
             base_lr=_base_lr(lr, tuned, global_batch, optimizer),
             total_samples=amount,
@@ -319,7 +317,7 @@ def _measure(script: str, verbose: bool) -> "LayerReport":
     from supple.train.script import user_traceback
 
     try:
-        return measure_layers(path, function, trace_memory(path, function).traces)
+        return measure_layers(path, function, trace_memory(path, function, verbose=verbose).traces)
     except (TraceFailed, TrainingError, SpecError) as error:
         told = str(error)
     except Exception as error:
@@ -339,8 +337,7 @@ def _show(
     from supple import plan_view
 
     if not as_json:
-        width = None if sys.stdout.isatty() else 220
-        plan_view.show(table, Console(highlight=False, width=width), measure_first=first)
+        plan_view.show(table, console(), measure_first=first)
     if plot is not None:
         from supple.picture import draw_plan
 

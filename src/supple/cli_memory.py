@@ -1,13 +1,12 @@
 """`supple memory`: what fits on an accelerator that is not here."""
 
 import dataclasses
+import itertools
 import json
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from supple.core.memory import (
@@ -22,7 +21,9 @@ from supple.core.memory import (
 )
 from supple.core.spec import SpecError
 from supple.core.types import Infeasible
+from supple.output import console
 from supple.refusals import FAILED, messages, split_target
+from supple.rows import parse_gigabytes
 from supple.train.script import check
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ _SHARDS = (1, 2, 4, 8, 16, 64)
 def memory(
     script: Annotated[str, typer.Argument(help="A Python file, or FILE:FUNCTION.")],
     device_gb: Annotated[
-        float, typer.Option("--memory", help="GB of the accelerator that should hold it.")
-    ] = 80.0,
+        str,
+        typer.Option("--memory", help="GB of the accelerator that should hold it, or 74.5GiB."),
+    ] = "80",
     optimizer: Annotated[
         str | None,
         typer.Option(help="In place of the script's: adam, sgd-momentum or sgd."),
@@ -51,8 +53,7 @@ def memory(
 ) -> None:
     """What micro-batch of SCRIPT fits an accelerator, traced without one and without computing."""
     with messages(verbose):
-        if not 0 < device_gb < 1e6:
-            raise SpecError(f"--memory is {device_gb:g}: give the GB of one accelerator, above 0.")
+        limit = parse_gigabytes(device_gb, what="--memory")
         path, function = split_target(script)
         check(path, function)
         from supple.train.memory_trace import OPTIMIZERS, TraceFailed, trace_memory
@@ -61,13 +62,14 @@ def memory(
             raise SpecError(f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZERS)}.")
         try:
             traced = {
-                name: trace_memory(path, function, recompute=recompute, optimizer=optimizer)
+                name: trace_memory(
+                    path, function, recompute=recompute, optimizer=optimizer, verbose=verbose
+                )
                 for name, recompute in (("kept", False), ("recomputed", True))
             }
         except TraceFailed as error:
             typer.echo(f"supple: {error}", err=True)
             raise typer.Exit(FAILED) from None
-        limit = device_gb * 1e9
         rows = [
             _row(name, job, shards, limit) for name, job in traced.items() for shards in _SHARDS
         ]
@@ -75,8 +77,7 @@ def memory(
         if as_json:
             typer.echo(json.dumps(_data(traced["kept"], rows, limit, too_small)))
         else:
-            width = None if sys.stdout.isatty() else 200
-            _show(traced["kept"], rows, limit, Console(highlight=False, width=width))
+            _show(traced["kept"], rows, limit)
         if too_small is not None:
             typer.echo(f"supple: {too_small}", err=True)
             raise typer.Exit(FAILED)
@@ -122,12 +123,20 @@ def _too_small(rows: list[_Row], script: str, limit: float) -> Infeasible:
     def least(row: _Row) -> float:
         return safe_bytes(row.traces, 1, shards=row.shards)
 
+    asked = f"a micro-batch of {script} in {_size(limit)}"
+    if limit <= RUNTIME_BYTES:
+        return Infeasible(
+            asked=asked,
+            numbers=f"the accelerator's runtime alone takes {_size(RUNTIME_BYTES)}",
+            rule="a micro-batch and its share of the states must fit beside the runtime",
+            advice="Take an accelerator with more memory (--memory).",
+        )
     best = min(rows, key=least)
     samples = "one sample" if len(best.traces) > 1 else "the only micro-batch that could be traced"
     return Infeasible(
-        asked=f"a micro-batch of {script} in {_size(limit)}",
+        asked=asked,
         numbers=f"{samples} needs {_size(least(best))} at the least, {best.change()}; "
-        f"{_size(RUNTIME_BYTES)} of it for the accelerator's runtime",
+        f"the accelerator's runtime takes {_size(RUNTIME_BYTES)} of it",
         rule="a micro-batch and its share of the states must fit",
         advice="Take an accelerator with more memory (--memory), or cut the layers themselves over "
         f"several: `supple layouts {script}`.",
@@ -170,11 +179,11 @@ def _data(
     }
 
 
-def _show(job: "TracedJob", rows: list[_Row], limit: float, console: Console) -> None:
-    first = job.traces[0]
+def _show(job: "TracedJob", rows: list[_Row], limit: float) -> None:
+    first, out = job.traces[0], console()
 
     def say(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, soft_wrap=not console.is_terminal)
+        out.print(text, style=style, soft_wrap=not out.is_terminal)
 
     say(
         f"States: {_size(first.parameter_bytes)} of parameters, {_size(first.gradient_bytes)} of "
@@ -186,12 +195,10 @@ def _show(job: "TracedJob", rows: list[_Row], limit: float, console: Console) ->
     sizes = sorted({t.micro_batch_size for row in rows for t in row.traces}, reverse=True)
     for size in sizes:
         view.add_column(f"micro {size:,}", justify="right", no_wrap=True)
-    view.add_column(f"largest in {limit / 1e9:g} GB", justify="right", style="bold")
-    for row in rows:
-        cells = ["" if found is None else _size(found) for found in map(row.traced_bytes, sizes)]
-        over = "one" if row.shards == 1 else str(row.shards)
-        view.add_row(row.activations, over, *cells, _largest(row))
-    console.print(view)
+    view.add_column(f"largest in {limit / 1e9:.4g} GB", justify="right", style="bold")
+    for line in _lines(rows, sizes):
+        view.add_row(*line)
+    out.print(view)
     limits = {row.found.limited_by for row in rows if row.largest}
     if "dataset" in limits:
         say("all: every sample of the dataset at once", style="dim")
@@ -216,11 +223,35 @@ def _show(job: "TracedJob", rows: list[_Row], limit: float, console: Console) ->
         say(f"\n{_advice(job, rows)}")
 
 
+def _lines(rows: list[_Row], sizes: list[int]) -> list[tuple[str, ...]]:
+    """The cells of every row; rows that say the same, of several shards or of both ways to treat
+    activations, are one line."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for name, alike in itertools.groupby(rows, lambda row: row.activations):
+        told = found.setdefault(name, [])
+        for cells, same in itertools.groupby(alike, lambda row: _cells(row, sizes)):
+            over = [row.shards for row in same]
+            first = "one" if over == [1] else str(over[0])
+            told.append((first if len(over) == 1 else f"{first} to {over[-1]}", *cells))
+    if len(found) > 1 and len({tuple(told) for told in found.values()}) == 1:
+        found = {" or ".join(found): next(iter(found.values()))}
+    return [(name, *line) for name, told in found.items() for line in told]
+
+
+def _cells(row: _Row, sizes: list[int]) -> tuple[str, ...]:
+    needed = map(row.traced_bytes, sizes)
+    return *("" if found is None else _size(found) for found in needed), _largest(row)
+
+
 def _largest(row: _Row) -> str:
     if not row.largest:
         return "none"
     form = {"memory": "{}", "dataset": "all {}", "traces": "{} or more"}[row.found.limited_by]
-    return form.format(f"{'?' if row.found.is_guess else ''}{row.largest:,}")
+    shown = row.largest
+    if row.found.is_guess and row.found.limited_by == "memory":
+        unit = 10 ** max(0, len(str(shown)) - 2)
+        shown = shown // unit * unit  # down, so that it still fits
+    return form.format(f"{'?' if row.found.is_guess else ''}{shown:,}")
 
 
 def _in_a_step(job: "TracedJob") -> int:
@@ -249,4 +280,6 @@ def _advice(job: "TracedJob", rows: list[_Row]) -> str:
 
 
 def _size(count: float) -> str:
+    if count < 1e6:
+        return f"{count / 1e3:,.1f} kB"
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"

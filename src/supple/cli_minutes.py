@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from supple.core.estimates import exact, times
@@ -21,15 +19,19 @@ from supple.core.time_to_target import (
     most_workers,
 )
 from supple.core.types import Estimate
+from supple.core.words import in_words
+from supple.history import reached, read_history
+from supple.output import console
 from supple.refusals import messages
 from supple.rows import Row, parse_amount, read_rows
 
 COLUMNS = ("num_workers", "minutes")
-OPTIONAL = ("batch_size", "samples_to_target")
+OPTIONAL = ("batch_size", "samples_to_target", "reached")
 EPILOG = (
     "RUNS is a CSV with a finished run a line: num_workers,minutes and, if known, batch_size "
-    "(global) and samples_to_target. Minutes count from the first step to the target, evaluations "
-    "included, the job's start-up not.\n\n"
+    "(global), samples_to_target and reached (0 where the run was stopped before the target: it is "
+    "left out). Minutes count from the first step to the target, evaluations included, the job's "
+    "start-up not.\n\n"
     "Examples:\n\n  supple minutes runs.csv\n\n"
     "  supple minutes runs.csv --workers 64,128 --batch-size 8192 --price 2.50\n\n"
     "  supple minutes runs.csv --history other-sizes.csv --json"
@@ -60,15 +62,15 @@ def minutes(
 ) -> None:
     """Minutes to the target on other counts of workers, from finished runs. Nothing is run."""
     with messages(verbose):
-        finished = read_finished(runs)
+        finished, stopped = read_finished(runs)
+        if stopped:
+            typer.echo(_left_out(stopped), err=True)
         largest = max(finished, key=lambda run: (run.num_workers, -run.time_s))
         asked = None if workers is None else _counts(workers)
         size = None if batch_size is None else _batch(batch_size)
         paid = None if price is None else parse_money(price, what="--price")
         earlier = []
         if history is not None:
-            from supple.history import read_history
-
             earlier = read_history(history)
         try:
             model = fit_time_to_target(finished, earlier)
@@ -93,11 +95,27 @@ def minutes(
             _show(finished, model, answers, size, paid)
 
 
-def read_finished(path: Path) -> list[FinishedRun]:
-    """Raises `SpecError` naming the file and the line of what is no finished run."""
-    besides = f"if known, {', '.join(OPTIONAL)}; a finished run a line"
+def read_finished(path: Path) -> tuple[list[FinishedRun], list[Row]]:
+    """The runs that reached the target, at least one, and the lines of those that did not. Raises
+    `SpecError` naming the file and the line of what is no run, and where none reached it."""
+    besides = f"if known, {', '.join(OPTIONAL)}; a run a line"
     rows = read_rows(path, COLUMNS, what="the runs", besides=besides)
-    return [_finished(row) for row in rows]
+    told = [(row, _finished(row), reached(row)) for row in rows]
+    finished = [run for _, run, did in told if did]
+    if not finished:
+        raise SpecError(
+            f"{path}: none of {len(rows)} run{'s' * (len(rows) != 1)} reached the target: nothing "
+            "tells how long one takes. Give one that did, or an easier target."
+        )
+    return finished, [row for row, _, did in told if not did]
+
+
+def _left_out(stopped: Sequence[Row]) -> str:
+    several = len(stopped) > 1
+    return (
+        f"{'; '.join(row.where for row in stopped)}: the run{'s' * several} did not reach the "
+        f"target. Left out: nobody knows how long {'they' if several else 'it'} would have taken."
+    )
 
 
 def _finished(row: Row) -> FinishedRun:
@@ -127,13 +145,20 @@ def _shared(counts: Sequence[int], most: int | None) -> str:
     if most is None or max(counts) <= most:
         return ""
     return (
-        f"Above {most} workers several share a sample of the batch: only a job that splits samples "
-        "over workers (tensor, pipeline, context parallel) runs there."
+        f"Above {in_words(most)} several share a sample of the batch: only a job that splits "
+        "samples over workers (tensor, pipeline, context parallel) runs there."
     )
 
 
 def _counts(text: str) -> list[int]:
-    counts = [parse_count(part.strip(), what="--workers") for part in text.split(",")]
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not part.removeprefix("-").isdecimal():
+            raise SpecError(
+                f"--workers is {part!r}: not a whole number. Give counts with commas, such as "
+                "64,128."
+            )
+    counts = [parse_count(part, what="--workers") for part in parts]
     return list(dict.fromkeys(counts))
 
 
@@ -155,7 +180,7 @@ def _data(
 ) -> dict[str, object]:
     """Times in seconds."""
     return {
-        "samples": model.why,
+        "samples": model.told(size),
         "batch_size": size,
         "rows": [
             {
@@ -193,7 +218,7 @@ def _show(
         cells = [str(count), f"{batch:.15g}" if batch else "", f"{seconds / 60:,.4g}", interval]
         cells += [f"{hours:,.4g}", *([f"{hours * paid:,.4g}"] if paid else [])]
         view.add_row(*cells, style="dim" if interval == "ran" else None)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print(view)
-    whole = not console.is_terminal
-    console.print(f"Samples to the target: {model.why}.", style="dim", soft_wrap=whole)
+    out = console()
+    out.print(view)
+    whole = not out.is_terminal
+    out.print(f"Samples to the target: {model.told(size)}.", style="dim", soft_wrap=whole)

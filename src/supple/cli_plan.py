@@ -2,13 +2,11 @@
 
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from supple.core.interconnects import INTERCONNECTS, lookup
 from supple.core.spec import (
@@ -22,6 +20,7 @@ from supple.core.spec import (
 )
 from supple.core.types import Infeasible
 from supple.eventlog import to_plain
+from supple.output import console
 from supple.refusals import FAILED, messages, split_target
 from supple.train.script import check
 
@@ -135,7 +134,9 @@ def plan(
         try:
             found = measure(path, function, max_local_workers=most, verbose=verbose, on_line=_tell)
         except ScriptFailed as error:
-            _tell(f"supple: the script failed while it was measured:\n{error}")
+            raised = str(error).startswith("Traceback")  # else a message, complete in itself
+            what = f"{path} failed while it was measured:\n" if raised else ""
+            _tell(f"supple: {what}{error}")
             raise typer.Exit(FAILED) from None
         job = job_model(found, interconnect=interconnect, workers_per_node=per_node, lr_rule=rule)
         if known is not None and limits.batch == "adaptive":
@@ -156,8 +157,7 @@ def plan(
                 _tell(odd)
             _tell(f"learning rate: {rate_at(job, table.choice.batch.global_batch_size)[1]}")
         if not as_json:
-            console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-            plan_view.show(table, console, measure_first=first)
+            plan_view.show(table, console(), measure_first=first)
         if plot is not None:
             from supple.picture import draw_plan
 

@@ -89,17 +89,23 @@ def best_rates(runs: Sequence[Run]) -> tuple[TunedRate, ...]:
     return tuple(TunedRate(batch_size=point.batch, lr=point.lr) for point in best if point.lr)
 
 
-def _run(row: Row) -> Run:
-    reached = row.text("reached").lower() if "reached" in row else "1"
-    if reached not in _REACHED:
+def reached(row: Row) -> bool:
+    """Whether the run of a line reached its target; where the line does not say, it did. Raises
+    `SpecError` for a cell that is neither yes nor no."""
+    told = row.text("reached").lower() if "reached" in row else "1"
+    if told not in _REACHED:
         raise row.refusal(
             f"reached is {row.text('reached')!r}: it says whether a run reached the target",
             "Give 1 for one that did and 0 for one that was stopped before (or yes and no, true "
             "and false)",
         )
+    return _REACHED[told]
+
+
+def _run(row: Row) -> Run:
     return Run(
         batch_size=row.batch(),
         samples=row.number("samples_to_target"),
         lr=row.number("learning_rate") if "learning_rate" in row else None,
-        reached=_REACHED[reached],
+        reached=reached(row),
     )

@@ -1,9 +1,16 @@
-"""Whether what is printed arrives: a full disk, and a reader that has gone away (`| head -1`)."""
+"""Where answers are printed, and whether they arrive: a full disk, and a reader that has gone away
+(`| head -1`)."""
 
 import io
 import os
 import sys
-from typing import TextIO, final
+from typing import TYPE_CHECKING, TextIO, final
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PIPE_WIDTH = 220
+"""Columns."""
 
 
 @final
@@ -25,6 +32,14 @@ class _Watched(io.TextIOWrapper):
         except OSError as error:
             self.lost = self.lost or error
             raise
+
+
+def console() -> "Console":
+    """For the tables of a command's answer, on stdout: as wide as the terminal, and in a pipe wide
+    enough for every table, since nobody reads it there."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
 def watch() -> None:

@@ -12,6 +12,8 @@ from supple.core.spec import MAX_WORKERS, SpecError
 _SCALES = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _MOST = 1e15
 """More than anything that is counted or timed here; a larger number is a typing error."""
+_MOST_GIGABYTES = 10_000
+"""At least ten times what any accelerator has."""
 _LARGEST_BATCH = 10**12
 """Samples, or tokens where those are counted."""
 
@@ -64,8 +66,8 @@ class Row:
 
 def read_rows(path: Path, columns: Sequence[str], *, what: str, besides: str) -> list[Row]:
     """The rows of a file that has at least one, with all `columns`, every cell below one of them;
-    `besides` says in words what else it may have. Blank lines count as lines, but are no rows.
-    Raises `SpecError` for any other file, calling it `what`."""
+    `besides` says in words what else it may have. Columns are named in any case. Blank lines count
+    as lines, but are no rows. Raises `SpecError` for any other file, calling it `what`."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             records = list(_records(file, f"{what} {path}"))
@@ -80,6 +82,7 @@ def read_rows(path: Path, columns: Sequence[str], *, what: str, besides: str) ->
     if not records:
         raise SpecError(f"{what} {path} is empty: {needed}")
     (_, head), *rows = records
+    head = [name.casefold() for name in head]
     while not head[-1]:  # a comma at the end of the line
         head.pop()
     missing = [name for name in columns if name not in head]
@@ -129,6 +132,28 @@ def _row(head: Sequence[str], cells: Sequence[str], where: str) -> Row:
             "cell still takes its comma"
         )
     return row
+
+
+def parse_gigabytes(text: str, *, what: str) -> float:
+    """`"80"`, `"80GB"` or `"74.5 GiB"` as bytes, the unit in any case. Raises `SpecError` naming
+    `what` for anything else, and for more than any accelerator has."""
+    number, unit = text.strip().lower(), 1e9
+    for name, size in (("gib", 2.0**30), ("gb", 1e9)):
+        if number.endswith(name):
+            number, unit = number.removesuffix(name).rstrip(), size
+            break
+    try:
+        count = float(number)
+    except ValueError:
+        raise SpecError(
+            f"{what} is {text!r}: not a number of gigabytes. Give one such as 80, 80GB or 74.5GiB."
+        ) from None
+    if not 0 < count * unit <= _MOST_GIGABYTES * 1e9:
+        raise SpecError(
+            f"{what} is {text}: it must be above 0 and at most {_MOST_GIGABYTES:,} GB. Give the "
+            "gigabytes of one accelerator, such as 80."
+        )
+    return count * unit
 
 
 def parse_amount(text: str) -> float:

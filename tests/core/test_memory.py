@@ -1,5 +1,6 @@
 """Memory is never under-predicted by the measurements it was fitted to."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -239,3 +240,15 @@ def test_what_fits_no_finite_memory_is_not_asked(limit: float) -> None:
 def test_no_replica_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 replica"):
         device_bytes(traced(1), shards=0)
+
+
+@pytest.mark.parametrize("size", [0, -5, 2.5, math.nan])
+def test_the_memory_of_a_batch_that_nobody_can_run_is_refused(size: float) -> None:
+    model = fit_memory([MemoryMeasurement(micro_batch_size=8, peak_bytes=10**9)])
+    asks = (
+        lambda: model.predict(size),  # type: ignore[arg-type]
+        lambda: safe_bytes([traced(8)], size),  # type: ignore[arg-type]
+    )
+    for ask in asks:
+        with pytest.raises(ValueError, match=f"of a micro-batch of {size} was asked for"):
+            ask()

@@ -42,6 +42,7 @@ def test_what_ran_once_is_as_uncertain_as_others_repeats_say() -> None:
 def test_one_odd_pair_does_not_speak_for_all() -> None:
     calm = [[size, 1.01 * size] for size in (1.0, 2.0, 4.0, 8.0)]
     assert as_measured([3.0], [*calm, [5.0, 50.0]]) == as_measured([3.0], [*calm, [5.0, 5.05]])
+    assert as_measured([3.0, 3.0], [[5.0, 50.0]]) == as_measured([3.0, 3.0], [])
     _, own = as_measured([5.0, 50.0], calm)
     assert math.sqrt(own) > 1.0
 

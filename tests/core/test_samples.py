@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from supple.core.estimates import Z80
 from supple.core.samples import Run, SamplesModel, fit_samples
 
 
@@ -37,6 +38,23 @@ def test_more_runs_narrow_the_interval_and_distance_widens_it() -> None:
     few, many = fit_samples(runs(512, 2048)), fit_samples(runs(128, 256, 512, 1024, 2048, 4096))
     assert width(many, 1400) < width(few, 1400)
     assert width(many, 1400) < width(many, 65536)
+
+
+def test_beyond_the_largest_size_there_is_a_doubt_that_no_run_below_it_removes() -> None:
+    """On MLPerf's reference points the next larger size lay outside more often than one in five."""
+    model = fit_samples(runs(*(16.0 * 2**k for k in range(9))))
+
+    def ratio(base: float, batch: float) -> float:
+        found = model.efficiency(base, batch)
+        return math.log(found.high / found.low)
+
+    for doublings in (1, 4):
+        batch, least = 4096.0 * 2**doublings, 2 * Z80 * 0.06 * math.sqrt(doublings)
+        assert width(model, batch) > least
+        assert ratio(4096, batch) > least and ratio(batch, 4096) > least
+        assert ratio(batch, 2 * batch) > 2 * Z80 * 0.06
+    assert width(model, 4096) < 2 * Z80 * 0.06
+    assert ratio(4096, 2048) < 2 * Z80 * 0.06
 
 
 def test_a_stated_learning_rate_tells_a_tuned_batch_from_one_left_behind() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from supple.core.spec import SpecError
 from supple.train.script import check, memory_advice, run, user_traceback
@@ -40,6 +41,21 @@ def test_a_traceback_has_the_scripts_frames_and_the_message() -> None:
     told = user_traceback(raised(in_the_script))
     assert "in in_the_script" in told
     assert told.endswith("KeyError: 'label'")
+
+
+def test_a_traceback_ends_in_the_script_not_in_the_machinery_below_it() -> None:
+    """A trace on fake tensors passes dozens of torch's own frames."""
+
+    def in_the_script() -> None:
+        with FakeTensorMode():
+            torch.nn.Linear(4, 4)(torch.zeros(2, 3))
+
+    error = raised(in_the_script)
+    told = user_traceback(error)
+    assert "in in_the_script" in told and "nn/modules/linear.py" in told
+    for internal in ("_subclasses", "nn/modules/module.py", "torch/__init__.py"):
+        assert internal not in told
+        assert internal in user_traceback(error, whole=True)
 
 
 def ended(tmp_path: Path, body: str) -> str:

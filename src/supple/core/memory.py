@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from supple.core.spec import is_count
 from supple.core.types import Estimate
 
 _MARGIN = 0.05
@@ -41,7 +42,9 @@ class MemoryModel:
         """Bytes; `value` is the safe one, and neither it nor `high` ever falls as the size grows.
 
         `measured` at a size that was, `fitted` elsewhere, `assumed` beyond the only one measured.
+        Raises `ValueError` for a size that is no whole number of at least 1.
         """
+        _check_size(micro_batch_size)
         plain = self.fixed_bytes + self.bytes_per_sample * micro_batch_size
         low, source = plain * (1.0 - 2.0 * _MARGIN), "fitted"
         away = min(abs(micro_batch_size - size) for size in self.measured)
@@ -76,6 +79,14 @@ class MemoryModel:
             else:
                 high = middle - 1
         return low
+
+
+def _check_size(micro_batch_size: int) -> None:
+    if not is_count(micro_batch_size):
+        raise ValueError(
+            f"the memory of a micro-batch of {micro_batch_size} was asked for: it has a whole "
+            "number of samples, at least 1. Ask for one that can be."
+        )
 
 
 def fit_memory(measurements: Sequence[MemoryMeasurement], *, noise: float = _MARGIN) -> MemoryModel:
@@ -143,8 +154,10 @@ def device_bytes(trace: TracedMemory, *, shards: int = 1, runtime: int = RUNTIME
     trace itself, `value` and `high` add fragmentation and the runtime. With `shards` replicas that
     shard parameters, gradients and optimizer (ZeRO stage 3) each holds its share, and two blocks
     gathered whole (one computed on, one prefetched), with their gradients."""
-    if shards < 1:
-        raise ValueError(f"shards={shards}: at least 1 replica holds the states.")
+    if not is_count(shards):
+        raise ValueError(
+            f"shards={shards}: at least 1 replica holds the states, and a whole number of them."
+        )
     states = trace.state_bytes / shards
     if shards > 1:
         states = min(float(trace.state_bytes), states + 4 * trace.largest_block_bytes)
@@ -175,7 +188,9 @@ def safe_bytes(traces: Sequence[TracedMemory], num_samples: int, *, shards: int 
     """What a micro-batch of any size safely needs: on the lines between the traced sizes, and
     beyond them by the steepest of those lines, since bytes bend upwards only (the peak of a small
     batch is that of the optimizer's step). One size alone does not tell what a sample needs: below
-    it all of it counts as fixed, and beyond it all but the states grows with the batch."""
+    it all of it counts as fixed, and beyond it all but the states grows with the batch. Raises
+    `ValueError` for a size that is no whole number of at least 1."""
+    _check_size(num_samples)
     knots = _knots(traces, shards)
     slopes = _slopes(knots)
     last, most = knots[-1]

@@ -17,6 +17,8 @@ NOISE_FLOOR = 0.03
 _BELIEVED = 4
 """Degrees of freedom that the repeats of other configurations count for at most: one of them may
 be noisier than another."""
+_ENOUGH = 3
+"""Repeated configurations from which their median is not one odd pair."""
 _NORMAL = 1.4826
 """Standard deviations of a normal distribution in the median of its absolute deviations."""
 _special: Any = special  # scipy ships no types
@@ -29,17 +31,17 @@ def as_measured(
     of the next one's logarithm, such that the 80 % interval of a normal one holds four of five.
     `others` are the measurements of each other configuration.
 
-    The scatter of its own repeats is moderated by that of others', of which the median counts, so
-    that one odd pair does not speak for all: a conjugate prior, and Student's t for what comes
+    The scatter of its own repeats is moderated by that of others', if these are enough, of which
+    the median counts, so that one odd pair does not speak for all: a conjugate prior, and Student's t for what comes
     next (as in Smyth 2004). Never less than `floor`, which is also what is left where nothing was
     repeated."""
     logs = np.log(seen)
     apart = [_deviations(group) for group in others if len(group) > 1]
     value = float(np.median(seen))
-    if len(seen) == 1 and not apart:
+    if len(seen) == 1 and len(apart) < _ENOUGH:
         return value, floor**2
     typical, believed = 0.0, 0
-    if apart:
+    if len(apart) >= _ENOUGH:
         typical = max(floor, _NORMAL * float(np.median(np.concatenate(apart))))
         believed = min(_BELIEVED, sum(len(group) - 1 for group in apart))
     degrees = believed + len(seen) - 1

@@ -51,7 +51,15 @@ class TimeToTarget:
     samples_at: Callable[[float], Estimate] | None
     """By batch size; None where the batch of some run is not known."""
     why: str
-    """Where the samples at another batch size come from, as a sentence."""
+    """Where the samples come from, as a sentence."""
+    elsewhere: str = ""
+    """What `why` goes on to say of batch sizes other than the only one there is; empty where it
+    says all."""
+    only_batch: float | None = None
+
+    def told(self, batch_size: float | None) -> str:
+        """`why` for a question about `batch_size`: a guess that has no part in it is not said."""
+        return f"{self.why}{'' if batch_size == self.only_batch else self.elsewhere}"
 
     def predict(self, num_workers: int, batch_size: float | None) -> Estimate:
         """Seconds to the target, with an 80 % interval. Where some run's batch is not known, as if
@@ -90,7 +98,14 @@ def fit_time_to_target(
         )
     samples_at, why = _samples(finished, history)
     runs = [_timed(run, samples_at) for run in finished]
-    return TimeToTarget(model=fit_training_time(runs), samples_at=samples_at, why=why)
+    told, elsewhere, only = why
+    return TimeToTarget(
+        model=fit_training_time(runs),
+        samples_at=samples_at,
+        why=told,
+        elsewhere=elsewhere,
+        only_batch=only,
+    )
 
 
 def _check(finished: Sequence[FinishedRun]) -> None:
@@ -147,7 +162,8 @@ def most_workers(finished: Sequence[FinishedRun], batch_size: float | None) -> i
 
 def _samples(
     finished: Sequence[FinishedRun], history: Sequence[Run]
-) -> tuple[Callable[[float], Estimate], str]:
+) -> tuple[Callable[[float], Estimate], tuple[str, str, float | None]]:
+    """The samples at a batch size; and `why`, `elsewhere` and `only_batch`."""
     known = [
         Run(batch_size=run.batch_size, samples=run.samples)
         for run in finished
@@ -156,7 +172,7 @@ def _samples(
     known += history
     if len({run.batch_size for run in known}) >= 2:
         curve = fit_samples(known)
-        return curve.predict, curve.why
+        return curve.predict, (curve.why, "", None)
     said = known
     if not known:
         largest = max((run.batch_size for run in finished if run.batch_size), default=1.0)
@@ -164,11 +180,14 @@ def _samples(
     only = known[0].batch_size
     guessed = fit_samples(known, noise_scale=GUESSED_NOISE_SCALE * only)
     same = exact(float(np.median([run.samples for run in known])))
-    where = f"batch {only:g} alone" if said else "no batch size"
-    return (
-        lambda batch: same if batch == only else guessed.predict(batch),
-        f"known at {where}; at others as if the critical batch were 4 times {only:g}, a guess",
-    )
+    alike = all(run.batch_size == only for run in finished)
+    why = f"known at batch {only:g} alone" if said else "given by no run"
+    if alike and not said:
+        why = f"the same on any count, at batch {only:g}"
+    critical = f"the critical batch were {4 * only:.15g}"
+    guess = f"; from one batch size to another as if {critical}, a guess"
+    told = (why, guess, only) if alike else (why + guess, "", None)
+    return lambda batch: same if batch == only else guessed.predict(batch), told
 
 
 def _timed(run: FinishedRun, samples_at: Callable[[float], Estimate]) -> TimedRun:

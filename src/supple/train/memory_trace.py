@@ -4,6 +4,7 @@ tensors, which have shapes and no data, counted by torch's own memory tracker.
 A model far larger than this machine can be traced, on a machine without an accelerator.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, final
@@ -30,6 +31,7 @@ from supple.train.engine import TrainingError
 from supple.train.loader import Loader, MicroBatch, make_loader
 from supple.train.script import run, user_traceback
 
+_TORCHS_OWN_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _STEPS = 2
 """The second one finds the optimizer's state in place, as all later ones do."""
 _FEW = 4
@@ -68,17 +70,25 @@ class TracedJob:
 
 
 def trace_memory(
-    script: str, function: str, *, recompute: bool = False, optimizer: str | None = None
+    script: str,
+    function: str,
+    *,
+    recompute: bool = False,
+    optimizer: str | None = None,
+    verbose: bool = False,
 ) -> TracedJob:
     """Peak bytes at the script's micro-batch, at a half, a quarter and an eighth of it, and at
     larger sizes where these do not tell what a sample needs. `recompute`
     checkpoints the activations of every block: each entry of a `ModuleList` or `Sequential`.
-    `optimizer`, a key of `OPTIMIZERS`, replaces the script's. Raises `SpecError` before any work,
-    `TraceFailed` if the script cannot be traced at its own micro-batch."""
+    `optimizer`, a key of `OPTIMIZERS`, replaces the script's. `verbose` leaves tracebacks whole.
+    Raises `SpecError` before any work, `TraceFailed` if the script cannot be traced at its own
+    micro-batch."""
     tracer = _Tracer(recompute, optimizer)
     untraced: list[tuple[int, str]] = []
     num_found = 0
-    while (tracer.pending or not tracer.found) and (problem := _attempt(tracer, script, function)):
+    while (tracer.pending or not tracer.found) and (
+        problem := _attempt(tracer, script, function, verbose)
+    ):
         if not tracer.found:
             raise TraceFailed(problem)
         # A loop that was left after some batches goes on from the top, as long as it finds a size.
@@ -99,9 +109,12 @@ _LEFT = (
 )
 
 
-def _attempt(tracer: "_Tracer", script: str, function: str) -> str:
+def _attempt(tracer: "_Tracer", script: str, function: str, verbose: bool) -> str:
     """Trace what is pending; why it could not all be, or nothing."""
     problem = ""
+    before = _TORCHS_OWN_LOG.level
+    if not verbose:  # it logs what it raises, and we tell that
+        _TORCHS_OWN_LOG.setLevel(logging.CRITICAL)
     try:
         run(script, function, tracer)
     except _TraceComplete:
@@ -115,7 +128,9 @@ def _attempt(tracer: "_Tracer", script: str, function: str) -> str:
     except (TrainingError, SpecError) as error:
         problem = str(error)
     except Exception as error:
-        problem = f"{script} failed while it was traced:\n{user_traceback(error)}"
+        problem = f"{script} failed while it was traced:\n{user_traceback(error, whole=verbose)}"
+    finally:
+        _TORCHS_OWN_LOG.setLevel(before)
     if tracer.found and not tracer.pending:
         return ""
     if not problem and not tracer.pending:

@@ -129,21 +129,27 @@ def _ended(script: str, end: SystemExit) -> str:
 
 
 def user_traceback(error: BaseException, *, whole: bool = False) -> str:
-    """The traceback as the author of the script wants it: without the frames of this package."""
-    package = str(Path(__file__).resolve().parent.parent)
+    """The traceback as the author of the script wants it: without the frames of this package, and
+    of torch only those of modules and functions with a public name."""
     frames = traceback.extract_tb(error.__traceback__)
     if not whole:
-        frames = [
-            frame
-            for frame in frames
-            if not str(Path(frame.filename).resolve()).startswith(package)
-            and not frame.filename.startswith("<frozen importlib")
-        ]
+        frames = [frame for frame in frames if not _is_machinery(frame.filename)]
     lines = (
         ["Traceback (most recent call last):\n", *traceback.format_list(frames)] if frames else []
     )
     lines += traceback.format_exception_only(error)
     return "".join(lines).rstrip()
+
+
+def _is_machinery(file: str) -> bool:
+    package, path = Path(__file__).resolve().parent.parent, Path(file).resolve()
+    if file.startswith("<frozen importlib") or path.is_relative_to(package):
+        return True
+    torch = getattr(sys.modules.get("torch"), "__file__", None)
+    if torch is None or not path.is_relative_to(folder := Path(torch).resolve().parent):
+        return False
+    inside = path.relative_to(folder)
+    return inside.match("nn/modules/module.py") or any(part[0] == "_" for part in inside.parts)
 
 
 def memory_advice(error: BaseException, num_samples: int) -> str:
