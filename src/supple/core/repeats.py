@@ -31,10 +31,10 @@ def as_measured(
     of the next one's logarithm, such that the 80 % interval of a normal one holds four of five.
     `others` are the measurements of each other configuration.
 
-    The scatter of its own repeats is moderated by that of others', if these are enough, of which
-    the median counts, so that one odd pair does not speak for all: a conjugate prior, and Student's t for what comes
-    next (as in Smyth 2004). Never less than `floor`, which is also what is left where nothing was
-    repeated."""
+    The scatter of its own repeats is moderated by that of others', if these are enough; their
+    median counts, so that one odd pair does not speak for all: a conjugate prior, and Student's t
+    for what comes next (as in Smyth 2004). Never less than `floor`, which is also what is left
+    where nothing was repeated."""
     logs = np.log(seen)
     apart = [_deviations(group) for group in others if len(group) > 1]
     value = float(np.median(seen))
