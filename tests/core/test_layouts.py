@@ -287,7 +287,9 @@ def test_a_tiny_model_may_use_next_to_nothing_of_its_accelerator() -> None:
 
 def test_a_slow_link_that_nobody_named_is_no_reason_to_refuse() -> None:
     asked = run(dp=8, micro_batch=1, num=1)
-    model_of(LayoutMeasurement(run=asked, iteration_s=50.0 * time_of(asked)))
+    seconds = 50.0 * time_of(asked)
+    model = model_of(LayoutMeasurement(run=asked, iteration_s=seconds))
+    assert time_of(asked, model) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("times", [0.3, 0.9, 5.0, 40.0])

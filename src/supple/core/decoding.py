@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from supple.core.interconnects import lookup
 from supple.core.layouts import Device
-from supple.core.spec import is_count, is_positive
+from supple.core.spec import check_counts, is_count, is_positive
 from supple.core.words import in_digits
 
 _Array = npt.NDArray[np.float64]
@@ -163,15 +163,11 @@ class ServingRun:
     """Mean length of an answer."""
 
     def __post_init__(self) -> None:
-        for what, count in (
-            ("num_devices", self.num_devices),
-            ("concurrency", self.concurrency),
-        ):
-            if not is_count(count):
-                raise ValueError(
-                    f"a serving run was asked for with {what}={count:g}: it must be at least 1, "
-                    "and whole. Correct the number."
-                )
+        check_counts(
+            "a serving run was asked for",
+            num_devices=self.num_devices,
+            concurrency=self.concurrency,
+        )
         if not 1 <= self.output_tokens < math.inf:
             raise ValueError(
                 f"a serving run was asked for with output_tokens={self.output_tokens:g}: it must "

@@ -30,7 +30,7 @@ from supple.core.estimates import IMPOSSIBLE, contradiction
 from supple.core.grouped_fit import GroupedFit, fit_groups, unfitted
 from supple.core.layouts import Device
 from supple.core.repeats import measured_estimate
-from supple.core.spec import is_count, is_positive
+from supple.core.spec import check_counts, is_positive
 from supple.core.types import Estimate
 from supple.core.words import in_digits
 
@@ -75,19 +75,15 @@ class DiffusionRun:
     """None: a token stands for 16 x 16 pixels, of a video for four frames too."""
 
     def __post_init__(self) -> None:
-        for what, count in (
-            ("ulysses_degree", self.ulysses_degree),
-            ("ring_degree", self.ring_degree),
-            ("batch_size", self.batch_size),
-            ("num_pixels", self.num_pixels),
-            ("num_frames", self.num_frames),
-            ("num_steps", self.num_steps),
-        ):
-            if not is_count(count):
-                raise ValueError(
-                    f"a diffusion run was asked for with {what}={count:g}: it must be a whole "
-                    "number of at least 1. Correct the number."
-                )
+        check_counts(
+            "a diffusion run was asked for",
+            ulysses_degree=self.ulysses_degree,
+            ring_degree=self.ring_degree,
+            batch_size=self.batch_size,
+            num_pixels=self.num_pixels,
+            num_frames=self.num_frames,
+            num_steps=self.num_steps,
+        )
         for what, size in (
             ("num_parameters", self.num_parameters),
             ("num_tokens", self.num_tokens),

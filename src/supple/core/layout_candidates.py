@@ -17,7 +17,8 @@ from supple.core.layouts import LayoutModel, LayoutRun, Model, Transformer
 from supple.core.learning_rate import TunedRate
 from supple.core.samples import SamplesModel
 from supple.core.spec import is_count, is_positive
-from supple.core.types import ParallelLayout
+from supple.core.types import ParallelLayout, Plan
+from supple.core.words import in_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +154,19 @@ def describe(layout: ParallelLayout) -> str:
         if degree > 1
     ]
     return " ".join(parts) or "one"
+
+
+def run_in_words(layout: ParallelLayout, micro_batch_size: int, recompute: bool) -> str:
+    """4 workers as tp4 with a micro-batch of 2 (recomputed)."""
+    count = layout.world_size
+    how = f" as {describe(layout)}" if count > 1 else ""
+    again = " (recomputed)" if recompute else ""
+    return f"{in_words(count)}{how} with a micro-batch of {micro_batch_size}{again}"
+
+
+def planned_in_words(row: Plan) -> str:
+    """The run of a plan's row."""
+    return run_in_words(row.layout, row.batch.micro_batch_size, row.recompute)
 
 
 def _divisors(number: int) -> list[int]:

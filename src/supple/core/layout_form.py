@@ -317,7 +317,6 @@ def iteration(x: Any, s: Sizes) -> Vector:
     gather = (s.shards - 1.0) / s.shards * 2.0 * s.parameters
     gather = gather * _data_beta(x, s.shards_across, s.shard_rings)
     first, later = (_larger(stage + head, n * gather, power) - head for n in (1.0, 3.0))
-    first, later = (_either(s.shards > 1, with_gathers, stage) for with_gathers in (first, later))
     beta_hop = _either(s.pp_across > 0, np.maximum(x[_BETA_TP], x[_BETA_X]), x[_BETA_TP])
     hop = s.hops * (x[_HOP] + s.hop_bytes * beta_hop)
     pipe = s.rest * (first + hop) + head + (s.micro_batches - 1.0) * (later + head + hop)

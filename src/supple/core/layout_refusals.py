@@ -2,7 +2,13 @@
 
 from collections.abc import Sequence
 
-from supple.core.layout_candidates import LayoutJob, degrees, describe, layouts_for
+from supple.core.layout_candidates import (
+    LayoutJob,
+    degrees,
+    describe,
+    layouts_for,
+    planned_in_words,
+)
 from supple.core.layout_memory import memory_parts, num_parameters
 from supple.core.layouts import LayoutRun, Model, Transformer
 from supple.core.spec import Limits
@@ -86,19 +92,10 @@ def left_out(
 def ran_all_the_same(job: LayoutJob, rows: Sequence[Plan]) -> str:
     """Sentences about the rows that were measured although they were not expected to fit."""
     return "".join(
-        f" {_as_planned(row)} ran, though {_gigabytes(row.memory_bytes.high)} were expected of "
-        f"{_gigabytes(job.memory_bytes)}."
+        f" {planned_in_words(row)} ran, though {_gigabytes(row.memory_bytes.high)} were expected "
+        f"of {_gigabytes(job.memory_bytes)}."
         for row in rows
         if row.memory_bytes.high > job.memory_bytes
-    )
-
-
-def _as_planned(row: Plan) -> str:
-    how = f" as {describe(row.layout)}" if row.num_workers > 1 else ""
-    again = ", recomputed," if row.recompute else ""
-    return (
-        f"{in_words(row.num_workers)}{how} with a micro-batch of "
-        f"{row.batch.micro_batch_size}{again}"
     )
 
 

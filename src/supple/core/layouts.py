@@ -304,7 +304,8 @@ def _far(errors: Vector) -> npt.NDArray[np.bool_]:
     away = np.abs(errors)
     usual = 1.4826 * float(np.median(away))
     far = away > max(_ODD, _ODD_SCATTERS * usual)
-    return far if len(away) >= _ENOUGH_TO_DOUBT and 2 * np.sum(far) < len(away) else far & False
+    some = len(away) >= _ENOUGH_TO_DOUBT and 2 * np.sum(far) < len(away)
+    return far if some else np.zeros_like(far)
 
 
 def _solve(

@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping
 
 from supple.core.choice import PlanTable, is_a_guess
-from supple.core.layout_planner import LayoutJob, describe, run_of
+from supple.core.layout_candidates import LayoutJob, planned_in_words, run_in_words
+from supple.core.layout_planner import run_of
 from supple.core.planner import JobModel, row_for
 from supple.core.spec import Limits
 from supple.core.types import Plan
@@ -60,8 +61,8 @@ def _told_odd(job: LayoutJob) -> str:
     if not job.times.odd:
         return ""
     told = [
-        f"{in_words(row.run.layout.world_size)} as {describe(row.run.layout)} with a micro-batch "
-        f"of {row.run.micro_batch_size} took {row.iteration_s:.3g} s, where the others let "
+        f"{run_in_words(row.run.layout, row.run.micro_batch_size, row.run.recompute)} took "
+        f"{row.iteration_s:.3g} s, where the others let "
         f"{job.times.predict(row.run).value:.3g} s be expected"
         for row in job.times.odd
     ]
@@ -90,21 +91,12 @@ def _which_layout(table: PlanTable, job: LayoutJob) -> str:
     best = _cheapest(left, now)
     if best is not None:
         return (
-            f"Measure {_run_in_words(smaller[best])} first: it narrows the iteration time at "
+            f"Measure {planned_in_words(smaller[best])} first: it narrows the iteration time at "
             f"{chosen.num_workers} from {_shown(now)} to {_shown(left[best])}."
         )
     if is_a_guess(chosen):
-        return f"Measure {_run_in_words(chosen)} itself: no smaller count tells enough."
+        return f"Measure {planned_in_words(chosen)} itself: no smaller count tells enough."
     return ""
-
-
-def _run_in_words(row: Plan) -> str:
-    again = ", recomputed" if row.recompute else ""
-    how = f" as {describe(row.layout)}" if row.num_workers > 1 else ""
-    return (
-        f"{in_words(row.num_workers)}{how} with a micro-batch of "
-        f"{row.batch.micro_batch_size}{again}"
-    )
 
 
 def _cheapest(left: Mapping[int, float], now: float) -> int | None:

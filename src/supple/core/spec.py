@@ -54,6 +54,17 @@ def is_count(value: object) -> bool:
     return isinstance(value, Integral) and int(value) >= 1
 
 
+def check_counts(asked: str, **counts: float) -> None:
+    """Raise `SpecError` naming the first that is no whole number of at least 1; `asked` says what
+    was asked for."""
+    for what, count in counts.items():
+        if not is_count(count):
+            raise SpecError(
+                f"{asked} with {what}={count:g}: it must be a whole number of at least 1. Correct "
+                "the number."
+            )
+
+
 def is_positive(value: float) -> bool:
     """Whether it is a number above 0 and finite."""
     return isinstance(value, Real) and 0 < value < math.inf

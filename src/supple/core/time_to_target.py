@@ -125,13 +125,12 @@ def _check(finished: Sequence[FinishedRun]) -> None:
     if len(fastest) < _ENOUGH_TO_DOUBT:
         pairs += [(a, b) for a in fastest.values() for b in slowest.values()]
     for a, b in pairs:
-        if b.time_s <= _IMPOSSIBLE * _apart(a, b) * a.time_s:
-            continue
-        raise ValueError(
-            f"{_told(a)} and {_told(b)}: times differ by no more than the workers and the "
-            f"batches do, and a factor of {_IMPOSSIBLE:g} besides. Check that all are minutes "
-            "to the same target, and that batches that differ are given."
-        )
+        if b.time_s > _IMPOSSIBLE * _apart(a, b) * a.time_s:
+            raise ValueError(
+                f"{_told(a)} and {_told(b)}: times differ by no more than the workers and the "
+                f"batches do, and a factor of {_IMPOSSIBLE:g} besides. Check that all are minutes "
+                "to the same target, and that batches that differ are given."
+            )
 
 
 def _apart(a: FinishedRun, b: FinishedRun) -> float:

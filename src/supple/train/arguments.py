@@ -4,7 +4,7 @@ Asked alike by everything that looks like a job to a training function."""
 import math
 from typing import Any
 
-from supple.core.spec import SpecError
+from supple.core.spec import SpecError, is_count
 
 
 def check_batches(*, batch_size: Any, epochs: Any = 1, micro_batch_size: Any = None) -> None:
@@ -12,7 +12,7 @@ def check_batches(*, batch_size: Any, epochs: Any = 1, micro_batch_size: Any = N
     given = {"batch_size": batch_size, "epochs": epochs}
     if micro_batch_size is not None:
         given["micro_batch_size"] = micro_batch_size
-    wrong = [name for name, number in given.items() if not _is_count(number)]
+    wrong = [name for name, number in given.items() if not is_count(number)]
     if wrong:
         asked = ", ".join(f"{name}={number!r}" for name, number in given.items())
         raise SpecError(
@@ -33,10 +33,3 @@ def check_rate(lr: Any) -> None:
             f"job.optimizer(lr={lr!r}): a learning rate must be above 0 and finite, or nothing is "
             "learned. Give the one that was tuned at batch_size."
         )
-
-
-def _is_count(number: Any) -> bool:
-    try:
-        return int(number.__index__()) >= 1
-    except (AttributeError, TypeError):
-        return False
