@@ -41,7 +41,7 @@ import numpy as np
 from benchmarks import serve_hosts
 from benchmarks.machine import report
 from supple import load
-from supple.cli_simulate import read_trace
+from supple.arrivals import read_trace
 from supple.core.latency import LatencyPoint, LatencyProfile
 from supple.core.peer_policies import StaticPolicy
 from supple.core.serve_spec import Slo

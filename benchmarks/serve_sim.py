@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import report
 from benchmarks.serving_traces import SYNTHETIC, Floats
-from supple.cli_simulate import read_trace
+from supple.arrivals import read_trace
 from supple.core.autoscaler import ScalerState, ServiceView, scale
 from supple.core.latency import LatencyProfile
 from supple.core.peer_policies import PEERS, policies

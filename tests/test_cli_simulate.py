@@ -8,9 +8,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from supple.cli import app
-from supple.cli_simulate import parse_service, read_trace
+from supple.cli_simulate import parse_service
 from supple.core.peer_policies import PEERS
-from supple.core.spec import SpecError
 
 PROMISE = ("--slo", "p99=6s", "--service", "2s")
 
@@ -92,34 +91,6 @@ def test_nonsense_is_refused_with_one_message(arguments: tuple[str, ...], said: 
     assert said in result.stderr
     assert "Traceback" not in result.output
     assert result.stdout == ""
-
-
-def test_a_trace_may_be_bare_numbers_in_any_order() -> None:
-    Path("bare.csv").write_text("7.5\n5\n\n6\n")
-    assert read_trace(Path("bare.csv")).tolist() == [0.0, 1.0, 2.5]
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "no request"),
-        ("arrival_s\n", "no request"),
-        ("time\n1\n", "none is arrival_s"),
-        ("\ufeffarrival_s\n1\n\nsoon\n", "line 4: 'soon'"),
-        ("arrival_s\n1\nnan\n", "line 3: 'nan'"),
-        ("a,arrival_s\n1\n", "line 2: ''"),
-    ],
-)
-def test_a_file_that_is_no_trace_is_refused_with_its_line(text: str, said: str) -> None:
-    Path("bad.csv").write_text(text)
-    with pytest.raises(SpecError, match=said):
-        read_trace(Path("bad.csv"))
-
-
-def test_bytes_that_are_no_text_are_no_trace() -> None:
-    Path("bytes.csv").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(SpecError, match="it is no CSV in UTF-8"):
-        read_trace(Path("bytes.csv"))
 
 
 def test_a_service_is_one_time_or_times_of_batches() -> None:

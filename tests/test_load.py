@@ -19,7 +19,6 @@ from supple import load
 from supple.cli import app
 from supple.cluster.control import ControlServer
 from supple.core.serve_spec import Slo
-from supple.core.spec import SpecError
 from supple.load_replicas import ReplicaSeconds, service_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -123,23 +122,6 @@ def test_a_trace_is_replayed_from_its_first_arrival_at_a_speed(tmp_path: Path) -
     path.write_text("arrival_s,tokens\n12,3\n10,1\n20,2\n")
     assert load.replay(path, speed=2.0).tolist() == [0.0, 1.0, 5.0]
     assert load.replay(path, speed=2.0, duration_s=1.0).tolist() == [0.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("time\n1\n", "it needs arrival_s"),
-        ("arrival_s\n1\n\nsoon\n", "line 4: arrival_s is 'soon': not a finite number"),
-        ("tokens,arrival_s\n1\n", "line 2: arrival_s is '': not a finite number"),
-        ("arrival_s\n", "has no arrivals"),
-        ("\ufeffarrival_s\nnan\n", "line 2: arrival_s is 'nan': not a finite"),
-    ],
-)
-def test_a_trace_that_is_none_is_refused(tmp_path: Path, text: str, words: str) -> None:
-    path = tmp_path / "trace.csv"
-    path.write_text(text)
-    with pytest.raises(SpecError, match=words):
-        load.replay(path, speed=1.0)
 
 
 def test_requests_are_sent_though_earlier_ones_are_not_answered() -> None:

@@ -3,16 +3,15 @@
 A trace is a CSV file with a column `arrival_s`, or one number a line.
 """
 
-import csv
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
+from supple.arrivals import COLUMN, read_trace
 from supple.core.latency import LatencyPoint, LatencyProfile, ProfileError
 from supple.core.peer_policies import PEERS, policies
 from supple.core.serve_spec import (
@@ -23,7 +22,7 @@ from supple.core.serve_spec import (
     parse_slo,
     refuse_impossible,
 )
-from supple.core.serving_simulator import Floats, Scenario, ServingRun, simulate, with_failures
+from supple.core.serving_simulator import Scenario, ServingRun, simulate, with_failures
 from supple.core.spec import SpecError, parse_count, parse_duration, parse_money
 from supple.refusals import messages
 
@@ -32,9 +31,6 @@ simulate_app = typer.Typer(
     rich_markup_mode=None,
     help="Replay a trace with the code that decides in production.",
 )
-
-_COLUMN = "arrival_s"
-_MOST_REQUESTS = 5_000_000
 
 
 @simulate_app.callback(
@@ -54,7 +50,7 @@ def choose() -> None:
     "constant replicas that keep the promise, and a clairvoyant that knows the trace.",
 )
 def serve(
-    trace: Annotated[Path, typer.Argument(help=f"A CSV file with a column {_COLUMN}.")],
+    trace: Annotated[Path, typer.Argument(help=f"A CSV file with a column {COLUMN}.")],
     slo: Annotated[str, typer.Option(help="The promise: p99=100ms.")],
     service: Annotated[
         str, typer.Option(help="Time of one prediction; or of batches: 1=20ms,16=60ms.")
@@ -169,52 +165,6 @@ def parse_service(text: str, *, startup_s: float) -> LatencyProfile:
         return LatencyProfile(points=tuple(points), startup_s=startup_s)
     except ProfileError as error:
         raise SpecError(f"--service {text}: {error}") from None
-
-
-def read_trace(path: Path) -> Floats:
-    """Sorted arrivals in seconds, the first at 0; a `SpecError` for anything else."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            numbered = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        said = error.strerror if isinstance(error, OSError) else "it is no CSV in UTF-8"
-        raise SpecError(f"the trace {path} cannot be read: {said}.") from None
-    rows = [row for _, row in numbered]
-    column, first = 0, 0
-    if rows and not _is_number(rows[0][0]):
-        names = [name.strip() for name in rows[0]]
-        if _COLUMN not in names:
-            raise SpecError(
-                f"the trace {path} has the columns {', '.join(names)[:200]}: none is {_COLUMN}. "
-                "Name the column with the seconds of arrival so."
-            )
-        column, first = names.index(_COLUMN), 1
-    if len(rows) - first > _MOST_REQUESTS:
-        raise SpecError(
-            f"the trace {path} has {len(rows) - first} requests: at most {_MOST_REQUESTS} are "
-            "simulated. Cut it."
-        )
-    arrivals: list[float] = []
-    for line, row in numbered[first:]:
-        text = row[column].strip() if column < len(row) else ""
-        if not _is_number(text):
-            raise SpecError(
-                f"the trace {path}, line {line}: {text!r} is no time in seconds. Correct the line, "
-                "or delete it."
-            )
-        arrivals.append(float(text))
-    if not arrivals:
-        raise SpecError(f"the trace {path} has no request: give at least one row.")
-    found = np.sort(np.array(arrivals))
-    return found - found[0]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def to_json(scenario: Scenario, runs: Mapping[str, ServingRun]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ time, which on one machine is taken from the service that is measured.
 """
 
 import asyncio
-import csv
 import json
 import math
 import signal
@@ -24,6 +23,7 @@ from typing import Any, Final, final
 import aiohttp
 import numpy as np
 
+from supple.arrivals import read_trace
 from supple.core.serve_spec import Slo
 from supple.core.spec import SpecError
 
@@ -50,40 +50,10 @@ def poisson(*, rate_per_s: float, duration_s: float, seed: int) -> Times:
 
 
 def replay(path: Path, *, speed: float, duration_s: float | None = None) -> Times:
-    """The arrivals of a CSV with a column `arrival_s`, `speed` times as fast, of the first
-    `duration_s` seconds of the run. Raises `SpecError`."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            if "arrival_s" not in (rows.fieldnames or ()):
-                raise SpecError(
-                    f"--trace {path} has the columns {', '.join(rows.fieldnames or ()) or 'none'}: "
-                    "it needs arrival_s, seconds from its start."
-                )
-            times = np.array(
-                [_arrival(row, f"--trace {path}, line {rows.line_num}") for row in rows]
-            )
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        said = error.strerror if isinstance(error, OSError) else "it is no CSV in UTF-8"
-        raise SpecError(f"--trace {path} cannot be read: {said}. Give a CSV file.") from None
-    if not len(times):
-        raise SpecError(f"--trace {path} has no arrivals: it needs at least one row.")
-    due = (np.sort(times) - times.min()) / speed
+    """The arrivals of a trace, `speed` times as fast, of the first `duration_s` seconds of the run.
+    Raises `SpecError`."""
+    due = read_trace(path) / speed
     return due if duration_s is None else due[due <= duration_s]
-
-
-def _arrival(row: Mapping[str, str | None], where: str) -> float:
-    text = row["arrival_s"] or ""
-    try:
-        time_s = float(text)
-    except ValueError:
-        time_s = math.nan
-    if not math.isfinite(time_s):
-        raise SpecError(
-            f"{where}: arrival_s is {text!r}: not a finite number of seconds. Correct the line, or "
-            "delete it."
-        )
-    return time_s
 
 
 @final
