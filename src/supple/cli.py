@@ -34,6 +34,7 @@ from supple.core.spec import (
     parse_schedule,
     parse_workers,
 )
+from supple.core.words import in_words
 from supple.refusals import FAILED, messages, refuse_used_port, split_target
 from supple.train.script import check
 
@@ -229,7 +230,7 @@ def resize(
         job,
         {"ask": "resize", "num_workers": count},
         as_json,
-        lambda answer: f"{job}: {answer['accepted']} workers wanted",
+        lambda answer: f"{job}: {in_words(answer['accepted'])} wanted",
     )
 
 
@@ -285,7 +286,7 @@ def _status_line(answer: dict[str, Any]) -> str:
     where = f"step {progress['step']}, " if progress else ""
     return (
         f"{answer['job']}: {answer['phase']}, {where}generation {answer['generation']}, "
-        f"{len(answer['members'])} workers: {members}"
+        f"{in_words(len(answer['members']))}{f': {members}' if members else ''}"
     )
 
 

@@ -6,8 +6,9 @@ attempts in a row whose new worker did not last a few steps (a bad machine). Pas
 a job goes on with whom it has and tries again ever more rarely; with too few, it fails.
 """
 
-from supple.core.membership import JobState, Phase, Turn, in_words, ordinal
+from supple.core.membership import JobState, Phase, Turn, ordinal
 from supple.core.types import LossCause, StopWorker, WorkerId
+from supple.core.words import in_words
 
 BACK_OFF_S = 30.0
 BACK_OFF_DOUBLINGS = 7

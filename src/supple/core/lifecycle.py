@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from supple.core.failures import advance, in_short, is_hopeless, lose, strike
-from supple.core.membership import JobState, Phase, Turn, in_words
+from supple.core.membership import JobState, Phase, Turn
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     Action,
@@ -37,6 +37,7 @@ from supple.core.types import (
     WorkerStatus,
     WorkerStopped,
 )
+from supple.core.words import in_words
 
 __all__ = ["JobState", "Phase", "start", "step"]
 

@@ -25,6 +25,7 @@ from supple.core.types import (
     WorkerId,
     WorkerStatus,
 )
+from supple.core.words import in_words
 
 
 class Phase(Enum):
@@ -200,10 +201,6 @@ class JobState:
 def ordinal(worker_id: WorkerId) -> int:
     """The how-manieth worker of its job this is, from 0."""
     return int(worker_id[1:])
-
-
-def in_words(num_workers: int) -> str:
-    return "1 worker" if num_workers == 1 else f"{num_workers} workers"
 
 
 @final

@@ -18,6 +18,7 @@ from supple.core.samples import Run, fit_samples
 from supple.core.spec import is_count
 from supple.core.training_time import TimedRun, TrainingTimeModel, fit_training_time
 from supple.core.types import Estimate
+from supple.core.words import in_words
 
 GUESSED_NOISE_SCALE = 2.0
 """Over the only batch size whose samples are known, or, where none is, over the largest one seen: a
@@ -68,7 +69,7 @@ class TimeToTarget:
             return self.model.predict(num_workers, 1.0, 1.0)
         if batch_size is None:
             raise ValueError(
-                f"the time on {num_workers} workers was asked for without a batch size, and the "
+                f"the time on {in_words(num_workers)} was asked for without a batch size, and the "
                 "runs say theirs: give the global batch size."
             )
         return self.model.predict(num_workers, batch_size, self.samples_at(batch_size))
@@ -142,7 +143,7 @@ def _apart(a: FinishedRun, b: FinishedRun) -> float:
 
 def _told(run: FinishedRun) -> str:
     batch = "" if run.batch_size is None else f" with batch {run.batch_size:g}"
-    return f"a run on {run.num_workers} workers{batch} took {run.time_s / 60:g} minutes"
+    return f"a run on {in_words(run.num_workers)}{batch} took {run.time_s / 60:g} minutes"
 
 
 def most_workers(finished: Sequence[FinishedRun], batch_size: float | None) -> int | None:
