@@ -20,7 +20,8 @@ from supple.core.types import (
     WorkerId,
     WorkerLost,
 )
-from supple.live import LiveLine, Tally, duration, how_far, in_words, with_what
+from supple.core.words import in_words
+from supple.live import LiveLine, Tally, duration, how_far, with_what
 
 JOB = JobId("digits")
 

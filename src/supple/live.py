@@ -24,7 +24,7 @@ from supple.core.types import (
     WorkerId,
     WorkerLost,
 )
-from supple.core.words import accelerator_hours, in_digits
+from supple.core.words import accelerator_hours, in_digits, in_words
 
 _PLAIN_EVERY_S = 5.0
 _BAR = 24
@@ -267,11 +267,6 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
-
-
-def in_words(num_workers: int) -> str:
-    """`1` as "1 worker", `2` as "2 workers"."""
-    return _count_of(num_workers, "worker", "workers")
 
 
 def _count_of(number: int, one: str, many: str) -> str:
