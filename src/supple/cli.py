@@ -30,6 +30,7 @@ from supple.core.spec import (
     parse_batch,
     parse_duration,
     parse_money,
+    parse_on_non_finite,
     parse_rule,
     parse_schedule,
     parse_workers,
@@ -168,6 +169,13 @@ def train(
     max_failures: Annotated[
         int, typer.Option(help="Losses in a row without progress that are retried.")
     ] = 3,
+    on_non_finite: Annotated[
+        str,
+        typer.Option(
+            help="A step whose loss or gradient is not finite is never applied. stop: the job "
+            "fails. skip: it is counted and left out, up to 10 in a row."
+        ),
+    ] = "stop",
     max_steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
     price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
     run_dir: Annotated[str, typer.Option(help="Where runs keep their files.")] = "supple-runs",
@@ -199,6 +207,7 @@ def train(
             gpus_per_worker=gpus_per_worker,
             heartbeat_timeout_s=parse_duration(heartbeat_timeout, what="--heartbeat-timeout"),
             max_failures=max_failures,
+            on_non_finite=parse_on_non_finite(on_non_finite),
             max_steps=max_steps,
             price_per_hour=parse_money(price, what="--price") if price else None,
         )

@@ -154,6 +154,9 @@ def with_what(progress: Progress) -> Parts:
         (f"  batch {progress.global_batch_size}  lr {progress.lr:.3g}", ""),
         (f"  {rate:,.0f} samples/s", "green"),
     ]
+    if progress.skipped_steps:
+        skipped = _count_of(progress.skipped_steps, "step", "steps")
+        parts.append((f"  {skipped} skipped (not finite)", "yellow"))
     if progress.efficiency is not None:
         parts.append((f"  goodput {rate * progress.efficiency:,.0f}", "green"))
     return parts
@@ -177,6 +180,7 @@ class Tally:
         self._lost_members = False
         self._first_step: int | None = None
         self.last_step = 0
+        self.skipped_steps = 0
         self.num_resizes = 0
         self.num_recoveries = 0
         self.sizes: set[int] = set()
@@ -216,6 +220,7 @@ class Tally:
 
     def progressed(self, progress: Progress) -> None:
         self.last_step = max(self.last_step, progress.step)
+        self.skipped_steps = progress.skipped_steps
 
     def printed(self, line: str) -> None:
         return
@@ -230,8 +235,9 @@ class Tally:
         hours = self._worker_s / 3600
         cost = "" if price_per_hour is None else f", cost {in_digits(hours * price_per_hour)}"
         began = f" (from step {self._first_step:,})" if self._first_step else ""
+        skipped = f" ({self.skipped_steps:,} of the run skipped)" if self.skipped_steps else ""
         return (
-            f"{self.last_step - self._first_step:,} steps{began} in {elapsed} on "
+            f"{self.last_step - self._first_step:,} steps{began}{skipped} in {elapsed} on "
             f"{in_words(high) if low == high else f'{low} to {high} workers'}: "
             f"{_count_of(self.num_resizes, 'resize', 'resizes')}, "
             f"{_count_of(self.num_recoveries, 'recovery', 'recoveries')}; "

@@ -30,6 +30,7 @@ OPTIONS = {
     "gpus_per_worker": "--gpus-per-worker",
     "heartbeat_timeout_s": "--heartbeat-timeout",
     "max_failures": "--max-failures",
+    "on_non_finite": "--on-non-finite",
     "max_steps": "--max-steps",
     "price_per_hour": "--price",
 }

@@ -1,12 +1,15 @@
 """The reducer gives the exact gradient of the global batch for shares of any size."""
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from supple.train.group import CollectiveFailed, Group
-from supple.train.reduce import GradientReducer, _cut
+from supple.train.reduce import Bucket, GradientReducer, _cut
 from tests.train.ranks import run_ranks
 
 torch.manual_seed(3)
@@ -129,6 +132,96 @@ def test_a_lost_peer_fails_the_step_and_the_next_step_is_clean() -> None:
     reduced(None, model, 0, 10)
     for param, expected in zip(model.parameters(), reference(), strict=True):
         torch.testing.assert_close(param.grad, expected)
+
+
+def make_wide_model() -> nn.Module:
+    """Three buckets."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(6, 6), *(nn.Linear(6, 6) for _ in range(2))))
+
+
+def reducer_of(model: nn.Module, group: Group | None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("supple.train.reduce._BUCKET_BYTES", 200)
+    monkeypatch.setattr("supple.train.reduce._FIRST_BUCKET_BYTES", 200)
+    reducer = GradientReducer(list(model.parameters()), [], num_stats=1)
+    assert len(reducer.buckets) == 3
+    arm(reducer, group)
+    return reducer
+
+
+def arm(reducer: GradientReducer, group: Group | None) -> None:
+    reducer.zero()
+    reducer.arm(group, before_launch=lambda _: None, stats=lambda: [1.0], buffer_weight=1.0)
+
+
+def test_a_peer_lost_before_or_during_the_backward_pass_is_told_by_finish_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_wide_model()
+    launched: list[int] = []
+
+    def body(group: Group) -> None:
+        if group.rank == 1:
+            return
+        reducer = reducer_of(model, group, monkeypatch)
+        works = group.all_reduce
+
+        def all_reduce(tensor: torch.Tensor) -> Any:
+            launched.append(tensor.numel())
+            if len(launched) == 2:
+                raise CollectiveFailed("the peer is gone")
+            return works(tensor)
+
+        monkeypatch.setattr(Group, "all_reduce", lambda _self, tensor: all_reduce(tensor))
+        model(X).sum().backward()
+        with pytest.raises(CollectiveFailed, match="the peer is gone"):
+            reducer.finish()
+        reducer.abandon()
+
+    run_ranks(2, body)
+    assert len(launched) == 2
+
+
+def test_an_abandoned_reduction_that_goes_on_adds_nothing_to_a_later_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A peer that was only slow, such as one that was suspended, comes back to a reduction that
+    the others have given up."""
+    model = make_wide_model()
+    aborted, abandoned = threading.Event(), threading.Event()
+    seen: list[torch.Tensor] = []
+    late: list[Bucket] = []
+
+    def body(group: Group) -> None:
+        if group.rank == 1:
+            assert abandoned.wait(30)
+            for bucket in late:
+                group._group.allreduce([torch.full_like(bucket.flat, 1000.0)]).wait()
+            return
+        reducer = reducer_of(model, group, monkeypatch)
+        model(X).sum().backward()
+        works = reducer._works
+        late.extend(reducer.buckets[: len(works)])
+        assert len(late) == 2
+        aborted.set()
+        with pytest.raises(CollectiveFailed, match="aborted"):
+            reducer.finish()
+        reducer.abandon()
+        arm(reducer, None)
+        model(X).sum().backward()
+        before = [bucket.flat.clone() for bucket in reducer.buckets]
+        abandoned.set()
+        for work in works:
+            work.wait()
+        assert all(bucket.flat.equal(b) for bucket, b in zip(reducer.buckets, before, strict=True))
+        reducer.finish()
+        seen.extend(param.grad for param in model.parameters())
+
+    run_ranks(2, body, aborted=aborted)
+    expected = make_wide_model()
+    expected(X).sum().backward()
+    for grad, param in zip(seen, expected.parameters(), strict=True):
+        torch.testing.assert_close(grad, param.grad)
 
 
 def test_the_tail_rides_in_a_float32_bucket_even_for_a_bfloat16_model() -> None:

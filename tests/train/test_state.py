@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from supple.train.group import CollectiveFailed, Group
-from supple.train.state import TrainState, _buckets, share_state
+from supple.train.rehearsal import Rehearsal
+from supple.train.state import TrainState, _buckets, _encode, _pack, share_state
 from tests.train.ranks import run_ranks
 
 
@@ -57,7 +58,7 @@ def test_everyone_ends_with_the_state_of_the_most_committed_steps(
     assert run_ranks(len(steps), body) == [{"step": 4}] * len(steps)
     source = make_state(0, 2)
     assert all(same(state, source) for state in states)
-    assert {state._optimizer.param_groups[0]["lr"] for state in states} == {0.01}
+    assert {state.optimizer.param_groups[0]["lr"] for state in states} == {0.01}
 
 
 def test_a_state_that_nobody_has_is_not_invented() -> None:
@@ -78,24 +79,64 @@ def test_a_fresh_optimizer_state_replaces_a_rehearsed_one() -> None:
 
     run_ranks(2, body)
     assert same(fresh, rehearsed)
-    assert not rehearsed._optimizer.state
+    assert not rehearsed.optimizer.state
 
 
-def test_a_rank_behind_keeps_its_own_state_when_the_source_dies_half_way() -> None:
-    behind = make_state(1, 1)
-    before = copy.deepcopy(behind.tensors())
+@pytest.mark.parametrize("step", [4, None])
+def test_a_receiver_keeps_what_it_had_when_the_source_dies_half_way(step: int | None) -> None:
+    source, receiver = make_wide(0), make_wide(1)
+    rehearsal = Rehearsal(receiver)
+    train_a_little(receiver)
+    rehearsal.undo()
+    before = copy.deepcopy(receiver.tensors())
 
     def body(group: Group) -> None:
         if group.rank == 0:
             group.all_gather(torch.tensor([5]))
-            group.close()
+            send_the_first_message(group, source)
             return
         with pytest.raises(CollectiveFailed):
-            share_state(group, behind, {"step": 4}, 4)
+            share_state(group, receiver, None if step is None else {"step": step}, step)
 
     run_ranks(2, body)
-    now = behind.tensors()
+    now = receiver.tensors()
+    assert list(now) == list(before)
     assert all(torch.equal(now[name], before[name]) for name in before)
+
+
+def make_wide(seed: int) -> TrainState:
+    """A state of more than one message."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(1200, 2000), nn.Linear(2000, 1200))
+    return TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), {})
+
+
+def train_a_little(state: TrainState) -> None:
+    state.model(torch.ones(1, 1200)).sum().backward()
+    state.optimizer.step()
+
+
+def send_the_first_message(group: Group, state: TrainState) -> None:
+    """All that a source sends before the second of its messages with tensors, and no more."""
+    encoded = _encode(state.describe({"step": 5}))
+    tensors = list(state.tensors().values())
+    buckets = _buckets([tensor.numel() * tensor.element_size() for tensor in tensors])
+    assert len(buckets) > 1
+    messages = [torch.tensor([encoded.numel()]), encoded, _pack(tensors, buckets[0])]
+    group.wait_for_messages([group.send(part, 1, tag) for tag, part in enumerate(messages)])
+
+
+def test_the_optimizers_tensors_arrive_in_the_memory_format_of_their_parameters() -> None:
+    states = [make_state(0, 2), make_state(1, 0)]
+
+    def body(group: Group) -> None:
+        step = 4 if group.rank == 0 else None
+        share_state(group, states[group.rank], {} if step else None, step)
+
+    run_ranks(2, body)
+    left, right = (state.tensors() for state in states)
+    assert not left["param/0.weight"].is_contiguous()
+    assert all(left[name].stride() == right[name].stride() for name in left)
 
 
 def test_another_model_is_refused_with_the_tensor_that_differs() -> None:
@@ -103,7 +144,7 @@ def test_another_model_is_refused_with_the_tensor_that_differs() -> None:
     other = nn.Linear(3, 3)
     stranger = TrainState(other, torch.optim.SGD(other.parameters(), lr=0.1), {})
     with pytest.raises(ValueError, match=r"param/0\.weight.*no such tensor"):
-        stranger.prepare(state.describe({}))
+        stranger.take(state.describe({}), list(state.tensors().values()))
 
 
 def test_a_checkpoint_payload_restores_bit_for_bit_and_shares_no_memory() -> None:

@@ -336,4 +336,13 @@ def _account(before: JobState, members: tuple[WorkerId, ...]) -> tuple[str, int,
         elif kind == "shrink" and now > was:
             kind = "grow"
     size = f"{was} -> {in_words(now)}" if was != now else in_words(now)
-    return kind, now, f"{size}: {reason}"
+    return kind, now, f"{size}: {reason}{_begun_afresh(before, members)}"
+
+
+def _begun_afresh(before: JobState, members: tuple[WorkerId, ...]) -> str:
+    """What is gone, and what is begun from instead, where no member holds state any more."""
+    if before.step <= 0 or any(before.workers[w].step >= 0 for w in members):
+        return ""
+    of = f" of step {before.restore_step}" if before.restore_step >= 0 else ""
+    begun = f"the checkpoint {before.restore}{of}" if before.restore else "the initial weights"
+    return f"; the state of step {before.step} is gone with its last holder: starting from {begun}"

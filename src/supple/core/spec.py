@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 BatchMode = Literal["fixed", "adaptive"]
 LrRule = Literal["auto", "linear", "sqrt", "adascale", "constant"]
+OnNonFinite = Literal["stop", "skip"]
 MAX_WORKERS = 65_536
 """More than any pool known; a larger count is a typing error."""
 _SEEDS_END = 2**63
@@ -110,6 +111,14 @@ def parse_rule(text: str) -> LrRule:
         if text == rule:
             return rule
     raise SpecError(f"--lr-rule {text}: no such rule. Choose one of {', '.join(get_args(LrRule))}.")
+
+
+def parse_on_non_finite(text: str) -> OnNonFinite:
+    """`"stop"` or `"skip"`."""
+    for choice in get_args(OnNonFinite):
+        if text == choice:
+            return choice
+    raise SpecError(f"--on-non-finite {text}: choose {' or '.join(get_args(OnNonFinite))}.")
 
 
 def parse_name(text: str, known: Iterable[str], *, what: str) -> str:
@@ -213,6 +222,8 @@ class TrainSpec:
     heartbeat_timeout_s: float = 4.0
     max_failures: int = 3
     """Losses in a row without a committed step between them, after which a job is not retried."""
+    on_non_finite: OnNonFinite = "stop"
+    """What a step does whose loss or gradient is not a finite number."""
     max_steps: int | None = None
     """End after so many committed steps (None: after all epochs)."""
     price_per_hour: float | None = None
@@ -225,6 +236,7 @@ class TrainSpec:
             )
         check_one_of(self.batch, get_args(BatchMode), what="batch")
         check_one_of(self.lr_rule, get_args(LrRule), what="lr_rule")
+        check_one_of(self.on_non_finite, get_args(OnNonFinite), what="on_non_finite")
         for what, value, least in (
             ("--logical-shards", self.num_logical_shards, 1),
             ("--max-failures", self.max_failures, 0),

@@ -330,5 +330,7 @@ class Progress:
     optimizer: str
     """Its class name."""
     gradient_bytes: int
+    skipped_steps: int = 0
+    """Steps of the run that were left out because their loss or gradient was not finite."""
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     """What the script reported last."""

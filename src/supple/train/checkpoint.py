@@ -167,6 +167,10 @@ class CheckpointStore:
         refuse_other_model(path, manifest.signature, expected_signature)
         return payload, manifest.meta
 
+    def refusal(self, step: int, why: str) -> str:
+        """The message where `step` is not even tried to be saved."""
+        return f"step {step} cannot be saved in {self._directory}: {why}. {self._last_good()}"
+
     def _make_directory(self) -> None:
         if not self._directory.is_dir():
             self._directory.mkdir(parents=True, exist_ok=True)

@@ -168,21 +168,23 @@ def refuse_other_model(
     )
 
 
-def refuse_unsafe(value: Any, where: str = "the state") -> None:
+def refuse_unsafe(
+    value: Any, where: str = "the state", advice: str = "Convert it in your state_dict()"
+) -> None:
     """Raise `TypeError` if `value` holds what `weights_only` would not load, saying where."""
     if type(value) not in _SAFE:
         raise TypeError(
             f"{where} is a {type(value).__module__}.{type(value).__qualname__}, and only tensors, "
             "numbers, strings, bytes, None, lists, tuples, sets and dicts of them can be loaded "
-            "again without running code. Convert it in your state_dict()"
+            f"again without running code. {advice}"
         )
     if isinstance(value, Mapping):
         for key, item in value.items():
-            refuse_unsafe(key, f"a key of {where}")
-            refuse_unsafe(item, f"{where}[{key!r}]")
+            refuse_unsafe(key, f"a key of {where}", advice)
+            refuse_unsafe(item, f"{where}[{key!r}]", advice)
     elif isinstance(value, (list, tuple, set)):
         for index, item in enumerate(value):
-            refuse_unsafe(item, f"{where}[{index}]")
+            refuse_unsafe(item, f"{where}[{index}]", advice)
 
 
 def size_of(value: Any) -> int:

@@ -4,7 +4,6 @@ What it changes before a step has committed (gradients, sums) is thrown away wit
 commit changes (weights, optimizer, count, position, noise scale) changes nowhere else.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from supple.core.noise import NoiseState, update
 from supple.core.order import mix
 from supple.core.spec import TrainSpec
+from supple.train.finite import FiniteSteps, TrainingError
 from supple.train.group import Group
 from supple.train.loader import Loader, MicroBatch
 from supple.train.meter import Meter
@@ -25,10 +25,10 @@ from supple.train.reproducible import TreeReducer
 
 _SAMPLES, _HEARD, _LOSS, _SQ_NORM, _NUM_PARTS, _NUM_STATS = range(6)
 """What rides along with the gradients, before the loader's own numbers."""
+_CHECK_WEIGHTS_EVERY = 16
+"""Steps: looking at every weight costs a pass over them."""
 
-
-class TrainingError(Exception):
-    """The user's script asked for something that cannot work. The message is complete."""
+__all__ = ["StepEngine", "TrainingError"]
 
 
 @final
@@ -61,6 +61,8 @@ class StepEngine:
         )
         self._reducer = self._tree or GradientReducer(params, changed_buffers, num_stats)
         self._noise_meter = NoiseMeter(self._reducer.buckets, optimizer)
+        names = {param: name for name, param in model.named_parameters() if param.requires_grad}
+        self.finite = FiniteSteps(spec.on_non_finite, names)
         self.optimizer_name = type(optimizer).__name__
         self.gradient_bytes = sum(param.numel() * param.element_size() for param in params)
         self._loss_sum, self._num_samples = 0.0, 0
@@ -115,24 +117,24 @@ class StepEngine:
     def commit(self, clip_norm: float | None, fraction: float) -> bool:
         """Wait for the reduction, update, count. True if some rank has heard of a next generation.
 
-        Raises `CollectiveFailed` with nothing changed (call `abandon`), and `TrainingError` for a
-        loss that is not a finite number, before the update.
+        A step that is left out because it is not finite counts, with its samples, and updates
+        nothing. Raises `CollectiveFailed` with nothing changed (call `abandon`), and
+        `TrainingError` where a step that is not finite must stop the job: the state is that of the
+        step before.
         """
         stats = self._reducer.finish()
         self.meter.lap("sync")
         lr = self._rate.at(self.step, fraction)
-        self._refuse_nonsense(stats, lr)
         self._correct_weights(stats[_SAMPLES])
-        sample = self._noise_meter.sample(stats[_SQ_NORM], stats[_NUM_PARTS], stats[_SAMPLES])
-        if sample is not None:
-            self.noise = update(self.noise, sample)
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._model.parameters(), clip_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
+        if self._must_skip(stats, lr):
+            self._reducer.discard()
+        else:
+            self._update(stats, clip_norm, lr)
         self.step += 1
         self._loader.commit(stats[_NUM_STATS:])
+        last = self._loader.done or self.step == self._spec.max_steps
+        if last or self.step % _CHECK_WEIGHTS_EVERY == 0:
+            self.finite.check_weights(self.step, lr)
         self.meter.lap("optimizer")
         self.meter.end_step()
         return stats[_HEARD] > 0
@@ -152,15 +154,28 @@ class StepEngine:
         mine = (float(self._num_samples), float(heard), self._loss_sum, sq_norm, num_parts)
         return (*mine, *self._loader.stats())
 
-    def _refuse_nonsense(self, stats: Sequence[float], lr: float) -> None:
-        loss = stats[_LOSS] / max(stats[_SAMPLES], 1.0)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {self.step + 1} (learning rate {lr:g}, batch of "
-                f"{stats[_SAMPLES]:.0f}). A step with such a loss is not applied, the last "
-                "checkpoint is intact. Lower the learning rate, clip gradients "
-                "(job.step(loss, clip_norm=1.0)) or check the data."
+    def _must_skip(self, stats: Sequence[float], lr: float) -> bool:
+        try:
+            return self.finite.must_skip(
+                stats[_LOSS] / max(stats[_SAMPLES], 1.0),
+                self._reducer.buckets,
+                step=self.step + 1,
+                lr=lr,
+                num_samples=stats[_SAMPLES],
             )
+        except TrainingError:
+            self._reducer.discard()
+            raise
+
+    def _update(self, stats: Sequence[float], clip_norm: float | None, lr: float) -> None:
+        sample = self._noise_meter.sample(stats[_SQ_NORM], stats[_NUM_PARTS], stats[_SAMPLES])
+        if sample is not None:
+            self.noise = update(self.noise, sample)
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._model.parameters(), clip_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
 
     def _correct_weights(self, num_samples: float) -> None:
         """Iterable shards may run dry before the planned batch is full."""

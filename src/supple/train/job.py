@@ -27,7 +27,7 @@ from supple.train.loader import Loader, MicroBatch, make_loader
 from supple.train.mailbox import Mailbox
 from supple.train.member import Identity, Membership
 from supple.train.rate import LearningRate, constant
-from supple.train.rehearsal import Rehearsal
+from supple.train.rehearsal import Rehearsal, check_kept
 from supple.train.reporter import Reporter
 from supple.train.saver import Saver
 from supple.train.state import TrainState
@@ -113,6 +113,7 @@ class Job:
         if not params:
             raise TrainingError("the model has no parameter that requires a gradient.")
         check_rate(lr)
+        lr = float(lr)
         self._optimizer = cls(params, lr=lr, **options)
         self._rate = LearningRate(self._spec.lr_rule, type(self._optimizer).__name__)
         self._rate.base_lr = lr
@@ -120,7 +121,17 @@ class Job:
         return self._optimizer
 
     def keep(self, name: str, thing: Any) -> None:
-        """Let `thing` (with `state_dict` and `load_state_dict`) travel with the train state."""
+        """Let `thing` (with `state_dict` and `load_state_dict`) travel with the train state.
+
+        Call it before `batches`. Whatever the first turn of the loop does to `thing` is undone, as
+        is what it does to the model: every worker rehearses it once.
+        """
+        if self._loader is not None:
+            raise TrainingError(
+                f"job.keep({name!r}, ...) was called in the loop: put it before job.batches, so "
+                "that what is kept is known before the first step."
+            )
+        check_kept(name, thing, self._kept)
         self._kept[name] = thing
 
     def batches(
@@ -153,7 +164,7 @@ class Job:
             collate_fn=collate_fn,
             num_workers=num_workers,
         )
-        self._rate.base_batch = self._global_batch = batch_size
+        self._rate.base_batch = self._global_batch = int(batch_size)
         self._micro_limit = micro_batch_size or batch_size
         self._state = TrainState(self._model, self._optimizer, self._kept)
         yield from self._rehearse()
@@ -175,8 +186,9 @@ class Job:
     def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
         """Backward, and on the last micro-batch of a step: reduce, update, count.
 
-        True if a step was committed by this call. `clip_norm` bounds the gradient's norm over the
-        whole global batch.
+        True if a step was committed by this call; also one that `--on-non-finite skip` left out,
+        which counts and changes no weight. `clip_norm` bounds the gradient's norm over the whole
+        global batch.
         """
         micro = self._micro
         if micro is None:
@@ -310,9 +322,8 @@ class Job:
                 "the loop took a batch and did not call job.step(loss): nothing would be learned."
             )
         self._rehearsing = False
-        changed_buffers = rehearsal.undo(self._model, self._optimizer)
         self._engine = StepEngine(
-            self._spec, self._model, self._optimizer, self._loader, self._rate, changed_buffers
+            self._spec, self._model, self._optimizer, self._loader, self._rate, rehearsal.undo()
         )
 
     def _rejoin(self, error: str) -> None:
@@ -380,6 +391,7 @@ class Job:
             "noise": self._steps.noise.to_json(),
             "global_batch_size": self._global_batch,
             "rate": self._rate.to_json(),
+            "skipped": [self._steps.finite.num_skipped, self._steps.finite.num_skipped_in_a_row],
         }
 
     def adopt(self, scalars: Mapping[str, Any]) -> None:
@@ -390,13 +402,17 @@ class Job:
         self._steps.noise = NoiseState.from_json(scalars["noise"])
         self._global_batch = int(scalars["global_batch_size"])
         self._rate.from_json(scalars["rate"])
+        finite = self._steps.finite
+        # Checkpoints of earlier versions do not have it.
+        finite.num_skipped, finite.num_skipped_in_a_row = scalars.get("skipped", (0, 0))
         self._has_state = True
 
     def begin(self, restore: str | None) -> None:
-        """Nobody holds state: take a checkpoint's, or the initial one."""
-        self._state.reset_optimizer()
+        """Nobody holds state: take a checkpoint's, or the initial one, which nothing has touched
+        since the rehearsal was undone."""
         if restore is not None:
             self.adopt(self._saver.load(restore, self._state))
+        self._state.spare.clear()
         self._has_state = True
 
     def save(self) -> str:

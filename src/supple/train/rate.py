@@ -38,7 +38,8 @@ class LearningRate:
 
     def at(self, step: int, fraction: float) -> float:
         """The learning rate of `step`, with `fraction` (0 to 1) of the run done."""
-        return self.base_lr * self._factor_at(step) * self.schedule(fraction)
+        # A schedule may give a number of another kind, which could not be saved.
+        return float(self.base_lr * self._factor_at(step) * self.schedule(fraction))
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -7,6 +7,9 @@ mean over the global batch for shares of any size (DDP would weigh ranks equally
 full. The tail of the last bucket carries whatever all ranks must agree on at this step: samples
 really used, "I have heard of the next generation", the loss, the noise scale's norms, what the
 loader consumed, and buffers that a forward pass changes (`ChangedBuffers`).
+
+A reduction starts inside the user's backward pass, and a failure there is none of the user's
+business: it is remembered, and told by `finish`.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from supple.train.buffers import ChangedBuffers
-from supple.train.group import Group
+from supple.train.group import CollectiveFailed, Group
 
 _BUCKET_BYTES = 25 * 1024 * 1024
 _FIRST_BUCKET_BYTES = 1024 * 1024
@@ -27,16 +30,39 @@ _FIRST_BUCKET_BYTES = 1024 * 1024
 class Bucket:
     """Some parameters of one dtype, whose gradients lie side by side in `flat`."""
 
+    flat: Tensor
+    grads: Tensor
+    """The part of `flat` that holds gradients."""
+    tail: Tensor
+    """The rest of it."""
+    views: list[Tensor]
+    """`grads`, parameter by parameter."""
+
     def __init__(self, params: Sequence[nn.Parameter], tail: int) -> None:
         self.params = list(params)
-        sizes = [param.numel() for param in params]
-        like = params[0] if params else torch.empty(0)
-        self.flat = torch.zeros(sum(sizes) + tail, dtype=like.dtype, device=like.device)
-        self.grads = self.flat[: sum(sizes)]
-        self.tail = self.flat[sum(sizes) :]
-        self.views = [
-            part.view_as(param) for part, param in zip(self.grads.split(sizes), params, strict=True)
-        ]
+        self._sizes = [param.numel() for param in params]
+        self._num_tail = tail
+        self.renew()
+
+    def renew(self) -> None:
+        """Move to fresh memory, all zero, and the parameters' `.grad` with it.
+
+        A collective that was abandoned is still under way in its own threads and may add a late
+        peer's numbers to the memory it was given, or send from it: nothing else may lie there.
+        """
+        like = self.params[0] if self.params else torch.empty(0)
+        num_grads = sum(self._sizes)
+        self.flat = torch.zeros(num_grads + self._num_tail, dtype=like.dtype, device=like.device)
+        self.grads = self.flat[:num_grads]
+        self.tail = self.flat[num_grads:]
+        parts = self.grads.split(self._sizes)
+        self.views = [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
+        self.attach()
+
+    def attach(self) -> None:
+        """Make every `.grad` a view into the bucket, if something replaced it."""
+        for param, view in zip(self.params, self.views, strict=True):
+            param.grad = view
 
 
 @final
@@ -54,29 +80,27 @@ class GradientReducer:
         tail = num_stats + self._changed.num_counts + self._changed.num_averaged
         self.buckets = _cut(list(params), tail)
         self._place = {
-            param: (index, view)
+            param: (index, at)
             for index, bucket in enumerate(self.buckets)
-            for param, view in zip(bucket.params, bucket.views, strict=True)
+            for at, param in enumerate(bucket.params)
         }
         self._pending: list[int] = []
         self._launched = 0
         self._works: list[Any] = []
+        self._failure: CollectiveFailed | None = None
         self._group: Group | None = None
         self._armed = False
         self._before_launch: Callable[[int], None] = _nothing
         self._stats: Callable[[], Sequence[float]] = tuple
         self._weight: Callable[[], float] = lambda: 1.0
-        for bucket in self.buckets:
-            for param, view in zip(bucket.params, bucket.views, strict=True):
-                param.grad = view
-                param.register_post_accumulate_grad_hook(self._on_gradient)
+        for param in self._place:
+            param.register_post_accumulate_grad_hook(self._on_gradient)
 
     def zero(self) -> None:
         """Gradients become zero, and views into the buckets again if something replaced them."""
         for bucket in self.buckets:
             bucket.flat.zero_()
-            for param, view in zip(bucket.params, bucket.views, strict=True):
-                param.grad = view
+            bucket.attach()
         self._changed.begin()
         self._armed = False
 
@@ -100,16 +124,20 @@ class GradientReducer:
         self._pending = [len(bucket.params) for bucket in self.buckets]
         self._launched = 0
         self._works = []
+        self._failure = None
         self._armed = True
 
     def finish(self) -> list[float]:
         """Wait until every gradient is the sum over ranks; returns the summed statistics.
 
-        Raises `CollectiveFailed`: gradients are then worthless and nothing else has changed.
+        Raises `CollectiveFailed`, also for a reduction that failed to start before: gradients are
+        then worthless and nothing else has changed. Call `abandon`.
         """
         while self._launched < len(self.buckets):
             self._launch()
         self._armed = False
+        if self._failure is not None:
+            raise self._failure
         if self._group is not None:
             self._group.wait(self._works)
         self._works = []
@@ -121,14 +149,22 @@ class GradientReducer:
             self._changed.unpack(tail[averaged:] / stats[0])
         return stats
 
-    def abandon(self) -> None:
-        """Forget the step in flight."""
-        self._armed = False
-        self._works = []
+    def discard(self) -> None:
+        """The step that was reduced is not applied: buffers are as they were before it."""
         self._changed.restore()
 
+    def abandon(self) -> None:
+        """Forget the step in flight, whose collectives may never end."""
+        self._armed = False
+        self._works = []
+        self._failure = None
+        for bucket in self.buckets:
+            bucket.renew()
+        self.discard()
+
     def _on_gradient(self, param: Tensor) -> None:
-        index, view = self._place[param]  # pyright: ignore[reportArgumentType]
+        index, at = self._place[param]  # pyright: ignore[reportArgumentType]
+        view = self.buckets[index].views[at]
         grad = param.grad
         if grad is not None and grad.data_ptr() != view.data_ptr():
             view.copy_(grad)
@@ -140,7 +176,11 @@ class GradientReducer:
             self._launch()
 
     def _launch(self) -> None:
+        """Start to reduce the next bucket, unless one before it could not be."""
         index = self._launched
+        self._launched += 1
+        if self._failure is not None:
+            return
         bucket = self.buckets[index]
         self._before_launch(index)
         if index == len(self.buckets) - 1:
@@ -151,8 +191,10 @@ class GradientReducer:
             parts += self._changed.packed(weight)
             bucket.tail.copy_(torch.cat(parts))
         if self._group is not None:
-            self._works.append(self._group.all_reduce(bucket.flat))
-        self._launched += 1
+            try:
+                self._works.append(self._group.all_reduce(bucket.flat))
+            except CollectiveFailed as failure:
+                self._failure = failure
 
 
 def _cut(params: list[nn.Parameter], tail: int) -> list[Bucket]:

@@ -1,35 +1,140 @@
 """A rehearsal: one step on a real batch whose effects are thrown away.
 
-It imports, allocates and warms up what the first real step needs, and it shows which buffers the
-forward pass changes.
+It imports, allocates and warms up what the first real step needs, it shows which buffers the
+forward pass changes, and it refuses what could not be saved later: before the first step, not at
+every checkpoint. After it everything is as it was built, so a worker without a state is fresh.
 """
 
-from typing import final
+import copy
+from collections.abc import Mapping
+from typing import Any, final
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from supple.train.state import TrainState
+from supple.train.checkpoint_folder import refuse_unsafe
+from supple.train.engine import TrainingError
+from supple.train.state import TrainState, private
+
+_IN_A_SETTING = "Give it to the optimizer as a plain value, or leave it out"
+_IN_THE_OPTIMIZER = "Let the optimizer keep it as a tensor or a plain value"
+_IN_STATE_DICT = "Convert it in its state_dict()"
+
+
+def check_kept(name: str, thing: Any, others: Mapping[str, Any]) -> None:
+    """Raise `TrainingError` unless `thing` can be kept beside `others`."""
+    missing = [
+        method
+        for method in ("state_dict", "load_state_dict")
+        if not callable(getattr(thing, method, None))
+    ]
+    if missing:
+        raise TrainingError(
+            f"job.keep({name!r}, ...) was given a {type(thing).__name__} without "
+            f"{' and '.join(missing)}: what is kept is saved and moved by these two methods. Give "
+            "an object that has both."
+        )
+    if name in others and others[name] is not thing:
+        raise TrainingError(
+            f"job.keep({name!r}, ...) was called twice with different objects: only one of them "
+            "would be saved. Give each its own name."
+        )
 
 
 @final
 class Rehearsal:
-    """Remembers the train state at its making, until `undo`."""
+    """Remembers everything a train state holds at its making, until `undo`.
+
+    Raises `TrainingError` if something in it could not be saved.
+    """
 
     def __init__(self, state: TrainState) -> None:
         self._state = state
-        self._before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+        self._refuse_what_cannot_be_saved()
+        self._tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
+        optimizer = state.optimizer
+        self._settings = [copy.deepcopy(_settings(group)) for group in optimizer.param_groups]
+        self._optimizer_state = [(key, copy.deepcopy(of)) for key, of in optimizer.state.items()]
+        self._kept = {name: _saved(name, thing) for name, thing in state.kept.items()}
 
-    def undo(self, model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
-        """Put every tensor back, and drop the gradients. The model's buffers that had changed.
+    def undo(self) -> list[Tensor]:
+        """Put everything back and drop the gradients; the model's buffers that had changed.
 
         They are found by value: a batch norm's forward pass does not raise the version counters of
-        its buffers."""
+        its buffers. What was allocated is left with the state, for what it will receive. Raises
+        `TrainingError` if something has come that could not be saved.
+        """
+        self._refuse_what_cannot_be_saved()
         now = self._state.tensors()
-        changed = {name for name, kept in self._before.items() if not now[name].equal(kept)}
+        changed = {name for name, kept in self._tensors.items() if not now[name].equal(kept)}
         with torch.no_grad():
-            for name, kept in self._before.items():
+            for name, kept in self._tensors.items():
                 now[name].copy_(kept)
+        optimizer = self._state.optimizer
+        optimizer.state.clear()
+        optimizer.state.update(self._optimizer_state)
+        for group, before in zip(optimizer.param_groups, self._settings, strict=False):
+            for key in [key for key in group if key != "params" and key not in before]:
+                del group[key]
+            group.update(before)
         optimizer.zero_grad(set_to_none=True)
-        return [buffer for name, buffer in model.named_buffers() if f"buffer/{name}" in changed]
+        for name, before in self._kept.items():
+            try:
+                self._state.kept[name].load_state_dict(before)
+            except Exception as error:
+                raise TrainingError(
+                    f"job.keep({name!r}, ...): load_state_dict() of what its state_dict() gave "
+                    f"raised {type(error).__name__}: {error}. A worker that joins, or resumes, "
+                    "could not take it over. Correct the two methods."
+                ) from error
+        made = {name: tensor for name, tensor in now.items() if name.startswith("optimizer/")}
+        self._state.spare = made | self._tensors
+        buffers = self._state.model.named_buffers()
+        return [buffer for name, buffer in buffers if f"buffer/{name}" in changed]
+
+    def _refuse_what_cannot_be_saved(self) -> None:
+        """Also after the step: the optimizer has made its state by then."""
+        optimizer = self._state.optimizer
+        for number, group in enumerate(optimizer.param_groups):
+            for key, value in _settings(group).items():
+                where = f"the setting {key!r} of the optimizer's parameter group {number}"
+                _refuse_unsafe(value, where, _IN_A_SETTING)
+        names = {id(param): name for name, param in self._state.model.named_parameters()}
+        for param, values in optimizer.state.items():
+            if id(param) not in names:
+                raise TrainingError(
+                    f"the optimizer {type(optimizer).__name__} keeps state under {param!r}, "
+                    "which is none of the model's parameters: only state of parameters is saved "
+                    "and moved to a worker that joins. Put it into the parameter groups."
+                )
+            for key, value in values.items():
+                where = f"the optimizer's state {key!r} of {names[id(param)]}"
+                _refuse_unsafe(value, where, _IN_THE_OPTIMIZER)
+        for name, thing in self._state.kept.items():
+            _saved(name, thing)
+
+
+def _saved(name: str, thing: Any) -> Any:
+    """A private copy of what a kept thing's `state_dict` gives, if it can be saved."""
+    try:
+        value = thing.state_dict()
+    except Exception as error:
+        raise TrainingError(
+            f"job.keep({name!r}, ...): its state_dict() raised {type(error).__name__}: {error}. "
+            "It could be neither saved nor moved to a worker that joins. Correct it, or do not "
+            "keep it."
+        ) from error
+    _refuse_unsafe(value, f"the state_dict() of job.keep({name!r}, ...)", _IN_STATE_DICT)
+    return private(value)
+
+
+def _refuse_unsafe(value: Any, where: str, advice: str) -> None:
+    try:
+        refuse_unsafe(value, where, advice)
+    except (TypeError, RecursionError) as error:
+        raise TrainingError(f"{error}.") from None
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a parameter group holds beside its parameters."""
+    return {key: value for key, value in group.items() if key != "params"}

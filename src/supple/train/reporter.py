@@ -72,6 +72,7 @@ class Reporter:
             base_lr=rate.base_lr,
             optimizer=steps.optimizer_name,
             gradient_bytes=steps.gradient_bytes,
+            skipped_steps=steps.finite.num_skipped,
             metrics={name: float(value) for name, value in self._metrics.items()},
         )
         for listener in self._listeners:

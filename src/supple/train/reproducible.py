@@ -124,7 +124,7 @@ class TreeReducer:
     def finish(self) -> list[float]:
         """Gradients become the sum over all shards; returns the summed statistics.
 
-        Raises `CollectiveFailed`: then nothing else has changed.
+        Raises `CollectiveFailed`: then nothing else has changed. Call `abandon`.
         """
         group = self._group
         rank, size = (0, 1) if group is None else (group.rank, group.size)
@@ -141,16 +141,20 @@ class TreeReducer:
             group.wait([group.all_reduce(stats)])
             self._finish_tree(group)
         self._nodes.clear()
-        for param, view in zip(self._bucket.params, self._bucket.views, strict=True):
-            param.grad = view
+        self._bucket.attach()
         self._changed.unpack(self._bucket.tail)
         self._changed.count(stats[self._num_stats :].tolist())
         return stats[: self._num_stats].tolist()
 
-    def abandon(self) -> None:
-        """Forget the step in flight."""
-        self._nodes.clear()
+    def discard(self) -> None:
+        """The step that was reduced is not applied: buffers are as they were before it."""
         self._changed.restore()
+
+    def abandon(self) -> None:
+        """Forget the step in flight, whose messages may never end."""
+        self._nodes.clear()
+        self._bucket.renew()
+        self.discard()
 
     def _finish_tree(self, group: Group) -> None:
         """Every rank adds up its slice of the gradient to the root, then all slices go to all."""
@@ -184,8 +188,7 @@ class TreeReducer:
 
     def _zero_gradients(self) -> None:
         self._bucket.flat.zero_()
-        for param, view in zip(self._bucket.params, self._bucket.views, strict=True):
-            param.grad = view
+        self._bucket.attach()
 
 
 def _put(value: Tensor, place: Tensor) -> None:

@@ -1,4 +1,7 @@
-"""When and how a running job saves: rank 0, between two steps, written by a thread behind it."""
+"""When and how a running job saves: rank 0, between two steps, written by a thread behind it.
+
+Weights that are not finite numbers are not saved: the last good checkpoint stays the last.
+"""
 
 import time
 from typing import Any, final
@@ -42,7 +45,12 @@ class Saver:
         def told(path: str, error: str) -> None:
             self._tell(step, generation, path, error)
 
-        self._store.save_async(step, state.payload(scalars), _meta(state, scalars), told)
+        try:
+            payload = self._payload(state, scalars)
+        except CheckpointError as error:
+            told("", str(error))
+            return
+        self._store.save_async(step, payload, _meta(state, scalars), told)
 
     def finish(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
         """The run is at its end: save it, after what is still being written. The outcome is told as
@@ -59,14 +67,27 @@ class Saver:
     def now(self, state: TrainState, scalars: dict[str, Any]) -> str:
         """Write before returning; the path. Raises `CheckpointError`."""
         assert self._store is not None, "our bug: a job without a run folder was told to save"
-        path = self._store.save(int(scalars["step"]), state.payload(scalars), _meta(state, scalars))
-        return str(path)
+        payload = self._payload(state, scalars)
+        return str(self._store.save(int(scalars["step"]), payload, _meta(state, scalars)))
 
     def load(self, path: str, state: TrainState) -> dict[str, Any]:
         """Restore `state` from `path`; the job's scalars. Raises `CheckpointError`."""
         store = self._store or CheckpointStore.containing(path)
         payload, _ = store.load(path, expected_signature=state.signature())
         return state.restore(payload)
+
+    def _payload(self, state: TrainState, scalars: dict[str, Any]) -> dict[str, Any]:
+        """A private copy of the state. Raises `CheckpointError` if it must not or cannot be one."""
+        assert self._store is not None
+        if bad := state.not_finite():
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            why = f"the weights are not finite numbers, in {', '.join(bad[:3])}{more}"
+        else:
+            try:
+                return state.payload(scalars)
+            except Exception as error:  # of the user's own state_dict
+                why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(self._store.refusal(int(scalars["step"]), why))
 
     def _tell(self, step: int, generation: int, path: str, error: str) -> None:
         if self._mailbox is None or self._identity is None:

@@ -2,13 +2,14 @@
 
 A state is a list of named tensors plus one small description (names, shapes, dtypes, step,
 position, optimizer settings). Moving it: the description first, then the tensors in buckets of
-16 MB, cut evenly over all ranks that hold them; large tensors go without a copy. Nothing touches
-the disk. A receiver that already holds an older valid state receives beside it and swaps at the
-end, so a death half-way costs nobody what they had.
+16 MB, cut evenly over all ranks that hold them. Nothing touches the disk. Whatever a receiver has,
+an older state or the initial one, it receives beside it and swaps when all has come: a death
+half-way costs nobody what they had, and a late message of a dead peer meets nothing in use.
 """
 
+import copy
 import io
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from supple.train.finite import is_finite
 from supple.train.group import Group
 
 _BUCKET_BYTES = 16 * 1024 * 1024
@@ -33,19 +35,21 @@ class TrainState:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, kept: Mapping[str, Any]) -> None:
-        self._model = model
-        self._optimizer = optimizer
-        self._kept = kept
+        self.model = model
+        self.optimizer = optimizer
+        self.kept = kept
+        self.spare: dict[str, Tensor] = {}
+        """Memory that is mapped already, by name, for the next state that this worker receives."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Name to tensor, in an order that is the same on every rank."""
         found: dict[str, Tensor] = {}
-        for name, param in self._model.named_parameters():
+        for name, param in self.model.named_parameters():
             found[f"param/{name}"] = param.detach()
-        for name, buffer in self._model.named_buffers():
+        for name, buffer in self.model.named_buffers():
             found[f"buffer/{name}"] = buffer.detach()
-        for index, param in enumerate(_params(self._optimizer)):
-            for key, value in sorted(self._optimizer.state.get(param, {}).items()):
+        for index, param in enumerate(_params(self.optimizer)):
+            for key, value in sorted(self.optimizer.state.get(param, {}).items()):
                 if isinstance(value, Tensor):
                     found[f"optimizer/{index}/{key}"] = value.detach()
         return found
@@ -61,10 +65,10 @@ class TrainState:
     def describe(self, scalars: dict[str, Any]) -> dict[str, Any]:
         """All that is not a tensor of the model or its optimizer; safe for `weights_only`."""
         extra: dict[str, dict[str, Any]] = {}
-        for index, param in enumerate(_params(self._optimizer)):
+        for index, param in enumerate(_params(self.optimizer)):
             rest = {
                 key: value
-                for key, value in self._optimizer.state.get(param, {}).items()
+                for key, value in self.optimizer.state.get(param, {}).items()
                 if not isinstance(value, Tensor)
             }
             if rest:
@@ -77,64 +81,69 @@ class TrainState:
             ],
             "groups": [
                 {key: value for key, value in group.items() if key != "params"}
-                for group in self._optimizer.param_groups
+                for group in self.optimizer.param_groups
             ],
             "extra": extra,
-            "kept": {name: thing.state_dict() for name, thing in self._kept.items()},
+            "kept": {name: thing.state_dict() for name, thing in self.kept.items()},
         }
 
-    def prepare(self, description: Mapping[str, Any]) -> list[Tensor]:
-        """Tensors of this worker that the described ones are to be written into, in order.
-
-        Optimizer tensors that do not exist yet, or in another shape, are made; others that were not
-        described are removed.
-        """
-        params = _params(self._optimizer)
-        mine = self.tensors()
-        wanted: dict[int, dict[str, Tensor]] = {}
-        targets: list[Tensor] = []
+    def landing(self, description: Mapping[str, Any]) -> list[Tensor]:
+        """Memory for the described tensors, in order, of which nothing is in use."""
+        places: list[Tensor] = []
         for name, shape, dtype_name in description["tensors"]:
             dtype = getattr(torch, dtype_name)
-            tensor = mine.get(name)
-            if not name.startswith("optimizer/"):
-                if tensor is None or list(tensor.shape) != shape or tensor.dtype != dtype:
-                    raise ValueError(
-                        f"the state has {name} as {shape} {dtype_name}, this worker "
-                        f"{'has no such tensor' if tensor is None else list(tensor.shape)}: "
-                        "the model differs. Build the same model on every worker."
-                    )
-                targets.append(tensor)
-                continue
-            _, index, key = name.split("/", 2)
-            if tensor is None or list(tensor.shape) != shape or tensor.dtype != dtype:
-                tensor = torch.empty(shape, dtype=dtype)
-            wanted.setdefault(int(index), {})[key] = tensor
-            targets.append(tensor)
-        for index, param in enumerate(params):
-            if index in wanted:
-                self._optimizer.state[param] = wanted[index]
-            else:
-                self._optimizer.state.pop(param, None)
-        return targets
+            place = self.spare.pop(name, None)
+            if place is None or not place.is_contiguous() or not _fits(place, shape, dtype):
+                place = torch.empty(shape, dtype=dtype)
+            places.append(place)
+        self.spare.clear()
+        return places
 
-    def adopt(self, description: Mapping[str, Any]) -> dict[str, Any]:
-        """Take over everything described that is not a tensor; returns the job's scalars."""
-        params = _params(self._optimizer)
+    def take(self, description: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """Become the described state, whose tensors these are, in order; the job's scalars.
+
+        Those of the optimizer may become its own, so the caller must not keep them. Raises
+        `ValueError`, with nothing changed, if they are of another model.
+        """
+        params = _params(self.optimizer)
+        mine = self.tensors()
+        settings: list[dict[str, Any]] = [{} for _ in params]
+        copies: list[tuple[Tensor, Tensor]] = []
+        for (name, shape, dtype_name), tensor in zip(description["tensors"], tensors, strict=True):
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/", 2)
+                settings[int(index)][key] = _laid_out_like(params[int(index)], tensor)
+                continue
+            own = mine.get(name)
+            if own is None or not _fits(own, shape, getattr(torch, dtype_name)):
+                raise ValueError(
+                    f"the state has {name} as {shape} {dtype_name}, this worker "
+                    f"{'has no such tensor' if own is None else list(own.shape)}: "
+                    "the model differs. Build the same model on every worker."
+                )
+            copies.append((own, tensor))
+        with torch.no_grad():
+            for own, tensor in copies:
+                own.copy_(tensor)
         for index, rest in description["extra"].items():
-            self._optimizer.state[params[int(index)]].update(rest)
-        for group, settings in zip(
-            self._optimizer.param_groups, description["groups"], strict=True
-        ):
-            group.update(settings)
-        for name, thing in self._kept.items():
+            settings[int(index)].update(rest)
+        for param, values in zip(params, settings, strict=True):
+            if values:
+                self.optimizer.state[param] = values
+            else:
+                self.optimizer.state.pop(param, None)
+        for group, values in zip(self.optimizer.param_groups, description["groups"], strict=True):
+            group.update(values)
+        for name, thing in self.kept.items():
             if name in description["kept"]:
                 thing.load_state_dict(description["kept"][name])
+        self.spare.clear()
         return description["scalars"]
 
     def payload(self, scalars: dict[str, Any]) -> dict[str, Any]:
         """A private CPU copy of everything, for a durable checkpoint."""
         return {
-            "description": _private(self.describe(scalars)),
+            "description": private(self.describe(scalars)),
             "tensors": [
                 tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                 for tensor in self.tensors().values()
@@ -142,16 +151,17 @@ class TrainState:
         }
 
     def restore(self, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """The inverse of `payload`; returns the job's scalars."""
-        targets = self.prepare(payload["description"])
-        with torch.no_grad():
-            for target, tensor in zip(targets, payload["tensors"], strict=True):
-                target.copy_(tensor)
-        return self.adopt(payload["description"])
+        """The inverse of `payload`, which is used up; returns the job's scalars."""
+        return self.take(payload["description"], payload["tensors"])
 
-    def reset_optimizer(self) -> None:
-        """The optimizer as it was built."""
-        self._optimizer.state.clear()
+    def not_finite(self) -> list[str]:
+        """Names of the parameters being trained that hold an infinity or a NaN."""
+        trained = {id(param) for param in _params(self.optimizer)}
+        return [
+            name
+            for name, param in self.model.named_parameters()
+            if id(param) in trained and not is_finite(param.detach())
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +197,7 @@ def share_state(
         return scalars, Transfer(
             source_ranks=tuple(sources), num_receivers=len(receivers), sent_bytes=sent
         )
-    received = _receive(group, state, sources, in_place=step is None)
+    received = _receive(group, state, sources)
     return received, Transfer(
         source_ranks=tuple(sources), num_receivers=len(receivers), sent_bytes=0
     )
@@ -222,21 +232,13 @@ def _send(
     return sent
 
 
-def _receive(
-    group: Group, state: TrainState, sources: Sequence[int], *, in_place: bool
-) -> dict[str, Any]:
+def _receive(group: Group, state: TrainState, sources: Sequence[int]) -> dict[str, Any]:
     length = torch.zeros(1, dtype=torch.int64)
     group.wait_for_messages([group.receive(length, sources[0], 0)])
     encoded = torch.empty(int(length), dtype=torch.uint8)
     group.wait_for_messages([group.receive(encoded, sources[0], 1)])
     description = torch.load(io.BytesIO(encoded.numpy().tobytes()), weights_only=True)
-    targets = state.prepare(description) if in_place else None
-    landing = [
-        torch.empty(shape, dtype=getattr(torch, dtype_name))
-        if targets is None or not targets[index].is_contiguous()
-        else targets[index]
-        for index, (_, shape, dtype_name) in enumerate(description["tensors"])
-    ]
+    landing = state.landing(description)
     arriving: list[tuple[Any, Tensor, list[Piece]]] = []
     buckets = _buckets([tensor.numel() * tensor.element_size() for tensor in landing])
     for tag, pieces in enumerate(buckets, start=2):
@@ -249,11 +251,7 @@ def _receive(
         group.wait_for_messages([work])
         if len(pieces) > 1:
             _unpack(landing, pieces, message)
-    with torch.no_grad():
-        for target, tensor in zip(targets or state.prepare(description), landing, strict=True):
-            if target is not tensor:
-                target.copy_(tensor)
-    return state.adopt(description)
+    return state.take(description, landing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,15 +299,26 @@ def _flat_bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _private(value: Any) -> Any:
+def private(value: Any) -> Any:
     """`value` with its own copy, on the CPU, of every tensor and container in it."""
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
-    if type(value) in (dict, OrderedDict):
-        return type(value)((key, _private(item)) for key, item in value.items())
+    if type(value) in (dict, OrderedDict, Counter):
+        return type(value)({key: private(item) for key, item in value.items()})
     if type(value) in (list, tuple):
-        return type(value)(_private(item) for item in value)
-    return value
+        return type(value)(private(item) for item in value)
+    return copy.deepcopy(value)
+
+
+def _fits(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    return list(tensor.shape) == list(shape) and tensor.dtype == dtype
+
+
+def _laid_out_like(param: nn.Parameter, tensor: Tensor) -> Tensor:
+    """`tensor`, in the parameter's own memory format where it has its shape and another."""
+    if tensor.shape != param.shape or tensor.stride() == param.stride():
+        return tensor
+    return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
 
 
 def _encode(description: dict[str, Any]) -> Tensor:
