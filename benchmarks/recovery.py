@@ -1,7 +1,14 @@
-"""`kill -9` of one worker of three: time to the next committed step, torchrun beside it; then many
-random kills and resizes, and the ledger's proof that no sample was lost or used twice.
+"""`kill -9` again and again: how long until the next committed step, torchrun beside us; how many
+steps are lost; and the ledger's proof that no sample was lost or used twice.
 
     python benchmarks/recovery.py
+
+Two models: one gradient bucket and steps of 30 ms, and several buckets, steps of 300 ms and more,
+and DataLoader workers on. Each is trained twice over: first one of three workers is killed, at a
+random moment of a step, and the time to the next committed step taken; then anybody is, of up to
+four: members, joiners that start or stand by, a joiner that receives its state, one of the holders
+it receives from, and two at once. The last holder of the state is spared: when all of them die the
+job rightly goes back to its last checkpoint.
 """
 
 import contextlib
@@ -13,130 +20,216 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import workload
+from benchmarks import recovery_models
 from benchmarks.machine import report
 from benchmarks.peers import torchrun
+from benchmarks.recovery_models import Committed, committed
 from benchmarks.runs import status, training, wait_until_running, wait_until_stepping
+from benchmarks.workload import STEPS_ENV
 from supple.cluster.control import ask
 from supple.core.ledger import prove
 
-ROOT = Path(__file__).resolve().parent.parent
-_KILLS = 7
-_FAULTS = 100
-_FAULTS_A_ROUND = 4
-_FAULTS_LIMIT_S = 330.0
+_TIMED_KILLS = 5
+_FAULTS = 52
+"""Of each model, beside the timed ones."""
+_LIMIT_S = 150.0
+"""For them; the rest of ten minutes goes to starts, timed kills and torchrun."""
+_KINDS = ("member", "member", "joiner", "joiner", "source", "receiver", "double")
+_PATIENCE_S = 8.0
+"""How long a transfer is waited for."""
 
 
-def recoveries() -> tuple[list[float], int]:
-    """(seconds from each kill to the next committed step, most steps lost by one kill)."""
-    killed: list[float] = []
+@dataclass(kw_only=True)
+class Found:
+    """What one model's run came to."""
+
+    times_s: list[float]
+    """From each timed kill to the next committed step."""
+    steps_lost: int
+    """The most that had been committed by anybody and had to be done again, over all faults."""
+    samples_lost: int
+    samples_doubled: int
+    counts: Counter[str] = field(default_factory=Counter[str])
+
+
+def measure(name: str, seed: int) -> Found:
+    """The timed kills and then the faults of one model."""
+    chooser = random.Random(seed)
+    counts: Counter[str] = Counter()
+    killed: list[tuple[float, int]] = []
     with tempfile.TemporaryDirectory() as folder:
         with training(
-            Path(workload.__file__),
-            *("--workers", "1:3", "--schedule", "0s:3", "--max-failures", "1000"),
-            *("--run-dir", folder),
-            env={workload.STEPS_ENV: folder},
-        ) as (_, run_path):
-            name = run_path.name
-            for kill in range(_KILLS):
-                now = wait_until_running(name, 3)
-                wait_until_stepping(name, now["generation"])
-                time.sleep(1.0)
-                victim = now["pids"][now["members"][kill % 3]]
-                killed.append(time.time())
+            Path(recovery_models.__file__),
+            *("--workers", "1:4", "--schedule", "0s:3", "--ledger", "--max-failures", "1000"),
+            env={STEPS_ENV: folder, recovery_models.MODEL_ENV: name},
+        ) as (process, run_path):
+            job = run_path.name
+            for number in range(_TIMED_KILLS):
+                now = wait_until_running(job, 3)
+                wait_until_stepping(job, now["generation"])
+                time.sleep(1.0 + chooser.random())
+                now = status(job)
+                victim = now["pids"][now["members"][number % 3]]
+                killed.append((time.time(), now["generation"]))
                 os.kill(victim, signal.SIGKILL)
-                wait_until_stepping(name, now["generation"] + 1)
-        rows = workload.committed_steps(Path(folder))
-    times, lost = [], 0
-    for at in killed:
-        done = max(step for t, _, _, step in rows if t <= at)
-        first = min((t, step) for t, _, _, step in rows if t > at and step > done)
-        again = [step for t, _, _, step in rows if at < t <= first[0] and step <= done]
-        lost = max(lost, len(set(again)))
-        times.append(first[0] - at)
-    return times, lost
+                counts["faults"] += 1
+                counts["kills"] += 1
+                wait_until_stepping(job, now["generation"] + 1)
+            ask(job, {"ask": "resize", "num_workers": 4})
+            counts += Torturer(job, chooser).torture()
+            ask(job, {"ask": "stop"})
+            process.wait(60)
+            found = prove(_records(run_path), expected=range(recovery_models.NUM_SAMPLES))
+        rows = committed(Path(folder))
+    counts["samples_seen"] = found.samples_seen
+    return Found(
+        times_s=[
+            min(row.at for row in rows if row.generation > generation) - at
+            for at, generation in killed
+        ],
+        steps_lost=steps_lost(rows),
+        samples_lost=found.lost,
+        samples_doubled=found.doubled,
+        counts=counts,
+    )
 
 
-def torture(seed: int) -> dict[str, float]:
-    """Random kills and resizes of the digits job, `_FAULTS` of them; what the ledger proves.
+def steps_lost(rows: Sequence[Committed]) -> int:
+    """The most steps that a generation did again although somebody had committed them before: the
+    highest committed in the generations before, less the step before its own first."""
+    most = done = 0
+    for generation in sorted({row.generation for row in rows}):
+        steps = [row.step for row in rows if row.generation == generation]
+        most = max(most, done - (min(steps) - 1))
+        done = max(steps)
+    return most
 
-    They come in bursts of four, a moment apart, once three or four workers step: so during a
-    resize too. Anybody may be killed, members and those about to join; only the last member is
-    spared, since without it the job goes back to its last checkpoint.
-    """
-    chooser = random.Random(seed)
-    script = ROOT / "benchmarks" / "torture_script.py"
-    faults, resizes, kills = 0, 0, 0
-    with training(
-        script, *("--workers", "1:4", "--schedule", "0s:4", "--ledger", "--max-failures", "1000")
-    ) as (process, run_path):
-        name = run_path.name
+
+@final
+class Torturer:
+    """Kills workers of a running job, and knows who holds its state."""
+
+    def __init__(self, job: str, chooser: random.Random) -> None:
+        self._job = job
+        self._chooser = chooser
+        self._holders: set[str] = set()
+        self._dead: set[str] = set()
+
+    def torture(self) -> Counter[str]:
+        """`_FAULTS` of them, or as many as fit into the time; how many of each kind."""
+        counts: Counter[str] = Counter()
         began = time.monotonic()
-        while faults < _FAULTS and time.monotonic() - began < _FAULTS_LIMIT_S:
-            ask_when_up(name, chooser.choice((3, 4)))
-            for _ in range(_FAULTS_A_ROUND):
-                now = status(name)
-                members = [member for member in now["members"] if member in now["pids"]]
-                if chooser.random() < 0.5 and len(members) > 1:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(chooser.choice(sorted(now["pids"].values())), signal.SIGKILL)
-                        kills += 1
-                else:
-                    ask(name, {"ask": "resize", "num_workers": chooser.randint(1, 4)})
-                    resizes += 1
-                faults = kills + resizes
-                time.sleep(chooser.uniform(0.05, 0.6))
-        ask(name, {"ask": "stop"})
-        process.wait(60)
-        records = [
-            json.loads(line)
-            for file in sorted((run_path / "ledger").glob("*.jsonl"))
-            for line in file.read_text().splitlines()
-        ]
-    found = prove(records, expected=range(1500))
-    return {
-        "faults": float(faults),
-        "kills": float(kills),
-        "resizes": float(resizes),
-        "samples_lost": float(found.lost),
-        "samples_doubled": float(found.doubled),
-        "samples_seen": float(found.samples_seen),
-    }
+        while counts["faults"] < _FAULTS and time.monotonic() - began < _LIMIT_S:
+            time.sleep(self._chooser.uniform(0.02, 0.8))
+            kind = self._chooser.choice(_KINDS)
+            victims = self._victims(kind)
+            alive = self._spared(victims)
+            for pid in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    counts["kills"] += 1
+            if alive:
+                counts["faults"] += 1
+                counts["double_kills" if len(alive) > 1 else f"{kind}_kills"] += 1
+        return counts
+
+    def _victims(self, kind: str) -> list[str]:
+        """Whom to kill; nobody where there is none of that kind now."""
+        now = self._look()
+        there = [worker for worker in now["pids"] if worker not in self._dead]
+        match kind:
+            case "source" | "receiver":
+                now = self._wait_for_a_transfer()
+                receivers = [w for w in now["members"] if w not in self._holders]
+                sources = [w for w in now["members"] if w in self._holders]
+                found = (sources if kind == "source" else receivers) if receivers else []
+            case "joiner":
+                found = [worker for worker in there if worker not in now["members"]]
+            case "double":
+                return self._chooser.sample(there, 2) if len(there) > 2 else []
+            case _:
+                found = [worker for worker in now["members"] if worker in there]
+        return [self._chooser.choice(found)] if found else []
+
+    def _wait_for_a_transfer(self) -> dict[str, Any]:
+        """The job's status while it forms a generation with somebody new; the last one if that
+        does not come in time."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline:
+            now = self._look()
+            if now["phase"] == "forming" and not set(now["members"]) <= self._holders:
+                time.sleep(self._chooser.uniform(0.0, 0.05))
+                return now
+            time.sleep(0.003)
+        return {"members": []}
+
+    def _look(self) -> dict[str, Any]:
+        now = status(self._job)
+        progress = now["progress"]
+        stepping = progress is not None and progress["generation"] == now["generation"]
+        if now["phase"] == "running" and stepping:
+            self._holders = set(now["members"]) - self._dead
+        self._pids = now["pids"]
+        return now
+
+    def _spared(self, victims: Iterable[str]) -> list[int]:
+        """The processes of `victims` whose death leaves a holder; they count as dead from now."""
+        chosen: list[int] = []
+        for worker in victims:
+            others = {w for w in self._holders if w in self._pids} - self._dead - {worker}
+            if others and worker in self._pids and worker not in self._dead:
+                self._dead.add(worker)
+                chosen.append(self._pids[worker])
+        return chosen
 
 
-def ask_when_up(name: str, num_workers: int) -> None:
-    """Ask for `num_workers` as soon as the job answers, and wait until so many step."""
-    deadline = time.monotonic() + 60.0
-    while True:
-        try:
-            ask(name, {"ask": "resize", "num_workers": num_workers})
-            break
-        except ValueError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-    wait_until_stepping(name, wait_until_running(name, num_workers)["generation"])
+def _records(run_path: Path) -> list[dict[str, Any]]:
+    """Every whole line of the ledger: a kill may have cut one short, whose step never began."""
+    records: list[dict[str, Any]] = []
+    for file in sorted((run_path / "ledger").glob("*.jsonl")):
+        lines = file.read_text().splitlines(keepends=True)
+        records += [json.loads(line) for line in lines if line.endswith("\n")]
+    return records
 
 
 def main() -> None:
-    times, lost = recoveries()
-    torture_metrics = torture(seed=7)
-    theirs = torchrun.recovery_kill_one_of_three()
-    mine = statistics.median(times)
+    ratios: dict[str, float] = {}
+    metrics: dict[str, float] = {}
+    runs: list[Found] = []
+    for seed, name in enumerate(recovery_models.MODELS, start=7):
+        found = measure(name, seed)
+        runs.append(found)
+        theirs = torchrun.recovery_kill_one_of_three(name)
+        mine = statistics.median(found.times_s)
+        ratios[name] = theirs / mine
+        metrics |= {
+            f"recovery_{name}_s": mine,
+            f"recovery_{name}_max_s": max(found.times_s),
+            f"torchrun_recovery_{name}_s": theirs,
+            f"recovery_vs_torchrun_{name}": ratios[name],
+            f"steps_lost_max_{name}": float(found.steps_lost),
+            f"faults_{name}": float(found.counts["faults"]),
+        }
+    counts = sum((found.counts for found in runs), Counter[str]())
+    kinds = ("faults", "kills", "joiner_kills", "source_kills", "receiver_kills", "double_kills")
     report(
         "recovery",
         {
-            "recovery_s": mine,
-            "recovery_max_s": max(times),
-            "num_kills": float(len(times)),
-            "torchrun_recovery_s": theirs,
-            "recovery_vs_torchrun": theirs / mine,
-            "steps_lost_max": float(lost),
-            **torture_metrics,
+            "recovery_vs_torchrun": min(ratios.values()),
+            "steps_lost_max": float(max(found.steps_lost for found in runs)),
+            "samples_lost": float(sum(found.samples_lost for found in runs)),
+            "samples_doubled": float(sum(found.samples_doubled for found in runs)),
+            "samples_seen": float(counts["samples_seen"]),
+            **{kind: float(counts[kind]) for kind in kinds},
+            **metrics,
         },
     )
 

@@ -119,6 +119,7 @@ REFUSALS: dict[str, tuple[str, list[str]]] = {
     "train good.py --name a/b": ("'a/b' is not usable as a folder", []),
     "train good.py --batch big": ("fixed or adaptive", []),
     "train good.py --lr-rule magic": ("no such rule", ["adascale"]),
+    "train good.py --on-non-finite ignore": ("ignore", ["stop or skip"]),
     "plan good.py --lr-rule magic": ("no such rule", ["adascale"]),
     "plan good.py --interconnect rope": ("rope", ["ethernet-25"]),
     "train good.py --reproducible --batch adaptive": ("choose one", []),
@@ -333,10 +334,17 @@ def test_the_command_that_goes_on_is_one_the_command_line_takes() -> None:
         reproducible=True,
         seed=7,
         checkpoint_every_s=90.5,
+        on_non_finite="skip",
         price_per_hour=2.5,
     )
     command = resume_command(spec, "/runs/step-00000010")
-    for words in ("--reproducible", "--seed 7", "--checkpoint-every 90.5", "--price 2.5"):
+    for words in (
+        "--reproducible",
+        "--on-non-finite skip",
+        "--seed 7",
+        "--checkpoint-every 90.5",
+        "--price 2.5",
+    ):
         assert words in command
     assert "--ledger" not in command and "--batch" not in command
     result = supple(*shlex.split(command)[1:])

@@ -264,3 +264,16 @@ def test_durations_and_counts_read_as_people_write_them() -> None:
         "2d03h",
     ]
     assert (in_words(1), in_words(4)) == ("1 worker", "4 workers")
+
+
+def test_skipped_steps_are_shown_while_it_trains_and_at_the_end() -> None:
+    def text(**changes: Any) -> str:
+        return "".join(part for part, _ in with_what(made_progress(**changes)))
+
+    assert "skipped" not in text()
+    assert "1 step skipped (not finite)" in text(skipped_steps=1)
+    assert "7 steps skipped (not finite)" in text(skipped_steps=7)
+    tally = Tally(clock=Clock())
+    form(tally, 1, "w0")
+    tally.progressed(made_progress(skipped_steps=7))
+    assert tally.summary(None).startswith("100 steps, 7 of the run's skipped (not finite), in 0s")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks import workload
+from benchmarks import recovery_models, workload
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).resolve().parent / "torchrun_script.py"
@@ -36,10 +36,10 @@ def pause_shrink_3_to_2() -> float:
     return statistics.median(_shrink() for _ in range(_REPEATS))
 
 
-def recovery_kill_one_of_three() -> float:
+def recovery_kill_one_of_three(model: str) -> float:
     """Median seconds from `kill -9` of one of three workers to the next step: its agent restarts
-    all of them."""
-    return statistics.median(_recovery() for _ in range(_REPEATS))
+    all of them. They train `recovery_models.MODELS[model]`."""
+    return statistics.median(_recovery(model) for _ in range(_REPEATS))
 
 
 def _grow() -> float:
@@ -58,25 +58,30 @@ def _shrink() -> float:
         return _pause(folder, 3, 2)
 
 
-def _recovery() -> float:
-    with _agents(3, 3) as (folder, agents, _):
+def _recovery(model: str) -> float:
+    with _agents(3, 3, {recovery_models.MODEL_ENV: model}) as (folder, agents, _):
         _wait(folder, lambda rows: _steps_of(rows, 3) >= 20)
         victims = [
             child
-            for child in psutil.Process(agents[1].pid).children(recursive=True)
+            for child in psutil.Process(agents[1].pid).children()
             if any("torchrun_script" in part for part in child.cmdline())
         ]
+        before = set(folder.glob("*.txt"))
         killed = time.time()
         victims[0].kill()
-        _wait(folder, lambda rows: any(row[0] > killed + 0.2 for row in rows))
-        return min(row[0] for row in workload.committed_steps(folder) if row[0] > killed + 0.2) - (
-            killed
-        )
+        _wait(folder, lambda _: bool(_first_steps(folder, before)))
+        return min(_first_steps(folder, before)) - killed
+
+
+def _first_steps(folder: Path, before: set[Path]) -> list[float]:
+    """When each process that was not there before made its first step."""
+    files = [file.read_text().split() for file in set(folder.glob("*.txt")) - before]
+    return [float(words[0]) for words in files if words]
 
 
 @contextmanager
 def _agents(
-    count: int, most: int
+    count: int, most: int, env: dict[str, str] | None = None
 ) -> Iterator[tuple[Path, list[subprocess.Popen[bytes]], Callable[[], subprocess.Popen[bytes]]]]:
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as name:
@@ -101,6 +106,7 @@ def _agents(
                     "OMP_NUM_THREADS": "1",
                     "PYTHONPATH": str(ROOT),
                     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                    **(env or {}),
                 },
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -150,4 +156,4 @@ def _pause(folder: Path, before: int, after: int) -> float:
 
 
 if __name__ == "__main__":
-    print({"grow": _grow(), "shrink": _shrink(), "recovery": _recovery()})
+    print({"grow": _grow(), "shrink": _shrink(), "recovery": _recovery("large")})

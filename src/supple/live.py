@@ -235,7 +235,8 @@ class Tally:
         hours = self._worker_s / 3600
         cost = "" if price_per_hour is None else f", cost {in_digits(hours * price_per_hour)}"
         began = f" (from step {self._first_step:,})" if self._first_step else ""
-        skipped = f" ({self.skipped_steps:,} of the run skipped)" if self.skipped_steps else ""
+        number = self.skipped_steps
+        skipped = f", {number:,} of the run's skipped (not finite)," if number else ""
         return (
             f"{self.last_step - self._first_step:,} steps{began}{skipped} in {elapsed} on "
             f"{in_words(high) if low == high else f'{low} to {high} workers'}: "

@@ -47,6 +47,25 @@ def test_a_loss_while_forming_aborts_that_generation_and_forms_the_next() -> Non
     assert job.state.generation == 3
 
 
+def test_a_fresh_start_says_which_state_is_gone_and_what_it_begins_from() -> None:
+    begun = "the state of step 11 is gone with its last holder: starting from"
+    for saved, from_what in ((False, "the initial weights"), (True, "the checkpoint p of step 8")):
+        job = running(1)
+        if saved:
+            job.saved(8, "p")
+        job.target(2)
+        job.ready("w1")
+        job.stopped("w0", 11)
+        job.lost("w0")
+        job.stopped("w1", -1, "aborted")
+        assert job.kind == "recover"
+        assert job.reason == f"2 -> 1 worker: w0 died; {begun} {from_what}"
+        job.formed("w1", 8 if saved else 0)
+        job.ready("w2")
+        job.stopped("w1", 20)
+        assert "gone" not in job.reason
+
+
 def test_the_newest_state_is_in_the_next_generation_even_if_the_newest_worker_has_it() -> None:
     job = running(3)
     job.target(2)

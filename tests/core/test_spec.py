@@ -140,6 +140,7 @@ def test_an_unknown_name_is_told_all_names_and_the_nearest(text: str, hint: str)
         ({"name": "../x"}, "not usable as a folder"),
         ({"name": "a", "batch": "Adaptive"}, "one of fixed, adaptive"),
         ({"name": "a", "lr_rule": "squared"}, "one of auto, linear, sqrt"),
+        ({"name": "a", "on_non_finite": "ignore"}, "one of stop, skip"),
         ({"name": "a", "min_workers": 3, "max_workers": 2}, "above MAX"),
         ({"name": "a", "reproducible": True, "max_workers": 9}, "--logical-shards"),
         ({"name": "a", "reproducible": True, "batch": "adaptive"}, "choose one"),
