@@ -42,9 +42,6 @@ _FAULTS = 52
 """Of each model, beside the timed ones."""
 _LIMIT_S = 150.0
 """For them; the rest of ten minutes goes to starts, timed kills and torchrun."""
-_KINDS = ("member", "member", "joiner", "joiner", "source", "receiver", "double")
-_PATIENCE_S = 8.0
-"""How long a transfer is waited for."""
 
 
 @dataclass(kw_only=True)
@@ -122,61 +119,63 @@ class Torturer:
         self._chooser = chooser
         self._holders: set[str] = set()
         self._dead: set[str] = set()
+        self._pids: dict[str, int] = {}
 
     def torture(self) -> Counter[str]:
         """`_FAULTS` of them, or as many as fit into the time; how many of each kind."""
         counts: Counter[str] = Counter()
-        began = time.monotonic()
+        began = due = time.monotonic()
+        seen: set[int] = set()
         while counts["faults"] < _FAULTS and time.monotonic() - began < _LIMIT_S:
-            time.sleep(self._chooser.uniform(0.02, 0.8))
-            kind = self._chooser.choice(_KINDS)
-            victims = self._victims(kind)
-            alive = self._spared(victims)
-            for pid in alive:
+            time.sleep(0.005)
+            now = self._look()
+            new = [worker for worker in now["members"] if worker not in self._holders]
+            if now["phase"] == "forming" and new and now["generation"] not in seen:
+                seen.add(now["generation"])
+                kind = self._chooser.choice(("source", "receiver", "none"))
+                time.sleep(self._chooser.uniform(0.0, 0.05))
+            elif time.monotonic() >= due:
+                kind = self._chooser.choice(("member", "member", "joiner", "double"))
+            else:
+                continue
+            due = time.monotonic() + self._chooser.uniform(0.05, 1.0)
+            victims = self._spared(self._victims(kind, now, new))
+            for pid in victims:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                    counts["kills"] += 1
-            if alive:
+            counts["kills"] += len(victims)
+            if victims:
                 counts["faults"] += 1
-                counts["double_kills" if len(alive) > 1 else f"{kind}_kills"] += 1
+                counts["double_kills" if len(victims) > 1 else f"{kind}_kills"] += 1
         return counts
 
-    def _victims(self, kind: str) -> list[str]:
+    def _victims(self, kind: str, now: dict[str, Any], new: list[str]) -> list[str]:
         """Whom to kill; nobody where there is none of that kind now."""
-        now = self._look()
         there = [worker for worker in now["pids"] if worker not in self._dead]
+        outside = [worker for worker in there if worker not in now["members"]]
         match kind:
-            case "source" | "receiver":
-                now = self._wait_for_a_transfer()
-                receivers = [w for w in now["members"] if w not in self._holders]
-                sources = [w for w in now["members"] if w in self._holders]
-                found = (sources if kind == "source" else receivers) if receivers else []
-            case "joiner":
-                found = [worker for worker in there if worker not in now["members"]]
-            case "double":
-                return self._chooser.sample(there, 2) if len(there) > 2 else []
-            case _:
+            case "source":
+                found = [worker for worker in now["members"] if worker in self._holders]
+            case "receiver":
+                found = new
+            case "member":
                 found = [worker for worker in now["members"] if worker in there]
+            case "joiner":
+                # The only holder left needs somebody who does join.
+                patient = len(self._holders - self._dead) == 1 and self._chooser.random() < 0.8
+                found = [] if patient else outside
+            case "double":
+                return self._chooser.sample(there, min(2, len(there)))
+            case _:
+                found = []
         return [self._chooser.choice(found)] if found else []
-
-    def _wait_for_a_transfer(self) -> dict[str, Any]:
-        """The job's status while it forms a generation with somebody new; the last one if that
-        does not come in time."""
-        deadline = time.monotonic() + _PATIENCE_S
-        while time.monotonic() < deadline:
-            now = self._look()
-            if now["phase"] == "forming" and not set(now["members"]) <= self._holders:
-                time.sleep(self._chooser.uniform(0.0, 0.05))
-                return now
-            time.sleep(0.003)
-        return {"members": []}
 
     def _look(self) -> dict[str, Any]:
         now = status(self._job)
         progress = now["progress"]
         stepping = progress is not None and progress["generation"] == now["generation"]
         if now["phase"] == "running" and stepping:
-            self._holders = set(now["members"]) - self._dead
+            self._holders = set(now["members"])
         self._pids = now["pids"]
         return now
 

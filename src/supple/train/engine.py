@@ -4,8 +4,8 @@ What it changes before a step has committed (gradients, sums) is thrown away wit
 commit changes (weights, optimizer, count, position, noise scale) changes nowhere else.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,7 @@ class StepEngine:
         self._correct_weights(stats[_SAMPLES])
         if self._must_skip(stats, lr):
             self._reducer.discard()
+            self._noise_meter.discard()
         else:
             self._update(stats, clip_norm, lr)
         self.step += 1
@@ -138,6 +139,17 @@ class StepEngine:
         self.meter.lap("optimizer")
         self.meter.end_step()
         return stats[_HEARD] > 0
+
+    def to_json(self) -> dict[str, Any]:
+        """What its steps add to the train state, beside tensors and optimizer settings."""
+        skipped = [self.finite.num_skipped, self.finite.num_skipped_in_a_row]
+        return {"step": self.step, "noise": self.noise.to_json(), "skipped": skipped}
+
+    def from_json(self, values: Mapping[str, Any]) -> None:
+        self.step = int(values["step"])
+        self.noise = NoiseState.from_json(values["noise"])
+        # Checkpoints of earlier versions do not have it.
+        self.finite.num_skipped, self.finite.num_skipped_in_a_row = values.get("skipped", (0, 0))
 
     def measure_noise(self, every: int) -> None:
         """Take the gradients' norms every so many steps from now on; between two steps."""

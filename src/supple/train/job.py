@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from supple.core.noise import NoiseState
 from supple.core.order import mix, share
 from supple.core.spec import TrainSpec
 from supple.core.types import Progress
@@ -123,15 +122,9 @@ class Job:
     def keep(self, name: str, thing: Any) -> None:
         """Let `thing` (with `state_dict` and `load_state_dict`) travel with the train state.
 
-        Call it before `batches`. Whatever the first turn of the loop does to `thing` is undone, as
-        is what it does to the model: every worker rehearses it once.
+        Call it before `batches`. What the loop's first turn does to it is undone, as for the model.
         """
-        if self._loader is not None:
-            raise TrainingError(
-                f"job.keep({name!r}, ...) was called in the loop: put it before job.batches, so "
-                "that what is kept is known before the first step."
-            )
-        check_kept(name, thing, self._kept)
+        check_kept(name, thing, self._kept, in_loop=self._loader is not None)
         self._kept[name] = thing
 
     def batches(
@@ -186,9 +179,8 @@ class Job:
     def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
         """Backward, and on the last micro-batch of a step: reduce, update, count.
 
-        True if a step was committed by this call; also one that `--on-non-finite skip` left out,
-        which counts and changes no weight. `clip_norm` bounds the gradient's norm over the whole
-        global batch.
+        True if a step was committed by this call: applied, or left out by `--on-non-finite skip`.
+        `clip_norm` bounds the gradient's norm over the whole global batch.
         """
         micro = self._micro
         if micro is None:
@@ -198,9 +190,8 @@ class Job:
             )
         self._micro = None
         if self._rehearsing:
-            assert self._optimizer is not None
             loss.backward()
-            self._optimizer.step()
+            self._state.optimizer.step()
             return False
         self._steps.backward(loss, micro, self._group, self._heard_of_next)
         return self._commit(clip_norm) if micro.is_last else False
@@ -385,31 +376,23 @@ class Job:
     def scalars(self) -> dict[str, Any]:
         """The job's own part of the train state, beside tensors and optimizer settings."""
         assert self._loader is not None
-        return {
-            "step": self.step_count,
+        return self._steps.to_json() | {
             "position": self._loader.position.to_json(),
-            "noise": self._steps.noise.to_json(),
             "global_batch_size": self._global_batch,
             "rate": self._rate.to_json(),
-            "skipped": [self._steps.finite.num_skipped, self._steps.finite.num_skipped_in_a_row],
         }
 
     def adopt(self, scalars: Mapping[str, Any]) -> None:
         """The tensors are in place; take these with them."""
         assert self._loader is not None
-        self._steps.step = int(scalars["step"])
+        self._steps.from_json(scalars)
         self._loader.position = type(self._loader.position).from_json(scalars["position"])
-        self._steps.noise = NoiseState.from_json(scalars["noise"])
         self._global_batch = int(scalars["global_batch_size"])
         self._rate.from_json(scalars["rate"])
-        finite = self._steps.finite
-        # Checkpoints of earlier versions do not have it.
-        finite.num_skipped, finite.num_skipped_in_a_row = scalars.get("skipped", (0, 0))
         self._has_state = True
 
     def begin(self, restore: str | None) -> None:
-        """Nobody holds state: take a checkpoint's, or the initial one, which nothing has touched
-        since the rehearsal was undone."""
+        """Nobody holds state: take a checkpoint's, or the initial one, untouched until now."""
         if restore is not None:
             self.adopt(self._saver.load(restore, self._state))
         self._state.spare.clear()

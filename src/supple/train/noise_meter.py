@@ -110,6 +110,10 @@ class NoiseMeter:
             )
         return None
 
+    def discard(self) -> None:
+        """The step that was reduced is not applied, and no sample is made of it."""
+        self._previous = None
+
     def _sq_norm(self, gradients: Sequence[Tensor]) -> float:
         return sum(self._sq_norm_of(flat, index) for index, flat in enumerate(gradients))
 

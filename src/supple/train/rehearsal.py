@@ -21,8 +21,14 @@ _IN_THE_OPTIMIZER = "Let the optimizer keep it as a tensor or a plain value"
 _IN_STATE_DICT = "Convert it in its state_dict()"
 
 
-def check_kept(name: str, thing: Any, others: Mapping[str, Any]) -> None:
-    """Raise `TrainingError` unless `thing` can be kept beside `others`."""
+def check_kept(name: str, thing: Any, others: Mapping[str, Any], *, in_loop: bool) -> None:
+    """Raise `TrainingError` unless `thing` can be kept beside `others`; it must be known before
+    the loop, for the rehearsal to undo what the loop does to it."""
+    if in_loop:
+        raise TrainingError(
+            f"job.keep({name!r}, ...) was called in the loop: put it before job.batches, so that "
+            "what is kept is known before the first step."
+        )
     missing = [
         method
         for method in ("state_dict", "load_state_dict")
