@@ -209,6 +209,7 @@ def main() -> None:
         theirs = torchrun.recovery_kill_one_of_three(name)
         mine = statistics.median(found.times_s)
         ratios[name] = theirs / mine
+        print(f"  {name}: {mine:.2f} s, torchrun {theirs:.2f} s; {dict(found.counts)}", flush=True)
         metrics |= {
             f"recovery_{name}_s": mine,
             f"recovery_{name}_max_s": max(found.times_s),

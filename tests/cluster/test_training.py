@@ -29,6 +29,20 @@ def train(job):
         job.report(loss=loss)
 """
 
+SLOW_STEPS = (
+    LONG.replace("import torch\n", "import time\nimport torch\n", 1)
+    .replace("job.model(build_model)", "job.model(build)")
+    .replace("loss = F", "time.sleep(0.1)\n        loss = 0 * model.other.sum() + F")
+    + """
+def build():
+    model = build_model()
+    model.other = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    return model
+"""
+)
+"""With more than one gradient bucket, as a parameter of another type has its own, and steps whose
+forward pass takes long: that is where a kill finds the others."""
+
 Start = Callable[..., TrainRun]
 
 
@@ -50,10 +64,11 @@ def start(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
 
 
 def test_a_run_grows_shrinks_loses_rank_0_and_uses_every_sample_once(start: Start) -> None:
-    run = start(LONG, "--workers", "1:3", "--schedule", "0s:2", "--ledger")
+    run = start(SLOW_STEPS, "--workers", "1:3", "--schedule", "0s:2", "--ledger")
     run.wait_running(2)
     ask(run.name, {"ask": "resize", "num_workers": 3})
     members = run.wait_running(3)
+    run.wait("Progress", lambda record: record["num_workers"] == 3)
     os.kill(run.pid_of(members[0]), signal.SIGKILL)
     lost = run.wait("WorkerLost")
     assert (lost["worker_id"], lost["cause"]) == (members[0], "died")
