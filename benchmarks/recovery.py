@@ -40,7 +40,7 @@ from supple.core.ledger import prove
 _TIMED_KILLS = 5
 _FAULTS = 52
 """Of each model, beside the timed ones."""
-_LIMIT_S = 150.0
+_LIMIT_S = 165.0
 """For them; the rest of ten minutes goes to starts, timed kills and torchrun."""
 
 
@@ -120,6 +120,8 @@ class Torturer:
         self._holders: set[str] = set()
         self._dead: set[str] = set()
         self._pids: dict[str, int] = {}
+        self._spent = 0
+        """The last generation in which a joiner was killed."""
 
     def torture(self) -> Counter[str]:
         """`_FAULTS` of them, or as many as fit into the time; how many of each kind."""
@@ -161,9 +163,10 @@ class Torturer:
             case "member":
                 found = [worker for worker in now["members"] if worker in there]
             case "joiner":
-                # The only holder left needs somebody who does join.
-                patient = len(self._holders - self._dead) == 1 and self._chooser.random() < 0.8
-                found = [] if patient else outside
+                # The only holder left needs somebody who does join: then one a generation.
+                is_alone = len(self._holders - self._dead) == 1
+                found = [] if is_alone and self._spent == now["generation"] else outside
+                self._spent = now["generation"]
             case "double":
                 return self._chooser.sample(there, min(2, len(there)))
             case _:

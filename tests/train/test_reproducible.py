@@ -1,5 +1,8 @@
 """The tree of additions is the same whoever adds; so are the bits."""
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,3 +130,51 @@ def test_a_lost_peer_fails_the_step_and_leaves_the_running_statistics() -> None:
 def test_half_precision_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match=r"float32.*bfloat16.*autocast"):
         TreeReducer([nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))], [], 1, 4)
+
+
+def test_an_abandoned_message_that_comes_late_changes_nothing_in_a_later_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The peer's slice of the finished gradient arrives when the others have given the step up."""
+    aborted, posted, abandoned = threading.Event(), threading.Event(), threading.Event()
+    received: list[Any] = []
+    send, receive = Group.send, Group.receive
+
+    def late_send(self: Group, tensor: torch.Tensor, to_rank: int, tag: int) -> Any:
+        if self.rank == 1 and tag == 2:
+            assert posted.wait(30)
+            aborted.set()
+            assert abandoned.wait(30)
+            return self._group.send([tensor], to_rank, tag).wait()
+        return send(self, tensor, to_rank, tag)
+
+    def noted_receive(self: Group, tensor: torch.Tensor, from_rank: int, tag: int) -> Any:
+        message = receive(self, tensor, from_rank, tag)
+        if self.rank == 0 and tag == 2:
+            received.append(message)
+            posted.set()
+        return message
+
+    monkeypatch.setattr(Group, "send", late_send)
+    monkeypatch.setattr(Group, "receive", noted_receive)
+    models = [nn.Linear(6, 2), nn.Linear(6, 2)]
+
+    def body(group: Group) -> None:
+        reducer = TreeReducer(list(models[group.rank].parameters()), [], 1, num_shards=2)
+        reducer.zero()
+        reducer.arm(group, before_launch=lambda _: None, stats=lambda: [1.0], buffer_weight=1.0)
+        models[group.rank](X).sum().backward()
+        reducer.add(group.rank, 0.5)
+        with pytest.raises(CollectiveFailed):
+            reducer.finish()
+        reducer.abandon()
+        if group.rank == 1:
+            return
+        reducer.zero()
+        abandoned.set()
+        for message in received:
+            message.wait()
+        assert received
+        assert not any(param.grad.any() for param in models[0].parameters())
+
+    run_ranks(2, body, aborted=aborted)
