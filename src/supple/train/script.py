@@ -156,7 +156,8 @@ def memory_advice(error: BaseException, num_samples: int) -> str:
     """What to do where `error` says that memory ran out in a micro-batch of `num_samples`; else
     nothing. By the names that torch gives such errors on accelerators and on the processor."""
     ran_out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if not ran_out and "can't allocate memory" not in str(error):
+    told = "".join(traceback.format_exception_only(error))  # as str(error), which may raise
+    if not ran_out and "can't allocate memory" not in told:
         return ""
     if num_samples > 1:
         return (
