@@ -76,15 +76,18 @@ class Saver:
         store = self._store or CheckpointStore.containing(path)
         try:
             try:
-                payload, _ = store.load(path, expected_signature=state.signature())
+                payload, manifest = store.load(path, expected_signature=state.signature())
             except CheckpointError as error:
                 good = None if asked else store.latest(besides=Path(path).name)
                 if good is None:
                     raise
                 path = str(good.path)
-                payload, _ = store.load(path, expected_signature=state.signature())
+                payload, manifest = store.load(path, expected_signature=state.signature())
                 self._passed_over(path, good.step, str(error))
-            take(state.restore(payload))
+            scalars = state.restore(payload)
+            if scalars["step"] != manifest["step"]:
+                raise ValueError(f"of step {scalars['step']}, and {manifest['step']} beside it")
+            take(scalars)
         except CheckpointError as error:
             raise CheckpointRefused(str(error)) from None
         except Exception as error:
