@@ -12,12 +12,14 @@ import ray
 
 from supple.cluster.advisor import Advisor
 from supple.cluster.backend import MonotonicClock, Observer
-from supple.cluster.control import refuse_second
+from supple.cluster.control import refuse_second, socket_path
 from supple.cluster.controller import Controller, Outcome
 from supple.cluster.ray import RayBackend, connect
 from supple.core.spec import SpecError, TrainSpec
 from supple.train.checkpoint import CheckpointError, CheckpointStore
 from supple.train.script import check
+
+_SOCKET_BYTES = 107
 
 
 def run_path_of(spec: TrainSpec) -> Path:
@@ -28,6 +30,7 @@ def run_path_of(spec: TrainSpec) -> Path:
 def prepare(spec: TrainSpec) -> Path:
     """Refuse what cannot work, before anything is started; make the run's folder and return it."""
     check(spec.script, spec.function)
+    _refuse_long_socket(spec.name)
     refuse_second(spec.name)
     run_path = run_path_of(spec)
     try:
@@ -37,6 +40,17 @@ def prepare(spec: TrainSpec) -> Path:
             f"the run folder {run_path} cannot be made: {error.strerror}. Give another --run-dir."
         ) from None
     return run_path
+
+
+def _refuse_long_socket(name: str) -> None:
+    path = socket_path(name)
+    length = len(os.fsencode(path))
+    if length > _SOCKET_BYTES:
+        raise SpecError(
+            f"the socket that `supple status {name}` and others would ask is {path}: {length} "
+            f"bytes, and the kernel allows {_SOCKET_BYTES}. Give a shorter --name, or a shorter "
+            "folder for temporary files (TMPDIR)."
+        )
 
 
 def resumed(spec: TrainSpec, resume: str) -> tuple[TrainSpec, str]:
