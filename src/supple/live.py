@@ -272,7 +272,7 @@ class Losses:
             self._told[event.path] = f"{event.path} from step {event.step:,} on: {event.error}"
             self._tell(
                 f"supple: {event.path} cannot be written any more, from step {event.step:,} on: "
-                f"{event.error}. Training goes on without it; make room for the next run."
+                f"{event.error}. Training goes on without it: mend that before the next run."
             )
 
     def acted(self, action: Action) -> None:

@@ -1,6 +1,7 @@
 """The body of a worker, in this process and without Ray: its end is told, whatever ends it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def events_of(folder: Path, source: str) -> list[Event]:
         rehearsal_size=1,
         verbose=False,
     )
-    body = WorkerBody(setup)
+    body: Any = WorkerBody(setup)
     body.run()
     return list(body.poll(0.0).events)
 

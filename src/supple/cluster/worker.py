@@ -29,7 +29,13 @@ from supple.train.job import Elastic, Job, TrainingError
 from supple.train.ledger import Ledger
 from supple.train.mailbox import Mailbox
 from supple.train.member import Identity, LeaveLoop
-from supple.train.script import load, memory_advice, user_traceback, without_a_command_line
+from supple.train.script import (
+    load,
+    memory_advice,
+    shared_memory_advice,
+    user_traceback,
+    without_a_command_line,
+)
 
 _COMPLETE = (TrainingError, CheckpointError, SpecError)
 """Errors whose text is all a user needs."""
@@ -150,11 +156,10 @@ class WorkerBody:
                 return None
             except BaseException as error:
                 print(user_traceback(error, whole=True))
-                told = (
-                    str(error)
-                    if isinstance(error, _COMPLETE) and not setup.verbose
-                    else user_traceback(error, whole=setup.verbose)
-                )
+                told = "" if setup.verbose else shared_memory_advice(error)
+                if isinstance(error, _COMPLETE) and not setup.verbose:
+                    told = str(error)
+                told = told or user_traceback(error, whole=setup.verbose)
                 num_samples = 0 if self._job is None else self._job.micro_batch_size
                 advice = memory_advice(error, num_samples)
                 cause = "refused" if isinstance(error, CheckpointRefused) else "raised"
