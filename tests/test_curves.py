@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from supple.core.types import Decision, JobId, Progress
@@ -34,6 +33,10 @@ def progress(step: int, **changes: Any) -> Progress:
     return Progress(**(fields | changes))
 
 
+def never(path: str, error: str) -> None:
+    raise AssertionError(f"{path} was lost: {error}")
+
+
 def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -44,7 +47,7 @@ def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_scalars_stand_against_the_committed_steps(tmp_path: Path) -> None:
-    with Curves(tmp_path) as curves:
+    with Curves(tmp_path, never) as curves:
         curves.progressed(progress(10))
         curves.progressed(progress(20, num_workers=3, metrics={"loss": 0.5}))
     written = read(tmp_path)
@@ -54,7 +57,7 @@ def test_scalars_stand_against_the_committed_steps(tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_yet_is_left_out(tmp_path: Path) -> None:
-    with Curves(tmp_path) as curves:
+    with Curves(tmp_path, never) as curves:
         curves.progressed(progress(10))
         curves.progressed(progress(20, noise_scale=32.0, efficiency=0.5))
     written = read(tmp_path)
@@ -63,7 +66,7 @@ def test_what_is_not_known_yet_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_decision_is_told_with_its_reason_at_the_step_it_was_made(tmp_path: Path) -> None:
-    with Curves(tmp_path) as curves:
+    with Curves(tmp_path, never) as curves:
         curves.progressed(progress(30))
         curves.decided(
             Decision(
@@ -77,16 +80,18 @@ def test_a_decision_is_told_with_its_reason_at_the_step_it_was_made(tmp_path: Pa
     assert told.tensor_proto.string_val == [b"grow: asked for 3"]
 
 
-def test_a_disk_that_takes_no_more_ends_the_curves_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError("No space left on device")
-
-    with Curves(tmp_path) as curves:
-        monkeypatch.setattr(curves._writer, "add_scalar", full)
-        monkeypatch.setattr(curves._writer, "add_text", full)
+def test_a_disk_that_takes_no_more_ends_the_curves_and_nothing_else(tmp_path: Path) -> None:
+    lost: list[tuple[str, str]] = []
+    (tmp_path / "file").write_text("")
+    with Curves(tmp_path / "file" / "tensorboard", lambda *what: lost.append(what)) as curves:
         curves.progressed(progress(10))
         curves.decided(
             Decision(job_id=JobId("job"), generation=1, kind="grow", num_workers=3, reason="why")
         )
+    assert [error for _, error in lost] == ["Not a directory"]
+
+
+def test_a_name_that_is_no_valid_unicode_is_written_all_the_same(tmp_path: Path) -> None:
+    with Curves(tmp_path, never) as curves:
+        curves.progressed(progress(10, metrics={"loss\udcff": 0.5}))
+    assert any(name.startswith("script/loss") for name in read(tmp_path))

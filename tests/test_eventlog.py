@@ -5,11 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from supple.cluster.controller import Outcome
-from supple.core.ledger import prove
+from supple.core.ledger import LedgerError, prove
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     Decision,
+    FileLost,
     FormGroup,
     GroupFormed,
     JobId,
@@ -19,6 +22,7 @@ from supple.core.types import (
     WorkerLost,
 )
 from supple.eventlog import EventLog, LedgerLog, last_run, to_plain
+from supple.logfile import LogFile
 
 JOB = JobId("digits")
 W0, W1 = WorkerId("w0"), WorkerId("w1")
@@ -32,21 +36,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.time
-
-
-class FullDisk(io.StringIO):
-    """A file on a disk that is full after `room` characters."""
-
-    name = "events.jsonl"
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room = room
-
-    def write(self, text: str) -> int:
-        if self.tell() + len(text) > self.room:
-            raise OSError(28, "No space left on device")
-        return super().write(text)
 
 
 def made_progress(**changes: Any) -> Progress:
@@ -72,6 +61,10 @@ def made_progress(**changes: Any) -> Progress:
         "metrics": {"loss": 0.5},
     }
     return Progress(**(fields | changes))
+
+
+def never(path: str, error: str) -> None:
+    raise AssertionError(f"{path} was lost: {error}")
 
 
 def lines(file: io.StringIO) -> list[dict[str, Any]]:
@@ -121,14 +114,22 @@ def test_a_loss_that_is_not_a_number_is_null_in_the_log() -> None:
 
 
 def test_a_full_disk_ends_the_log_in_that_file_and_nothing_else() -> None:
-    disk, pipe = FullDisk(room=250), io.StringIO()
+    lost: list[tuple[str, str]] = []
+    pipe = io.StringIO()
+    disk = LogFile(Path("/dev/full"), lambda *what: lost.append(what))
     log = EventLog(disk, pipe)
     for _ in range(5):
         log.printed("x" * 60)
     assert len(lines(pipe)) == 5
-    assert 0 < len(lines(disk)) < 5
-    assert len(log.problems) == 1
-    assert "No space left on device" in log.problems[0] and "events.jsonl" in log.problems[0]
+    assert lost == [("/dev/full", "No space left on device")]
+
+
+def test_a_run_after_one_that_was_cut_in_the_middle_of_a_line_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"t": 3.0, "kind": "pri')
+    log = EventLog(LogFile(path, never))
+    log.began(TrainSpec(name="second", script="x.py"))
+    assert [record["name"] for record in last_run(path)] == ["second"]
 
 
 def test_the_last_run_of_a_file_leaves_out_earlier_runs_and_torn_lines(tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def formed(worker_id: WorkerId, generation: int, step: int) -> GroupFormed:
 
 def test_the_ledger_has_one_start_a_generation_and_the_end(tmp_path: Path) -> None:
     path = tmp_path / "ledger" / "controller.jsonl"
-    log = LedgerLog(path)
+    log = LedgerLog(path, never)
     log.happened(formed(W0, 1, 0))
     log.happened(formed(W1, 1, 0))
     log.happened(formed(W0, 3, 7))
@@ -169,7 +170,7 @@ def test_the_ledger_has_one_start_a_generation_and_the_end(tmp_path: Path) -> No
 
 def test_the_ledger_of_a_run_that_went_back_ends_where_it_really_ended(tmp_path: Path) -> None:
     """All workers died at step 9, and the run went on from a checkpoint of step 4."""
-    log = LedgerLog(tmp_path / "controller.jsonl")
+    log = LedgerLog(tmp_path / "controller.jsonl", never)
     log.happened(formed(W0, 1, 0))
     log.happened(formed(W0, 2, 9))
     log.happened(formed(W1, 3, 4))
@@ -188,8 +189,42 @@ def test_the_ledger_of_a_run_that_went_back_ends_where_it_really_ended(tmp_path:
 
 
 def test_a_ledger_that_cannot_be_written_does_not_end_training(tmp_path: Path) -> None:
-    log = LedgerLog(tmp_path / "controller.jsonl")
-    (tmp_path / "controller.jsonl").mkdir()
+    lost: list[tuple[str, str]] = []
+    path = tmp_path / "controller.jsonl"
+    log = LedgerLog(path, lambda *what: lost.append(what))
+    path.mkdir()
     log.happened(formed(W0, 1, 0))
     log.close()
-    assert (tmp_path / "controller.jsonl").is_dir()
+    assert path.is_dir()
+    assert (str(path), "Is a directory") in lost
+
+
+def test_a_ledger_written_again_has_every_record_before_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "controller.jsonl"
+    log = LedgerLog(path, lambda *_: None)
+    path.mkdir()
+    log.happened(formed(W0, 1, 0))
+    path.rmdir()
+    log.happened(WorkerFinished(job_id=JOB, generation=1, worker_id=W0, step=3))
+    log.close()
+    kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
+    assert kinds == ["generation", "end"]
+
+
+def test_a_workers_ledger_that_was_lost_makes_the_proof_say_from_which_step(tmp_path: Path) -> None:
+    log = LedgerLog(tmp_path / "ledger" / "controller.jsonl", never)
+    log.happened(formed(W0, 1, 0))
+    lost: dict[str, Any] = {"job_id": JOB, "generation": 1, "step": 2, "error": "No space left"}
+    log.happened(FileLost(path=str(tmp_path / "logs" / "w0.log"), **lost))
+    records = [{"kind": "read", "generation": 1, "step": s, "epoch": 0, "ids": [s]} for s in (0, 1)]
+    log.happened(WorkerFinished(job_id=JOB, generation=1, worker_id=W0, step=2))
+    log.close()
+    written = (tmp_path / "ledger" / "controller.jsonl").read_text().splitlines()
+    proven = prove([*records, *map(json.loads, written)], expected=range(2), num_epochs=1)
+    assert proven.is_exact, "a log is no part of the proof"
+
+    log.happened(FileLost(path=str(tmp_path / "ledger" / "w0.jsonl"), **lost))
+    log.close()
+    written = (tmp_path / "ledger" / "controller.jsonl").read_text().splitlines()
+    with pytest.raises(LedgerError, match=r"incomplete from step 2 on: .*w0\.jsonl.*No space left"):
+        prove([*records, *map(json.loads, written)], expected=range(9), num_epochs=1)

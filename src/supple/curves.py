@@ -1,31 +1,41 @@
 """TensorBoard event files of a run: workers, batch, learning rate, speed, the script's metrics."""
 
-import contextlib
+import os
+import socket
+import time
 from pathlib import Path
-from typing import final
+from typing import Any, cast, final
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto import event_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 
 from supple.core.types import Action, Decision, Event, Progress
+from supple.logfile import LogFile, Lost
+
+_Record: Any = cast(Any, event_pb2).Event  # protobuf makes it when it is imported
 
 
 @final
 class Curves:
     """An observer that writes scalars against committed steps. Use it as a context manager.
 
-    A folder that cannot be written (a full disk) ends the curves, never the training.
+    Every record goes to the file at once, in one piece: torch's own writer keeps a thread, which
+    answers a full disk with a traceback.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._writer = SummaryWriter(str(folder), flush_secs=10)
+    def __init__(self, folder: Path, lost: Lost) -> None:
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = LogFile(folder / f"{name}.{time.monotonic_ns()}", lost)
+        self._records = RecordWriter(_Bytes(self._file))
         self._step = 0
+        self._put(file_version="brain.Event:2")
 
     def __enter__(self) -> "Curves":
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._writer.close()
+        self._file.close()
 
     def happened(self, event: Event) -> None:
         return
@@ -34,8 +44,8 @@ class Curves:
         return
 
     def decided(self, decision: Decision) -> None:
-        with contextlib.suppress(OSError):
-            self._writer.add_text("decision", f"{decision.kind}: {decision.reason}", self._step)
+        told = _plain(f"{decision.kind}: {decision.reason}")
+        self._put(summary=summary.text("decision", told), step=self._step)
 
     def printed(self, line: str) -> None:
         return
@@ -54,7 +64,25 @@ class Curves:
             "supple/noise_scale": progress.noise_scale,
             **{f"script/{name}": value for name, value in progress.metrics.items()},
         }
-        with contextlib.suppress(OSError):
-            for name, value in scalars.items():
-                if value is not None:
-                    self._writer.add_scalar(name, value, progress.step)
+        for name, value in scalars.items():
+            if value is not None:
+                self._put(summary=summary.scalar(_plain(name), value), step=progress.step)
+
+    def _put(self, **fields: Any) -> None:
+        self._records.write(_Record(wall_time=time.time(), **fields).SerializeToString())
+
+
+@final
+class _Bytes:
+    """What tensorboard takes for a file."""
+
+    def __init__(self, file: LogFile) -> None:
+        self._file = file
+
+    def write(self, data: bytes) -> None:
+        self._file.append(data)
+
+
+def _plain(text: str) -> str:
+    """`text` as protobuf can hold it: what a script prints or raises may be no valid Unicode."""
+    return text.encode(errors="backslashreplace").decode()

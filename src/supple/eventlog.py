@@ -8,7 +8,6 @@ number that is not finite is null, because JSON has no word for it.
 A file may hold several runs, one after the other; each opens with a `begin` record.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -17,25 +16,30 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any, TextIO, final
+from typing import Any, Protocol, final
 
 from supple.core.spec import TrainSpec
-from supple.core.types import Action, Decision, Event, GroupFormed, Progress
+from supple.core.types import Action, Decision, Event, FileLost, GroupFormed, Progress
+from supple.logfile import Lost, append
+
+
+class Lines(Protocol):
+    """Where records go."""
+
+    def write(self, text: str, /) -> int: ...
+
+    def flush(self) -> None: ...
 
 
 @final
 class EventLog:
-    """An observer that writes to open text files, a line at a time.
+    """An observer that writes to open text files, a line at a time. That they may end (a full disk,
+    a reader that left) without ending the training is for them to see to: `supple.logfile`."""
 
-    A file that cannot be written any more (a full disk, a reader that left) is given up and named
-    in `problems`; training never ends for want of its log.
-    """
-
-    def __init__(self, *files: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *files: Lines, clock: Callable[[], float] = time.monotonic) -> None:
         self._files = list(files)
         self._clock = clock
         self._began = clock()
-        self.problems: list[str] = []
 
     def began(self, spec: TrainSpec) -> None:
         """The first record of a run: what was asked for."""
@@ -75,28 +79,24 @@ class EventLog:
             **record,
         }
         line = json.dumps(stamped, allow_nan=False) + "\n"
-        for file in tuple(self._files):
-            try:
-                file.write(line)
-                file.flush()
-            except OSError as error:
-                self._files.remove(file)
-                self.problems.append(
-                    f"the event log {getattr(file, 'name', 'file')} ends at {stamped['t']:.1f} s: "
-                    f"{error.strerror or error}. Training went on without it."
-                )
+        for file in self._files:
+            file.write(line)
+            file.flush()
 
 
 @final
 class LedgerLog:
-    """The controller's part of the ledger: where generations began, and where the run ended.
+    """The controller's part of the ledger: where generations began, from which step on a worker's
+    part is incomplete, and where the run ended.
 
-    A record that cannot be written is left out: the proof then says that it is incomplete.
+    A record that cannot be written is tried again with the next one. So there is no end without
+    everything before it, and without an end nothing is proven.
     """
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, lost: Lost) -> None:
         self._path = path
+        self._lost = lost
+        self._unwritten = b""
         self._written = 0
         self._step = 0
 
@@ -108,6 +108,8 @@ class LedgerLog:
             if event.generation > self._written:
                 self._written = event.generation
                 self._put("generation", generation=event.generation, start_step=event.step)
+        elif isinstance(event, FileLost) and Path(event.path).parent == self._path.parent:
+            self._put("gap", step=event.step, file=event.path, error=event.error)
 
     def acted(self, action: Action) -> None:
         return
@@ -124,10 +126,19 @@ class LedgerLog:
     def close(self) -> None:
         """The run has ended: say how many steps were committed."""
         self._put("end", step=self._step)
+        if self._unwritten:
+            self._lost(str(self._path), "it lacks the end of the run")
 
-    def _put(self, kind: str, **fields: int) -> None:
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **fields}) + "\n")
+    def _put(self, kind: str, **fields: int | str) -> None:
+        self._unwritten += (json.dumps({"kind": kind, **fields}) + "\n").encode()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab", buffering=0) as file:
+                append(file.fileno(), self._unwritten)
+        except OSError as error:
+            self._lost(str(self._path), error.strerror or type(error).__name__)
+        else:
+            self._unwritten = b""
 
 
 def last_run(log: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from supple.core.types import (
     CheckpointSaved,
     Decision,
     Event,
+    FileLost,
     FormGroup,
     GroupFormed,
     Progress,
@@ -262,6 +263,40 @@ class Tally:
         now = self._clock()
         self._worker_s += len(self._alive) * (now - self._counted_at)
         self._counted_at = now
+
+
+@final
+class Losses:
+    """An observer that tells of every file that could not be written: at once, and at the end what
+    is incomplete. Each file once."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._told: dict[str, str] = {}
+
+    def happened(self, event: Event) -> None:
+        if isinstance(event, FileLost) and event.path not in self._told:
+            self._told[event.path] = f"{event.path} from step {event.step:,} on: {event.error}"
+            self._tell(
+                f"supple: {event.path} cannot be written any more, from step {event.step:,} on: "
+                f"{event.error}. Training goes on without it: mend that before the next run."
+            )
+
+    def acted(self, action: Action) -> None:
+        return
+
+    def decided(self, decision: Decision) -> None:
+        return
+
+    def progressed(self, progress: Progress) -> None:
+        return
+
+    def printed(self, line: str) -> None:
+        return
+
+    def summary(self) -> list[str]:
+        """A line for every file that is incomplete."""
+        return [f"  incomplete   {told}" for told in self._told.values()]
 
 
 def duration(seconds: float) -> str:

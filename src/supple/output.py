@@ -4,6 +4,7 @@
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO, final
 
 if TYPE_CHECKING:
@@ -32,6 +33,48 @@ class _Watched(io.TextIOWrapper):
         except OSError as error:
             self.lost = self.lost or error
             raise
+
+
+@final
+class LossyStream(io.TextIOBase):
+    """A text stream that passes on to `stream` for as long as that can be written, and never
+    raises: what would end with it goes on. `lost` is called, once, with the cause."""
+
+    def __init__(self, stream: TextIO, lost: Callable[[str], None]) -> None:
+        self._stream = stream
+        self._lost = lost
+        self._is_whole = True
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        shown = text.encode(self.encoding, errors="backslashreplace").decode(self.encoding)
+        self._try(lambda: self._stream.write(shown))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._is_whole and self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if not self._is_whole:
+            return
+        try:
+            act()
+        except OSError as error:
+            self._is_whole = False
+            _let_go(self._stream)
+            self._lost(error.strerror or type(error).__name__)
 
 
 def console() -> "Console":
@@ -66,6 +109,17 @@ def give_up() -> None:
     for number in (1, 2):
         os.dup2(nowhere, number)
     os.close(nowhere)
+
+
+def _let_go(stream: TextIO) -> None:
+    """What is still in `stream`, and all that will be written to it, goes nowhere; that it was lost
+    is told by whoever calls this."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+    stream.flush()
+    if isinstance(stream, _Watched):
+        stream.lost = None
 
 
 def _watched(stream: TextIO | None) -> TextIO:

@@ -1,19 +1,26 @@
 """One `supple train` for a person: the job, what is shown and written while it runs, and what is
 told at its end."""
 
+import contextlib
 import dataclasses
 import shlex
 import sys
 from pathlib import Path
+from typing import IO, cast
 
 from rich.console import Console
 
 from supple.cluster import launch
+from supple.cluster.backend import Observer
 from supple.cluster.controller import Outcome
+from supple.cluster.lock import only_job
 from supple.core.spec import TrainSpec
+from supple.core.types import FileLost, JobId
 from supple.curves import Curves
 from supple.eventlog import EventLog, LedgerLog
-from supple.live import LiveLine, Tally
+from supple.live import LiveLine, Losses, Tally
+from supple.logfile import LogFile
+from supple.output import LossyStream
 from supple.picture import draw_run
 
 OPTIONS = {
@@ -41,6 +48,13 @@ def run(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) ->
     """Train to the end; did it finish, or was it stopped and saved? With `as_json` stdout gets the
     event log's records and nothing else. Raises what `launch.train` raises."""
     folder = launch.prepare(spec)
+    with only_job(spec.name, folder) as warning:  # before anything is moved, removed or started
+        if warning:
+            _tell(f"supple: {warning}")
+        return _run(spec, folder, resume, as_json, verbose)
+
+
+def _run(spec: TrainSpec, folder: Path, resume: str | None, as_json: bool, verbose: bool) -> bool:
     spec = dataclasses.replace(spec, script=str(Path(spec.script).resolve()))
     if resume is not None:
         spec, said = launch.resumed(spec, resume)
@@ -51,22 +65,31 @@ def run(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) ->
     if spec.ledger:
         for old in (folder / "ledger").glob("*.jsonl"):
             old.unlink()
-    console = Console(quiet=as_json, highlight=False)
     tally = Tally()
-    with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
-        log = EventLog(file, *([sys.stdout] if as_json else []))
+
+    def lost(path: str, error: str) -> None:
+        """A file that this process writes is lost: tell it as that of a worker."""
+        event = FileLost(
+            job_id=JobId(spec.name), generation=0, step=tally.last_step, path=path, error=error
+        )
+        for observer in observers:
+            observer.happened(event)
+
+    losses = Losses(_tell)
+    observers: list[Observer] = [losses, tally]
+    stdout = LossyStream(sys.stdout, lambda error: lost("stdout", error))
+    log = EventLog(LogFile(folder / "events.jsonl", lost), *([stdout] if as_json else []))
+    console = Console(file=cast("IO[str]", stdout), quiet=as_json, highlight=False)
+    live = LiveLine(console, spec.name, max_steps=spec.max_steps)
+    ledger = LedgerLog(folder / "ledger" / "controller.jsonl", lost) if spec.ledger else None
+    with live, Curves(folder / "tensorboard", lost) as curves:
+        observers += [log, live, curves, *([ledger] if ledger else [])]
         log.began(spec)
-        ledger = LedgerLog(folder / "ledger" / "controller.jsonl") if spec.ledger else None
-        live = LiveLine(console, spec.name, max_steps=spec.max_steps)
-        with live, Curves(folder / "tensorboard") as curves:
-            observers = [log, tally, live, curves, *([ledger] if ledger else [])]
-            outcome = launch.train(spec, observers=observers, verbose=verbose)
-        if ledger is not None:
-            ledger.close()
-        log.ended(outcome)
-    for problem in log.problems:
-        _tell(f"supple: {problem}")
-    for line in ending(spec, outcome, tally):
+        outcome = launch.train(spec, observers=observers, verbose=verbose)
+    if ledger is not None:
+        ledger.close()
+    log.ended(outcome)
+    for line in [*ending(spec, outcome, tally), *losses.summary()]:
         _tell(line)
     _tell_files(folder)
     return outcome.status == "finished" or (
@@ -102,11 +125,15 @@ def resume_command(spec: TrainSpec, checkpoint: str) -> str:
 
 
 def _tell_files(folder: Path) -> None:
+    picture = folder / "run.png"
     try:
-        if draw_run(folder / "events.jsonl", folder / "run.png"):
-            _tell(f"  picture      {folder / 'run.png'}")
-    except OSError as error:  # a full disk must not make a failure of a run that is over
-        _tell(f"  picture      none, it could not be written: {error.strerror}")
+        if draw_run(folder / "events.jsonl", picture):
+            _tell(f"  picture      {picture}")
+    except Exception as error:  # must not make a failure of a run that is over
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        _tell(f"  picture      none, it could not be drawn: {why}")
+        with contextlib.suppress(OSError):
+            picture.unlink()
     _tell(f"  event log    {folder / 'events.jsonl'}")
     if (folder / "checkpoints").is_dir():
         _tell(f"  checkpoints  {folder / 'checkpoints'}")
@@ -114,4 +141,5 @@ def _tell_files(folder: Path) -> None:
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr)
+    with contextlib.suppress(OSError):  # there is nobody to tell
+        print(line, file=sys.stderr, flush=True)

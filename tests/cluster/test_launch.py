@@ -1,8 +1,14 @@
 """What is settled before a run begins: its folder, what it resumes from, what it must not lose."""
 
+import hashlib
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from supple.cluster import launch
 from supple.core.spec import SpecError, TrainSpec
@@ -62,3 +68,110 @@ def test_a_checkpoints_folder_that_is_a_file_is_a_refusal(tmp_path: Path) -> Non
     (tmp_path / "job" / "checkpoints").write_text("")
     with pytest.raises(SpecError, match=r"--resume latest: .*cannot be listed"):
         launch.resumed(spec(tmp_path), "latest")
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path / "state.pt", 100)
+
+
+def another_bit(path: Path) -> None:
+    content = bytearray((path / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / "state.pt").write_bytes(content)
+
+
+def code_to_run(path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> Any:
+            return os.system, ("true",)
+
+    torch.save({"x": Harm()}, path / "state.pt")
+    signed(path)
+
+
+def no_state(path: Path) -> None:
+    torch.save([1, 2], path / "state.pt")
+    signed(path)
+
+
+def signed(path: Path, **changes: Any) -> None:
+    """Make the manifest's sums right, as one who means harm would."""
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    state = (path / "state.pt").read_bytes()
+    manifest |= {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()} | changes
+    manifest.pop("manifest_sha256")
+    text = json.dumps(manifest, sort_keys=True).encode()
+    manifest["manifest_sha256"] = hashlib.sha256(text).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def in_place_of(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        (path / name).unlink()
+        make(path / name)
+
+    return damage
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated": truncated,
+    "another bit": another_bit,
+    "code to run": code_to_run,
+    "no state": no_state,
+    "an empty manifest": lambda path: (path / "manifest.json").write_text("{}"),
+    "a list": lambda path: (path / "manifest.json").write_text("[]"),
+    "a number": lambda path: (path / "manifest.json").write_text("7"),
+    "no text": lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe"),
+    "nested": lambda path: (path / "manifest.json").write_text("[" * 100_000),
+    "a huge number": lambda path: (path / "manifest.json").write_text('{"step": 1' + "0" * 9000),
+    "a negative step": lambda path: signed(path, step=-1),
+    "a step that is text": lambda path: signed(path, step="ten"),
+    "a step that is true": lambda path: signed(path, step=True),
+    "a step beyond counting": lambda path: signed(path, step=10**30),
+    "bytes that are text": lambda path: signed(path, bytes="many"),
+    "a sum that is a number": lambda path: signed(path, sha256=5),
+    "a signature that is a number": lambda path: signed(path, signature=5),
+    "a signature of numbers": lambda path: signed(path, signature=[1, 2]),
+    "a signature of strange rows": lambda path: signed(path, signature=[[1, 2, 3]]),
+    "a folder as state": in_place_of("state.pt", Path.mkdir),
+    "a folder as manifest": in_place_of("manifest.json", Path.mkdir),
+    "a pipe as state": in_place_of("state.pt", os.mkfifo),
+    "a pipe as manifest": in_place_of("manifest.json", os.mkfifo),
+    "an endless device": in_place_of("state.pt", lambda path: path.symlink_to("/dev/zero")),
+    "a loop of links": in_place_of("state.pt", lambda path: path.symlink_to(path)),
+    "a link to nothing": in_place_of("manifest.json", lambda path: path.symlink_to("nothing")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_before_anything_starts(
+    tmp_path: Path, damage: str
+) -> None:
+    good, bad = saved(tmp_path, 10, 20)
+    DAMAGES[damage](bad)
+    with pytest.raises(SpecError, match=f"--resume {good}") as refused:
+        launch.resumed(spec(tmp_path), str(bad))
+    assert str(bad) in str(refused.value)
+    resumed, said = launch.resumed(spec(tmp_path), "latest")
+    assert resumed.resume == str(good)
+    assert "Skipped: " in said and str(bad) in said
+
+
+@pytest.mark.parametrize("damage", ["truncated", "code to run", "a list"])
+def test_with_no_good_one_left_the_refusal_says_what_is_wrong_with_each(
+    tmp_path: Path, damage: str
+) -> None:
+    for path in saved(tmp_path, 10, 20):
+        DAMAGES[damage](path)
+    with pytest.raises(SpecError, match="there is no good checkpoint") as refused:
+        launch.resumed(spec(tmp_path), "latest")
+    assert str(refused.value).count("Skipped:") == 2
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for name in ("loop", "file", "folder"):
+        with pytest.raises(SpecError, match=f"--resume .*{name}"):
+            launch.resumed(spec(tmp_path), str(tmp_path / name))

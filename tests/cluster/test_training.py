@@ -173,6 +173,8 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_and_is_still_there(sta
     second = start(other, "--workers", "1", "--resume", str(saved))
     assert second.end() == 1
     assert "of another model" in second.errors()
+    assert [lost["cause"] for lost in second.of_type("WorkerLost")] == ["refused"]
+    assert "go on with" not in second.errors()
     assert "Traceback" not in second.errors()
     assert {"manifest.json", "state.pt"} <= {path.name for path in saved.iterdir()}
 

@@ -11,10 +11,12 @@ from supple.core.types import (
     AnnounceGeneration,
     BatchChanged,
     CheckpointFailed,
+    CheckpointPassedOver,
     CheckpointSaved,
     Decision,
     Event,
     FailJob,
+    FileLost,
     FinishJob,
     FormGroup,
     GroupFormed,
@@ -132,6 +134,12 @@ class Driver:
 
     def save_failed(self, step: int, error: str) -> list[Action]:
         return self.send(CheckpointFailed, step=step, error=error)
+
+    def passed_over(self, step: int, path: str, reason: str) -> list[Action]:
+        return self.send(CheckpointPassedOver, step=step, path=path, reason=reason)
+
+    def file_lost(self, path: str) -> list[Action]:
+        return self.send(FileLost, step=self.state.step, path=path, error="disk full")
 
     def tick(self, seconds: float, hearing: str = "") -> list[Action]:
         """Time passes in ticks of a quarter of a second; meanwhile only `hearing` are heard."""

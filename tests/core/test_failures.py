@@ -251,3 +251,41 @@ def test_preemptions_are_never_counted() -> None:
     job.stopped("w0", 10, "aborted")
     assert job.lost("w2", "preempted") == [job.start("w3")]
     assert (job.state.strikes, job.state.failed_starts) == (0, 0)
+
+
+# Checkpoints that cannot be begun with
+
+
+def test_a_refused_checkpoint_fails_the_job_at_the_first_try_and_is_not_recommended() -> None:
+    job = Driver(2, initial=2, restore="step-8", max_failures=3)
+    job.ready("w0")
+    job.ready("w1")
+    actions = job.lost("w0", "refused", "the checkpoint step-8 is of another model")
+    assert actions[-1] == job.fail(
+        "the checkpoint was refused", "the checkpoint step-8 is of another model"
+    )
+    assert job.phase is Phase.FAILED
+    assert job.state.restore is None
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_is_none_to_go_back_to() -> None:
+    job = running(2)
+    job.saved(8, "step-8")
+    job.lost("w0")
+    job.lost("w1")
+    job.ready("w2")
+    job.passed_over(4, "step-4", "step-8 is corrupt")
+    assert (job.kind, job.reason) == ("recover", "from step-4 instead: step-8 is corrupt")
+    job.formed("w2", 4)
+    assert job.lost("w2")[:1] == [job.start("w4")]
+    assert job.ready("w3") == [job.form("w3", restore="step-4")]
+    job.formed("w3", 4)
+    job.saved(6, "step-6")
+    assert job.state.restore == "step-6", "of a lower step than the one that was damaged"
+
+
+def test_a_file_that_could_not_be_written_changes_nothing() -> None:
+    job = running(2)
+    before = job.state
+    assert job.file_lost("/runs/job/logs/w0.log") == []
+    assert job.state == before

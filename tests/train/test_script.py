@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from supple.core.spec import SpecError
-from supple.train.script import check, memory_advice, run, user_traceback
+from supple.train.script import check, memory_advice, run, shared_memory_advice, user_traceback
 
 
 def raised(act) -> BaseException:
@@ -121,3 +121,18 @@ def test_a_script_that_goes_to_another_folder_does_not_take_us_along(tmp_path: P
     here = Path.cwd()
     run(str(script), "train", seen)
     assert (seen, Path.cwd()) == (["/"], here)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+        "dataloader's workers are out of shared memory.",
+    ],
+)
+def test_no_room_for_the_batches_of_other_processes_is_a_message_with_what_to_do(told: str) -> None:
+    advice = shared_memory_advice(RuntimeError(told))
+    for word in ("/dev/shm", "bytes", "--shm-size", "micro_batch_size", "num_workers=0"):
+        assert word in advice
+    assert shared_memory_advice(OSError("No space left on device")) == ""

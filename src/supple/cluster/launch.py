@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 import signal
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,12 +12,14 @@ import ray
 
 from supple.cluster.advisor import Advisor
 from supple.cluster.backend import MonotonicClock, Observer
-from supple.cluster.control import refuse_second
+from supple.cluster.control import refuse_second, socket_path
 from supple.cluster.controller import Controller, Outcome
 from supple.cluster.ray import RayBackend, connect
 from supple.core.spec import SpecError, TrainSpec
 from supple.train.checkpoint import CheckpointError, CheckpointStore
 from supple.train.script import check
+
+_SOCKET_BYTES = 107
 
 
 def run_path_of(spec: TrainSpec) -> Path:
@@ -27,6 +30,7 @@ def run_path_of(spec: TrainSpec) -> Path:
 def prepare(spec: TrainSpec) -> Path:
     """Refuse what cannot work, before anything is started; make the run's folder and return it."""
     check(spec.script, spec.function)
+    _refuse_long_socket(spec.name)
     refuse_second(spec.name)
     run_path = run_path_of(spec)
     try:
@@ -38,27 +42,46 @@ def prepare(spec: TrainSpec) -> Path:
     return run_path
 
 
+def _refuse_long_socket(name: str) -> None:
+    path = socket_path(name)
+    length = len(os.fsencode(path))
+    if length > _SOCKET_BYTES:
+        raise SpecError(
+            f"the socket that `supple status {name}` and others would ask is {path}: {length} "
+            f"bytes, and the kernel allows {_SOCKET_BYTES}. Give a shorter --name, or a shorter "
+            "folder for temporary files (TMPDIR)."
+        )
+
+
 def resumed(spec: TrainSpec, resume: str) -> tuple[TrainSpec, str]:
-    """`spec` with the checkpoint that `resume` names, a folder or "latest", and a line about it."""
+    """`spec` with the checkpoint that `resume` names, a folder or "latest", and a line about it.
+
+    It is whole, and holds nothing but tensors and plain values: else `SpecError`. Whether it fits
+    the script is known when the model is built.
+    """
     if resume != "latest":
-        if not resume or not Path(resume).is_dir():
+        if not resume or not os.path.lexists(resume):
             raise SpecError(
                 f"--resume {resume or repr(resume)}: no such checkpoint. Give a checkpoint's "
                 "folder, or latest."
             )
+        try:
+            CheckpointStore.containing(resume).check(resume)
+        except CheckpointError as error:
+            raise SpecError(f"--resume {resume}: {error}") from None
         return replace(spec, resume=str(Path(resume).resolve())), f"resuming from {resume}"
     folder = run_path_of(spec) / "checkpoints"
     try:
-        found = CheckpointStore(folder).latest()
+        found, skipped = CheckpointStore(folder).examine()
     except CheckpointError as error:
         raise SpecError(f"--resume latest: {error}") from None
+    told = "".join(f" Skipped: {problem}" for problem in skipped)
     if found is None:
         raise SpecError(
-            f"--resume latest: there is no good checkpoint in {folder}. Start without --resume, "
-            "or check --name and --run-dir."
+            f"--resume latest: there is no good checkpoint in {folder}.{told} Start without "
+            "--resume, or check --name and --run-dir."
         )
-    skipped = "".join(f" Skipped: {problem}" for problem in found.skipped)
-    return replace(spec, resume=str(found.path)), f"resuming from step {found.step}.{skipped}"
+    return replace(spec, resume=str(found.path)), f"resuming from step {found.step}.{told}"
 
 
 def set_aside(spec: TrainSpec) -> str:
@@ -86,8 +109,9 @@ def set_aside(spec: TrainSpec) -> str:
 
 
 def train(spec: TrainSpec, *, observers: Iterable[Observer], verbose: bool = False) -> Outcome:
-    """Train until the job finishes, is stopped or fails. Raises `SpecError` as `prepare` does."""
-    run_path = prepare(spec)
+    """Train until the job finishes, is stopped or fails, in the folder that `prepare` made. Raises
+    `SpecError` if Ray cannot be had."""
+    run_path = run_path_of(spec)
     connect(spec)
     try:
         return asyncio.run(_train(spec, run_path, tuple(observers), verbose))

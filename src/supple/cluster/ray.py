@@ -10,10 +10,14 @@ import contextlib
 import logging
 import os
 import re
+import resource
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, final
 
 import psutil
@@ -53,6 +57,10 @@ _NO_DEADLINE_S = 30.0
 _LEAVE_S = 5.0
 """How long a worker that was let go may take to unwind its function before it is killed."""
 
+_LONGEST_FOLDER = 40
+_LEAST_FREE = 100 * 1024 * 1024
+_LEAST_FILES = 4096
+
 _HEALTH = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
@@ -91,11 +99,39 @@ def connect(spec: TrainSpec) -> None:
                 )
             else:
                 ray.init(address=spec.address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SpecError(
-            f"no Ray cluster answers at {spec.address}: {str(error).splitlines()[0]}. Check the "
-            "address with `ray status`, or leave --address out to train on this machine."
-        ) from None
+    except Exception as error:  # its kind is Ray's own affair, and differs with what is lacking
+        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        if spec.address is not None:
+            raise SpecError(
+                f"no Ray cluster answers at {spec.address}: {why}. Check the address with `ray "
+                "status`, or leave --address out to train on this machine."
+            ) from None
+        raise SpecError(f"Ray cannot start on this machine: {why}. {_what_it_lacks()}") from None
+
+
+def _what_it_lacks() -> str:
+    """What to do where Ray does not start, by what it needs: room in a folder with a short name,
+    and open files."""
+    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    advice = f"Look into its logs, {folder}/ray/session_latest/logs."
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    if len(os.fsencode(folder)) > _LONGEST_FOLDER:
+        advice = (
+            f"Its sockets lie in {folder}, and the kernel allows names of 107 bytes: give it a "
+            "folder of a shorter name (RAY_TMPDIR)."
+        )
+    elif free < _LEAST_FREE:
+        advice = (
+            f"It keeps its files in {folder}, where {free:,} bytes are free: make room, or give "
+            "it another folder (RAY_TMPDIR)."
+        )
+    elif soft < _LEAST_FILES:
+        advice = (
+            f"This shell allows a process {soft:,} open files, and Ray needs some hundreds for "
+            f"every worker: raise it (ulimit -n {_LEAST_FILES})."
+        )
+    return advice
 
 
 @dataclass(slots=True)

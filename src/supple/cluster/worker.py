@@ -15,18 +15,27 @@ from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import (
     Action,
     Event,
+    FileLost,
     JobId,
+    LossCause,
     Progress,
     WorkerFinished,
     WorkerId,
     WorkerLost,
 )
-from supple.train.checkpoint import CheckpointError, CheckpointStore
+from supple.logfile import LogFile
+from supple.train.checkpoint import CheckpointError, CheckpointRefused, CheckpointStore
 from supple.train.job import Elastic, Job, TrainingError
 from supple.train.ledger import Ledger
 from supple.train.mailbox import Mailbox
 from supple.train.member import Identity, LeaveLoop
-from supple.train.script import load, memory_advice, user_traceback, without_a_command_line
+from supple.train.script import (
+    load,
+    memory_advice,
+    shared_memory_advice,
+    user_traceback,
+    without_a_command_line,
+)
 
 _COMPLETE = (TrainingError, CheckpointError, SpecError)
 """Errors whose text is all a user needs."""
@@ -93,7 +102,19 @@ class WorkerBody:
 
     @ray.method(concurrency_group="train")
     def run(self) -> None:
-        """The user's function, from top to bottom. Its end is told by an event."""
+        """The user's function, from top to bottom. Its end is told by an event, whatever ends it:
+        a worker that fell out of its function unheard would be waited for without an end."""
+        try:
+            end = self._run()
+        except BaseException as error:
+            told = f"the script ended, and how could not be told: {type(error).__name__}"
+            self._mailbox.emit(self._lost("raised", told))
+            raise
+        if end is not None:
+            self._mailbox.emit(end)
+
+    def _run(self) -> Event | None:
+        """How the function ended; None where this worker was let go."""
         setup, spec = self._setup, self._setup.spec
         job_id = JobId(spec.name)
         run_path = Path(setup.run_path)
@@ -101,16 +122,7 @@ class WorkerBody:
         try:
             refuse_unless_seen(spec.script, run_path, node=host)
         except SpecError as error:
-            self._mailbox.emit(
-                WorkerLost(
-                    job_id=job_id,
-                    generation=0,
-                    worker_id=setup.worker_id,
-                    cause="raised",
-                    detail=str(error),
-                )
-            )
-            return
+            return self._lost("raised", str(error))
         with self._captured_output(run_path / "logs" / f"{setup.worker_id}.log"):
             try:
                 with without_a_command_line(spec.script):
@@ -129,7 +141,7 @@ class WorkerBody:
                         rehearsal_size=setup.rehearsal_size,
                     ),
                     checkpoints=CheckpointStore(run_path / "checkpoints"),
-                    ledger=Ledger(run_path / "ledger" / f"{setup.worker_id}.jsonl")
+                    ledger=Ledger(run_path / "ledger" / f"{setup.worker_id}.jsonl", self._lost_file)
                     if spec.ledger
                     else None,
                 )
@@ -141,43 +153,51 @@ class WorkerBody:
                         "loop over job.batches(...) and call job.step(loss) for each."
                     )
             except LeaveLoop:
-                return
+                return None
             except BaseException as error:
                 print(user_traceback(error, whole=True))
-                told = (
-                    str(error)
-                    if isinstance(error, _COMPLETE) and not setup.verbose
-                    else user_traceback(error, whole=setup.verbose)
-                )
+                told = "" if setup.verbose else shared_memory_advice(error)
+                if isinstance(error, _COMPLETE) and not setup.verbose:
+                    told = str(error)
+                told = told or user_traceback(error, whole=setup.verbose)
                 num_samples = 0 if self._job is None else self._job.micro_batch_size
                 advice = memory_advice(error, num_samples)
-                self._mailbox.emit(
-                    WorkerLost(
-                        job_id=job_id,
-                        generation=0 if self._job is None else self._job.generation,
-                        worker_id=setup.worker_id,
-                        cause="raised",
-                        detail=f"{told}\n{advice}" if advice else told,
-                    )
-                )
-            else:
-                self._mailbox.emit(
-                    WorkerFinished(
-                        job_id=job_id,
-                        generation=job.generation,
-                        worker_id=setup.worker_id,
-                        step=job.step_count,
-                    )
-                )
+                cause = "refused" if isinstance(error, CheckpointRefused) else "raised"
+                return self._lost(cause, f"{told}\n{advice}" if advice else told)
+        return WorkerFinished(
+            job_id=job_id,
+            generation=job.generation,
+            worker_id=setup.worker_id,
+            step=job.step_count,
+        )
 
     @contextlib.contextmanager
     def _captured_output(self, path: Path) -> Iterator[None]:
         """What the script prints goes to this worker's log, and rank 0's to the user as well."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8", buffering=1) as log:
-            tee = _Tee(log, self._say)
-            with contextlib.redirect_stdout(tee), contextlib.redirect_stderr(log):
-                yield
+        log = LogFile(path, self._lost_file)
+        with contextlib.redirect_stdout(_Tee(log, self._say)), contextlib.redirect_stderr(log):
+            yield
+
+    def _lost(self, cause: LossCause, detail: str) -> WorkerLost:
+        return WorkerLost(
+            job_id=JobId(self._setup.spec.name),
+            generation=0 if self._job is None else self._job.generation,
+            worker_id=self._setup.worker_id,
+            cause=cause,
+            detail=detail,
+        )
+
+    def _lost_file(self, path: str, error: str) -> None:
+        job = self._job
+        self._mailbox.emit(
+            FileLost(
+                job_id=JobId(self._setup.spec.name),
+                generation=0 if job is None else job.generation,
+                step=0 if job is None else job.step_count,
+                path=path,
+                error=error,
+            )
+        )
 
     def _say(self, line: str) -> None:
         job = self._job

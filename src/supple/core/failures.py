@@ -18,6 +18,7 @@ PROVEN_STEPS = 3
 
 _CAUSE: dict[LossCause, str] = {
     "raised": "raised in the script",
+    "refused": "refused the checkpoint",
     "died": "died",
     "silent": "fell silent",
     "preempted": "was taken by its platform",
@@ -42,9 +43,13 @@ def lose(turn: Turn, worker_id: WorkerId, cause: LossCause, detail: str) -> None
     state = turn.state
     view = state.workers[worker_id]
     turn.forget(worker_id)
-    if cause == "raised":  # its function is over, its process is not
+    if cause in ("raised", "refused"):  # its function is over, its process is not
         turn.set(detail=detail)
         turn.act(StopWorker, worker_id=worker_id, reason=_CAUSE[cause])
+    if cause == "refused":  # it would be refused again, and is none to go on with
+        turn.set(restore=None)
+        turn.fail("the checkpoint was refused")
+        return
     if view.finished:
         return
     told = f"{worker_id} {_CAUSE[cause]}" + (f": {in_short(detail)}" if detail else "")

@@ -107,7 +107,8 @@ def prove(
     """Compare what the run used with `expected`, the samples of one epoch.
 
     `records` are those of all workers and of the controller, in any order: `read`, `generation`
-    (generation, start_step) and `end` (step: how many were committed); others are ignored.
+    (generation, start_step), `gap` (step, file, error: from that step on a file could not be
+    written) and `end` (step: how many were committed); others are ignored.
     The first `num_epochs` epochs must be complete (default: all but the last that was begun); a
     later one, which the run ended within, may lack samples but not repeat any. For a map dataset
     `expected` is `range(dataset_size)`.
@@ -116,6 +117,7 @@ def prove(
     """
     reads: list[Mapping[str, Any]] = []
     begun: dict[int, int] = {}
+    gaps: list[Mapping[str, Any]] = []
     ends: list[int] = []
     for record in records:
         kind = record.get("kind")
@@ -123,8 +125,17 @@ def prove(
             reads.append(record)
         elif kind == "generation":
             _note_start(begun, int(record["generation"]), int(record["start_step"]))
+        elif kind == "gap":
+            gaps.append(record)
         elif kind == "end":
             ends.append(int(record["step"]))
+    if gaps:
+        first = min(gaps, key=lambda gap: int(gap["step"]))
+        raise LedgerError(
+            f"the ledger is incomplete from step {first['step']} on: {first['file']} could not be "
+            f"written ({first['error']}). Training went on, and what it used then is not known. "
+            "Make room, and run with --ledger again."
+        )
     if not ends:
         raise LedgerError(
             "the ledger has no end: no record says how many steps were committed. Let the run "

@@ -21,8 +21,10 @@ from supple.core.types import (
     Action,
     BatchChanged,
     CheckpointFailed,
+    CheckpointPassedOver,
     CheckpointSaved,
     Event,
+    FileLost,
     GroupFormed,
     Heartbeat,
     JobId,
@@ -204,6 +206,15 @@ def _on_save_failed(turn: Turn, event: CheckpointFailed) -> None:
         )
 
 
+def _on_passed_over(turn: Turn, event: CheckpointPassedOver) -> None:
+    turn.set(restore=event.path, restore_step=event.step)
+    turn.decide("recover", len(turn.state.members), f"from {event.path} instead: {event.reason}")
+
+
+def _on_file_lost(_turn: Turn, _event: FileLost) -> None:
+    return  # for people and for the ledger's proof: training does not depend on it
+
+
 def _on_tick(turn: Turn, _event: Ticked) -> None:
     state, timeout_s = turn.state, turn.state.spec.heartbeat_timeout_s
     asleep_s = turn.now - state.ticked_at
@@ -234,6 +245,8 @@ _ON_EVENT: dict[type[Event], Callable[[Turn, Any], None]] = {
     StopRequested: _on_stop,
     CheckpointSaved: _on_saved,
     CheckpointFailed: _on_save_failed,
+    CheckpointPassedOver: _on_passed_over,
+    FileLost: _on_file_lost,
     Ticked: _on_tick,
 }
 

@@ -109,9 +109,9 @@ class WorkerStatus(Enum):
     """In the current generation."""
 
 
-LossCause = Literal["raised", "died", "silent", "preempted", "start_failed"]
-"""Why a worker was lost: the user's code raised, the process died, its heartbeat stopped,
-its platform took it, or it never came up."""
+LossCause = Literal["raised", "refused", "died", "silent", "preempted", "start_failed"]
+"""Why a worker was lost: the user's code raised, the checkpoint it was to begin with does not
+fit, the process died, its heartbeat stopped, its platform took it, or it never came up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +210,25 @@ class CheckpointSaved(Event):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFailed(Event):
     step: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointPassedOver(Event):
+    """The checkpoint to restore turned out to be damaged; the one at `path` was restored."""
+
+    step: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileLost(Event):
+    """A file that the run writes beside its checkpoints is not written any more, from `step` on:
+    a log, a ledger, the curves. Training goes on without it."""
+
+    step: int
+    path: str
     error: str
 
 

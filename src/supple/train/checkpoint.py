@@ -18,7 +18,9 @@ from typing import Any, final
 
 from supple.train.checkpoint_folder import (
     CheckpointError,
+    CheckpointRefused,
     flush_folder,
+    look_at,
     read_state,
     refuse_other_model,
     size_of,
@@ -26,7 +28,7 @@ from supple.train.checkpoint_folder import (
     write,
 )
 
-__all__ = ["CheckpointError", "CheckpointInfo", "CheckpointStore"]
+__all__ = ["CheckpointError", "CheckpointInfo", "CheckpointRefused", "CheckpointStore"]
 
 _TEMPORARY = ".temporary-"
 _NAME = re.compile(r"(\d+)-step-(\d+)")
@@ -125,7 +127,12 @@ class CheckpointStore:
         return self._paths()
 
     def latest(self, *, besides: str = "") -> CheckpointInfo | None:
-        """The last saved checkpoint that verifies; None if there is none.
+        """The last saved checkpoint that is good; None if there is none. As `examine`."""
+        return self.examine(besides=besides)[0]
+
+    def examine(self, *, besides: str = "") -> tuple[CheckpointInfo | None, tuple[str, ...]]:
+        """The last saved checkpoint that verifies and can be loaded, and what is wrong with each
+        newer one.
 
         The one whose folder is named `besides` is passed over. Raises `CheckpointError` if the
         folder is there and cannot be listed.
@@ -142,12 +149,23 @@ class CheckpointStore:
             if path.name == besides:
                 continue
             try:
-                step = verify(path).step
+                step = look_at(path).step
             except CheckpointError as error:
                 skipped.append(str(error))
             else:
-                return CheckpointInfo(path=path, step=step, skipped=tuple(skipped))
-        return None
+                found = CheckpointInfo(path=path, step=step, skipped=tuple(skipped))
+                return found, found.skipped
+        return None, tuple(skipped)
+
+    def check(self, path: str | Path) -> int:
+        """The step of the checkpoint at `path`, which is whole and can be loaded.
+
+        Raises `CheckpointError` if it is not, naming the good one to resume from instead.
+        """
+        try:
+            return look_at(Path(path)).step
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_another_than(Path(path))}") from None
 
     def load(
         self, path: str | Path, *, expected_signature: Sequence[Sequence[Any]]

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import re
+import stat
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 STATE, MANIFEST = "state.pt", "manifest.json"
+_MANIFEST_BYTES = 256 * 1024 * 1024
+_MOST = 2**62
+"""Of steps and of bytes, with room to count on in 64 bits."""
 
 _SAFE = frozenset(
     {torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype, torch.device}
@@ -38,6 +42,10 @@ _SAFE = frozenset(
 
 class CheckpointError(Exception):
     """A checkpoint cannot be written or read. The message is complete."""
+
+
+class CheckpointRefused(CheckpointError):
+    """A job cannot begin with this checkpoint, and could not at another try."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +95,11 @@ def verify(folder: Path) -> Manifest:
     rule = f"A checkpoint is a folder with {STATE} and {MANIFEST}."
     try:
         folder.stat()
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        if manifest["manifest_sha256"] != _sum_of_manifest(manifest):
-            raise ValueError("it does not have the SHA-256 that stands in it")
+        for name in (MANIFEST, STATE):
+            # To open a pipe would wait for a writer; a device may have no end.
+            if not stat.S_ISREG((folder / name).stat().st_mode):
+                raise CheckpointError(f"{folder} is not a checkpoint: {name} is no file. {rule}")
+        manifest = _read_manifest(folder / MANIFEST)
         actual_bytes = (folder / STATE).stat().st_size
         actual = _sum_of(folder / STATE)
     except FileNotFoundError as error:
@@ -111,18 +121,49 @@ def verify(folder: Path) -> Manifest:
             f"the checkpoint {folder} is corrupt: {STATE} has {actual_bytes:,} bytes and SHA-256 "
             f"{actual[:12]}…, {MANIFEST} says {manifest['bytes']:,} and {manifest['sha256'][:12]}…."
         )
-    return Manifest(
-        step=int(manifest["step"]), signature=manifest.get("signature", []), meta=manifest
-    )
+    return Manifest(step=manifest["step"], signature=manifest.get("signature", []), meta=manifest)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def _read_manifest(file: Path) -> dict[str, Any]:
+    """What stands in a manifest. Raises `ValueError`, `KeyError` or `TypeError` for anything that
+    `write` does not write."""
+    size = file.stat().st_size
+    if size > _MANIFEST_BYTES:
+        raise ValueError(f"it has {size:,} bytes, and at most {_MANIFEST_BYTES:,} can be right")
+    manifest = json.loads(file.read_bytes())
+    if not isinstance(manifest, dict):
+        raise TypeError(f"it is a {type(manifest).__name__}, not an object")
+    if manifest["manifest_sha256"] != _sum_of_manifest(manifest):
+        raise ValueError("it does not have the SHA-256 that stands in it")
+    for key in ("step", "bytes"):
+        if type(manifest[key]) is not int or not 0 <= manifest[key] <= _MOST:
+            raise ValueError(f"its {key} is {str(manifest[key])[:40]!r}, not a number of them")
+    if not isinstance(manifest["sha256"], str):
+        raise TypeError("its sha256 is not a text")
+    for row in manifest.get("signature", []):
+        name, shape, dtype = row
+        if not (isinstance(name, str) and isinstance(shape, list) and isinstance(dtype, str)):
+            raise TypeError(f"its signature has {str(row)[:40]!r}, not a name, a shape and a dtype")
+    return manifest
+
+
+def look_at(folder: Path) -> Manifest:
+    """The manifest of a checkpoint that is whole and can be loaded. Raises `CheckpointError`."""
+    manifest = verify(folder)
+    read_state(folder, only_look=True)
+    return manifest
+
+
+def read_state(folder: Path, *, only_look: bool = False) -> dict[str, Any]:
     """The state of a verified checkpoint, on the CPU; no code of the file's choosing runs.
 
-    Raises `CheckpointError` if it holds anything but tensors and plain values.
+    With `only_look` its tensors stay on the disk: to see whether it can be read, in no time and
+    memory. Raises `CheckpointError` if it holds anything but tensors and plain values.
     """
     try:
-        return torch.load(folder / STATE, weights_only=True, map_location="cpu")
+        state = torch.load(
+            folder / STATE, weights_only=True, map_location="cpu", mmap=only_look or None
+        )
     except OSError as error:
         raise CheckpointError(_unreadable(folder, error)) from None
     except pickle.UnpicklingError as error:
@@ -138,6 +179,12 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"the checkpoint {folder} cannot be loaded: {STATE} has the SHA-256 it should have, "
             f"and torch says {_first_line(error)}."
         ) from None
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"the checkpoint {folder} is refused: {STATE} is a {type(state).__name__}, not the "
+            "state of a job. Supple did not write it so."
+        )
+    return state
 
 
 def refuse_other_model(

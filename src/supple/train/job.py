@@ -394,9 +394,16 @@ class Job:
     def begin(self, restore: str | None) -> None:
         """Nobody holds state: take a checkpoint's, or the initial one, untouched until now."""
         if restore is not None:
-            self.adopt(self._saver.load(restore, self._state))
+            asked = restore == self._spec.resume
+            self._saver.restore(restore, self._state, self._take, asked=asked)
         self._state.spare.clear()
         self._has_state = True
+
+    def _take(self, scalars: Mapping[str, Any]) -> None:
+        """Adopt a checkpoint's scalars. Raises `SpecError` if their position is of other data."""
+        assert self._loader is not None
+        self.adopt(scalars)
+        self._loader.place(self._loader.position, 0, 1, self._global_batch, self._micro_limit)
 
     def save(self) -> str:
         """Save durably before returning; the path."""

@@ -4,20 +4,21 @@
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
+
+from supple.logfile import LogFile, Lost
 
 
 @final
 class Ledger:
     """Appends one JSON line a micro-batch; a line is in the kernel before the step can commit, so
-    it survives the death of this process."""
+    it survives the death of this process. Training goes on where it cannot be written: `lost` is
+    called, and the proof must be told."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    def __init__(self, path: Path, lost: Lost) -> None:
+        self._file = LogFile(path, lost)
 
     def read(self, generation: int, step: int, epoch: int, rank: int, ids: Sequence[Any]) -> None:
         """This rank feeds the samples `ids` to `step` (counted from 0) in `generation`."""
@@ -29,4 +30,4 @@ class Ledger:
             "rank": rank,
             "ids": list(ids),
         }
-        os.write(self._file, (json.dumps(record) + "\n").encode())
+        self._file.write(json.dumps(record) + "\n")

@@ -4,10 +4,13 @@ Weights that are not finite numbers are not saved: the last good checkpoint stay
 """
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, final
 
-from supple.core.types import CheckpointFailed, CheckpointSaved
-from supple.train.checkpoint import CheckpointError, CheckpointStore
+from supple.core.spec import SpecError
+from supple.core.types import CheckpointFailed, CheckpointPassedOver, CheckpointSaved
+from supple.train.checkpoint import CheckpointError, CheckpointRefused, CheckpointStore
 from supple.train.mailbox import Mailbox
 from supple.train.member import Identity
 from supple.train.state import TrainState
@@ -70,11 +73,46 @@ class Saver:
         payload = self._payload(state, scalars)
         return str(self._store.save(int(scalars["step"]), payload, _meta(state, scalars)))
 
-    def load(self, path: str, state: TrainState) -> dict[str, Any]:
-        """Restore `state` from `path`; the job's scalars. Raises `CheckpointError`."""
+    def restore(
+        self, path: str, state: TrainState, take: Callable[[dict[str, Any]], None], *, asked: bool
+    ) -> None:
+        """Bring `state` to the checkpoint at `path`, and hand the job's scalars to `take`.
+
+        One that was not `asked` for by name, but written by this run and damaged since, is passed
+        over for the last good one. Raises `CheckpointRefused`.
+        """
         store = self._store or CheckpointStore.containing(path)
-        payload, _ = store.load(path, expected_signature=state.signature())
-        return state.restore(payload)
+        try:
+            try:
+                payload, manifest = store.load(path, expected_signature=state.signature())
+            except CheckpointError as error:
+                good = None if asked else store.latest(besides=Path(path).name)
+                if good is None:
+                    raise
+                path = str(good.path)
+                payload, manifest = store.load(path, expected_signature=state.signature())
+                self._passed_over(path, good.step, str(error))
+            scalars = state.restore(payload)
+            if scalars["step"] != manifest["step"]:
+                raise ValueError(f"of step {scalars['step']}, and {manifest['step']} beside it")
+            take(scalars)
+        except CheckpointError as error:
+            raise CheckpointRefused(str(error)) from None
+        except Exception as error:
+            # A state that some other program made may be wrong in any way.
+            why = str(error) if isinstance(error, SpecError) else f"{type(error).__name__}: {error}"
+            raise CheckpointRefused(
+                f"the checkpoint {path} does not fit this script: {why.rstrip('.')}. Resume with "
+                "the script and the data that wrote it, or start without --resume."
+            ) from None
+
+    def _passed_over(self, path: str, step: int, reason: str) -> None:
+        if self._mailbox is not None and self._identity is not None:
+            self._mailbox.emit(
+                CheckpointPassedOver(
+                    job_id=self._identity.job_id, generation=0, step=step, path=path, reason=reason
+                )
+            )
 
     def _payload(self, state: TrainState, scalars: dict[str, Any]) -> dict[str, Any]:
         """A private copy of the state. Raises `CheckpointError` if it must not or cannot be one."""

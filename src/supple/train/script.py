@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 from supple.core.spec import SpecError
 
+_SHARED = "/dev/shm"
 _MODULE = "supple_user_script"
 
 
@@ -156,7 +158,8 @@ def memory_advice(error: BaseException, num_samples: int) -> str:
     """What to do where `error` says that memory ran out in a micro-batch of `num_samples`; else
     nothing. By the names that torch gives such errors on accelerators and on the processor."""
     ran_out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if not ran_out and "can't allocate memory" not in str(error):
+    told = "".join(traceback.format_exception_only(error))  # as str(error), which may raise
+    if not ran_out and "can't allocate memory" not in told:
         return ""
     if num_samples > 1:
         return (
@@ -168,6 +171,21 @@ def memory_advice(error: BaseException, num_samples: int) -> str:
     return (
         f"{what} does not fit into this worker's memory: take a smaller model or smaller samples, "
         "or recompute activations (torch.utils.checkpoint)."
+    )
+
+
+def shared_memory_advice(error: BaseException) -> str:
+    """The whole message where `error` says that the processes of `num_workers` had no room to hand
+    their batches over; else nothing. By the words that torch has for it."""
+    told = "".join(traceback.format_exception_only(error))
+    if "shared memory" not in told or not ("No space left" in told or "Bus error" in told):
+        return ""
+    room = shutil.disk_usage(_SHARED)
+    return (
+        f"the processes of job.batches(..., num_workers=...) hand their batches over in {_SHARED}, "
+        f"which has {room.total:,} bytes, {room.free:,} of them free: no room for the next batch. "
+        "Make it larger (a container's: --shm-size=8g), or give smaller batches "
+        "(micro_batch_size), fewer processes, or num_workers=0."
     )
 
 

@@ -151,7 +151,9 @@ class TrainState:
         }
 
     def restore(self, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """The inverse of `payload`, which is used up; returns the job's scalars."""
+        """The inverse of `payload`, which is used up; returns the job's scalars. Raises
+        `ValueError` if it is of another model, or of another kind of optimizer."""
+        _refuse_other_optimizer(payload["description"], self.optimizer)
         return self.take(payload["description"], payload["tensors"])
 
     def not_finite(self) -> list[str]:
@@ -325,6 +327,30 @@ def _encode(description: dict[str, Any]) -> Tensor:
     stream = io.BytesIO()
     torch.save(description, stream)
     return torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
+
+
+def _refuse_other_optimizer(description: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Raise `ValueError` if the described optimizer has other groups or parameters, or each of the
+    two has settings that the other has not: it would fail in a later step, or learn otherwise."""
+    there, here = description["groups"], optimizer.param_groups
+    if len(there) != len(here):
+        raise ValueError(f"its optimizer has {len(there)} parameter groups, this one {len(here)}")
+    for theirs, ours in zip(there, here, strict=True):
+        only_there, only_here = set(theirs) - set(ours), set(ours) - set(theirs) - {"params"}
+        if only_there and only_here:
+            raise ValueError(
+                f"its optimizer has {', '.join(sorted(only_there))} among its settings, this "
+                f"script's {type(optimizer).__name__} has {', '.join(sorted(only_here))}"
+            )
+    owners = [
+        name.split("/", 2)[1]
+        for name, *_ in description["tensors"]
+        if name.startswith("optimizer/")
+    ]
+    num_there = 1 + max((int(owner) for owner in owners), default=-1)
+    num_here = len(_params(optimizer))
+    if num_there > num_here:
+        raise ValueError(f"its optimizer has {num_there} parameters, this one {num_here}")
 
 
 def _params(optimizer: Optimizer) -> list[nn.Parameter]:
