@@ -181,7 +181,7 @@ class Replica:
         live = method in ("ServerLive", "ServerReady")
         if not live and not self._surface.authorized(_authorization(context)):
             raise Refused("the authorization metadata has no bearer token that is known", 401)
-        asked = oip.parse(method, wire)
+        asked = oip.parse(method, wire, self._deployment.settings.limits)
         version = self._deployment.settings.version
         make = oip.MESSAGES[f"{method}Response"]
         match method:
