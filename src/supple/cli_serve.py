@@ -12,7 +12,8 @@ from supple.cluster.control import ask, refuse_second
 from supple.core.serve_spec import ServeSpec, parse_replicas, parse_slo, refuse_impossible
 from supple.core.spec import SpecError, parse_duration, parse_money
 from supple.refusals import FAILED, messages, refuse_used_port
-from supple.serve.model import ModelFault, check_target, declared
+from supple.serve.faults import ModelFault
+from supple.serve.model import check_target, declared
 
 _MIB: Final = 2**20
 _TOKEN: Final = "SUPPLE_TOKEN"

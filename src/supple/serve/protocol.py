@@ -384,10 +384,10 @@ def encode_response(
             described["parameters"] = {"binary_data_size": len(raw)}
             tail.append(raw)
         elif array.dtype.kind == "O":
-            described["data"] = [item.decode("utf-8", "replace") for item in array.ravel()]
+            described["data"] = _texts(wanted.name, array)
         else:
             if array.dtype.kind == "f" and not np.isfinite(array).all():
-                refuse("an output is not finite, which JSON cannot say: ask for binary_data", 500)
+                _refuse_in_json(wanted.name, "values that are NaN or infinite")
             described["data"] = array.ravel().tolist()
         tensors.append(described)
     document: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": tensors}
@@ -395,6 +395,17 @@ def encode_response(
         document["id"] = request.request_id
     head = orjson.dumps(document)
     return (head, None) if not tail else (b"".join([head, *tail]), len(head))
+
+
+def _texts(name: str, array: Array) -> list[str]:
+    try:
+        return [item.decode() for item in array.ravel()]
+    except UnicodeDecodeError:
+        _refuse_in_json(name, "bytes that are not UTF-8")
+
+
+def _refuse_in_json(name: str, what: str) -> NoReturn:
+    refuse(f"output {name!r} has {what}, which JSON cannot say: ask for binary_data", 406)
 
 
 def datatype_of(array: Array) -> str:
