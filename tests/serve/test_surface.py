@@ -53,22 +53,23 @@ class Service:
         timeout_s: float = 30.0,
         max_waiting: int = 100,
         all_metrics: Callable[[], Awaitable[list[bytes]]] | None = None,
+        user: Any = None,
         **settings: Any,
     ) -> None:
-        self.user = Doubles()
+        self.user = user or Doubles()
         self.model = ServedModel(self.user, name="m")
         self.meters = Meters(model="m", replica="r")
         self.executor = Executor(
             self.model, timeout_s=timeout_s, max_waiting=max_waiting, on_batch=self.meters.batch
         )
-        surface = Surface(
+        self.surface = Surface(
             self.model,
             self.executor,
             self.meters,
             SurfaceSettings(**settings),
             all_metrics=all_metrics,
         )
-        transport = httpx.ASGITransport(app=surface)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app=self.surface)  # type: ignore[arg-type]
         self.client = httpx.AsyncClient(transport=transport, base_url="http://m")
 
     async def __aenter__(self) -> "Service":

@@ -11,6 +11,7 @@ import logging
 import os
 import shlex
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Final, final
@@ -211,6 +212,12 @@ def _grpc_on_loopback() -> None:
 
     on_loopback.on_loopback = True  # type: ignore[attr-defined]
     default_impl.add_grpc_address = on_loopback
+    replica: Any = sys.modules.get("ray.serve._private.replica")
+    if replica is not None:  # and its port for other replicas, which ask it nothing here
+        add_port = replica.add_port_to_grpc_server
+        replica.add_port_to_grpc_server = lambda server, address: add_port(
+            server, address.replace("[::]:", "127.0.0.1:")
+        )
 
 
 def _answer_in_one_write() -> None:
