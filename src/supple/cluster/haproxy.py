@@ -91,7 +91,8 @@ def _after(pattern: str, *added: str) -> str:
 def _address(host: str) -> str:
     if host in ("0.0.0.0", "*"):
         return "*"
-    return f"[{host}]" if ":" in host else host
+    bare = host.strip("[]")
+    return f"[{bare}]" if ":" in bare else bare
 
 
 def _connection_rules() -> Sequence[str]:
