@@ -35,6 +35,8 @@ REFUSALS = {
     "serve app.py:Model --slo p100=1s": "below 100",
     "serve app.py:Model --replicas 4:2": "Write the smaller first",
     "serve app.py:Model --host 0.0.0.0": "no token was given",
+    "serve app.py:Model --host no.such.host.invalid": "--host no.such.host.invalid is not known",
+    "serve app.py:Model --host 203.0.113.7": "--host 203.0.113.7 cannot be listened on",
     "serve app.py:Model --token-file absent": "--token-file absent cannot be read",
     "serve app.py:Model --token-file short": "the token has 3 characters",
     "serve app.py:Model --max-body 0": "--max-body is 0",

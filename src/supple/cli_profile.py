@@ -10,7 +10,8 @@ import typer
 from supple.core.serve_spec import latency_text, parse_latency
 from supple.core.spec import SpecError
 from supple.refusals import FAILED, messages, refuse_unwritable
-from supple.serve.model import ModelFault, check_target
+from supple.serve.faults import ModelFault
+from supple.serve.model import check_target
 
 if TYPE_CHECKING:  # what measures is imported by the command, so that `--help` is immediate
     from supple.serve.profiling import StoredProfile

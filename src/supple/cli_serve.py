@@ -11,8 +11,9 @@ import typer
 from supple.cluster.control import ask, refuse_second
 from supple.core.serve_spec import ServeSpec, parse_replicas, parse_slo, refuse_impossible
 from supple.core.spec import SpecError, parse_duration, parse_money
-from supple.refusals import FAILED, messages, refuse_used_port
-from supple.serve.model import ModelFault, check_target, declared
+from supple.refusals import FAILED, messages, own_address, refuse_used_port
+from supple.serve.faults import ModelFault
+from supple.serve.model import check_target, declared
 
 _MIB: Final = 2**20
 _TOKEN: Final = "SUPPLE_TOKEN"
@@ -47,7 +48,9 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="Of the model in URLs; default: the file's.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0: every one.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of REST; 0: any free one.")] = 8000,
     grpc_port: Annotated[
         int | None, typer.Option(help="Of gRPC; 0: any free one. Default: no gRPC.")
@@ -66,7 +69,7 @@ def serve(
     follow: Annotated[
         bool, typer.Option("--follow", help="Swap in what the run of --weights saves next.")
     ] = False,
-    max_body: Annotated[int, typer.Option(help="Largest request body, in MiB.")] = 16,
+    max_body: Annotated[int, typer.Option(help="Largest request of REST or gRPC, in MiB.")] = 16,
     max_waiting: Annotated[int, typer.Option(help="Requests a replica holds.")] = 10_000,
     idle: Annotated[
         str, typer.Option(help="Time without requests until --replicas 0:N has none.")
@@ -96,7 +99,7 @@ def serve(
             initial_replicas=initial,
             price_per_hour=parse_money(price, what="--price") if price else None,
             budget_per_hour=parse_money(budget, what="--budget") if budget else None,
-            host=host,
+            host=own_address(host) if address is None else host,
             port=port,
             grpc_port=grpc_port,
             token=_token(token_file),

@@ -38,6 +38,28 @@ def _unexpected(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {told}. Run again with --verbose for its traceback."
 
 
+def own_address(host: str) -> str:
+    """The number of the address `host` names. Raises `SpecError` unless this machine has it."""
+    advice = (
+        "Give 127.0.0.1 for this machine alone, 0.0.0.0 for every address it has, or one of them."
+    )
+    try:
+        family, _, _, _, found = socket.getaddrinfo(
+            host.strip("[]"), None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no name of a host"
+        raise SpecError(f"--host {host or repr(host)} is not known: {why}. {advice}") from None
+    with closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+        try:
+            probe.bind((found[0], 0))
+        except OSError as error:
+            raise SpecError(
+                f"--host {host} cannot be listened on: {error.strerror}. {advice}"
+            ) from None
+    return str(found[0])
+
+
 def refuse_used_port(port: int, option: str = "--port") -> None:
     """Raise `SpecError` if another program of this machine listens on `port`; 0 means any."""
     if port == 0:

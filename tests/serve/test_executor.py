@@ -11,7 +11,8 @@ import pytest
 
 from supple.core.latency import LatencyProfile
 from supple.serve.executor import Executor
-from supple.serve.model import ModelFault, ServedModel
+from supple.serve.faults import ModelFault
+from supple.serve.model import ServedModel
 from supple.serve.pace import Pace
 from supple.serve.protocol import Array, Refused
 

@@ -9,15 +9,10 @@ import pytest
 import torch
 
 from supple.core.spec import SpecError
-from supple.serve.model import (
-    ModelFault,
-    ServedModel,
-    check_target,
-    declared,
-    load_model,
-    parse_tensor,
-)
+from supple.serve.faults import ModelFault
+from supple.serve.model import ServedModel, check_target, declared, load_model
 from supple.serve.protocol import Refused
+from supple.serve.tensor_spec import parse_tensor
 
 
 class Doubles:

@@ -136,7 +136,7 @@ def test_any_json_is_a_request_or_refused(document: Any, tail: bytes) -> None:
 @given(st.sampled_from(oip.METHODS), st.binary(max_size=100))
 def test_any_grpc_bytes_are_a_request_or_refused(method: str, wire: bytes) -> None:
     with contextlib.suppress(Refused):
-        asked = oip.parse(method, wire)
+        asked = oip.parse(method, wire, LIMITS)
         if method == "ModelInfer":
             request = oip.decode_infer(asked, LIMITS)
             assert all(isinstance(array, np.ndarray) for array in request.inputs.values())

@@ -6,10 +6,12 @@ without it, is in docs/decisions/0009-nothing-dropped.md.
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import shlex
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Final, final
@@ -23,6 +25,7 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.schema import LoggingConfig
 from starlette.middleware import Middleware
 
+from supple.cluster.haproxy import SILENCE_S, edits, max_connections
 from supple.cluster.starting import to_its_end
 from supple.core.serve_spec import ServeSpec, is_loopback
 from supple.core.spec import SpecError
@@ -34,8 +37,6 @@ DRAIN_S: Final = 1.5
 second to learn that it left."""
 MOST_HELD_BYTES: Final = 256 * 1024
 """A larger request is not repeated when its replica dies: the ingress does not hold it whole."""
-_KEPT_BYTES: Final = 64 * 1024 * 1024
-"""Of buffers that a thread of the ingress keeps for the next request."""
 _RETRIES: Final = 30
 """They cost nothing: several replicas may be dead and not yet known to be."""
 _PATIENCE_S: Final = 60.0
@@ -44,6 +45,7 @@ _SERVICER: Final = f"{__name__}:add_servicer"
 _PREPARE: Final = f"{__name__}.prepare_process"
 _LOOPBACK: Final = "SUPPLE_GRPC_ON_LOOPBACK"
 _RETRY: Final = "SUPPLE_RETRY"
+_MOST_BYTES: Final = "SUPPLE_MOST_BYTES"
 
 
 def connect(spec: ServeSpec) -> None:
@@ -71,7 +73,7 @@ def connect(spec: ServeSpec) -> None:
         ) from None
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
-        http_options=HTTPOptions(host=spec.host, port=spec.port, keep_alive_timeout_s=90),
+        http_options=HTTPOptions(host=_inner_host(spec), port=spec.port, keep_alive_timeout_s=90),
         grpc_options=None
         if spec.grpc_port is None
         else gRPCOptions(port=spec.grpc_port, grpc_servicer_functions=[_SERVICER]),
@@ -85,6 +87,12 @@ def _num_cpus(spec: ServeSpec) -> int:
     return max(os.cpu_count() or 1, int((spec.max_replicas + 1) * spec.cpus_per_replica) + 1)
 
 
+def _inner_host(spec: ServeSpec) -> str:
+    """Where Ray Serve's own processes listen: on this machine alone behind the ingress, which
+    listens on `spec.host`; on it themselves where others must reach them, or without HAProxy."""
+    return "127.0.0.1" if spec.address is None and haproxy() is not None else spec.host
+
+
 def environment(spec: ServeSpec) -> dict[str, str]:
     """Ray's switches for `spec` on this machine, read by its processes when they start."""
     settings = {
@@ -95,7 +103,8 @@ def environment(spec: ServeSpec) -> dict[str, str]:
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": _PREPARE,
         _RETRY: "1" if spec.retry_safe else "0",
-        _LOOPBACK: "1" if is_loopback(spec.host) else "0",
+        _LOOPBACK: "1" if is_loopback(_inner_host(spec)) else "0",
+        _MOST_BYTES: str(spec.max_body_bytes),
     }
     binary = haproxy()
     if binary is None:
@@ -105,11 +114,13 @@ def environment(spec: ServeSpec) -> dict[str, str]:
     held_bytes = min(spec.max_body_bytes, MOST_HELD_BYTES) + 16 * 1024
     return settings | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_private_haproxy(binary)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_private_haproxy(binary, spec)),
         "RAY_SERVE_HAPROXY_RETRY_ON": retry_on,
         "RAY_SERVE_HAPROXY_RETRIES": str(_RETRIES),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(held_bytes),
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+        "RAY_SERVE_HAPROXY_MAXCONN": str(max_connections()),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SILENCE_S),
         # A log line a request to a Python process, for Ray's dashboard; replicas count themselves.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
@@ -131,33 +142,25 @@ def haproxy() -> str | None:
     return None
 
 
-def _private_haproxy(binary: str) -> Path:
-    """A script that starts `binary` as Ray would, but for some lines of its configuration: the
-    statistics on loopback and the admin socket for this user only, which Ray writes open to every
-    machine and every user; a request is taken whole before it is passed on, since only one that was
-    whole when it was first sent can be sent again; the proxy that requests wait in while no replica
-    can be reached is never held for dead, however slow the machine; buffers as large as requests
-    that can be sent again are kept instead of returned to the system after each; and no line a
-    request goes to a system log that is not there."""
+def _private_haproxy(binary: str, spec: ServeSpec) -> Path:
+    """A script that starts `binary` as Ray would, on a configuration changed as `haproxy.edits`
+    says. Nobody else may read either: a digest of the token is in it."""
     folder = Path(tempfile.gettempdir()) / f"supple-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    script = folder / "haproxy"
+    program = edits(spec)
+    script = folder / f"haproxy-{hashlib.sha256(program.encode()).hexdigest()[:16]}"
+    edit = script.with_suffix(".sed")
     text = (
         "#!/bin/sh\n"
         'for word in "$@"; do [ "$last" = -f ] && config="$word"; last="$word"; done\n'
-        "sed -i -e 's/^\\( *bind\\) [*]\\{0,1\\}:/\\1 127.0.0.1:/' "
-        "-e 's/mode 666 level admin/mode 600 level admin/' "
-        "-e 's/^    option abortonclose$/&\\n    option http-buffer-request/' "
-        "-e 's/ check backup$/ backup/' "
-        f"-e 's/^    tune.bufsize .*/&\\n    tune.memory.hot-size {_KEPT_BYTES}/' "
-        "-e '/^    log 127.0.0.1:514 /d' \"$config\"\n"
+        f'chmod 600 "$config" && sed -i -f {shlex.quote(str(edit))} "$config"\n'
         f'exec {shlex.quote(binary)} "$@"\n'
     )
-    if not script.exists() or script.read_text() != text:
-        fresh = script.with_suffix(f".{os.getpid()}")
-        fresh.write_text(text)
+    for path, content in ((edit, program), (script, text)):
+        fresh = path.with_suffix(f".{os.getpid()}")
+        fresh.write_text(content)
         fresh.chmod(0o700)
-        fresh.replace(script)
+        fresh.replace(path)
     return script
 
 
@@ -178,12 +181,22 @@ def prepare_process() -> list[Any]:
     """Ray Serve calls this in every process before it listens, for HTTP middlewares: the proxy gets
     one that asks again. It also sets what Ray has no setting for: see the functions it calls."""
     _answer_in_one_write()
+    if _MOST_BYTES in os.environ:
+        _limit_grpc_messages(int(os.environ[_MOST_BYTES]))
     if os.environ.get(_LOOPBACK) == "1":
         _grpc_on_loopback()
     name = ray.get_runtime_context().get_actor_name() or ""
     if SERVE_PROXY_NAME not in name or os.environ.get(_RETRY) != "1":
         return []
     return [Middleware(AskAgain, patience_s=_PATIENCE_S, most_held_bytes=MOST_HELD_BYTES)]  # type: ignore[arg-type]
+
+
+def _limit_grpc_messages(most_bytes: int) -> None:
+    """Ray's one setting would limit answers and what Ray itself sends, too."""
+    from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS as OPTIONS
+
+    received = "grpc.max_receive_message_length"
+    OPTIONS[:] = [(k, most_bytes if k == received else v) for k, v in OPTIONS]
 
 
 def _grpc_on_loopback() -> None:
@@ -199,6 +212,12 @@ def _grpc_on_loopback() -> None:
 
     on_loopback.on_loopback = True  # type: ignore[attr-defined]
     default_impl.add_grpc_address = on_loopback
+    replica: Any = sys.modules.get("ray.serve._private.replica")
+    if replica is not None:  # and its port for other replicas, which ask it nothing here
+        add_port = replica.add_port_to_grpc_server
+        replica.add_port_to_grpc_server = lambda server, address: add_port(
+            server, address.replace("[::]:", "127.0.0.1:")
+        )
 
 
 def _answer_in_one_write() -> None:

@@ -15,8 +15,9 @@ from ray import serve
 from supple.cluster.scrape import metrics_pages
 from supple.serve import protocol_grpc as oip
 from supple.serve.executor import Executor
+from supple.serve.faults import ModelFault
 from supple.serve.meters import Meters
-from supple.serve.model import ModelFault, ServedModel, load_model
+from supple.serve.model import ServedModel, load_model
 from supple.serve.policy import NUM_ARRIVED, NUM_WAITING, reported
 from supple.serve.protocol import Refused
 from supple.serve.stopwatch import Stopwatch
@@ -168,10 +169,11 @@ class Replica:
             answer = await self._answer(method, wire, context)
             status = 200
             return _Wire(answer.SerializeToString())
-        except (Refused, ModelFault) as error:
-            status = getattr(error, "status", 500)
+        except Exception as error:
+            refusal = self._surface.refusal(error)
+            status = refusal.status
             context.set_code(_GRPC_STATUS.get(status, grpc.StatusCode.INTERNAL))
-            context.set_details(str(error)[:2000])
+            context.set_details(str(refusal)[:2000])
             return _Wire()
         finally:
             if method == "ModelInfer":
@@ -181,7 +183,7 @@ class Replica:
         live = method in ("ServerLive", "ServerReady")
         if not live and not self._surface.authorized(_authorization(context)):
             raise Refused("the authorization metadata has no bearer token that is known", 401)
-        asked = oip.parse(method, wire)
+        asked = oip.parse(method, wire, self._deployment.settings.limits)
         version = self._deployment.settings.version
         make = oip.MESSAGES[f"{method}Response"]
         match method:
@@ -210,7 +212,7 @@ _GRPC_STATUS: Final[Mapping[int, grpc.StatusCode]] = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
-    413: grpc.StatusCode.INVALID_ARGUMENT,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,

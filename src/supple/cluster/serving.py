@@ -12,7 +12,8 @@ from supple.cluster.replica import Deployment, Replica
 from supple.core.latency import LatencyPoint, LatencyProfile
 from supple.core.serve_spec import ServeSpec
 from supple.core.spec import SpecError
-from supple.serve.model import ModelFault, check_target
+from supple.serve.faults import ModelFault
+from supple.serve.model import check_target
 from supple.serve.policy import measured
 from supple.serve.protocol import RequestLimits
 from supple.serve.surface import SurfaceSettings
@@ -136,7 +137,7 @@ def why_not(name: str) -> str | None:
         return None
     texts = [*(d.message for d in application.deployments.values()), application.message]
     for text in texts:
-        for fault in ("supple.serve.model.ModelFault: ", "supple.core.spec.SpecError: "):
+        for fault in ("supple.serve.faults.ModelFault: ", "supple.core.spec.SpecError: "):
             if fault in text:
                 return text.rpartition(fault)[2].strip()
     return next((text for text in texts if text), None)

@@ -21,6 +21,7 @@ MAX_BATCH = 65_536
 _SMALL_UNIT_S = {"ms": 1e-3, "us": 1e-6}
 _SLO = re.compile(r"p(\d+(?:\.\d+)?)=(.+)")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_HOST = re.compile(r"[A-Za-z0-9.:%_-]{1,253}|\[[0-9A-Fa-f.:%]{2,80}\]")
 _LOOPBACK_NAMES = frozenset({"localhost"})
 
 
@@ -235,6 +236,10 @@ class ServeSpec:
             )
 
     def _refuse_open_door(self) -> None:
+        if not _HOST.fullmatch(self.host):
+            raise SpecError(
+                f"--host {self.host[:80]!r} is no address: give one such as 127.0.0.1 or 0.0.0.0."
+            )
         if self.token is not None and not re.fullmatch(r"[\x21-\x7e]{8,4096}", self.token):
             raise SpecError(
                 f"the token has {len(self.token)} characters: it needs 8 to 4096 printable ones "

@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final, final
 
-import numpy as np
-
 from supple.core.latency import LatencyProfile
 from supple.core.queue import DEFAULT_PRIORITY, DeadlineQueue, Refusal, Ticket
-from supple.serve.model import ModelFault, ServedModel
+from supple.serve.answers import Outputs
+from supple.serve.batch import Answer, run_batch
+from supple.serve.faults import FAILED, ModelFault, places
+from supple.serve.model import ServedModel
 from supple.serve.pace import Pace
 from supple.serve.protocol import Array, Refused
 
-Outputs = dict[str, Array]
 _RETRY_AFTER_S: Final = 1.0
 INLINE_S: Final = 5e-5
 """A call faster than this is made in the event loop: to hand it to a thread costs more. The loop
@@ -118,12 +118,15 @@ class Executor:
         now = self._loop.time()
         allowed_s = self._within_s if within_s is None else within_s
         call = _Call(inputs, rows, self._loop.create_future())
+        number = next(self._numbers)
         ticket = Ticket(
-            number=next(self._numbers),
+            number=number,
             deadline_s=now + _PLANNED_SHARE * allowed_s,
             rows=rows,
             priority=priority,
-            kind=tuple((name, a.dtype, a.shape[1:]) for name, a in sorted(inputs.items())),
+            kind=tuple((name, a.dtype, a.shape[1:]) for name, a in sorted(inputs.items()))
+            if self.model.shares
+            else number,
         )
         self._calls[ticket.number] = call
         self._refuse(self._queue.offer(ticket, now))
@@ -143,11 +146,11 @@ class Executor:
 
     def _at_once(self, inputs: Mapping[str, Array], rows: int) -> Outputs:
         """The answer to a request that nobody is before, computed in the event loop."""
-        ((result,), took_s) = self._run([inputs])
+        ((result,), took_s, _) = self._run([inputs])
         self._account(rows, took_s, took_s)
         if self.on_batch is not None:
             self.on_batch(rows, took_s)
-        if isinstance(result, ModelFault):
+        if isinstance(result, Exception):
             raise result
         return result
 
@@ -181,40 +184,41 @@ class Executor:
 
     def _work(self) -> None:
         while (batch := self._batches.get()) is not None:
-            results, took_s = self._run([call.inputs for call in batch])
+            results, took_s, at_once = self._run([call.inputs for call in batch])
             try:
-                self._loop.call_soon_threadsafe(self._finish, batch, results, took_s)
+                self._loop.call_soon_threadsafe(self._finish, batch, results, took_s, at_once)
             except RuntimeError:  # the loop is closed: nobody waits for an answer
                 return
 
-    def _run(
-        self, requests: Sequence[Mapping[str, Array]]
-    ) -> tuple[list[Outputs | ModelFault], float]:
-        """The answers, and how long the model took for them."""
-        results: list[Outputs | ModelFault] = []
+    def _run(self, requests: Sequence[Mapping[str, Array]]) -> tuple[list[Answer], float, bool]:
+        """The answers, how long the model took for them, and whether in one call."""
+        results: list[Answer] = []
+        at_once = True
         began_s = time.perf_counter()
         try:
-            results.extend(run_batch(self.model, requests))
+            results, at_once = run_batch(self.model, requests, within_s=self._timeout_s / 2)
         except BaseException as error:
-            results[:] = [ModelFault(f"unexpected {error!r}")] * len(requests)
-        return results, time.perf_counter() - began_s
+            where = f"unexpected {places(error)}"
+            results = [ModelFault(FAILED, where=where) for _ in requests]
+        return results, time.perf_counter() - began_s, at_once
 
     def _finish(
-        self, batch: Sequence[_Call], results: Sequence[Outputs | ModelFault], took_s: float
+        self, batch: Sequence[_Call], results: Sequence[Answer], took_s: float, at_once: bool
     ) -> None:
         """The thread has run a batch."""
         if self._watch is not None:
             self._watch.cancel()
         rows = sum(call.rows for call in batch)
-        self._account(rows, took_s, self._loop.time() - self._began_s)
+        if at_once:  # what a failed batch takes in parts is not what a batch takes
+            self._account(rows, took_s, self._loop.time() - self._began_s)
         self._queue.done()
         self._launch()  # first, so that the thread works while the answers are written
-        if self.on_batch is not None:
+        if self.on_batch is not None and at_once:
             self.on_batch(rows, took_s)
         for call, result in zip(batch, results, strict=True):
             if call.answer.done():
                 continue
-            if isinstance(result, ModelFault):
+            if isinstance(result, Exception):
                 call.answer.set_exception(result)
             else:
                 call.answer.set_result(result)
@@ -226,27 +230,3 @@ class Executor:
             self._fast = 0.0
         if self._pace.record(rows, whole_s):
             self._queue.renew(self._pace.profile())
-
-
-def run_batch(
-    model: ServedModel, requests: Sequence[Mapping[str, Array]]
-) -> list[Outputs | ModelFault]:
-    """The answer to each request, computed in one call of the model, or one by one if that call
-    fails. The requests must be of one kind: same names, types, and shapes of a row."""
-    if len(requests) == 1:
-        try:
-            return [model.predict(requests[0])]
-        except ModelFault as fault:
-            return [fault]
-    joined = {name: np.concatenate([r[name] for r in requests]) for name in requests[0]}
-    try:
-        outputs = model.predict(joined)
-    except ModelFault:
-        return [run_batch(model, [request])[0] for request in requests]
-    answers: list[Outputs | ModelFault] = []
-    start = 0
-    for request in requests:
-        end = start + next(iter(request.values())).shape[0]
-        answers.append({name: array[start:end] for name, array in outputs.items()})
-        start = end
-    return answers

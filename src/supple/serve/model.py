@@ -16,54 +16,21 @@ import ast
 import difflib
 import importlib.util
 import inspect
-import re
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
 from supple.core.spec import SpecError
-from supple.serve.protocol import DATATYPES, DTYPES, Array, refuse
+from supple.serve.answers import AnswerCheck, Outputs
+from supple.serve.faults import ModelFault, raised, user_traceback
+from supple.serve.protocol import DATATYPES, Array, refuse
+from supple.serve.tensor_spec import specs
 
 _MODULE = "supple_user_model"
 _DEFAULT_MAX_BATCH = 64
-_SPEC = re.compile(r"([a-z]+[0-9]*)\[([-0-9, ]*)\]")
-
-
-@final
-class ModelFault(Exception):
-    """What the user's code did wrong, said for the person who wrote it. Answered with 500."""
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """One row of an input or output: without the batch dim; -1 is any length."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-
-    @property
-    def datatype(self) -> str:
-        """The protocol's name of `dtype`."""
-        return DATATYPES[self.dtype]
-
-    def admits(self, array: Array) -> bool:
-        """Whether rows of `array` are of this type and shape."""
-        row = array.shape[1:]
-        return (
-            array.dtype == self.dtype
-            and len(row) == len(self.shape)
-            and all(want in (-1, have) for want, have in zip(self.shape, row, strict=True))
-        )
-
-    def __str__(self) -> str:
-        return f"{self.datatype}[n, {', '.join(map(str, self.shape))}]".replace(", ]", "]")
 
 
 def check_target(target: str) -> tuple[str, str]:
@@ -169,11 +136,11 @@ class ServedModel:
         self.name = name
         self.user = user
         what = type(user).__name__
-        self.inputs = tuple(_specs(user, "inputs", what))
-        self.outputs = tuple(_specs(user, "outputs", what))
+        self.inputs = tuple(specs(user, "inputs", what))
+        self.outputs = tuple(specs(user, "outputs", what))
         self.max_batch = int(getattr(user, "max_batch", _DEFAULT_MAX_BATCH))
         self.retry_safe = bool(getattr(user, "retry_safe", True))
-        self._allow_nan = bool(getattr(user, "allow_nan", False))
+        self._answers = AnswerCheck(self.outputs, allow_nan=bool(getattr(user, "allow_nan", False)))
         self._predict: Callable[[Any], Any] = _method(user, "predict", what)
         self._by_name = {spec.name: spec for spec in self.inputs}
         self._as_torch = _wants_torch(self._predict)
@@ -230,27 +197,42 @@ class ServedModel:
             refuse(f"{count} rows in one request; the model takes 1 to {self.max_batch}")
         return count
 
-    def predict(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """The model's answer to a checked batch, itself checked: as many rows as went in, types
+    @property
+    def shares(self) -> bool:
+        """Whether requests may share a batch. Those of a model that declares an output of any
+        length may once it has answered with a list of rows; one tensor for all rows is as long as
+        the longest needs, so that a request's answer would depend on its neighbours'."""
+        return self._answers.shares
+
+    def predict(self, inputs: Mapping[str, Array]) -> Outputs:
+        """The model's answer to a checked request, itself checked: as many rows as went in, types
         the protocol has, finite numbers. Raises `ModelFault`."""
-        rows = next(iter(inputs.values())).shape[0]
+        (answer,) = self.answers(inputs, [next(iter(inputs.values())).shape[0]])
+        if isinstance(answer, ModelFault):
+            raise answer
+        return answer
+
+    def answers(
+        self, inputs: Mapping[str, Array], rows: Sequence[int]
+    ) -> list[Outputs | ModelFault]:
+        """The same for several requests joined to one batch, of so many rows each: what is wrong
+        with the rows of one fails that one. Raises `ModelFault` for what is wrong with all or
+        cannot be told apart; its words may be about any of them."""
         try:
             answer = self._predict(self._handed(inputs))
-        except Exception as error:
-            raise ModelFault(
-                f"predict() raised on a batch of {rows}:\n{user_traceback(error)}"
-            ) from None
-        return self._checked(answer, rows)
+        except (Exception, SystemExit) as error:
+            raise raised(f"predict() raised on a batch of {sum(rows)}", error) from None
+        return self._answers.split(answer, rows)
 
-    def stream(self, inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+    def stream(self, inputs: Mapping[str, Array]) -> Iterator[Outputs]:
         """The parts of an answer to one request, checked like `predict`'s but for their rows."""
         try:
             for part in self.user.stream(self._handed(inputs)):
-                yield self._checked(part, None)
+                yield self._answers.part(part)
         except ModelFault:
             raise
         except Exception as error:
-            raise ModelFault(f"stream() raised:\n{user_traceback(error)}") from None
+            raise raised("stream() raised", error) from None
 
     def example(self, rows: int = 1, length: int = 1) -> dict[str, Array]:
         """Zeros of `rows` rows in the shape of the declared inputs, `length` where any fits;
@@ -274,95 +256,6 @@ class ServedModel:
                 for name, array in inputs.items()
             }
         return next(iter(handed.values())) if len(handed) == 1 else handed
-
-    def _checked(self, answer: Any, rows: int | None) -> dict[str, Array]:
-        named: Mapping[str, Any]
-        if isinstance(answer, Mapping):
-            named = answer
-        else:
-            single = [str(spec.name) for spec in self.outputs]
-            named = {single[0] if len(single) == 1 else "output": answer}
-        checked = {str(name): self._array(str(name), value, rows) for name, value in named.items()}
-        if self.outputs and checked.keys() != {spec.name for spec in self.outputs}:
-            raise ModelFault(
-                f"predict() returned {', '.join(checked) or 'nothing'}; the class declares "
-                f"{', '.join(spec.name for spec in self.outputs)}"
-            )
-        for spec in self.outputs if rows is not None else ():
-            array = checked[spec.name]
-            if not spec.admits(array):
-                raise ModelFault(
-                    f"output {spec.name!r} is {array.dtype}{list(array.shape)}; the class "
-                    f"declares {spec}"
-                )
-        return checked
-
-    def _array(self, name: str, value: Any, rows: int | None) -> Array:
-        if type(value).__module__ == "torch":
-            value = value.detach().cpu().numpy()
-        array = np.asarray(value)
-        if array.dtype.kind in "US":
-            flat = [item.encode() if isinstance(item, str) else item for item in array.ravel()]
-            array = np.array(flat, dtype=object).reshape(array.shape)
-        if array.dtype not in DATATYPES:
-            raise ModelFault(
-                f"output {name!r} is {array.dtype}, which the protocol cannot carry; return one "
-                f"of {', '.join(map(str, DATATYPES))}"
-            )
-        if rows is not None and array.shape[:1] != (rows,):
-            raise ModelFault(
-                f"output {name!r} has shape {list(array.shape)} for a batch of {rows}: its first "
-                "dim must be the rows of the batch"
-            )
-        if array.dtype.kind == "f" and not self._allow_nan and not np.isfinite(array).all():
-            bad = int(array.size - np.isfinite(array).sum())
-            raise ModelFault(
-                f"output {name!r} has {bad} of {array.size} values that are NaN or infinite. Set "
-                "allow_nan = True in the class if that is an answer."
-            )
-        return array
-
-
-def user_traceback(error: BaseException) -> str:
-    """The traceback without the frames of this package: the user's own lines."""
-    package = str(Path(__file__).resolve().parent.parent)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not str(Path(frame.filename).resolve()).startswith(package)
-        and not frame.filename.startswith("<frozen importlib")
-    ]
-    return "".join(
-        [*traceback.format_list(frames), *traceback.format_exception_only(error)]
-    ).rstrip()
-
-
-def parse_tensor(text: str, *, what: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """`"float32[3, -1]"` as (dtype, shape); `"bytes[]"` is a string. Raises `SpecError`."""
-    match = _SPEC.fullmatch(text.strip())
-    lengths = [part.strip() for part in match[2].split(",")] if match and match[2].strip() else []
-    try:
-        assert match is not None
-        dtype = np.dtype(object) if match[1] == "bytes" else np.dtype(match[1])
-        shape = tuple(int(length) for length in lengths)
-        if dtype not in DATATYPES or any(length == 0 or length < -1 for length in shape):
-            raise ValueError(text)
-    except (AssertionError, TypeError, ValueError):
-        names = ", ".join("bytes" if d.kind == "O" else str(d) for d in DTYPES.values())
-        raise SpecError(
-            f"{what} is {text!r}. Write a dtype and the shape of one row, as float32[64] or "
-            f"float32[3, -1], -1 for any length; dtypes are {names}."
-        ) from None
-    return dtype, shape
-
-
-def _specs(user: Any, which: str, what: str) -> Iterator[TensorSpec]:
-    declared = getattr(user, which, None) or {}
-    if not isinstance(declared, Mapping):
-        raise SpecError(f'{which} of {what} must be a dict: {which} = {{"x": "float32[64]"}}.')
-    for name, text in declared.items():
-        dtype, shape = parse_tensor(str(text), what=f"{which}[{name!r}] of {what}")
-        yield TensorSpec(name=str(name), dtype=dtype, shape=shape)
 
 
 def _method(user: Any, name: str, what: str) -> Callable[[Any], Any]:

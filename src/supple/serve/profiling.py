@@ -22,7 +22,8 @@ from typing import Any, Final, final
 
 from supple.core.latency import LatencyPoint, LatencyProfile, ProfileError
 from supple.core.spec import SpecError
-from supple.serve.model import ModelFault, ServedModel, check_target, load_model
+from supple.serve.faults import ModelFault
+from supple.serve.model import ServedModel, check_target, load_model
 
 _FORMAT: Final = 1
 _MOST_SAMPLES: Final = 50

@@ -23,6 +23,7 @@ from supple.serve.protocol import (
     datatype_of,
     from_bytes,
     refuse,
+    refuse_repeats,
     to_bytes,
 )
 
@@ -151,18 +152,55 @@ MESSAGES: Final[Mapping[str, Any]] = _classes()
 """The protocol's message classes by name."""
 
 
-def parse(method: str, wire: bytes) -> Any:
+def parse(method: str, wire: bytes, limits: RequestLimits) -> Any:
     """The request message of `method` in `wire`, or `Refused`."""
+    _refuse_many_fields(wire, 3 * limits.max_tensors + limits.max_parameters + 8)
     try:
         return MESSAGES[f"{method}Request"].FromString(wire)
     except (message.DecodeError, ValueError):
         refuse(f"the request is no inference.{method}Request")
 
 
+def _refuse_many_fields(wire: bytes, most: int) -> None:
+    """Raise `Refused` for a message of more than `most` fields: an input that is there and empty
+    takes two bytes on the wire and a hundred in memory."""
+    at = count = 0
+    while at < len(wire):
+        count += 1
+        if count > most:
+            refuse(f"the request has more than {most} fields; inputs, outputs and parameters count")
+        tag, at = _varint(wire, at)
+        if tag & 7 == 0:
+            _, at = _varint(wire, at)
+        elif tag & 7 == 2:
+            length, at = _varint(wire, at)
+            at += length
+        elif tag & 7 in (1, 5):
+            at += 8 if tag & 7 == 1 else 4
+        else:
+            refuse("the request has a field of a kind that the protocol does not use")
+
+
+def _varint(wire: bytes, at: int) -> tuple[int, int]:
+    """The number at `at`, and where it ends; what is cut off is left to protobuf to refuse."""
+    value = shift = 0
+    for byte in wire[at : at + 10]:
+        value |= (byte & 127) << shift
+        shift += 7
+        at += 1
+        if byte < 128:
+            return value, at
+    return value, len(wire)
+
+
 def decode_infer(asked: Any, limits: RequestLimits) -> InferRequest:
     """The request in a ModelInferRequest. Raises `Refused`, and nothing else."""
     if not 0 < len(asked.inputs) <= limits.max_tensors:
         refuse(f"{len(asked.inputs)} inputs; 1 to {limits.max_tensors} are taken")
+    if len(asked.outputs) > limits.max_tensors:
+        refuse(f"{len(asked.outputs)} outputs; at most {limits.max_tensors} are taken")
+    if len(asked.parameters) > limits.max_parameters:
+        refuse(f"{len(asked.parameters)} parameters; at most {limits.max_parameters} are taken")
     raws = asked.raw_input_contents
     if raws and len(raws) != len(asked.inputs):
         refuse(f"{len(raws)} raw_input_contents for {len(asked.inputs)} inputs")
@@ -171,7 +209,7 @@ def decode_infer(asked: Any, limits: RequestLimits) -> InferRequest:
         name = tensor.name
         if not 0 < len(name) <= 256 or name in inputs:
             refuse(f"input {name[:80]!r}: each has a name of its own, of 1 to 256 characters")
-        shape = checked_shape(name, list(tensor.shape), limits)
+        shape = checked_shape(name, list(tensor.shape[: limits.max_dims + 1]), limits)
         dtype = checked_dtype(name, tensor.datatype)
         if raws:
             if tensor.HasField("contents"):
@@ -179,10 +217,12 @@ def decode_infer(asked: Any, limits: RequestLimits) -> InferRequest:
             inputs[name] = from_bytes(name, raws[index], tensor.datatype, shape)
         else:
             inputs[name] = _from_contents(name, tensor, dtype, shape)
+    outputs = tuple(WantedOutput(name=o.name, binary=True) for o in asked.outputs)
+    refuse_repeats(outputs)
     return InferRequest(
         inputs=inputs,
         request_id=asked.id[:1024],
-        outputs=tuple(WantedOutput(name=o.name, binary=True) for o in asked.outputs),
+        outputs=outputs,
         parameters={
             key: getattr(value, value.WhichOneof("parameter_choice") or "string_param")
             for key, value in asked.parameters.items()
@@ -204,12 +244,10 @@ def _from_contents(name: str, tensor: Any, dtype: np.dtype[Any], shape: tuple[in
         array = np.empty(count, dtype=object)
         array[:] = list(values)
         return array.reshape(shape)
-    wide = np.asarray(values)
-    if count and dtype.kind in "iu":
-        info = np.iinfo(dtype)
-        if not info.min <= int(wide.min()) <= int(wide.max()) <= info.max:
-            refuse(f"input {name!r}: {field} holds values beyond {tensor.datatype}")
-    return wide.astype(dtype).reshape(shape)
+    try:
+        return np.array(values, dtype=dtype).reshape(shape)
+    except OverflowError:
+        refuse(f"input {name!r}: {field} holds values beyond {tensor.datatype}")
 
 
 def encode_infer(

@@ -8,6 +8,7 @@ batch, encode. Everything else is a table. Every answer but a tensor's is JSON; 
 import asyncio
 import hmac
 import json
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -16,9 +17,10 @@ from typing import Any, Final, Protocol, final
 
 from supple.core.queue import DEFAULT_PRIORITY, LAST_PRIORITY
 from supple.serve.again import ANSWERED
-from supple.serve.executor import Outputs
+from supple.serve.answers import Outputs
+from supple.serve.faults import FaultLog, ModelFault
 from supple.serve.meters import Meters, merge
-from supple.serve.model import ModelFault, ServedModel, TensorSpec
+from supple.serve.model import ServedModel
 from supple.serve.pages import openapi, page
 from supple.serve.protocol import (
     Array,
@@ -29,6 +31,7 @@ from supple.serve.protocol import (
     encode_response,
     refuse,
 )
+from supple.serve.tensor_spec import TensorSpec
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -39,6 +42,11 @@ _HEAD_LENGTH: Final = b"inference-header-content-length"
 _PROMETHEUS: Final = b"text/plain; version=0.0.4"
 _JSON: Final[tuple[bytes, bytes]] = (b"content-type", b"application/json")
 _LONGEST_US: Final = 3_600_000_000
+_BODY_S: Final = 300.0
+"""Time for the part of a body that the ingress does not wait for itself."""
+_MOST_HALF_READ: Final = 16
+"""Bodies of the largest size whose parts are held while the rest is still to come."""
+_OWN_FAULT: Final = "the server failed on this request"
 OWN_METRICS: Final = "/metrics/replica"
 """Where a replica tells its own; `/metrics` tells those of all."""
 _OPEN: Final = ("/v2/health/live", "/v2/health/ready")
@@ -94,6 +102,8 @@ class Surface:
         self._answers = answers
         self._meters = meters
         self._settings = settings
+        self._half_read_bytes = 0
+        self._faults = FaultLog(logging.getLogger("ray.serve"))
         self._tokens = [f"Bearer {token}".encode() for token in settings.tokens]
         names = (f"/v2/models/{model.name}", f"/v2/models/{model.name}/versions/{settings.version}")
         self._infer_paths = frozenset(f"{name}/infer" for name in names)
@@ -133,6 +143,14 @@ class Surface:
                 404,
             )
 
+    def refusal(self, error: Exception) -> Refused:
+        """How the caller is told of `error`: in full of what it did wrong, of anything else with a
+        number that is in the log."""
+        if isinstance(error, Refused):
+            return error
+        told = error.told if isinstance(error, ModelFault) else _OWN_FAULT
+        return Refused(f"{told} (error {self._faults.number(error)})", 500)
+
     def authorized(self, authorization: bytes) -> bool:
         """Whether the value of an Authorization header opens this service."""
         return not self._tokens or any(
@@ -154,6 +172,7 @@ class Surface:
             await _lifespan(receive, send)
             return
         if scope["type"] != "http":
+            await send({"type": f"{scope['type']}.close"})  # before it is accepted: refused
             return
         began_s = time.perf_counter()
         path: str = scope["path"]
@@ -170,12 +189,10 @@ class Surface:
                 status = await self._metrics(scope["method"], send)
             else:
                 status = await self._get(scope["method"], path, send)
-        except Refused as error:
-            status = error.status
-            await _refusal(send, error)
-        except ModelFault as error:
-            status = 500
-            await _refusal(send, Refused(str(error), 500))
+        except Exception as error:
+            refusal = self.refusal(error)
+            status = refusal.status
+            await _refusal(send, refusal)
         finally:
             if path in self._infer_paths:
                 self._meters.answered(status, time.perf_counter() - began_s)
@@ -184,10 +201,7 @@ class Surface:
         self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
     ) -> int:
         self._meters.num_arrived += 1
-        body = await self._body(scope, headers, receive)
-        request = decode_request(
-            body, json_bytes=_head_length(headers), limits=self._settings.limits
-        )
+        request = await self._request(scope, headers, receive)
         outputs = await self.infer(request)
         content, json_bytes = encode_response(
             request, outputs, model=self._model.name, version=self._settings.version
@@ -206,10 +220,7 @@ class Surface:
     ) -> int:
         if not self._model.streams:
             refuse(f"the model {self._model.name!r} has no stream(self, batch)", 501)
-        body = await self._body(scope, headers, receive)
-        request = decode_request(
-            body, json_bytes=_head_length(headers), limits=self._settings.limits
-        )
+        request = await self._request(scope, headers, receive)
         self._model.check(request.inputs)
         parts = stream_parts(self._model, request.inputs)
         started = False
@@ -223,10 +234,11 @@ class Surface:
                     started = True
                 event = b"data: " + content + b"\n\n"
                 await send({"type": "http.response.body", "body": event, "more_body": True})
-        except (ModelFault, Refused) as error:
+        except Exception as error:
             if not started:
                 raise
-            event = b"data: " + json.dumps({"error": str(error)}).encode() + b"\n\n"
+            told = json.dumps({"error": str(self.refusal(error))}).encode()
+            event = b"data: " + told + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": True})
         if not started:
             await send(_start(200, [(b"content-type", b"text/event-stream")]))
@@ -260,28 +272,49 @@ class Surface:
             return _json({"error": self._answers.stuck}, 503)
         return _json({"ready": True, "name": self._model.name})
 
+    async def _request(
+        self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive
+    ) -> InferRequest:
+        body = await self._body(scope, headers, receive)
+        return decode_request(body, json_bytes=_head_length(headers), limits=self._settings.limits)
+
     async def _body(self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
         if scope["method"] != "POST":
             refuse(f"{scope['path']} takes POST, not {scope['method']}", 405)
         if headers.get(b"content-encoding", b"identity") != b"identity":
             refuse("compressed bodies are not taken; send it plain", 415)
         most = self._settings.limits.max_body_bytes
+        limit = f"and {most} are the most that are taken (--max-body)"
         told = headers.get(b"content-length", b"0")
         if told.isdigit() and int(told) > most:
-            refuse(f"the body has {int(told)} bytes; at most {most} are taken", 413)
+            refuse(f"the body has {int(told)} bytes, {limit}", 413)
+        message = await receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            body: bytes = message.get("body", b"")
+            if len(body) > most:
+                refuse(f"the body has {len(body)} bytes, {limit}", 413)
+            return body
         chunks: list[bytes] = []
         size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise asyncio.CancelledError
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size > most:
-                refuse(f"the body has more than {most} bytes, the most that are taken", 413)
-            chunks.append(chunk)
-            if not message.get("more_body", False):
-                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        end_s = time.monotonic() + _BODY_S
+        try:
+            while message["type"] == "http.request":
+                chunk = message.get("body", b"")
+                size += len(chunk)
+                self._half_read_bytes += len(chunk)
+                if size > most:
+                    refuse(f"the body has more than {size - len(chunk)} bytes, {limit}", 413)
+                if self._half_read_bytes > _MOST_HALF_READ * most:
+                    raise Refused("too many large requests are being read; try again", 503, 1.0)
+                if time.monotonic() > end_s:
+                    refuse(f"the body was not whole within {_BODY_S:g} s", 408)
+                chunks.append(chunk)
+                if not message.get("more_body", False):
+                    return b"".join(chunks)
+                message = await receive()
+            raise asyncio.CancelledError  # the client left
+        finally:
+            self._half_read_bytes -= size
 
 
 async def stream_parts(model: ServedModel, inputs: Mapping[str, Array]) -> AsyncIterator[Outputs]:
