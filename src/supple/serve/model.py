@@ -28,6 +28,7 @@ import numpy as np
 
 from supple.core.spec import SpecError
 from supple.serve.protocol import DATATYPES, DTYPES, Array, refuse
+from supple.serve.streams import in_this_thread
 
 _MODULE = "supple_user_model"
 _DEFAULT_MAX_BATCH = 64
@@ -243,14 +244,23 @@ class ServedModel:
         return self._checked(answer, rows)
 
     def stream(self, inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
-        """The parts of an answer to one request, checked like `predict`'s but for their rows."""
+        """The parts of an answer to one request, checked like `predict`'s but for their rows. The
+        user's generator, which may be an asynchronous one, is closed when this one is."""
+        parts: Any = None
         try:
-            for part in self.user.stream(self._handed(inputs)):
+            parts = self.user.stream(self._handed(inputs))
+            if hasattr(parts, "__anext__"):
+                parts = in_this_thread(parts)
+            for part in parts:
                 yield self._checked(part, None)
         except ModelFault:
             raise
         except Exception as error:
             raise ModelFault(f"stream() raised:\n{user_traceback(error)}") from None
+        finally:
+            close = getattr(parts, "close", None)
+            if close is not None:
+                close()
 
     def example(self, rows: int = 1, length: int = 1) -> dict[str, Array]:
         """Zeros of `rows` rows in the shape of the declared inputs, `length` where any fits;

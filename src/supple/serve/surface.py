@@ -6,11 +6,12 @@ batch, encode. Everything else is a table. Every answer but a tensor's is JSON; 
 """
 
 import asyncio
+import contextlib
 import hmac
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, final
 
@@ -29,6 +30,7 @@ from supple.serve.protocol import (
     encode_response,
     refuse,
 )
+from supple.serve.streams import Streams
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -94,6 +96,7 @@ class Surface:
         self._answers = answers
         self._meters = meters
         self._settings = settings
+        self.streams = Streams()
         self._tokens = [f"Bearer {token}".encode() for token in settings.tokens]
         names = (f"/v2/models/{model.name}", f"/v2/models/{model.name}/versions/{settings.version}")
         self._infer_paths = frozenset(f"{name}/infer" for name in names)
@@ -211,18 +214,19 @@ class Surface:
             body, json_bytes=_head_length(headers), limits=self._settings.limits
         )
         self._model.check(request.inputs)
-        parts = stream_parts(self._model, request.inputs)
+        parts = self.streams.parts(self._model.stream(request.inputs))
         started = False
         try:
-            async for outputs in parts:
-                content, _ = encode_response(
-                    request, outputs, model=self._model.name, version=self._settings.version
-                )
-                if not started:
-                    await send(_start(200, [(b"content-type", b"text/event-stream")]))
-                    started = True
-                event = b"data: " + content + b"\n\n"
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+            async with contextlib.aclosing(parts):
+                async for outputs in parts:
+                    content, _ = encode_response(
+                        request, outputs, model=self._model.name, version=self._settings.version
+                    )
+                    if not started:
+                        await send(_start(200, [(b"content-type", b"text/event-stream")]))
+                        started = True
+                    event = b"data: " + content + b"\n\n"
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
         except (ModelFault, Refused) as error:
             if not started:
                 raise
@@ -282,18 +286,6 @@ class Surface:
             chunks.append(chunk)
             if not message.get("more_body", False):
                 return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
-async def stream_parts(model: ServedModel, inputs: Mapping[str, Array]) -> AsyncIterator[Outputs]:
-    """The parts of a streamed answer, each computed in a thread while the loop goes on."""
-    parts = model.stream(inputs)
-    try:
-        while (part := await asyncio.to_thread(next, parts, None)) is not None:
-            yield part
-    finally:
-        close = getattr(parts, "close", None)
-        if close is not None:
-            await asyncio.to_thread(close)
 
 
 def _priority(request: InferRequest) -> int:
