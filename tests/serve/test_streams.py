@@ -140,7 +140,7 @@ def test_more_streams_than_there_are_threads_for_are_refused_until_one_ends() ->
         with pytest.raises(Refused, match="1 streams are open here") as refused:
             await anext(streams.parts(iter([])))
         assert refused.value.status == 503 and refused.value.retry_after_s is not None
-        await first.aclose()  # type: ignore[attr-defined]
+        await first.aclose()
         while streams.num_open:
             await asyncio.sleep(0)
         assert len([part async for part in streams.parts(part for part in ends)]) == 1
@@ -159,7 +159,7 @@ def test_a_generator_whose_end_raises_is_closed_all_the_same() -> None:
         streams = Streams()
         parts = streams.parts(raising())
         await anext(parts)
-        await parts.aclose()  # type: ignore[attr-defined]
+        await parts.aclose()
         while streams.num_open:
             await asyncio.sleep(0)
 

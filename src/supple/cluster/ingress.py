@@ -27,6 +27,7 @@ from supple.cluster.starting import to_its_end
 from supple.core.serve_spec import ServeSpec, is_loopback
 from supple.core.spec import SpecError
 from supple.serve.again import AskAgain
+from supple.serve.attempts import SERIAL
 from supple.serve.protocol_grpc import METHODS, SERVICE
 
 DRAIN_S: Final = 1.5
@@ -105,7 +106,7 @@ def environment(spec: ServeSpec) -> dict[str, str]:
     held_bytes = min(spec.max_body_bytes, MOST_HELD_BYTES) + 16 * 1024
     return settings | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_private_haproxy(binary)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_private_haproxy(binary, spec.retry_safe)),
         "RAY_SERVE_HAPROXY_RETRY_ON": retry_on,
         "RAY_SERVE_HAPROXY_RETRIES": str(_RETRIES),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(held_bytes),
@@ -131,17 +132,22 @@ def haproxy() -> str | None:
     return None
 
 
-def _private_haproxy(binary: str) -> Path:
+def _private_haproxy(binary: str, retry_safe: bool) -> Path:
     """A script that starts `binary` as Ray would, but for some lines of its configuration: the
     statistics on loopback and the admin socket for this user only, which Ray writes open to every
     machine and every user; a request is taken whole before it is passed on, since only one that was
     whole when it was first sent can be sent again; the proxy that requests wait in while no replica
     can be reached is never held for dead, however slow the machine; buffers as large as requests
-    that can be sent again are kept instead of returned to the system after each; and no line a
-    request goes to a system log that is not there."""
+    that can be sent again are kept instead of returned to the system after each; each request that
+    may be sent again gets a serial number, the same whenever it is sent; and no line a request goes
+    to a system log that is not there."""
     folder = Path(tempfile.gettempdir()) / f"supple-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    script = folder / "haproxy"
+    script = folder / f"haproxy-{'retries' if retry_safe else 'sends-once'}"
+    serial = SERIAL.decode()
+    numbered = f"http-request set-header {serial} %[uuid()]"
+    if not retry_safe:
+        numbered = f"http-request del-header {serial}"
     text = (
         "#!/bin/sh\n"
         'for word in "$@"; do [ "$last" = -f ] && config="$word"; last="$word"; done\n'
@@ -149,6 +155,7 @@ def _private_haproxy(binary: str) -> Path:
         "-e 's/mode 666 level admin/mode 600 level admin/' "
         "-e 's/^    option abortonclose$/&\\n    option http-buffer-request/' "
         "-e 's/ check backup$/ backup/' "
+        f"-e 's/^frontend [a-z]*_frontend$/&\\n    {numbered}/' "
         f"-e 's/^    tune.bufsize .*/&\\n    tune.memory.hot-size {_KEPT_BYTES}/' "
         "-e '/^    log 127.0.0.1:514 /d' \"$config\"\n"
         f'exec {shlex.quote(binary)} "$@"\n'

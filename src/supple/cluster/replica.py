@@ -3,17 +3,21 @@
 import asyncio
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, final
 
 import grpc
 from ray import serve
+from ray._private import worker as ray_worker
 
 from supple.cluster.scrape import metrics_pages
 from supple.serve import protocol_grpc as oip
+from supple.serve.attempts import SERIAL, Attempts
 from supple.serve.executor import Executor
 from supple.serve.meters import Meters
 from supple.serve.model import ModelFault, ServedModel, load_model
@@ -27,6 +31,9 @@ _SWITCH_S: Final = 0.0005
 time while the event loop is busy."""
 _REHEARSAL_S: Final = 1.0
 """Time a new replica spends on measuring its batches before it takes requests."""
+
+_LAST_WORDS_S: Final = 0.25
+"""Between the answer to a request whose `predict` hangs and the end of its process."""
 
 
 @final
@@ -79,12 +86,15 @@ class Replica:
         replica = serve.get_replica_context().replica_id.unique_id
         self._meters = Meters(model=deployment.name, replica=replica)
         self._stopwatch = Stopwatch()
+        attempts = _attempts(deployment.name)
         self._executor = Executor(
             model,
             timeout_s=deployment.predict_timeout_s,
             within_s=deployment.within_s,
             max_waiting=deployment.max_waiting,
             on_batch=self._stopwatch.record,
+            attempts=attempts,
+            on_stuck=_end_soon,
         )
         self._meters.watch_waiting(lambda: self._executor.num_waiting)
         tokens = deployment.settings.tokens
@@ -94,6 +104,7 @@ class Replica:
             self._executor,
             self._meters,
             deployment.settings,
+            attempts=attempts,
             all_metrics=lambda: metrics_pages(deployment.name, headers),
         )
         await self._rehearse(model)
@@ -179,7 +190,7 @@ class Replica:
 
     async def _answer(self, method: str, wire: bytes, context: Any) -> Any:
         live = method in ("ServerLive", "ServerReady")
-        if not live and not self._surface.authorized(_authorization(context)):
+        if not live and not self._surface.authorized(_metadata(context, b"authorization") or b""):
             raise Refused("the authorization metadata has no bearer token that is known", 401)
         asked = oip.parse(method, wire)
         version = self._deployment.settings.version
@@ -199,8 +210,9 @@ class Replica:
                 return make(**self._surface.model_metadata())
             case _:
                 self._surface.check_name(asked.model_name, asked.model_version)
-                request = oip.decode_infer(asked, self._deployment.settings.limits)
-                outputs = await self._surface.infer(request)
+                with self._surface.noted(_metadata(context, SERIAL)) as serial:
+                    request = oip.decode_infer(asked, self._deployment.settings.limits)
+                outputs = await self._surface.infer(request, serial)
                 return oip.encode_infer(
                     request, outputs, model=self._deployment.name, version=version
                 )
@@ -217,8 +229,23 @@ _GRPC_STATUS: Final[Mapping[int, grpc.StatusCode]] = {
 }
 
 
-def _authorization(context: Any) -> bytes:
+def _metadata(context: Any, name: bytes) -> bytes | None:
     for key, value in context.invocation_metadata():
-        if key == "authorization":
+        if key == name.decode():
             return value if isinstance(value, bytes) else value.encode()
-    return b""
+    return None
+
+
+def _attempts(name: str) -> Attempts | None:
+    """The table of all replicas of the service on this machine; it goes with Ray's session."""
+    node: Any = ray_worker._global_node
+    try:
+        return Attempts(Path(node.get_session_dir_path()) / f"supple-attempts-{name}")
+    except OSError:
+        return None  # then a deadly request is tried as often as the ingress does
+
+
+def _end_soon() -> None:
+    """End this process, whose model hangs, once the answers that were given are on their way. Ray
+    starts another at once, and the ingress sends the requests that wait here elsewhere."""
+    asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)

@@ -6,7 +6,7 @@ left ends it: the user's generator is closed in the thread that runs it, after t
 """
 
 from asyncio import AbstractEventLoop, get_running_loop, new_event_loop
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, final
 
@@ -28,7 +28,7 @@ class Streams:
 
     async def parts(
         self, parts: Iterator[Mapping[str, Array]]
-    ) -> AsyncIterator[Mapping[str, Array]]:
+    ) -> AsyncGenerator[Mapping[str, Array], None]:
         """What `parts`, a generator that may block, yields. Close this iterator, or cancel who
         waits for it, and `parts` is closed. Raises `Refused` (503) if too many are open."""
         if self.num_open >= self._most:

@@ -6,17 +6,18 @@ batch, encode. Everything else is a table. Every answer but a tensor's is JSON; 
 """
 
 import asyncio
-import contextlib
 import hmac
 import json
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, final
 
 from supple.core.queue import DEFAULT_PRIORITY, LAST_PRIORITY
 from supple.serve.again import ANSWERED
+from supple.serve.attempts import SERIAL, Attempts, parse_serial
 from supple.serve.executor import Outputs
 from supple.serve.meters import Meters, merge
 from supple.serve.model import ModelFault, ServedModel, TensorSpec
@@ -62,6 +63,7 @@ class Answers(Protocol):
         *,
         priority: int = DEFAULT_PRIORITY,
         within_s: float | None = None,
+        serial: int | None = None,
     ) -> Outputs:
         """The outputs for one checked request; raises `ModelFault` or `Refused`."""
         ...
@@ -89,14 +91,17 @@ class Surface:
         settings: SurfaceSettings,
         *,
         all_metrics: Callable[[], Awaitable[Sequence[bytes]]] | None = None,
+        attempts: Attempts | None = None,
     ) -> None:
-        """`all_metrics` fetches the pages of all replicas of the service; None: this is all."""
+        """`all_metrics` fetches the pages of all replicas of the service; None: this is all.
+        `attempts` is where is noted what is computed."""
         self._model = model
         self._all_metrics = all_metrics
         self._answers = answers
         self._meters = meters
         self._settings = settings
         self.streams = Streams()
+        self._attempts = attempts
         self._tokens = [f"Bearer {token}".encode() for token in settings.tokens]
         names = (f"/v2/models/{model.name}", f"/v2/models/{model.name}/versions/{settings.version}")
         self._infer_paths = frozenset(f"{name}/infer" for name in names)
@@ -142,15 +147,35 @@ class Surface:
             hmac.compare_digest(authorization, token) for token in self._tokens
         )
 
-    async def infer(self, request: InferRequest) -> Outputs:
-        """The checked outputs of one request, in a batch with others."""
+    async def infer(self, request: InferRequest, serial: int | None = None) -> Outputs:
+        """The checked outputs of one request, in a batch with others. `serial` is its number if it
+        is sent again when this process ends."""
         rows = self._model.check(request.inputs)
         for wanted in request.outputs:
             if self._model.outputs and wanted.name not in {s.name for s in self._model.outputs}:
                 refuse(f"the model has no output {wanted.name[:80]!r}")
         return await self._answers.submit(
-            request.inputs, rows, priority=_priority(request), within_s=_allowed_s(request)
+            request.inputs,
+            rows,
+            priority=_priority(request),
+            within_s=_allowed_s(request),
+            serial=serial,
         )
+
+    @contextmanager
+    def noted(self, told: bytes | None) -> Iterator[int | None]:
+        """The serial number in the header's value `told`, the block being noted as computing it.
+        Raises `Refused` (500) for a request that is deadly."""
+        serial = None if told is None else parse_serial(told)
+        if serial is None or self._attempts is None:
+            yield None
+            return
+        self._attempts.refuse_deadly(serial)
+        self._attempts.begin(serial)
+        try:
+            yield serial
+        finally:
+            self._attempts.pause(serial)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -188,10 +213,11 @@ class Surface:
     ) -> int:
         self._meters.num_arrived += 1
         body = await self._body(scope, headers, receive)
-        request = decode_request(
-            body, json_bytes=_head_length(headers), limits=self._settings.limits
-        )
-        outputs = await self.infer(request)
+        with self.noted(headers.get(SERIAL)) as serial:
+            request = decode_request(
+                body, json_bytes=_head_length(headers), limits=self._settings.limits
+            )
+        outputs = await self.infer(request, serial)
         content, json_bytes = encode_response(
             request, outputs, model=self._model.name, version=self._settings.version
         )
@@ -210,14 +236,18 @@ class Surface:
         if not self._model.streams:
             refuse(f"the model {self._model.name!r} has no stream(self, batch)", 501)
         body = await self._body(scope, headers, receive)
-        request = decode_request(
-            body, json_bytes=_head_length(headers), limits=self._settings.limits
-        )
-        self._model.check(request.inputs)
+        with self.noted(headers.get(SERIAL)):
+            request = decode_request(
+                body, json_bytes=_head_length(headers), limits=self._settings.limits
+            )
+            self._model.check(request.inputs)
+            return await self._send_parts(request, send)
+
+    async def _send_parts(self, request: InferRequest, send: Send) -> int:
         parts = self.streams.parts(self._model.stream(request.inputs))
         started = False
         try:
-            async with contextlib.aclosing(parts):
+            async with aclosing(parts):
                 async for outputs in parts:
                     content, _ = encode_response(
                         request, outputs, model=self._model.name, version=self._settings.version
