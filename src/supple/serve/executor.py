@@ -40,6 +40,10 @@ _MOSTLY: Final = 0.7
 """Share of the last ten calls or so that must have been so fast."""
 _MUCH_SLOWER: Final = 20.0
 """One call so many times slower goes back to the thread at once."""
+_SUSPECT_S: Final = 5.0
+_SUSPECT_TIMES: Final = 100.0
+"""A request that was lost with its replica may take so many times the usual, and at least so
+long, when it is computed alone."""
 _PLANNED_SHARE: Final = 0.9
 """Of the promise, what the queue plans with; the rest is for reading and writing the request."""
 
@@ -52,6 +56,8 @@ class _Call:
     answer: asyncio.Future[Outputs]
     serial: int | None = None
     """By which the ingress sends it again if this process ends."""
+    suspect: bool = False
+    """A replica died over it before."""
 
 
 @final
@@ -126,12 +132,12 @@ class Executor:
         `ModelFault`, or `Refused` (429, 503, 504)."""
         if self.stuck is not None and serial is None:
             raise Refused(self.stuck, 503, _RETRY_AFTER_S)
-        suspect = self._attempts is not None and serial and self._attempts.deaths(serial) > 0
+        suspect = bool(self._attempts and serial and self._attempts.deaths(serial))
         if self._fast >= _MOSTLY and not self._running and not self._calls and not suspect:
             return self._at_once(inputs, rows, serial)
         now = self._loop.time()
         allowed_s = self._within_s if within_s is None else within_s
-        call = _Call(inputs, rows, self._loop.create_future(), serial)
+        call = _Call(inputs, rows, self._loop.create_future(), serial, suspect)
         ticket = Ticket(
             number=next(self._numbers),
             deadline_s=now + _PLANNED_SHARE * allowed_s,
@@ -176,7 +182,8 @@ class Executor:
         self._running = [self._calls.pop(ticket.number) for ticket in turn.batch]
         if self._running:
             self._note(Attempts.begin, self._running)
-            self._watch = self._loop.call_later(self._timeout_s, self._give_up)
+            limit_s = self._limit_s(self._running)
+            self._watch = self._loop.call_later(limit_s, self._give_up, limit_s)
             self._batches.put(self._running)
 
     def _refuse(self, refusals: Iterable[Refusal]) -> None:
@@ -184,15 +191,24 @@ class Executor:
             call = self._calls.pop(refusal.number)
             self._fail(call, Refused(refusal.reason, 429, refusal.retry_after_s))
 
-    def _give_up(self) -> None:
+    def _limit_s(self, batch: Sequence[_Call]) -> float:
+        """How long the batch may take. Others wait behind a suspect that hangs: it gets many times
+        what such batches take, where that is known."""
+        if not batch[0].suspect or not self._pace.is_known:
+            return self._timeout_s
+        usual_s = self.profile.tail_s(batch[0].rows)
+        return min(self._timeout_s, max(_SUSPECT_S, _SUSPECT_TIMES * usual_s))
+
+    def _give_up(self, limit_s: float) -> None:
         rows = sum(call.rows for call in self._running)
-        hung = f"predict() has not returned for {self._timeout_s:g} s on a batch of {rows}"
+        hung = f"predict() has not returned for {limit_s:g} s on a batch of {rows}"
         self.stuck = f"{hung}; this replica is replaced"
         alone = len(self._running) == 1
         for call in self._running:
             # Of several, one hangs: which, is known when each is computed alone elsewhere.
             if alone or call.serial is None:
-                self._fail(call, Refused(f"{hung}, the longest it may take", 504))
+                before = ", after it was lost with a replica before" if call.suspect else ""
+                self._fail(call, Refused(f"{hung}, the longest it may take{before}", 504))
                 self._note(Attempts.end, [call])
         for number, call in list(self._calls.items()):
             if call.serial is None:
