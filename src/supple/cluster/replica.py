@@ -58,6 +58,11 @@ class Deployment:
     max_waiting: int = 10_000
     weights: str | None = None
     """What `load(weights)` is handed; None: it takes nothing."""
+    source: bytes | None = None
+    """The file of `target` as it was read: what replicas that come later are made of, whatever is
+    in the file by then. None for a saved program."""
+    patience_s: float = 600.0
+    """Other weights that take longer to load are given up."""
     settings: SurfaceSettings = field(default_factory=SurfaceSettings)
     revision: int = 0
     """Another number replaces every replica, one after another, though nothing else changed."""
@@ -81,7 +86,11 @@ class Replica:
         self._weights = deployment.weights
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         model = await asyncio.to_thread(
-            load_model, deployment.target, name=deployment.name, weights=deployment.weights
+            load_model,
+            deployment.target,
+            name=deployment.name,
+            weights=deployment.weights,
+            source=deployment.source,
         )
         replica = serve.get_replica_context().replica_id.unique_id
         self._meters = Meters(model=deployment.name, replica=replica)
@@ -113,12 +122,13 @@ class Replica:
         """Batches of 1, 2, 4 … rows of zeros: first calls are paid for, and their times known."""
         end_s = time.monotonic() + _REHEARSAL_S
         rows = 1
-        while rows <= model.max_batch and (example := model.example(rows)):
-            for _ in range(4):
-                await self._executor.submit(example, rows, within_s=math.inf)
-            if time.monotonic() > end_s:
-                break
-            rows *= 2
+        with model.allowing_nan():
+            while rows <= model.max_batch and len(model.example(rows)) == len(model.inputs) > 0:
+                for _ in range(4):
+                    await self._executor.submit(model.example(rows), rows, within_s=math.inf)
+                if time.monotonic() > end_s:
+                    break
+                rows *= 2
         self._executor.on_batch = self._measure
 
     def _measure(self, rows: int, took_s: float) -> None:
@@ -130,10 +140,12 @@ class Replica:
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Ray calls this when `user_config` changes, and once at the start: other weights take the
-        place of these between two batches. If they cannot be loaded these stay, and it raises."""
-        weights = config.get("weights")
-        if weights is not None and weights != self._weights:
-            self._executor.model = await asyncio.to_thread(self._executor.model.renewed, weights)
+        place of these between two batches. If they cannot be loaded it raises, and Ray puts a new
+        replica in the place of this one."""
+        weights = config["weights"]
+        if weights != self._weights:
+            loading = asyncio.to_thread(self._executor.model.renewed, weights)
+            self._executor.model = await asyncio.wait_for(loading, config["patience_s"])
             self._weights = weights
 
     def check_health(self) -> None:
