@@ -38,7 +38,7 @@ def loading(first: str) -> str:
 
 
 BROKEN = (
-    (SOURCE + "def (", "is not valid Python: line 17", ()),
+    (SOURCE + "def (", "is not valid Python: line 1", ()),
     ("import not_there\n" + SOURCE, "No module named 'not_there'", ()),
     (loading("1 / 0"), "division by zero", ()),
     (loading("os._exit(3)"), "the process that tried it ended", ()),
