@@ -20,10 +20,11 @@ from ray.serve._private import haproxy
 _GUARD: Final = """
 while kill -0 "$1"; do sleep 1; done
 for process in /proc/[0-9]*; do
-  tr '\\0' '\\n' < "$process/cmdline" | grep -qxF "$2" && kill -9 "${process#/proc/}"
+  tr '\\0' '\\n' < "$process/cmdline" | grep -qxF "$2/$3" && kill -9 "${process#/proc/}"
 done
 """
-"""Ends what runs with the configuration file $2 when the process $1 has ended."""
+"""Ends what runs with the configuration file $3 in $2 when the process $1 has ended. Apart, so that
+it is no argument of the guard itself."""
 _PAUSE_S: Final = 0.2
 """Between attempts to start it, and looks at one that another process started."""
 
@@ -47,7 +48,7 @@ class HAProxyManager(_RayManager):
         super().__init__(*arguments, **named)
         raylet = str(os.getppid())
         subprocess.Popen(
-            ["sh", "-c", _GUARD, "guard", raylet, self._haproxy.config_file_path],
+            ["sh", "-c", _GUARD, "guard", raylet, *os.path.split(self._haproxy.config_file_path)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
