@@ -1,22 +1,28 @@
-"""A service under load while its replicas are scaled, killed, updated and given other weights: how
-many requests were lost?
+"""A service under load while its replicas are scaled, killed, updated and given other weights, its
+ingress is killed, and others do what they can to take it down: how many good requests were lost?
 
-    python benchmarks/serve_chaos.py [--seconds 420] [--clients 24]
+    python benchmarks/serve_chaos.py [--seconds 480] [--clients 24] [--without bomb]
 
 Clients are plain HTTP/1.1 with no retry of their own. Most keep their connection; some pause
 between requests, so that idle connections are there when the ingress is reloaded; some open a
 connection for each request, and send head and body apart. One request in fifty has a body of 40 kB.
-A request is lost unless the right answer comes back with 200. A scale event is a replica that came
-or went because the number wanted changed.
+A request is lost unless the right answer comes back with 200. HAProxy killed with `kill -9` cuts
+the connections that are open: those requests alone are asked again, and counted as `cut`. A scale
+event is a replica that came or went because the number wanted changed.
+
+`refused_longest_s` is the longest time from a refused or cut connection to the next good answer,
+`unanswered_longest_s` that between any two good answers: a single replica that is killed leaves as
+much as it takes to start another.
 """
 
 import argparse
 import asyncio
 import collections
+import itertools
 import json
 import os
 import random
-import signal
+import resource
 import sys
 import time
 from pathlib import Path
@@ -28,56 +34,94 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 import dataclasses
 
-import psutil
-
 from benchmarks.machine import report
+from benchmarks.serve_faults import Faults, Memory, infer_request
 from supple.cluster import ingress, scrape, serving
 from supple.core.serve_spec import ServeSpec, parse_slo
 
 _NAME = "chaos"
 _COUNTS = [1, 5, 2, 6, 1, 4]
 _REST_S, _PATIENCE_S = 0.5, 20.0
-_KILL_EVERY_S = 9.0
+_FAULT_EVERY_S = 6.0
+_FAULTS = (
+    *("kill", "poison", "kill", "haproxy", "kill", "bomb", "kill", "slow", "kill", "kill"),
+    *("refused update", "kill", "manager", "kill"),
+)
+"""One after another, from the start again; in between, at the middle, an update, then a swap."""
 _PAUSES_S = (0.02, 0.02, 0.02, 0.05, 0.5, 3.0, 0.02)
 _ANSWER_S = 60.0
+_CUT_S = 10.0
+"""After HAProxy was killed, connections that were open then may be found cut for so long."""
 
 
 class Load:
     """Clients that ask all the time; every request is checked."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, faults: Faults) -> None:
         self.port = port
+        self.faults = faults
         self.num_requests = 0
+        self.num_cut = 0
         self.lost: collections.Counter[str] = collections.Counter()
         self.phase = "steady"
         self.slowest_s = 0.0
+        self.refused_longest_s = 0.0
+        self.unanswered_longest_s = 0.0
         self.stopped = False
+        self._refused_s: float | None = None
+        self._answered_s = time.monotonic()
 
     async def client(self, index: int) -> None:
         """One client until `stopped`."""
         chooser = random.Random(index)
         connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        fresh = index % 4 == 1
         while not self.stopped:
             self.num_requests += 1
             began_s = time.monotonic()
-            try:
-                if connection is None:
-                    connection = await asyncio.open_connection("127.0.0.1", self.port)
-                fresh = index % 4 == 1
-                asking = self.ask(*connection, chooser, apart=fresh)
-                wrong, keep = await asyncio.wait_for(asking, _ANSWER_S)
-                keep = keep and not fresh
-            except (OSError, EOFError, TimeoutError, ValueError) as error:
-                wrong, keep = f"{type(error).__name__}: {error}", False
+            wrong, cut = "", True
+            while cut:
+                cut, keep = False, False
+                try:
+                    if connection is None:
+                        connection = await asyncio.open_connection("127.0.0.1", self.port)
+                    asking = self.ask(*connection, chooser, apart=fresh)
+                    wrong, keep = await asyncio.wait_for(asking, _ANSWER_S)
+                except (OSError, EOFError, TimeoutError, ValueError) as error:
+                    wrong = f"{type(error).__name__}: {error}"
+                    cut = self._is_cut(error, began_s)
+                if not (keep and not fresh) and connection is not None:
+                    connection[1].close()
+                    connection = None
+                if cut:
+                    await asyncio.sleep(0.02)
             self.slowest_s = max(self.slowest_s, time.monotonic() - began_s)
             if wrong:
                 self.lost[f"{self.phase}: {wrong[:120]}"] += 1
-            if not keep and connection is not None:
-                connection[1].close()
-                connection = None
+            else:
+                self._answered()
             await asyncio.sleep(_PAUSES_S[index % len(_PAUSES_S)])
         if connection is not None:
             connection[1].close()
+
+    def _is_cut(self, error: Exception, began_s: float) -> bool:
+        """Whether a connection broke because HAProxy was killed; such a request is asked again."""
+        now_s = time.monotonic()
+        if isinstance(error, TimeoutError | ValueError):
+            return False
+        if self._refused_s is None:
+            self._refused_s = now_s
+        cut = now_s - self.faults.ingress_killed_s < _CUT_S and now_s - began_s < _ANSWER_S
+        self.num_cut += cut
+        return cut
+
+    def _answered(self) -> None:
+        now_s = time.monotonic()
+        if self._refused_s is not None:
+            self.refused_longest_s = max(self.refused_longest_s, now_s - self._refused_s)
+            self._refused_s = None
+        self.unanswered_longest_s = max(self.unanswered_longest_s, now_s - self._answered_s)
+        self._answered_s = now_s
 
     async def ask(
         self,
@@ -89,13 +133,9 @@ class Load:
     ) -> tuple[str, bool]:
         """(what was wrong with the answer, or nothing; whether the connection stays open)."""
         numbers = [chooser.randrange(1_000_000) for _ in range(4)]
-        document = {
-            "inputs": [{"name": "x", "shape": [1, 4], "datatype": "INT64", "data": numbers}],
-            "parameters": {"padding": "x" * (40_000 if chooser.random() < 0.02 else 0)},
-        }
-        body = json.dumps(document).encode()
-        head = f"POST /v2/models/{_NAME}/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
-        writer.write(head.encode() + b"\r\n\r\n")
+        padding = 40_000 if chooser.random() < 0.02 else 0
+        head, body = infer_request(_NAME, numbers, padding)
+        writer.write(head)
         if apart:
             await writer.drain()
             await asyncio.sleep(0)
@@ -108,18 +148,6 @@ class Load:
             return f"{lines[0]} {content[:80]!r}", keep
         answer = json.loads(content)["outputs"][0]["data"]
         return "" if answer == [n + 1 for n in numbers] else f"wrong answer {answer}", keep
-
-
-def replicas() -> list[psutil.Process]:
-    """The replica processes of the service."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if f"ServeReplica:{_NAME}" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 async def watch(stopped: asyncio.Event) -> int:
@@ -135,47 +163,57 @@ async def watch(stopped: asyncio.Event) -> int:
 
 
 async def chaos(
-    load: Load, deployment: serving.Deployment, seconds: float, num_clients: int
+    load: Load, faults: Faults, seconds: float, num_clients: int, without: set[str]
 ) -> dict[str, float]:
-    """Scaling all the time, a kill every few seconds, at the middle an update, then a swap."""
-    chooser = random.Random(1)
+    """Scaling all the time, a fault every few seconds."""
     end_s = time.monotonic() + seconds
-    update_s, swap_s = end_s - seconds * 0.5, end_s - seconds * 0.25
+    planned = {"update": end_s - seconds * 0.5, "swap": end_s - seconds * 0.25}
+    turn = itertools.cycle(fault for fault in _FAULTS if fault not in without)
+    memory = Memory(_NAME)
     stopped = asyncio.Event()
     watching = asyncio.ensure_future(watch(stopped))
     clients = [asyncio.ensure_future(load.client(index)) for index in range(num_clients)]
-    kills = updates = swaps = 0
     while time.monotonic() < end_s:
-        await asyncio.sleep(_KILL_EVERY_S)
+        await asyncio.sleep(_FAULT_EVERY_S)
+        memory.sample()
         print(
-            f"  {end_s - time.monotonic():4.0f} s left: {load.num_requests} requests, {kills} "
-            f"kills, lost {dict(load.lost)}",
+            f"  {end_s - time.monotonic():4.0f} s left: {load.num_requests} requests, "
+            f"{dict(faults.done)}, refused {load.refused_longest_s:.1f} s, lost {dict(load.lost)}",
             flush=True,
         )
-        if not updates and time.monotonic() > update_s:
-            load.phase, updates = "update", 1
-            deployment = dataclasses.replace(deployment, revision=1)
-            await asyncio.to_thread(serving.deploy, deployment)
-        elif not swaps and time.monotonic() > swap_s:
-            load.phase, swaps = "swap", 1
-            await asyncio.to_thread(serving.deploy, deployment, weights="other")
-        elif processes := replicas():
-            load.phase = f"kill or scale, {len(processes)} replicas"
-            os.kill(chooser.choice(processes).pid, signal.SIGKILL)
-            kills += 1
+        due = [fault for fault, at_s in planned.items() if time.monotonic() > at_s]
+        fault = due[0] if due else next(turn)
+        planned.pop(fault, None)
+        load.phase = fault
+        await faults.do(fault)
     load.stopped = True
     await asyncio.gather(*clients)
+    await faults.rest()
     stopped.set()
     came_and_went = await watching
+    done = faults.done
     return {
         "requests": float(load.num_requests),
         "lost": float(sum(load.lost.values())),
+        "cut": float(load.num_cut),
+        "refused_longest_s": load.refused_longest_s,
+        "unanswered_longest_s": load.unanswered_longest_s,
+        "rss_growth_mib": memory.growth_mib(),
         "replicas_came_or_went": float(came_and_went),
-        # A kill is one that went and one that came.
-        "scale_events": float(max(0, came_and_went - 2 * kills)),
-        "kills": float(kills),
-        "rolling_updates": float(updates),
-        "weight_swaps": float(swaps),
+        # A replica that dies is one that went and one that came.
+        "scale_events": float(max(0, came_and_went - 2 * faults.replica_deaths)),
+        "kills": float(done["kill"]),
+        "rolling_updates": float(done["update"]),
+        "weight_swaps": float(done["swap"]),
+        "refused_updates": float(done["refused update"]),
+        "refused_updates_told": float(done["refused update told"]),
+        "haproxy_kills": float(done["haproxy"]),
+        "manager_kills": float(done["manager"]),
+        "poisons": float(done["poison"]),
+        "poisons_told": float(done["poison told"]),
+        "bombs": float(done["bomb"]),
+        "bombs_told": float(done["bomb told"]),
+        "crowds_of_slow_clients": float(done["slow"]),
         "slowest_s": load.slowest_s,
     }
 
@@ -185,7 +223,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480.0)
     parser.add_argument("--clients", type=int, default=24)
     parser.add_argument("--counts", type=int, nargs="+", default=_COUNTS, help="of replicas")
+    parser.add_argument("--without", nargs="+", default=[], help="faults, of those in the list")
     asked = parser.parse_args()
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     spec = ServeSpec(
         name=_NAME,
         target=str(Path(__file__).resolve().parent / "serve_model.py") + ":Adds",
@@ -205,8 +246,9 @@ def main() -> None:
             ),
         )
         serving.deploy(deployment)
-        load = Load(spec.port)
-        metrics = asyncio.run(chaos(load, deployment, asked.seconds, asked.clients))
+        faults = Faults(_NAME, spec.port, deployment)
+        load = Load(spec.port, faults)
+        metrics = asyncio.run(chaos(load, faults, asked.seconds, asked.clients, set(asked.without)))
     finally:
         serving.shut_down()
     for what, count in load.lost.most_common():

@@ -1,7 +1,11 @@
 """The models the serving benchmarks serve, and the policy that makes chaos."""
 
+import os
 import time
-from typing import Any
+from typing import Any, Final
+
+POISON: Final = -666
+"""The number that ends the process which computes it."""
 
 
 class Adds:
@@ -12,11 +16,18 @@ class Adds:
     work_s = 0.002
 
     def load(self, weights: str | None = None) -> None:
-        """There are none; any name will do."""
+        """There are none; most names will do."""
+        if weights == "raises":
+            raise OSError("no such weights")
+        if weights == "hangs":
+            time.sleep(1e6)
+        self.weights = weights
 
     def predict(self, batch: Any) -> Any:
         time.sleep(self.work_s)
-        return batch + 1
+        if (batch == POISON).any():
+            os._exit(1)
+        return batch / 2 if self.weights == "nonsense" else batch + 1
 
 
 class Trivial:

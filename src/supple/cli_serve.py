@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import time
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -16,6 +17,7 @@ from supple.serve.faults import ModelFault
 from supple.serve.model import check_target, declared
 
 _MIB: Final = 2**20
+_ASK_EVERY_S: Final = 0.2
 _TOKEN: Final = "SUPPLE_TOKEN"
 
 
@@ -30,7 +32,8 @@ def register(app: typer.Typer) -> None:
         "refused before any work."
     )(serve)
     app.command(
-        epilog="Examples:\n\n  supple update digits\n\n  supple update digits --weights new.pt"
+        epilog="Examples:\n\n  supple update digits\n\n  supple update digits --weights new.pt\n\n"
+        "Exit codes: 0 updated; 1 not updated, what ran goes on; 2 refused before any work."
     )(update)
 
 
@@ -169,11 +172,42 @@ def update(
         str | None,
         typer.Option(help="Swap these in, replicas go on. Default: read the file again."),
     ] = None,
+    timeout: Annotated[
+        str | None,
+        typer.Option(
+            help="Give up a start that takes longer. Default: 1m, or five times the first start."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
 ) -> None:
-    """Update a running service, replica by replica or its weights alone; nothing is dropped."""
+    """Update a running service, replica by replica or its weights alone; nothing is dropped. The
+    new version is tried first: one that fails changes nothing."""
     with messages():
         path = _published(weights)
         path = None if path is None else str(Path(path).resolve())
-        answer = ask(service, {"ask": "update", "weights": path})
-    typer.echo(json.dumps(answer) if as_json else f"{service}: updating, {answer['accepted']}")
+        patience_s = None if timeout is None else parse_duration(timeout, what="--timeout")
+        asked = {"ask": "update", "weights": path, "patience_s": patience_s}
+        answer = ask(service, asked)
+        if not as_json:
+            typer.echo(f"{service}: updating, {answer['accepted']}")
+        outcome = _outcome(service, answer["number"])
+    if as_json:
+        typer.echo(json.dumps(answer | {"update": outcome}))
+    if outcome != "done":
+        why = outcome.removeprefix("failed: ")
+        typer.echo(f"supple: {service} was not updated and goes on as it was: {why}", err=True)
+        raise typer.Exit(FAILED)
+    if not as_json:
+        typer.echo(f"{service}: updated")
+
+
+def _outcome(service: str, number: int) -> str:
+    """What became of the update, once it is over."""
+    while True:
+        try:
+            outcome = ask(service, {"ask": "outcome", "number": number})["outcome"]
+        except SpecError:
+            return "failed: the service has ended"
+        if outcome != "running":
+            return outcome
+        time.sleep(_ASK_EVERY_S)

@@ -4,10 +4,10 @@ from another terminal, and its end."""
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, final
 
@@ -18,6 +18,11 @@ from supple.core.serve_spec import ServeSpec, refuse_impossible
 from supple.core.spec import SpecError
 
 _LOOK_EVERY_S: Final = 1.0
+_LEAST_PATIENCE_S: Final = 60.0
+_PATIENCE_TIMES: Final = 5.0
+"""A new version may take so many times as long to start as the first did."""
+_OUTCOMES_KEPT: Final = 16
+"""Updates whose outcome can still be asked for."""
 
 
 def run(
@@ -47,7 +52,9 @@ def run(
     try:
         serving.refuse_no_capacity(spec)
         deployment = serving.deployment_of(spec, weights=weights, profile=profile)
+        began_s = time.monotonic()
         serving.deploy(deployment)
+        started_s = time.monotonic() - began_s
         points = serving.profile_of(spec.name)
         if points:
             refuse_impossible(spec.slo, LatencyProfile(points=tuple(points), startup_s=0.0))
@@ -58,7 +65,8 @@ def run(
             _tell(f"  gRPC         {_shown(spec.host)}:{spec.grpc_port}")
         if on_ready is not None:
             on_ready(url)
-        asyncio.run(_Service(spec, deployment, weights, follow).until_stopped())
+        patience_s = max(_LEAST_PATIENCE_S, _PATIENCE_TIMES * started_s)
+        asyncio.run(_Service(spec, deployment, follow, patience_s).until_stopped())
         if on_measured is not None and serving.num_running(spec.name):
             on_measured(serving.profile_of(spec.name))
     finally:
@@ -73,17 +81,18 @@ class _Service:
         self,
         spec: ServeSpec,
         deployment: serving.Deployment,
-        weights: str | None,
         follow: str | None,
+        patience_s: float,
     ) -> None:
         self._spec = spec
         self._deployment = deployment
-        self._weights = weights
         self._follow = follow
-        self._tried = weights
+        self._patience_s = patience_s
+        self._tried = deployment.weights
         self._stopped = asyncio.Event()
         self._update: asyncio.Task[None] | None = None
-        self._update_said = "none was asked for"
+        self._update_number = 0
+        self._outcomes = {0: "none was asked for"}
         self._num_running = 0
         # Ray Serve's client is not made for two threads: it changes pickling while it deploys.
         self._ray = ThreadPoolExecutor(1, thread_name_prefix="ray-serve")
@@ -101,6 +110,7 @@ class _Service:
                     await asyncio.wait_for(self._stopped.wait(), _LOOK_EVERY_S)
         finally:
             if self._update is not None:
+                self._update.cancel()
                 await asyncio.wait([self._update])
             await control.stop()
             self._ray.shutdown()
@@ -116,7 +126,7 @@ class _Service:
             newest = _newest(self._follow)
             if newest not in (None, self._tried):
                 self._tried = newest
-                self._start_update(newest)
+                self._start_update(newest, None)
 
     def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         match request["ask"]:
@@ -126,7 +136,9 @@ class _Service:
                 self._stopped.set()
                 return {"accepted": True}
             case "update":
-                return self._start_update(request.get("weights"))
+                return self._start_update(request.get("weights"), request.get("patience_s"))
+            case "outcome":
+                return {"outcome": self._outcomes.get(request["number"], "forgotten")}
             case other:
                 raise SpecError(
                     f"a service is not asked to {other}; it takes status, update and stop."
@@ -142,29 +154,64 @@ class _Service:
             "members": members,
             "pids": {},
             "slo": str(self._spec.slo),
-            "update": self._update_said,
+            "update": self._outcomes[self._update_number],
         }
 
-    def _start_update(self, weights: str | None) -> dict[str, Any]:
+    def _start_update(self, weights: str | None, patience_s: float | None) -> dict[str, Any]:
         if self._update is not None and not self._update.done():
             raise SpecError(f"{self._spec.name} is being updated; ask again when that is done.")
-        self._update_said = "running"
-        self._update = asyncio.ensure_future(self._do_update(weights))
-        return {"accepted": weights or "the model's file, read again"}
+        self._update_number += 1
+        self._outcomes.pop(self._update_number - _OUTCOMES_KEPT, None)
+        self._outcomes[self._update_number] = "running"
+        self._update = asyncio.ensure_future(
+            self._do_update(weights, patience_s or self._patience_s)
+        )
+        return {
+            "accepted": weights or "the model's file, read again",
+            "number": self._update_number,
+        }
 
-    async def _do_update(self, weights: str | None) -> None:
-        revision = self._deployment.revision + (weights is None)
-        wanted = dataclasses.replace(self._deployment, revision=revision)
-        deploy = functools.partial(serving.deploy, wanted, weights=weights or self._weights)
+    async def _do_update(self, weights: str | None, patience_s: float) -> None:
+        before = self._deployment
         try:
-            await asyncio.get_running_loop().run_in_executor(self._ray, deploy)
+            wanted = dataclasses.replace(
+                self._wanted(weights), weights=weights or before.weights, patience_s=patience_s
+            )
+            await self._steps(serving.updating(wanted, before))
+        except asyncio.CancelledError:
+            self._outcomes[self._update_number] = "failed: the service was stopped meanwhile"
+            raise
         except Exception as error:  # the service goes on, whatever became of the update
-            self._update_said = f"failed: {error}"
+            self._outcomes[self._update_number] = f"failed: {error}"
             _tell(f"supple: the update failed, what ran before goes on:\n{error}")
             return
-        self._deployment, self._weights = wanted, weights or self._weights
-        self._update_said = "done"
-        _tell(f"  updated      revision {revision}, {weights or self._spec.target}")
+        self._deployment = wanted
+        self._outcomes[self._update_number] = "done"
+        _tell(f"  updated      revision {wanted.revision}, {weights or self._spec.target}")
+
+    def _wanted(self, weights: str | None) -> serving.Deployment:
+        """What runs, or what the model's file makes of it now if no other weights are named."""
+        if weights is not None:
+            return self._deployment
+        fresh = serving.deployment_of(self._spec)
+        return dataclasses.replace(
+            self._deployment, source=fresh.source, revision=self._deployment.revision + 1
+        )
+
+    async def _steps(self, steps: Iterator[None]) -> None:
+        """Go through `steps`, each in the one thread that speaks to Ray Serve."""
+        loop = asyncio.get_running_loop()
+        try:
+            while await loop.run_in_executor(self._ray, _goes_on, steps):
+                await asyncio.sleep(serving.LOOK_EVERY_S)
+        finally:
+            await loop.run_in_executor(self._ray, steps.close)  # type: ignore[attr-defined]
+
+
+def _goes_on(steps: Iterator[None]) -> bool:
+    for _ in steps:
+        return True
+    return False
 
 
 def _newest(run: str) -> str | None:

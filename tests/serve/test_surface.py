@@ -156,7 +156,7 @@ def test_a_predict_that_hangs_is_answered_and_the_replica_says_so() -> None:
         async with Service(timeout_s=0.01) as service:
             service.user.gate.clear()
             hung = await service.infer(1, 1)
-            assert hung.status_code == 503
+            assert hung.status_code == 504
             assert "predict() has not returned for 0.01 s on a batch of 1" in hung.json()["error"]
             assert (await service.client.get("/v2/health/ready")).status_code == 503
             assert (await service.client.get("/v2/health/live")).status_code == 200

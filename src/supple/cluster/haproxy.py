@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from supple.core.serve_spec import ServeSpec
+from supple.serve.attempts import SERIAL
 from supple.serve.protocol_grpc import SERVICE
 
 HEAD_S: Final = 10
@@ -75,7 +76,7 @@ def edits(spec: ServeSpec) -> str:
         lines += [
             f"/^frontend {frontend}$/,/{bind}/{{",
             f"s/{bind}.*:\\([0-9][0-9]*\\)/    bind {_address(spec.host)}:\\1/",
-            _after(bind, *_connection_rules(), *rules),
+            _after(bind, *_connection_rules(), _serial_rule(spec), *rules),
             "}",
         ]
     table = "stick-table type ipv6 size 100k expire 60s store conn_cur"
@@ -100,6 +101,14 @@ def _connection_rules() -> Sequence[str]:
         "tcp-request connection track-sc0 src table supple_clients",
         f"tcp-request connection reject if {{ sc0_conn_cur gt {max_connections_of_one()} }}",
     )
+
+
+def _serial_rule(spec: ServeSpec) -> str:
+    """A request that may be sent again has a number, the same whenever it is sent."""
+    name = SERIAL.decode()
+    if spec.retry_safe:
+        return f"http-request set-header {name} %[uuid()]"
+    return f"http-request del-header {name}"
 
 
 def _has_token(token: str) -> str:

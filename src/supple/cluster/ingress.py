@@ -43,6 +43,7 @@ _PATIENCE_S: Final = 60.0
 """How long a request waits for a replica that lives, once one it was sent to has died."""
 _SERVICER: Final = f"{__name__}:add_servicer"
 _PREPARE: Final = f"{__name__}.prepare_process"
+_KEEP: Final = "supple.cluster.haproxy_manager.prepare_controller"
 _LOOPBACK: Final = "SUPPLE_GRPC_ON_LOOPBACK"
 _RETRY: Final = "SUPPLE_RETRY"
 _MOST_BYTES: Final = "SUPPLE_MOST_BYTES"
@@ -114,6 +115,9 @@ def environment(spec: ServeSpec) -> dict[str, str]:
     held_bytes = min(spec.max_body_bytes, MOST_HELD_BYTES) + 16 * 1024
     return settings | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": _KEEP,
+        # A manager that died is missed after the third time.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(_private_haproxy(binary, spec)),
         "RAY_SERVE_HAPROXY_RETRY_ON": retry_on,
         "RAY_SERVE_HAPROXY_RETRIES": str(_RETRIES),

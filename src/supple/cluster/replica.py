@@ -3,17 +3,21 @@
 import asyncio
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, final
 
 import grpc
 from ray import serve
+from ray._private import worker as ray_worker
 
 from supple.cluster.scrape import metrics_pages
 from supple.serve import protocol_grpc as oip
+from supple.serve.attempts import SERIAL, Attempts
 from supple.serve.executor import Executor
 from supple.serve.faults import ModelFault
 from supple.serve.meters import Meters
@@ -28,6 +32,9 @@ _SWITCH_S: Final = 0.0005
 time while the event loop is busy."""
 _REHEARSAL_S: Final = 1.0
 """Time a new replica spends on measuring its batches before it takes requests."""
+
+_LAST_WORDS_S: Final = 0.25
+"""Between the answer to a request whose `predict` hangs and the end of its process."""
 
 
 @final
@@ -52,6 +59,11 @@ class Deployment:
     max_waiting: int = 10_000
     weights: str | None = None
     """What `load(weights)` is handed; None: it takes nothing."""
+    source: bytes | None = None
+    """The file of `target` as it was read: what replicas that come later are made of, whatever is
+    in the file by then. None for a saved program."""
+    patience_s: float = 600.0
+    """Other weights that take longer to load are given up."""
     settings: SurfaceSettings = field(default_factory=SurfaceSettings)
     revision: int = 0
     """Another number replaces every replica, one after another, though nothing else changed."""
@@ -75,17 +87,24 @@ class Replica:
         self._weights = deployment.weights
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         model = await asyncio.to_thread(
-            load_model, deployment.target, name=deployment.name, weights=deployment.weights
+            load_model,
+            deployment.target,
+            name=deployment.name,
+            weights=deployment.weights,
+            source=deployment.source,
         )
         replica = serve.get_replica_context().replica_id.unique_id
         self._meters = Meters(model=deployment.name, replica=replica)
         self._stopwatch = Stopwatch()
+        attempts = _attempts(deployment.name)
         self._executor = Executor(
             model,
             timeout_s=deployment.predict_timeout_s,
             within_s=deployment.within_s,
             max_waiting=deployment.max_waiting,
             on_batch=self._stopwatch.record,
+            attempts=attempts,
+            on_stuck=_end_soon,
         )
         self._meters.watch_waiting(lambda: self._executor.num_waiting)
         tokens = deployment.settings.tokens
@@ -95,6 +114,7 @@ class Replica:
             self._executor,
             self._meters,
             deployment.settings,
+            attempts=attempts,
             all_metrics=lambda: metrics_pages(deployment.name, headers),
         )
         await self._rehearse(model)
@@ -103,12 +123,13 @@ class Replica:
         """Batches of 1, 2, 4 … rows of zeros: first calls are paid for, and their times known."""
         end_s = time.monotonic() + _REHEARSAL_S
         rows = 1
-        while rows <= model.max_batch and (example := model.example(rows)):
-            for _ in range(4):
-                await self._executor.submit(example, rows, within_s=math.inf)
-            if time.monotonic() > end_s:
-                break
-            rows *= 2
+        with model.allowing_nan():
+            while rows <= model.max_batch and len(model.example(rows)) == len(model.inputs) > 0:
+                for _ in range(4):
+                    await self._executor.submit(model.example(rows), rows, within_s=math.inf)
+                if time.monotonic() > end_s:
+                    break
+                rows *= 2
         self._executor.on_batch = self._measure
 
     def _measure(self, rows: int, took_s: float) -> None:
@@ -120,10 +141,12 @@ class Replica:
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Ray calls this when `user_config` changes, and once at the start: other weights take the
-        place of these between two batches. If they cannot be loaded these stay, and it raises."""
-        weights = config.get("weights")
-        if weights is not None and weights != self._weights:
-            self._executor.model = await asyncio.to_thread(self._executor.model.renewed, weights)
+        place of these between two batches. If they cannot be loaded it raises, and Ray puts a new
+        replica in the place of this one."""
+        weights = config["weights"]
+        if weights != self._weights:
+            loading = asyncio.to_thread(self._executor.model.renewed, weights)
+            self._executor.model = await asyncio.wait_for(loading, config["patience_s"])
             self._weights = weights
 
     def check_health(self) -> None:
@@ -181,7 +204,7 @@ class Replica:
 
     async def _answer(self, method: str, wire: bytes, context: Any) -> Any:
         live = method in ("ServerLive", "ServerReady")
-        if not live and not self._surface.authorized(_authorization(context)):
+        if not live and not self._surface.authorized(_metadata(context, b"authorization") or b""):
             raise Refused("the authorization metadata has no bearer token that is known", 401)
         asked = oip.parse(method, wire, self._deployment.settings.limits)
         version = self._deployment.settings.version
@@ -201,8 +224,9 @@ class Replica:
                 return make(**self._surface.model_metadata())
             case _:
                 self._surface.check_name(asked.model_name, asked.model_version)
-                request = oip.decode_infer(asked, self._deployment.settings.limits)
-                outputs = await self._surface.infer(request)
+                with self._surface.noted(_metadata(context, SERIAL)) as serial:
+                    request = oip.decode_infer(asked, self._deployment.settings.limits)
+                outputs = await self._surface.infer(request, serial)
                 return oip.encode_infer(
                     request, outputs, model=self._deployment.name, version=version
                 )
@@ -219,8 +243,23 @@ _GRPC_STATUS: Final[Mapping[int, grpc.StatusCode]] = {
 }
 
 
-def _authorization(context: Any) -> bytes:
+def _metadata(context: Any, name: bytes) -> bytes | None:
     for key, value in context.invocation_metadata():
-        if key == "authorization":
+        if key == name.decode():
             return value if isinstance(value, bytes) else value.encode()
-    return b""
+    return None
+
+
+def _attempts(name: str) -> Attempts | None:
+    """The table of all replicas of the service on this machine; it goes with Ray's session."""
+    node: Any = ray_worker._global_node
+    try:
+        return Attempts(Path(node.get_session_dir_path()) / f"supple-attempts-{name}")
+    except OSError:
+        return None  # then a deadly request is tried as often as the ingress does
+
+
+def _end_soon() -> None:
+    """End this process, whose model hangs, once the answers that were given are on their way. Ray
+    starts another at once, and the ingress sends the requests that wait here elsewhere."""
+    asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)

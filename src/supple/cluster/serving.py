@@ -1,7 +1,10 @@
 """A service on Ray Serve: deployed, updated, asked how it is, stopped."""
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,6 +12,7 @@ import ray
 from ray import serve
 
 from supple.cluster.replica import Deployment, Replica
+from supple.cluster.trial import room_for, tried
 from supple.core.latency import LatencyPoint, LatencyProfile
 from supple.core.serve_spec import ServeSpec
 from supple.core.spec import SpecError
@@ -18,6 +22,7 @@ from supple.serve.policy import measured
 from supple.serve.protocol import RequestLimits
 from supple.serve.surface import SurfaceSettings
 
+LOOK_EVERY_S: Final = 0.1
 _HEALTH_PERIOD_S: Final = 1.0
 _POLICY: Final = "supple.serve.policy:SloPolicy"
 
@@ -41,6 +46,7 @@ def deployment_of(
         arguments["profile"] = {"points": points, "startup_s": profile.startup_s}
     return Deployment(
         target=f"{Path(path).resolve()}" + (f":{class_name}" if class_name else ""),
+        source=Path(path).read_bytes() if class_name else None,
         name=spec.name,
         min_replicas=spec.min_replicas,
         max_replicas=spec.max_replicas,
@@ -75,38 +81,91 @@ def refuse_no_capacity(spec: ServeSpec) -> None:
             )
 
 
-def deploy(deployment: Deployment, *, weights: str | None = None, route: str = "/") -> None:
-    """Serve `deployment`, in place of what is served under its name, and return when it runs.
-    It gets the requests whose path begins with `route`.
+def deploy(deployment: Deployment, *, route: str = "/") -> None:
+    """Serve `deployment` and return when it runs. It gets the requests whose path begins with
+    `route`. Raises `ModelFault` with the words of the user's own code if it cannot be loaded."""
+    _begin(deployment, route)
+    for _ in _until_it_runs(deployment.name, math.inf):
+        time.sleep(LOOK_EVERY_S)
 
-    Other `weights` alone are swapped inside the running replicas; anything else that differs
-    replaces them one after another, each leaving once another has come. Raises `ModelFault` with
-    the words of the user's own code if it cannot be loaded; what ran before then goes on.
+
+def updating(deployment: Deployment, before: Deployment, *, route: str = "/") -> Iterator[None]:
+    """Serve `deployment` in place of `before`, which runs; yields while that goes on, so that
+    nobody need wait in here.
+
+    The new version is tried beside the old first. Then other weights alone are swapped inside the
+    running replicas; anything else that differs replaces them one after another, each leaving once
+    another has come. Raises `ModelFault` with the words of the user's own code, or `SpecError`, if
+    any of it fails, and `before` goes on then, at its count. `deployment.patience_s` bounds the
+    start of one replica.
     """
-    try:
-        prepared: Any = serve.deployment(serve.ingress()(Replica)).options(
-            **_options(deployment, weights)
+    swap = _version(deployment) == _version(before)
+    if room_for(deployment):
+        yield from tried(deployment, within_s=deployment.patience_s)
+    elif not swap:
+        raise SpecError(
+            f"no room: the new version is tried beside the {num_running(before.name)} replicas "
+            f"that run, and {deployment.gpus_per_replica:g} GPUs are not free. Free some, or stop "
+            "the service and start it anew."
         )
-        # Without a version every deploy would replace every replica, for new weights too.
-        prepared._version = hashlib.sha256(repr(deployment).encode()).hexdigest()[:16]
-        serve.run(prepared.bind(deployment), name=deployment.name, route_prefix=route)
-    except RuntimeError as error:
-        raise ModelFault(why_not(deployment.name) or str(error)) from None
+    replicas = max(1, num_running(before.name))
+    limit_s = replicas * (deployment.patience_s + _leaving_s(deployment))
+    try:
+        _begin(deployment, route)
+        yield from _until_it_runs(deployment.name, limit_s)
+    except Exception:
+        _begin(before, route)
+        yield from _until_it_runs(before.name, limit_s)
+        raise
 
 
-def _options(deployment: Deployment, weights: str | None) -> dict[str, Any]:
+def _begin(deployment: Deployment, route: str) -> None:
+    """Make `deployment` what Ray Serve is to bring about."""
+    prepared: Any = serve.deployment(serve.ingress()(Replica)).options(**_options(deployment))
+    # Without a version every deploy would replace every replica, for new weights too.
+    prepared._version = _version(deployment)
+    target = serve.RunTarget(
+        target=prepared.bind(deployment), name=deployment.name, route_prefix=route
+    )
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def _version(deployment: Deployment) -> str:
+    """Equal for what replicas can change without being replaced."""
+    fixed = dataclasses.replace(deployment, weights=None, patience_s=0.0)
+    return hashlib.sha256(repr(fixed).encode()).hexdigest()[:16]
+
+
+def _leaving_s(deployment: Deployment) -> float:
+    """How long a replica that was told to stop may take for the requests it has."""
+    return deployment.predict_timeout_s + 10.0
+
+
+def _until_it_runs(name: str, within_s: float) -> Iterator[None]:
+    """Yields until all replicas of `name` are what they should be. Raises `ModelFault` if they
+    cannot be, or are not within `within_s` seconds."""
+    end_s = time.monotonic() + within_s
+    while (application := serve.status().applications[name]).status != "RUNNING":
+        late = time.monotonic() > end_s
+        if application.status == "DEPLOY_FAILED" or late:
+            after = f"its replicas have not come up within {within_s:.0f} s"
+            raise ModelFault(why_not(name) or after)
+        yield
+
+
+def _options(deployment: Deployment) -> dict[str, Any]:
     options: dict[str, Any] = {
         "name": deployment.name,
         # Batches form inside a replica, so it must hold many requests at once.
         "max_ongoing_requests": deployment.max_waiting,
-        "user_config": {"weights": weights},
+        "user_config": {"weights": deployment.weights, "patience_s": deployment.patience_s},
         "ray_actor_options": {
             "num_cpus": deployment.cpus_per_replica,
             "num_gpus": deployment.gpus_per_replica,
         },
         "health_check_period_s": _HEALTH_PERIOD_S,
         "health_check_timeout_s": 10.0,
-        "graceful_shutdown_timeout_s": deployment.predict_timeout_s + 10.0,
+        "graceful_shutdown_timeout_s": _leaving_s(deployment),
         "graceful_shutdown_wait_loop_s": 0.1,
         # An update starts a replica before it stops one.
         "max_surge_percent": 25,

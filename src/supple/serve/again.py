@@ -2,13 +2,17 @@
 
 Where no replica can be reached, the ingress hands requests to a proxy that waits for one. If that
 replica dies too, the proxy answers with an error of its own; this middleware of it asks again. An
-answer that a replica gave, whatever it says, is passed on: it carries `ANSWERED`.
+answer that a replica gave, whatever it says, is passed on: it carries `ANSWERED`. Every time of
+asking carries the serial number of the first, so that replicas know what was tried before.
 """
 
 import asyncio
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, final
+
+from supple.serve.attempts import SERIAL
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -36,6 +40,7 @@ class AskAgain:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = _numbered(scope)
         held = await self._held(receive)
         whole = not held[-1].get("more_body", False)
         end_s = time.monotonic() + (self._patience_s if whole else 0.0)
@@ -56,6 +61,13 @@ class AskAgain:
             size += len(message.get("body", b""))
             if not message.get("more_body", False) or size > self._most_held_bytes:
                 return held
+
+
+def _numbered(scope: Mapping[str, Any]) -> Mapping[str, Any]:
+    if any(name == SERIAL for name, _ in scope["headers"]):
+        return scope
+    serial = str(uuid.uuid4()).encode()
+    return {**scope, "headers": [*scope["headers"], (SERIAL, serial)]}
 
 
 @final

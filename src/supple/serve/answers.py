@@ -27,7 +27,7 @@ class AnswerCheck:
 
     def __init__(self, specs: Sequence[TensorSpec], *, allow_nan: bool) -> None:
         self._specs = {spec.name: spec for spec in specs}
-        self._allow_nan = allow_nan
+        self.allow_nan = allow_nan
         self._free = {spec.name for spec in specs if -1 in spec.shape}
         self.shares = not self._free
         """Whether the rows of an answer are known not to depend on one another's lengths."""
@@ -119,7 +119,7 @@ class AnswerCheck:
             )
 
     def _refuse_values(self, name: str, array: Array) -> None:
-        if array.dtype.kind != "f" or self._allow_nan:
+        if array.dtype.kind != "f" or self.allow_nan:
             return
         finite = np.isfinite(array)
         if not finite.all():

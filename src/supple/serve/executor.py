@@ -4,9 +4,12 @@ answer.
 Who is answered when and who is refused is `core.queue`'s to say; this file brings it the clock, the
 requests and what batches really take. Calls are made in a thread, and in the event loop where they
 are faster than the way there. A fault in a batch of several is looked for in each alone, so that
-one bad request does not fail its neighbours. A `predict` that does not return is given up after
-`timeout_s`: its requests are answered, and the executor says it is `stuck`, for its process must be
-replaced.
+one bad request does not fail its neighbours. A request over which a replica died before is computed
+in no company, so that it takes nobody along.
+
+A `predict` that does not return is given up after `timeout_s`, and with it the process, for its
+thread cannot be ended: the executor is `stuck`. Requests that the ingress sends again when their
+replica dies are left to it, and find another replica. The one that hangs alone is answered.
 """
 
 import asyncio
@@ -14,7 +17,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Final, final
@@ -22,6 +25,7 @@ from typing import Final, final
 from supple.core.latency import LatencyProfile
 from supple.core.queue import DEFAULT_PRIORITY, DeadlineQueue, Refusal, Ticket
 from supple.serve.answers import Outputs
+from supple.serve.attempts import Attempts
 from supple.serve.batch import Answer, run_batch
 from supple.serve.faults import FAILED, ModelFault, places
 from supple.serve.model import ServedModel
@@ -36,6 +40,10 @@ _MOSTLY: Final = 0.7
 """Share of the last ten calls or so that must have been so fast."""
 _MUCH_SLOWER: Final = 20.0
 """One call so many times slower goes back to the thread at once."""
+_SUSPECT_S: Final = 5.0
+_SUSPECT_TIMES: Final = 100.0
+"""A request that was lost with its replica may take so many times the usual, and at least so
+long, when it is computed alone."""
 _PLANNED_SHARE: Final = 0.9
 """Of the promise, what the queue plans with; the rest is for reading and writing the request."""
 
@@ -46,6 +54,10 @@ class _Call:
     inputs: Mapping[str, Array]
     rows: int
     answer: asyncio.Future[Outputs]
+    serial: int | None = None
+    """By which the ingress sends it again if this process ends."""
+    suspect: bool = False
+    """A replica died over it before."""
 
 
 @final
@@ -62,11 +74,14 @@ class Executor:
         profile: LatencyProfile | None = None,
         on_batch: Callable[[int, float], None] | None = None,
         inline_s: float = INLINE_S,
+        attempts: Attempts | None = None,
+        on_stuck: Callable[[], object] | None = None,
     ) -> None:
         """`within_s` is the promise: who cannot be answered within it is refused. `profile` is what
         is known of the model's time; it is learnt from the batches anyway. `on_batch` is told the
         rows and seconds of every batch that ran. Calls that have long been faster than `inline_s`
-        are made in the event loop."""
+        are made in the event loop. `attempts` is where is noted what is computed. `on_stuck` is
+        called once, after whoever is not sent again was answered: it ends the process."""
         self.model = model
         """Runs the batches; another may take its place at any time, between two of them."""
         self.on_batch = on_batch
@@ -87,6 +102,8 @@ class Executor:
         self._fast = 0.0
         """Share of calls that took less than `inline_s`, the last ones counting most."""
         self._inline_s = inline_s
+        self._attempts = attempts
+        self._on_stuck = on_stuck
         self._batches: queue.SimpleQueue[Sequence[_Call] | None] = queue.SimpleQueue()
         self._watch: asyncio.TimerHandle | None = None
         threading.Thread(target=self._work, name="predict", daemon=True).start()
@@ -108,25 +125,26 @@ class Executor:
         *,
         priority: int = DEFAULT_PRIORITY,
         within_s: float | None = None,
+        serial: int | None = None,
     ) -> Outputs:
         """The outputs for one checked request, which allows `within_s` seconds, or what is promised
-        to all. Raises `ModelFault`, or `Refused` (429, 503)."""
-        if self.stuck is not None:
+        to all. `serial` is the number of one that is sent again if this process ends. Raises
+        `ModelFault`, or `Refused` (429, 503, 504)."""
+        if self.stuck is not None and serial is None:
             raise Refused(self.stuck, 503, _RETRY_AFTER_S)
-        if self._fast >= _MOSTLY and not self._running and not self._calls:
-            return self._at_once(inputs, rows)
+        suspect = bool(self._attempts and serial and self._attempts.deaths(serial))
+        if self._fast >= _MOSTLY and not self._running and not self._calls and not suspect:
+            return self._at_once(inputs, rows, serial)
         now = self._loop.time()
         allowed_s = self._within_s if within_s is None else within_s
-        call = _Call(inputs, rows, self._loop.create_future())
+        call = _Call(inputs, rows, self._loop.create_future(), serial, suspect)
         number = next(self._numbers)
         ticket = Ticket(
             number=number,
             deadline_s=now + _PLANNED_SHARE * allowed_s,
             rows=rows,
             priority=priority,
-            kind=tuple((name, a.dtype, a.shape[1:]) for name, a in sorted(inputs.items()))
-            if self.model.shares
-            else number,
+            kind=serial if suspect else _kind(inputs) if self.model.shares else number,
         )
         self._calls[ticket.number] = call
         self._refuse(self._queue.offer(ticket, now))
@@ -144,9 +162,13 @@ class Executor:
         """End the thread once its batch is done."""
         self._batches.put(None)
 
-    def _at_once(self, inputs: Mapping[str, Array], rows: int) -> Outputs:
+    def _at_once(self, inputs: Mapping[str, Array], rows: int, serial: int | None) -> Outputs:
         """The answer to a request that nobody is before, computed in the event loop."""
+        if self._attempts is not None and serial is not None:
+            self._attempts.begin(serial)
         ((result,), took_s, _) = self._run([inputs])
+        if self._attempts is not None and serial is not None:
+            self._attempts.end(serial)
         self._account(rows, took_s, took_s)
         if self.on_batch is not None:
             self.on_batch(rows, took_s)
@@ -160,27 +182,51 @@ class Executor:
         self._refuse(turn.refused)
         self._running = [self._calls.pop(ticket.number) for ticket in turn.batch]
         if self._running:
-            self._watch = self._loop.call_later(self._timeout_s, self._give_up)
+            self._note(Attempts.begin, self._running)
+            limit_s = self._limit_s(self._running)
+            self._watch = self._loop.call_later(limit_s, self._give_up, limit_s)
             self._batches.put(self._running)
 
     def _refuse(self, refusals: Iterable[Refusal]) -> None:
         for refusal in refusals:
             call = self._calls.pop(refusal.number)
-            if not call.answer.done():
-                call.answer.set_exception(Refused(refusal.reason, 429, refusal.retry_after_s))
+            self._fail(call, Refused(refusal.reason, 429, refusal.retry_after_s))
 
-    def _give_up(self) -> None:
+    def _limit_s(self, batch: Sequence[_Call]) -> float:
+        """How long the batch may take. Others wait behind a suspect that hangs: it gets many times
+        what such batches take, where that is known."""
+        if not batch[0].suspect or not self._pace.is_known:
+            return self._timeout_s
+        usual_s = self.profile.tail_s(batch[0].rows)
+        return min(self._timeout_s, max(_SUSPECT_S, _SUSPECT_TIMES * usual_s))
+
+    def _give_up(self, limit_s: float) -> None:
         rows = sum(call.rows for call in self._running)
-        self.stuck = (
-            f"predict() has not returned for {self._timeout_s:g} s on a batch of {rows}; this "
-            "replica is replaced"
-        )
-        for call in (*self._running, *self._calls.values()):
-            if not call.answer.done():
-                call.answer.set_exception(Refused(self.stuck, 503, _RETRY_AFTER_S))
-        for number in list(self._calls):
-            self._queue.cancel(number)
-        self._calls.clear()
+        hung = f"predict() has not returned for {limit_s:g} s on a batch of {rows}"
+        self.stuck = f"{hung}; this replica is replaced"
+        alone = len(self._running) == 1
+        for call in self._running:
+            # Of several, one hangs: which, is known when each is computed alone elsewhere.
+            if alone or call.serial is None:
+                before = ", after it was lost with a replica before" if call.suspect else ""
+                self._fail(call, Refused(f"{hung}, the longest it may take{before}", 504))
+                self._note(Attempts.end, [call])
+        for number, call in list(self._calls.items()):
+            if call.serial is None:
+                self._fail(call, Refused(self.stuck, 503, _RETRY_AFTER_S))
+                self._queue.cancel(number)
+        if self._on_stuck is not None:
+            self._on_stuck()
+
+    def _fail(self, call: _Call, why: Exception) -> None:
+        if not call.answer.done():
+            call.answer.set_exception(why)
+
+    def _note(self, what: Callable[[Attempts, int], None], calls: Iterable[_Call]) -> None:
+        if self._attempts is not None:
+            for call in calls:
+                if call.serial is not None:
+                    what(self._attempts, call.serial)
 
     def _work(self) -> None:
         while (batch := self._batches.get()) is not None:
@@ -208,6 +254,7 @@ class Executor:
         """The thread has run a batch."""
         if self._watch is not None:
             self._watch.cancel()
+        self._note(Attempts.end, batch)
         rows = sum(call.rows for call in batch)
         if at_once:  # what a failed batch takes in parts is not what a batch takes
             self._account(rows, took_s, self._loop.time() - self._began_s)
@@ -230,3 +277,8 @@ class Executor:
             self._fast = 0.0
         if self._pace.record(rows, whole_s):
             self._queue.renew(self._pace.profile())
+
+
+def _kind(inputs: Mapping[str, Array]) -> Hashable:
+    """Requests of one kind may share a batch."""
+    return tuple((name, a.dtype, a.shape[1:]) for name, a in sorted(inputs.items()))

@@ -16,8 +16,10 @@ import ast
 import difflib
 import importlib.util
 import inspect
+import linecache
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -27,6 +29,7 @@ from supple.core.spec import SpecError
 from supple.serve.answers import AnswerCheck, Outputs
 from supple.serve.faults import ModelFault, raised, user_traceback
 from supple.serve.protocol import DATATYPES, Array, refuse
+from supple.serve.streams import in_this_thread
 from supple.serve.tensor_spec import specs
 
 _MODULE = "supple_user_model"
@@ -38,8 +41,8 @@ def check_target(target: str) -> tuple[str, str]:
     as (path, ""). Raises `SpecError`."""
     if target.endswith(".pt2") and Path(target).is_file():
         return target, ""
-    path, colon, class_name = target.rpartition(":")
-    if not colon or not class_name.isidentifier():
+    path, class_name = split_target(target)
+    if not class_name.isidentifier():
         raise SpecError(
             f"{target or repr(target)} names no class. Give FILE:CLASS, as in app.py:Model, or a "
             "saved .pt2."
@@ -80,6 +83,12 @@ def check_target(target: str) -> tuple[str, str]:
     return path, class_name
 
 
+def split_target(target: str) -> tuple[str, str]:
+    """`"app.py:Model"` as (path, class); the class is empty where none is named."""
+    path, colon, class_name = target.rpartition(":")
+    return (path, class_name) if colon else (target, "")
+
+
 def declared(target: str, attribute: str, default: Any) -> Any:
     """The literal value the class of `target` gives `attribute`, read without running it; `default`
     if it gives none in its own body. Raises `SpecError` as `check_target` does."""
@@ -99,14 +108,19 @@ def declared(target: str, attribute: str, default: Any) -> Any:
 
 
 def load_model(
-    target: str, *, name: str | None = None, weights: str | None = None
+    target: str,
+    *,
+    name: str | None = None,
+    weights: str | None = None,
+    source: bytes | None = None,
 ) -> "ServedModel":
     """The model of `target`, imported and loaded: its `load()`, or `load(weights)`, has returned.
+    `source` is what its file was when it was read; None: the file is read now.
 
     Raises `SpecError` for what a check without running would refuse, and `ModelFault`, with the
     user's own traceback, for what the code does when it is run.
     """
-    path, class_name = check_target(target)
+    path, class_name = check_target(target) if source is None else split_target(target)
     if not class_name:
         from supple.serve.program import SavedProgram
 
@@ -115,11 +129,15 @@ def load_model(
     if folder not in sys.path:
         sys.path.insert(0, folder)
     found = importlib.util.spec_from_file_location(_MODULE, path)
-    assert found is not None and found.loader is not None
+    assert found is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[_MODULE] = module
+    text = Path(path).read_bytes() if source is None else source
+    # So that tracebacks show these lines, whatever is in the file by then.
+    lines = text.decode(errors="replace").splitlines(keepends=True)
+    linecache.cache[path] = (len(text), None, lines, path)
     try:
-        found.loader.exec_module(module)
+        exec(compile(text, path, "exec"), module.__dict__)
         user: Any = getattr(module, class_name)()
     except (Exception, SystemExit) as error:
         raise ModelFault(f"{target} could not be made:\n{user_traceback(error)}") from None
@@ -159,9 +177,9 @@ class ServedModel:
             except (Exception, SystemExit) as error:
                 raise ModelFault(f"load() of {what} raised:\n{user_traceback(error)}") from None
 
-    def renewed(self, weights: str) -> "ServedModel":
-        """The same class loaded anew, with other weights; this one is left as it is. Raises
-        `ModelFault` if it cannot be, or if it would take other inputs."""
+    def renewed(self, weights: str | None) -> "ServedModel":
+        """The same class loaded anew, with other weights or with none named; this one is left as it
+        is. Raises `ModelFault` if it cannot be, or if it would take other inputs."""
         try:
             user = type(self.user)()
         except Exception as error:
@@ -225,14 +243,23 @@ class ServedModel:
         return self._answers.split(answer, rows)
 
     def stream(self, inputs: Mapping[str, Array]) -> Iterator[Outputs]:
-        """The parts of an answer to one request, checked like `predict`'s but for their rows."""
+        """The parts of an answer to one request, checked like `predict`'s but for their rows. The
+        user's generator, which may be an asynchronous one, is closed when this one is."""
+        parts: Any = None
         try:
-            for part in self.user.stream(self._handed(inputs)):
+            parts = self.user.stream(self._handed(inputs))
+            if hasattr(parts, "__anext__"):
+                parts = in_this_thread(parts)
+            for part in parts:
                 yield self._answers.part(part)
         except ModelFault:
             raise
         except Exception as error:
             raise raised("stream() raised", error) from None
+        finally:
+            close = getattr(parts, "close", None)
+            if close is not None:
+                close()
 
     def example(self, rows: int = 1, length: int = 1) -> dict[str, Array]:
         """Zeros of `rows` rows in the shape of the declared inputs, `length` where any fits;
@@ -244,6 +271,24 @@ class ServedModel:
             for spec in self.inputs
             if spec.dtype.kind != "O"
         }
+
+    def rehearse(self, rows: int) -> None:
+        """Predict a batch of zeros, if the inputs are declared and `max_batch` allows it. Raises
+        `ModelFault` as `predict` does, but not for NaN: zeros may have no answer."""
+        batch = self.example(rows)
+        if rows > self.max_batch or not batch or len(batch) < len(self.inputs):
+            return
+        with self.allowing_nan():
+            self.predict(batch)
+
+    @contextmanager
+    def allowing_nan(self) -> Iterator[None]:
+        """In the block, NaN and infinity are answers."""
+        before, self._answers.allow_nan = self._answers.allow_nan, True
+        try:
+            yield
+        finally:
+            self._answers.allow_nan = before
 
     def _handed(self, inputs: Mapping[str, Array]) -> Any:
         handed: dict[str, Any] = dict(inputs)

@@ -54,6 +54,11 @@ class Pace:
         self._renew()
         return True
 
+    @property
+    def is_known(self) -> bool:
+        """Whether any batch ran, or was told of."""
+        return bool(self._last)
+
     def profile(self) -> LatencyProfile:
         """Its median and its tail at the speed of the last batches."""
         return self._profile

@@ -11,13 +11,15 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, final
 
 from supple.core.queue import DEFAULT_PRIORITY, LAST_PRIORITY
 from supple.serve.again import ANSWERED
 from supple.serve.answers import Outputs
+from supple.serve.attempts import SERIAL, Attempts, parse_serial
 from supple.serve.faults import FaultLog, ModelFault
 from supple.serve.meters import Meters, merge
 from supple.serve.model import ServedModel
@@ -31,6 +33,7 @@ from supple.serve.protocol import (
     encode_response,
     refuse,
 )
+from supple.serve.streams import Streams
 from supple.serve.tensor_spec import TensorSpec
 
 Scope = Mapping[str, Any]
@@ -68,6 +71,7 @@ class Answers(Protocol):
         *,
         priority: int = DEFAULT_PRIORITY,
         within_s: float | None = None,
+        serial: int | None = None,
     ) -> Outputs:
         """The outputs for one checked request; raises `ModelFault` or `Refused`."""
         ...
@@ -95,8 +99,10 @@ class Surface:
         settings: SurfaceSettings,
         *,
         all_metrics: Callable[[], Awaitable[Sequence[bytes]]] | None = None,
+        attempts: Attempts | None = None,
     ) -> None:
-        """`all_metrics` fetches the pages of all replicas of the service; None: this is all."""
+        """`all_metrics` fetches the pages of all replicas of the service; None: this is all.
+        `attempts` is where is noted what is computed."""
         self._model = model
         self._all_metrics = all_metrics
         self._answers = answers
@@ -104,6 +110,8 @@ class Surface:
         self._settings = settings
         self._half_read_bytes = 0
         self._faults = FaultLog(logging.getLogger("ray.serve"))
+        self.streams = Streams()
+        self._attempts = attempts
         self._tokens = [f"Bearer {token}".encode() for token in settings.tokens]
         names = (f"/v2/models/{model.name}", f"/v2/models/{model.name}/versions/{settings.version}")
         self._infer_paths = frozenset(f"{name}/infer" for name in names)
@@ -157,15 +165,35 @@ class Surface:
             hmac.compare_digest(authorization, token) for token in self._tokens
         )
 
-    async def infer(self, request: InferRequest) -> Outputs:
-        """The checked outputs of one request, in a batch with others."""
+    async def infer(self, request: InferRequest, serial: int | None = None) -> Outputs:
+        """The checked outputs of one request, in a batch with others. `serial` is its number if it
+        is sent again when this process ends."""
         rows = self._model.check(request.inputs)
         for wanted in request.outputs:
             if self._model.outputs and wanted.name not in {s.name for s in self._model.outputs}:
                 refuse(f"the model has no output {wanted.name[:80]!r}")
         return await self._answers.submit(
-            request.inputs, rows, priority=_priority(request), within_s=_allowed_s(request)
+            request.inputs,
+            rows,
+            priority=_priority(request),
+            within_s=_allowed_s(request),
+            serial=serial,
         )
+
+    @contextmanager
+    def noted(self, told: bytes | None) -> Iterator[int | None]:
+        """The serial number in the header's value `told`, the block being noted as computing it.
+        Raises `Refused` (500) for a request that is deadly."""
+        serial = None if told is None else parse_serial(told)
+        if serial is None or self._attempts is None:
+            yield None
+            return
+        self._attempts.refuse_deadly(serial)
+        self._attempts.begin(serial)
+        try:
+            yield serial
+        finally:
+            self._attempts.pause(serial)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -201,8 +229,10 @@ class Surface:
         self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
     ) -> int:
         self._meters.num_arrived += 1
-        request = await self._request(scope, headers, receive)
-        outputs = await self.infer(request)
+        body = await self._body(scope, headers, receive)
+        with self.noted(headers.get(SERIAL)) as serial:
+            request = self._decoded(body, headers)
+        outputs = await self.infer(request, serial)
         content, json_bytes = encode_response(
             request, outputs, model=self._model.name, version=self._settings.version
         )
@@ -220,20 +250,26 @@ class Surface:
     ) -> int:
         if not self._model.streams:
             refuse(f"the model {self._model.name!r} has no stream(self, batch)", 501)
-        request = await self._request(scope, headers, receive)
-        self._model.check(request.inputs)
-        parts = stream_parts(self._model, request.inputs)
+        body = await self._body(scope, headers, receive)
+        with self.noted(headers.get(SERIAL)):
+            request = self._decoded(body, headers)
+            self._model.check(request.inputs)
+            return await self._send_parts(request, send)
+
+    async def _send_parts(self, request: InferRequest, send: Send) -> int:
+        parts = self.streams.parts(self._model.stream(request.inputs))
         started = False
         try:
-            async for outputs in parts:
-                content, _ = encode_response(
-                    request, outputs, model=self._model.name, version=self._settings.version
-                )
-                if not started:
-                    await send(_start(200, [(b"content-type", b"text/event-stream")]))
-                    started = True
-                event = b"data: " + content + b"\n\n"
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+            async with aclosing(parts):
+                async for outputs in parts:
+                    content, _ = encode_response(
+                        request, outputs, model=self._model.name, version=self._settings.version
+                    )
+                    if not started:
+                        await send(_start(200, [(b"content-type", b"text/event-stream")]))
+                        started = True
+                    event = b"data: " + content + b"\n\n"
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
         except Exception as error:
             if not started:
                 raise
@@ -272,10 +308,7 @@ class Surface:
             return _json({"error": self._answers.stuck}, 503)
         return _json({"ready": True, "name": self._model.name})
 
-    async def _request(
-        self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive
-    ) -> InferRequest:
-        body = await self._body(scope, headers, receive)
+    def _decoded(self, body: bytes, headers: Mapping[bytes, bytes]) -> InferRequest:
         return decode_request(body, json_bytes=_head_length(headers), limits=self._settings.limits)
 
     async def _body(self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
@@ -315,18 +348,6 @@ class Surface:
             raise asyncio.CancelledError  # the client left
         finally:
             self._half_read_bytes -= size
-
-
-async def stream_parts(model: ServedModel, inputs: Mapping[str, Array]) -> AsyncIterator[Outputs]:
-    """The parts of a streamed answer, each computed in a thread while the loop goes on."""
-    parts = model.stream(inputs)
-    try:
-        while (part := await asyncio.to_thread(next, parts, None)) is not None:
-            yield part
-    finally:
-        close = getattr(parts, "close", None)
-        if close is not None:
-            await asyncio.to_thread(close)
 
 
 def _priority(request: InferRequest) -> int:

@@ -1,0 +1,192 @@
+"""A request over which replicas died is told from its neighbours."""
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from supple.serve.attempts import Attempts, parse_serial
+from supple.serve.executor import Executor
+from supple.serve.model import ServedModel
+from supple.serve.protocol import Array, Refused
+
+LIMIT_S = 60.0
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return tmp_path / "attempts"
+
+
+def test_what_was_computed_when_its_replica_died_is_known_to_the_others(table: Path) -> None:
+    dying, other = Attempts(table), Attempts(table)
+    for serial in (1, 2, 3):
+        dying.begin(serial)
+    dying.end(2)
+    dying.pause(3)
+    assert [other.deaths(serial) for serial in (1, 2, 3, 4)] == [1, 0, 0, 0]
+
+
+def test_a_request_over_which_two_replicas_died_is_refused_and_then_forgotten(table: Path) -> None:
+    for _ in range(2):
+        replica = Attempts(table)
+        replica.refuse_deadly(7)
+        replica.begin(7)
+    with pytest.raises(Refused, match="2 replicas died while they computed this request") as why:
+        Attempts(table).refuse_deadly(7)
+    assert why.value.status == 500
+    assert Attempts(table).deaths(7) == 0
+
+
+def test_waiting_at_a_replica_that_dies_is_no_attempt_but_an_earlier_one_stays_known(
+    table: Path,
+) -> None:
+    first, second, third = (Attempts(table) for _ in range(3))
+    first.begin(7)
+    second.begin(7)  # read there, then it waits while another request kills the replica
+    second.pause(7)
+    assert third.deaths(7) == 1
+
+
+def test_a_table_full_of_requests_nobody_asked_again_takes_new_ones(table: Path) -> None:
+    attempts = Attempts(table)
+    step = 65_536 - 8  # all of these want one place
+    for turn in range(1, 40):
+        attempts.begin(turn * step)
+    attempts.begin(40 * step)
+    assert attempts.deaths(40 * step) == 1
+
+
+@pytest.mark.parametrize("told", [b"", b"-", b"none", b"\xff\xff", b"0" * 36])
+def test_a_header_that_is_no_serial_number_is_none(told: bytes) -> None:
+    assert parse_serial(told) is None
+    assert parse_serial(str(uuid.uuid4()).encode())
+
+
+class Hangs:
+    """Notes its batches; hangs on the value 13, and holds the value 0 until the gate opens."""
+
+    inputs = {"x": "float32[1]"}  # noqa: RUF012
+    max_batch = 8
+
+    def __init__(self) -> None:
+        self.batches: list[list[float]] = []
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+        self.end = threading.Event()
+
+    def predict(self, batch: Any) -> Any:
+        values = [float(value) for value in batch[:, 0]]
+        self.batches.append(values)
+        self.entered.set()
+        if 0.0 in values:
+            self.gate.wait(LIMIT_S)
+        if 13.0 in values:
+            self.end.wait(LIMIT_S)
+        return batch
+
+
+def with_hanging(
+    table: Path,
+    work: Callable[[Executor, Hangs, asyncio.Event], Coroutine[Any, Any, None]],
+    timeout_s: float = LIMIT_S,
+) -> None:
+    """Run `work` with an executor and an event for that it has given up."""
+
+    async def go() -> None:
+        user, given_up = Hangs(), asyncio.Event()
+        executor = Executor(
+            ServedModel(user, name="m"),
+            timeout_s=timeout_s,
+            attempts=Attempts(table),
+            on_stuck=given_up.set,
+        )
+        try:
+            await work(executor, user, given_up)
+        finally:
+            user.gate.set()
+            user.end.set()
+            executor.close()
+
+    asyncio.run(go())
+
+
+def rows(value: float) -> dict[str, Array]:
+    return {"x": np.full((1, 1), value, np.float32)}
+
+
+def asked(executor: Executor, *serials: int) -> "list[asyncio.Task[Any]]":
+    """A request of each number, with its number as its value."""
+    return [
+        asyncio.ensure_future(executor.submit(rows(serial), 1, serial=serial)) for serial in serials
+    ]
+
+
+def test_a_suspect_is_computed_in_no_company(table: Path) -> None:
+    dead = Attempts(table)
+    dead.begin(3)
+
+    async def work(executor: Executor, user: Hangs, given_up: asyncio.Event) -> None:
+        first = asyncio.ensure_future(executor.submit(rows(0.0), 1))
+        await asyncio.to_thread(user.entered.wait)
+        tasks = asked(executor, 1, 2, 3, 4)
+        while executor.num_waiting < 4:
+            await asyncio.sleep(0)
+        user.gate.set()
+        await asyncio.gather(first, *tasks)
+        assert sorted(map(sorted, user.batches)) == [[0.0], [1.0, 2.0, 4.0], [3.0]]
+        assert Attempts(table).deaths(3) == 0
+
+    with_hanging(table, work)
+
+
+def test_a_request_that_hangs_alone_gets_504_and_those_behind_it_are_left_to_the_ingress(
+    table: Path,
+) -> None:
+    async def work(executor: Executor, user: Hangs, given_up: asyncio.Event) -> None:
+        (hung,) = asked(executor, 13)
+        await asyncio.to_thread(user.entered.wait)
+        (behind,) = asked(executor, 5)
+        once = asyncio.ensure_future(executor.submit(rows(6.0), 1))
+        await given_up.wait()
+        with pytest.raises(Refused, match=r"has not returned for 0.05 s on a batch of 1,") as why:
+            await hung
+        assert why.value.status == 504
+        with pytest.raises(Refused, match="this replica is replaced") as why:
+            await once
+        assert why.value.status == 503, "nobody sends it again"
+        (late,) = asked(executor, 7)
+        await asyncio.sleep(0)
+        assert not behind.done() and not late.done()
+        assert [Attempts(table).deaths(serial) for serial in (13, 5, 7)] == [0, 0, 0]
+
+    with_hanging(table, work, timeout_s=0.05)
+
+
+def test_of_a_batch_that_hangs_nobody_is_answered_and_all_are_suspects(table: Path) -> None:
+    async def work(executor: Executor, user: Hangs, given_up: asyncio.Event) -> None:
+        (first,) = asked(executor, 1)
+        await asyncio.to_thread(user.entered.wait)
+        await first
+        user.entered.clear()
+        batch = [rows(13.0), rows(2.0)]
+        blocker = asyncio.ensure_future(executor.submit(rows(0.0), 1, serial=9))
+        await asyncio.to_thread(user.entered.wait)
+        tasks = [
+            asyncio.ensure_future(executor.submit(inputs, 1, serial=20 + index))
+            for index, inputs in enumerate(batch)
+        ]
+        while executor.num_waiting < 2:
+            await asyncio.sleep(0)
+        user.gate.set()
+        await blocker
+        await given_up.wait()
+        assert not any(task.done() for task in tasks)
+        assert [Attempts(table).deaths(20 + index) for index in range(2)] == [1, 1]
+
+    with_hanging(table, work, timeout_s=2.0)

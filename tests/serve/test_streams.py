@@ -1,0 +1,166 @@
+"""A stream ends with its reader, and runs no further than it is read."""
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from supple.serve.executor import Executor
+from supple.serve.meters import Meters
+from supple.serve.model import ServedModel
+from supple.serve.protocol import Refused
+from supple.serve.streams import Streams
+from supple.serve.surface import Surface, SurfaceSettings
+
+LIMIT_S = 30.0
+BODY = json.dumps(
+    {"inputs": [{"name": "x", "shape": [1, 1], "datatype": "INT64", "data": [0]}]}
+).encode()
+
+
+class Endless:
+    """Yields parts without end; says how many, and that it ended."""
+
+    inputs = {"x": "int64[1]"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.num_parts = 0
+        self.go = threading.Event()
+        self.go.set()
+        self.in_part = threading.Event()
+        self.ended = threading.Event()
+
+    def predict(self, batch: Any) -> Any:
+        return batch
+
+    def stream(self, batch: Any) -> Iterator[Any]:
+        try:
+            while True:
+                self.part()
+                yield batch
+        finally:
+            self.ended.set()
+
+    def part(self) -> None:
+        self.num_parts += 1
+        self.in_part.set()
+        assert self.go.wait(LIMIT_S)
+
+
+class AsyncEndless(Endless):
+    async def stream(self, batch: Any) -> AsyncIterator[Any]:  # type: ignore[override]
+        try:
+            while True:
+                await asyncio.sleep(0)
+                self.part()
+                yield batch
+        finally:
+            await asyncio.sleep(0)
+            self.ended.set()
+
+
+def streamed(user: Endless, send: Any) -> "asyncio.Task[None]":
+    """A request for a stream of `user` as the server runs it: it cancels this when its client has
+    left."""
+    model = ServedModel(user, name="m")
+    executor = Executor(model, timeout_s=LIMIT_S)
+    surface = Surface(model, executor, Meters(model="m", replica="r"), SurfaceSettings())
+    path = "/v2/models/m/generate_stream"
+    scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": BODY}
+
+    return asyncio.ensure_future(surface(scope, receive, send))
+
+
+async def happens(event: threading.Event) -> None:
+    assert await asyncio.to_thread(event.wait, LIMIT_S)
+
+
+@pytest.mark.parametrize("kind", [Endless, AsyncEndless])
+def test_a_stream_whose_client_left_is_closed_after_the_part_in_work(kind: type[Endless]) -> None:
+    async def go() -> None:
+        user = kind()
+        some = asyncio.Event()
+
+        async def send(message: dict[str, Any]) -> None:
+            if message.get("body"):
+                some.set()
+
+        task = streamed(user, send)
+        await asyncio.wait_for(some.wait(), LIMIT_S)
+        user.go.clear()
+        user.in_part.clear()
+        await happens(user.in_part)
+        task.cancel()
+        await asyncio.wait([task])
+        assert not user.ended.is_set(), "a part that is in work is not cut"
+        parts = user.num_parts
+        user.go.set()
+        await happens(user.ended)
+        assert user.num_parts == parts
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("kind", [Endless, AsyncEndless])
+def test_a_client_that_does_not_read_holds_its_stream_where_it_is(kind: type[Endless]) -> None:
+    async def go() -> None:
+        user = kind()
+        full = asyncio.Event()
+
+        async def send(message: dict[str, Any]) -> None:
+            if message.get("body"):
+                full.set()
+                await asyncio.Event().wait()
+
+        task = streamed(user, send)
+        await asyncio.wait_for(full.wait(), LIMIT_S)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert user.num_parts == 1
+        task.cancel()
+        await happens(user.ended)
+        assert user.num_parts == 1
+
+    asyncio.run(go())
+
+
+def test_more_streams_than_there_are_threads_for_are_refused_until_one_ends() -> None:
+    async def go() -> None:
+        streams = Streams(most=1)
+        ends = iter([{"x": np.ones(1)}] * 2)
+        first = streams.parts(part for part in ends)
+        await anext(first)
+        with pytest.raises(Refused, match="1 streams are open here") as refused:
+            await anext(streams.parts(iter([])))
+        assert refused.value.status == 503 and refused.value.retry_after_s is not None
+        await first.aclose()
+        while streams.num_open:
+            await asyncio.sleep(0)
+        assert len([part async for part in streams.parts(part for part in ends)]) == 1
+
+    asyncio.run(go())
+
+
+def test_a_generator_whose_end_raises_is_closed_all_the_same() -> None:
+    def raising() -> Iterator[Any]:
+        try:
+            yield {"x": np.ones(1)}
+        finally:
+            raise OSError("at the end")
+
+    async def go() -> None:
+        streams = Streams()
+        parts = streams.parts(raising())
+        await anext(parts)
+        await parts.aclose()
+        while streams.num_open:
+            await asyncio.sleep(0)
+
+    asyncio.run(go())
