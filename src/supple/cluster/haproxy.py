@@ -2,7 +2,7 @@
 
 Ray's template has no setting for these. They are made as a program for sed, which a script runs on
 the file each time HAProxy is started with it. What each line is for is in the decision records 0009
-and 0015.
+and 0016.
 """
 
 import hashlib

@@ -1,15 +1,18 @@
 """The user's model: found, loaded, and every answer of it checked before it is sent.
 
 A model is a class with `load()` and `predict(batch)`; with `load(weights=None)` its weights can be
-swapped while it serves. `batch` is one array, or a dict of arrays
-by input name if the class names several inputs; rows are the first dim. It is handed torch tensors
-if `predict` is annotated with `torch.Tensor`, numpy arrays otherwise. What it may say of itself:
+swapped while it serves. `batch` is one array, or a dict of arrays by input name if the class names
+several inputs; rows are the first dim. It is handed torch tensors if `predict` is annotated with
+`torch.Tensor`, numpy arrays otherwise. What it may say of itself:
 
     inputs = {"pixels": "float32[64]"}    # one row: dtype and shape, -1 for any length
     outputs = {"digit": "int64[]"}        # checked if given
     max_batch = 32                        # rows of one call, default 64
     allow_nan = True                      # NaN and infinity are answers, not faults
-    retry_safe = False                    # a request may not be sent again if its replica died
+    retry_safe = False                    # a request may not be computed or sent twice
+
+Where the rows of an output differ in length, it is declared with a -1 and returned as a list, a
+tensor for each row.
 """
 
 import ast
