@@ -97,7 +97,8 @@ class Driven(Service):
         found: list[int] = []
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if title in (child.name(), " ".join(child.cmdline())):
+                # Ray adds the method that is called at the moment.
+                if child.name() == title or " ".join(child.cmdline()).startswith(title):
                     found.append(child.pid)
         return found
 
