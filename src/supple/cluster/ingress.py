@@ -43,7 +43,7 @@ _PATIENCE_S: Final = 60.0
 """How long a request waits for a replica that lives, once one it was sent to has died."""
 _SERVICER: Final = f"{__name__}:add_servicer"
 _PREPARE: Final = f"{__name__}.prepare_process"
-_KEEP: Final = "supple.cluster.haproxy_manager.prepare_controller"
+_KEEP: Final = "supple.cluster.kept_haproxy.prepare_controller"
 _LOOPBACK: Final = "SUPPLE_GRPC_ON_LOOPBACK"
 _RETRY: Final = "SUPPLE_RETRY"
 _MOST_BYTES: Final = "SUPPLE_MOST_BYTES"
