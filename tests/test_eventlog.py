@@ -188,15 +188,23 @@ def test_the_ledger_of_a_run_that_went_back_ends_where_it_really_ended(tmp_path:
     assert report.is_exact, str(report)
 
 
-def test_a_ledger_that_cannot_be_written_does_not_end_training(tmp_path: Path) -> None:
-    lost: list[tuple[str, str]] = []
+def test_a_ledger_that_cannot_be_written_does_not_end_training_and_is_told_of_once(
+    tmp_path: Path,
+) -> None:
+    told: list[FileLost] = []
     path = tmp_path / "controller.jsonl"
-    log = LedgerLog(path, lambda *what: lost.append(what))
+
+    def lost(file: str, error: str) -> None:
+        """As a run does: everybody hears of it, who lost it too."""
+        told.append(FileLost(job_id=JOB, generation=1, step=0, path=file, error=error))
+        log.happened(told[-1])
+
+    log = LedgerLog(path, lost)
     path.mkdir()
     log.happened(formed(W0, 1, 0))
     log.close()
     assert path.is_dir()
-    assert (str(path), "Is a directory") in lost
+    assert [(event.path, event.error) for event in told] == [(str(path), "Is a directory")]
 
 
 def test_a_ledger_written_again_has_every_record_before_its_end(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ class LedgerLog:
         self._path = path
         self._lost = lost
         self._unwritten = b""
+        self._is_told = False
         self._written = 0
         self._step = 0
 
@@ -108,7 +109,7 @@ class LedgerLog:
             if event.generation > self._written:
                 self._written = event.generation
                 self._put("generation", generation=event.generation, start_step=event.step)
-        elif isinstance(event, FileLost) and Path(event.path).parent == self._path.parent:
+        elif isinstance(event, FileLost) and self._is_a_workers(Path(event.path)):
             self._put("gap", step=event.step, file=event.path, error=event.error)
 
     def acted(self, action: Action) -> None:
@@ -126,8 +127,9 @@ class LedgerLog:
     def close(self) -> None:
         """The run has ended: say how many steps were committed."""
         self._put("end", step=self._step)
-        if self._unwritten:
-            self._lost(str(self._path), "it lacks the end of the run")
+
+    def _is_a_workers(self, path: Path) -> bool:
+        return path.parent == self._path.parent and path != self._path
 
     def _put(self, kind: str, **fields: int | str) -> None:
         self._unwritten += (json.dumps({"kind": kind, **fields}) + "\n").encode()
@@ -136,7 +138,9 @@ class LedgerLog:
             with self._path.open("ab", buffering=0) as file:
                 append(file.fileno(), self._unwritten)
         except OSError as error:
-            self._lost(str(self._path), error.strerror or type(error).__name__)
+            if not self._is_told:
+                self._is_told = True
+                self._lost(str(self._path), error.strerror or type(error).__name__)
         else:
             self._unwritten = b""
 

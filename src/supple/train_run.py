@@ -63,8 +63,7 @@ def _run(spec: TrainSpec, folder: Path, resume: str | None, as_json: bool, verbo
     if said:
         _tell(said)
     if spec.ledger:
-        for old in (folder / "ledger").glob("*.jsonl"):
-            old.unlink()
+        launch.remove_ledger(folder)
     tally = Tally()
 
     def lost(path: str, error: str) -> None:

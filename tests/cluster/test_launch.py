@@ -175,3 +175,24 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     for name in ("loop", "file", "folder"):
         with pytest.raises(SpecError, match=f"--resume .*{name}"):
             launch.resumed(spec(tmp_path), str(tmp_path / name))
+
+
+def test_a_ledger_that_cannot_be_removed_is_a_refusal(tmp_path: Path) -> None:
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / "w0.jsonl").write_text("")
+    launch.remove_ledger(tmp_path)
+    assert not list((tmp_path / "ledger").iterdir())
+    (tmp_path / "ledger" / "w0.jsonl").mkdir()
+    with pytest.raises(SpecError, match=r"w0\.jsonl .*cannot be removed: Is a directory"):
+        launch.remove_ledger(tmp_path)
+
+
+def test_a_name_too_long_for_a_socket_is_refused_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("def train(job):\n    pass\n")
+    long = tmp_path / ("t" * 90) / "job.sock"
+    monkeypatch.setattr(launch, "socket_path", lambda _: long)
+    with pytest.raises(SpecError, match=f"{len(str(long))} bytes, and the kernel allows 107"):
+        launch.prepare(TrainSpec(name="job", script=str(script), run_dir=str(tmp_path)))

@@ -108,6 +108,19 @@ def set_aside(spec: TrainSpec) -> str:
     )
 
 
+def remove_ledger(run_path: Path) -> None:
+    """Remove what an earlier run wrote down: two runs in one ledger prove nothing. Raises
+    `SpecError` if it cannot be removed."""
+    for old in (run_path / "ledger").glob("*.jsonl"):
+        try:
+            old.unlink()
+        except OSError as error:
+            raise SpecError(
+                f"--ledger: {old} of an earlier run cannot be removed: {error.strerror}. Remove it "
+                "yourself, or choose another --name."
+            ) from None
+
+
 def train(spec: TrainSpec, *, observers: Iterable[Observer], verbose: bool = False) -> Outcome:
     """Train until the job finishes, is stopped or fails, in the folder that `prepare` made. Raises
     `SpecError` if Ray cannot be had."""

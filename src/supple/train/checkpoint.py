@@ -223,8 +223,11 @@ class CheckpointStore:
         if not isinstance(error, OSError):
             return f"{asked}: {error}. {kept}"
         if error.errno in _FULL:
-            free = shutil.disk_usage(_existing(self._directory)).free
+            disk = os.statvfs(_existing(self._directory))
+            free = disk.f_bavail * disk.f_frsize
             limit = " and a file may not be larger" if error.errno == errno.EFBIG else ""
+            if disk.f_files and not disk.f_favail:
+                limit = " but no more files can be made: remove some"
             return (
                 f"{asked}: {error.strerror}. It needs {size_of(payload):,} bytes, {free:,} are "
                 f"free{limit}. {kept} Free some space or give a larger disk (--run-dir); the next "
