@@ -15,7 +15,8 @@ import torch
 from supple import __version__
 from supple.cluster.ray import connect
 from supple.core.spec import SpecError, TrainSpec
-from supple.train.group import CollectiveFailed, Rendezvous, form
+from supple.train.group import CollectiveFailed, form
+from supple.train.rendezvous import Rendezvous
 
 _LEAST_BYTES = 2**30
 _LEAST_SHARED_BYTES = 64 * 2**20

@@ -44,7 +44,7 @@ from supple.core.types import (
     WorkerId,
     WorkerLost,
 )
-from supple.train.group import Rendezvous
+from supple.train.rendezvous import Rendezvous
 
 _POLL_S = 0.5
 _NOTICES_EVERY_S = 1.0
