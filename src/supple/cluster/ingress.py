@@ -10,7 +10,6 @@ import logging
 import os
 import shlex
 import socket
-import tempfile
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -23,7 +22,8 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.schema import LoggingConfig
 from starlette.middleware import Middleware
 
-from supple.cluster.starting import to_its_end
+from supple.cluster.ray_folder import RayFolder
+from supple.cluster.starting import start_ray, to_its_end
 from supple.core.serve_spec import ServeSpec, is_loopback
 from supple.core.spec import SpecError
 from supple.serve.again import AskAgain
@@ -40,6 +40,9 @@ _RETRIES: Final = 30
 """They cost nothing: several replicas may be dead and not yet known to be."""
 _PATIENCE_S: Final = 60.0
 """How long a request waits for a replica that lives, once one it was sent to has died."""
+_LONGEST_FOLDER: Final = 97 - 56 - len("//admin.sock")
+"""Bytes in a path: HAProxy takes 97 for its socket, and Ray puts that into a folder whose name, the
+node's, has 56."""
 _SERVICER: Final = f"{__name__}:add_servicer"
 _PREPARE: Final = f"{__name__}.prepare_process"
 _LOOPBACK: Final = "SUPPLE_GRPC_ON_LOOPBACK"
@@ -49,26 +52,15 @@ _RETRY: Final = "SUPPLE_RETRY"
 def connect(spec: ServeSpec) -> None:
     """Start Ray Serve with the ingress `spec` asks for: on this machine alone, or on the cluster at
     its address. Raises `SpecError` if that cannot be."""
-    if spec.address is None:
-        for name, value in environment(spec).items():
-            os.environ.setdefault(name, value)
     # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; we say it.
     ray_worker._worker_logs_enabled = False
-    try:
-        if not ray.is_initialized():
-            here: dict[str, Any] = {"include_dashboard": False, "num_cpus": _num_cpus(spec)}
-            with to_its_end():
-                ray.init(
-                    address=spec.address or "local",
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    **(here if spec.address is None else {}),
-                )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SpecError(
-            f"no Ray cluster answers at {spec.address}: {str(error).splitlines()[0]}. Check the "
-            "address with `ray status`, or leave --address out to serve on this machine."
-        ) from None
+    if not ray.is_initialized():
+        if spec.address is None:
+            folder = RayFolder(_LONGEST_FOLDER)
+            settings = environment(spec, folder.path)
+            start_ray(folder, num_cpus=_num_cpus(spec), settings=settings)
+        else:
+            _join(spec.address)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         http_options=HTTPOptions(host=spec.host, port=spec.port, keep_alive_timeout_s=90),
@@ -79,14 +71,27 @@ def connect(spec: ServeSpec) -> None:
     )
 
 
+def _join(address: str) -> None:
+    try:
+        with to_its_end():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SpecError(
+            f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}. Check the "
+            "address with `ray status`, or leave --address out to serve on this machine."
+        ) from None
+
+
 def _num_cpus(spec: ServeSpec) -> int:
     """Cores Ray may hand out on this machine: the real ones, or enough for every replica asked for
     by name, with one more while a rolling update has both revisions."""
     return max(os.cpu_count() or 1, int((spec.max_replicas + 1) * spec.cpus_per_replica) + 1)
 
 
-def environment(spec: ServeSpec) -> dict[str, str]:
-    """Ray's switches for `spec` on this machine, read by its processes when they start."""
+def environment(spec: ServeSpec, folder: Path) -> dict[str, str]:
+    """Ray's switches for `spec` on this machine, read by its processes when they start. HAProxy's
+    files and sockets are in `folder`, which is this user's alone; Ray would put them where another
+    user may have made them before."""
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -105,7 +110,12 @@ def environment(spec: ServeSpec) -> dict[str, str]:
     held_bytes = min(spec.max_body_bytes, MOST_HELD_BYTES) + 16 * 1024
     return settings | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_private_haproxy(binary)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_private_haproxy(binary, folder)),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_RETRY_ON": retry_on,
         "RAY_SERVE_HAPROXY_RETRIES": str(_RETRIES),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(held_bytes),
@@ -131,7 +141,7 @@ def haproxy() -> str | None:
     return None
 
 
-def _private_haproxy(binary: str) -> Path:
+def _private_haproxy(binary: str, folder: Path) -> Path:
     """A script that starts `binary` as Ray would, but for some lines of its configuration: the
     statistics on loopback and the admin socket for this user only, which Ray writes open to every
     machine and every user; a request is taken whole before it is passed on, since only one that was
@@ -139,8 +149,6 @@ def _private_haproxy(binary: str) -> Path:
     can be reached is never held for dead, however slow the machine; buffers as large as requests
     that can be sent again are kept instead of returned to the system after each; and no line a
     request goes to a system log that is not there."""
-    folder = Path(tempfile.gettempdir()) / f"supple-{os.getuid()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     script = folder / "haproxy"
     text = (
         "#!/bin/sh\n"
@@ -153,11 +161,8 @@ def _private_haproxy(binary: str) -> Path:
         "-e '/^    log 127.0.0.1:514 /d' \"$config\"\n"
         f'exec {shlex.quote(binary)} "$@"\n'
     )
-    if not script.exists() or script.read_text() != text:
-        fresh = script.with_suffix(f".{os.getpid()}")
-        fresh.write_text(text)
-        fresh.chmod(0o700)
-        fresh.replace(script)
+    script.write_text(text)
+    script.chmod(0o700)
     return script
 
 

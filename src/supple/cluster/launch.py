@@ -7,13 +7,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import ray
-
 from supple.cluster.advisor import Advisor
 from supple.cluster.backend import MonotonicClock, Observer
 from supple.cluster.control import refuse_second
 from supple.cluster.controller import Controller, Outcome
 from supple.cluster.ray import RayBackend, connect
+from supple.cluster.starting import stop_ray
 from supple.core.spec import SpecError, TrainSpec
 from supple.train.checkpoint import CheckpointError, CheckpointStore
 from supple.train.script import check
@@ -86,13 +85,14 @@ def set_aside(spec: TrainSpec) -> str:
 
 
 def train(spec: TrainSpec, *, observers: Iterable[Observer], verbose: bool = False) -> Outcome:
-    """Train until the job finishes, is stopped or fails. Raises `SpecError` as `prepare` does."""
+    """Train until the job finishes, is stopped or fails. Raises `SpecError` as `prepare` does. If
+    `verbose`, Ray's own logs are kept beside the workers'."""
     run_path = prepare(spec)
     connect(spec)
     try:
         return asyncio.run(_train(spec, run_path, tuple(observers), verbose))
     finally:
-        ray.shutdown()
+        stop_ray(keep_logs=run_path / "logs" / "ray" if verbose else None)
 
 
 async def _train(

@@ -12,6 +12,7 @@ import torch
 from ray.exceptions import RayActorError
 
 from supple.cluster.ray import connect
+from supple.cluster.starting import stop_ray
 from supple.core.goodput import family_of
 from supple.core.interconnects import lookup
 from supple.core.measurements import CollectiveMeasurement, StepMeasurement
@@ -176,7 +177,7 @@ def measure(
                             f"{first.dataset_size}: measured and planned with a batch of all"
                         )
     finally:
-        ray.shutdown()
+        stop_ray()
     assert first is not None and first.dataset_size is not None
     return Measurements(
         steps=tuple(steps),

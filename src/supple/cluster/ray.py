@@ -23,7 +23,8 @@ from ray._private import worker as ray_worker
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from supple.cluster.starting import to_its_end
+from supple.cluster.ray_folder import RayFolder
+from supple.cluster.starting import start_ray, to_its_end
 from supple.cluster.worker import WorkerBody, WorkerSetup
 from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import (
@@ -72,25 +73,15 @@ def connect(spec: TrainSpec) -> None:
             f"--address {spec.address} is a Ray Client's. A job's controller must run on a node of "
             "the cluster: go there, and give the head's HOST:PORT, or auto."
         )
-    if spec.address is None:
-        for name, value in _HEALTH.items():
-            os.environ.setdefault(name, value)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; we say it.
     ray_worker._worker_logs_enabled = False
+    if spec.address is None:
+        num_cpus = max(os.cpu_count() or 1, int(spec.max_workers * spec.cpus_per_worker) + 1)
+        start_ray(RayFolder(), num_cpus=num_cpus, settings=_HEALTH)
+        return
     try:
         with to_its_end():
-            if spec.address is None:
-                ray.init(
-                    address="local",
-                    num_cpus=max(
-                        os.cpu_count() or 1, int(spec.max_workers * spec.cpus_per_worker) + 1
-                    ),
-                    include_dashboard=False,
-                    **quiet,
-                )
-            else:
-                ray.init(address=spec.address, **quiet)
+            ray.init(address=spec.address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SpecError(
             f"no Ray cluster answers at {spec.address}: {str(error).splitlines()[0]}. Check the "

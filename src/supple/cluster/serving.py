@@ -9,6 +9,7 @@ import ray
 from ray import serve
 
 from supple.cluster.replica import Deployment, Replica
+from supple.cluster.starting import stop_ray
 from supple.core.latency import LatencyPoint, LatencyProfile
 from supple.core.serve_spec import ServeSpec
 from supple.core.spec import SpecError
@@ -160,4 +161,4 @@ def num_running(name: str) -> int:
 def shut_down() -> None:
     """Stop serving: requests in flight are answered first."""
     serve.shutdown()
-    ray.shutdown()
+    stop_ray()

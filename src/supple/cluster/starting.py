@@ -1,18 +1,94 @@
-"""Ray is started to its end or not at all.
+"""A Ray of our own on this machine: started to its end or not at all, reachable from this machine
+and by this user only, and gone without a trace.
 
 Interrupted while it waits for its raylet, Ray knows of no node to shut down, and leaves the agents
 of that raylet behind: they look for their parent for a minute before they give up.
 """
 
+import atexit
+import contextlib
+import logging
+import os
+import secrets
+import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
 
 import ray
+from ray._private import ray_constants
+
+from supple.cluster.ray_folder import RayFolder
+from supple.core.spec import SpecError
+
+_TOKEN: Final = secrets.token_hex(32)
+"""Without it Ray's processes answer nobody. Ray would write its own into the user's home, for every
+user to read, and where there is no home it would not start."""
+_folder: RayFolder | None = None
+_set: list[str] = []
+"""Names of this process's environment that were set for the Ray that runs."""
 
 
-@contextmanager
+def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) -> None:
+    """Start Ray in this process, and in `folder`. Its processes get `settings` in their
+    environment, but for what this process's says already. Raises `SpecError` if Ray does not
+    start."""
+    global _folder
+    environment = dict(settings) | {
+        # Ray's switch for machines whose firewall asks about every port; then it uses loopback.
+        ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+        "RAY_AUTH_TOKEN": _TOKEN,
+        # What torch compiles, and runs, would be in a folder that anyone may have made before.
+        "TORCHINDUCTOR_CACHE_DIR": str(folder.path / "inductor"),
+    }
+    if "RAY_AUTH_MODE" not in os.environ:
+        _set.append("RAY_AUTH_MODE")  # Ray sets it to "token"
+    for name in environment.keys() - os.environ.keys():
+        os.environ[name] = environment[name]
+        _set.append(name)
+    atexit.register(stop_ray)
+    _folder = folder
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read when Ray was imported
+    try:
+        with to_its_end():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder.for_ray),
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        _folder = None  # what they say stays until the next start
+        stop_ray()
+        raise SpecError(
+            f"Ray does not start on this machine: {str(error).splitlines()[0]}. Its logs are in "
+            f"{folder.path} until Supple is started again; see also `supple doctor`."
+        ) from None
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = True
+
+
+def stop_ray(keep_logs: Path | None = None) -> None:
+    """Shut Ray down, or leave the cluster, and remove what it left; its logs are copied to
+    `keep_logs`."""
+    global _folder
+    ray.shutdown()
+    if _folder is not None:
+        if keep_logs is not None:
+            with contextlib.suppress(OSError, shutil.Error):
+                logs = _folder.for_ray / "session_latest" / "logs"
+                shutil.copytree(logs, keep_logs, dirs_exist_ok=True)
+        _folder.remove()
+        _folder = None
+    while _set:
+        os.environ.pop(_set.pop(), None)
+
+
+@contextlib.contextmanager
 def to_its_end() -> Iterator[None]:
     """Ctrl-C waits for the end of the block, some seconds, in which Ray starts; then Ray is shut
     down and `KeyboardInterrupt` raised."""
@@ -25,7 +101,7 @@ def to_its_end() -> Iterator[None]:
         yield
     finally:
         if pressed:
-            ray.shutdown()
+            stop_ray()
         signal.signal(signal.SIGINT, before)
     if pressed:
         raise KeyboardInterrupt

@@ -144,8 +144,7 @@ def form(
             options._timeout = _LAST_RESORT
             options._threads = 2
             options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=host)]
-            group = _c10d.ProcessGroupGloo(meeting, rank, size, options)
-            outcome.extend((group, meeting))
+            outcome.append(_c10d.ProcessGroupGloo(meeting, rank, size, options))
         except RuntimeError as error:
             outcome.append(error)
         finally:
@@ -156,9 +155,9 @@ def form(
         if aborted():
             meeting.leave()
             raise CollectiveFailed("the generation was aborted while its group was being formed")
-    if len(outcome) == 1:
+    if isinstance(outcome[0], RuntimeError):
         raise CollectiveFailed(_first_line(outcome[0]))
-    return Group(*outcome, rank, size, aborted)
+    return Group(outcome[0], meeting, rank, size, aborted)
 
 
 def _drop(group: list[Any], store: list[Any], inflight: list[Any]) -> None:
