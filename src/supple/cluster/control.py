@@ -78,13 +78,13 @@ def connected(path: Path, uid: int | None = None) -> Iterator[socket.socket]:
         ):
             client.settimeout(1.0)
             client.connect(str(folder / path.name))
-            _refuse_stranger(client, uid)
+            refuse_stranger(client, uid)
             yield client
     except SpecError as error:
         raise PermissionError(f"{path}: {error}") from None
 
 
-def _refuse_stranger(connection: socket.socket, uid: int) -> None:
+def refuse_stranger(connection: socket.socket, uid: int) -> None:
     """Raise `PermissionError` unless the process at the other end is this user's, or root's."""
     if not hasattr(socket, "SO_PEERCRED"):
         return  # not Linux: the folder alone keeps others out
@@ -147,7 +147,7 @@ class ControlServer:
         task = asyncio.current_task()
         self._answering.add(task)
         try:
-            _refuse_stranger(writer.get_extra_info("socket"), os.geteuid())
+            refuse_stranger(writer.get_extra_info("socket"), os.geteuid())
             if line := await reader.readline():
                 writer.write(json.dumps(self._answer(line)).encode() + b"\n")
                 await writer.drain()
