@@ -90,18 +90,26 @@ def stop_ray(keep_logs: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def to_its_end() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block, some seconds, in which Ray starts; then Ray is shut
-    down and `KeyboardInterrupt` raised."""
+    """Ctrl-C and SIGTERM wait for the end of the block, some seconds, in which Ray starts; then Ray
+    is shut down, and `KeyboardInterrupt` or `SystemExit` raised."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals come to the main thread
         return
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    came: list[int] = []
+
+    def wait(number: int, _: object) -> None:
+        came.append(number)
+
+    before = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        if pressed:
+        if came:
             stop_ray()
-        signal.signal(signal.SIGINT, before)
-    if pressed:
+        for number, handler in before.items():
+            if signal.getsignal(number) is wait:  # Ray has its own for SIGTERM, once it runs
+                signal.signal(number, handler)
+    if signal.SIGINT in came:
         raise KeyboardInterrupt
+    if came:
+        raise SystemExit(128 + signal.SIGTERM)
