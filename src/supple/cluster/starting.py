@@ -50,7 +50,8 @@ def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) 
         _set.append(name)
     atexit.register(stop_ray)
     _folder = folder
-    ray_constants.ENABLE_RAY_CLUSTER = False  # read when Ray was imported
+    many_machines = ray_constants.ENABLE_RAY_CLUSTER  # read when Ray was imported
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         with to_its_end():
             ray.init(
@@ -69,7 +70,7 @@ def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) 
             f"{folder.path} until Supple is started again; see also `supple doctor`."
         ) from None
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = True
+        ray_constants.ENABLE_RAY_CLUSTER = many_machines
 
 
 def stop_ray(keep_logs: Path | None = None) -> None:

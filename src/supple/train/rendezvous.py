@@ -103,6 +103,10 @@ class _Exchange:
     async def _serve(self) -> None:
         server = await asyncio.start_server(self._receive, sock=self._listening)
         await self._closed.wait()
+        # A connection that is being accepted while the server closes would never be closed.
+        self._loop.remove_reader(self._listening.fileno())
+        for _ in range(10):
+            await asyncio.sleep(0)
         server.close()
 
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
