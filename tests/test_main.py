@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -104,13 +105,19 @@ def has_agent(mark: str) -> bool:
 
 @pytest.mark.ray
 @pytest.mark.timeout(200)
-def test_ctrl_c_while_ray_starts_leaves_no_process_behind() -> None:
+def test_ctrl_c_while_ray_starts_leaves_no_process_and_no_folder_behind() -> None:
     """Its raylet has started the agents, and Ray waits for the raylet."""
+    with tempfile.TemporaryDirectory(prefix="main-", dir="/tmp") as folder:
+        interrupt_while_ray_starts(folder)
+        assert os.listdir(folder) == []
+
+
+def interrupt_while_ray_starts(folder: str) -> None:
     mark = uuid.uuid4().hex
     script = str(ROOT / "examples" / "digits.py")
     running = subprocess.Popen(
         [sys.executable, "-m", "supple", "plan", script],
-        env=os.environ | {"SUPPLE_TEST": mark},
+        env=os.environ | {"SUPPLE_TEST": mark, "TMPDIR": folder, "RAY_TMPDIR": folder},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

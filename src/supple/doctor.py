@@ -14,8 +14,10 @@ import torch
 
 from supple import __version__
 from supple.cluster.ray import connect
+from supple.cluster.starting import stop_ray
 from supple.core.spec import SpecError, TrainSpec
-from supple.train.group import CollectiveFailed, Rendezvous, form
+from supple.train.group import CollectiveFailed, form
+from supple.train.rendezvous import Rendezvous
 
 _LEAST_BYTES = 2**30
 _LEAST_SHARED_BYTES = 64 * 2**20
@@ -120,13 +122,12 @@ def _ray() -> Finding:
     try:
         connect(TrainSpec(name="doctor", script=""))
         nodes = ray.nodes()
-        ray.shutdown()
+        stop_ray()
     except Exception as error:
         return Finding(
             what="ray starts",
             found=f"no: {type(error).__name__}: {error}",
-            advice="Look into the newest folder of /tmp/ray/session_*/logs, and see that no other "
-            "Ray holds its ports (`ray stop`).",
+            advice="Look into those logs, and see that no other Ray holds its ports (`ray stop`).",
         )
     return Finding(
         what="ray starts", found=f"with {len(nodes)} node in {time.monotonic() - began:.1f} s"

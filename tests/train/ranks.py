@@ -6,7 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from supple.train.group import Group, Rendezvous, form
+from supple.train.group import Group, form
+from supple.train.rendezvous import Rendezvous
 
 Result = TypeVar("Result")
 _rendezvous: list[Rendezvous] = []
@@ -37,10 +38,3 @@ def run_ranks(
 
     with ThreadPoolExecutor(size) as pool:
         return [future.result() for future in [pool.submit(one, rank) for rank in range(size)]]
-
-
-def come_late(key: str, *, rank: int, size: int) -> None:
-    """Complete a group that its other ranks have given up forming, so that the threads they left
-    in native code end: such a thread must not outlive the test run."""
-    address = rendezvous().address
-    form(address, key=key, rank=rank, size=size, host="127.0.0.1", aborted=lambda: False).close()

@@ -5,9 +5,8 @@ import threading
 import pytest
 import torch
 
-from supple.core.spec import SpecError
-from supple.train.group import CollectiveFailed, Group, Rendezvous, form
-from tests.train.ranks import come_late, rendezvous, run_ranks
+from supple.train.group import CollectiveFailed, Group, form
+from tests.train.ranks import rendezvous, run_ranks
 
 
 def test_all_reduce_sums_over_all_ranks() -> None:
@@ -92,7 +91,6 @@ def test_forming_a_group_whose_member_never_comes_ends_when_it_is_aborted() -> N
     aborted.set()
     thread.join(10.0)
     assert errors == ["the generation was aborted while its group was being formed"]
-    come_late("incomplete", rank=1, size=2)
 
 
 def test_after_an_abandoned_group_the_same_ranks_form_the_next_one() -> None:
@@ -117,10 +115,3 @@ def test_after_an_abandoned_group_the_same_ranks_form_the_next_one() -> None:
         return float(tensor)
 
     assert run_ranks(2, add) == [2.0, 2.0]
-
-
-def test_a_port_in_use_is_refused_with_the_port_and_what_to_do() -> None:
-    taken = Rendezvous("127.0.0.1")
-    port = taken.address[1]
-    with pytest.raises(SpecError, match=f"127.0.0.1:{port}.*--port"):
-        Rendezvous("127.0.0.1", port)

@@ -15,7 +15,6 @@ from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import CheckpointFailed, CheckpointSaved, JobId, SaveCheckpoint, WorkerId
 from supple.train.checkpoint import CheckpointStore
 from supple.train.job import Job, TrainingError
-from tests.train.ranks import come_late
 from tests.train.world import World
 
 NUM_SAMPLES, BATCH = 90, 10
@@ -191,7 +190,6 @@ def test_a_generation_that_cannot_form_is_left_and_the_next_one_forms(
     world.form(1, ["a", "b", "nobody"])
     world.abort(1, ["a", "b"])
     assert world.stopped(1, ["a", "b"]) == [-1, -1]
-    come_late("unformed/1", rank=2, size=3)
     world.form(2, ["a", "b"])
     assert world.finished(["a", "b"]) == [18, 18]
 

@@ -6,13 +6,11 @@ without it, is in docs/decisions/0009-nothing-dropped.md.
 """
 
 import contextlib
-import hashlib
 import logging
 import os
 import shlex
 import socket
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -26,7 +24,8 @@ from ray.serve.schema import LoggingConfig
 from starlette.middleware import Middleware
 
 from supple.cluster.haproxy import SILENCE_S, edits, max_connections
-from supple.cluster.starting import to_its_end
+from supple.cluster.ray_folder import RayFolder
+from supple.cluster.starting import start_ray, to_its_end
 from supple.core.serve_spec import ServeSpec, is_loopback
 from supple.core.spec import SpecError
 from supple.serve.again import AskAgain
@@ -41,6 +40,9 @@ _RETRIES: Final = 30
 """They cost nothing: several replicas may be dead and not yet known to be."""
 _PATIENCE_S: Final = 60.0
 """How long a request waits for a replica that lives, once one it was sent to has died."""
+_LONGEST_FOLDER: Final = 97 - 56 - len("//admin.sock")
+"""Bytes in a path: HAProxy takes 97 for its socket, and Ray puts that into a folder whose name, the
+node's, has 56."""
 _SERVICER: Final = f"{__name__}:add_servicer"
 _PREPARE: Final = f"{__name__}.prepare_process"
 _KEEP: Final = "supple.cluster.kept_haproxy.prepare_controller"
@@ -52,26 +54,15 @@ _MOST_BYTES: Final = "SUPPLE_MOST_BYTES"
 def connect(spec: ServeSpec) -> None:
     """Start Ray Serve with the ingress `spec` asks for: on this machine alone, or on the cluster at
     its address. Raises `SpecError` if that cannot be."""
-    if spec.address is None:
-        for name, value in environment(spec).items():
-            os.environ.setdefault(name, value)
     # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; we say it.
     ray_worker._worker_logs_enabled = False
-    try:
-        if not ray.is_initialized():
-            here: dict[str, Any] = {"include_dashboard": False, "num_cpus": _num_cpus(spec)}
-            with to_its_end():
-                ray.init(
-                    address=spec.address or "local",
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    **(here if spec.address is None else {}),
-                )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SpecError(
-            f"no Ray cluster answers at {spec.address}: {str(error).splitlines()[0]}. Check the "
-            "address with `ray status`, or leave --address out to serve on this machine."
-        ) from None
+    if not ray.is_initialized():
+        if spec.address is None:
+            folder = RayFolder(_LONGEST_FOLDER)
+            settings = environment(spec, folder.path)
+            start_ray(folder, num_cpus=_num_cpus(spec), settings=settings)
+        else:
+            _join(spec.address)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         http_options=HTTPOptions(host=_inner_host(spec), port=spec.port, keep_alive_timeout_s=90),
@@ -80,6 +71,17 @@ def connect(spec: ServeSpec) -> None:
         else gRPCOptions(port=spec.grpc_port, grpc_servicer_functions=[_SERVICER]),
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
+
+
+def _join(address: str) -> None:
+    try:
+        with to_its_end():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SpecError(
+            f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}. Check the "
+            "address with `ray status`, or leave --address out to serve on this machine."
+        ) from None
 
 
 def _num_cpus(spec: ServeSpec) -> int:
@@ -94,8 +96,10 @@ def _inner_host(spec: ServeSpec) -> str:
     return "127.0.0.1" if spec.address is None and haproxy() is not None else spec.host
 
 
-def environment(spec: ServeSpec) -> dict[str, str]:
-    """Ray's switches for `spec` on this machine, read by its processes when they start."""
+def environment(spec: ServeSpec, folder: Path) -> dict[str, str]:
+    """Ray's switches for `spec` on this machine, read by its processes when they start. HAProxy's
+    files and sockets are in `folder`, which is this user's alone; Ray would put them where another
+    user may have made them before."""
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -118,7 +122,12 @@ def environment(spec: ServeSpec) -> dict[str, str]:
         "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": _KEEP,
         # A manager that died is missed after the third time.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_private_haproxy(binary, spec)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_private_haproxy(binary, spec, folder)),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_RETRY_ON": retry_on,
         "RAY_SERVE_HAPROXY_RETRIES": str(_RETRIES),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(held_bytes),
@@ -146,25 +155,19 @@ def haproxy() -> str | None:
     return None
 
 
-def _private_haproxy(binary: str, spec: ServeSpec) -> Path:
-    """A script that starts `binary` as Ray would, on a configuration changed as `haproxy.edits`
-    says. Nobody else may read either: a digest of the token is in it."""
-    folder = Path(tempfile.gettempdir()) / f"supple-{os.getuid()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    program = edits(spec)
-    script = folder / f"haproxy-{hashlib.sha256(program.encode()).hexdigest()[:16]}"
-    edit = script.with_suffix(".sed")
+def _private_haproxy(binary: str, spec: ServeSpec, folder: Path) -> Path:
+    """A script in `folder` that starts `binary` as Ray would, on a configuration changed as
+    `haproxy.edits` says. Nobody else may read either: a digest of the token is in it."""
+    script, edit = folder / "haproxy", folder / "haproxy.sed"
     text = (
         "#!/bin/sh\n"
         'for word in "$@"; do [ "$last" = -f ] && config="$word"; last="$word"; done\n'
         f'chmod 600 "$config" && sed -i -f {shlex.quote(str(edit))} "$config"\n'
         f'exec {shlex.quote(binary)} "$@"\n'
     )
-    for path, content in ((edit, program), (script, text)):
-        fresh = path.with_suffix(f".{os.getpid()}")
-        fresh.write_text(content)
-        fresh.chmod(0o700)
-        fresh.replace(path)
+    edit.write_text(edits(spec))
+    script.write_text(text)
+    script.chmod(0o700)
     return script
 
 

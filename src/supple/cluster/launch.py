@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import ray
-
 from supple.cluster.advisor import Advisor
 from supple.cluster.backend import MonotonicClock, Observer
 from supple.cluster.control import refuse_second, socket_path
 from supple.cluster.controller import Controller, Outcome
 from supple.cluster.ray import RayBackend, connect
+from supple.cluster.starting import stop_ray
 from supple.core.spec import SpecError, TrainSpec
 from supple.train.checkpoint import CheckpointError, CheckpointStore
 from supple.train.script import check
@@ -122,14 +121,15 @@ def remove_ledger(run_path: Path) -> None:
 
 
 def train(spec: TrainSpec, *, observers: Iterable[Observer], verbose: bool = False) -> Outcome:
-    """Train until the job finishes, is stopped or fails, in the folder that `prepare` made. Raises
-    `SpecError` if Ray cannot be had."""
+    """Train until the job finishes, is stopped or fails, in the folder that `prepare` made. If
+    `verbose`, Ray's own logs are kept beside the workers'. Raises `SpecError` if Ray cannot be
+    had."""
     run_path = run_path_of(spec)
     connect(spec)
     try:
         return asyncio.run(_train(spec, run_path, tuple(observers), verbose))
     finally:
-        ray.shutdown()
+        stop_ray(keep_logs=run_path / "logs" / "ray" if verbose else None)
 
 
 async def _train(

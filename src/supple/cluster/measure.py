@@ -12,6 +12,7 @@ import torch
 from ray.exceptions import RayActorError
 
 from supple.cluster.ray import connect
+from supple.cluster.starting import stop_ray
 from supple.core.goodput import family_of
 from supple.core.interconnects import lookup
 from supple.core.measurements import CollectiveMeasurement, StepMeasurement
@@ -21,8 +22,9 @@ from supple.core.spec import LrRule, SpecError, TrainSpec
 from supple.core.throughput import fit
 from supple.train.checkpoint import CheckpointError
 from supple.train.engine import TrainingError
-from supple.train.group import Rendezvous, form
+from supple.train.group import form
 from supple.train.probe import Phase, Probe, ProbeComplete, ProbeReport
+from supple.train.rendezvous import Address, Rendezvous
 from supple.train.script import check, load, user_traceback, without_a_command_line
 
 MOST_MEASURED = 4
@@ -83,7 +85,7 @@ class ProbeBody:
         num_noise_steps: int,
         rank: int,
         size: int,
-        rendezvous: tuple[str, int],
+        rendezvous: Address,
         key: str,
         verbose: bool,
     ) -> ProbeReport | str:
@@ -145,7 +147,7 @@ def measure(
     first: ProbeReport | None = None
     connect(TrainSpec(name="plan", script=script, max_workers=most))
     try:
-        store = Rendezvous("127.0.0.1")
+        meeting = Rendezvous("127.0.0.1")
         for again in range(_ROUNDS):
             for count in range(1, most + 1):
                 alone = count == 1
@@ -156,7 +158,7 @@ def measure(
                     count,
                     _ALONE if alone else (Phase(divide_by=count), Phase(divide_by=1)),
                     num_noise_steps=0 if first else _NOISE_STEPS,
-                    rendezvous=store.address,
+                    rendezvous=meeting.address,
                     key=f"probe-{again}-{count}",
                     verbose=verbose,
                 )
@@ -175,7 +177,7 @@ def measure(
                             f"{first.dataset_size}: measured and planned with a batch of all"
                         )
     finally:
-        ray.shutdown()
+        stop_ray()
     assert first is not None and first.dataset_size is not None
     return Measurements(
         steps=tuple(steps),
@@ -243,7 +245,7 @@ def _run(
     phases: Sequence[Phase],
     *,
     num_noise_steps: int,
-    rendezvous: tuple[str, int],
+    rendezvous: Address,
     key: str,
     verbose: bool,
 ) -> list[ProbeReport]:

@@ -10,14 +10,10 @@ import contextlib
 import logging
 import os
 import re
-import resource
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, final
 
 import psutil
@@ -27,7 +23,8 @@ from ray._private import worker as ray_worker
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from supple.cluster.starting import to_its_end
+from supple.cluster.ray_folder import RayFolder
+from supple.cluster.starting import start_ray, to_its_end
 from supple.cluster.worker import WorkerBody, WorkerSetup
 from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import (
@@ -48,7 +45,7 @@ from supple.core.types import (
     WorkerId,
     WorkerLost,
 )
-from supple.train.group import Rendezvous
+from supple.train.rendezvous import Rendezvous
 
 _POLL_S = 0.5
 _NOTICES_EVERY_S = 1.0
@@ -56,10 +53,6 @@ _NO_DEADLINE_S = 30.0
 """What a node is taken to have left that drains without a deadline."""
 _LEAVE_S = 5.0
 """How long a worker that was let go may take to unwind its function before it is killed."""
-
-_LONGEST_FOLDER = 40
-_LEAST_FREE = 100 * 1024 * 1024
-_LEAST_FILES = 4096
 
 _HEALTH = {
     "RAY_health_check_initial_delay_ms": "0",
@@ -80,58 +73,21 @@ def connect(spec: TrainSpec) -> None:
             f"--address {spec.address} is a Ray Client's. A job's controller must run on a node of "
             "the cluster: go there, and give the head's HOST:PORT, or auto."
         )
-    if spec.address is None:
-        for name, value in _HEALTH.items():
-            os.environ.setdefault(name, value)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; we say it.
     ray_worker._worker_logs_enabled = False
+    if spec.address is None:
+        num_cpus = max(os.cpu_count() or 1, int(spec.max_workers * spec.cpus_per_worker) + 1)
+        start_ray(RayFolder(), num_cpus=num_cpus, settings=_HEALTH)
+        return
     try:
         with to_its_end():
-            if spec.address is None:
-                ray.init(
-                    address="local",
-                    num_cpus=max(
-                        os.cpu_count() or 1, int(spec.max_workers * spec.cpus_per_worker) + 1
-                    ),
-                    include_dashboard=False,
-                    **quiet,
-                )
-            else:
-                ray.init(address=spec.address, **quiet)
+            ray.init(address=spec.address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # its kind is Ray's own affair, and differs with what is lacking
         why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        if spec.address is not None:
-            raise SpecError(
-                f"no Ray cluster answers at {spec.address}: {why}. Check the address with `ray "
-                "status`, or leave --address out to train on this machine."
-            ) from None
-        raise SpecError(f"Ray cannot start on this machine: {why}. {_what_it_lacks()}") from None
-
-
-def _what_it_lacks() -> str:
-    """What to do where Ray does not start, by what it needs: room in a folder with a short name,
-    and open files."""
-    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
-    advice = f"Look into its logs, {folder}/ray/session_latest/logs."
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-    if len(os.fsencode(folder)) > _LONGEST_FOLDER:
-        advice = (
-            f"Its sockets lie in {folder}, and the kernel allows names of 107 bytes: give it a "
-            "folder of a shorter name (RAY_TMPDIR)."
-        )
-    elif free < _LEAST_FREE:
-        advice = (
-            f"It keeps its files in {folder}, where {free:,} bytes are free: make room, or give "
-            "it another folder (RAY_TMPDIR)."
-        )
-    elif soft < _LEAST_FILES:
-        advice = (
-            f"This shell allows a process {soft:,} open files, and Ray needs some hundreds for "
-            f"every worker: raise it (ulimit -n {_LEAST_FILES})."
-        )
-    return advice
+        raise SpecError(
+            f"no Ray cluster answers at {spec.address}: {why}. Check the address with `ray "
+            "status`, or leave --address out to train on this machine."
+        ) from None
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ import ray
 from ray import serve
 
 from supple.cluster.replica import Deployment, Replica
+from supple.cluster.starting import stop_ray
 from supple.cluster.trial import room_for, tried
 from supple.core.latency import LatencyPoint, LatencyProfile
 from supple.core.serve_spec import ServeSpec
@@ -220,4 +221,4 @@ def num_running(name: str) -> int:
 def shut_down() -> None:
     """Stop serving: requests in flight are answered first."""
     serve.shutdown()
-    ray.shutdown()
+    stop_ray()

@@ -29,6 +29,7 @@ from supple.train.job import Elastic, Job, TrainingError
 from supple.train.ledger import Ledger
 from supple.train.mailbox import Mailbox
 from supple.train.member import Identity, LeaveLoop
+from supple.train.rendezvous import Address
 from supple.train.script import (
     load,
     memory_advice,
@@ -48,7 +49,7 @@ class WorkerSetup:
     worker_id: WorkerId
     spec: TrainSpec
     run_path: str
-    rendezvous: tuple[str, int]
+    rendezvous: Address
     host: str | None
     """The address to listen on; None: the one Ray knows this node by."""
     rehearsal_size: int

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from supple.core.latency import LatencyProfile
-from supple.core.spec import SpecError, parse_duration
+from supple.core.spec import SpecError, check_name, parse_duration
 from supple.core.types import ParallelLayout
 
 MAX_REPLICAS = 65_536
@@ -20,7 +20,6 @@ MAX_BATCH = 65_536
 
 _SMALL_UNIT_S = {"ms": 1e-3, "us": 1e-6}
 _SLO = re.compile(r"p(\d+(?:\.\d+)?)=(.+)")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HOST = re.compile(r"[A-Za-z0-9.:%_-]{1,253}|\[[0-9A-Fa-f.:%]{2,80}\]")
 _LOOPBACK_NAMES = frozenset({"localhost"})
 
@@ -187,11 +186,7 @@ class ServeSpec:
     """Most the service may cost; money, so it needs a price."""
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise SpecError(
-                f"the service name {self.name!r} is not usable as a folder: use up to 64 letters, "
-                "digits, '.', '_' and '-'."
-            )
+        check_name(self.name)
         if not self.target.strip():
             raise SpecError("no model was named: give FILE.py:CLASS, as in app.py:Model.")
         check_replicas(

@@ -39,6 +39,20 @@ class SpecError(ValueError):
     """The user asked for something that cannot be. The message is complete."""
 
 
+LONGEST_NAME = 64
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}")
+
+
+def check_name(name: str) -> None:
+    """Raise `SpecError` unless a job or a service may be called so: the name is a folder's and a
+    socket's too."""
+    if not _NAME.fullmatch(name):
+        raise SpecError(
+            f"the name {name!r} is not usable as a folder: use up to {LONGEST_NAME} letters, "
+            "digits, '.', '_' and '-', and begin with a letter or digit."
+        )
+
+
 def check_one_of(value: object, known: Iterable[str], *, what: str, advice: str = "") -> None:
     """Raise `SpecError` with all of `known` unless `value` is one of them, letter for letter."""
     names = tuple(known)
@@ -229,11 +243,7 @@ class TrainSpec:
     price_per_hour: float | None = None
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
-            raise SpecError(
-                f"the job name {self.name!r} is not usable as a folder: use up to 64 letters, "
-                "digits, '.', '_' and '-'."
-            )
+        check_name(self.name)
         check_one_of(self.batch, get_args(BatchMode), what="batch")
         check_one_of(self.lr_rule, get_args(LrRule), what="lr_rule")
         check_one_of(self.on_non_finite, get_args(OnNonFinite), what="on_non_finite")

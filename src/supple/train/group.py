@@ -17,37 +17,16 @@ from typing import Any, final
 import torch
 import torch.distributed
 
-from supple.core.spec import SpecError
+from supple.train.rendezvous import Address, Meeting
 
 _c10d: Any = torch.distributed
 """Groups outside the registry are used, and torch's type stubs do not know them."""
 _SLICE = timedelta(milliseconds=20)
 _LAST_RESORT = timedelta(minutes=30)
-_CONNECT = timedelta(seconds=60)
 
 
 class CollectiveFailed(Exception):
     """A peer died, or this generation was aborted: the step in flight must be abandoned."""
-
-
-@final
-class Rendezvous:
-    """The store where the members of every generation find each other.
-
-    Lives with the controller, never with a worker that may die.
-    """
-
-    def __init__(self, host: str, port: int = 0) -> None:
-        try:
-            self._store = _c10d.TCPStore(
-                host, port, is_master=True, wait_for_workers=False, timeout=_CONNECT
-            )
-        except RuntimeError as error:
-            raise SpecError(
-                f"the rendezvous cannot listen on {host}:{port}: {_first_line(error)}. Another "
-                "program has the port: give another --port, or none to take a free one."
-            ) from None
-        self.address: tuple[str, int] = (host, self._store.port)
 
 
 @final
@@ -145,7 +124,7 @@ class Group:
 
 
 def form(
-    rendezvous: tuple[str, int],
+    rendezvous: Address,
     *,
     key: str,
     rank: int,
@@ -157,24 +136,15 @@ def form(
     before all have come. `host` is this worker's address as its peers reach it."""
     outcome: list[Any] = []
     done = threading.Event()
+    meeting = Meeting(rendezvous, key=key, rank=rank, size=size)
 
     def connect() -> None:
-        # A client of its own: an abandoned attempt blocks inside the store, and a shared client
-        # would make the next generation wait for it.
         try:
-            store = _c10d.TCPStore(
-                rendezvous[0],
-                rendezvous[1],
-                is_master=False,
-                wait_for_workers=False,
-                timeout=_CONNECT,
-            )
             options = _c10d.ProcessGroupGloo._Options()
             options._timeout = _LAST_RESORT
             options._threads = 2
             options._devices = [_c10d.ProcessGroupGloo.create_device(hostname=host)]
-            group = _c10d.ProcessGroupGloo(_c10d.PrefixStore(key, store), rank, size, options)
-            outcome.extend((group, store))
+            outcome.append(_c10d.ProcessGroupGloo(meeting, rank, size, options))
         except RuntimeError as error:
             outcome.append(error)
         finally:
@@ -183,11 +153,11 @@ def form(
     threading.Thread(target=connect, daemon=True, name=f"form-{key}").start()
     while not done.wait(_SLICE.total_seconds()):
         if aborted():
+            meeting.leave()
             raise CollectiveFailed("the generation was aborted while its group was being formed")
-    if len(outcome) == 1:
+    if isinstance(outcome[0], RuntimeError):
         raise CollectiveFailed(_first_line(outcome[0]))
-    group, store = outcome
-    return Group(group, store, rank, size, aborted)
+    return Group(outcome[0], meeting, rank, size, aborted)
 
 
 def _drop(group: list[Any], store: list[Any], inflight: list[Any]) -> None:

@@ -24,6 +24,7 @@ from supple.core.types import (
 )
 from supple.train.group import CollectiveFailed, Group, form
 from supple.train.mailbox import Mailbox
+from supple.train.rendezvous import Address
 from supple.train.state import TrainState, Transfer, share_state
 
 
@@ -66,7 +67,7 @@ class Identity:
     node_id: str
     host: str
     """Its address as peers reach it."""
-    rendezvous: tuple[str, int]
+    rendezvous: Address
 
 
 @final

@@ -1,0 +1,96 @@
+"""One folder for a Ray that is started on this machine and for all that belongs to it: its sockets
+and logs, and what HAProxy is started with. It goes when Ray has ended, and the folder of a process
+that was killed goes when the next one makes its own."""
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Final, final
+
+from supple.cluster.runtime_dir import is_private, temporary
+from supple.core.spec import SpecError
+
+_PREFIX: Final = "supple-ray-"
+_LONGEST: Final = 107 - len("/r/session_2026-11-30_05-30-20_158092_4194304/sockets/plasma_store")
+"""Bytes in the folder's path, so that those of Ray's sockets are not too long."""
+
+
+@final
+class RayFolder:
+    """Closed to other users. Locked for as long as it is used: one that nobody has locked was left
+    by a process that was killed."""
+
+    def __init__(self, longest: int = _LONGEST) -> None:
+        """Make it, with a path of at most `longest` bytes, and remove what was left. Raises
+        `SpecError` if it cannot be made."""
+        remove_left()
+        longest = min(longest, _LONGEST) - len(f"/{_PREFIX}12345678")
+        problems: list[str] = []
+        for base in _bases():
+            if len(os.fsencode(base)) > longest:
+                continue
+            try:
+                self.path, self._lock = _made_and_locked(base)
+            except OSError as error:
+                problems.append(f"{base}: {error.strerror}")
+            else:
+                return
+        raise SpecError(
+            f"no folder for Ray's files can be made: {'; '.join(problems) or 'nowhere to try'}. "
+            f"Set TMPDIR to a folder with a path of at most {longest} bytes that you may write to."
+        )
+
+    @property
+    def for_ray(self) -> Path:
+        """What Ray is told: it opens the folder it is given to everybody."""
+        return self.path / "r"
+
+    def remove(self) -> None:
+        """With all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def remove_left() -> None:
+    """Remove the folders that killed processes of this user left."""
+    for base in _bases():
+        for path in base.glob(f"{_PREFIX}*"):
+            lock = _locked(path) if is_private(path, os.geteuid()) else None
+            if lock is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+
+def _bases() -> list[Path]:
+    """Where it may be, the best first: RAY_TMPDIR names a disk for what Ray spills."""
+    named = os.environ.get("RAY_TMPDIR")
+    return list(dict.fromkeys([*([Path(named).resolve()] if named else []), *temporary()]))
+
+
+def _made_and_locked(base: Path) -> tuple[Path, int]:
+    for _ in range(3):  # another process may take it for one that was left, and remove it
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+        lock = _locked(path)
+        if lock is not None and path.exists():
+            return path, lock
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(path, ignore_errors=True)
+    raise OSError(errno.ENOLCK, "folders cannot be locked there")
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor that holds the folder's lock; None if another process does."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
