@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,8 @@ class WorkerBody:
             except LeaveLoop:
                 return
             except BaseException as error:
-                print(user_traceback(error, whole=True))
+                # Into the log alone: the user is told in the end, once.
+                print(user_traceback(error, whole=True), file=sys.stderr)
                 told = (
                     str(error)
                     if isinstance(error, _COMPLETE) and not setup.verbose
