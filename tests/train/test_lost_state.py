@@ -147,6 +147,40 @@ def test_a_break_while_others_compute_costs_the_step_in_flight_alone(
         assert same(a, alone(worlds, f"unbroken-{how}", **spec))
 
 
+def test_a_step_that_is_aborted_in_its_forward_pass_is_not_computed_to_its_end(
+    worlds: list[World],
+) -> None:
+    backwards: list[int] = []
+    held, go_on = threading.Event(), threading.Event()
+
+    def train(job: Job) -> None:
+        model = job.model(build_model)
+        job.optimizer(torch.optim.SGD, lr=1e-3)
+        batches = job.batches(TensorDataset(X, Y), batch_size=BATCH, micro_batch_size=5)
+        for x, y in batches:
+            loss = F.mse_loss(model(x), y)
+            if job.generation == 1 and job.step_count == 4 and not held.is_set():
+                held.set()
+                assert go_on.wait(30)
+            step = job.step_count
+            loss.register_hook(lambda _, step=step: backwards.append(step))
+            job.step(loss)
+
+    world = World("in-forward", train)
+    worlds.append(world)
+    world.start("a")
+    backwards.clear()
+    world.form(1, ["a"])
+    assert held.wait(30)
+    world.abort(1, ["a"])
+    go_on.set()
+    assert world.stopped(1, ["a"]) == [4]
+    assert 4 not in backwards
+    world.form(2, ["a"])
+    assert world.finished(["a"]) == [NUM_STEPS]
+    assert backwards == [step for step in range(NUM_STEPS) for _ in range(2)]
+
+
 def die_half_way(world: World, generation: int, member: str, source: TrainState) -> None:
     """Be the only source of `generation`, rank 0 beside `member`, until the first message of the
     tensors has been sent."""
