@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from supple.core.types import WorkerStopped
+from supple.core.types import CheckpointFailed, WorkerStopped
 from supple.train.checkpoint import CheckpointStore
 from supple.train.group import form
 from supple.train.job import Job, TrainingError
@@ -147,6 +147,40 @@ def test_a_break_while_others_compute_costs_the_step_in_flight_alone(
         assert same(a, alone(worlds, f"unbroken-{how}", **spec))
 
 
+def test_a_step_that_is_aborted_in_its_forward_pass_is_not_computed_to_its_end(
+    worlds: list[World],
+) -> None:
+    backwards: list[int] = []
+    held, go_on = threading.Event(), threading.Event()
+
+    def train(job: Job) -> None:
+        model = job.model(build_model)
+        job.optimizer(torch.optim.SGD, lr=1e-3)
+        batches = job.batches(TensorDataset(X, Y), batch_size=BATCH, micro_batch_size=5)
+        for x, y in batches:
+            loss = F.mse_loss(model(x), y)
+            if job.generation == 1 and job.step_count == 4 and not held.is_set():
+                held.set()
+                assert go_on.wait(30)
+            step = job.step_count
+            loss.register_hook(lambda _, step=step: backwards.append(step))
+            job.step(loss)
+
+    world = World("in-forward", train)
+    worlds.append(world)
+    world.start("a")
+    backwards.clear()
+    world.form(1, ["a"])
+    assert held.wait(30)
+    world.abort(1, ["a"])
+    go_on.set()
+    assert world.stopped(1, ["a"]) == [4]
+    assert 4 not in backwards
+    world.form(2, ["a"])
+    assert world.finished(["a"]) == [NUM_STEPS]
+    assert backwards == [step for step in range(NUM_STEPS) for _ in range(2)]
+
+
 def die_half_way(world: World, generation: int, member: str, source: TrainState) -> None:
     """Be the only source of `generation`, rank 0 beside `member`, until the first message of the
     tensors has been sent."""
@@ -242,6 +276,33 @@ def test_a_thing_that_cannot_be_kept_is_refused_before_the_first_step() -> None:
         kept(nn.Linear(1, 1), name="average")
     with pytest.raises(TrainingError, match=r"keep\('x', .*in the loop: put it before job\.batch"):
         kept(nn.Linear(1, 1), late=True)
+
+
+def test_a_kept_object_that_fails_to_save_in_mid_run_costs_the_checkpoint_alone(
+    worlds: list[World], tmp_path: Path
+) -> None:
+    class Late(Average):
+        def state_dict(self) -> dict[str, Any]:
+            if self.num_updates >= 4:
+                raise KeyError("lost")
+            return super().state_dict()
+
+    def train(job: Job) -> None:
+        model = job.model(build_model)
+        job.optimizer(torch.optim.SGD, lr=1e-3)
+        late = Late(model)
+        job.keep("late", late)
+        for x, y in job.batches(TensorDataset(X, Y), batch_size=BATCH):
+            job.step(F.mse_loss(model(x), y))
+            late.update(model)
+
+    world = World("late", train, tmp_path, checkpoint_every_s=0.0)
+    worlds.append(world)
+    world.start("a")
+    world.form(1, ["a"])
+    assert world.finished(["a"]) == [NUM_STEPS]
+    refused = [event.error for event in world.seen["a"] if isinstance(event, CheckpointFailed)]
+    assert refused[-1].startswith(f"step {NUM_STEPS} cannot be saved in {tmp_path}: KeyError")
 
 
 def test_a_learning_rate_of_numpy_can_be_saved(tmp_path: Path) -> None:

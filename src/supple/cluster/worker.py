@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,8 @@ class WorkerBody:
             except LeaveLoop:
                 return None
             except BaseException as error:
-                print(user_traceback(error, whole=True))
+                # Into the log alone: the user is told in the end, once.
+                print(user_traceback(error, whole=True), file=sys.stderr)
                 told = "" if setup.verbose else shared_memory_advice(error)
                 if isinstance(error, _COMPLETE) and not setup.verbose:
                     told = str(error)

@@ -61,7 +61,8 @@ class StepEngine:
         )
         self._reducer = self._tree or GradientReducer(params, changed_buffers, num_stats)
         self._noise_meter = NoiseMeter(self._reducer.buckets, optimizer)
-        names = {param: name for name, param in model.named_parameters() if param.requires_grad}
+        trained = set(params)
+        names = {param: name for name, param in model.named_parameters() if param in trained}
         self.finite = FiniteSteps(spec.on_non_finite, names)
         self.optimizer_name = type(optimizer).__name__
         self.gradient_bytes = sum(param.numel() * param.element_size() for param in params)
@@ -119,8 +120,8 @@ class StepEngine:
 
         A step that is left out because it is not finite counts, with its samples, and updates
         nothing. Raises `CollectiveFailed` with nothing changed (call `abandon`), and
-        `TrainingError` where a step that is not finite must stop the job: the state is that of the
-        step before.
+        `TrainingError` where a step that is not finite must stop the job (the state is that of the
+        step before), or where an update has made the weights so.
         """
         stats = self._reducer.finish()
         self.meter.lap("sync")

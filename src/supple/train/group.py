@@ -43,6 +43,11 @@ class Group:
         self._aborted = aborted
         self._inflight: list[Any] = []
 
+    @property
+    def is_aborted(self) -> bool:
+        """Must whatever this group is doing be given up?"""
+        return self._aborted()
+
     def all_reduce(self, tensor: torch.Tensor) -> Any:
         """Start summing `tensor` over all ranks in place; returns the work to `wait` for."""
         return self._start(lambda: self._group.allreduce([tensor]))

@@ -7,7 +7,6 @@ the middle of the run. Whatever happens to the membership happens inside `job.st
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -23,23 +22,12 @@ from supple.train.engine import StepEngine, TrainingError
 from supple.train.group import CollectiveFailed, Group
 from supple.train.ledger import Ledger
 from supple.train.loader import Loader, MicroBatch, make_loader
-from supple.train.mailbox import Mailbox
-from supple.train.member import Identity, Membership
+from supple.train.member import Elastic, Membership
 from supple.train.rate import LearningRate, constant
 from supple.train.rehearsal import Rehearsal, check_kept
 from supple.train.reporter import Reporter
 from supple.train.saver import Saver
 from supple.train.state import TrainState
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Elastic:
-    """What makes a job elastic: who this worker is, and its line to the controller."""
-
-    identity: Identity
-    mailbox: Mailbox
-    rehearsal_size: int
-    """Workers expected in the first generation: it sets the shape of the rehearsed batch."""
 
 
 @final
@@ -193,7 +181,10 @@ class Job:
             loss.backward()
             self._state.optimizer.step()
             return False
-        self._steps.backward(loss, micro, self._group, self._heard_of_next)
+        group = self._group
+        if group is not None and group.is_aborted:  # what is left of this step would be for nothing
+            return self._abandon("the generation was aborted")
+        self._steps.backward(loss, micro, group, self._heard_of_next)
         return self._commit(clip_norm) if micro.is_last else False
 
     def report(self, **metrics: Tensor | float) -> None:
@@ -278,9 +269,7 @@ class Job:
         try:
             someone_heard = steps.commit(clip_norm, self._fraction())
         except CollectiveFailed as failure:
-            steps.abandon()
-            self._rejoin(str(failure))
-            return False
+            return self._abandon(str(failure))
         self._publish()
         if self.rank == 0 and self._saver.due():
             self._saver.behind(self._state, self.scalars(), self.generation)
@@ -288,6 +277,11 @@ class Job:
         if someone_heard:
             self._rejoin("")
         return True
+
+    def _abandon(self, error: str) -> bool:
+        self._steps.abandon()
+        self._rejoin(error)
+        return False
 
     def _heard_of_next(self) -> bool:
         return self._membership is not None and self._membership.heard_of_next()

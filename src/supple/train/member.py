@@ -70,6 +70,16 @@ class Identity:
     rendezvous: Address
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Elastic:
+    """What makes a job elastic: who this worker is, and its line to the controller."""
+
+    identity: Identity
+    mailbox: Mailbox
+    rehearsal_size: int
+    """Workers expected in the first generation: it sets the shape of the rehearsed batch."""
+
+
 @final
 class Membership:
     """The generation this worker is in, if any."""
