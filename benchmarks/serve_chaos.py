@@ -10,9 +10,9 @@ A request is lost unless the right answer comes back with 200. HAProxy killed wi
 the connections that are open: those requests alone are asked again, and counted as `cut`. A scale
 event is a replica that came or went because the number wanted changed.
 
-`refused_longest_s` is the longest time from a refused or cut connection to the next good answer,
-`unanswered_longest_s` that between any two good answers: a single replica that is killed leaves as
-much as it takes to start another.
+`refused_longest_s` is the longest time from a refused or cut connection to the next that is taken,
+`unanswered_longest_s` that between any two good answers: a single replica that is killed, by a kill
+or twice by poison, leaves as much as it takes to start another, while requests wait.
 """
 
 import argparse
@@ -40,9 +40,9 @@ from supple.cluster import ingress, scrape, serving
 from supple.core.serve_spec import ServeSpec, parse_slo
 
 _NAME = "chaos"
-_COUNTS = [1, 5, 2, 6, 1, 4]
+_COUNTS = [1, 5, 2, 6, 3, 4]
 _REST_S, _PATIENCE_S = 0.5, 20.0
-_FAULT_EVERY_S = 6.0
+_FAULT_EVERY_S = 8.0
 _FAULTS = (
     *("kill", "poison", "kill", "haproxy", "kill", "bomb", "kill", "slow", "kill", "kill"),
     *("refused update", "kill", "manager", "kill"),
@@ -85,6 +85,7 @@ class Load:
                 try:
                     if connection is None:
                         connection = await asyncio.open_connection("127.0.0.1", self.port)
+                        self._accepted()
                     asking = self.ask(*connection, chooser, apart=fresh)
                     wrong, keep = await asyncio.wait_for(asking, _ANSWER_S)
                 except (OSError, EOFError, TimeoutError, ValueError) as error:
@@ -115,11 +116,14 @@ class Load:
         self.num_cut += cut
         return cut
 
+    def _accepted(self) -> None:
+        if self._refused_s is not None:
+            refused_s = time.monotonic() - self._refused_s
+            self.refused_longest_s = max(self.refused_longest_s, refused_s)
+            self._refused_s = None
+
     def _answered(self) -> None:
         now_s = time.monotonic()
-        if self._refused_s is not None:
-            self.refused_longest_s = max(self.refused_longest_s, now_s - self._refused_s)
-            self._refused_s = None
         self.unanswered_longest_s = max(self.unanswered_longest_s, now_s - self._answered_s)
         self._answered_s = now_s
 
@@ -145,7 +149,7 @@ class Load:
         content = await reader.readexactly(int(headers.get("content-length", "0")))
         keep = headers.get("connection") != "close"
         if lines[0].split()[1] != "200":
-            return f"{lines[0]} {content[:80]!r}", keep
+            return f"{lines[0]} {content[:60]!r} of {headers.get('server', 'haproxy')}", keep
         answer = json.loads(content)["outputs"][0]["data"]
         return "" if answer == [n + 1 for n in numbers] else f"wrong answer {answer}", keep
 
