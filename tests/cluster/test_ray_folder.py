@@ -12,9 +12,11 @@ import pytest
 
 from supple.cluster import ray_folder
 from supple.cluster.ray_folder import RayFolder
+from supple.core.serve_spec import ServeSpec, Slo
 from supple.core.spec import SpecError
 from tests.cluster.runs import ROOT
 
+SPEC = ServeSpec(name="app", target="app.py:Model", slo=Slo(share=0.99, within_s=0.1))
 _MAKE = (
     "import sys; from supple.cluster.ray_folder import RayFolder; folder = RayFolder(); "
     "(folder.path / 'file').touch(); print(folder.path, flush=True); sys.stdin.read()"
@@ -87,3 +89,20 @@ def test_a_path_too_long_for_the_sockets_in_it_is_not_used(
     monkeypatch.setattr(ray_folder, "temporary", lambda: [long])
     with pytest.raises(SpecError, match="Set TMPDIR to a folder with a path of at most"):
         RayFolder()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Serve's own, when it is imported
+def test_all_that_haproxy_is_started_with_is_in_the_folder_and_not_where_others_write(
+    tmp_path: Path,
+) -> None:
+    from supple.cluster import ingress
+
+    if ingress.haproxy() is None:
+        pytest.skip("Ray Serve comes without HAProxy here")
+    settings = ingress.environment(SPEC, tmp_path)
+    paths = {name: value for name, value in settings.items() if value.startswith("/")}
+    assert len(paths) == 6
+    for name, value in paths.items():
+        assert Path(value) == tmp_path or Path(value).parent == tmp_path, name
+    script = Path(settings["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    assert script.stat().st_mode & 0o077 == 0
