@@ -42,7 +42,8 @@ class Saver:
         def told(path: str, error: str) -> None:
             self._tell(step, generation, path, error)
 
-        self._store.save_async(step, state.payload(scalars), _meta(state, scalars), told)
+        meta = _meta(state, scalars, generation)
+        self._store.save_async(step, state.payload(scalars), meta, told)
 
     def finish(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
         """The run is at its end: save it, after what is still being written. The outcome is told as
@@ -51,16 +52,16 @@ class Saver:
             return
         self._store.wait()
         try:
-            path, error = self.now(state, scalars), ""
+            path, error = self.now(state, scalars, generation), ""
         except CheckpointError as problem:
             path, error = "", str(problem)
         self._tell(int(scalars["step"]), generation, path, error)
 
-    def now(self, state: TrainState, scalars: dict[str, Any]) -> str:
+    def now(self, state: TrainState, scalars: dict[str, Any], generation: int) -> str:
         """Write before returning; the path. Raises `CheckpointError`."""
         assert self._store is not None, "our bug: a job without a run folder was told to save"
-        path = self._store.save(int(scalars["step"]), state.payload(scalars), _meta(state, scalars))
-        return str(path)
+        meta = _meta(state, scalars, generation)
+        return str(self._store.save(int(scalars["step"]), state.payload(scalars), meta))
 
     def load(self, path: str, state: TrainState) -> dict[str, Any]:
         """Restore `state` from `path`; the job's scalars. Raises `CheckpointError`."""
@@ -79,5 +80,9 @@ class Saver:
         )
 
 
-def _meta(state: TrainState, scalars: dict[str, Any]) -> dict[str, Any]:
-    return {"step": scalars["step"], "signature": state.signature()}
+def _meta(state: TrainState, scalars: dict[str, Any], generation: int) -> dict[str, Any]:
+    return {
+        "step": scalars["step"],
+        "generation": generation,
+        "signature": state.signature(),
+    }
