@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from supple.core.spec import SpecError
-from supple.train.group import CollectiveFailed, Group, Rendezvous, form
+from supple.train.group import CollectiveFailed, Group, Rendezvous, form, key_of
 from tests.train.ranks import come_late, rendezvous, run_ranks
 
 
@@ -124,3 +124,14 @@ def test_a_port_in_use_is_refused_with_the_port_and_what_to_do() -> None:
     port = taken.address[1]
     with pytest.raises(SpecError, match=f"127.0.0.1:{port}.*--port"):
         Rendezvous("127.0.0.1", port)
+
+
+def test_the_store_keeps_the_keys_of_one_generation() -> None:
+    store = Rendezvous("127.0.0.1")
+    listening = store._store
+    for generation in range(1, 4):
+        for rank in range(2):
+            listening.set(f"{key_of('job', generation)}/{rank}", "address")
+    listening.set("another/1/0", "address")
+    store.forget_all_but(key_of("job", 3))
+    assert sorted(listening.list_keys()) == ["another/1/0", "job/3/0", "job/3/1"]

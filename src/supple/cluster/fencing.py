@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import final
 
+from supple.cluster.patience import in_a_thread
 from supple.core.types import WorkerId
 from supple.train.fence import Fence, next_run
 
@@ -57,7 +59,7 @@ class FenceKeeper:
         while self._wanted is not None and self._written != self._wanted:
             fence = self._wanted
             try:
-                await asyncio.to_thread(fence.write, self._folder)
+                await in_a_thread(partial(fence.write, self._folder))
             except OSError as error:
                 self._say(error.strerror or str(error))
                 self._tried.set()

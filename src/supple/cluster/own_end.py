@@ -28,35 +28,40 @@ def watch(barrier: Barrier, store: CheckpointStore) -> None:
     def is_orphan() -> bool:
         return raylet is not None and os.getppid() != raylet
 
-    watcher = _Watcher(barrier, store, is_orphan)
+    watcher = Watcher(barrier, store, is_orphan)
     threading.Thread(target=watcher.run, daemon=True, name="own-end").start()
 
 
 @final
-class _Watcher:
+class Watcher:
+    """Calls `leave` with the exit code once this process is an orphan, or out."""
+
     def __init__(
         self,
         barrier: Barrier,
         store: CheckpointStore,
         is_orphan: Callable[[], bool],
         leave: Callable[[int], None] = os._exit,
+        *,
+        every_s: float = _LOOK_EVERY_S,
+        grace_s: float = _GRACE_S,
     ) -> None:
         self._barrier = barrier
         self._store = store
         self._is_orphan = is_orphan
         self._leave = leave
+        self._every_s = every_s
+        self._grace_s = grace_s
 
     def run(self) -> None:
         orphan_since: float | None = None
-        while True:
-            if self._barrier.why_out():
-                break
+        while not self._barrier.why_out():
             if self._is_orphan():
                 orphan_since = orphan_since or time.monotonic()
                 alone_s = time.monotonic() - orphan_since
-                if alone_s > _GRACE_S + (_SAVING_S if self._store.is_writing else 0.0):
+                if alone_s > self._grace_s + (_SAVING_S if self._store.is_writing else 0.0):
                     break
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(self._every_s)
         self._leave(1)
 
 

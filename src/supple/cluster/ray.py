@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import re
-import time
+import subprocess
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +19,11 @@ from typing import Any, final
 
 import psutil
 import ray
-from ray._private import state as ray_state
 from ray._private import worker as ray_worker
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 
+from supple.cluster.afterwards import watch_over
+from supple.cluster.cluster_watch import ClusterWatch, own_servers
 from supple.cluster.fencing import FenceKeeper
 from supple.cluster.life import Life, Sight, Sights
 from supple.cluster.starting import to_its_end
@@ -39,7 +40,6 @@ from supple.core.types import (
     KillWorker,
     LossCause,
     Noticed,
-    PreemptionNoticed,
     Progress,
     SaveCheckpoint,
     StartWorker,
@@ -47,16 +47,13 @@ from supple.core.types import (
     WorkerId,
     WorkerLost,
 )
-from supple.train.group import Rendezvous
+from supple.train.group import Rendezvous, key_of
 
 _POLL_S = 0.5
 _LOOK_S = 1.0
 """A poll that is out for so long makes its worker's process be looked at."""
 _REASON_S = 0.1
 """Ray may know why a process ended, and is given so long to tell."""
-_NOTICES_EVERY_S = 1.0
-_NO_DEADLINE_S = 30.0
-"""What a node is taken to have left that drains without a deadline."""
 _LEAVE_S = 5.0
 """How long a worker that was let go may take to unwind its function before it is killed."""
 
@@ -68,6 +65,9 @@ _HEALTH = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Ray's own detection of a dead node takes 14 to 64 s by default; these make it seconds."""
+
+_guards: list[subprocess.Popen[bytes]] = []
+"""At most one. It ends what its raylet leaves behind when this process ends or starts Ray anew."""
 
 
 def connect(spec: TrainSpec) -> None:
@@ -96,6 +96,7 @@ def connect(spec: TrainSpec) -> None:
                     include_dashboard=False,
                     **quiet,
                 )
+                _guard()
             else:
                 ray.init(address=spec.address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -103,6 +104,15 @@ def connect(spec: TrainSpec) -> None:
             f"no Ray cluster answers at {spec.address}: {str(error).splitlines()[0]}. Check the "
             "address with `ray status`, or leave --address out to train on this machine."
         ) from None
+
+
+def _guard() -> None:
+    while _guards:
+        _guards.pop().communicate()
+    raylet = next((p for p in own_servers() if p.name() == "raylet"), None)
+    guard = None if raylet is None else watch_over(raylet.pid)
+    if guard is not None:
+        _guards.append(guard)
 
 
 @dataclass(slots=True)
@@ -147,7 +157,8 @@ class RayBackend:
         self._workers: dict[WorkerId, _Worker] = {}
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._fence_keeper = FenceKeeper(Path(run_path) / "checkpoints", self._notice)
-        self._notices: asyncio.Task[None] | None = None
+        self._cluster = ClusterWatch(self._job_id, self._queue.put_nowait, lambda: self.nodes)
+        self._watching: asyncio.Task[None] | None = None
         remote: Any = ray.remote
         make_actor_class = remote(
             concurrency_groups={"train": 1, "poll": 1, "post": 1}, max_restarts=0
@@ -164,8 +175,9 @@ class RayBackend:
         return {worker_id: w.node_id for worker_id, w in self._workers.items() if w.node_id}
 
     async def events(self) -> AsyncIterator[Event]:
-        if self._spec.address is not None:
-            self._notices = asyncio.ensure_future(self._watch_notices())
+        watch, address = self._cluster, self._spec.address
+        looking = watch.watch_own() if address is None else watch.watch_head(address)
+        self._watching = asyncio.ensure_future(looking)
         while True:
             yield await self._queue.get()
 
@@ -187,6 +199,8 @@ class RayBackend:
             case FormGroup() | AnnounceGeneration() | AbortGeneration():
                 if isinstance(action, FormGroup):
                     self._generation = action.generation
+                    key = key_of(self._job_id, action.generation)
+                    await asyncio.to_thread(self._rendezvous.forget_all_but, key)
                     await self._know_workers()
                 for worker_id in action.members:
                     self._post(worker_id, action)
@@ -194,8 +208,8 @@ class RayBackend:
                 return
 
     async def close(self) -> None:
-        if self._notices is not None:
-            self._notices.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
         for worker_id in list(self._workers):
             self._kill(worker_id)
         self._workers.clear()
@@ -208,33 +222,6 @@ class RayBackend:
 
     def _notice(self, text: str) -> None:
         self._queue.put_nowait(Noticed(job_id=self._job_id, generation=0, text=text))
-
-    async def _watch_notices(self) -> None:
-        """Tell of nodes that the platform is about to take, which Ray calls draining."""
-        told: set[WorkerId] = set()
-        while True:
-            await asyncio.sleep(_NOTICES_EVERY_S)
-            try:
-                draining: dict[str, int] = await asyncio.to_thread(
-                    ray_state.state.get_draining_nodes
-                )
-            except (RayError, ConnectionError, RuntimeError):
-                continue
-            for node_id, deadline_ms in draining.items():
-                there = tuple(w for w, node in self.nodes.items() if node == node_id)
-                there = tuple(worker_id for worker_id in there if worker_id not in told)
-                if not there:
-                    continue
-                told.update(there)
-                left_s = deadline_ms / 1000 - time.time() if deadline_ms else _NO_DEADLINE_S
-                self._queue.put_nowait(
-                    PreemptionNoticed(
-                        job_id=self._job_id,
-                        generation=0,
-                        worker_ids=there,
-                        deadline=time.monotonic() + max(0.0, left_s),
-                    )
-                )
 
     # -- one worker ------------------------------------------------------------------------
 
@@ -347,8 +334,7 @@ class RayBackend:
         if worker.leaving or self._workers.pop(worker_id, None) is None:
             return
         # Its process may live on, and what it started may hold its place in the cluster.
-        with contextlib.suppress(RayError):
-            ray.kill(worker.actor)
+        self._let_ray_kill(worker)
         await self._know_workers()
         self._queue.put_nowait(
             WorkerLost(
@@ -379,13 +365,17 @@ class RayBackend:
         if worker is None:
             return
         worker.leaving = True
-        with contextlib.suppress(RayError):
-            ray.kill(worker.actor)
+        self._let_ray_kill(worker)
         if worker.sight is not None:
             worker.sight.kill()
         for task in worker.tasks:
             if task is not asyncio.current_task():
                 task.cancel()
+
+    def _let_ray_kill(self, worker: _Worker) -> None:
+        if not self._cluster.is_lost:  # the call would wait for a GCS that does not answer
+            with contextlib.suppress(RayError):
+                ray.kill(worker.actor)
 
     def _spawn(self, worker: _Worker, work: Coroutine[Any, Any, None]) -> None:
         worker.tasks.append(asyncio.ensure_future(work))

@@ -49,6 +49,13 @@ class Rendezvous:
             ) from None
         self.address: tuple[str, int] = (host, self._store.port)
 
+    def forget_all_but(self, key: str) -> None:
+        """Delete what the members of the same job's other generations than that of `key` left."""
+        job = key.rpartition("/")[0]
+        for name in self._store.list_keys():
+            if name.startswith(f"{job}/") and not name.startswith(f"{key}/"):
+                self._store.delete_key(name)
+
 
 @final
 class Group:
@@ -142,6 +149,11 @@ class Group:
             raise CollectiveFailed(_first_line(error)) from None
         self._inflight.append(work)
         return work
+
+
+def key_of(job_id: str, generation: int) -> str:
+    """Where the members of a generation find each other in the store."""
+    return f"{job_id}/{generation}"
 
 
 def form(

@@ -22,7 +22,7 @@ from supple.core.types import (
     WorkerReady,
     WorkerStopped,
 )
-from supple.train.group import CollectiveFailed, Group, form
+from supple.train.group import CollectiveFailed, Group, form, key_of
 from supple.train.mailbox import Mailbox
 from supple.train.state import TrainState, Transfer, share_state
 
@@ -141,7 +141,7 @@ class Membership:
         aborted: Callable[[], bool] = lambda: self._mailbox.is_aborted(generation)  # noqa: E731
         group = self.group = form(
             me.rendezvous,
-            key=f"{me.job_id}/{generation}",
+            key=key_of(me.job_id, generation),
             rank=command.members.index(me.worker_id),
             size=len(command.members),
             host=me.host,
