@@ -164,8 +164,18 @@ def train(
     cpus_per_worker: Annotated[float, typer.Option(help="Cores a worker reserves.")] = 1.0,
     gpus_per_worker: Annotated[float, typer.Option(help="GPUs a worker reserves.")] = 0.0,
     heartbeat_timeout: Annotated[
-        str, typer.Option(help="Silence after which a worker is given up.")
+        str,
+        typer.Option(
+            help="After it, a worker whose process is stopped or unreachable is given up."
+        ),
     ] = "4s",
+    unresponsive_timeout: Annotated[
+        str,
+        typer.Option(
+            help="The same for one whose process runs while its interpreter does not answer (a "
+            "long call into C)."
+        ),
+    ] = "10m",
     max_failures: Annotated[
         int, typer.Option(help="Losses in a row without progress that are retried.")
     ] = 3,
@@ -206,6 +216,9 @@ def train(
             cpus_per_worker=cpus_per_worker,
             gpus_per_worker=gpus_per_worker,
             heartbeat_timeout_s=parse_duration(heartbeat_timeout, what="--heartbeat-timeout"),
+            unresponsive_timeout_s=parse_duration(
+                unresponsive_timeout, what="--unresponsive-timeout"
+            ),
             max_failures=max_failures,
             on_non_finite=parse_on_non_finite(on_non_finite),
             max_steps=max_steps,

@@ -36,6 +36,7 @@ OPTIONS = {
     "cpus_per_worker": "--cpus-per-worker",
     "gpus_per_worker": "--gpus-per-worker",
     "heartbeat_timeout_s": "--heartbeat-timeout",
+    "unresponsive_timeout_s": "--unresponsive-timeout",
     "max_failures": "--max-failures",
     "on_non_finite": "--on-non-finite",
     "max_steps": "--max-steps",

@@ -99,7 +99,10 @@ def test_all_workers_gone_go_on_from_the_newest_checkpoint() -> None:
 def test_a_silent_worker_is_killed_and_treated_as_lost() -> None:
     job = running(2)
     assert job.tick(4.0, hearing="w0") == []
-    reason = "no heartbeat for 4.2 s (allowed: 4 s)"
+    reason = (
+        "no heartbeat for 4.2 s, its process is stopped or cannot be reached (allowed: 4 s, "
+        "--heartbeat-timeout)"
+    )
     assert job.tick(0.25, hearing="w0") == [
         job.kill("w1", reason),
         job.abort("w0"),
@@ -110,7 +113,11 @@ def test_a_silent_worker_is_killed_and_treated_as_lost() -> None:
 def test_a_starting_worker_may_be_silent_for_two_minutes() -> None:
     job = Driver(1, 2)
     assert job.tick(120.0) == []
-    assert job.tick(0.25)[0] == job.kill("w0", "no heartbeat for 120.2 s (allowed: 120 s)")
+    reason = (
+        "no heartbeat for 120.2 s, its process is stopped or cannot be reached (allowed: 120 s, "
+        "while it starts)"
+    )
+    assert job.tick(0.25)[0] == job.kill("w0", reason)
 
 
 def test_a_controller_that_was_suspended_blames_nobody() -> None:

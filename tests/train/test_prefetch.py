@@ -2,10 +2,13 @@
 
 import gc
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import count
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -158,3 +161,33 @@ def test_a_closed_prefetcher_starts_again_when_it_is_needed() -> None:
     fetching.close()
     fetching.restart(iter([task(7)]))
     assert fetching.next()[1].tolist() == [7]
+
+
+_PARENT = """
+import multiprocessing, time
+from itertools import count
+from supple.train.prefetch import Prefetcher, Source, Task
+class Stuck:
+    def __getitem__(self, index):
+        time.sleep(3600 if index else 0)
+        return index
+fetching = Prefetcher(Source(dataset=Stuck()), 2, pin_memory=False)
+fetching.restart(Task(indices=(number,), seed=None) for number in count())
+fetching.next()
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")
+def test_the_processes_of_a_killed_worker_end_with_it_whatever_they_do() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", _PARENT], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    assert len(children) == 2
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    # Nobody may ever reap what it leaves: gone, or a zombie that holds nothing open.
+    while any(child.is_running() and child.status() != "zombie" for child in children):
+        pass  # pytest's time-out ends a wait in vain

@@ -1,7 +1,8 @@
 """`RayBackend`: workers are Ray actors, on this machine or on a cluster.
 
-Every worker is watched by one long poll, which brings its events and is its heartbeat. Ray tells
-of a dead process in milliseconds; of a silent one it tells nothing for a minute, which is why the
+Every worker is watched by one long poll, which brings its events and is its heartbeat; while a poll
+does not come back, its node is asked what the process is doing (`life.py`). Of a dead process the
+kernel tells, and Ray knows why; of a silent one Ray tells nothing for a minute, which is why the
 lifecycle counts heartbeats itself.
 """
 
@@ -10,22 +11,22 @@ import contextlib
 import logging
 import os
 import re
-import signal
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, final
 
 import psutil
 import ray
-from ray._private import state as ray_state
 from ray._private import worker as ray_worker
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from supple.cluster.cluster_watch import ClusterWatch
+from supple.cluster.fencing import FenceKeeper
+from supple.cluster.life import Life, Sight, Sights
 from supple.cluster.ray_folder import RayFolder
 from supple.cluster.starting import start_ray, to_its_end
-from supple.cluster.worker import WorkerBody, WorkerSetup
+from supple.cluster.worker import Report, WorkerBody, WorkerSetup
 from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import (
     AbortGeneration,
@@ -37,7 +38,7 @@ from supple.core.types import (
     JobId,
     KillWorker,
     LossCause,
-    PreemptionNoticed,
+    Noticed,
     Progress,
     SaveCheckpoint,
     StartWorker,
@@ -48,9 +49,10 @@ from supple.core.types import (
 from supple.train.rendezvous import Rendezvous
 
 _POLL_S = 0.5
-_NOTICES_EVERY_S = 1.0
-_NO_DEADLINE_S = 30.0
-"""What a node is taken to have left that drains without a deadline."""
+_LOOK_S = 1.0
+"""A poll that is out for so long makes its worker's process be looked at."""
+_REASON_S = 0.1
+"""Ray may know why a process ended, and is given so long to tell."""
 _LEAVE_S = 5.0
 """How long a worker that was let go may take to unwind its function before it is killed."""
 
@@ -95,6 +97,10 @@ class _Worker:
     actor: Any
     pid: int = 0
     node_id: str = ""
+    sight: Sight | None = None
+    """Its process, once it has one."""
+    generation: int = 0
+    step: int = 0
     leaving: bool = False
     tasks: list[asyncio.Task[None]] = field(default_factory=list[asyncio.Task[None]])
 
@@ -121,11 +127,15 @@ class RayBackend:
         self._on_output = on_output
         self._verbose = verbose
         self._host = "127.0.0.1" if spec.address is None else None
-        self._here: str = ray.get_runtime_context().get_node_id()
+        self._sights = Sights(ray.get_runtime_context().get_node_id())
+        self._generation = 0
+        self._num_started = 0
         self._rendezvous = Rendezvous(self._host or ray.util.get_node_ip_address(), spec.port)
         self._workers: dict[WorkerId, _Worker] = {}
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
-        self._notices: asyncio.Task[None] | None = None
+        self._fence_keeper = FenceKeeper(Path(run_path) / "checkpoints", self._notice)
+        self._cluster = ClusterWatch(self._job_id, self._queue.put_nowait, lambda: self.nodes)
+        self._watching: asyncio.Task[None] | None = None
         remote: Any = ray.remote
         make_actor_class = remote(
             concurrency_groups={"train": 1, "poll": 1, "post": 1}, max_restarts=0
@@ -142,61 +152,51 @@ class RayBackend:
         return {worker_id: w.node_id for worker_id, w in self._workers.items() if w.node_id}
 
     async def events(self) -> AsyncIterator[Event]:
-        if self._spec.address is not None:
-            self._notices = asyncio.ensure_future(self._watch_notices())
+        watch, address = self._cluster, self._spec.address
+        looking = watch.watch_own() if address is None else watch.watch_head(address)
+        self._watching = asyncio.ensure_future(looking)
         while True:
             yield await self._queue.get()
 
     async def execute(self, action: Action) -> None:
         match action:
             case StartWorker():
+                if self._num_started == 0:
+                    await self._know_workers()
+                self._num_started += 1
                 self._start(action.worker_id)
             case KillWorker():
-                self._fence(action.worker_id)
+                self._kill(action.worker_id)
+                await self._know_workers()
             case StopWorker():
                 self._post(action.worker_id, action)
                 self._let_go(action.worker_id)
             case SaveCheckpoint():
                 self._post(action.worker_id, action)
             case FormGroup() | AnnounceGeneration() | AbortGeneration():
+                if isinstance(action, FormGroup):
+                    self._generation = action.generation
+                    await self._know_workers()
                 for worker_id in action.members:
                     self._post(worker_id, action)
             case _:
                 return
 
     async def close(self) -> None:
-        if self._notices is not None:
-            self._notices.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
         for worker_id in list(self._workers):
-            self._fence(worker_id)
+            self._kill(worker_id)
         self._workers.clear()
+        self._sights.close()
+        await self._fence_keeper.close()
 
-    async def _watch_notices(self) -> None:
-        """Tell of nodes that the platform is about to take, which Ray calls draining."""
-        told: set[WorkerId] = set()
-        while True:
-            await asyncio.sleep(_NOTICES_EVERY_S)
-            try:
-                draining: dict[str, int] = await asyncio.to_thread(
-                    ray_state.state.get_draining_nodes
-                )
-            except (RayError, ConnectionError, RuntimeError):
-                continue
-            for node_id, deadline_ms in draining.items():
-                there = tuple(w for w, node in self.nodes.items() if node == node_id)
-                there = tuple(worker_id for worker_id in there if worker_id not in told)
-                if not there:
-                    continue
-                told.update(there)
-                left_s = deadline_ms / 1000 - time.time() if deadline_ms else _NO_DEADLINE_S
-                self._queue.put_nowait(
-                    PreemptionNoticed(
-                        job_id=self._job_id,
-                        generation=0,
-                        worker_ids=there,
-                        deadline=time.monotonic() + max(0.0, left_s),
-                    )
-                )
+    async def _know_workers(self) -> None:
+        """Whoever is none of ours any more can write no more, from when this returns."""
+        await self._fence_keeper.know(self._generation, self._num_started, self._workers)
+
+    def _notice(self, text: str) -> None:
+        self._queue.put_nowait(Noticed(job_id=self._job_id, generation=0, text=text))
 
     # -- one worker ------------------------------------------------------------------------
 
@@ -205,6 +205,7 @@ class RayBackend:
             worker_id=worker_id,
             spec=self._spec,
             run_path=self._run_path,
+            run=self._fence_keeper.run,
             rendezvous=self._rendezvous.address,
             host=self._host,
             rehearsal_size=self._rehearsal_size,
@@ -226,27 +227,47 @@ class RayBackend:
             await self._follow(worker_id, worker)
         except Exception as error:
             # Ray ends the process when its last handle goes: a worker nobody follows is lost.
-            self._lose(worker_id, worker, "died", error)
+            await self._lose(worker_id, worker, "died", error)
 
     async def _follow(self, worker_id: WorkerId, worker: _Worker) -> None:
         if not await self._greet(worker_id, worker):
             return
+        assert worker.sight is not None
+        end = asyncio.ensure_future(worker.sight.end())
+        try:
+            while True:
+                try:
+                    report = await self._answer(worker_id, worker, worker.sight, end)
+                except ActorUnavailableError:
+                    await asyncio.wait({end}, timeout=_POLL_S / 2)
+                    continue
+                for event in report.events:
+                    self._queue.put_nowait(event)
+                worker.generation, worker.step = report.generation, report.step
+                self._beat(worker_id, worker)
+                for line in report.output:
+                    self._on_output(line)
+                if report.progress is not None:
+                    self._on_progress(report.progress)
+        finally:
+            end.cancel()
+
+    async def _answer(
+        self, worker_id: WorkerId, worker: _Worker, sight: Sight, end: asyncio.Future[None]
+    ) -> Report:
+        """What the worker's next poll brings. Raises Ray's error for it, or `ProcessGone`."""
+        poll = asyncio.ensure_future(_resolved(worker.actor.poll.remote(_POLL_S)))
+        poll.add_done_callback(_look_at_error)
         while True:
-            try:
-                report = await worker.actor.poll.remote(_POLL_S)
-            except ActorUnavailableError:
-                await asyncio.sleep(_POLL_S / 2)
-                continue
-            except RayError as error:
-                self._lose(worker_id, worker, "died", error)
-                return
-            for event in report.events:
-                self._queue.put_nowait(event)
-            self._beat(worker_id, report.generation, report.step)
-            for line in report.output:
-                self._on_output(line)
-            if report.progress is not None:
-                self._on_progress(report.progress)
+            await asyncio.wait({poll, end}, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+            if not poll.done() and (end.done() or await sight.life() is Life.GONE):
+                await asyncio.wait({poll}, timeout=_REASON_S)
+                if not poll.done():
+                    raise ProcessGone
+            if poll.done():
+                return poll.result()
+            if await sight.life() is Life.RUNNING:
+                self._beat(worker_id, worker, is_answer=False)
 
     async def _greet(self, worker_id: WorkerId, worker: _Worker) -> bool:
         """Wait until the actor exists. Waiting for a free place in the cluster is not silence."""
@@ -256,11 +277,12 @@ class RayBackend:
             done, _ = await asyncio.wait({greeting}, timeout=1.0)
             if done:
                 break
-            self._beat(worker_id, 0, 0)
+            self._beat(worker_id, worker)
         try:
             worker.pid, worker.node_id = greeting.result()
-        except RayError as error:
-            self._lose(worker_id, worker, "start_failed", error)
+            worker.sight = self._sights.of(worker.pid, worker.node_id)
+        except (RayError, psutil.NoSuchProcess) as error:
+            await self._lose(worker_id, worker, "start_failed", error)
             return False
         return True
 
@@ -270,16 +292,25 @@ class RayBackend:
             with contextlib.suppress(RayError):
                 worker.actor.post.remote(action)
 
-    def _beat(self, worker_id: WorkerId, generation: int, step: int) -> None:
+    def _beat(self, worker_id: WorkerId, worker: _Worker, *, is_answer: bool = True) -> None:
         self._queue.put_nowait(
-            Heartbeat(job_id=self._job_id, generation=generation, worker_id=worker_id, step=step)
+            Heartbeat(
+                job_id=self._job_id,
+                generation=worker.generation,
+                worker_id=worker_id,
+                step=worker.step,
+                is_answer=is_answer,
+            )
         )
 
-    def _lose(
+    async def _lose(
         self, worker_id: WorkerId, worker: _Worker, cause: LossCause, error: Exception
     ) -> None:
         if worker.leaving or self._workers.pop(worker_id, None) is None:
             return
+        # Its process may live on, and what it started may hold its place in the cluster.
+        self._let_ray_kill(worker)
+        await self._know_workers()
         self._queue.put_nowait(
             WorkerLost(
                 job_id=self._job_id,
@@ -298,28 +329,28 @@ class RayBackend:
 
         async def end() -> None:
             await asyncio.sleep(_LEAVE_S)
-            self._fence(worker_id)
+            self._kill(worker_id)
+            await self._know_workers()
 
         self._spawn(worker, end())
 
-    def _fence(self, worker_id: WorkerId) -> None:
+    def _kill(self, worker_id: WorkerId) -> None:
         """End a process that may not be able to answer: a stopped one ignores Ray's own request."""
         worker = self._workers.pop(worker_id, None)
         if worker is None:
             return
         worker.leaving = True
-        with contextlib.suppress(RayError):
-            ray.kill(worker.actor)
-        if worker.pid and worker.node_id == self._here:
-            _kill(worker.pid)
-        elif worker.pid:
-            remote_kill = ray.remote(num_cpus=0, max_retries=0)(_kill)
-            place = NodeAffinitySchedulingStrategy(worker.node_id, soft=False)
-            with contextlib.suppress(RayError):
-                remote_kill.options(scheduling_strategy=place).remote(worker.pid)
+        self._let_ray_kill(worker)
+        if worker.sight is not None:
+            worker.sight.kill()
         for task in worker.tasks:
             if task is not asyncio.current_task():
                 task.cancel()
+
+    def _let_ray_kill(self, worker: _Worker) -> None:
+        if not self._cluster.is_lost:  # the call would wait for a GCS that does not answer
+            with contextlib.suppress(RayError):
+                ray.kill(worker.actor)
 
     def _spawn(self, worker: _Worker, work: Coroutine[Any, Any, None]) -> None:
         worker.tasks.append(asyncio.ensure_future(work))
@@ -336,15 +367,14 @@ async def _resolved(reference: Any) -> Any:
     return await reference
 
 
-def _kill(pid: int) -> None:
-    """SIGKILL, if the process is still one of Ray's (its number may have been given again)."""
-    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-        if psutil.Process(pid).name().startswith("ray::"):
-            os.kill(pid, signal.SIGKILL)
+class ProcessGone(Exception):
+    """A worker's process has ended, and Ray does not say why, or does not know it yet."""
 
 
 def in_words(error: Exception) -> str:
     """What became of a worker's process, as far as Ray can tell: it knows no signal numbers."""
+    if isinstance(error, ProcessGone | psutil.NoSuchProcess):
+        return "its process was killed or crashed"
     if not isinstance(error, RayError):
         return f"its answer could not be understood: {_in_one_line(error)}"
     text = str(error)

@@ -13,6 +13,7 @@ import resource
 import secrets
 import shutil
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Final
 import ray
 from ray._private import ray_constants
 
+from supple.cluster.afterwards import watch_over
+from supple.cluster.cluster_watch import own_servers
 from supple.cluster.ray_folder import RayFolder
 from supple.core.spec import SpecError
 
@@ -30,6 +33,8 @@ user to read, and where there is no home it would not start."""
 _LEAST_FREE: Final = 100 * 1024 * 1024
 _LEAST_FILES: Final = 4096
 _folder: RayFolder | None = None
+_guards: list[subprocess.Popen[bytes]] = []
+"""At most one. It ends what its raylet leaves behind when this process ends or starts Ray anew."""
 _set: list[str] = []
 """Names of this process's environment that were set for the Ray that runs."""
 
@@ -65,6 +70,7 @@ def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) 
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder.for_ray),
             )
+            _guard()
     except Exception as error:  # its kind is Ray's own affair, and differs with what is lacking
         _folder = None  # what its logs say stays until the next start
         stop_ray()
@@ -74,6 +80,15 @@ def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) 
         ) from None
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = many_machines
+
+
+def _guard() -> None:
+    while _guards:
+        _guards.pop().communicate()
+    raylet = next((p for p in own_servers() if p.name() == "raylet"), None)
+    guard = None if raylet is None else watch_over(raylet.pid)
+    if guard is not None:
+        _guards.append(guard)
 
 
 def _what_it_lacks(folder: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any, final
 import ray
 import torch
 
+from supple.cluster.own_end import watch
 from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import (
     Action,
@@ -26,6 +27,7 @@ from supple.core.types import (
 )
 from supple.logfile import LogFile
 from supple.train.checkpoint import CheckpointError, CheckpointRefused, CheckpointStore
+from supple.train.fence import Barrier, Writer
 from supple.train.job import Elastic, Job, TrainingError
 from supple.train.ledger import Ledger
 from supple.train.mailbox import Mailbox
@@ -50,6 +52,8 @@ class WorkerSetup:
     worker_id: WorkerId
     spec: TrainSpec
     run_path: str
+    run: int
+    """Which run of the job this is: see `supple.train.fence`."""
     rendezvous: Address
     host: str | None
     """The address to listen on; None: the one Ray knows this node by."""
@@ -125,6 +129,10 @@ class WorkerBody:
             refuse_unless_seen(spec.script, run_path, node=host)
         except SpecError as error:
             return self._lost("raised", str(error))
+        folder = run_path / "checkpoints"
+        barrier = Barrier(folder, Writer(run=setup.run, worker_id=setup.worker_id))
+        store = CheckpointStore(folder, barrier=barrier)
+        watch(barrier, store)
         with self._captured_output(run_path / "logs" / f"{setup.worker_id}.log"):
             try:
                 with without_a_command_line(spec.script):
@@ -142,7 +150,7 @@ class WorkerBody:
                         mailbox=self._mailbox,
                         rehearsal_size=setup.rehearsal_size,
                     ),
-                    checkpoints=CheckpointStore(run_path / "checkpoints"),
+                    checkpoints=store,
                     ledger=Ledger(run_path / "ledger" / f"{setup.worker_id}.jsonl", self._lost_file)
                     if spec.ledger
                     else None,

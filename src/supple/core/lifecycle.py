@@ -16,6 +16,7 @@ from typing import Any
 
 from supple.core.failures import advance, in_short, is_hopeless, lose, strike
 from supple.core.membership import JobState, Phase, Turn
+from supple.core.silence import end_the_silent, forgive, heard
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     Action,
@@ -23,12 +24,13 @@ from supple.core.types import (
     CheckpointFailed,
     CheckpointPassedOver,
     CheckpointSaved,
+    ClusterLost,
     Event,
     FileLost,
     GroupFormed,
     Heartbeat,
     JobId,
-    KillWorker,
+    Noticed,
     PreemptionNoticed,
     StopRequested,
     TargetChanged,
@@ -47,8 +49,6 @@ START_GRACE_S = 10.0
 """The first generation waits so long for the last of its workers, after the first is ready."""
 GROW_GRACE_S = 2.0
 """A worker that stands by waits so long for others that are starting, to join with them."""
-START_TIMEOUT_S = 120.0
-"""A starting worker may be silent so long (imports, building the model)."""
 RETURNED_EARLY = (
     "the training function returned before its first step: it must go on with the loop over "
     "job.batches(...) until that ends by itself"
@@ -89,7 +89,7 @@ def step(state: JobState, event: Event, now: float) -> tuple[JobState, tuple[Act
     if worker_id is not None:
         if worker_id not in state.workers:
             return state, ()
-        turn.see(worker_id, heard_at=now)
+        heard(turn, worker_id, event)
     _ON_EVENT[type(event)](turn, event)
     turn.settle(_RULES)
     return turn.state, tuple(turn.actions)
@@ -215,21 +215,24 @@ def _on_file_lost(_turn: Turn, _event: FileLost) -> None:
     return  # for people and for the ledger's proof: training does not depend on it
 
 
+def _on_cluster_lost(turn: Turn, event: ClusterLost) -> None:
+    turn.set(stop_is_failure=True)
+    if turn.state.stop_reason is None:
+        turn.set(stop_reason=event.reason)
+        turn.decide("stop", 0, f"{event.reason}: saving while the workers still answer")
+
+
+def _on_noticed(turn: Turn, event: Noticed) -> None:
+    turn.decide("keep", len(turn.state.present), event.text)
+
+
 def _on_tick(turn: Turn, _event: Ticked) -> None:
-    state, timeout_s = turn.state, turn.state.spec.heartbeat_timeout_s
-    asleep_s = turn.now - state.ticked_at
+    asleep_s = turn.now - turn.state.ticked_at
     turn.set(ticked_at=turn.now)
-    if asleep_s > timeout_s / 2:  # it is the controller that was suspended: it could hear nobody
-        for worker_id, view in state.workers.items():
-            turn.see(worker_id, heard_at=min(turn.now, view.heard_at + asleep_s))
-        return
-    for worker_id, view in state.workers.items():
-        allowed_s = START_TIMEOUT_S if view.status is WorkerStatus.STARTING else timeout_s
-        silent_s = turn.now - view.heard_at
-        if silent_s > allowed_s and not turn.state.phase.is_over:
-            reason = f"no heartbeat for {silent_s:.1f} s (allowed: {allowed_s:g} s)"
-            turn.act(KillWorker, worker_id=worker_id, reason=reason)
-            lose(turn, worker_id, "silent", reason)
+    if asleep_s > turn.state.spec.heartbeat_timeout_s / 2:
+        forgive(turn, asleep_s)  # it is the controller that was suspended: it could hear nobody
+    else:
+        end_the_silent(turn)
 
 
 _ON_EVENT: dict[type[Event], Callable[[Turn, Any], None]] = {
@@ -243,6 +246,8 @@ _ON_EVENT: dict[type[Event], Callable[[Turn, Any], None]] = {
     BatchChanged: _on_batch,
     PreemptionNoticed: _on_preemption,
     StopRequested: _on_stop,
+    ClusterLost: _on_cluster_lost,
+    Noticed: _on_noticed,
     CheckpointSaved: _on_saved,
     CheckpointFailed: _on_save_failed,
     CheckpointPassedOver: _on_passed_over,

@@ -55,6 +55,11 @@ class WorkerView:
 
     status: WorkerStatus
     heard_at: float
+    """When it, or its node for it, last gave a sign of life."""
+    answered_at: float
+    """When its interpreter last did."""
+    said_unanswered: bool = False
+    """That it does not answer was told since then."""
     node_id: str = ""
     ready_at: float = 0.0
     step: int = -1
@@ -118,6 +123,8 @@ class JobState:
     retry_at: float = 0.0
     """No replacement is asked for before this time."""
     stop_reason: str | None = None
+    stop_is_failure: bool = False
+    """What the job runs on was lost: even a stop that saved is no success."""
     saver: WorkerId | None = None
     ending: bool = False
     """A member has finished: nobody needs to join any more."""
@@ -242,7 +249,7 @@ class Turn:
 
     def ask_for_one(self) -> None:
         worker_id = WorkerId(f"w{self.state.num_started}")
-        view = WorkerView(status=WorkerStatus.STARTING, heard_at=self.now)
+        view = WorkerView(status=WorkerStatus.STARTING, heard_at=self.now, answered_at=self.now)
         self.set(
             workers={**self.state.workers, worker_id: view},
             num_started=self.state.num_started + 1,
@@ -307,6 +314,9 @@ class Turn:
             self.act(SaveCheckpoint, worker_id=holders[0])
 
     def finish(self, reason: str) -> None:
+        if self.state.stop_is_failure:
+            self.fail(reason)
+            return
         self._end(Phase.FINISHED, "finish", reason)
         self.act(FinishJob, reason=reason)
 

@@ -234,6 +234,9 @@ class TrainSpec:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     heartbeat_timeout_s: float = 4.0
+    """A worker whose process is stopped, or out of reach, is given up after so long."""
+    unresponsive_timeout_s: float = 600.0
+    """The same of one whose process runs while its interpreter does not answer."""
     max_failures: int = 3
     """Losses in a row without a committed step between them, after which a job is not retried."""
     on_non_finite: OnNonFinite = "stop"

@@ -168,6 +168,8 @@ class WorkerFinished(Event):
 class Heartbeat(Event):
     worker_id: WorkerId
     step: int
+    is_answer: bool = True
+    """False: its node says that its process runs; its interpreter did not answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +201,20 @@ class StopRequested(Event):
     """Finish the step in flight, save, and end (Ctrl-C)."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterLost(Event):
+    """What every worker runs on is gone for good. Those still there answer for some seconds."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noticed(Event):
+    """Something a person should know. It changes nothing."""
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ A checkpoint is a folder `000007-step-1200`: the seventh save, after step 1200. 
 a temporary folder beside it, flushed to the disk, and renamed; so it is whole or it is not there.
 An older one is removed only after a newer one is whole. The newest is the one saved last, not the
 one of the highest step: a job begun again, or resumed from an earlier step, goes on from there.
+A worker that was given up by its job may be alive, and is kept out (`fence.py`).
 """
 
 import errno
@@ -27,6 +28,7 @@ from supple.train.checkpoint_folder import (
     verify,
     write,
 )
+from supple.train.fence import Barrier
 
 __all__ = ["CheckpointError", "CheckpointInfo", "CheckpointRefused", "CheckpointStore"]
 
@@ -47,13 +49,15 @@ class CheckpointInfo:
 
 @final
 class CheckpointStore:
-    """The checkpoints of one job, in `directory`; keeps the `keep` that were saved last."""
+    """The checkpoints of one job, in `directory`; keeps the `keep` that were saved last. `barrier`:
+    what keeps this writer out once it is no worker of the job any more."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(self, directory: Path, keep: int = 2, *, barrier: Barrier | None = None) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: the last checkpoint is never removed. Keep 1 or more.")
         self._directory = Path(directory)
         self._keep = keep
+        self._barrier = barrier
         self._writing: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -70,12 +74,14 @@ class CheckpointStore:
         checkpoint is as it was and nothing else is left behind.
         """
         with self._lock:
+            self._refuse_if_out(step)
             temporary = self._directory / f"{_TEMPORARY}{os.getpid()}"
             try:
                 self._make_directory()
                 self._remove_leftovers()
                 temporary.mkdir()
-                write(temporary, step, payload, meta)
+                write(temporary, step, payload, {**meta, **self._signed()})
+                self._refuse_if_out(step)
                 number = 1 + max((_number(path) for path in self._paths()), default=0)
                 target = self._directory / f"{number:06d}-step-{step}"
                 os.replace(temporary, target)
@@ -83,8 +89,21 @@ class CheckpointStore:
             except (OSError, RuntimeError, TypeError, ValueError) as error:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise CheckpointError(self._why_not(step, error, payload)) from None
+            except CheckpointError:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            try:
+                self._refuse_if_out(step)  # stopped before the rename, it may have been out by then
+            except CheckpointError:
+                self._remove(target)
+                raise
             self._prune()
             return target
+
+    @property
+    def is_writing(self) -> bool:
+        """Is a checkpoint being written now?"""
+        return self._lock.locked()
 
     def save_async(
         self,
@@ -189,6 +208,20 @@ class CheckpointStore:
         """The message where `step` is not even tried to be saved."""
         return f"step {step} cannot be saved in {self._directory}: {why}. {self._last_good()}"
 
+    def _refuse_if_out(self, step: int) -> None:
+        why = "" if self._barrier is None else self._barrier.why_out()
+        if why:
+            raise CheckpointError(
+                f"step {step} is not saved in {self._directory}: {why}. Only workers that the job "
+                "knows write its checkpoints. Nothing was written; this process ends itself."
+            )
+
+    def _signed(self) -> dict[str, Any]:
+        if self._barrier is None:
+            return {}
+        writer = self._barrier.writer
+        return {"run": writer.run, "worker": writer.worker_id}
+
     def _make_directory(self) -> None:
         if not self._directory.is_dir():
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -203,14 +236,17 @@ class CheckpointStore:
         return sorted((self._directory / name for name in names), key=_number, reverse=True)
 
     def _prune(self) -> None:
-        """Renamed before it is removed, so that a death half-way leaves no half checkpoint."""
         for old in self._paths()[self._keep :]:
-            removing = self._directory / f"{_TEMPORARY}{old.name}"
-            try:
-                os.replace(old, removing)
-            except OSError:
-                continue
-            shutil.rmtree(removing, ignore_errors=True)
+            self._remove(old)
+
+    def _remove(self, path: Path) -> None:
+        """Renamed before it is removed, so that a death half-way leaves no half checkpoint."""
+        removing = self._directory / f"{_TEMPORARY}{path.name}"
+        try:
+            os.replace(path, removing)
+        except OSError:
+            return
+        shutil.rmtree(removing, ignore_errors=True)
 
     def _remove_leftovers(self) -> None:
         for leftover in self._directory.glob(f"{_TEMPORARY}*"):

@@ -401,7 +401,7 @@ class Job:
 
     def save(self) -> str:
         """Save durably before returning; the path."""
-        return self._saver.now(self._state, self.scalars())
+        return self._saver.now(self._state, self.scalars(), self.generation)
 
     # -- batch size, learning rate, progress -------------------------------------------------
 

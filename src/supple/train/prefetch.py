@@ -8,7 +8,10 @@ here. So a resize waits for one sample (one batch of a dataset with `__getitems_
 for all that is in flight.
 """
 
+import ctypes
+import os
 import random
+import signal
 import sys
 import weakref
 from collections import deque
@@ -20,6 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+_PR_SET_PDEATHSIG = 1
+"""Linux's prctl(2): the signal that comes when the thread that made this process ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +86,7 @@ class Prefetcher:
             num_workers=num_workers,
             collate_fn=_unchanged,
             pin_memory=pin_memory,
+            worker_init_fn=_EndWithParent() if num_workers > 0 else None,
             generator=torch.Generator().manual_seed(0),
             # What a script defines is found again only by a process that is a copy of this one.
             multiprocessing_context="fork" if sys.platform == "linux" else None,
@@ -154,6 +161,24 @@ class _Numbered(Dataset[Any]):
         if task is None or is_outdated():
             return None
         return self._source.fetch(task, is_outdated)
+
+
+@final
+class _EndWithParent:
+    """Run first in every fetching process: it is killed when the process that made it ends.
+
+    It has inherited that one's connections, and while they are open nobody else sees it dead.
+    """
+
+    def __init__(self) -> None:
+        self._parent = os.getpid()
+
+    def __call__(self, _number: int) -> None:
+        if sys.platform != "linux":
+            return
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != self._parent:  # it ended before we asked to be told
+            os._exit(1)
 
 
 def _unchanged(result: Any) -> Any:

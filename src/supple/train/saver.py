@@ -53,7 +53,7 @@ class Saver:
         except CheckpointError as error:
             told("", str(error))
             return
-        self._store.save_async(step, payload, _meta(state, scalars), told)
+        self._store.save_async(step, payload, _meta(state, scalars, generation), told)
 
     def finish(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
         """The run is at its end: save it, after what is still being written. The outcome is told as
@@ -62,16 +62,17 @@ class Saver:
             return
         self._store.wait()
         try:
-            path, error = self.now(state, scalars), ""
+            path, error = self.now(state, scalars, generation), ""
         except CheckpointError as problem:
             path, error = "", str(problem)
         self._tell(int(scalars["step"]), generation, path, error)
 
-    def now(self, state: TrainState, scalars: dict[str, Any]) -> str:
+    def now(self, state: TrainState, scalars: dict[str, Any], generation: int) -> str:
         """Write before returning; the path. Raises `CheckpointError`."""
         assert self._store is not None, "our bug: a job without a run folder was told to save"
         payload = self._payload(state, scalars)
-        return str(self._store.save(int(scalars["step"]), payload, _meta(state, scalars)))
+        meta = _meta(state, scalars, generation)
+        return str(self._store.save(int(scalars["step"]), payload, meta))
 
     def restore(
         self, path: str, state: TrainState, take: Callable[[dict[str, Any]], None], *, asked: bool
@@ -138,5 +139,9 @@ class Saver:
         )
 
 
-def _meta(state: TrainState, scalars: dict[str, Any]) -> dict[str, Any]:
-    return {"step": scalars["step"], "signature": state.signature()}
+def _meta(state: TrainState, scalars: dict[str, Any], generation: int) -> dict[str, Any]:
+    return {
+        "step": scalars["step"],
+        "generation": generation,
+        "signature": state.signature(),
+    }

@@ -1,0 +1,78 @@
+"""Keeps the fence of a run in step with who is known, and never holds the job up for long."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import final
+
+from supple.cluster.patience import in_a_thread
+from supple.core.types import WorkerId
+from supple.train.fence import Fence, next_run
+
+_LIMIT_S = 2.0
+"""A disk that does not take the fence for so long is not waited for."""
+_AGAIN_S = 1.0
+
+
+@final
+class FenceKeeper:
+    """Writes the newest fence in a thread, again and again until it is there. `told` hears once
+    that it cannot be written, in a line for people."""
+
+    def __init__(self, folder: Path, told: Callable[[str], None]) -> None:
+        self.run = next_run(folder, time.time_ns())
+        self._folder = folder
+        self._told = told
+        self._wanted: Fence | None = None
+        self._written: Fence | None = None
+        self._writer: asyncio.Task[None] | None = None
+        self._tried = asyncio.Event()
+        self._said = False
+
+    async def know(self, generation: int, num_started: int, workers: Iterable[WorkerId]) -> None:
+        """From now on only these workers, and those started later, write into the run. It is on the
+        disk when this returns, unless the disk refuses or takes too long."""
+        self._wanted = Fence(
+            run=self.run,
+            generation=generation,
+            num_started=num_started,
+            workers=tuple(str(worker_id) for worker_id in workers),
+        )
+        self._tried.clear()
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.ensure_future(self._write())
+        try:
+            await asyncio.wait_for(self._tried.wait(), _LIMIT_S)
+        except TimeoutError:
+            self._say(f"it was not written within {_LIMIT_S:g} s")
+
+    async def close(self) -> None:
+        if self._writer is not None:
+            self._writer.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._writer
+
+    async def _write(self) -> None:
+        while self._wanted is not None and self._written != self._wanted:
+            fence = self._wanted
+            try:
+                await in_a_thread(partial(fence.write, self._folder))
+            except OSError as error:
+                self._say(error.strerror or str(error))
+                self._tried.set()
+                await asyncio.sleep(_AGAIN_S)
+            else:
+                self._written = fence
+                if fence == self._wanted:
+                    self._tried.set()
+
+    def _say(self, why: str) -> None:
+        if not self._said:
+            self._said = True
+            self._told(
+                f"the fence in {self._folder} cannot be written: {why}. Training goes on; until it "
+                "can, a worker that was given up and is still alive could write a checkpoint"
+            )

@@ -1,0 +1,176 @@
+"""Proof of life that asks the kernel and not the worker: is the process there, stopped, running?
+
+A worker's own answer needs its interpreter. What its kernel says needs nothing of it, and holds
+even where children of a dead worker keep its connections open. On this machine the end of a process
+is told at once; on another node a tiny actor of Ray's looks when it is asked.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Protocol, final
+
+import psutil
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+_REMOTE_LIMIT_S = 2.0
+"""A node that does not answer within so long gives no proof."""
+_END_EVERY_S = 0.2
+"""How often the end of a process is looked for where the kernel does not tell of it."""
+
+
+class Life(Enum):
+    """What a process is doing."""
+
+    RUNNING = "running"
+    """It runs, or waits for something."""
+    STOPPED = "stopped"
+    """It was stopped (SIGSTOP, a debugger), or nobody could tell."""
+    GONE = "gone"
+
+
+def life_of(process: psutil.Process) -> Life:
+    """What the kernel says of it now."""
+    try:
+        if not process.is_running():
+            return Life.GONE
+        status = process.status()
+    except psutil.NoSuchProcess:
+        return Life.GONE
+    except psutil.Error:
+        return Life.STOPPED
+    if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+        return Life.GONE
+    stopped = status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    return Life.STOPPED if stopped else Life.RUNNING
+
+
+async def wait_for_end(process: psutil.Process) -> None:
+    """Return as soon as the process has ended, whoever its parent is. On Linux the kernel tells."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except (AttributeError, OSError):
+        while life_of(process) is not Life.GONE:
+            await asyncio.sleep(_END_EVERY_S)
+        return
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+    try:
+        loop.add_reader(descriptor, lambda: ended.done() or ended.set_result(None))
+        if life_of(process) is not Life.GONE:  # its number may be another's since
+            await ended
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+
+
+class Sight(Protocol):
+    """One worker's process, as seen from here."""
+
+    async def life(self) -> Life: ...
+
+    async def end(self) -> None:
+        """Return when the process has ended; for ever where only `life` can tell."""
+        ...
+
+    def kill(self) -> None:
+        """SIGKILL, which needs no answer of the process."""
+        ...
+
+
+@final
+class NearSight:
+    """A process on this machine."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+
+    async def life(self) -> Life:
+        return life_of(self._process)
+
+    async def end(self) -> None:
+        await wait_for_end(self._process)
+
+    def kill(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            self._process.send_signal(signal.SIGKILL)
+
+
+@final
+class Onlooker:
+    """The body of an actor that looks at processes of its own node."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, psutil.Process] = {}
+
+    def look(self, pid: int) -> str:
+        """The value of a `Life`."""
+        if pid not in self._seen:
+            try:
+                self._seen[pid] = psutil.Process(pid)
+            except psutil.NoSuchProcess:
+                return Life.GONE.value
+        return life_of(self._seen[pid]).value
+
+    def kill(self, pid: int) -> None:
+        if pid in self._seen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._seen[pid].kill()
+
+
+@final
+class FarSight:
+    """A process on another node, seen by the onlooker there."""
+
+    def __init__(self, onlooker: Any, pid: int) -> None:
+        self._onlooker, self._pid = onlooker, pid
+        # From now on its number is known to be its own.
+        onlooker.look.remote(pid)
+
+    async def life(self) -> Life:
+        async def ask() -> str:
+            return await self._onlooker.look.remote(self._pid)
+
+        try:
+            return Life(await asyncio.wait_for(ask(), _REMOTE_LIMIT_S))
+        except (RayError, TimeoutError):
+            return Life.STOPPED
+
+    async def end(self) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    def kill(self) -> None:
+        with contextlib.suppress(RayError):
+            self._onlooker.kill.remote(self._pid)
+
+
+@final
+class Sights:
+    """Where each process is looked at from: one onlooker a node, made when its first worker is."""
+
+    def __init__(self, here: str, *, actor_class: Callable[..., Any] | None = None) -> None:
+        remote: Any = ray.remote
+        self._here = here
+        self._actor_class = actor_class or remote(num_cpus=0, max_restarts=-1)(Onlooker)
+        self._onlookers: dict[str, Any] = {}
+
+    def of(self, pid: int, node_id: str) -> Sight:
+        """Raises `psutil.NoSuchProcess` if it is on this machine and has ended."""
+        if node_id == self._here:
+            return NearSight(pid)
+        if node_id not in self._onlookers:
+            place = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            options = self._actor_class.options(scheduling_strategy=place)
+            self._onlookers[node_id] = options.remote()
+        return FarSight(self._onlookers[node_id], pid)
+
+    def close(self) -> None:
+        for onlooker in self._onlookers.values():
+            with contextlib.suppress(RayError):
+                ray.kill(onlooker)
+        self._onlookers.clear()

@@ -1,0 +1,109 @@
+"""The fence follows the membership, a full or slow disk holds nobody up, and who is out leaves."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from supple.cluster import fencing
+from supple.cluster.fencing import FenceKeeper
+from supple.cluster.own_end import Watcher
+from supple.core.types import WorkerId
+from supple.train.checkpoint import CheckpointStore
+from supple.train.fence import Barrier, Fence, Writer, read
+
+W0, W1 = WorkerId("w0"), WorkerId("w1")
+
+
+def test_the_fence_is_on_the_disk_when_the_workers_are_known(tmp_path: Path) -> None:
+    async def job() -> None:
+        keeper = FenceKeeper(tmp_path, pytest.fail)
+        for generation, workers in enumerate([(W0, W1), (W0,), ()]):
+            await keeper.know(generation, 2, workers)
+            written = read(tmp_path)
+            assert written is not None
+            assert (written.generation, written.workers) == (generation, workers)
+        await keeper.close()
+
+    asyncio.run(job())
+
+
+def test_a_new_run_keeps_out_the_workers_of_the_one_before(tmp_path: Path) -> None:
+    async def job() -> Writer:
+        keeper = FenceKeeper(tmp_path, pytest.fail)
+        await keeper.know(0, 0, ())
+        await keeper.close()
+        return Writer(run=keeper.run, worker_id="w0")
+
+    first = asyncio.run(job())
+    assert Barrier(tmp_path, first).why_out() == ""
+    second = asyncio.run(job())
+    assert "another run" in Barrier(tmp_path, first).why_out()
+    assert Barrier(tmp_path, second).why_out() == ""
+
+
+def test_a_disk_that_refuses_is_said_once_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints").write_text("no folder")
+    monkeypatch.setattr(fencing, "_AGAIN_S", 0.01)
+    said: list[str] = []
+
+    async def job() -> None:
+        keeper = FenceKeeper(tmp_path / "checkpoints", said.append)
+        await keeper.know(1, 2, (W0, W1))
+        await keeper.know(2, 2, (W0,))
+        (tmp_path / "checkpoints").unlink()
+        while read(tmp_path / "checkpoints") is None:
+            await asyncio.sleep(0)
+        await keeper.close()
+
+    asyncio.run(job())
+    (line,) = said
+    assert "cannot be written: File exists. Training goes on" in line
+    written = read(tmp_path / "checkpoints")
+    assert written is not None and written.generation == 2
+
+
+def test_a_disk_that_hangs_holds_the_job_up_for_a_moment_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(Fence, "write", lambda *_: answers.wait(30))
+    monkeypatch.setattr(fencing, "_LIMIT_S", 0.01)
+    said: list[str] = []
+
+    async def job() -> None:
+        keeper = FenceKeeper(tmp_path, said.append)
+        await keeper.know(1, 2, (W0, W1))
+        answers.set()
+        await keeper.close()
+
+    asyncio.run(job())
+    assert "was not written within" in said[0]
+
+
+class Left(Exception):
+    """In place of the end of the process."""
+
+
+def leave(code: int) -> None:
+    raise Left
+
+
+def watcher(folder: Path, is_orphan: Callable[[], bool]) -> Watcher:
+    barrier = Barrier(folder, Writer(run=1, worker_id="w1"))
+    return Watcher(barrier, CheckpointStore(folder), is_orphan, leave, every_s=0.001, grace_s=0.01)
+
+
+def test_a_worker_that_is_out_leaves(tmp_path: Path) -> None:
+    Fence(run=1, generation=2, num_started=2, workers=("w0",)).write(tmp_path)
+    with pytest.raises(Left):
+        watcher(tmp_path, lambda: False).run()
+
+
+def test_a_worker_whose_raylet_has_gone_leaves(tmp_path: Path) -> None:
+    with pytest.raises(Left):
+        watcher(tmp_path, lambda: True).run()

@@ -1,0 +1,68 @@
+"""Who gives no sign of life, who only does not answer, and what is gone for everybody."""
+
+from supple.core.lifecycle import Phase
+from supple.core.types import Action, ClusterLost, Noticed
+from tests.core.job_driver import running
+
+
+def test_a_worker_whose_process_runs_is_not_dead_and_it_is_said_once_that_it_does_not_answer() -> (
+    None
+):
+    job = running(2)
+    for _ in range(1200):  # five minutes
+        job.beat("w1", 0, is_answer=False)
+        assert job.tick(0.25, hearing="w0") == []
+    said = [d.reason for d in job.decisions if "has not answered" in d.reason]
+    assert len(said) == 1
+    assert said[0].startswith("w1's interpreter has not answered for 10 s, though its process runs")
+    assert "--unresponsive-timeout" in said[0]
+
+
+def test_it_is_said_again_after_an_answer() -> None:
+    job = running(2)
+    for _ in range(2):
+        for _ in range(60):
+            job.beat("w1", 0, is_answer=False)
+            job.tick(0.25, hearing="w0")
+        job.beat("w1", 0)
+    assert len([d for d in job.decisions if "has not answered" in d.reason]) == 2
+
+
+def test_an_interpreter_that_never_answers_again_is_given_up_and_the_option_is_named() -> None:
+    job = running(2, unresponsive_timeout_s=20.0)
+    actions: list[Action] = []
+    while not actions:
+        job.beat("w1", 0, is_answer=False)
+        actions = job.tick(0.25, hearing="w0")
+    reason = (
+        "its process runs, but its interpreter has not answered for 20 s (allowed: 20 s, "
+        "--unresponsive-timeout)"
+    )
+    assert actions == [job.kill("w1", reason), job.abort("w0"), job.start("w2")]
+
+
+def test_what_a_person_should_know_is_told_and_changes_nothing() -> None:
+    job = running(2)
+    assert job.send(Noticed, text="the fence cannot be written") == []
+    assert (job.kind, job.reason) == ("keep", "the fence cannot be written")
+
+
+# --- what everything runs on ------------------------------------------------------------------
+
+
+def test_a_lost_cluster_ends_the_job_saved_by_a_survivor_and_failed() -> None:
+    job = running(2)
+    asked = job.send(ClusterLost, reason="Ray's raylet was killed")
+    assert asked == [job.announce("w0 w1")]
+    assert job.stopped("w0 w1", 15) == [job.save("w0")]
+    reason = "Ray's raylet was killed: stopped at step 15, saved step-15"
+    assert job.saved(15, "step-15")[-1] == job.fail(reason)
+    assert job.phase is Phase.FAILED
+
+
+def test_a_cluster_lost_while_the_job_stops_makes_a_failure_of_the_stop() -> None:
+    job = running(1)
+    job.stop()
+    job.send(ClusterLost, reason="Ray's raylet was killed")
+    job.stopped("w0", 15)
+    assert job.saved(15, "step-15")[-1] == job.fail("Ctrl-C: stopped at step 15, saved step-15")
