@@ -7,7 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from supple.serve.again import ANSWERED, AskAgain, Receive, Send
+from supple.serve.again import ANSWERED, App, AskAgain, Receive, Send
+from supple.serve.attempts import SERIAL
 
 
 class Proxy:
@@ -46,6 +47,37 @@ def test_an_error_of_the_proxys_own_is_asked_again(proxy: Proxy, status: int, tr
     assert proxy.bodies == [b"body"] * tries
 
 
+class Silent(Proxy):
+    """Raises, or gives no answer at all, where the status is 0 or -1."""
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        if self.statuses[0] <= 0:
+            await receive()
+            if self.statuses.pop(0) == 0:
+                raise ConnectionError("the replica died")
+            return
+        await super().__call__(scope, receive, send)
+
+
+def test_a_proxy_that_raises_or_says_nothing_is_asked_again() -> None:
+    proxy = Silent(0, -1, 0, 200)
+    response = posted(proxy, b"body")
+    assert response.status_code == 200 and proxy.bodies == [b"body"]
+
+
+def test_all_times_of_asking_carry_the_serial_number_of_the_first() -> None:
+    seen: list[bytes] = []
+
+    async def proxy(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        seen.append(dict(scope["headers"])[SERIAL])
+        status = 500 if len(seen) < 3 else 200
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    assert posted(proxy, b"body").status_code == 200
+    assert len(seen) == 3 and len(set(seen)) == 1
+
+
 def test_the_proxys_own_error_is_told_when_patience_ends() -> None:
     proxy = Proxy(503, 200)
     assert posted(proxy, b"body", patience_s=0.0).status_code == 503
@@ -58,7 +90,7 @@ def test_a_body_too_large_to_hold_is_asked_once_and_passed_on_whole() -> None:
     assert proxy.bodies == [b"x" * 5_000]
 
 
-def posted(proxy: Proxy, body: bytes, patience_s: float = 60.0) -> httpx.Response:
+def posted(proxy: App, body: bytes, patience_s: float = 60.0) -> httpx.Response:
     async def chunks() -> Any:
         for start in range(0, len(body), 1_000):
             yield body[start : start + 1_000]

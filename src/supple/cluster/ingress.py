@@ -122,6 +122,8 @@ def environment(spec: ServeSpec, folder: Path) -> dict[str, str]:
         "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": _KEEP,
         # A manager that died is missed after the third time.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
+        # One that starts on a busy machine is not given up after three times this.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(_private_haproxy(binary, spec, folder)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),

@@ -47,8 +47,12 @@ class AskAgain:
         while True:
             last = time.monotonic() >= end_s
             attempt = _Attempt(held, receive, send, last=last)
-            await self._app(dict(scope), attempt.receive, attempt.send)
-            if not attempt.failed:
+            try:
+                await self._app(dict(scope), attempt.receive, attempt.send)
+            except Exception:
+                if last or attempt.answered:
+                    raise
+            if last or attempt.answered or attempt.left:
                 return
             await asyncio.sleep(self._pause_s)
 
@@ -72,23 +76,29 @@ def _numbered(scope: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @final
 class _Attempt:
-    """One time of asking: the held request is replayed, an error of the app's own swallowed."""
+    """One time of asking: the held request is replayed, an error of the app's own swallowed. So is
+    no answer at all, which a server in front would make an error of its own."""
 
     def __init__(self, held: list[Message], receive: Receive, send: Send, *, last: bool) -> None:
         self._messages = iter(held)
         self._receive = receive
         self._send = send
         self._last = last
-        self.failed = False
+        self.answered = False
+        """The client has a part of an answer."""
+        self.left = False
+        """The client wants none any more."""
 
     async def receive(self) -> Message:
         for message in self._messages:
             return message
-        return await self._receive()
+        message = await self._receive()
+        self.left |= message["type"] == "http.disconnect"
+        return message
 
     async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and not self._last:
+        if message["type"] == "http.response.start":
             own = ANSWERED not in [tuple(header) for header in message.get("headers", ())]
-            self.failed = own and message["status"] in _OWN_ERRORS
-        if not self.failed:
+            self.answered = self._last or not (own and message["status"] in _OWN_ERRORS)
+        if self.answered:
             await self._send(message)
