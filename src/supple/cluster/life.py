@@ -156,7 +156,9 @@ class Sights:
     def __init__(self, here: str, *, actor_class: Callable[..., Any] | None = None) -> None:
         remote: Any = ray.remote
         self._here = here
-        self._actor_class = actor_class or remote(num_cpus=0, max_restarts=-1)(Onlooker)
+        self._actor_class = actor_class or remote(
+            num_cpus=0, max_restarts=-1, enable_task_events=False
+        )(Onlooker)
         self._onlookers: dict[str, Any] = {}
 
     def of(self, pid: int, node_id: str) -> Sight:
