@@ -165,6 +165,13 @@ def train(
     heartbeat_timeout: Annotated[
         str, typer.Option(help="Silence after which a worker is given up.")
     ] = "4s",
+    stall_timeout: Annotated[
+        str,
+        typer.Option(
+            help="A worker whose data does not come for so long is replaced, or the job ends, "
+            "saved; in the script's own code, ten times as long."
+        ),
+    ] = "60s",
     max_failures: Annotated[
         int, typer.Option(help="Losses in a row without progress that are retried.")
     ] = 3,
@@ -198,6 +205,7 @@ def train(
             cpus_per_worker=cpus_per_worker,
             gpus_per_worker=gpus_per_worker,
             heartbeat_timeout_s=parse_duration(heartbeat_timeout, what="--heartbeat-timeout"),
+            stall_timeout_s=parse_duration(stall_timeout, what="--stall-timeout"),
             max_failures=max_failures,
             max_steps=max_steps,
             price_per_hour=parse_money(price, what="--price") if price else None,
@@ -284,9 +292,10 @@ def _status_line(answer: dict[str, Any]) -> str:
     members = ", ".join(f"{w} (pid {answer['pids'].get(w, '?')})" for w in answer["members"])
     progress = answer["progress"] or {}
     where = f"step {progress['step']}, " if progress else ""
+    doing = "".join(f"\n  {w}: {what}" for w, what in answer.get("doing", {}).items())
     return (
         f"{answer['job']}: {answer['phase']}, {where}generation {answer['generation']}, "
-        f"{in_words(len(answer['members']))}{f': {members}' if members else ''}"
+        f"{in_words(len(answer['members']))}{f': {members}' if members else ''}{doing}"
     )
 
 

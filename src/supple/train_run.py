@@ -29,6 +29,7 @@ OPTIONS = {
     "cpus_per_worker": "--cpus-per-worker",
     "gpus_per_worker": "--gpus-per-worker",
     "heartbeat_timeout_s": "--heartbeat-timeout",
+    "stall_timeout_s": "--stall-timeout",
     "max_failures": "--max-failures",
     "max_steps": "--max-steps",
     "price_per_hour": "--price",
@@ -37,8 +38,8 @@ OPTIONS = {
 
 
 def run(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) -> bool:
-    """Train to the end; did it finish, or was it stopped and saved? With `as_json` stdout gets the
-    event log's records and nothing else. Raises what `launch.train` raises."""
+    """Train to the end; did it finish, or was it stopped, and is it saved? With `as_json` stdout
+    gets the event log's records and nothing else. Raises what `launch.train` raises."""
     folder = launch.prepare(spec)
     spec = dataclasses.replace(spec, script=str(Path(spec.script).resolve()))
     if resume is not None:
@@ -68,8 +69,9 @@ def run(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) ->
     for line in ending(spec, outcome, tally):
         _tell(line)
     _tell_files(folder)
-    return outcome.status == "finished" or (
-        outcome.status == "stopped" and outcome.checkpoint is not None
+    return outcome.saved and (
+        outcome.status == "finished"
+        or (outcome.status == "stopped" and outcome.checkpoint is not None)
     )
 
 
@@ -79,7 +81,8 @@ def ending(spec: TrainSpec, outcome: Outcome, tally: Tally) -> list[str]:
     if outcome.detail:
         lines.append(outcome.detail)
     lines.append(f"  {tally.summary(spec.price_per_hour)}")
-    if outcome.status != "finished" and outcome.checkpoint is not None:
+    unfinished = outcome.status != "finished" or not outcome.saved
+    if unfinished and outcome.checkpoint is not None:
         lines.append(f"  go on with   {resume_command(spec, outcome.checkpoint)}")
     return lines
 

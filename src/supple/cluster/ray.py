@@ -30,6 +30,7 @@ from supple.core.types import (
     AbortGeneration,
     Action,
     AnnounceGeneration,
+    Doing,
     Event,
     FormGroup,
     Heartbeat,
@@ -250,7 +251,7 @@ class RayBackend:
                 return
             for event in report.events:
                 self._queue.put_nowait(event)
-            self._beat(worker_id, report.generation, report.step)
+            self._beat(worker_id, report.generation, report.step, report.doing, report.since_s)
             for line in report.output:
                 self._on_output(line)
             if report.progress is not None:
@@ -260,11 +261,12 @@ class RayBackend:
         """Wait until the actor exists. Waiting for a free place in the cluster is not silence."""
         greeting = asyncio.ensure_future(_resolved(worker.actor.hello.remote()))
         greeting.add_done_callback(_look_at_error)
+        began = time.monotonic()
         while True:
             done, _ = await asyncio.wait({greeting}, timeout=1.0)
             if done:
                 break
-            self._beat(worker_id, 0, 0)
+            self._beat(worker_id, 0, 0, "queued", time.monotonic() - began)
         try:
             worker.pid, worker.node_id = greeting.result()
         except RayError as error:
@@ -278,9 +280,18 @@ class RayBackend:
             with contextlib.suppress(RayError):
                 worker.actor.post.remote(action)
 
-    def _beat(self, worker_id: WorkerId, generation: int, step: int) -> None:
+    def _beat(
+        self, worker_id: WorkerId, generation: int, step: int, doing: Doing, since_s: float
+    ) -> None:
         self._queue.put_nowait(
-            Heartbeat(job_id=self._job_id, generation=generation, worker_id=worker_id, step=step)
+            Heartbeat(
+                job_id=self._job_id,
+                generation=generation,
+                worker_id=worker_id,
+                step=step,
+                doing=doing,
+                since_s=since_s,
+            )
         )
 
     def _lose(

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import os
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,11 @@ import torch
 from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import (
     Action,
+    Doing,
     Event,
     JobId,
     Progress,
+    SaveCheckpoint,
     WorkerFinished,
     WorkerId,
     WorkerLost,
@@ -55,6 +59,8 @@ class Report:
     output: tuple[str, ...]
     generation: int
     step: int
+    doing: Doing
+    since_s: float
 
 
 @final
@@ -66,6 +72,7 @@ class WorkerBody:
         self._mailbox = Mailbox()
         self._output: list[str] = []
         self._job: Job | None = None
+        self._began = time.monotonic()
         torch.set_num_threads(max(1, int(setup.spec.cpus_per_worker)))
 
     @ray.method(concurrency_group="post")
@@ -76,6 +83,11 @@ class WorkerBody:
     @ray.method(concurrency_group="post")
     def post(self, action: Action) -> None:
         self._mailbox.post(action)
+        job = self._job
+        if isinstance(action, SaveCheckpoint) and job is not None and job.membership is not None:
+            # The training thread may hang in the dataset, and never come to its commands.
+            beside = threading.Thread(target=job.membership.save_beside, args=(job,), daemon=True)
+            beside.start()
 
     @ray.method(concurrency_group="poll")
     def poll(self, timeout_s: float) -> Report:
@@ -83,12 +95,17 @@ class WorkerBody:
         events, progress = self._mailbox.collect(timeout_s)
         output, self._output = self._output, []
         job = self._job
+        doing, since_s = (
+            ("starting", time.monotonic() - self._began) if job is None else job.activity
+        )
         return Report(
             events=tuple(events),
             progress=progress,
             output=tuple(output),
             generation=0 if job is None else job.generation,
             step=0 if job is None else job.step_count,
+            doing=doing,
+            since_s=since_s,
         )
 
     @ray.method(concurrency_group="train")
@@ -135,6 +152,7 @@ class WorkerBody:
                 )
                 with without_a_command_line(spec.script):
                     function(job)
+                job.leave_loop()
                 if not job.took_batches:
                     raise TrainingError(
                         f"{spec.function}(job) in {spec.script} returned without taking a batch: "
@@ -149,18 +167,9 @@ class WorkerBody:
                     if isinstance(error, _COMPLETE) and not setup.verbose
                     else user_traceback(error, whole=setup.verbose)
                 )
-                num_samples = 0 if self._job is None else self._job.micro_batch_size
-                advice = memory_advice(error, num_samples)
-                self._mailbox.emit(
-                    WorkerLost(
-                        job_id=job_id,
-                        generation=0 if self._job is None else self._job.generation,
-                        worker_id=setup.worker_id,
-                        cause="raised",
-                        detail=f"{told}\n{advice}" if advice else told,
-                    )
-                )
+                self._raised(told, error)
             else:
+                job.saver.wait()
                 self._mailbox.emit(
                     WorkerFinished(
                         job_id=job_id,
@@ -169,6 +178,27 @@ class WorkerBody:
                         step=job.step_count,
                     )
                 )
+
+    def _raised(self, told: str, error: BaseException) -> None:
+        """Say so, and keep what this worker holds until it is let go."""
+        job = self._job
+        step = None
+        if job is not None:
+            job.leave_loop()
+            step = job.committed_step
+        advice = memory_advice(error, 0 if job is None else job.micro_batch_size)
+        self._mailbox.emit(
+            WorkerLost(
+                job_id=JobId(self._setup.spec.name),
+                generation=0 if job is None else job.generation,
+                worker_id=self._setup.worker_id,
+                cause="raised",
+                detail=f"{told}\n{advice}" if advice else told,
+                step=-1 if step is None else step,
+            )
+        )
+        if step is not None and job is not None and job.membership is not None:
+            job.membership.outlive(job)
 
     @contextlib.contextmanager
     def _captured_output(self, path: Path) -> Iterator[None]:

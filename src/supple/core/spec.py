@@ -211,6 +211,9 @@ class TrainSpec:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     heartbeat_timeout_s: float = 4.0
+    stall_timeout_s: float = 60.0
+    """A worker that fetches data for so long while others wait for it is replaced; ten times as
+    long for one in the script's own code."""
     max_failures: int = 3
     """Losses in a row without a committed step between them, after which a job is not retried."""
     max_steps: int | None = None

@@ -26,11 +26,15 @@ from supple.train.checkpoint_folder import (
     write,
 )
 
-__all__ = ["CheckpointError", "CheckpointInfo", "CheckpointStore"]
+__all__ = ["CheckpointError", "CheckpointInfo", "CheckpointStore", "DiskFullError"]
 
 _TEMPORARY = ".temporary-"
 _NAME = re.compile(r"(\d+)-step-(\d+)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DiskFullError(CheckpointError):
+    """There is no room for the checkpoint, whoever writes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +84,9 @@ class CheckpointStore:
                 flush_folder(self._directory)
             except (OSError, RuntimeError, TypeError, ValueError) as error:
                 shutil.rmtree(temporary, ignore_errors=True)
-                raise CheckpointError(self._why_not(step, error, payload)) from None
+                full = isinstance(error, OSError) and error.errno in _FULL
+                kind = DiskFullError if full else CheckpointError
+                raise kind(self._why_not(step, error, payload)) from None
             self._prune()
             return target
 

@@ -45,6 +45,8 @@ class StepEngine:
         changed_buffers: Sequence[Tensor],
     ) -> None:
         self.step = 0
+        self.is_updating = False
+        """The train state is between two steps: half of an update may have been applied."""
         self.noise = NoiseState()
         self.meter = Meter()
         self._spec = spec
@@ -130,9 +132,11 @@ class StepEngine:
             nn.utils.clip_grad_norm_(self._model.parameters(), clip_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        self.is_updating = True
         self._optimizer.step()
         self.step += 1
         self._loader.commit(stats[_NUM_STATS:])
+        self.is_updating = False
         self.meter.lap("optimizer")
         self.meter.end_step()
         return stats[_HEARD] > 0

@@ -7,7 +7,6 @@ the middle of the run. Whatever happens to the membership happens inside `job.st
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -17,30 +16,20 @@ from torch.optim import Optimizer
 from supple.core.noise import NoiseState
 from supple.core.order import mix, share
 from supple.core.spec import TrainSpec
-from supple.core.types import Progress
+from supple.core.types import Doing, Progress
+from supple.train.activity import Activity
 from supple.train.arguments import check_batches, check_rate
 from supple.train.checkpoint import CheckpointStore
 from supple.train.engine import StepEngine, TrainingError
 from supple.train.group import CollectiveFailed, Group
 from supple.train.ledger import Ledger
 from supple.train.loader import Loader, MicroBatch, make_loader
-from supple.train.mailbox import Mailbox
-from supple.train.member import Identity, Membership
+from supple.train.member import Elastic, LeaveLoop, Membership
 from supple.train.rate import LearningRate, constant
 from supple.train.rehearsal import Rehearsal
 from supple.train.reporter import Reporter
 from supple.train.saver import Saver
 from supple.train.state import TrainState
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Elastic:
-    """What makes a job elastic: who this worker is, and its line to the controller."""
-
-    identity: Identity
-    mailbox: Mailbox
-    rehearsal_size: int
-    """Workers expected in the first generation: it sets the shape of the rehearsed batch."""
 
 
 @final
@@ -61,8 +50,11 @@ class Job:
     ) -> None:
         self._spec = spec or TrainSpec(name="local", script="")
         self._elastic = elastic
-        self._membership = Membership(elastic.identity, elastic.mailbox) if elastic else None
-        self._saver = Saver(
+        self._activity = Activity()
+        self._membership = (
+            Membership(elastic.identity, elastic.mailbox, self._activity) if elastic else None
+        )
+        self.saver = Saver(
             checkpoints,
             self._spec.checkpoint_every_s,
             elastic.identity if elastic else None,
@@ -80,6 +72,7 @@ class Job:
         self._engine: StepEngine | None = None
         self._has_state = False
         self._rehearsing = False
+        self._in_loop = self._in_step = False
         self._micro: MicroBatch | None = None
         self._last_size = 0
         self._replaced = False
@@ -163,14 +156,18 @@ class Job:
         else:
             self._membership.ready()
             self._join()
-        while True:
-            while not self._is_done():
-                yield from self._one_step()
-            if self._pass_fence():
-                break
-        self._publish(force=True)
-        if self.rank == 0:
-            self._saver.finish(self._state, self.scalars(), self.generation)
+        self._in_loop = True
+        try:
+            while True:
+                while not self._is_done():
+                    yield from self._one_step()
+                if self._pass_fence() and self._save_last():
+                    break
+        except GeneratorExit:
+            self.leave_loop()
+            raise
+        self._in_loop = False
+        self._activity.enter("after")
 
     def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
         """Backward, and on the last micro-batch of a step: reduce, update, count.
@@ -190,8 +187,11 @@ class Job:
             loss.backward()
             self._optimizer.step()
             return False
+        self._activity.enter("backward")
         self._steps.backward(loss, micro, self._group, self._heard_of_next)
-        return self._commit(clip_norm) if micro.is_last else False
+        committed = self._commit(clip_norm) if micro.is_last else False
+        self._activity.enter("script")
+        return committed
 
     def report(self, **metrics: Tensor | float) -> None:
         """Numbers to show beside the progress: the last value of each is kept."""
@@ -224,6 +224,18 @@ class Job:
         return self._last_size
 
     @property
+    def activity(self) -> tuple[Doing, float]:
+        """What the training thread does, and for how many seconds."""
+        doing, since_s = self._activity.report
+        is_updating = self._engine is not None and self._engine.is_updating
+        return ("update" if is_updating else doing), since_s
+
+    @property
+    def membership(self) -> Membership | None:
+        """None without a controller."""
+        return self._membership
+
+    @property
     def took_batches(self) -> bool:
         return self._loader is not None
 
@@ -251,7 +263,10 @@ class Job:
     def _one_step(self) -> Iterator[Any]:
         self._replaced = False
         any_batch = False
+        self._activity.enter("data")
+        self._in_step = True
         for micro in self._steps.micro_batches(alone=self.world_size == 1):
+            self._activity.enter("script")
             any_batch = True
             if self._ledger is not None:
                 self._ledger.read(
@@ -266,21 +281,24 @@ class Job:
                 )
             if self._replaced:
                 return
+            self._activity.enter("data")
         if not any_batch:
             self._steps.arm(self._group, self._heard_of_next)
             self._commit(None)
 
     def _commit(self, clip_norm: float | None) -> bool:
         steps = self._steps
+        self._activity.enter("waiting")
         try:
             someone_heard = steps.commit(clip_norm, self._fraction())
         except CollectiveFailed as failure:
             steps.abandon()
             self._rejoin(str(failure))
             return False
+        self._in_step = False
         self._publish()
-        if self.rank == 0 and self._saver.due():
-            self._saver.behind(self._state, self.scalars(), self.generation)
+        if self.rank == 0 and self.saver.due():
+            self.saver.behind(self._state, self.scalars(), self.generation)
             steps.meter.restart()
         if someone_heard:
             self._rejoin("")
@@ -302,7 +320,9 @@ class Job:
         size = 1 if self._elastic is None else self._elastic.rehearsal_size
         _, rehearsed = share(self._global_batch, size, 0)
         self._loader.place(self._loader.position, 0, 1, rehearsed, self._micro_limit)
+        self._activity.enter("data")
         micro = next(iter(self._loader.feed()))
+        self._activity.enter("script")
         self._rehearsing, self._micro, self._last_size = True, micro, micro.num_samples
         yield micro.data
         if self._micro is not None:
@@ -315,14 +335,42 @@ class Job:
             self._spec, self._model, self._optimizer, self._loader, self._rate, changed_buffers
         )
 
+    def leave_loop(self) -> None:
+        """The script left its loop before the end of the data, if it is in it: with `break`,
+        `return` or an exception. What this worker holds is that of the last committed step; the
+        script may change it now, so rank 0 copies it at once, and writes it behind the script."""
+        if not self._in_loop:
+            return
+        self._in_loop = False
+        step = self.committed_step
+        if self._membership is None or step is None:
+            return
+        self._activity.enter("after")
+        self._membership.left(step)
+        self._undo_step()
+        self._publish(force=True)
+        if self.rank == 0:
+            self.saver.leave(self._state, self.scalars(), self.generation)
+
+    def _undo_step(self) -> None:
+        """As if the step in flight had not begun."""
+        if self._in_step and not self._steps.is_updating:
+            self._in_step = False
+            self._steps.abandon()
+
     def _rejoin(self, error: str) -> None:
         assert self._membership is not None
+        self._in_step = False
         self._membership.leave(self.step_count, error)
         self._join()
 
     def _join(self) -> None:
         assert self._membership is not None
-        agreed = self._membership.join_next(self)
+        try:
+            agreed = self._membership.join_next(self)
+        except LeaveLoop:
+            self._in_loop = False
+            raise
         self._set_global_batch(agreed.global_batch_size or self._rate.base_batch)
         self._place()
         if not self._spec.reproducible:
@@ -347,25 +395,40 @@ class Job:
 
     def _pass_fence(self) -> bool:
         """Leave the loop together: nobody does before everybody has the last step."""
+        heard = self._meet(float(self._heard_of_next()))
+        if heard is not None and heard > 0:
+            self._rejoin("")
+        return heard == 0.0
+
+    def _save_last(self) -> bool:
+        """Rank 0 saves what was learned, and nobody goes on before: if it dies, another does."""
+        self._publish(force=True)
+        if self.rank == 0:
+            self._activity.enter("saving")
+            self.saver.finish(self._state, self.scalars(), self.generation)
+        return self._meet(0.0) is not None
+
+    def _meet(self, number: float) -> float | None:
+        """Wait for the other ranks; the sum over all. None: they could not be met, and another
+        generation has formed."""
         group = self._group
         if group is None or self._membership is None:
-            return True
-        heard = torch.tensor([float(self._heard_of_next())])
+            return number
+        self._activity.enter("fence")
+        total = torch.tensor([number])
         try:
-            group.wait([group.all_reduce(heard)])
+            group.wait([group.all_reduce(total)])
         except CollectiveFailed as failure:
             self._rejoin(str(failure))
-            return False
-        if float(heard) > 0:
-            self._rejoin("")
-            return False
-        return True
+            return None
+        return float(total)
 
     # -- the holder of the train state (see supple.train.member.Holder) -----------------------
 
     @property
     def committed_step(self) -> int | None:
-        return self.step_count if self._has_state else None
+        whole = self._has_state and not (self._engine is not None and self._engine.is_updating)
+        return self.step_count if whole else None
 
     @property
     def state(self) -> TrainState:
@@ -396,12 +459,13 @@ class Job:
         """Nobody holds state: take a checkpoint's, or the initial one."""
         self._state.reset_optimizer()
         if restore is not None:
-            self.adopt(self._saver.load(restore, self._state))
+            self.adopt(self.saver.load(restore, self._state))
         self._has_state = True
 
-    def save(self) -> str:
-        """Save durably before returning; the path."""
-        return self._saver.now(self._state, self.scalars())
+    def save(self) -> str | None:
+        """Save durably before returning; the path. None: this step was saved, and told, before."""
+        self._undo_step()
+        return self.saver.now(self._state, self.scalars())
 
     # -- batch size, learning rate, progress -------------------------------------------------
 
