@@ -123,8 +123,8 @@ class Driver:
             actions = self.send(LoopLeft, worker_id=worker_id, step=step)
         return actions
 
-    def finished(self, name: str, step: int) -> list[Action]:
-        return self.send(WorkerFinished, worker_id=WorkerId(name), step=step)
+    def finished(self, name: str, step: int, **fields: Any) -> list[Action]:
+        return self.send(WorkerFinished, worker_id=WorkerId(name), step=step, **fields)
 
     def beat(self, name: str, step: int, **fields: Any) -> list[Action]:
         return self.send(Heartbeat, worker_id=WorkerId(name), step=step, **fields)
@@ -147,11 +147,11 @@ class Driver:
     def save_failed(self, step: int, error: str, *, is_disk_full: bool = False) -> list[Action]:
         return self.send(CheckpointFailed, step=step, error=error, is_disk_full=is_disk_full)
 
-    def tick(self, seconds: float, hearing: str = "") -> list[Action]:
+    def tick(self, seconds: float, hearing: str = "", *, every: float = 0.25) -> list[Action]:
         """Time passes in ticks of a quarter of a second; meanwhile only `hearing` are heard."""
         actions: list[Action] = []
-        for _ in range(round(seconds / 0.25)):
-            self.now += 0.25
+        for _ in range(round(seconds / every)):
+            self.now += every
             for worker_id in ids(hearing):
                 actions += self.send(Heartbeat, worker_id=worker_id, step=max(0, self.state.step))
             actions += self.send(Ticked)

@@ -280,7 +280,7 @@ def look_at_those_who_stay(turn: Turn) -> None:
     state = turn.state
     left = {w: v for w, v in state.workers.items() if v.left_at is not None}
     staying = {w: state.workers[w] for w in state.training}
-    if not left or not staying or state.verdict is not None:
+    if not left or not staying or state.verdict is not None or state.aborted_at is not None:
         return
     step = max(view.step for view in left.values())
     joiners = _joiners(state)
