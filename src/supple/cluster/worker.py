@@ -182,10 +182,7 @@ class WorkerBody:
     def _raised(self, told: str, error: BaseException) -> None:
         """Say so, and keep what this worker holds until it is let go."""
         job = self._job
-        step = None
-        if job is not None:
-            job.leave_loop()
-            step = job.committed_step
+        step = None if job is None else job.committed_step
         advice = memory_advice(error, 0 if job is None else job.micro_batch_size)
         self._mailbox.emit(
             WorkerLost(
@@ -197,8 +194,8 @@ class WorkerBody:
                 step=-1 if step is None else step,
             )
         )
-        if step is not None and job is not None and job.membership is not None:
-            job.membership.outlive(job)
+        if step is not None and job is not None:
+            job.outlive()
 
     @contextlib.contextmanager
     def _captured_output(self, path: Path) -> Iterator[None]:

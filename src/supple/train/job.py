@@ -227,8 +227,7 @@ class Job:
     def activity(self) -> tuple[Doing, float]:
         """What the training thread does, and for how many seconds."""
         doing, since_s = self._activity.report
-        is_updating = self._engine is not None and self._engine.is_updating
-        return ("update" if is_updating else doing), since_s
+        return ("update" if self._engine and self._engine.is_updating else doing), since_s
 
     @property
     def membership(self) -> Membership | None:
@@ -336,21 +335,23 @@ class Job:
         )
 
     def leave_loop(self) -> None:
-        """The script left its loop before the end of the data, if it is in it: with `break`,
-        `return` or an exception. What this worker holds is that of the last committed step; the
-        script may change it now, so rank 0 copies it at once, and writes it behind the script."""
-        if not self._in_loop:
-            return
-        self._in_loop = False
-        step = self.committed_step
-        if self._membership is None or step is None:
+        """The script left its loop early, if it is in it: by `break`, `return` or an exception. It
+        may change the weights now, so rank 0 copies them at once and writes them behind it."""
+        was_in_loop, self._in_loop = self._in_loop, False
+        if self._membership is None or self.committed_step is None or not was_in_loop:
             return
         self._activity.enter("after")
-        self._membership.left(step)
+        self._membership.left(self.step_count)
         self._undo_step()
         self._publish(force=True)
         if self.rank == 0:
             self.saver.leave(self._state, self.scalars(), self.generation)
+
+    def outlive(self) -> None:
+        """The script raised: save what this worker holds if asked to, until it is let go."""
+        self._in_loop = False
+        if self._membership is not None:
+            self._membership.outlive(self)
 
     def _undo_step(self) -> None:
         """As if the step in flight had not begun."""
@@ -427,8 +428,7 @@ class Job:
 
     @property
     def committed_step(self) -> int | None:
-        whole = self._has_state and not (self._engine is not None and self._engine.is_updating)
-        return self.step_count if whole else None
+        return self.step_count if self._has_state and not self._steps.is_updating else None
 
     @property
     def state(self) -> TrainState:

@@ -49,7 +49,11 @@ class Saver:
         if self._store is None:
             return
         step, meta = int(scalars["step"]), _meta(state, scalars)
-        self._left = step, state.payload(scalars), meta
+        try:
+            self._left = step, state.payload(scalars), meta
+        except Exception as error:  # of an object of the script's (`job.keep`)
+            self._tell(step, generation, "", f"it cannot be copied: {error}.")
+            return
         self._store.wait()
         if step != self._saved_step:
             self._write_behind(step, self._left[1], meta, generation)
