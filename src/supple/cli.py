@@ -176,6 +176,13 @@ def train(
             "long call into C)."
         ),
     ] = "10m",
+    stall_timeout: Annotated[
+        str,
+        typer.Option(
+            help="A worker whose data does not come for so long is replaced, or the job ends, "
+            "saved; in the script's own code, ten times as long."
+        ),
+    ] = "60s",
     max_failures: Annotated[
         int, typer.Option(help="Losses in a row without progress that are retried.")
     ] = 3,
@@ -219,6 +226,7 @@ def train(
             unresponsive_timeout_s=parse_duration(
                 unresponsive_timeout, what="--unresponsive-timeout"
             ),
+            stall_timeout_s=parse_duration(stall_timeout, what="--stall-timeout"),
             max_failures=max_failures,
             on_non_finite=parse_on_non_finite(on_non_finite),
             max_steps=max_steps,
@@ -306,9 +314,10 @@ def _status_line(answer: dict[str, Any]) -> str:
     members = ", ".join(f"{w} (pid {answer['pids'].get(w, '?')})" for w in answer["members"])
     progress = answer["progress"] or {}
     where = f"step {progress['step']}, " if progress else ""
+    doing = "".join(f"\n  {w}: {what}" for w, what in answer.get("doing", {}).items())
     return (
         f"{answer['job']}: {answer['phase']}, {where}generation {answer['generation']}, "
-        f"{in_words(len(answer['members']))}{f': {members}' if members else ''}"
+        f"{in_words(len(answer['members']))}{f': {members}' if members else ''}{doing}"
     )
 
 

@@ -37,6 +37,7 @@ OPTIONS = {
     "gpus_per_worker": "--gpus-per-worker",
     "heartbeat_timeout_s": "--heartbeat-timeout",
     "unresponsive_timeout_s": "--unresponsive-timeout",
+    "stall_timeout_s": "--stall-timeout",
     "max_failures": "--max-failures",
     "on_non_finite": "--on-non-finite",
     "max_steps": "--max-steps",
@@ -46,8 +47,8 @@ OPTIONS = {
 
 
 def run(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) -> bool:
-    """Train to the end; did it finish, or was it stopped and saved? With `as_json` stdout gets the
-    event log's records and nothing else. Raises what `launch.train` raises."""
+    """Train to the end; did it finish, or was it stopped, and is it saved? With `as_json` stdout
+    gets the event log's records and nothing else. Raises what `launch.train` raises."""
     folder = launch.prepare(spec)
     with only_job(spec.name, folder) as warning:  # before anything is moved, removed or started
         if warning:
@@ -92,8 +93,9 @@ def _run(spec: TrainSpec, folder: Path, resume: str | None, as_json: bool, verbo
     for line in [*ending(spec, outcome, tally), *losses.summary()]:
         _tell(line)
     _tell_files(folder)
-    return outcome.status == "finished" or (
-        outcome.status == "stopped" and outcome.checkpoint is not None
+    return outcome.saved and (
+        outcome.status == "finished"
+        or (outcome.status == "stopped" and outcome.checkpoint is not None)
     )
 
 
@@ -103,7 +105,8 @@ def ending(spec: TrainSpec, outcome: Outcome, tally: Tally) -> list[str]:
     if outcome.detail:
         lines.append(outcome.detail)
     lines.append(f"  {tally.summary(spec.price_per_hour)}")
-    if outcome.status != "finished" and outcome.checkpoint is not None:
+    unfinished = outcome.status != "finished" or not outcome.saved
+    if unfinished and outcome.checkpoint is not None:
         lines.append(f"  go on with   {resume_command(spec, outcome.checkpoint)}")
     return lines
 

@@ -8,6 +8,7 @@ import pytest
 from supple.cluster.worker import WorkerBody, WorkerSetup
 from supple.core.spec import TrainSpec
 from supple.core.types import Event, FileLost, WorkerId, WorkerLost
+from supple.train.rendezvous import Address
 
 RAISES = """
 print("before")
@@ -30,7 +31,8 @@ def events_of(folder: Path, source: str) -> list[Event]:
         worker_id=WorkerId("w0"),
         spec=TrainSpec(name="job", script=str(script)),
         run_path=str(folder),
-        rendezvous=("127.0.0.1", 1),
+        run=1,
+        rendezvous=Address("127.0.0.1", 1, b""),
         host="127.0.0.1",
         rehearsal_size=1,
         verbose=False,

@@ -23,6 +23,7 @@ from supple.core.types import (
     Heartbeat,
     JobId,
     KillWorker,
+    LoopLeft,
     LossCause,
     PreemptionNoticed,
     SaveCheckpoint,
@@ -111,8 +112,21 @@ class Driver:
     def lost(self, name: str, cause: LossCause = "died", detail: str = "") -> list[Action]:
         return self.send(WorkerLost, worker_id=WorkerId(name), cause=cause, detail=detail)
 
-    def finished(self, name: str, step: int) -> list[Action]:
-        return self.send(WorkerFinished, worker_id=WorkerId(name), step=step)
+    def raised(self, name: str, step: int) -> list[Action]:
+        """Its script raised, and it holds the state of `step`."""
+        return self.send(
+            WorkerLost, worker_id=WorkerId(name), cause="raised", detail=TRACEBACK, step=step
+        )
+
+    def left(self, names: str, step: int) -> list[Action]:
+        """What follows when the last of them has left its loop early."""
+        actions: list[Action] = []
+        for worker_id in ids(names):
+            actions = self.send(LoopLeft, worker_id=worker_id, step=step)
+        return actions
+
+    def finished(self, name: str, step: int, **fields: Any) -> list[Action]:
+        return self.send(WorkerFinished, worker_id=WorkerId(name), step=step, **fields)
 
     def beat(self, name: str, step: int, **fields: Any) -> list[Action]:
         return self.send(Heartbeat, worker_id=WorkerId(name), step=step, **fields)
@@ -132,8 +146,8 @@ class Driver:
     def saved(self, step: int, path: str) -> list[Action]:
         return self.send(CheckpointSaved, step=step, path=path)
 
-    def save_failed(self, step: int, error: str) -> list[Action]:
-        return self.send(CheckpointFailed, step=step, error=error)
+    def save_failed(self, step: int, error: str, *, is_disk_full: bool = False) -> list[Action]:
+        return self.send(CheckpointFailed, step=step, error=error, is_disk_full=is_disk_full)
 
     def passed_over(self, step: int, path: str, reason: str) -> list[Action]:
         return self.send(CheckpointPassedOver, step=step, path=path, reason=reason)
@@ -141,11 +155,11 @@ class Driver:
     def file_lost(self, path: str) -> list[Action]:
         return self.send(FileLost, step=self.state.step, path=path, error="disk full")
 
-    def tick(self, seconds: float, hearing: str = "") -> list[Action]:
+    def tick(self, seconds: float, hearing: str = "", *, every: float = 0.25) -> list[Action]:
         """Time passes in ticks of a quarter of a second; meanwhile only `hearing` are heard."""
         actions: list[Action] = []
-        for _ in range(round(seconds / 0.25)):
-            self.now += 0.25
+        for _ in range(round(seconds / every)):
+            self.now += every
             for worker_id in ids(hearing):
                 actions += self.send(Heartbeat, worker_id=worker_id, step=max(0, self.state.step))
             actions += self.send(Ticked)
@@ -176,11 +190,11 @@ class Driver:
     def save(self, name: str) -> Action:
         return self._made(SaveCheckpoint, worker_id=WorkerId(name))
 
-    def finish(self, reason: str) -> Action:
-        return self._made(FinishJob, reason=reason)
+    def finish(self, reason: str, *, stopped: bool = False, saved: bool = True) -> Action:
+        return self._made(FinishJob, reason=reason, stopped=stopped, saved=saved)
 
-    def fail(self, reason: str, detail: str = "") -> Action:
-        return self._made(FailJob, reason=reason, detail=detail)
+    def fail(self, reason: str, detail: str = "", *, saved: bool = True) -> Action:
+        return self._made(FailJob, reason=reason, detail=detail, saved=saved)
 
     def _made(self, action: type[Action], **fields: Any) -> Action:
         return action(**{"job_id": JOB, "generation": self.state.generation, **fields})

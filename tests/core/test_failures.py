@@ -151,12 +151,14 @@ def test_a_script_that_returns_before_its_first_step_fails_at_once() -> None:
 
 def test_a_script_that_raises_on_every_worker_fails_with_its_traceback() -> None:
     job = running(2)
+    job.saved(10, "step-10")
     assert job.lost("w0", "raised", TRACEBACK)[:2] == [
         job.let_go("w0", "raised in the script"),
         job.abort("w1"),
     ]
     actions = job.lost("w1", "raised", TRACEBACK)
-    assert actions[-1] == job.fail("the script raised on every worker after step 10", TRACEBACK)
+    reason = "the script raised on every worker after step 10; step 10 is saved in step-10"
+    assert actions[-1] == job.fail(reason, TRACEBACK)
 
 
 def test_a_script_that_keeps_raising_at_one_step_fails_with_its_traceback() -> None:
@@ -164,9 +166,12 @@ def test_a_script_that_keeps_raising_at_one_step_fails_with_its_traceback() -> N
     job.lost("w3", "raised", TRACEBACK)
     job.stopped("w0 w1 w2", 10, "aborted")
     job.formed("w0 w1 w2", 10)
-    actions = job.lost("w1", "raised", TRACEBACK)
-    reason = "the script raised 2 times after step 10 (--max-failures 2)"
-    assert actions[-1] == job.fail(reason, TRACEBACK)
+    assert job.lost("w1", "raised", TRACEBACK)[-1] == job.abort("w0 w2")
+    assert job.stopped("w0 w2", 10, "aborted") == [job.save("w0")]
+    reason = (
+        "the script raised 2 times after step 10 (--max-failures 2); step 10 is saved in step-10"
+    )
+    assert job.saved(10, "step-10")[-1] == job.fail(reason, TRACEBACK)
 
 
 def test_a_worker_that_raises_once_is_replaced() -> None:
@@ -224,10 +229,10 @@ def test_generations_that_break_without_progress_end_the_job_below_min() -> None
     job.stopped("w0 w1 w2", 10, "aborted")
     job.formed("w0 w1 w2", 10)
     job.lost("w2")
-    actions = job.stopped("w0 w1", 10, "aborted")
-    assert actions[-1] == job.fail(
+    assert job.stopped("w0 w1", 10, "aborted") == [job.save("w0")]
+    assert job.saved(10, "step-10")[-1] == job.fail(
         "2 generations in a row broke without a committed step (--max-failures 1); "
-        "2 workers left, MIN is 3"
+        "2 workers left, MIN is 3; step 10 is saved in step-10"
     )
 
 
@@ -245,10 +250,11 @@ def test_a_committed_step_between_two_losses_forgives_the_first() -> None:
 def test_collectives_that_keep_failing_though_nobody_is_lost_end_the_job() -> None:
     job = running(2, max_failures=1)
     job.stopped("w0 w1", 10, "no route to host")
-    actions = job.stopped("w0 w1", 10, "no route to host")
-    assert actions[-1] == job.fail(
+    assert job.stopped("w0 w1", 10, "no route to host") == [job.save("w0")]
+    assert job.saved(10, "step-10")[-1] == job.fail(
         "2 generations in a row broke without a committed step (--max-failures 1), though no "
-        "worker was lost (w0: no route to host): check that the workers' nodes can reach each other"
+        "worker was lost (w0: no route to host): check that the workers' nodes can reach each "
+        "other; step 10 is saved in step-10"
     )
 
 

@@ -200,9 +200,10 @@ def test_the_last_holder_hands_its_state_over_before_it_is_taken() -> None:
 def test_the_job_finishes_when_every_member_has() -> None:
     job = running(2)
     job.target(3)
+    job.saved(30, "step-30")
     assert job.finished("w1", 30) == []
     assert job.ready("w2") == []
-    reason = "training finished after 30 steps"
+    reason = "training finished after 30 steps; step 30 is saved in step-30"
     assert job.finished("w0", 30) == [
         job.let_go("w0", reason),
         job.let_go("w1", reason),
@@ -219,21 +220,31 @@ def test_survivors_of_the_last_fence_re_form_among_themselves_below_min() -> Non
     assert job.stopped("w2", 30, "aborted") == [job.form("w2")]
     job.formed("w2", 30)
     assert job.phase is Phase.RUNNING
-    assert job.finished("w2", 30)[-1] == job.finish("training finished after 30 steps")
+    job.saved(30, "step-30")
+    assert job.finished("w2", 30)[-1] == job.finish(
+        "training finished after 30 steps; step 30 is saved in step-30"
+    )
 
 
 def test_a_finished_worker_that_dies_disturbs_nobody() -> None:
     job = running(2)
+    job.saved(30, "step-30")
     job.finished("w0", 30)
     assert job.lost("w0") == []
-    assert job.finished("w1", 30)[-1] == job.finish("training finished after 30 steps")
+    assert job.finished("w1", 30)[-1] == job.finish(
+        "training finished after 30 steps; step 30 is saved in step-30"
+    )
 
 
 def test_a_script_that_raises_after_training_fails_the_job() -> None:
     job = running(2)
+    job.saved(30, "step-30")
     job.finished("w0", 30)
     actions = job.lost("w1", "raised", TRACEBACK)
-    reason = "training finished after 30 steps, but then the script raised in w1"
+    reason = (
+        "training finished after 30 steps, but then the script raised in w1; "
+        "step 30 is saved in step-30"
+    )
     assert actions[-1] == job.fail(reason, TRACEBACK)
 
 
@@ -245,7 +256,9 @@ def test_a_stop_drains_saves_and_ends() -> None:
     assert job.phase is Phase.SAVING
     assert job.saved(9, "an-older-one-told-late") == []
     actions = job.saved(11, "step-11")
-    assert actions[-1] == job.finish("Ctrl-C: stopped at step 11, saved step-11")
+    assert actions[-1] == job.finish(
+        "Ctrl-C: stopped at step 11; step 11 is saved in step-11", stopped=True
+    )
     assert len(actions) == 3
 
 
@@ -253,8 +266,12 @@ def test_a_stop_that_cannot_save_says_what_is_left() -> None:
     job = running(1, restore="old")
     job.stop()
     job.stopped("w0", 11)
+    reason = (
+        "Ctrl-C: stopped at step 11; step 11 is NOT saved: the disk is full. "
+        "The last good checkpoint is old."
+    )
     assert job.save_failed(11, "the disk is full.")[-1] == job.finish(
-        "Ctrl-C: stopped at step 11, NOT saved: the disk is full. The last good checkpoint is old."
+        reason, stopped=True, saved=False
     )
 
 
@@ -265,14 +282,17 @@ def test_another_worker_saves_when_the_saver_dies() -> None:
     assert job.stopped("w1", 12) == [job.save("w1")]
     assert job.lost("w1") == [job.save("w0")]
     assert job.lost("w2") == []
-    reason = "Ctrl-C: stopped, and nobody was left to save"
-    assert job.lost("w0") == [job.finish(reason)]
+    reason = (
+        "Ctrl-C: stopped at step 12; step 12 is NOT saved: nobody who held it is left. "
+        "There is no checkpoint."
+    )
+    assert job.lost("w0") == [job.finish(reason, stopped=True, saved=False)]
 
 
 def test_a_stop_before_the_first_step_saves_nothing() -> None:
     job = Driver(1, 1)
     reason = "Ctrl-C: stopped before the first step, nothing to save"
-    assert job.stop() == [job.let_go("w0", reason), job.finish(reason)]
+    assert job.stop() == [job.let_go("w0", reason), job.finish(reason, stopped=True)]
 
 
 def test_a_stop_while_waiting_saves_what_a_survivor_holds() -> None:
@@ -297,7 +317,10 @@ def test_a_second_stop_ends_at_once() -> None:
     actions = job.stop()
     assert [type(action) for action in actions[:2]] == [StopWorker, StopWorker]
     assert job.phase is Phase.FINISHED
-    assert job.reason == "stopped at once, asked twice (Ctrl-C); not saved"
+    assert job.reason == (
+        "stopped at once, asked twice (Ctrl-C); step 10 is NOT saved: it was asked to end without "
+        "waiting for a save. There is no checkpoint."
+    )
 
 
 def test_wishes_after_a_stop_change_nothing() -> None:

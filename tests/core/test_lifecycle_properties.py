@@ -15,13 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from supple.core.lifecycle import Phase
 from supple.core.spec import TrainSpec
-from supple.core.types import (
-    FailJob,
-    KillWorker,
-    LossCause,
-    SaveCheckpoint,
-    WorkerId,
-)
+from supple.core.types import FailJob, KillWorker, LossCause, WorkerId
 from supple.testing import ScriptedBackend, TrainedState
 
 SOMEONE = st.integers(0, 63)
@@ -52,12 +46,16 @@ class AnyHistory(RuleBasedStateMachine):
         initial=st.integers(1, 6),
         num_nodes=st.integers(1, 3),
         max_failures=st.sampled_from([0, 3, 3, 8]),
+        first_stop=st.sampled_from([0, 3, 3]),
         num_steps=st.sampled_from([50, NEVER_ENDS, NEVER_ENDS]),
         restore=st.sampled_from([None, "old"]),
         seed=st.integers(0, 7),
         is_running=st.sampled_from([True, True, True, False]),
     )
-    def begin(self, *, low: int, more: int, is_running: bool, **options: Any) -> None:
+    def begin(
+        self, *, low: int, more: int, is_running: bool, first_stop: int, **options: Any
+    ) -> None:
+        self.first_stop = first_stop
         self.spec = TrainSpec(
             name="job",
             script="train.py",
@@ -66,8 +64,7 @@ class AnyHistory(RuleBasedStateMachine):
             max_failures=options.pop("max_failures"),
         )
         self.backend = ScriptedBackend(self.spec, checkpoints={"old": 2}, **options)
-        self.num_thrown = 0
-        self.stops = 0
+        self.num_thrown = self.num_left = self.num_stuck = 0
         self.highest_generation = 0
         if is_running:
             self.backend.run(lambda: self.backend.state.phase is Phase.RUNNING)
@@ -103,7 +100,7 @@ class AnyHistory(RuleBasedStateMachine):
                 for move in ("arrive", "work", "poll", "hear", "hear"):
                     getattr(self.backend, move)(worker_id)
                     state = self.backend.state
-                    if state.phase is phase or state.ending:
+                    if state.phase is phase or state.is_ending:
                         saver = state.saver if number % 2 else None
                         self.strike(saver or self.someone(number), "died")
                         return
@@ -143,6 +140,19 @@ class AnyHistory(RuleBasedStateMachine):
         self.num_thrown += 1
         self.backend.throw(self.someone(number))
 
+    @rule(number=SOMEONE, everybody=st.booleans())
+    @precondition(lambda self: self.num_left < 2 and self.backend.state.generation > 1)
+    def leave(self, number: int, everybody: bool) -> None:
+        self.num_left += 1
+        for worker_id in list(self.backend.world.workers) if everybody else [self.someone(number)]:
+            self.backend.leave(worker_id)
+
+    @rule(number=SOMEONE)
+    @precondition(lambda self: self.num_stuck < 2 and self.backend.state.generation)
+    def stick(self, number: int) -> None:
+        self.num_stuck += 1
+        self.backend.stick(self.someone(number))
+
     @rule(num_workers=st.integers(0, 8))
     def resize(self, num_workers: int) -> None:
         self.backend.resize(num_workers)
@@ -158,9 +168,8 @@ class AnyHistory(RuleBasedStateMachine):
         self.backend.notice({self.someone(number) for number in numbers})
 
     @rule()
-    @precondition(lambda self: self.backend.state.generation > 3)
+    @precondition(lambda self: self.backend.state.generation > self.first_stop)
     def stop(self) -> None:
-        self.stops += 1
         self.backend.stop()
 
     # -- what holds after every move -------------------------------------------------------------
@@ -174,7 +183,7 @@ class AnyHistory(RuleBasedStateMachine):
         assert state.phase.is_over == (self.backend.outcome is not None)
         if state.phase.is_over:
             assert not state.workers
-        if state.phase is Phase.RUNNING and not state.ending:
+        if state.phase is Phase.RUNNING and not state.is_ending:
             assert state.present == state.members
         if state.phase is Phase.STARTING:
             assert state.generation == 0
@@ -195,20 +204,18 @@ class AnyHistory(RuleBasedStateMachine):
                 assert steps == list(range(steps[0], steps[-1] + 1))
         if isinstance(backend.outcome, FailJob):
             self.check_failure_is_justified(backend.outcome)
-        elif backend.outcome is not None and not self.stops:
+        elif backend.outcome is not None and not backend.outcome.stopped:
             finished = [
                 w for w in backend.world.workers.values() if w.step == backend.world.num_steps
             ]
-            assert finished, "the job finished, and nobody took its last step"
-        elif backend.outcome is not None and "saved step" in backend.outcome.reason:
-            self.check_saved_state_is_the_newest()
+            assert finished or self.num_left, "the job finished, and nobody took its last step"
 
     def is_at_rest(self) -> bool:
         """As many as wanted train on, or as many as a back-off allows, or all is over."""
         state, now = self.backend.state, self.backend.clock.now()
         if state.phase.is_over:
             return True
-        if state.phase is not Phase.RUNNING or state.stop_reason or state.ending:
+        if state.phase is not Phase.RUNNING or state.is_ending:
             return False
         backing_off = now < state.retry_at and self.spec.min_workers <= len(state.members)
         whole = len(state.members) == state.desired and state.batch_wanted == state.batch_in_force
@@ -217,17 +224,13 @@ class AnyHistory(RuleBasedStateMachine):
     def check_failure_is_justified(self, failed: FailJob) -> None:
         lost = [a for a in self.backend.actions if isinstance(a, KillWorker)]
         events = [line for line in self.backend.history if " WorkerLost(" in line]
-        assert self.num_thrown or len(lost) + len(events) > self.spec.max_failures
+        why = self.num_thrown or self.num_left or self.num_stuck
+        assert why or len(lost) + len(events) > self.spec.max_failures
+        if "left the loop" in failed.reason:
+            assert self.num_left
         if "raised" in failed.reason or "before the first step" in failed.reason:
             assert self.num_thrown
             assert "bad sample" in failed.detail
-
-    def check_saved_state_is_the_newest(self) -> None:
-        saved = [a for a in self.backend.actions if isinstance(a, SaveCheckpoint)][-1]
-        holder = self.backend.world.workers[saved.worker_id]
-        restore = self.backend.state.restore
-        assert restore is not None
-        assert self.backend.world.checkpoints[restore].step == holder.step
 
 
 TestAnyHistory: Any = AnyHistory.TestCase

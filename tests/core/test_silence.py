@@ -55,14 +55,15 @@ def test_a_lost_cluster_ends_the_job_saved_by_a_survivor_and_failed() -> None:
     asked = job.send(ClusterLost, reason="Ray's raylet was killed")
     assert asked == [job.announce("w0 w1")]
     assert job.stopped("w0 w1", 15) == [job.save("w0")]
-    reason = "Ray's raylet was killed: stopped at step 15, saved step-15"
+    reason = "Ray's raylet was killed; step 15 is saved in step-15"
     assert job.saved(15, "step-15")[-1] == job.fail(reason)
     assert job.phase is Phase.FAILED
 
 
-def test_a_cluster_lost_while_the_job_stops_makes_a_failure_of_the_stop() -> None:
+def test_a_cluster_lost_while_the_job_stops_leaves_it_a_stop_if_it_could_be_saved() -> None:
     job = running(1)
     job.stop()
     job.send(ClusterLost, reason="Ray's raylet was killed")
     job.stopped("w0", 15)
-    assert job.saved(15, "step-15")[-1] == job.fail("Ctrl-C: stopped at step 15, saved step-15")
+    reason = "Ctrl-C: stopped at step 15; step 15 is saved in step-15"
+    assert job.saved(15, "step-15")[-1] == job.finish(reason, stopped=True)

@@ -125,11 +125,15 @@ class World:
             self.seen[name] += events
         raise AssertionError(f"{name}: no {kind.__name__} of generation {generation}")
 
+    def join(self) -> None:
+        """Wait until the training functions of all have ended."""
+        for thread in self._threads:
+            thread.join(_LIMIT_S)
+
     def close(self) -> None:
         for name in self.mailboxes:
             self.stop(name)
-        for thread in self._threads:
-            thread.join(_LIMIT_S)
+        self.join()
 
     def _post(self, kind: type[Action], generation: int, members: Sequence[str]) -> None:
         for name in members:
@@ -149,6 +153,8 @@ class World:
         except BaseException as error:
             self.errors[name] = error
             return
+        job.leave_loop()
+        job.saver.wait()
         self.mailboxes[name].emit(
             WorkerFinished(
                 job_id=JobId(self.spec.name),

@@ -12,7 +12,7 @@ from typing import Any, Literal, final
 from supple.cluster.advisor import Advisor
 from supple.cluster.backend import Backend, Clock, Observer
 from supple.cluster.control import ControlServer
-from supple.core import lifecycle
+from supple.core import lifecycle, stalls
 from supple.core.lifecycle import JobState, Phase
 from supple.core.spec import SpecError, TrainSpec, parse_count
 from supple.core.types import (
@@ -47,6 +47,8 @@ class Outcome:
     """The user's traceback, where the script raised."""
     checkpoint: str | None = None
     """The newest durable checkpoint."""
+    saved: bool = True
+    """Does that hold the newest train state?"""
 
 
 @final
@@ -72,7 +74,6 @@ class Controller:
         self._state: JobState | None = None
         self._outcome: Outcome | None = None
         self._progress: Progress | None = None
-        self._stop_asked = False
         self._running_since: float | None = None
         self._pause_began: float | None = None
 
@@ -80,7 +81,6 @@ class Controller:
 
     def request_stop(self, reason: str) -> None:
         """Drain, save, end; called twice: end at once."""
-        self._stop_asked = True
         self._put(StopRequested(job_id=self._job_id, generation=0, reason=reason))
 
     def progressed(self, progress: Progress) -> None:
@@ -156,9 +156,11 @@ class Controller:
                     for observer in self._observers:
                         observer.decided(action)
                 case FinishJob():
-                    status = "stopped" if self._stop_asked else "finished"
                     self._outcome = Outcome(
-                        status=status, reason=action.reason, checkpoint=state.restore
+                        status="stopped" if action.stopped else "finished",
+                        reason=action.reason,
+                        checkpoint=state.restore,
+                        saved=action.saved,
                     )
                 case FailJob():
                     self._outcome = Outcome(
@@ -166,6 +168,7 @@ class Controller:
                         reason=action.reason,
                         detail=action.detail,
                         checkpoint=state.restore,
+                        saved=action.saved,
                     )
                 case _:
                     for observer in self._observers:
@@ -245,6 +248,12 @@ class Controller:
         )
         return {"accepted": sorted(named)}
 
+    def _doing(self) -> dict[str, str]:
+        """What each worker does, in words; nothing of those that step."""
+        if self._state is None:
+            return {}
+        return stalls.in_words(self._state, self._clock.now())
+
     def _status(self) -> dict[str, Any]:
         state, progress = self._state, self._progress
         return {
@@ -252,6 +261,7 @@ class Controller:
             "phase": (state.phase if state else Phase.STARTING).value,
             "generation": state.generation if state else 0,
             "members": [str(worker_id) for worker_id in state.members] if state else [],
+            "doing": self._doing(),
             "pids": {str(worker_id): pid for worker_id, pid in self._backend.pids.items()},
             "progress": None
             if progress is None

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from supple.core.types import (
     AbortGeneration,
     Action,
     AnnounceGeneration,
+    Doing,
     Event,
     FormGroup,
     Heartbeat,
@@ -250,7 +252,7 @@ class RayBackend:
                 for event in report.events:
                     self._queue.put_nowait(event)
                 worker.generation, worker.step = report.generation, report.step
-                self._beat(worker_id, worker)
+                self._beat(worker_id, worker, report.doing, report.since_s)
                 for line in report.output:
                     self._on_output(line)
                 if report.progress is not None:
@@ -273,17 +275,18 @@ class RayBackend:
             if poll.done():
                 return poll.result()
             if await sight.life() is Life.RUNNING:
-                self._beat(worker_id, worker, is_answer=False)
+                self._beat(worker_id, worker, None)
 
     async def _greet(self, worker_id: WorkerId, worker: _Worker) -> bool:
         """Wait until the actor exists. Waiting for a free place in the cluster is not silence."""
         greeting = asyncio.ensure_future(_resolved(worker.actor.hello.remote()))
         greeting.add_done_callback(_look_at_error)
+        began = time.monotonic()
         while True:
             done, _ = await asyncio.wait({greeting}, timeout=1.0)
             if done:
                 break
-            self._beat(worker_id, worker)
+            self._beat(worker_id, worker, "queued", time.monotonic() - began)
         try:
             worker.pid, worker.node_id = greeting.result()
             worker.sight = self._sights.of(worker.pid, worker.node_id)
@@ -298,14 +301,19 @@ class RayBackend:
             with contextlib.suppress(RayError):
                 worker.actor.post.remote(action)
 
-    def _beat(self, worker_id: WorkerId, worker: _Worker, *, is_answer: bool = True) -> None:
+    def _beat(
+        self, worker_id: WorkerId, worker: _Worker, doing: Doing | None, since_s: float = 0.0
+    ) -> None:
+        """`doing` is what the worker answered, None if its node answered in its place."""
         self._queue.put_nowait(
             Heartbeat(
                 job_id=self._job_id,
                 generation=worker.generation,
                 worker_id=worker_id,
                 step=worker.step,
-                is_answer=is_answer,
+                is_answer=doing is not None,
+                doing=doing,
+                since_s=since_s,
             )
         )
 

@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,13 @@ from supple.cluster.own_end import watch
 from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import (
     Action,
+    Doing,
     Event,
     FileLost,
     JobId,
     LossCause,
     Progress,
+    SaveCheckpoint,
     WorkerFinished,
     WorkerId,
     WorkerLost,
@@ -70,6 +74,8 @@ class Report:
     output: tuple[str, ...]
     generation: int
     step: int
+    doing: Doing
+    since_s: float
 
 
 @final
@@ -81,6 +87,7 @@ class WorkerBody:
         self._mailbox = Mailbox()
         self._output: list[str] = []
         self._job: Job | None = None
+        self._began = time.monotonic()
         torch.set_num_threads(max(1, int(setup.spec.cpus_per_worker)))
 
     @ray.method(concurrency_group="post")
@@ -91,6 +98,11 @@ class WorkerBody:
     @ray.method(concurrency_group="post")
     def post(self, action: Action) -> None:
         self._mailbox.post(action)
+        job = self._job
+        if isinstance(action, SaveCheckpoint) and job is not None and job.membership is not None:
+            # The training thread may hang in the dataset, and never come to its commands.
+            beside = threading.Thread(target=job.membership.save_beside, args=(job,), daemon=True)
+            beside.start()
 
     @ray.method(concurrency_group="poll")
     def poll(self, timeout_s: float) -> Report:
@@ -98,12 +110,17 @@ class WorkerBody:
         events, progress = self._mailbox.collect(timeout_s)
         output, self._output = self._output, []
         job = self._job
+        doing, since_s = (
+            ("starting", time.monotonic() - self._began) if job is None else job.activity
+        )
         return Report(
             events=tuple(events),
             progress=progress,
             output=tuple(output),
             generation=0 if job is None else job.generation,
             step=0 if job is None else job.step_count,
+            doing=doing,
+            since_s=since_s,
         )
 
     @ray.method(concurrency_group="train")
@@ -114,10 +131,11 @@ class WorkerBody:
             end = self._run()
         except BaseException as error:
             told = f"the script ended, and how could not be told: {type(error).__name__}"
-            self._mailbox.emit(self._lost("raised", told))
-            raise
+            end = self._lost("raised", told)
         if end is not None:
             self._mailbox.emit(end)
+        if isinstance(end, WorkerLost) and end.step >= 0 and self._job is not None:
+            self._job.outlive()
 
     def _run(self) -> Event | None:
         """How the function ended; None where this worker was let go."""
@@ -157,6 +175,7 @@ class WorkerBody:
                 )
                 with without_a_command_line(spec.script):
                     function(job)
+                job.leave_loop()
                 if not job.took_batches:
                     raise TrainingError(
                         f"{spec.function}(job) in {spec.script} returned without taking a batch: "
@@ -175,6 +194,7 @@ class WorkerBody:
                 advice = memory_advice(error, num_samples)
                 cause = "refused" if isinstance(error, CheckpointRefused) else "raised"
                 return self._lost(cause, f"{told}\n{advice}" if advice else told)
+            job.saver.wait()
         return WorkerFinished(
             job_id=job_id,
             generation=job.generation,
@@ -190,12 +210,15 @@ class WorkerBody:
             yield
 
     def _lost(self, cause: LossCause, detail: str) -> WorkerLost:
+        job = self._job
+        step = None if job is None else job.committed_step
         return WorkerLost(
             job_id=JobId(self._setup.spec.name),
-            generation=0 if self._job is None else self._job.generation,
+            generation=0 if job is None else job.generation,
             worker_id=self._setup.worker_id,
             cause=cause,
             detail=detail,
+            step=-1 if step is None else step,
         )
 
     def _lost_file(self, path: str, error: str) -> None:

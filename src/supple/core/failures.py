@@ -6,8 +6,9 @@ attempts in a row whose new worker did not last a few steps (a bad machine). Pas
 a job goes on with whom it has and tries again ever more rarely; with too few, it fails.
 """
 
+from supple.core.endings import conclude
 from supple.core.membership import JobState, Phase, Turn, ordinal
-from supple.core.types import LossCause, StopWorker, WorkerId
+from supple.core.types import LossCause, StopWorker, WorkerId, WorkerStatus
 from supple.core.words import in_words
 
 BACK_OFF_S = 30.0
@@ -21,6 +22,7 @@ _CAUSE: dict[LossCause, str] = {
     "refused": "refused the checkpoint",
     "died": "died",
     "silent": "fell silent",
+    "stuck": "held the others up",
     "preempted": "was taken by its platform",
     "start_failed": "failed to start",
 }
@@ -38,22 +40,28 @@ def advance(turn: Turn, worker_id: WorkerId, committed: int) -> None:
         turn.set(failed_starts=0)
 
 
-def lose(turn: Turn, worker_id: WorkerId, cause: LossCause, detail: str) -> None:
-    """A worker is gone, whatever it was doing."""
+def lose(turn: Turn, worker_id: WorkerId, cause: LossCause, detail: str, step: int = -1) -> None:
+    """A worker is gone, whatever it was doing. One whose script raised is kept for the state of
+    `step` that it holds, until a generation runs that holds it too."""
     state = turn.state
     view = state.workers[worker_id]
-    turn.forget(worker_id)
+    if cause == "raised" and step >= 0:
+        turn.see(worker_id, status=WorkerStatus.RAISED, stopped=True, step=step, left_at=None)
+        advance(turn, worker_id, step)
+    else:
+        turn.forget(worker_id)
     if cause in ("raised", "refused"):  # its function is over, its process is not
         turn.set(detail=detail)
-        turn.act(StopWorker, worker_id=worker_id, reason=_CAUSE[cause])
+        if step < 0:
+            turn.act(StopWorker, worker_id=worker_id, reason=_CAUSE[cause])
     if cause == "refused":  # it would be refused again, and is none to go on with
-        turn.set(restore=None)
-        turn.fail("the checkpoint was refused")
-        return
-    if view.finished:
+        turn.set(restore=None, restore_step=-1)
+        conclude(turn, "failed", "the checkpoint was refused")
+    if view.finished or view.status is WorkerStatus.RAISED:
         return
     told = f"{worker_id} {_CAUSE[cause]}" + (f": {in_short(detail)}" if detail else "")
-    broke = worker_id in state.members and state.phase not in (Phase.WAITING, Phase.SAVING)
+    at_rest = state.phase in (Phase.WAITING, Phase.SAVING)
+    broke = view.status is WorkerStatus.MEMBER and worker_id in state.members and not at_rest
     if broke:
         others = len(turn.state.members) - len(turn.state.present) > 1
         turn.set(why=("recover", f"{state.why[1]}, {told}" if others else told))
@@ -62,7 +70,9 @@ def lose(turn: Turn, worker_id: WorkerId, cause: LossCause, detail: str) -> None
         return
     if not broke:
         turn.decide("keep", len(turn.state.present), f"{told} ({view.status.value})")
-    if cause == "raised" and _blame_the_script(turn, worker_id, broke=broke):
+    if cause == "raised":
+        _blame_the_script(turn, worker_id, broke=broke)
+    if turn.state.verdict is not None:
         return
     if not view.proven and ordinal(worker_id) >= state.attempt_from:
         turn.set(failed_starts=state.failed_starts + 1, attempt_from=state.num_started)
@@ -71,11 +81,11 @@ def lose(turn: Turn, worker_id: WorkerId, cause: LossCause, detail: str) -> None
     _back_off(turn)
 
 
-def _blame_the_script(turn: Turn, worker_id: WorkerId, *, broke: bool) -> bool:
-    """Fail the job if another try would only raise again."""
+def _blame_the_script(turn: Turn, worker_id: WorkerId, *, broke: bool) -> None:
+    """The job is to fail if another try would only raise again."""
     state, limit = turn.state, max(1, turn.state.spec.max_failures)
     if state.generation == 0:
-        turn.fail("the script failed before the first step")
+        conclude(turn, "failed", "the script failed before the first step")
     elif broke:
         again = state.step <= state.raised_step
         turn.set(
@@ -85,11 +95,11 @@ def _blame_the_script(turn: Turn, worker_id: WorkerId, *, broke: bool) -> bool:
         )
         at = f"after step {state.step}"
         if not state.ending and set(state.members) <= turn.state.raised:
-            turn.fail(f"the script raised on every worker {at}")
+            conclude(turn, "failed", f"the script raised on every worker {at}")
         elif not state.ending and turn.state.num_raised >= limit:
             times = "once" if limit == 1 else f"{limit} times"
-            turn.fail(f"the script raised {times} {at} (--max-failures {state.spec.max_failures})")
-    return turn.state.phase.is_over
+            allowed = f"(--max-failures {state.spec.max_failures})"
+            conclude(turn, "failed", f"the script raised {times} {at} {allowed}")
 
 
 def strike(turn: Turn) -> None:
@@ -116,20 +126,21 @@ def _back_off(turn: Turn) -> None:
 
 
 def is_hopeless(turn: Turn) -> bool:
-    """Fail the job if workers keep being lost without progress, and too few are left; or if
+    """The job is to fail if workers keep being lost without progress, and too few are left; or if
     collectives keep failing although nobody was lost."""
     state = turn.state
     if max(state.failed_starts, state.strikes) <= state.spec.max_failures:
         return False
     if not state.next_members:
         left, least = len(state.joinable), state.spec.min_workers
-        turn.fail(f"{_in_a_row(state)}; {in_words(left)} left, MIN is {least}")
+        conclude(turn, "failed", f"{_in_a_row(state)}; {in_words(left)} left, MIN is {least}")
     elif state.strikes > state.spec.max_failures and state.present == state.members:
-        turn.fail(
+        reason = (
             f"{_in_a_row(state)}, though no worker was lost ({state.why[1]}): check that the "
             "workers' nodes can reach each other"
         )
-    return turn.state.phase.is_over
+        conclude(turn, "failed", reason)
+    return turn.state.verdict is not None
 
 
 def _in_a_row(state: JobState) -> str:

@@ -5,19 +5,36 @@ about what is true now, applied until nothing changes (as h11 does with its stat
 transitions). A message of another generation, or from a worker that was let go, changes nothing.
 
     STARTING -> FORMING -> RUNNING -> DRAINING -> FORMING ...   grow, shrink, recover, batch
-                   |          |          |-> WAITING -> FORMING    fewer than MIN
-                   |          |          |-> SAVING -> FINISHED    stopped
-                   v          v          v
-                DRAINING   FINISHED    FAILED
+                   |                    |  |-> WAITING -> FORMING   fewer than MIN
+                   |                    |  |-> SAVING -> WAITING    only a raised script has state
+                   v                    v
+                DRAINING             SAVING -> FINISHED, FAILED     there is a verdict (`endings`)
 """
 
 from collections.abc import Callable
 from typing import Any
 
+from supple.core.endings import (
+    all_left_but_joiners,
+    conclude,
+    drain,
+    finish_when_all_have,
+    is_late,
+    look_at_those_who_stay,
+    on_finished,
+    on_left,
+    on_save_failed,
+    on_saved,
+    on_stop,
+    save_before_forming,
+    save_or_end,
+    saving,
+)
 from supple.core.failures import advance, in_short, is_hopeless, lose, strike
 from supple.core.membership import JobState, Phase, Turn
 from supple.core.silence import end_the_silent, forgive, heard
 from supple.core.spec import TrainSpec
+from supple.core.stalls import note, watch
 from supple.core.types import (
     Action,
     BatchChanged,
@@ -30,6 +47,7 @@ from supple.core.types import (
     GroupFormed,
     Heartbeat,
     JobId,
+    LoopLeft,
     Noticed,
     PreemptionNoticed,
     StopRequested,
@@ -114,6 +132,8 @@ def _on_stopped(turn: Turn, event: WorkerStopped) -> None:
         return
     turn.see(event.worker_id, stopped=True, step=event.step)
     advance(turn, event.worker_id, event.step)
+    if state.phase is Phase.SAVING:
+        return
     if state.phase is not Phase.DRAINING:
         reason = f"{event.worker_id}: {in_short(event.error) or 'it stopped unasked'}"
         turn.set(why=("recover", reason))
@@ -123,31 +143,44 @@ def _on_stopped(turn: Turn, event: WorkerStopped) -> None:
 
 
 def _on_formed(turn: Turn, event: GroupFormed) -> None:
-    if _is_current(turn.state, event):
+    state = turn.state
+    if _is_current(state, event):
         turn.see(event.worker_id, formed=True, step=event.step)
+        if state.restore is not None and state.restore_step < 0:
+            turn.set(restore_step=event.step)
 
 
 def _on_finished(turn: Turn, event: WorkerFinished) -> None:
-    if _is_current(turn.state, event):
-        turn.see(event.worker_id, finished=True, formed=True, stopped=True, step=event.step)
-        turn.set(step=max(turn.state.step, event.step), ending=True)
-    elif turn.state.workers[event.worker_id].status is WorkerStatus.STARTING:
+    view = turn.state.workers[event.worker_id]
+    if _is_current(turn.state, event) or view.left_at is not None:
+        on_finished(turn, event)
+    elif view.status is WorkerStatus.STARTING:
         lose(turn, event.worker_id, "raised", RETURNED_EARLY)
 
 
+def _on_left(turn: Turn, event: LoopLeft) -> None:
+    if _is_current(turn.state, event):
+        on_left(turn, event)
+
+
 def _on_heartbeat(turn: Turn, event: Heartbeat) -> None:
-    if _is_current(turn.state, event) and turn.state.phase is Phase.RUNNING:
+    if event.doing is not None:
+        note(turn, event.worker_id, event.doing, event.since_s)
+    state = turn.state
+    phase_steps = state.phase in (Phase.RUNNING, Phase.DRAINING)
+    if phase_steps and _is_current(state, event) and state.workers[event.worker_id].is_training:
         advance(turn, event.worker_id, event.step)
+        turn.see(event.worker_id, step=max(event.step, state.workers[event.worker_id].step))
 
 
 def _is_current(
-    state: JobState, event: WorkerStopped | GroupFormed | WorkerFinished | Heartbeat
+    state: JobState, event: WorkerStopped | GroupFormed | WorkerFinished | LoopLeft | Heartbeat
 ) -> bool:
-    return event.generation == state.generation and event.worker_id in state.members
+    return event.generation == state.generation and event.worker_id in state.present
 
 
 def _on_lost(turn: Turn, event: WorkerLost) -> None:
-    lose(turn, event.worker_id, event.cause, event.detail)
+    lose(turn, event.worker_id, event.cause, event.detail, event.step)
 
 
 def _on_target(turn: Turn, event: TargetChanged) -> None:
@@ -156,7 +189,7 @@ def _on_target(turn: Turn, event: TargetChanged) -> None:
     reason = event.reason
     if desired != event.num_workers:
         reason += f" ({event.num_workers} is outside {spec.min_workers}:{spec.max_workers})"
-    if state.stop_reason is not None or state.ending:
+    if state.is_ending:
         turn.decide("keep", len(state.present), f"the job is ending; {reason}")
     elif desired == state.desired:
         turn.decide("keep", desired, f"{in_words(desired)} already wanted; {reason}")
@@ -182,30 +215,6 @@ def _on_preemption(turn: Turn, event: PreemptionNoticed) -> None:
         turn.decide("shrink", len(turn.state.joinable), reason)
 
 
-def _on_stop(turn: Turn, event: StopRequested) -> None:
-    if turn.state.stop_reason is not None:
-        turn.finish(f"stopped at once, asked twice ({event.reason}); not saved")
-        return
-    turn.set(stop_reason=event.reason)
-    turn.decide("stop", 0, f"{event.reason}: finishing the step in flight, then saving")
-
-
-def _on_saved(turn: Turn, event: CheckpointSaved) -> None:
-    if event.step >= turn.state.restore_step:
-        turn.set(restore=event.path, restore_step=event.step)
-    if turn.state.phase is Phase.SAVING and event.step >= turn.state.step:
-        turn.finish(f"{turn.state.stop_reason}: stopped at step {event.step}, saved {event.path}")
-
-
-def _on_save_failed(turn: Turn, event: CheckpointFailed) -> None:
-    if turn.state.phase is Phase.SAVING and event.step >= turn.state.step:
-        last = turn.state.restore
-        turn.finish(
-            f"{turn.state.stop_reason}: stopped at step {event.step}, NOT saved: {event.error} "
-            + (f"The last good checkpoint is {last}." if last else "There is no checkpoint.")
-        )
-
-
 def _on_passed_over(turn: Turn, event: CheckpointPassedOver) -> None:
     turn.set(restore=event.path, restore_step=event.step)
     turn.decide("recover", len(turn.state.members), f"from {event.path} instead: {event.reason}")
@@ -216,10 +225,9 @@ def _on_file_lost(_turn: Turn, _event: FileLost) -> None:
 
 
 def _on_cluster_lost(turn: Turn, event: ClusterLost) -> None:
-    turn.set(stop_is_failure=True)
-    if turn.state.stop_reason is None:
-        turn.set(stop_reason=event.reason)
+    if turn.state.verdict is None:
         turn.decide("stop", 0, f"{event.reason}: saving while the workers still answer")
+    conclude(turn, "failed", event.reason)
 
 
 def _on_noticed(turn: Turn, event: Noticed) -> None:
@@ -233,6 +241,7 @@ def _on_tick(turn: Turn, _event: Ticked) -> None:
         forgive(turn, asleep_s)  # it is the controller that was suspended: it could hear nobody
     else:
         end_the_silent(turn)
+        watch(turn)
 
 
 _ON_EVENT: dict[type[Event], Callable[[Turn, Any], None]] = {
@@ -241,15 +250,16 @@ _ON_EVENT: dict[type[Event], Callable[[Turn, Any], None]] = {
     GroupFormed: _on_formed,
     WorkerLost: _on_lost,
     WorkerFinished: _on_finished,
+    LoopLeft: _on_left,
     Heartbeat: _on_heartbeat,
     TargetChanged: _on_target,
     BatchChanged: _on_batch,
     PreemptionNoticed: _on_preemption,
-    StopRequested: _on_stop,
+    StopRequested: on_stop,
     ClusterLost: _on_cluster_lost,
     Noticed: _on_noticed,
-    CheckpointSaved: _on_saved,
-    CheckpointFailed: _on_save_failed,
+    CheckpointSaved: on_saved,
+    CheckpointFailed: on_save_failed,
     CheckpointPassedOver: _on_passed_over,
     FileLost: _on_file_lost,
     Ticked: _on_tick,
@@ -260,11 +270,8 @@ _ON_EVENT: dict[type[Event], Callable[[Turn, Any], None]] = {
 
 
 def _starting(turn: Turn) -> None:
-    state = turn.state
-    if state.stop_reason is not None:
-        turn.finish(f"{state.stop_reason}: stopped before the first step, nothing to save")
-        return
-    if is_hopeless(turn):
+    if turn.state.verdict is not None or is_hopeless(turn):
+        save_or_end(turn)
         return
     _let_go_surplus(turn)
     _ask_for_missing(turn)
@@ -276,11 +283,12 @@ def _starting(turn: Turn) -> None:
 
 
 def _running(turn: Turn) -> None:
-    if turn.state.ending:
-        _finish_when_all_have(turn)
+    if turn.state.verdict is not None:
+        turn.announce("stop", turn.state.verdict.reason)
         return
-    if turn.state.stop_reason is not None:
-        turn.announce("stop", turn.state.stop_reason)
+    if turn.state.is_ending:
+        look_at_those_who_stay(turn)
+        finish_when_all_have(turn)
         return
     _let_go_surplus(turn)
     _ask_for_missing(turn)
@@ -306,19 +314,22 @@ def _running(turn: Turn) -> None:
 
 def _draining(turn: Turn) -> None:
     state = turn.state
-    if not all(state.workers[worker_id].stopped for worker_id in state.present):
-        if state.stop_reason is None and not state.ending:
-            _ask_for_missing(turn)
-    elif state.ending:
-        _finish_when_all_have(turn)
-        if turn.state.unfinished and not turn.state.phase.is_over:
-            turn.form(turn.state.unfinished)
-    elif state.stop_reason is not None:
-        turn.save()
+    if state.verdict is not None:
+        drain(turn)
+    elif state.training:
+        look_at_those_who_stay(turn)
+        _ask_for_missing(turn)
+    elif state.is_ending:
+        again = [w for w in state.present if state.workers[w].can_join]
+        if again and not all_left_but_joiners(state):
+            turn.form(again)
+        else:
+            finish_when_all_have(turn)
     elif is_hopeless(turn):
-        return
+        save_or_end(turn)
     elif state.next_members:
-        turn.form(state.next_members)
+        if not save_before_forming(turn):
+            turn.form(state.next_members)
     else:
         turn.set(phase=Phase.WAITING)
         left, least = len(state.joinable), state.spec.min_workers
@@ -338,28 +349,18 @@ def _forming(turn: Turn) -> None:
         turn.set(
             phase=Phase.RUNNING, step=step_now, full_size=max(state.full_size, len(state.members))
         )
+    elif is_late(turn):
+        turn.abort()
 
 
 def _waiting(turn: Turn) -> None:
-    if turn.state.stop_reason is not None:
-        turn.save()
-        return
-    if is_hopeless(turn):
+    if turn.state.verdict is not None or is_hopeless(turn):
+        save_or_end(turn)
         return
     _ask_for_missing(turn)
-    if turn.state.next_members:
+    if turn.state.next_members and not save_before_forming(turn):
         turn.set(why=("regrow", "enough workers again"))
         turn.form(turn.state.next_members)
-
-
-def _saving(turn: Turn) -> None:
-    state = turn.state
-    if state.saver in state.workers:
-        return
-    if state.holders:
-        turn.save()
-    else:
-        turn.finish(f"{state.stop_reason}: stopped, and nobody was left to save")
 
 
 def _over(_turn: Turn) -> None:
@@ -372,28 +373,16 @@ _RULES: dict[Phase, Callable[[Turn], None]] = {
     Phase.DRAINING: _draining,
     Phase.FORMING: _forming,
     Phase.WAITING: _waiting,
-    Phase.SAVING: _saving,
+    Phase.SAVING: saving,
     Phase.FINISHED: _over,
     Phase.FAILED: _over,
 }
 
 
-def _finish_when_all_have(turn: Turn) -> None:
-    """A member that finished had passed a fence with the others: nothing is left to train."""
-    state = turn.state
-    if state.unfinished:
-        return
-    done = f"training finished after {state.step} steps"
-    if state.raised:
-        turn.fail(f"{done}, but then the script raised in {', '.join(sorted(state.raised))}")
-    else:
-        turn.finish(done)
-
-
 def _ask_for_missing(turn: Turn) -> None:
     """Start as many workers as are wanted and neither there nor on their way."""
     state = turn.state
-    if turn.now < state.retry_at or state.stop_reason is not None or state.ending:
+    if turn.now < state.retry_at or state.is_ending:
         return
     for _ in range(state.desired - len(state.joinable) - len(state.starting)):
         turn.ask_for_one()
@@ -402,7 +391,10 @@ def _ask_for_missing(turn: Turn) -> None:
 def _let_go_surplus(turn: Turn) -> None:
     """Let go of those that are not wanted: never of a member."""
     for worker_id, view in turn.state.workers.items():
-        if view.leaving and view.status is not WorkerStatus.MEMBER:
+        if view.status is WorkerStatus.RAISED:
+            if turn.state.phase is Phase.RUNNING:
+                turn.let_go(worker_id, "raised in the script")
+        elif view.leaving and view.status is not WorkerStatus.MEMBER:
             turn.let_go(worker_id, "taken by the platform")
     state = turn.state
     newcomers = [w for w in state.joinable if w not in state.members]

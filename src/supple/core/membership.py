@@ -7,7 +7,7 @@ that make the world follow.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, final
+from typing import Any, Literal, final
 
 from supple.core.spec import TrainSpec
 from supple.core.types import (
@@ -15,6 +15,7 @@ from supple.core.types import (
     Action,
     AnnounceGeneration,
     Decision,
+    Doing,
     FailJob,
     FinishJob,
     FormGroup,
@@ -40,7 +41,7 @@ class Phase(Enum):
     WAITING = "waiting"
     """Too few workers to go on."""
     SAVING = "saving"
-    """Stopped for good; one worker writes the last checkpoint."""
+    """One worker writes what nobody else holds: at the end, or before all begin from it."""
     FINISHED = "finished"
     FAILED = "failed"
 
@@ -74,6 +75,35 @@ class WorkerView:
     finished: bool = False
     leaving: bool = False
     """Its platform will take it."""
+    left_at: float | None = None
+    """When its script left the loop early, at `step`."""
+    doing: Doing | None = None
+    since: float = 0.0
+    """When it began that."""
+    said: bool = False
+    """That it takes long has been said."""
+
+    @property
+    def can_join(self) -> bool:
+        """Its training function is still in its loop."""
+        return not self.finished and self.left_at is None
+
+    @property
+    def is_training(self) -> bool:
+        """A member that is stepping, or should be."""
+        return self.status is WorkerStatus.MEMBER and self.can_join and not self.stopped
+
+
+VerdictKind = Literal["finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """How a job ends, as soon as what its workers hold is saved."""
+
+    kind: VerdictKind
+    reason: str
+    at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +119,8 @@ class JobState:
     """Of the current generation, in rank order; those lost since are no longer in `workers`."""
     desired: int = 1
     desired_reason: str = ""
-    aborted: bool = False
-    """The members of this generation were told to abandon their step."""
+    aborted_at: float | None = None
+    """When the members of this generation were told to abandon their step."""
     full_size: int = 0
     """Most workers that trained together since a shrink was last wanted: up to it, a grow only
     makes good what was lost."""
@@ -122,12 +152,19 @@ class JobState:
     """The last traceback of the user's script."""
     retry_at: float = 0.0
     """No replacement is asked for before this time."""
-    stop_reason: str | None = None
-    stop_is_failure: bool = False
-    """What the job runs on was lost: even a stop that saved is no success."""
+    verdict: Verdict | None = None
+    stop_asked: bool = False
     saver: WorkerId | None = None
+    saving_since: float = 0.0
+    unable: frozenset[WorkerId] = frozenset()
+    """Holders that were asked to save and could not."""
+    save_error: tuple[int, str] = (-1, "")
+    """(step, what went wrong) of the last save that failed."""
     ending: bool = False
-    """A member has finished: nobody needs to join any more."""
+    """A member has come to the end of the data: nobody needs to join any more."""
+    longest: Mapping[str, float] = field(default_factory=dict[str, float])
+    """The longest that a worker was seen to do a thing (see `Doing`) that it came to an end with,
+    in seconds."""
     ticked_at: float = 0.0
     why: tuple[str, str] = ("start", "")
     """(kind, reason) of the decision that the next FormGroup carries out."""
@@ -135,11 +172,30 @@ class JobState:
     @property
     def present(self) -> tuple[WorkerId, ...]:
         """Members that have not been lost, in rank order."""
-        return tuple(worker_id for worker_id in self.members if worker_id in self.workers)
+        return tuple(
+            w
+            for w in self.members
+            if w in self.workers and self.workers[w].status is WorkerStatus.MEMBER
+        )
 
     @property
-    def unfinished(self) -> tuple[WorkerId, ...]:
-        return tuple(w for w in self.present if not self.workers[w].finished)
+    def training(self) -> tuple[WorkerId, ...]:
+        """Members that are still in their loops, in rank order."""
+        return tuple(w for w in self.present if self.workers[w].is_training)
+
+    @property
+    def is_ending(self) -> bool:
+        """Nobody new is needed: the job has its verdict, or the first member has left its loop."""
+        return (
+            self.verdict is not None
+            or self.ending
+            or any(view.left_at is not None for view in self.workers.values())
+        )
+
+    @property
+    def durable_step(self) -> int:
+        """Committed steps that no death can take: those in the newest checkpoint, or none."""
+        return max(0, self.restore_step)
 
     @property
     def standing_by(self) -> tuple[WorkerId, ...]:
@@ -160,7 +216,7 @@ class JobState:
         return tuple(
             w
             for w in (*self.present, *self.standing_by)
-            if not self.workers[w].leaving and not self.workers[w].finished
+            if self.workers[w].can_join and not self.workers[w].leaving
         )
 
     @property
@@ -174,7 +230,7 @@ class JobState:
         taken by its platform: the next shrink lets it go, when others have the state too. Without
         MIN others, those about to be taken stay as long as they can.
         """
-        order = [w for w in (*self.present, *self.standing_by) if not self.workers[w].finished]
+        order = [w for w in (*self.present, *self.standing_by) if self.workers[w].can_join]
         pool = list(self.joinable)
         if len(pool) < self.spec.min_workers:
             pool += [w for w in order if self.workers[w].leaving]
@@ -191,8 +247,10 @@ class JobState:
     @property
     def holders(self) -> tuple[WorkerId, ...]:
         """Stopped workers that hold train state, the newest state first."""
-        found = [w for w, view in self.workers.items() if view.step >= 0 and view.stopped]
-        return tuple(sorted(found, key=lambda w: -self.workers[w].step))
+        views = self.workers
+        found = [w for w, v in views.items() if v.step >= 0 and v.stopped and v.can_join]
+        found.sort(key=lambda w: (-views[w].step, views[w].status is WorkerStatus.RAISED))
+        return tuple(found)
 
     def _node_by_node(self, order: Iterable[WorkerId]) -> tuple[WorkerId, ...]:
         nodes: dict[str, list[WorkerId]] = {}
@@ -273,9 +331,11 @@ class Turn:
         """The step in flight is lost: make everybody who is still in it leave it."""
         state = self.state
         blocked = tuple(w for w in state.present if not state.workers[w].stopped)
-        self.set(phase=Phase.DRAINING, aborted=True)
-        if blocked and not state.aborted:
-            self.act(AbortGeneration, members=blocked)
+        self.set(phase=Phase.DRAINING)
+        if state.aborted_at is None:
+            self.set(aborted_at=self.now)
+            if blocked:
+                self.act(AbortGeneration, members=blocked)
 
     def form(self, chosen: Iterable[WorkerId]) -> None:
         """Tell the next generation to form. Who is not in it is kept until that runs: it may be
@@ -295,7 +355,7 @@ class Turn:
             members=members,
             workers=workers,
             batch_in_force=before.batch_wanted,
-            aborted=False,
+            aborted_at=None,
             raised=before.raised if before.ending else frozenset[WorkerId](),
         )
         self.act(
@@ -306,23 +366,18 @@ class Turn:
         )
         self.decide(*_account(before, members))
 
-    def save(self) -> None:
-        """Ask the newest state's holder to write it; with none, the rule of SAVING ends the job."""
-        holders = self.state.holders
-        self.set(phase=Phase.SAVING, saver=holders[0] if holders else None)
-        if holders:
-            self.act(SaveCheckpoint, worker_id=holders[0])
+    def save(self, worker_id: WorkerId) -> None:
+        """Ask this worker to write the state it holds."""
+        self.set(phase=Phase.SAVING, saver=worker_id, saving_since=self.now)
+        self.act(SaveCheckpoint, worker_id=worker_id)
 
-    def finish(self, reason: str) -> None:
-        if self.state.stop_is_failure:
-            self.fail(reason)
-            return
+    def finish(self, reason: str, *, stopped: bool, saved: bool) -> None:
         self._end(Phase.FINISHED, "finish", reason)
-        self.act(FinishJob, reason=reason)
+        self.act(FinishJob, reason=reason, stopped=stopped, saved=saved)
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, *, saved: bool) -> None:
         self._end(Phase.FAILED, "fail", reason)
-        self.act(FailJob, reason=reason, detail=self.state.detail)
+        self.act(FailJob, reason=reason, detail=self.state.detail, saved=saved)
 
     def _end(self, phase: Phase, kind: str, reason: str) -> None:
         for worker_id in tuple(self.state.workers):

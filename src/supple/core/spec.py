@@ -237,6 +237,9 @@ class TrainSpec:
     """A worker whose process is stopped, or out of reach, is given up after so long."""
     unresponsive_timeout_s: float = 600.0
     """The same of one whose process runs while its interpreter does not answer."""
+    stall_timeout_s: float = 60.0
+    """A worker that fetches data for so long while others wait for it is replaced; ten times as
+    long for one in the script's own code."""
     max_failures: int = 3
     """Losses in a row without a committed step between them, after which a job is not retried."""
     on_non_finite: OnNonFinite = "stop"

@@ -107,11 +107,31 @@ class WorkerStatus(Enum):
     """Ready to join the next generation."""
     MEMBER = "member"
     """In the current generation."""
+    RAISED = "raised"
+    """Its script raised. It joins no generation any more, but holds the train state of its last
+    committed step and can save it."""
 
 
-LossCause = Literal["raised", "refused", "died", "silent", "preempted", "start_failed"]
+LossCause = Literal["raised", "refused", "died", "silent", "stuck", "preempted", "start_failed"]
 """Why a worker was lost: the user's code raised, the checkpoint it was to begin with does not
-fit, the process died, its heartbeat stopped, its platform took it, or it never came up."""
+fit, the process died, its heartbeat stopped, it held the others up for too long, its platform took
+it, or it never came up."""
+
+Doing = Literal[
+    "queued",  # its process has no place in the cluster yet
+    "starting",  # it imports the script and builds the model
+    "data",  # it fetches samples
+    "script",  # the user's own code, between two calls of ours
+    "backward",
+    "waiting",  # for the other ranks of its step
+    "update",  # the optimizer changes the train state
+    "fence",  # no data is left: it waits for the other ranks to say the same
+    "standby",  # for the next command
+    "forming",  # a group, and taking or giving the train state
+    "saving",
+    "after",  # the user's own code, after the loop
+]
+"""What a worker's training thread does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +174,18 @@ class WorkerLost(Event):
     cause: LossCause
     detail: str = ""
     """The user's traceback, or one line."""
+    step: int = -1
+    """Where its script raised: the committed steps of the train state that it still holds; -1: it
+    holds none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopLeft(Event):
+    """The script left its loop before the end of the data (`break`, `return`, an exception), after
+    `step` committed steps. The training function may still run; rank 0 saves what it had."""
+
+    worker_id: WorkerId
+    step: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +202,10 @@ class Heartbeat(Event):
     step: int
     is_answer: bool = True
     """False: its node says that its process runs; its interpreter did not answer."""
+    doing: Doing | None = None
+    """None: it could not be asked."""
+    since_s: float = 0.0
+    """For how long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +263,8 @@ class CheckpointSaved(Event):
 class CheckpointFailed(Event):
     step: int
     error: str
+    is_disk_full: bool = False
+    """Another worker would fail alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,7 +348,8 @@ class FormGroup(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveCheckpoint(Action):
-    """Rank 0, stopped at a boundary, saves the train state durably (the last act of a stop)."""
+    """Save the train state durably: a worker that stopped at a boundary, whose script raised, or
+    that has been fetching data for long."""
 
     worker_id: WorkerId
 
@@ -318,6 +357,10 @@ class SaveCheckpoint(Action):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishJob(Action):
     reason: str
+    stopped: bool = False
+    """Someone asked for it, before the end of training."""
+    saved: bool = True
+    """Is the newest train state in a durable checkpoint?"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +368,7 @@ class FailJob(Action):
     reason: str
     detail: str = ""
     """The user's traceback, where there is one."""
+    saved: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
 
 from supple.core import lifecycle
-from supple.core.membership import ordinal
+from supple.core.membership import JobState, ordinal
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     AbortGeneration,
@@ -116,7 +116,7 @@ class ScriptedBackend:
                     self.work(worker.worker_id, lucky=self._random.random() < 0.9)
             self._strike_by_step()
             for worker in self._shuffled():
-                world.poll(worker)
+                world.poll(worker, self.clock.now())
                 while worker.wire:
                     self.hear(worker.worker_id)
         self.tick(ROUND_S)
@@ -140,7 +140,7 @@ class ScriptedBackend:
 
     def poll(self, worker_id: WorkerId) -> None:
         """The worker's events and a heartbeat are on their way to the lifecycle."""
-        self.world.poll(self.world.workers[worker_id])
+        self.world.poll(self.world.workers[worker_id], self.clock.now())
 
     def hear(self, worker_id: WorkerId) -> None:
         """The lifecycle hears the worker's oldest event that is on its way."""
@@ -163,6 +163,14 @@ class ScriptedBackend:
 
     def throw(self, worker_id: WorkerId) -> None:
         self.world.throw(self.world.workers[worker_id])
+
+    def leave(self, worker_id: WorkerId) -> None:
+        """Its script leaves the loop early."""
+        self.world.leave(self.world.workers[worker_id])
+
+    def stick(self, worker_id: WorkerId) -> None:
+        """Its dataset hangs."""
+        self.world.stick(self.world.workers[worker_id])
 
     def resize(self, num_workers: int, reason: str = "asked for") -> None:
         self._send(TargetChanged, num_workers=num_workers, reason=reason)
@@ -197,7 +205,13 @@ class ScriptedBackend:
                 self._faults.append(Fault(kind="take", worker=fault.worker, at=at))
 
     def _strike_by_step(self) -> None:
-        blows = {"kill": self.kill, "freeze": self.freeze, "throw": self.throw}
+        blows = {
+            "kill": self.kill,
+            "freeze": self.freeze,
+            "throw": self.throw,
+            "leave": self.leave,
+            "stick": self.stick,
+        }
         for fault in [f for f in self._faults if f.step is not None]:
             for worker in self.world.awake:
                 computing = worker.doing == "step" and worker.step + 1 == fault.step
@@ -216,11 +230,27 @@ class ScriptedBackend:
         elif isinstance(event, WorkerLost):
             self._known.discard(event.worker_id)
         before = self.state
+        alive = [w for w in self.world.awake if w.worker_id in self._known]
         self.state, actions = lifecycle.step(before, event, self.clock.now())
         if before.phase.is_over and (self.state is not before or actions):
             raise self._violation("a job that is over went on")
         for action in actions:
             self.execute(action)
+        if self.outcome is not None and not before.phase.is_over:
+            self._check_saved(before, alive)
+
+    def _check_saved(self, before: JobState, alive: Iterable[SimulatedWorker]) -> None:
+        """What a worker held that was alive at the end is saved, or said not to be. (Of one that
+        had not stopped, the job knows what its last heartbeat said.)"""
+        assert self.outcome is not None
+        restore = self.state.restore
+        durable = 0 if restore is None else self.world.checkpoints[restore].step
+        held = [w.step for w in alive if not before.workers[w.worker_id].is_training]
+        is_saved = max(held, default=-1) <= durable
+        if self.outcome.saved and not is_saved:
+            raise self._violation(f"steps {held} were held, step {durable} is saved")
+        if self.outcome.saved == ("NOT saved" in self.outcome.reason):
+            raise self._violation("the last words and the outcome differ")
 
     def _send(self, event: type[Event], **fields: Any) -> None:
         self.send(event(job_id=self._job_id, generation=0, **fields))
@@ -269,7 +299,7 @@ class ScriptedBackend:
         if not self.state.phase.is_over and action.worker_id not in self._raised:
             if worker.stage is Stage.IN_GROUP:
                 raise self._violation(f"{action.worker_id} was let go out of its generation")
-            others = [self.world.workers[w].step for w in self._known]
+            others = [self.world.workers[w].step for w in self._known - self._raised]
             if worker.step > max(others, default=-1):
                 raise self._violation(f"{action.worker_id}, let go, held the newest state")
 
@@ -281,13 +311,14 @@ class ScriptedBackend:
         # One more than MAX only to take over the state of a worker that will be taken.
         if not 1 <= len(set(members)) == len(members) <= spec.max_workers + 1:
             raise self._violation(f"a generation of {members}")
-        if len(members) < spec.min_workers and not self.state.ending:
+        if len(members) < spec.min_workers and not self.state.is_ending:
             raise self._violation(f"a generation of {len(members)}, below MIN")
         workers = [self.world.workers[w] for w in members]
+        able = [w for w in self._known - self._raised if self.state.workers[w].can_join]
         if busy := [w.worker_id for w in workers if w.stage not in (Stage.WAITING, Stage.GONE)]:
             raise self._violation(f"{busy} had not stopped")
-        newest = max(self.world.workers[w].step for w in self._known)
-        if max(worker.step for worker in workers) < newest and not self.state.ending:
+        newest = max(self.world.workers[w].step for w in able)
+        if max(worker.step for worker in workers) < newest and not self.state.is_ending:
             raise self._violation(f"step {newest} was left out of the next generation")
 
     def _note(self, what: Event | Action) -> None:

@@ -5,7 +5,9 @@ from typing import Literal, final
 
 from supple.core.types import WorkerId
 
-FaultKind = Literal["kill", "freeze", "throw", "notice", "take", "resize", "batch", "stop"]
+FaultKind = Literal[
+    "kill", "freeze", "throw", "leave", "stick", "notice", "take", "resize", "batch", "stop"
+]
 
 
 @final
@@ -54,6 +56,14 @@ class FaultScript:
     def throw(self, *, rank: int, step: int) -> "FaultScript":
         """The user's script raises."""
         return self._with(Fault(kind="throw", rank=rank, step=step))
+
+    def leave(self, *, rank: int, step: int) -> "FaultScript":
+        """The user's script leaves its loop, `step` not being made."""
+        return self._with(Fault(kind="leave", rank=rank, step=step))
+
+    def stick(self, *, rank: int, step: int) -> "FaultScript":
+        """The user's dataset never gives the samples."""
+        return self._with(Fault(kind="stick", rank=rank, step=step))
 
     def preempt(self, *, worker: str, at: float, notice_s: float = 30.0) -> "FaultScript":
         """The platform says that it takes the worker, and `notice_s` later it does."""

@@ -17,11 +17,13 @@ from supple.core.types import (
     AnnounceGeneration,
     CheckpointFailed,
     CheckpointSaved,
+    Doing,
     Event,
     FormGroup,
     GroupFormed,
     Heartbeat,
     JobId,
+    LoopLeft,
     LossCause,
     SaveCheckpoint,
     StopWorker,
@@ -56,6 +58,8 @@ class Stage(Enum):
     IN_GROUP = "in group"
     AFTER = "after"
     """Past the last fence; the user's function still runs."""
+    LEFT = "left"
+    """It left its loop early; the user's function still runs, and rank 0 has yet to save."""
     FINISHED = "finished"
     RAISED = "raised"
     GONE = "gone"
@@ -86,11 +90,13 @@ class SimulatedWorker:
     frozen: bool = False
     """Stopped, or cut off: it does and answers nothing, and its connections stay open for ever,
     even when it is killed. Only an abort frees its peers."""
+    is_stuck: bool = False
+    """Its training thread fetches data for ever; the others of its process work."""
     generation: int = 0
     state: TrainedState | None = None
     group: Group | None = None
     doing: str = ""
-    """The collective it is in: gather, commit, step or fence."""
+    """What it is at: gather, commit, step, fence, save or last fence."""
     number: int = 0
     inbox: deque[Action] = field(default_factory=deque[Action])
     """Sent, not yet arrived."""
@@ -103,15 +109,39 @@ class SimulatedWorker:
     wire: deque[Event] = field(default_factory=deque[Event])
     """On the way to the controller."""
 
+    told_doing: tuple[Doing, float] = ("starting", 0.0)
+    """What it said last that it does, and since when."""
+
     @property
     def step(self) -> int:
         return -1 if self.state is None else self.state.step
 
     @property
     def rank(self) -> int | None:
-        if self.stage is not Stage.IN_GROUP or self.group is None:
+        if self.stage not in (Stage.IN_GROUP, Stage.LEFT) or self.group is None:
             return None
         return self.group.command.members.index(self.worker_id)
+
+    @property
+    def came(self) -> bool:
+        """Has it come to the collective that it is at?"""
+        return self.group is not None and self.worker_id in self.group.given.get(self.number, {})
+
+    @property
+    def doing_now(self) -> Doing:
+        match self.stage:
+            case Stage.STARTING:
+                return "starting"
+            case Stage.LEFT | Stage.AFTER:
+                return "after"
+            case Stage.IN_GROUP if self.doing in ("gather", "commit"):
+                return "forming"
+            case Stage.IN_GROUP if self.is_stuck or not self.came:
+                return "data"
+            case Stage.IN_GROUP:
+                return "waiting" if self.doing == "step" else "fence"
+            case _:
+                return "standby"
 
 
 @final
@@ -146,6 +176,10 @@ class World:
                 worker.announced = max(worker.announced, action.generation)
             case AbortGeneration():
                 worker.aborted = max(worker.aborted, action.generation)
+            case SaveCheckpoint() if worker.is_stuck and worker.stage is not Stage.GONE:
+                self._save(worker)
+            case StopWorker() if worker.is_stuck:
+                worker.stage = Stage.GONE
             case _:
                 worker.stopping = worker.stopping or isinstance(action, StopWorker)
                 worker.commands.append(action)
@@ -153,9 +187,20 @@ class World:
     def work(self, worker: SimulatedWorker, *, lucky: bool) -> None:
         """It goes one step further, if it can. `lucky`: a collective to which all came succeeds
         here, even if someone has gone since."""
-        if worker.frozen:
+        if worker.frozen or worker.is_stuck:
             return
         match worker.stage:
+            case Stage.LEFT if worker.doing == "save":
+                if worker.rank == 0:
+                    self._save(worker)
+                worker.doing = ""
+            case Stage.LEFT:
+                worker.stage = Stage.FINISHED
+                self._tell(worker, WorkerFinished, step=worker.step)
+            case Stage.IN_GROUP if worker.doing == "save":
+                if worker.rank == 0:
+                    self._save(worker)
+                worker.doing = "last fence"
             case Stage.STARTING:
                 worker.stage = Stage.WAITING
                 self._tell(worker, WorkerReady, node_id=worker.node_id)
@@ -169,12 +214,16 @@ class World:
             case _:
                 pass
 
-    def poll(self, worker: SimulatedWorker) -> None:
+    def poll(self, worker: SimulatedWorker, now: float) -> None:
         """It answers a poll: what it has to tell, and a heartbeat, are on their way."""
         if worker.stage is not Stage.GONE and not worker.frozen:
             worker.wire.extend(worker.told)
             worker.told.clear()
-            worker.wire.append(self._event(worker, Heartbeat, step=max(0, worker.step)))
+            doing, since = worker.told_doing
+            if doing != worker.doing_now:
+                worker.told_doing = doing, since = worker.doing_now, now
+            told = {"step": max(0, worker.step), "doing": doing, "since_s": now - since}
+            worker.wire.append(self._event(worker, Heartbeat, **told))
 
     def save_behind(self, worker: SimulatedWorker) -> None:
         """A stepping member saves a durable checkpoint while it goes on."""
@@ -192,11 +241,29 @@ class World:
                 worker.wire.append(self._event(worker, WorkerLost, cause=cause, detail="gone"))
 
     def throw(self, worker: SimulatedWorker) -> None:
-        """The user's function raises; members in a collective with it are left waiting."""
-        in_user_code = worker.stage in (Stage.STARTING, Stage.IN_GROUP, Stage.AFTER)
-        if in_user_code and not worker.frozen:
+        """The user's function raises; members in a collective with it are left waiting. The worker
+        keeps its state."""
+        in_user_code = (Stage.STARTING, Stage.IN_GROUP, Stage.AFTER, Stage.LEFT)
+        if worker.stage in in_user_code and not worker.frozen and not worker.is_stuck:
+            if worker.stage is Stage.IN_GROUP and worker.state is not None:
+                self._tell(worker, LoopLeft, step=worker.step)
             worker.stage = Stage.RAISED
-            self._tell(worker, WorkerLost, cause="raised", detail=TRACEBACK)
+            self._tell(worker, WorkerLost, cause="raised", detail=TRACEBACK, step=worker.step)
+
+    def leave(self, worker: SimulatedWorker) -> None:
+        """The script leaves its loop early; members in a collective with it are left waiting."""
+        if self._is_in_loop(worker):
+            worker.stage, worker.doing = Stage.LEFT, "save"
+            self._tell(worker, LoopLeft, step=worker.step)
+
+    def stick(self, worker: SimulatedWorker) -> None:
+        """Its dataset hangs."""
+        if self._is_in_loop(worker):
+            worker.is_stuck = True
+
+    def _is_in_loop(self, worker: SimulatedWorker) -> bool:
+        in_loop = worker.stage is Stage.IN_GROUP and worker.doing == "step" and not worker.came
+        return in_loop and not worker.frozen and not worker.is_stuck
 
     # -- the protocol ----------------------------------------------------------------------------
 
@@ -206,6 +273,8 @@ class World:
                 worker.stage = Stage.GONE
             case SaveCheckpoint():
                 self._save(worker)
+            case FormGroup() if worker.stage is Stage.RAISED:
+                pass
             case FormGroup() if command.generation > worker.generation:
                 worker.generation = command.generation
                 worker.group = self._groups.setdefault(command.generation, Group(command=command))
@@ -237,8 +306,12 @@ class World:
             heard = False
         elif worker.doing == "step":
             self._commit(worker, came)
-        elif not heard:
+        elif worker.doing == "last fence":
             worker.stage = Stage.AFTER
+            return
+        elif not heard:
+            worker.doing = "save"
+            return
         if heard:
             self._leave(worker, "")
         else:

@@ -30,11 +30,21 @@ from supple.train.checkpoint_folder import (
 )
 from supple.train.fence import Barrier
 
-__all__ = ["CheckpointError", "CheckpointInfo", "CheckpointRefused", "CheckpointStore"]
+__all__ = [
+    "CheckpointError",
+    "CheckpointInfo",
+    "CheckpointRefused",
+    "CheckpointStore",
+    "DiskFullError",
+]
 
 _TEMPORARY = ".temporary-"
 _NAME = re.compile(r"(\d+)-step-(\d+)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DiskFullError(CheckpointError):
+    """There is no room for the checkpoint, whoever writes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +98,9 @@ class CheckpointStore:
                 flush_folder(self._directory)
             except (OSError, RuntimeError, TypeError, ValueError) as error:
                 shutil.rmtree(temporary, ignore_errors=True)
-                raise CheckpointError(self._why_not(step, error, payload)) from None
+                full = isinstance(error, OSError) and error.errno in _FULL
+                kind = DiskFullError if full else CheckpointError
+                raise kind(self._why_not(step, error, payload)) from None
             except CheckpointError:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise

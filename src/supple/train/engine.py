@@ -45,6 +45,8 @@ class StepEngine:
         changed_buffers: Sequence[Tensor],
     ) -> None:
         self.step = 0
+        self.is_updating = False
+        """The train state is between two steps: half of an update may have been applied."""
         self.noise = NoiseState()
         self.meter = Meter()
         self._spec = spec
@@ -132,8 +134,10 @@ class StepEngine:
             self._noise_meter.discard()
         else:
             self._update(stats, clip_norm, lr)
+        self.is_updating = True
         self.step += 1
         self._loader.commit(stats[_NUM_STATS:])
+        self.is_updating = False
         last = self._loader.done or self.step == self._spec.max_steps
         if last or self.step % _CHECK_WEIGHTS_EVERY == 0:
             self.finite.check_weights(self.step, lr)
@@ -188,6 +192,7 @@ class StepEngine:
             nn.utils.clip_grad_norm_(self._model.parameters(), clip_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        self.is_updating = True
         self._optimizer.step()
 
     def _correct_weights(self, num_samples: float) -> None:

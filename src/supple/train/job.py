@@ -15,14 +15,15 @@ from torch.optim import Optimizer
 
 from supple.core.order import mix, share
 from supple.core.spec import TrainSpec
-from supple.core.types import Progress
+from supple.core.types import Doing, Progress
+from supple.train.activity import Activity
 from supple.train.arguments import check_batches, check_rate
 from supple.train.checkpoint import CheckpointStore
 from supple.train.engine import StepEngine, TrainingError
 from supple.train.group import CollectiveFailed, Group
 from supple.train.ledger import Ledger
 from supple.train.loader import Loader, MicroBatch, make_loader
-from supple.train.member import Elastic, Membership
+from supple.train.member import Elastic, LeaveLoop, Membership
 from supple.train.rate import LearningRate, constant
 from supple.train.rehearsal import Rehearsal, check_kept
 from supple.train.reporter import Reporter
@@ -48,8 +49,11 @@ class Job:
     ) -> None:
         self._spec = spec or TrainSpec(name="local", script="")
         self._elastic = elastic
-        self._membership = Membership(elastic.identity, elastic.mailbox) if elastic else None
-        self._saver = Saver(
+        self._activity = Activity()
+        self._membership = (
+            Membership(elastic.identity, elastic.mailbox, self._activity) if elastic else None
+        )
+        self.saver = Saver(
             checkpoints,
             self._spec.checkpoint_every_s,
             elastic.identity if elastic else None,
@@ -67,6 +71,7 @@ class Job:
         self._engine: StepEngine | None = None
         self._has_state = False
         self._rehearsing = False
+        self._in_loop = self._in_step = False
         self._micro: MicroBatch | None = None
         self._last_size = 0
         self._replaced = False
@@ -155,14 +160,18 @@ class Job:
         else:
             self._membership.ready()
             self._join()
-        while True:
-            while not self._is_done():
-                yield from self._one_step()
-            if self._pass_fence():
-                break
-        self._publish(force=True)
-        if self.rank == 0:
-            self._saver.finish(self._state, self.scalars(), self.generation)
+        self._in_loop = True
+        try:
+            while True:
+                while not self._is_done():
+                    yield from self._one_step()
+                if self._pass_fence() and self._save_last():
+                    break
+        except GeneratorExit:
+            self.leave_loop()
+            raise
+        self._in_loop = False
+        self._activity.enter("after")
 
     def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
         """Backward, and on the last micro-batch of a step: reduce, update, count.
@@ -181,11 +190,15 @@ class Job:
             loss.backward()
             self._state.optimizer.step()
             return False
+        self._activity.enter("backward")
         group = self._group
         if group is not None and group.is_aborted:  # what is left of this step would be for nothing
-            return self._abandon("the generation was aborted")
-        self._steps.backward(loss, micro, group, self._heard_of_next)
-        return self._commit(clip_norm) if micro.is_last else False
+            committed = self._abandon("the generation was aborted")
+        else:
+            self._steps.backward(loss, micro, group, self._heard_of_next)
+            committed = self._commit(clip_norm) if micro.is_last else False
+        self._activity.enter("script")
+        return committed
 
     def report(self, **metrics: Tensor | float) -> None:
         """Numbers to show beside the progress: the last value of each is kept."""
@@ -218,6 +231,17 @@ class Job:
         return self._last_size
 
     @property
+    def activity(self) -> tuple[Doing, float]:
+        """What the training thread does, and for how many seconds."""
+        doing, since_s = self._activity.report
+        return ("update" if self._engine and self._engine.is_updating else doing), since_s
+
+    @property
+    def membership(self) -> Membership | None:
+        """None without a controller."""
+        return self._membership
+
+    @property
     def took_batches(self) -> bool:
         return self._loader is not None
 
@@ -245,7 +269,10 @@ class Job:
     def _one_step(self) -> Iterator[Any]:
         self._replaced = False
         any_batch = False
+        self._activity.enter("data")
+        self._in_step = True
         for micro in self._steps.micro_batches(alone=self.world_size == 1):
+            self._activity.enter("script")
             any_batch = True
             if self._ledger is not None:
                 self._ledger.read(
@@ -260,19 +287,22 @@ class Job:
                 )
             if self._replaced:
                 return
+            self._activity.enter("data")
         if not any_batch:
             self._steps.arm(self._group, self._heard_of_next)
             self._commit(None)
 
     def _commit(self, clip_norm: float | None) -> bool:
         steps = self._steps
+        self._activity.enter("waiting")
         try:
             someone_heard = steps.commit(clip_norm, self._fraction())
         except CollectiveFailed as failure:
             return self._abandon(str(failure))
+        self._in_step = False
         self._publish()
-        if self.rank == 0 and self._saver.due():
-            self._saver.behind(self._state, self.scalars(), self.generation)
+        if self.rank == 0 and self.saver.due():
+            self.saver.behind(self._state, self.scalars(), self.generation)
             steps.meter.restart()
         if someone_heard:
             self._rejoin("")
@@ -299,7 +329,9 @@ class Job:
         size = 1 if self._elastic is None else self._elastic.rehearsal_size
         _, rehearsed = share(self._global_batch, size, 0)
         self._loader.place(self._loader.position, 0, 1, rehearsed, self._micro_limit)
+        self._activity.enter("data")
         micro = next(iter(self._loader.feed()))
+        self._activity.enter("script")
         self._rehearsing, self._micro, self._last_size = True, micro, micro.num_samples
         yield micro.data
         if self._micro is not None:
@@ -311,14 +343,44 @@ class Job:
             self._spec, self._model, self._optimizer, self._loader, self._rate, rehearsal.undo()
         )
 
+    def leave_loop(self) -> None:
+        """The script left its loop early, if it is in it: by `break`, `return` or an exception. It
+        may change the weights now, so rank 0 copies them at once and writes them behind it."""
+        was_in_loop, self._in_loop = self._in_loop, False
+        if self._membership is None or self.committed_step is None or not was_in_loop:
+            return
+        self._activity.enter("after")
+        self._membership.left(self.step_count)
+        self._undo_step()
+        self._publish(force=True)
+        if self.rank == 0:
+            self.saver.leave(self._state, self.scalars(), self.generation)
+
+    def outlive(self) -> None:
+        """The script raised: save what this worker holds if asked to, until it is let go."""
+        self._in_loop = False
+        if self._membership is not None:
+            self._membership.outlive(self)
+
+    def _undo_step(self) -> None:
+        """As if the step in flight had not begun."""
+        if self._in_step and not self._steps.is_updating:
+            self._in_step = False
+            self._steps.abandon()
+
     def _rejoin(self, error: str) -> None:
         assert self._membership is not None
+        self._in_step = False
         self._membership.leave(self.step_count, error)
         self._join()
 
     def _join(self) -> None:
         assert self._membership is not None
-        agreed = self._membership.join_next(self)
+        try:
+            agreed = self._membership.join_next(self)
+        except LeaveLoop:
+            self._in_loop = False
+            raise
         self._set_global_batch(agreed.global_batch_size or self._rate.base_batch)
         self._place()
         if not self._spec.reproducible:
@@ -343,25 +405,39 @@ class Job:
 
     def _pass_fence(self) -> bool:
         """Leave the loop together: nobody does before everybody has the last step."""
+        heard = self._meet(float(self._heard_of_next()))
+        if heard is not None and heard > 0:
+            self._rejoin("")
+        return heard == 0.0
+
+    def _save_last(self) -> bool:
+        """Rank 0 saves what was learned, and nobody goes on before: if it dies, another does."""
+        self._publish(force=True)
+        if self.rank == 0:
+            self._activity.enter("saving")
+            self.saver.finish(self._state, self.scalars(), self.generation)
+        return self._meet(0.0) is not None
+
+    def _meet(self, number: float) -> float | None:
+        """Wait for the other ranks; the sum over all. None: they could not be met, and another
+        generation has formed."""
         group = self._group
         if group is None or self._membership is None:
-            return True
-        heard = torch.tensor([float(self._heard_of_next())])
+            return number
+        self._activity.enter("fence")
+        total = torch.tensor([number])
         try:
-            group.wait([group.all_reduce(heard)])
+            group.wait([group.all_reduce(total)])
         except CollectiveFailed as failure:
             self._rejoin(str(failure))
-            return False
-        if float(heard) > 0:
-            self._rejoin("")
-            return False
-        return True
+            return None
+        return float(total)
 
     # -- the holder of the train state (see supple.train.member.Holder) -----------------------
 
     @property
     def committed_step(self) -> int | None:
-        return self.step_count if self._has_state else None
+        return self.step_count if self._has_state and not self._steps.is_updating else None
 
     @property
     def state(self) -> TrainState:
@@ -389,7 +465,7 @@ class Job:
         """Nobody holds state: take a checkpoint's, or the initial one, untouched until now."""
         if restore is not None:
             asked = restore == self._spec.resume
-            self._saver.restore(restore, self._state, self._take, asked=asked)
+            self.saver.restore(restore, self._state, self._take, asked=asked)
         self._state.spare.clear()
         self._has_state = True
 
@@ -399,9 +475,10 @@ class Job:
         self.adopt(scalars)
         self._loader.place(self._loader.position, 0, 1, self._global_batch, self._micro_limit)
 
-    def save(self) -> str:
-        """Save durably before returning; the path."""
-        return self._saver.now(self._state, self.scalars(), self.generation)
+    def save(self) -> str | None:
+        """Save durably before returning; the path. None: this step was saved, and told, before."""
+        self._undo_step()
+        return self.saver.now(self._state, self.scalars(), self.generation)
 
     # -- batch size, learning rate, progress -------------------------------------------------
 

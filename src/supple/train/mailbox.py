@@ -72,6 +72,17 @@ class Mailbox:
         with self._condition:
             self._progress = progress
 
+    def take_save(self) -> SaveCheckpoint | None:
+        """The next command, if there is one and it is to save."""
+        try:
+            command = self._commands.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(command, SaveCheckpoint):
+            return command
+        self._commands.put(command)
+        return None
+
     def next_command(self) -> FormGroup | SaveCheckpoint | StopWorker:
         """Block until the controller says what to do next."""
         return self._commands.get()

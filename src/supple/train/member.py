@@ -16,12 +16,15 @@ from supple.core.types import (
     FormGroup,
     GroupFormed,
     JobId,
+    LoopLeft,
     SaveCheckpoint,
     StopWorker,
     WorkerId,
     WorkerReady,
     WorkerStopped,
 )
+from supple.train.activity import Activity
+from supple.train.checkpoint import DiskFullError
 from supple.train.group import CollectiveFailed, Group, form
 from supple.train.mailbox import Mailbox
 from supple.train.rendezvous import Address
@@ -53,8 +56,8 @@ class Holder(Protocol):
         """Nobody holds state: make it, from a checkpoint or from scratch."""
         ...
 
-    def save(self) -> str:
-        """Save durably, now; returns the path."""
+    def save(self) -> str | None:
+        """Save durably, now; returns the path. None: this step was saved, and told, before."""
         ...
 
 
@@ -84,12 +87,13 @@ class Elastic:
 class Membership:
     """The generation this worker is in, if any."""
 
-    def __init__(self, identity: Identity, mailbox: Mailbox) -> None:
+    def __init__(self, identity: Identity, mailbox: Mailbox, activity: Activity) -> None:
         self.generation = 0
         self.group: Group | None = None
         self.last_transfer: Transfer | None = None
         self._identity = identity
         self._mailbox = mailbox
+        self._activity = activity
 
     def heard_of_next(self) -> bool:
         return self._mailbox.heard_of_next(self.generation)
@@ -129,14 +133,17 @@ class Membership:
         Raises `LeaveLoop` if the controller lets this worker go instead.
         """
         while True:
+            self._activity.enter("standby")
             command = self._mailbox.next_command()
             match command:
                 case StopWorker():
                     raise LeaveLoop(command.reason)
                 case SaveCheckpoint():
+                    self._activity.enter("saving")
                     self._save(holder)
                 case FormGroup() if command.generation > self.generation:
                     self.generation = command.generation
+                    self._activity.enter("forming")
                     try:
                         self._form(command, holder)
                     except CollectiveFailed as failure:
@@ -145,6 +152,36 @@ class Membership:
                         return command
                 case FormGroup():
                     pass
+
+    def left(self, step: int) -> None:
+        """Say that the script has left its loop."""
+        me = self._identity
+        self._mailbox.emit(
+            LoopLeft(
+                job_id=me.job_id, generation=self.generation, worker_id=me.worker_id, step=step
+            )
+        )
+
+    def outlive(self, holder: Holder) -> None:
+        """The script raised: save what this worker holds if asked to, until it is let go."""
+        while True:
+            self._activity.enter("standby")
+            match self._mailbox.next_command():
+                case StopWorker():
+                    return
+                case SaveCheckpoint():
+                    self._activity.enter("saving")
+                    self._save(holder)
+                case FormGroup():
+                    pass
+
+    def save_beside(self, holder: Holder) -> None:
+        """In another thread than the training thread: save, if that is what was asked for and the
+        training thread is fetching data. The train state does not change there, and it may not
+        leave before it is saved."""
+        with self._activity.held() as doing:
+            if doing == "data" and holder.committed_step is not None and self._mailbox.take_save():
+                self._save(holder)
 
     def _form(self, command: FormGroup, holder: Holder) -> None:
         me = self._identity
@@ -187,10 +224,16 @@ class Membership:
         except Exception as error:
             self._mailbox.emit(
                 CheckpointFailed(
-                    job_id=me.job_id, generation=self.generation, step=step, error=str(error)
+                    job_id=me.job_id,
+                    generation=self.generation,
+                    step=step,
+                    error=str(error) or type(error).__name__,
+                    is_disk_full=isinstance(error, DiskFullError),
                 )
             )
         else:
+            if path is None:
+                return
             self._mailbox.emit(
                 CheckpointSaved(job_id=me.job_id, generation=self.generation, step=step, path=path)
             )

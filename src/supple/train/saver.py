@@ -4,13 +4,18 @@ Weights that are not finite numbers are not saved: the last good checkpoint stay
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, final
 
 from supple.core.spec import SpecError
 from supple.core.types import CheckpointFailed, CheckpointPassedOver, CheckpointSaved
-from supple.train.checkpoint import CheckpointError, CheckpointRefused, CheckpointStore
+from supple.train.checkpoint import (
+    CheckpointError,
+    CheckpointRefused,
+    CheckpointStore,
+    DiskFullError,
+)
 from supple.train.mailbox import Mailbox
 from supple.train.member import Identity
 from supple.train.state import TrainState
@@ -32,6 +37,9 @@ class Saver:
         self._identity = identity
         self._mailbox = mailbox
         self._last = time.monotonic()
+        self._saved_step = -1
+        self._left: tuple[int, Mapping[str, Any], Mapping[str, Any]] | None = None
+        """(step, payload, meta): a copy of what the job held when its script left the loop."""
 
     def due(self) -> bool:
         """Has the time come again? Asking starts the next interval."""
@@ -42,37 +50,74 @@ class Saver:
 
     def behind(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
         """Copy now, write while training goes on; the outcome is told as an event."""
-        assert self._store is not None
         step = int(scalars["step"])
-
-        def told(path: str, error: str) -> None:
-            self._tell(step, generation, path, error)
-
         try:
             payload = self._payload(state, scalars)
         except CheckpointError as error:
-            told("", str(error))
+            self._tell(step, generation, "", str(error))
             return
-        self._store.save_async(step, payload, _meta(state, scalars, generation), told)
+        self._write_behind(step, payload, _meta(state, scalars, generation), generation)
+
+    def leave(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
+        """The script has left its loop, and may change the weights now: copy them at once, and
+        write behind it. From now on this copy is what `now` saves."""
+        if self._store is None:
+            return
+        step, meta = int(scalars["step"]), _meta(state, scalars, generation)
+        try:
+            self._left = step, self._payload(state, scalars), meta
+        except CheckpointError as error:
+            self._tell(step, generation, "", str(error))
+            return
+        self._store.wait()
+        if step != self._saved_step:
+            self._write_behind(step, self._left[1], meta, generation)
+
+    def wait(self) -> None:
+        """Until nothing is being written, and the outcome was told."""
+        if self._store is not None:
+            self._store.wait()
 
     def finish(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
         """The run is at its end: save it, after what is still being written. The outcome is told as
         an event; a run that cannot be saved has still been trained."""
         if self._store is None:
             return
-        self._store.wait()
         try:
-            path, error = self.now(state, scalars, generation), ""
+            path, error, is_full = self.now(state, scalars, generation), "", False
         except CheckpointError as problem:
-            path, error = "", str(problem)
-        self._tell(int(scalars["step"]), generation, path, error)
+            path, error, is_full = "", str(problem), isinstance(problem, DiskFullError)
+        if path is not None:
+            self._tell(int(scalars["step"]), generation, path, error, is_full)
 
-    def now(self, state: TrainState, scalars: dict[str, Any], generation: int) -> str:
-        """Write before returning; the path. Raises `CheckpointError`."""
+    def now(self, state: TrainState, scalars: dict[str, Any], generation: int) -> str | None:
+        """Write before returning; the path. None: this step was saved, and told, before. Raises
+        `CheckpointError`."""
         assert self._store is not None, "our bug: a job without a run folder was told to save"
-        payload = self._payload(state, scalars)
-        meta = _meta(state, scalars, generation)
-        return str(self._store.save(int(scalars["step"]), payload, meta))
+        self._store.wait()
+        step = int(scalars["step"]) if self._left is None else self._left[0]
+        if step == self._saved_step:
+            return None
+        if self._left is None:
+            payload = self._payload(state, scalars)
+            meta = _meta(state, scalars, generation)
+        else:
+            _, payload, meta = self._left
+        path = self._store.save(step, payload, meta)
+        self._saved_step = step
+        return str(path)
+
+    def _write_behind(
+        self, step: int, payload: Mapping[str, Any], meta: Mapping[str, Any], generation: int
+    ) -> None:
+        assert self._store is not None
+
+        def told(path: str, error: str) -> None:
+            if path:
+                self._saved_step = step
+            self._tell(step, generation, path, error)
+
+        self._store.save_async(step, payload, meta, told)
 
     def restore(
         self, path: str, state: TrainState, take: Callable[[dict[str, Any]], None], *, asked: bool
@@ -128,12 +173,20 @@ class Saver:
                 why = f"{type(error).__name__}: {error}"
         raise CheckpointError(self._store.refusal(int(scalars["step"]), why))
 
-    def _tell(self, step: int, generation: int, path: str, error: str) -> None:
+    def _tell(
+        self, step: int, generation: int, path: str, error: str, is_full: bool = False
+    ) -> None:
         if self._mailbox is None or self._identity is None:
             return
         job_id = self._identity.job_id
         self._mailbox.emit(
-            CheckpointFailed(job_id=job_id, generation=generation, step=step, error=error)
+            CheckpointFailed(
+                job_id=job_id,
+                generation=generation,
+                step=step,
+                error=error,
+                is_disk_full=is_full,
+            )
             if error
             else CheckpointSaved(job_id=job_id, generation=generation, step=step, path=path)
         )

@@ -1,0 +1,144 @@
+"""Who holds the others up: said once within ten seconds, and shed after --stall-timeout."""
+
+from supple.core.lifecycle import Phase
+from supple.core.types import FailJob
+from tests.core.job_driver import Driver, running
+
+
+def said(job: Driver) -> list[str]:
+    return [decision.reason for decision in job.decisions if " been " in decision.reason]
+
+
+def test_a_rank_whose_data_does_not_come_is_named_after_ten_seconds_once() -> None:
+    job = running(2)
+    job.beat("w0", 10, doing="waiting")
+    job.beat("w1", 10, doing="data")
+    job.tick(9.75, hearing="w0 w1")
+    assert said(job) == []
+    job.tick(30.0, hearing="w0 w1")
+    assert said(job) == [
+        "rank 1 (w1) has been fetching data (the dataset, collate_fn) for 10 s; rank 0 (w0) cannot "
+        "go on without it; it is replaced after 60 s (--stall-timeout)"
+    ]
+
+
+def test_a_rank_whose_data_does_not_come_is_replaced_and_the_others_go_on() -> None:
+    job = running(2)
+    job.beat("w0", 10, doing="waiting")
+    job.beat("w1", 10, doing="data")
+    job.tick(59.75, hearing="w0 w1")
+    reason = (
+        "it had been fetching data (the dataset, collate_fn) for 60 s while rank 0 (w0) waited "
+        "(--stall-timeout 60s)"
+    )
+    assert job.tick(0.25, hearing="w0 w1") == [
+        job.kill("w1", reason),
+        job.abort("w0"),
+        job.start("w2"),
+    ]
+    assert job.stopped("w0", 10, "aborted") == [job.form("w0")]
+
+
+def test_a_rank_in_the_scripts_own_code_may_take_ten_times_as_long() -> None:
+    job = running(2, stall_timeout_s=5.0)
+    job.beat("w0", 10, doing="script")
+    job.beat("w1", 10, doing="waiting")
+    assert job.tick(49.75, hearing="w0 w1") == []
+    assert len(job.tick(0.25, hearing="w0 w1")) == 3
+
+
+def test_what_took_long_before_may_take_long_again() -> None:
+    job = running(2)
+    for step in (11, 12):
+        job.beat("w0", 10, doing="waiting")
+        job.beat("w1", 10, doing="data")
+        assert job.tick(50.0, hearing="w0 w1") == []
+        job.beat("w1", step, doing="script")
+    assert len(said(job)) == 1
+
+
+def test_a_single_worker_whose_data_does_not_come_ends_the_job_saved() -> None:
+    job = running(1)
+    job.beat("w0", 10, doing="data")
+    assert job.tick(59.75, hearing="w0") == []
+    assert job.tick(0.25, hearing="w0") == [job.abort("w0")]
+    assert job.tick(3.0, hearing="w0") == [job.save("w0")]
+    ended = job.saved(10, "step-10")[-1]
+    assert isinstance(ended, FailJob)
+    assert ended.reason == (
+        "rank 0 (w0) had been fetching data for 60 s, and nothing came (--stall-timeout 60s); "
+        "step 10 is saved in step-10"
+    )
+
+
+def test_a_single_worker_in_the_scripts_own_code_is_never_shed() -> None:
+    job = running(1)
+    job.beat("w0", 10, doing="script")
+    assert job.tick(3600.0, hearing="w0", every=2.0) == []
+    assert len(said(job)) == 1
+
+
+def test_nobody_is_shed_who_alone_holds_the_newest_state() -> None:
+    job = running(2, heartbeat_timeout_s=1000.0)
+    job.beat("w0", 10, doing="waiting")
+    job.beat("w1", 11, doing="data")
+    assert job.tick(120.0) == []
+
+
+def test_ranks_that_wait_for_each_other_form_anew() -> None:
+    job = running(2)
+    job.beat("w0", 10, doing="waiting")
+    job.beat("w1", 10, doing="waiting")
+    assert job.tick(59.75, hearing="w0 w1") == []
+    assert said(job) == [
+        "rank 0 (w0), rank 1 (w1) have been waiting for other ranks for 10 s: nothing arrives from "
+        "the others"
+    ]
+    assert job.tick(0.25, hearing="w0 w1") == [job.abort("w0 w1")]
+    assert job.state.why[1] == "all ranks waited for each other for 60 s"
+
+
+def test_workers_that_do_not_come_up_are_named_with_the_cause_once() -> None:
+    job = Driver(2, 2)
+    for name in ("w0", "w1"):
+        job.beat(name, 0, doing="queued")
+    job.tick(60.0, hearing="w0 w1")
+    assert said(job) == [
+        "w0, w1 have been waiting for a process in the cluster for 10 s: each needs a free place "
+        "of 1 CPU"
+    ]
+    job.beat("w0", 0, doing="starting")
+    job.tick(20.0, hearing="w0 w1")
+    assert said(job)[1:] == ["w0 has been starting (imports, building the model) for 10 s"]
+
+
+def test_a_generation_that_takes_long_to_form_says_who_is_missing() -> None:
+    job = running(2)
+    job.batch(32)
+    job.stopped("w0 w1", 11)
+    job.formed("w0", 11)
+    job.beat("w1", 11, doing="forming")
+    job.tick(20.0, hearing="w0 w1")
+    assert job.phase is Phase.FORMING
+    assert said(job) == [
+        "rank 1 (w1) has been forming its group for 10 s; generation 2 begins when all have formed "
+        "it"
+    ]
+
+
+def test_a_save_that_takes_long_is_said() -> None:
+    job = running(1)
+    job.stop()
+    job.stopped("w0", 11)
+    job.beat("w0", 11, doing="saving")
+    job.tick(20.0, hearing="w0")
+    assert said(job) == ["rank 0 (w0) has been saving for 10 s"]
+
+
+def test_a_controller_that_was_suspended_finds_nobody_stuck() -> None:
+    job = running(2)
+    job.beat("w0", 10, doing="waiting")
+    job.beat("w1", 10, doing="data")
+    job.now += 3600.0
+    assert job.tick(5.0, hearing="w0 w1") == []
+    assert said(job) == []
