@@ -1,7 +1,7 @@
 """Who holds the others up: said once within ten seconds, and shed after --stall-timeout."""
 
 from supple.core.lifecycle import Phase
-from supple.core.types import FailJob
+from supple.core.types import FailJob, KillWorker
 from tests.core.job_driver import Driver, running
 
 
@@ -37,6 +37,17 @@ def test_a_rank_whose_data_does_not_come_is_replaced_and_the_others_go_on() -> N
         job.start("w2"),
     ]
     assert job.stopped("w0", 10, "aborted") == [job.form("w0")]
+
+
+def test_a_rank_that_holds_up_a_resize_is_replaced_too() -> None:
+    job = running(2)
+    job.batch(32)
+    job.beat("w1", 10, doing="data")
+    job.stopped("w0", 10, "aborted")
+    assert job.tick(59.75, hearing="w0 w1") == []
+    actions = job.tick(0.25, hearing="w0 w1")
+    assert isinstance(actions[0], KillWorker)
+    assert job.form("w0", batch=32) in actions
 
 
 def test_a_rank_in_the_scripts_own_code_may_take_ten_times_as_long() -> None:

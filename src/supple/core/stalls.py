@@ -73,21 +73,17 @@ def watch(turn: Turn) -> None:
 
 
 def _say_who_comes_up(turn: Turn) -> None:
+    """Workers that the job waits for, together with those that do the same."""
     state, spec = turn.state, turn.state.spec
-    needs = f"each needs a free place of {spec.cpus_per_worker:g} CPU"
-    if spec.gpus_per_worker:
-        needs += f" and {spec.gpus_per_worker:g} GPU"
-    for doing, advice in (
-        ("queued", f": {needs}"),
-        ("starting", ""),
-        *((d, "") for d in _OF_THE_WORKER),
-    ):
-        coming = [
-            w
-            for w in state.starting
-            if state.workers[w].doing == doing and not state.workers[w].said
-        ]
-        _say(turn, coming, advice)
+    new = {w: state.workers[w] for w in state.starting if not state.workers[w].said}
+    late = {v.doing for v in new.values() if v.doing and turn.now - v.since >= SAID_AFTER_S}
+    for doing in sorted(late):
+        advice = ""
+        if doing == "queued":
+            advice = f": each needs a free place of {spec.cpus_per_worker:g} CPU"
+            if spec.gpus_per_worker:
+                advice += f" and {spec.gpus_per_worker:g} GPU"
+        _say(turn, [w for w, view in new.items() if view.doing == doing], advice)
 
 
 def in_words(state: JobState, now: float) -> dict[str, str]:
