@@ -91,9 +91,18 @@ def test_a_single_worker_in_the_scripts_own_code_is_never_shed() -> None:
 
 def test_nobody_is_shed_who_alone_holds_the_newest_state() -> None:
     job = running(2, heartbeat_timeout_s=1000.0)
+    job.beat("w0", 10, doing="waiting", since_s=120.0)
+    job.beat("w1", 11, doing="data", since_s=120.0)
+    assert job.tick(10.0) == []
+
+
+def test_a_worker_that_cannot_say_what_it_does_is_not_taken_to_be_stuck() -> None:
+    """Its interpreter is busy: proof of its life comes from elsewhere."""
+    job = running(2, heartbeat_timeout_s=1000.0)
     job.beat("w0", 10, doing="waiting")
-    job.beat("w1", 11, doing="data")
+    job.beat("w1", 10, doing="waiting")
     assert job.tick(120.0) == []
+    assert said(job) == []
 
 
 def test_ranks_that_wait_for_each_other_form_anew() -> None:
@@ -151,5 +160,8 @@ def test_a_controller_that_was_suspended_finds_nobody_stuck() -> None:
     job.beat("w0", 10, doing="waiting")
     job.beat("w1", 10, doing="data")
     job.now += 3600.0
+    job.beat("w0", 10, doing="waiting", since_s=1.0)
+    job.beat("w1", 10, doing="data", since_s=1.0)
     assert job.tick(5.0, hearing="w0 w1") == []
     assert said(job) == []
+    assert not job.state.longest

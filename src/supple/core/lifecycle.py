@@ -219,11 +219,7 @@ def _on_tick(turn: Turn, _event: Ticked) -> None:
     turn.set(ticked_at=turn.now)
     if asleep_s > timeout_s / 2:  # it is the controller that was suspended: it could hear nobody
         for worker_id, view in state.workers.items():
-            turn.see(
-                worker_id,
-                heard_at=min(turn.now, view.heard_at + asleep_s),
-                since=min(turn.now, view.since + asleep_s),
-            )
+            turn.see(worker_id, heard_at=min(turn.now, view.heard_at + asleep_s))
         return
     for worker_id, view in state.workers.items():
         allowed_s = START_TIMEOUT_S if view.status is WorkerStatus.STARTING else timeout_s
