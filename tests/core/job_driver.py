@@ -161,7 +161,11 @@ class Driver:
         for _ in range(round(seconds / every)):
             self.now += every
             for worker_id in ids(hearing):
-                actions += self.send(Heartbeat, worker_id=worker_id, step=max(0, self.state.step))
+                view = self.state.workers.get(worker_id)
+                told: dict[str, Any] = {"step": max(0, self.state.step)}
+                if view is not None and view.doing is not None:
+                    told |= {"doing": view.doing, "since_s": self.now - view.since}
+                actions += self.send(Heartbeat, worker_id=worker_id, **told)
             actions += self.send(Ticked)
         return actions
 

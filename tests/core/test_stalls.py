@@ -1,7 +1,7 @@
 """Who holds the others up: said once within ten seconds, and shed after --stall-timeout."""
 
 from supple.core.lifecycle import Phase
-from supple.core.types import FailJob
+from supple.core.types import FailJob, KillWorker
 from tests.core.job_driver import Driver, running
 
 
@@ -37,6 +37,17 @@ def test_a_rank_whose_data_does_not_come_is_replaced_and_the_others_go_on() -> N
         job.start("w2"),
     ]
     assert job.stopped("w0", 10, "aborted") == [job.form("w0")]
+
+
+def test_a_rank_that_holds_up_a_resize_is_replaced_too() -> None:
+    job = running(2)
+    job.batch(32)
+    job.beat("w1", 10, doing="data")
+    job.stopped("w0", 10, "aborted")
+    assert job.tick(59.75, hearing="w0 w1") == []
+    actions = job.tick(0.25, hearing="w0 w1")
+    assert isinstance(actions[0], KillWorker)
+    assert job.form("w0", batch=32) in actions
 
 
 def test_a_rank_in_the_scripts_own_code_may_take_ten_times_as_long() -> None:
@@ -80,9 +91,18 @@ def test_a_single_worker_in_the_scripts_own_code_is_never_shed() -> None:
 
 def test_nobody_is_shed_who_alone_holds_the_newest_state() -> None:
     job = running(2, heartbeat_timeout_s=1000.0)
+    job.beat("w0", 10, doing="waiting", since_s=120.0)
+    job.beat("w1", 11, doing="data", since_s=120.0)
+    assert job.tick(10.0) == []
+
+
+def test_a_worker_that_cannot_say_what_it_does_is_not_taken_to_be_stuck() -> None:
+    """Its interpreter is busy: proof of its life comes from elsewhere."""
+    job = running(2, heartbeat_timeout_s=1000.0)
     job.beat("w0", 10, doing="waiting")
-    job.beat("w1", 11, doing="data")
+    job.beat("w1", 10, doing="waiting")
     assert job.tick(120.0) == []
+    assert said(job) == []
 
 
 def test_ranks_that_wait_for_each_other_form_anew() -> None:
@@ -140,5 +160,8 @@ def test_a_controller_that_was_suspended_finds_nobody_stuck() -> None:
     job.beat("w0", 10, doing="waiting")
     job.beat("w1", 10, doing="data")
     job.now += 3600.0
+    job.beat("w0", 10, doing="waiting", since_s=1.0)
+    job.beat("w1", 10, doing="data", since_s=1.0)
     assert job.tick(5.0, hearing="w0 w1") == []
     assert said(job) == []
+    assert not job.state.longest

@@ -41,6 +41,18 @@ def test_commands_are_taken_in_the_order_they_were_posted() -> None:
     assert [mailbox.next_command() for _ in posted] == posted
 
 
+def test_only_a_command_to_save_can_be_taken_by_another_thread() -> None:
+    mailbox = Mailbox()
+    assert mailbox.take_save() is None
+    mailbox.post(form(1))
+    assert mailbox.take_save() is None
+    assert mailbox.next_command() == form(1)
+    save = SaveCheckpoint(job_id=JOB, generation=1, worker_id=ME)
+    mailbox.post(save)
+    assert mailbox.take_save() == save
+    assert mailbox.take_save() is None
+
+
 def test_an_announcement_is_heard_without_taking_a_command_and_never_unheard() -> None:
     mailbox = Mailbox()
     assert not mailbox.heard_of_next(3)

@@ -170,7 +170,8 @@ def _on_heartbeat(turn: Turn, event: Heartbeat) -> None:
     phase_steps = state.phase in (Phase.RUNNING, Phase.DRAINING)
     if phase_steps and _is_current(state, event) and state.workers[event.worker_id].is_training:
         advance(turn, event.worker_id, event.step)
-        turn.see(event.worker_id, step=max(event.step, state.workers[event.worker_id].step))
+        if event.step > state.workers[event.worker_id].step:
+            turn.see(event.worker_id, step=event.step)
 
 
 def _is_current(

@@ -80,6 +80,8 @@ class WorkerView:
     doing: Doing | None = None
     since: float = 0.0
     """When it began that."""
+    doing_s: float = 0.0
+    """For how long it did that when it last said so: who cannot say it is not stuck."""
     said: bool = False
     """That it takes long has been said."""
 
@@ -163,8 +165,7 @@ class JobState:
     ending: bool = False
     """A member has come to the end of the data: nobody needs to join any more."""
     longest: Mapping[str, float] = field(default_factory=dict[str, float])
-    """The longest that a worker was seen to do a thing (see `Doing`) that it came to an end with,
-    in seconds."""
+    """The longest time, in s, that a worker did a thing (see `Doing`) and came to its end."""
     ticked_at: float = 0.0
     why: tuple[str, str] = ("start", "")
     """(kind, reason) of the decision that the next FormGroup carries out."""

@@ -31,7 +31,6 @@ def forgive(turn: Turn, asleep_s: float) -> None:
             worker_id,
             heard_at=min(turn.now, view.heard_at + asleep_s),
             answered_at=min(turn.now, view.answered_at + asleep_s),
-            since=min(turn.now, view.since + asleep_s),
         )
 
 

@@ -42,11 +42,11 @@ def note(turn: Turn, worker_id: WorkerId, doing: Doing, since_s: float) -> None:
     state = turn.state
     view, since = state.workers[worker_id], turn.now - since_s
     if view.doing == doing and since < view.since + _NEW_STRETCH_S:
+        turn.see(worker_id, doing_s=turn.now - view.since)
         return
-    took_s = since - view.since
-    if view.doing in _OF_THE_WORKER and took_s > state.longest.get(view.doing, 1.0):
-        turn.set(longest={**state.longest, view.doing: took_s})
-    turn.see(worker_id, doing=doing, since=since, said=False)
+    if view.doing in _OF_THE_WORKER and view.doing_s > state.longest.get(view.doing, 1.0):
+        turn.set(longest={**state.longest, view.doing: view.doing_s})
+    turn.see(worker_id, doing=doing, since=since, doing_s=since_s, said=False)
 
 
 def watch(turn: Turn) -> None:
@@ -73,29 +73,25 @@ def watch(turn: Turn) -> None:
 
 
 def _say_who_comes_up(turn: Turn) -> None:
+    """Workers that the job waits for, together with those that do the same."""
     state, spec = turn.state, turn.state.spec
-    needs = f"each needs a free place of {spec.cpus_per_worker:g} CPU"
-    if spec.gpus_per_worker:
-        needs += f" and {spec.gpus_per_worker:g} GPU"
-    for doing, advice in (
-        ("queued", f": {needs}"),
-        ("starting", ""),
-        *((d, "") for d in _OF_THE_WORKER),
-    ):
-        coming = [
-            w
-            for w in state.starting
-            if state.workers[w].doing == doing and not state.workers[w].said
-        ]
-        _say(turn, coming, advice)
+    new = {w: state.workers[w] for w in state.starting if not state.workers[w].said}
+    late = {v.doing for v in new.values() if v.doing and v.doing_s >= SAID_AFTER_S}
+    for doing in sorted(late):
+        advice = ""
+        if doing == "queued":
+            advice = f": each needs a free place of {spec.cpus_per_worker:g} CPU"
+            if spec.gpus_per_worker:
+                advice += f" and {spec.gpus_per_worker:g} GPU"
+        _say(turn, [w for w, view in new.items() if view.doing == doing], advice)
 
 
-def in_words(state: JobState, now: float) -> dict[str, str]:
+def in_words(state: JobState) -> dict[str, str]:
     """What each worker that is not stepping does, and for how long."""
     return {
-        str(w): f"{_words(view)} for {now - view.since:.0f} s"
+        str(w): f"{_words(view)} for {view.doing_s:.0f} s"
         for w, view in state.workers.items()
-        if view.doing is not None and now - view.since >= _NEW_STRETCH_S
+        if view.doing is not None and view.doing_s >= _NEW_STRETCH_S
     }
 
 
@@ -103,7 +99,7 @@ def _look_at(turn: Turn, worker_id: WorkerId, view: WorkerView) -> None:
     """A member is elsewhere than in its collective."""
     state, spec = turn.state, turn.state.spec
     waiting = [w for w in state.present if w != worker_id and _waits(state.workers[w])]
-    for_s, limit_s = turn.now - view.since, _limit_s(state, view)
+    for_s, limit_s = view.doing_s, _limit_s(state, view)
     who_waits = f"; {by_rank(state, waiting)} cannot go on without it" if waiting else ""
     if state.verdict is not None:
         if view.doing != "data":
@@ -131,7 +127,7 @@ def _look_at_all(turn: Turn) -> None:
     views = [state.workers[w] for w in state.training]
     if not views or len(views) < len(state.present) or state.verdict is not None:
         return
-    least_s = turn.now - max(view.since for view in views)
+    least_s = min(view.doing_s for view in views)
     if all(view.doing == "data" for view in views):
         limit_s = max(_limit_s(state, view) for view in views)
         if least_s >= limit_s:
@@ -166,11 +162,10 @@ def _say(turn: Turn, workers: Iterable[WorkerId | None], more: str = "") -> None
     found = {w: state.workers[w] for w in workers if w is not None and not state.workers[w].said}
     late_s = max(
         (
-            turn.now - view.since
+            view.doing_s
             for view in found.values()
             if view.doing is not None
-            and turn.now - view.since
-            >= max(SAID_AFTER_S, USUAL * state.longest.get(view.doing, 0.0))
+            and view.doing_s >= max(SAID_AFTER_S, USUAL * state.longest.get(view.doing, 0.0))
         ),
         default=None,
     )
