@@ -121,7 +121,7 @@ class Torturer:
         self._dead: set[str] = set()
         self._pids: dict[str, int] = {}
         self._spent = 0
-        """The last generation in which a joiner was killed."""
+        """The last generation in which joiners were killed."""
 
     def torture(self) -> Counter[str]:
         """`_FAULTS` of them, or as many as fit into the time; how many of each kind."""
@@ -148,13 +148,19 @@ class Torturer:
             counts["kills"] += len(victims)
             if victims:
                 counts["faults"] += 1
-                counts["double_kills" if len(victims) > 1 else f"{kind}_kills"] += 1
+                single = "member" if kind == "double" else kind
+                counts["double_kills" if len(victims) > 1 else f"{single}_kills"] += 1
         return counts
 
     def _victims(self, kind: str, now: dict[str, Any], new: list[str]) -> list[str]:
         """Whom to kill; nobody where there is none of that kind now."""
         there = [worker for worker in now["pids"] if worker not in self._dead]
         outside = [worker for worker in there if worker not in now["members"]]
+        if kind in ("joiner", "double"):
+            # The only holder left needs somebody who does join: then one of them a generation.
+            if len(self._holders - self._dead) == 1 and self._spent == now["generation"]:
+                return []
+            self._spent = now["generation"]
         match kind:
             case "source":
                 found = [worker for worker in now["members"] if worker in self._holders]
@@ -163,10 +169,7 @@ class Torturer:
             case "member":
                 found = [worker for worker in now["members"] if worker in there]
             case "joiner":
-                # The only holder left needs somebody who does join: then one a generation.
-                is_alone = len(self._holders - self._dead) == 1
-                found = [] if is_alone and self._spent == now["generation"] else outside
-                self._spent = now["generation"]
+                found = outside
             case "double":
                 return self._chooser.sample(there, min(2, len(there)))
             case _:
