@@ -28,6 +28,11 @@ class Nodes:
         """All processes of the node's own at once, as a power cut would."""
         self._cluster.remove_node(node, allow_graceful=False)
 
+    def kill_raylet(self, node: Any) -> None:
+        """The parent of the node's workers alone: they live on, and nobody tells them."""
+        (raylet,) = node.all_processes["raylet"]
+        raylet.process.kill()
+
     def drain(self, node: Any, *, left_s: int) -> None:
         """Announce, as a platform does, that the node will be taken."""
         subprocess.run(

@@ -1,11 +1,13 @@
 """Several Ray nodes: a job spreads over them, outlives the loss of one, grows onto a new one."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+import psutil
 import pytest
 
 from supple.cluster.control import ask
@@ -90,5 +92,37 @@ def test_a_node_that_the_platform_announces_to_take_is_left_before_it_goes(
         nodes.add(1)
         assert there not in run.wait_running(2)
         assert not run.of_type("WorkerLost")
+    finally:
+        run.close()
+
+
+def test_a_worker_whose_raylet_died_is_given_up_and_ends_and_writes_no_more(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    second = nodes.add(1)
+    script = tmp_path / "script.py"
+    script.write_text(LONG)
+    run = TrainRun(
+        script,
+        tmp_path,
+        *("--address", nodes.address, "--workers", "1:2", "--schedule", "0s:2"),
+        *("--checkpoint-every", "0.2s", "--heartbeat-timeout", "10s"),
+        name=f"orphan-{os.getpid()}",
+    )
+    try:
+        run.wait_running(2)
+        where = {record["worker_id"]: record["node_id"] for record in run.of_type("WorkerReady")}
+        (there,) = (worker for worker, node in where.items() if node == second.node_id)
+        orphan = psutil.Process(run.pid_of(there))
+        nodes.kill_raylet(second)
+        (survivor,) = run.wait_running(1)
+        assert survivor != there
+        run.wait("CheckpointSaved")
+        while orphan.is_running() and orphan.status() != psutil.STATUS_ZOMBIE:
+            pass  # pytest's time-out ends a wait in vain
+        before = {path.name for path in (run.folder / "checkpoints").iterdir()}
+        saved = run.wait("CheckpointSaved", lambda record: Path(record["path"]).name not in before)
+        manifest = json.loads((Path(saved["path"]) / "manifest.json").read_text())
+        assert manifest["worker"] == survivor
     finally:
         run.close()

@@ -194,7 +194,7 @@ class RayBackend:
             self._watching.cancel()
         for worker_id in list(self._workers):
             self._kill(worker_id)
-        self._workers.clear()
+        await self._know_workers()
         self._sights.close()
         await self._fence_keeper.close()
 
