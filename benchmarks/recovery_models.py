@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset
 
 import supple
 from benchmarks.workload import STEPS_ENV
@@ -52,12 +52,20 @@ def asked() -> Model:
     return MODELS[os.environ[MODEL_ENV]]
 
 
-def make_dataset() -> TensorDataset:
-    generator = torch.Generator().manual_seed(1)
-    return TensorDataset(
-        torch.randn(NUM_SAMPLES, 64, generator=generator),
-        torch.randint(0, 10, (NUM_SAMPLES,), generator=generator),
-    )
+class Samples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Random samples, fetched one by one: a plain `TensorDataset` is indexed in the training
+    process whatever `num_workers` says, and would start no processes."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self._inputs = torch.randn(NUM_SAMPLES, 64, generator=generator)
+        self._targets = torch.randint(0, 10, (NUM_SAMPLES,), generator=generator)
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._inputs[index], self._targets[index]
 
 
 def train(job: supple.Job) -> None:
@@ -73,7 +81,7 @@ def train(job: supple.Job) -> None:
 
         optimizer.register_step_post_hook(write_down)
         batches = job.batches(
-            make_dataset(), batch_size=BATCH_SIZE, epochs=10_000, num_workers=chosen.num_workers
+            Samples(), batch_size=BATCH_SIZE, epochs=10_000, num_workers=chosen.num_workers
         )
         for inputs, targets in batches:
             time.sleep(chosen.forward_s)

@@ -24,7 +24,7 @@ from benchmarks.machine import report
 from benchmarks.runs import training, wait_until_running
 from supple.cluster.control import ask
 
-_SCRIPT = Path(__file__).resolve().parent / "torture_script.py"
+_SCRIPT = Path(__file__).resolve().parent / "soak_script.py"
 _RESIZES = 1000
 _LIMIT_S = 540.0
 _WARM_UP = 0.2

@@ -39,7 +39,7 @@ def main() -> None:
     asked = recovery_models.asked() if recovery_models.MODEL_ENV in os.environ else None
     model = DistributedDataParallel(asked.build() if asked else workload.build_model())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    dataset = recovery_models.make_dataset() if asked else workload.make_dataset()
+    dataset = recovery_models.Samples() if asked else workload.make_dataset()
     step = 0
     saved = folder / "state.pt"
     if saved.exists():
