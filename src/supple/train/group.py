@@ -52,6 +52,12 @@ class Group:
         """Start summing `tensor` over all ranks in place; returns the work to `wait` for."""
         return self._start(lambda: self._group.allreduce([tensor]))
 
+    def sum(self, number: float) -> float:
+        """The sum of every rank's `number`, once all have come. Raises `CollectiveFailed`."""
+        total = torch.tensor([number])
+        self.wait([self.all_reduce(total)])
+        return float(total)
+
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's `tensor` stacked in rank order: shape (size, *tensor.shape)."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)]

@@ -22,7 +22,7 @@ from supple.train.checkpoint import CheckpointStore
 from supple.train.engine import StepEngine, TrainingError
 from supple.train.group import CollectiveFailed, Group
 from supple.train.ledger import Ledger
-from supple.train.loader import Loader, MicroBatch, make_loader
+from supple.train.loader import Loader, MicroBatch, fraction_done, make_loader
 from supple.train.member import Elastic, LeaveLoop, Membership
 from supple.train.rate import LearningRate, constant
 from supple.train.rehearsal import Rehearsal, check_kept
@@ -388,13 +388,8 @@ class Job:
 
     def _place(self) -> None:
         assert self._loader is not None
-        self._loader.place(
-            self._loader.position,
-            self.rank,
-            self.world_size,
-            self._global_batch,
-            self._micro_limit,
-        )
+        place = self._loader.position, self.rank, self.world_size
+        self._loader.place(*place, self._global_batch, self._micro_limit)
         self._replaced = True
         self._steps.meter.forget()
 
@@ -425,13 +420,11 @@ class Job:
         if group is None or self._membership is None:
             return number
         self._activity.enter("fence")
-        total = torch.tensor([number])
         try:
-            group.wait([group.all_reduce(total)])
+            return group.sum(number)
         except CollectiveFailed as failure:
             self._rejoin(str(failure))
             return None
-        return float(total)
 
     # -- the holder of the train state (see supple.train.member.Holder) -----------------------
 
@@ -489,14 +482,9 @@ class Job:
             self._global_batch = size
 
     def _fraction(self) -> float:
-        loader = self._loader
-        if loader is None:
+        if self._loader is None:
             return 0.0
-        limit = self._spec.max_steps
-        parts = [self.step_count / limit] if limit else []
-        if loader.samples_total:
-            parts.append(loader.samples_done / loader.samples_total)
-        return min(1.0, max(parts, default=0.0))
+        return fraction_done(self._loader, self.step_count, self._spec.max_steps)
 
     def _publish(self, *, force: bool = False) -> None:
         if self.rank != 0 or self._loader is None or not (force or self._reporter.is_due()):

@@ -16,7 +16,7 @@ from supple.train.map_loader import MapLoader
 from supple.train.micro_batch import MicroBatch
 from supple.train.shards import ShardLoader
 
-__all__ = ["Loader", "MicroBatch", "make_loader"]
+__all__ = ["Loader", "MicroBatch", "fraction_done", "make_loader"]
 
 
 class Loader(Protocol):
@@ -135,6 +135,15 @@ def make_loader(
     return ShardLoader(
         shards, epochs=epochs, shuffle=shuffle, seed=seed, collate_fn=collate_fn, device=device
     )
+
+
+def fraction_done(loader: Loader, step: int, max_steps: int | None) -> float:
+    """How much of the run is done, from 0 to 1: by its samples, or by `step` of `max_steps` if that
+    comes first."""
+    parts = [step / max_steps] if max_steps else []
+    if loader.samples_total:
+        parts.append(loader.samples_done / loader.samples_total)
+    return min(1.0, max(parts, default=0.0))
 
 
 def _shards_of(dataset: Any) -> Sequence[Any] | None:
