@@ -9,6 +9,7 @@ come to rest: the wanted size training on, or an end that the faults justify.
 from itertools import groupby
 from typing import Any, cast
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,6 +18,8 @@ from supple.core.lifecycle import Phase
 from supple.core.spec import TrainSpec
 from supple.core.types import FailJob, KillWorker, LossCause, WorkerId
 from supple.testing import ScriptedBackend, TrainedState
+
+pytestmark = pytest.mark.timeout(500)  # some thirty seconds, on a machine that is not busy
 
 SOMEONE = st.integers(0, 63)
 MOVE = st.sampled_from(["arrive", "work", "work", "work", "torn", "poll", "hear", "hear"])

@@ -35,6 +35,9 @@ _RAYS_HEADERS: Final = (
     *("serve_multiplexed_model_id", "serve-multiplexed-model-id"),
 )
 """Ray Serve acts on them in front of the replica, and fails on one that is not UTF-8."""
+EDITED: Final = "# edited by Supple"
+"""The first line of a configuration that was changed: HAProxy is started with one again when it was
+killed, and the changes are made once."""
 NO_TOKEN: Final = "the Authorization header has no bearer token that is known"
 
 
@@ -55,6 +58,7 @@ def edits(spec: ServeSpec) -> str:
     """A program for sed that turns Ray's configuration into that of `spec`."""
     # Statistics and metrics, which Ray opens to every machine, and the socket, to every user.
     lines = [
+        f"1i\\\n{EDITED}",
         "s/^\\( *bind\\) [*]\\{0,1\\}:/\\1 127.0.0.1:/",
         "s/mode 666 level admin/mode 600 level admin/",
         # The proxy requests wait in while there is no replica is never held for dead.

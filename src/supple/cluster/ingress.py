@@ -23,7 +23,7 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.schema import LoggingConfig
 from starlette.middleware import Middleware
 
-from supple.cluster.haproxy import SILENCE_S, edits, max_connections
+from supple.cluster.haproxy import EDITED, SILENCE_S, edits, max_connections
 from supple.cluster.ray_folder import RayFolder
 from supple.cluster.starting import start_ray, to_its_end
 from supple.core.serve_spec import ServeSpec, is_loopback
@@ -164,7 +164,8 @@ def _private_haproxy(binary: str, spec: ServeSpec, folder: Path) -> Path:
     text = (
         "#!/bin/sh\n"
         'for word in "$@"; do [ "$last" = -f ] && config="$word"; last="$word"; done\n'
-        f'chmod 600 "$config" && sed -i -f {shlex.quote(str(edit))} "$config"\n'
+        f'grep -qx {shlex.quote(EDITED)} "$config" || '
+        f'{{ chmod 600 "$config" && sed -i -f {shlex.quote(str(edit))} "$config"; }}\n'
         f'exec {shlex.quote(binary)} "$@"\n'
     )
     edit.write_text(edits(spec))

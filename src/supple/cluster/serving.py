@@ -102,7 +102,7 @@ def updating(deployment: Deployment, before: Deployment, *, route: str = "/") ->
     """
     swap = _version(deployment) == _version(before)
     if room_for(deployment):
-        yield from tried(deployment, within_s=deployment.patience_s)
+        yield from tried(deployment, before, within_s=deployment.patience_s)
     elif not swap:
         raise SpecError(
             f"no room: the new version is tried beside the {num_running(before.name)} replicas "

@@ -13,15 +13,17 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
 
 from supple.cluster.replica import Deployment
 from supple.core.spec import SpecError
-from supple.serve.model import ModelFault, load_model
+from supple.serve.faults import ModelFault
+from supple.serve.model import ServedModel, load_model
 
 _ROWS: Final = (1, 2)
 """Two sizes: the first dim of an answer must follow the batch."""
 
 
-def tried(deployment: Deployment, *, within_s: float) -> Iterator[None]:
-    """Try `deployment` for at most `within_s` seconds; yields while that goes on. Raises
-    `ModelFault`, with the words of the user's own code, if it cannot be served."""
+def tried(deployment: Deployment, before: Deployment, *, within_s: float) -> Iterator[None]:
+    """Try `deployment`, which is to take the place of `before`, for at most `within_s` seconds;
+    yields while that goes on. Raises `ModelFault`, with the words of the user's own code, if it
+    cannot be served."""
     actor: Any = (
         ray.remote(_Trial)
         .options(num_cpus=0, num_gpus=deployment.gpus_per_replica, max_restarts=0)
@@ -29,7 +31,7 @@ def tried(deployment: Deployment, *, within_s: float) -> Iterator[None]:
     )
     end_s = time.monotonic() + within_s
     try:
-        outcome = actor.why_not.remote(deployment)
+        outcome = actor.why_not.remote(deployment, before)
         while time.monotonic() < end_s:
             try:
                 why_not: Any = ray.get(outcome, timeout=0)
@@ -60,17 +62,35 @@ def room_for(deployment: Deployment) -> bool:
 
 @final
 class _Trial:
-    def why_not(self, deployment: Deployment) -> str | None:
+    def why_not(self, deployment: Deployment, before: Deployment) -> str | None:
         """What keeps the version from being served; None if nothing does."""
         try:
-            model = load_model(
-                deployment.target,
-                name=deployment.name,
-                weights=deployment.weights,
-                source=deployment.source,
-            )
+            model = _loaded(deployment)
             for rows in _ROWS:
                 model.rehearse(rows)
+            try:
+                model.rehearse(1, finite=True)
+            except ModelFault as fault:
+                if _is_finite(before):
+                    return f"on zeros, {fault} The version that runs answers them with numbers."
         except (ModelFault, SpecError) as error:
             return str(error)
         return None
+
+
+def _loaded(deployment: Deployment) -> ServedModel:
+    return load_model(
+        deployment.target,
+        name=deployment.name,
+        weights=deployment.weights,
+        source=deployment.source,
+    )
+
+
+def _is_finite(deployment: Deployment) -> bool:
+    """Whether the version answers zeros with numbers; not where it cannot be loaded any more."""
+    try:
+        _loaded(deployment).rehearse(1, finite=True)
+    except (ModelFault, SpecError):
+        return False
+    return True

@@ -198,6 +198,6 @@ def _strings(name: str, array: Array) -> Array:
             )
         try:
             flat[index] = item.encode() if isinstance(item, str) else bytes(item)
-        except UnicodeEncodeError:
+        except Exception:  # not UTF-8, or what a subclass does
             raise ModelFault(f"output {name!r} has a string that is not UTF-8") from None
     return flat.reshape(array.shape)

@@ -16,13 +16,13 @@ tensor for each row.
 """
 
 import ast
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import linecache
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -142,7 +142,7 @@ def load_model(
     try:
         exec(compile(text, path, "exec"), module.__dict__)
         user: Any = getattr(module, class_name)()
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise ModelFault(f"{target} could not be made:\n{user_traceback(error)}") from None
     return ServedModel(user, name=name or Path(path).stem, weights=weights)
 
@@ -177,7 +177,7 @@ class ServedModel:
         if load is not None:
             try:
                 load(*arguments)
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
                 raise ModelFault(f"load() of {what} raised:\n{user_traceback(error)}") from None
 
     def renewed(self, weights: str | None) -> "ServedModel":
@@ -241,7 +241,7 @@ class ServedModel:
         cannot be told apart; its words may be about any of them."""
         try:
             answer = self._predict(self._handed(inputs))
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise raised(f"predict() raised on a batch of {sum(rows)}", error) from None
         return self._answers.split(answer, rows)
 
@@ -275,16 +275,16 @@ class ServedModel:
             if spec.dtype.kind != "O"
         }
 
-    def rehearse(self, rows: int) -> None:
+    def rehearse(self, rows: int, *, finite: bool = False) -> None:
         """Predict a batch of zeros, if the inputs are declared and `max_batch` allows it. Raises
-        `ModelFault` as `predict` does, but not for NaN: zeros may have no answer."""
+        `ModelFault` as `predict` does, for NaN only if `finite`: zeros may have no answer."""
         batch = self.example(rows)
         if rows > self.max_batch or not batch or len(batch) < len(self.inputs):
             return
-        with self.allowing_nan():
+        with contextlib.nullcontext() if finite else self.allowing_nan():
             self.predict(batch)
 
-    @contextmanager
+    @contextlib.contextmanager
     def allowing_nan(self) -> Iterator[None]:
         """In the block, NaN and infinity are answers."""
         before, self._answers.allow_nan = self._answers.allow_nan, True

@@ -70,6 +70,8 @@ class RequestLimits:
     max_dims: int = 16
     max_elements: int = 8 * 1024 * 1024
     """Per tensor."""
+    max_strings: int = 256 * 1024
+    """Per tensor of BYTES, whose elements are made one by one: a tenth of a second."""
 
 
 @final
@@ -200,6 +202,7 @@ def _decode_tensor(
         refuse('an input has no "name" of 1 to 256 characters')
     shape = checked_shape(name, tensor.get("shape"), limits)
     dtype = checked_dtype(name, tensor.get("datatype"))
+    refuse_many_strings(name, dtype, shape, limits)
     size = _parameters(tensor, f"input {name!r}", limits).get("binary_data_size")
     if size is None:
         if "data" not in tensor:
@@ -228,6 +231,17 @@ def checked_shape(name: str, shape: object, limits: RequestLimits) -> tuple[int,
             f"{limits.max_elements} are taken"
         )
     return tuple(shape)
+
+
+def refuse_many_strings(
+    name: str, dtype: np.dtype[Any], shape: tuple[int, ...], limits: RequestLimits
+) -> None:
+    """Raise `Refused` (413) for a tensor of more strings than are made one by one."""
+    if dtype.kind == "O" and (count := math.prod(shape)) > limits.max_strings:
+        refuse(
+            f"input {name!r}: {count} elements of BYTES; at most {limits.max_strings} are taken",
+            413,
+        )
 
 
 def checked_dtype(name: str, datatype: object) -> np.dtype[Any]:

@@ -23,6 +23,7 @@ from supple.serve.protocol import (
     datatype_of,
     from_bytes,
     refuse,
+    refuse_many_strings,
     refuse_repeats,
     to_bytes,
 )
@@ -211,6 +212,7 @@ def decode_infer(asked: Any, limits: RequestLimits) -> InferRequest:
             refuse(f"input {name[:80]!r}: each has a name of its own, of 1 to 256 characters")
         shape = checked_shape(name, list(tensor.shape[: limits.max_dims + 1]), limits)
         dtype = checked_dtype(name, tensor.datatype)
+        refuse_many_strings(name, dtype, shape, limits)
         if raws:
             if tensor.HasField("contents"):
                 refuse(f"input {name!r} has contents besides raw_input_contents; send one")
