@@ -283,3 +283,30 @@ def test_buffers_may_hold_infinities() -> None:
     model.add_module("frozen", frozen)
     trained = [param for param in model.parameters() if param.requires_grad]
     assert TrainState(model, torch.optim.SGD(trained, lr=0.1), {}).not_finite() == []
+
+
+class Spoilt(nn.Module):
+    """Its normalisation meets a number whose square overflows; loss and gradients stay finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+        self.out = nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(x))
+
+
+def test_a_buffer_that_a_forward_pass_ruined_is_named_and_one_built_infinite_is_not() -> None:
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    x[3, 1] = 1e20
+
+    def train(job: Job) -> None:
+        model = job.model(Spoilt)
+        job.optimizer(torch.optim.SGD, lr=0.01)
+        for (batch,) in job.batches(TensorDataset(x), batch_size=8, epochs=1, shuffle=False):
+            job.step(model(batch).clamp(-1, 1).mean())
+
+    with pytest.raises(TrainingError, match=r"in norm\.running_var"):
+        train(Job(TrainSpec(name="job", script="")))

@@ -65,7 +65,9 @@ class StepEngine:
         self._noise_meter = NoiseMeter(self._reducer.buckets, optimizer)
         trained = set(params)
         names = {param: name for name, param in model.named_parameters() if param in trained}
-        self.finite = FiniteSteps(spec.on_non_finite, names)
+        changed = {id(buffer) for buffer in changed_buffers if buffer.is_floating_point()}
+        buffers = {b: name for name, b in model.named_buffers() if id(b) in changed}
+        self.finite = FiniteSteps(spec.on_non_finite, names, buffers)
         self.optimizer_name = type(optimizer).__name__
         self.gradient_bytes = sum(param.numel() * param.element_size() for param in params)
         self._loss_sum, self._num_samples = 0.0, 0

@@ -24,14 +24,21 @@ class TrainingError(Exception):
 
 @final
 class FiniteSteps:
-    """Judges the steps of the trained parameters `names`, and counts those that were left out."""
+    """Judges the steps of the trained parameters `names`, and counts those that were left out.
+    `buffers` are those that a forward pass changes."""
 
-    def __init__(self, choice: OnNonFinite, names: Mapping[nn.Parameter, str]) -> None:
+    def __init__(
+        self,
+        choice: OnNonFinite,
+        names: Mapping[nn.Parameter, str],
+        buffers: Mapping[Tensor, str],
+    ) -> None:
         self.num_skipped = 0
         """In the whole run."""
         self.num_skipped_in_a_row = 0
         self._choice: OnNonFinite = choice
         self._names = names
+        self._looked_at: dict[Tensor, str] = {**names, **buffers}
 
     def must_skip(
         self, loss: float, buckets: Sequence[Bucket], *, step: int, lr: float, num_samples: float
@@ -73,13 +80,15 @@ class FiniteSteps:
     def check_weights(self, step: int, lr: float) -> None:
         """Raise `TrainingError` if the weights after `step` are not finite: an update made them so
         from a finite gradient, and no step that follows can mend them."""
-        bad = [name for param, name in self._names.items() if not is_finite(param.detach())]
+        looked_at = self._looked_at.items()
+        bad = [name for tensor, name in looked_at if not is_finite(tensor.detach())]
         if bad:
             raise TrainingError(
                 f"the weights are not finite after step {step}, in {_named(bad)}. No loss or "
                 f"gradient was applied that is not finite: an update (learning rate {lr:g}) made "
-                "them so. Such weights are not saved. Lower the learning rate or clip gradients "
-                "(job.step(loss, clip_norm=1.0)), and go on from a checkpoint before."
+                "them so, or a forward pass, where they are buffers. They are not saved. Lower the "
+                "learning rate or clip gradients (job.step(loss, clip_norm=1.0)), and go on from a "
+                "checkpoint before."
             )
 
 

@@ -50,15 +50,9 @@ class Job:
         self._spec = spec or TrainSpec(name="local", script="")
         self._elastic = elastic
         self._activity = Activity()
-        self._membership = (
-            Membership(elastic.identity, elastic.mailbox, self._activity) if elastic else None
-        )
-        self.saver = Saver(
-            checkpoints,
-            self._spec.checkpoint_every_s,
-            elastic.identity if elastic else None,
-            elastic.mailbox if elastic else None,
-        )
+        me, mailbox = (elastic.identity, elastic.mailbox) if elastic else (None, None)
+        self._membership = Membership(me, mailbox, self._activity) if me and mailbox else None
+        self.saver = Saver(checkpoints, self._spec.checkpoint_every_s, me, mailbox)
         self._ledger = ledger
         listeners = [elastic.mailbox.publish] if elastic else []
         self._reporter = Reporter(*listeners, *([observe] if observe else []))
@@ -71,7 +65,7 @@ class Job:
         self._engine: StepEngine | None = None
         self._has_state = False
         self._rehearsing = False
-        self._in_loop = self._in_step = False
+        self._in_loop = self._in_step = self._is_called = False
         self._micro: MicroBatch | None = None
         self._last_size = 0
         self._replaced = False
@@ -290,23 +284,29 @@ class Job:
             self._activity.enter("data")
         if not any_batch:
             self._steps.arm(self._group, self._heard_of_next)
-            self._commit(None)
+            if not self._commit(None):
+                return
+        self._between_steps()
 
     def _commit(self, clip_norm: float | None) -> bool:
-        steps = self._steps
         self._activity.enter("waiting")
         try:
-            someone_heard = steps.commit(clip_norm, self._fraction())
+            someone_heard = self._steps.commit(clip_norm, self._fraction())
         except CollectiveFailed as failure:
             return self._abandon(str(failure))
-        self._in_step = False
+        self._in_step, self._is_called = False, someone_heard
         self._publish()
+        return True
+
+    def _between_steps(self) -> None:
+        """A step is committed, and the script has done what it does after one: what it keeps
+        (`job.keep`) is of the same step as the weights. Now they may be saved, or handed over."""
         if self.rank == 0 and self.saver.due():
             self.saver.behind(self._state, self.scalars(), self.generation)
-            steps.meter.restart()
-        if someone_heard:
+            self._steps.meter.restart()
+        if self._is_called:
+            self._is_called = False
             self._rejoin("")
-        return True
 
     def _abandon(self, error: str) -> bool:
         self._steps.abandon()

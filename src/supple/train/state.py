@@ -38,6 +38,10 @@ class TrainState:
         self.model = model
         self.optimizer = optimizer
         self.kept = kept
+        self._finite_buffers = {
+            name for name, buffer in model.named_buffers() if _is_number(buffer)
+        }
+        """Others, such as masks, may hold infinities as they were built."""
         self.spare: dict[str, Tensor] = {}
         """Memory that is mapped already, by name, for the next state that this worker receives."""
 
@@ -157,12 +161,18 @@ class TrainState:
         return self.take(payload["description"], payload["tensors"])
 
     def not_finite(self) -> list[str]:
-        """Names of the parameters being trained that hold an infinity or a NaN."""
+        """Names of the parameters being trained that hold an infinity or a NaN, and of buffers that
+        had none when they were built."""
         trained = {id(param) for param in _params(self.optimizer)}
-        return [
+        params = [
             name
             for name, param in self.model.named_parameters()
             if id(param) in trained and not is_finite(param.detach())
+        ]
+        return params + [
+            name
+            for name, buffer in self.model.named_buffers()
+            if name in self._finite_buffers and not is_finite(buffer)
         ]
 
 
@@ -310,6 +320,10 @@ def private(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(private(item) for item in value)
     return copy.deepcopy(value)
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return (tensor.is_floating_point() or tensor.is_complex()) and is_finite(tensor)
 
 
 def _fits(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
