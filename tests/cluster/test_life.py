@@ -96,26 +96,26 @@ def test_an_onlooker_says_what_a_process_of_its_node_does_and_kills_it() -> None
         assert onlooker.look(child.pid) == "gone"
 
 
-def test_what_a_raylet_left_behind_is_ended_and_nothing_else() -> None:
+def test_what_a_ray_left_behind_is_ended_and_nothing_else() -> None:
     sleep = [sys.executable, "-c", READY + "import time; time.sleep(60)"]
     mine = subprocess.Popen(
         ["ray::Agent", *sleep[1:]],
         executable=sleep[0],
-        env=os.environ | {"RAY_RAYLET_PID": "999999999"},
+        env=os.environ | {"SUPPLE_RAY": "one"},
         stdout=subprocess.PIPE,
     )
     other = subprocess.Popen(
         ["ray::Agent", *sleep[1:]],
         executable=sleep[0],
-        env=os.environ | {"RAY_RAYLET_PID": "999999998"},
+        env=os.environ | {"SUPPLE_RAY": "another"},
         stdout=subprocess.PIPE,
     )
     try:
         for process in (mine, other):
             assert process.stdout is not None
             process.stdout.readline()
-        assert left_behind(999999999) == [mine.pid]
-        end_left_behind(999999999, grace_s=0.0)
+        assert left_behind("one") == [mine.pid]
+        end_left_behind("one", grace_s=0.0)
         assert mine.wait() == -signal.SIGKILL
         assert other.poll() is None
     finally:

@@ -20,13 +20,17 @@ _LIMIT_S = 20.0
 _AGAIN_S = 0.25
 
 
-def watch_over(raylet_pid: int) -> "subprocess.Popen[bytes] | None":
-    """The process that ends what this raylet leaves behind; let go of it to have it done now. None
+MARK = "SUPPLE_RAY"
+"""The variable in the environment of a Ray's processes that says which Ray they belong to."""
+
+
+def watch_over(which: str) -> "subprocess.Popen[bytes] | None":
+    """The process that ends what this Ray leaves behind; let go of it to have it done now. None
     where there is no /proc to find it in."""
     if sys.platform != "linux":
         return None
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, str(raylet_pid)],
+        [sys.executable, "-I", "-S", __file__, which],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -34,10 +38,10 @@ def watch_over(raylet_pid: int) -> "subprocess.Popen[bytes] | None":
     )
 
 
-def left_behind(raylet_pid: int) -> list[int]:
-    """The processes that still run as Ray's and were started by this raylet, or by one of its
-    workers without becoming another program."""
-    mark = b"RAY_RAYLET_PID=%d" % raylet_pid
+def left_behind(which: str) -> list[int]:
+    """The processes that still run as this Ray's: agents, workers, and what a worker started that
+    did not become another program."""
+    mark = f"{MARK}={which}".encode()
     found: list[int] = []
     for name in os.listdir("/proc"):
         if not name.isdigit():
@@ -54,10 +58,10 @@ def left_behind(raylet_pid: int) -> list[int]:
     return found
 
 
-def end_left_behind(raylet_pid: int, *, grace_s: float = _GRACE_S) -> None:
+def end_left_behind(which: str, *, grace_s: float = _GRACE_S) -> None:
     """Wait `grace_s` for them to end by themselves, kill the rest, and return when none is left."""
     began = time.monotonic()
-    while (left := left_behind(raylet_pid)) and time.monotonic() - began < grace_s + _LIMIT_S:
+    while (left := left_behind(which)) and time.monotonic() - began < grace_s + _LIMIT_S:
         if time.monotonic() - began >= grace_s:
             for pid in left:
                 with contextlib.suppress(OSError):
@@ -67,7 +71,7 @@ def end_left_behind(raylet_pid: int, *, grace_s: float = _GRACE_S) -> None:
 
 def main() -> None:
     sys.stdin.buffer.read()
-    end_left_behind(int(sys.argv[1]))
+    end_left_behind(sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ from typing import Final
 import ray
 from ray._private import ray_constants
 
-from supple.cluster.afterwards import watch_over
-from supple.cluster.cluster_watch import own_servers
+from supple.cluster.afterwards import MARK, watch_over
 from supple.cluster.ray_folder import RayFolder
 from supple.core.spec import SpecError
 
@@ -34,7 +33,7 @@ _LEAST_FREE: Final = 100 * 1024 * 1024
 _LEAST_FILES: Final = 4096
 _folder: RayFolder | None = None
 _guards: list[subprocess.Popen[bytes]] = []
-"""At most one. It ends what its raylet leaves behind when this process ends or starts Ray anew."""
+"""At most one. It ends what its Ray leaves behind when this process ends or starts another."""
 _set: list[str] = []
 """Names of this process's environment that were set for the Ray that runs."""
 
@@ -53,11 +52,14 @@ def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) 
     }
     if "RAY_AUTH_MODE" not in os.environ:
         _set.append("RAY_AUTH_MODE")  # Ray sets it to "token"
+    os.environ.pop(MARK, None)  # of a Ray that this process is a worker of
+    environment[MARK] = str(folder.path)
     for name in environment.keys() - os.environ.keys():
         os.environ[name] = environment[name]
         _set.append(name)
     atexit.register(stop_ray)
     _folder = folder
+    _guard(environment[MARK])
     many_machines = ray_constants.ENABLE_RAY_CLUSTER  # read when Ray was imported
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
@@ -70,7 +72,6 @@ def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) 
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder.for_ray),
             )
-            _guard()
     except Exception as error:  # its kind is Ray's own affair, and differs with what is lacking
         _folder = None  # what its logs say stays until the next start
         stop_ray()
@@ -82,11 +83,10 @@ def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) 
         ray_constants.ENABLE_RAY_CLUSTER = many_machines
 
 
-def _guard() -> None:
+def _guard(which: str) -> None:
     while _guards:
         _guards.pop().communicate()
-    raylet = next((p for p in own_servers() if p.name() == "raylet"), None)
-    guard = None if raylet is None else watch_over(raylet.pid)
+    guard = watch_over(which)
     if guard is not None:
         _guards.append(guard)
 
