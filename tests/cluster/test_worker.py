@@ -44,7 +44,9 @@ import torch
 def train(job):
     model = job.model(lambda: torch.nn.Linear(1, 1))
     job.optimizer(torch.optim.SGD, lr=0.1)
-    for (x,) in job.batches(torch.utils.data.TensorDataset(torch.ones(8, 1)), batch_size=2):
+    data = torch.utils.data.TensorDataset(torch.ones(8, 1))
+    job.loop = job.batches(data, batch_size=2)  # it stays open: nothing is saved by leaving it
+    for (x,) in job.loop:
         if job.step(model(x).sum()):
             raise RuntimeError("enough")
 """
