@@ -33,7 +33,7 @@ def test_a_file_that_is_full_keeps_whole_lines_and_is_told_of_once(tmp_path: Pat
     lost: Lost = []
     path = tmp_path / "logs" / "w0.log"
     file = LogFile(path, lambda *what: lost.append(what))
-    with limited_to(1000):
+    with limited_to(1050):  # half of the eleventh line fits
         for number in range(30):
             print(f"{number:02d}" + "x" * 97, file=file, flush=True)
     written = path.read_text().splitlines(keepends=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from supple.cluster import control
 from supple.cluster.control import ControlServer, ask, refuse_second, running_jobs, socket_path
 from supple.core.spec import SpecError
 
@@ -22,12 +23,12 @@ def handler(request: Mapping[str, Any]) -> dict[str, Any]:
 
 @asynccontextmanager
 async def server(name: str):
-    control = ControlServer(name, handler)
-    await control.start()
+    listening = ControlServer(name, handler)
+    await listening.start()
     try:
-        yield control
+        yield listening
     finally:
-        await control.stop()
+        await listening.stop()
 
 
 @pytest.fixture
@@ -118,6 +119,24 @@ def test_who_connects_while_the_job_stops_leaks_nothing(name: str, num_turns: in
 
     asyncio.run(run())
     gc.collect()  # what is not closed warns here, and pytest makes that an error
+
+
+def test_who_stays_connected_and_says_nothing_does_not_keep_the_job_from_ending(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_LAST_WORDS_S", 0.05)
+
+    async def run() -> None:
+        async with server(name):
+            client = socket.socket(socket.AF_UNIX)
+            client.connect(str(socket_path(name)))
+            # Who is answered after it says that it was let in.
+            assert await asyncio.to_thread(ask, name, {"ask": "x"}) == {"heard": {"ask": "x"}}
+        with client:  # it stayed until the server had stopped, which closed its side
+            client.settimeout(30.0)
+            assert client.recv(1) == b""
+
+    asyncio.run(asyncio.wait_for(run(), 30.0))
 
 
 def test_only_the_owner_may_speak_to_a_job(name: str) -> None:

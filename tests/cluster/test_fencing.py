@@ -4,13 +4,15 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from supple.cluster import fencing
+from supple.cluster import fencing, own_end
 from supple.cluster.fencing import FenceKeeper
 from supple.cluster.own_end import Watcher
 from supple.core.types import WorkerId
+from supple.train import checkpoint
 from supple.train.checkpoint import CheckpointStore
 from supple.train.fence import Barrier, Fence, Writer, read
 
@@ -93,9 +95,12 @@ def leave(code: int) -> None:
     raise Left
 
 
-def watcher(folder: Path, is_orphan: Callable[[], bool]) -> Watcher:
+def watcher(
+    folder: Path, is_orphan: Callable[[], bool], store: CheckpointStore | None = None
+) -> Watcher:
     barrier = Barrier(folder, Writer(run=1, worker_id="w1"))
-    return Watcher(barrier, CheckpointStore(folder), is_orphan, leave, every_s=0.001, grace_s=0.01)
+    store = store or CheckpointStore(folder)
+    return Watcher(barrier, store, is_orphan, leave, every_s=0.001, grace_s=0.01)
 
 
 def test_a_worker_that_is_out_leaves(tmp_path: Path) -> None:
@@ -107,3 +112,62 @@ def test_a_worker_that_is_out_leaves(tmp_path: Path) -> None:
 def test_a_worker_whose_raylet_has_gone_leaves(tmp_path: Path) -> None:
     with pytest.raises(Left):
         watcher(tmp_path, lambda: True).run()
+
+
+class SlowDisk:
+    """A store that is in the middle of a checkpoint until `finish`."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.store = CheckpointStore(folder)
+        self._released = threading.Event()
+        begun, write = threading.Event(), checkpoint.write
+
+        def slow(*what: Any) -> None:
+            begun.set()
+            assert self._released.wait(60)
+            write(*what)
+
+        monkeypatch.setattr(checkpoint, "write", slow)
+        self._saving = threading.Thread(target=self.store.save, args=(3, {}, {"signature": []}))
+        self._saving.start()
+        assert begun.wait(60)
+
+    def finish(self) -> None:
+        self._released.set()
+        self._saving.join()
+
+
+def test_a_worker_whose_raylet_has_gone_writes_its_checkpoint_and_leaves_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SlowDisk(tmp_path, monkeypatch)
+    num_looks = 0
+
+    def is_orphan() -> bool:
+        nonlocal num_looks
+        num_looks += 1
+        if num_looks == 50:
+            disk.finish()
+        return True
+
+    try:
+        with pytest.raises(Left):
+            watcher(tmp_path, is_orphan, disk.store).run()
+    finally:
+        disk.finish()
+    assert num_looks == 50
+    assert [path.name for path in disk.store.saved()] == ["000001-step-3"]
+
+
+def test_a_worker_whose_raylet_has_gone_does_not_write_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_end, "_SAVING_S", 0.05)
+    disk = SlowDisk(tmp_path, monkeypatch)
+    looks = iter(range(20_000))
+    try:
+        with pytest.raises(Left):
+            watcher(tmp_path, lambda: next(looks) >= 0, disk.store).run()
+        assert disk.store.is_writing
+    finally:
+        disk.finish()

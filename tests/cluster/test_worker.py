@@ -1,14 +1,29 @@
 """The body of a worker, in this process and without Ray: its end is told, whatever ends it."""
 
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from supple.cluster.worker import WorkerBody, WorkerSetup
 from supple.core.spec import TrainSpec
-from supple.core.types import Event, FileLost, WorkerId, WorkerLost
-from supple.train.rendezvous import Address
+from supple.core.types import (
+    CheckpointSaved,
+    Event,
+    FileLost,
+    FormGroup,
+    JobId,
+    SaveCheckpoint,
+    StopWorker,
+    WorkerId,
+    WorkerLost,
+    WorkerReady,
+)
+from supple.train.rendezvous import Address, Rendezvous
 
 RAISES = """
 print("before")
@@ -23,8 +38,22 @@ raise Unspeakable
 """
 
 
-def events_of(folder: Path, source: str) -> list[Event]:
-    """What a worker tells that runs this script in the run's folder."""
+ONE_STEP = """
+import torch
+
+def train(job):
+    model = job.model(lambda: torch.nn.Linear(1, 1))
+    job.optimizer(torch.optim.SGD, lr=0.1)
+    data = torch.utils.data.TensorDataset(torch.ones(8, 1))
+    job.loop = job.batches(data, batch_size=2)  # it stays open: nothing is saved by leaving it
+    for (x,) in job.loop:
+        if job.step(model(x).sum()):
+            raise RuntimeError("enough")
+"""
+
+
+def worker(folder: Path, source: str, address: Address) -> Any:
+    """The body of a worker that runs this script in the run's folder."""
     script = folder / "train.py"
     script.write_text(source)
     setup = WorkerSetup(
@@ -32,12 +61,17 @@ def events_of(folder: Path, source: str) -> list[Event]:
         spec=TrainSpec(name="job", script=str(script)),
         run_path=str(folder),
         run=1,
-        rendezvous=Address("127.0.0.1", 1, b""),
+        rendezvous=address,
         host="127.0.0.1",
         rehearsal_size=1,
         verbose=False,
     )
-    body: Any = WorkerBody(setup)
+    return WorkerBody(setup)
+
+
+def events_of(folder: Path, source: str) -> list[Event]:
+    """What a worker tells that runs this script in the run's folder."""
+    body = worker(folder, source, Address("127.0.0.1", 1, b""))
     body.run()
     return list(body.poll(0.0).events)
 
@@ -64,3 +98,35 @@ def test_logs_that_cannot_be_made_do_not_keep_a_script_from_running(tmp_path: Pa
     (tmp_path / "logs").write_text("a file where the folder should be")
     events = events_of(tmp_path, RAISES)
     assert [type(event) for event in events] == [FileLost, WorkerLost]
+
+
+def test_a_worker_whose_script_raised_saves_its_state_when_it_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node")
+    )
+    meeting = Rendezvous("127.0.0.1")
+    body = worker(tmp_path, ONE_STEP, meeting.address)
+    told: list[Event] = []
+
+    def wait(kind: type[Event]) -> Any:
+        end_s = time.monotonic() + 60.0
+        while not (found := [event for event in told if isinstance(event, kind)]):
+            assert time.monotonic() < end_s, told
+            told.extend(body.poll(0.05).events)
+        return found[0]
+
+    to: Any = {"job_id": JobId("job"), "generation": 1}
+    me: Any = {"worker_id": WorkerId("w0")}
+    running = threading.Thread(target=body.run, daemon=True)
+    running.start()
+    wait(WorkerReady)
+    body.post(FormGroup(members=(WorkerId("w0"),), global_batch_size=None, restore=None, **to))
+    lost = wait(WorkerLost)
+    assert (lost.cause, lost.step) == ("raised", 1)
+    body.post(SaveCheckpoint(**to, **me))
+    assert wait(CheckpointSaved).step == 1
+    body.post(StopWorker(reason="test", **to, **me))
+    running.join(60.0)
+    assert not running.is_alive()

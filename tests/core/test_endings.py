@@ -81,6 +81,13 @@ def test_a_step_that_is_durable_already_is_not_saved_again() -> None:
     )
 
 
+def test_one_step_beyond_the_newest_checkpoint_is_saved() -> None:
+    job = running(2)
+    job.saved(10, "step-10")
+    job.stop()
+    assert job.stopped("w0 w1", 11) == [job.save("w0")]
+
+
 def test_a_holder_whose_save_fails_gives_way_to_the_next() -> None:
     job = running(2)
     job.stop()
@@ -255,6 +262,27 @@ def test_nobody_joins_a_job_whose_members_leave() -> None:
     assert job.kind == "keep"
 
 
+def test_a_stop_does_not_wait_for_a_rank_whose_save_after_its_loop_has_failed() -> None:
+    job = running(2)
+    job.left("w0", 12)
+    job.stop()
+    job.save_failed(12, "its disk is broken.")
+    assert job.stopped("w1", 12) == []
+    assert job.tick(9.75, hearing="w0 w1") == []
+    assert job.tick(0.25, hearing="w0 w1") == [job.save("w1")]
+
+
+def test_a_stop_waits_for_a_rank_that_saves_after_its_loop_but_not_for_ever() -> None:
+    job = running(1)
+    job.left("w0", 12)
+    job.stop()
+    assert job.tick(SAVE_LIMIT_S - 2.0, hearing="w0", every=2.0) == []
+    ended = job.tick(2.0, hearing="w0", every=2.0)[-1]
+    assert isinstance(ended, FinishJob)
+    assert not ended.saved
+    assert "step 12 is NOT saved" in ended.reason
+
+
 # --- a stop that somebody does not hear -------------------------------------------------------
 
 
@@ -302,4 +330,18 @@ def test_a_stop_while_a_generation_cannot_form_aborts_it() -> None:
     job.stopped("w0 w1", 11)
     job.stop()
     assert job.tick(9.75, hearing="w0 w1") == []
+    assert job.tick(0.25, hearing="w0 w1") == [job.abort("w0 w1")]
+
+
+@pytest.mark.parametrize(("longest_s", "grace_s"), [(2.0, 10.0), (15.0, 45.0), (30.0, 60.0)])
+def test_a_stop_waits_for_the_step_in_flight_as_long_as_three_parts_of_it_up_to_a_minute(
+    longest_s: float, grace_s: float
+) -> None:
+    job = running(2)
+    job.beat("w0", 10, doing="waiting")
+    job.beat("w1", 10, doing="backward")
+    job.tick(longest_s, hearing="w0 w1")
+    job.beat("w1", 10, doing="waiting")
+    job.stop()
+    assert job.tick(grace_s - 0.25, hearing="w0 w1") == []
     assert job.tick(0.25, hearing="w0 w1") == [job.abort("w0 w1")]

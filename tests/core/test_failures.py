@@ -27,6 +27,12 @@ def test_a_failed_collective_aborts_the_others_even_if_nobody_is_lost() -> None:
     assert job.reason == "2 workers: w1: connection reset"
 
 
+def test_a_failed_collective_while_draining_aborts_the_rest() -> None:
+    job = running(3)
+    job.batch(32)
+    assert job.stopped("w0", 10, "connection lost") == [job.abort("w1 w2")]
+
+
 def test_a_loss_while_draining_aborts_the_rest() -> None:
     job = running(3)
     job.target(2)

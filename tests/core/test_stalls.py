@@ -68,6 +68,18 @@ def test_what_took_long_before_may_take_long_again() -> None:
     assert len(said(job)) == 1
 
 
+def test_ten_times_as_long_as_it_ever_took_is_too_long() -> None:
+    job = running(2)
+    job.beat("w0", 10, doing="waiting")
+    job.beat("w1", 10, doing="data")
+    job.tick(50.0, hearing="w0 w1")
+    job.beat("w1", 10, doing="script")
+    job.beat("w1", 11, doing="data")
+    job.beat("w0", 11, doing="waiting")
+    assert job.tick(499.75, hearing="w0 w1") == []
+    assert isinstance(job.tick(0.25, hearing="w0 w1")[0], KillWorker)
+
+
 def test_a_single_worker_whose_data_does_not_come_ends_the_job_saved() -> None:
     job = running(1)
     job.beat("w0", 10, doing="data")
@@ -116,6 +128,23 @@ def test_ranks_that_wait_for_each_other_form_anew() -> None:
     ]
     assert job.tick(0.25, hearing="w0 w1") == [job.abort("w0 w1")]
     assert job.state.why[1] == "all ranks waited for each other for 60 s"
+
+
+def test_ranks_that_wait_for_each_other_again_and_again_end_the_job_saved() -> None:
+    job = running(2, max_failures=2)
+    for generation in (1, 2, 3):
+        assert job.state.generation == generation
+        job.beat("w0", 10, doing="waiting")
+        job.beat("w1", 10, doing="waiting")
+        assert job.tick(60.0, hearing="w0 w1") == [job.abort("w0 w1")]
+        actions = job.stopped("w0 w1", 10, "aborted")
+        job.formed("w0 w1", 10)
+    assert actions == [job.save("w0")]
+    ended = job.saved(10, "step-10")[-1]
+    assert isinstance(ended, FailJob)
+    assert ended.saved
+    assert "3 generations in a row broke without a committed step" in ended.reason
+    assert "all ranks waited for each other for 60 s" in ended.reason
 
 
 def test_workers_that_do_not_come_up_are_named_with_the_cause_once() -> None:

@@ -216,10 +216,10 @@ class Ruins(torch.optim.SGD):
                 self.param_groups[0]["params"][0].fill_(float("inf"))
 
 
-def ruined(job: Job, at: int, *, shows: bool) -> None:
+def ruined(job: Job, at: int, *, shows: bool, epochs: int = 4) -> None:
     model = job.model(lambda: nn.ParameterDict({"a": torch.ones(3), "b": torch.ones(3)}))
     job.optimizer(Ruins, lr=0.1, at=at)
-    for (x,) in job.batches(TensorDataset(X), batch_size=BATCH, epochs=4):
+    for (x,) in job.batches(TensorDataset(X), batch_size=BATCH, epochs=epochs):
         used = model["a"] + model["b"] if shows else model["b"]
         job.step(used.mean() * x.mean())
 
@@ -231,12 +231,15 @@ def test_weights_that_an_update_ruined_are_named_at_the_next_step(choice: str) -
         ruined(job, 5, shows=True)
 
 
-@pytest.mark.parametrize(("at", "noticed"), [(5, 16), (17, 32), (32, 32)])
+@pytest.mark.parametrize(
+    ("at", "epochs", "max_steps", "noticed"),
+    [(5, 4, None, 16), (17, 4, None, 32), (17, 3, None, 24), (17, 4, 18, 18)],
+)
 def test_ruined_weights_that_no_loss_shows_are_found_before_the_run_ends(
-    at: int, noticed: int
+    at: int, epochs: int, max_steps: int | None, noticed: int
 ) -> None:
-    with pytest.raises(TrainingError, match=f"weights are not finite after step {noticed}"):
-        ruined(job_of(), at, shows=False)
+    with pytest.raises(TrainingError, match=f"weights are not finite after step {noticed},"):
+        ruined(job_of(max_steps=max_steps), at, shows=False, epochs=epochs)
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_ones_stay(

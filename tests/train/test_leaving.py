@@ -31,6 +31,10 @@ X = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 DATA = TensorDataset(X, X.sum(1, keepdim=True))
 
 
+Held = list[dict[str, torch.Tensor]]
+"""The model after each committed step."""
+
+
 def norm_model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
 
@@ -68,36 +72,42 @@ def command(kind: Any, name: str, generation: int = 1, **fields: Any) -> Any:
     return kind(job_id=JobId(name), generation=generation, worker_id=WorkerId("a"), **fields)
 
 
-def by_break(job: Job, model: nn.Module) -> None:
+def take_step(job: Job, model: nn.Module, loss: torch.Tensor, held: Held) -> None:
+    """One step, and a copy of what the model holds if it was committed."""
+    if job.step(loss):
+        held.append(copied(model))
+
+
+def by_break(job: Job, model: nn.Module, held: Held) -> None:
     for x, y in job.batches(DATA, batch_size=8, epochs=2):
-        job.step(F.mse_loss(model(x), y))
+        take_step(job, model, F.mse_loss(model(x), y), held)
         if job.step_count == 3:
             break
 
 
-def with_a_batch_in_hand(job: Job, model: nn.Module) -> None:
+def with_a_batch_in_hand(job: Job, model: nn.Module, held: Held) -> None:
     for x, y in job.batches(DATA, batch_size=8, epochs=2):
         loss = F.mse_loss(model(x), y)  # it changes the running mean of a step that is not made
         if job.step_count == 3:
             return
-        job.step(loss)
+        take_step(job, model, loss, held)
 
 
-def by_zip(job: Job, model: nn.Module) -> None:
+def by_zip(job: Job, model: nn.Module, held: Held) -> None:
     for (x, y), _ in zip(job.batches(DATA, batch_size=8, epochs=2), range(4), strict=False):
-        job.step(F.mse_loss(model(x), y))
+        take_step(job, model, F.mse_loss(model(x), y), held)
 
 
-def by_islice(job: Job, model: nn.Module) -> None:
+def by_islice(job: Job, model: nn.Module, held: Held) -> None:
     for x, y in itertools.islice(job.batches(DATA, batch_size=8, epochs=2), 4):
-        job.step(F.mse_loss(model(x), y))
+        take_step(job, model, F.mse_loss(model(x), y), held)
 
 
-def by_next(job: Job, model: nn.Module) -> None:
+def by_next(job: Job, model: nn.Module, held: Held) -> None:
     batches = iter(job.batches(DATA, batch_size=8, epochs=2))
     for _ in range(4):
         x, y = next(batches)
-        job.step(F.mse_loss(model(x), y))
+        take_step(job, model, F.mse_loss(model(x), y), held)
 
 
 WAYS = [by_break, with_a_batch_in_hand, by_zip, by_islice, by_next]
@@ -105,14 +115,13 @@ WAYS = [by_break, with_a_batch_in_hand, by_zip, by_islice, by_next]
 
 @pytest.mark.parametrize("way", WAYS)
 def test_leaving_the_loop_saves_the_last_step_whatever_the_script_does_to_the_weights_then(
-    worlds: list[World], tmp_path: Path, way: Callable[[Job, nn.Module], None]
+    worlds: list[World], tmp_path: Path, way: Callable[[Job, nn.Module, Held], None]
 ) -> None:
-    held: list[dict[str, torch.Tensor]] = []
+    held: Held = []
 
     def train(job: Job) -> None:
         model = begin(job)
-        way(job, model)
-        held.append(copied(model))
+        way(job, model, held)
         with torch.no_grad():
             for param in model.parameters():
                 param.zero_()
@@ -126,12 +135,12 @@ def test_leaving_the_loop_saves_the_last_step_whatever_the_script_does_to_the_we
     assert world.finished(["a"]) == [3]
     step, weights = loaded(tmp_path)
     assert step == 3
-    assert same(weights, held[0])
+    assert same(weights, held[-1])
 
 
 def test_leaving_the_loop_without_a_controller_leaves_nothing_behind() -> None:
     for way in WAYS:
-        job = supple.run(lambda job, way=way: way(job, begin(job)))
+        job = supple.run(lambda job, way=way: way(job, begin(job), []))
         assert job.step_count == 3
 
 
@@ -151,17 +160,19 @@ def test_the_end_of_the_data_is_not_leaving(worlds: list[World], tmp_path: Path)
 
 
 class _Faulty(Dataset[Any]):
-    """Its sample 0 raises, or hangs until it is released."""
+    """After three steps, and `good` samples of the next, it raises, or hangs until released."""
 
-    def __init__(self, job: Job, *, hangs: bool) -> None:
-        self._job, self._hangs = job, hangs
+    def __init__(self, job: Job, *, hangs: bool, good: int = 0) -> None:
+        self._job, self._hangs, self._good = job, hangs, good
         self.reached, self.released = threading.Event(), threading.Event()
 
     def __len__(self) -> int:
         return len(DATA)
 
     def __getitem__(self, index: int) -> Any:
-        if self._job.step_count == 3 and self._job.generation:
+        is_fourth_step = self._job.step_count == 3 and self._job.generation
+        self._good -= bool(is_fourth_step)
+        if self._good < 0:
             self.reached.set()
             if not self._hangs:
                 raise RuntimeError("bad sample")
@@ -172,15 +183,15 @@ class _Faulty(Dataset[Any]):
 def test_a_worker_whose_dataset_raised_saves_when_it_is_asked(
     worlds: list[World], tmp_path: Path
 ) -> None:
-    held: list[dict[str, torch.Tensor]] = []
+    held: Held = []
 
     def train(job: Job) -> None:
         model = begin(job)
         try:
-            # Four micro-batches of a step: the forward passes of the first ones must be undone.
-            for x, y in job.batches(_Faulty(job, hangs=False), batch_size=8, micro_batch_size=2):
-                if job.step(F.mse_loss(model(x), y)):
-                    held.append(copied(model))
+            # The third of a step's micro-batches: the forward passes before it must be undone.
+            data = _Faulty(job, hangs=False, good=4)
+            for x, y in job.batches(data, batch_size=8, micro_batch_size=2):
+                take_step(job, model, F.mse_loss(model(x), y), held)
         except RuntimeError:
             assert job.committed_step == 3
             job.outlive()
@@ -232,7 +243,7 @@ def test_a_state_that_an_update_was_torn_in_is_not_offered(worlds: list[World]) 
 def test_a_worker_that_hangs_in_its_dataset_is_saved_from_another_thread(
     worlds: list[World], tmp_path: Path
 ) -> None:
-    held: list[dict[str, torch.Tensor]] = []
+    held: Held = []
     faulty: list[_Faulty] = []
 
     def train(job: Job) -> None:

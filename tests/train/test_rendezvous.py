@@ -4,12 +4,14 @@ import contextlib
 import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 
 from supple.core.spec import SpecError
+from supple.train import rendezvous
 from supple.train.group import CollectiveFailed, form
 from supple.train.rendezvous import Address, Meeting, MeetingFailed, Rendezvous
 
@@ -31,6 +33,13 @@ def all_meet(address: Address, key: str, size: int) -> list[list[bytes]]:
 
 def connected(address: Address) -> socket.socket:
     return socket.create_connection((address.host, address.port), timeout=_LIMIT_S)
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + _LIMIT_S
+    while not is_so():
+        assert time.monotonic() < end_s
+        time.sleep(0.001)
 
 
 def until_closed(connection: socket.socket) -> bytes:
@@ -112,6 +121,52 @@ def test_members_meet_while_hundreds_connect_and_say_nothing() -> None:
         for _ in range(300):
             silent.enter_context(connected(meeting.address))
         assert all_meet(meeting.address, "a/1", 2) == [[b"from 0", b"from 1"]] * 2
+
+
+def test_with_too_many_who_say_nothing_the_oldest_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rendezvous, "_INTRODUCTION_S", 1000.0)
+    meeting = Rendezvous("127.0.0.1")
+    with contextlib.ExitStack() as all_of_them:
+        silent = [all_of_them.enter_context(connected(meeting.address)) for _ in range(65)]
+        assert len(until_closed(silent[0])) <= 32
+        assert len(silent[64].recv(33)) == len(silent[1].recv(33)) == 32
+        silent[1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent[1].recv(1)
+
+
+def test_who_would_write_more_than_a_member_does_is_not_listened_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rendezvous, "_INTRODUCTION_S", 1000.0)
+    meeting = Rendezvous("127.0.0.1")
+    with connected(meeting.address) as stranger:
+        stranger.sendall(b"\x00" * 32 + (64 * 1024 + 1).to_bytes(4))
+        assert len(until_closed(stranger)) == 32
+
+
+def test_what_members_wrote_is_forgotten_once_they_have_met_or_left() -> None:
+    listening, secret = rendezvous._listen("127.0.0.1", 0), b"secret"
+    address = Address("127.0.0.1", listening.getsockname()[1], secret)
+    exchange = rendezvous._Exchange(listening, secret)
+    thread = threading.Thread(target=exchange.run_until_closed)
+    thread.start()
+    try:
+        assert all_meet(address, "a/1", 2) == [[b"from 0", b"from 1"]] * 2
+        assert exchange._meetings == {}
+        alone = Meeting(address, key="a/2", rank=0, size=2)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(alone.get, "0/1")
+            until(lambda: "a/2" in exchange._meetings)
+            alone.leave()
+            with pytest.raises(MeetingFailed):
+                waiting.result(_LIMIT_S)
+        until(lambda: exchange._meetings == {})
+    finally:
+        exchange.close()
+        thread.join()
 
 
 def test_a_member_that_left_before_all_had_come_is_not_met() -> None:

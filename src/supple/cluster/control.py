@@ -103,7 +103,7 @@ class ControlServer:
         self._handler = handler
         self._path: Path | None = None
         self._server: asyncio.Server | None = None
-        self._answering: set[asyncio.Task[None] | None] = set()
+        self._answering: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
 
     async def start(self) -> None:
         """Listen; raises `SpecError` if a job of this name already does."""
@@ -138,17 +138,20 @@ class ControlServer:
             assert self._path is not None
             self._path.unlink(missing_ok=True)
             runtime_dir.remove_if_empty(self._path.parent)
-        if open_tasks := [task for task in self._answering if task is not None]:
-            _, silent = await asyncio.wait(open_tasks, timeout=_LAST_WORDS_S)
+        if self._answering:
+            _, silent = await asyncio.wait(self._answering, timeout=_LAST_WORDS_S)
             for task in silent:
-                task.cancel()
+                self._answering[task].transport.abort()
+            await asyncio.gather(*silent)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
-        self._answering.add(task)
+        assert task is not None, "our bug: a connection is served in no task"
+        self._answering[task] = writer
         try:
             refuse_stranger(writer.get_extra_info("socket"), os.geteuid())
-            if line := await reader.readline():
+            line = await reader.readline()
+            if line.endswith(b"\n"):  # or it was cut short
                 writer.write(json.dumps(self._answer(line)).encode() + b"\n")
                 await writer.drain()
         except (ConnectionError, PermissionError):
@@ -157,7 +160,7 @@ class ControlServer:
             writer.close()
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
-            self._answering.discard(task)
+            del self._answering[task]
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:
