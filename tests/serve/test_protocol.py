@@ -257,6 +257,15 @@ def test_more_strings_than_the_limit_are_refused_before_one_of_them_is_made(
         assert refused.value.status == 413
 
 
+def test_more_strings_than_the_shape_says_are_refused_before_one_of_them_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(protocol, "_objects", lambda *_: pytest.fail("the strings were made"))
+    tensor = {"name": "x", "shape": [2], "datatype": "BYTES", "data": ["a"] * 1000}
+    with pytest.raises(Refused, match="needs 2 elements, data has 1000"):
+        decoded(body_of(tensor))
+
+
 def test_as_many_strings_as_the_limit_are_taken() -> None:
     tensor = {"name": "x", "shape": [2, 3], "datatype": "BYTES", "data": ["a"] * 6}
     found = decode_request(body_of(tensor), limits=RequestLimits(max_strings=6))
