@@ -1,6 +1,7 @@
 """The line between a job and another terminal: a real socket, and what people do to it."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import socket
@@ -146,3 +147,45 @@ def test_only_the_owner_may_speak_to_a_job(name: str) -> None:
             assert socket_path(name).parent.stat().st_mode & 0o077 == 0
 
     asyncio.run(run())
+
+
+@pytest.fixture
+def all_are_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("a stranger is at the other end")
+
+    monkeypatch.setattr(control, "refuse_stranger", refuse)
+
+
+@pytest.mark.usefixtures("all_are_strangers")
+def test_a_stranger_who_listens_where_a_job_would_be_is_told_nothing(name: str) -> None:
+    path = socket_path(name)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        try:
+            listening.listen()
+            with pytest.raises(SpecError, match="no running job"):
+                ask(name, {"ask": "x"})
+            listening.setblocking(False)
+            connection, _ = listening.accept()
+            with connection:
+                assert connection.recv(100) == b""
+        finally:
+            path.unlink()
+
+
+@pytest.mark.usefixtures("all_are_strangers")
+def test_a_stranger_who_asks_a_job_is_hung_up_on_unheard(name: str) -> None:
+    heard: list[Mapping[str, Any]] = []
+
+    async def run() -> None:
+        serving = ControlServer(name, lambda request: {"heard": heard.append(request)})
+        await serving.start()
+        try:
+            with contextlib.suppress(ConnectionResetError):  # it may not even read the request
+                assert await say(name, b'{"ask": "x"}\n') == b""
+        finally:
+            await serving.stop()
+
+    asyncio.run(run())
+    assert heard == []

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from supple.cluster import fencing, own_end
 from supple.cluster.fencing import FenceKeeper
 from supple.cluster.own_end import Watcher
-from supple.core.types import WorkerId
+from supple.cluster.ray import RayBackend
+from supple.core.types import FormGroup, JobId, WorkerId
 from supple.train import checkpoint
 from supple.train.checkpoint import CheckpointStore
 from supple.train.fence import Barrier, Fence, Writer, read
@@ -30,6 +32,31 @@ def test_the_fence_is_on_the_disk_when_the_workers_are_known(tmp_path: Path) -> 
         await keeper.close()
 
     asyncio.run(job())
+
+
+def test_the_fence_is_on_the_disk_before_a_worker_hears_of_its_group(tmp_path: Path) -> None:
+    found: list[Fence | None] = []
+
+    async def job() -> None:
+        # The part of a backend that carries out an action; no Ray runs.
+        backend: Any = object.__new__(RayBackend)
+        backend._fence_keeper = FenceKeeper(tmp_path, pytest.fail)
+        backend._generation, backend._num_started = 0, 2
+        post = SimpleNamespace(remote=lambda _: found.append(read(tmp_path)))
+        worker = SimpleNamespace(actor=SimpleNamespace(post=post))
+        backend._workers = {W0: worker, W1: worker}
+        form = FormGroup(
+            job_id=JobId("j"),
+            generation=3,
+            members=(W0, W1),
+            global_batch_size=None,
+            restore=None,
+        )
+        await backend.execute(form)
+        await backend._fence_keeper.close()
+
+    asyncio.run(job())
+    assert [(fence.generation, fence.workers) for fence in found if fence] == [(3, (W0, W1))] * 2
 
 
 def test_a_new_run_keeps_out_the_workers_of_the_one_before(tmp_path: Path) -> None:

@@ -91,6 +91,22 @@ def test_a_path_too_long_for_the_sockets_in_it_is_not_used(
         RayFolder()
 
 
+def test_a_place_where_others_rename_folders_is_not_used(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exposed = base / "x"
+    exposed.mkdir()
+    exposed.chmod(0o777)  # without the sticky bit
+    monkeypatch.setenv("RAY_TMPDIR", str(exposed))
+    folder = RayFolder()
+    assert folder.path.parent == base
+    folder.remove()
+    monkeypatch.setattr(ray_folder, "temporary", lambda: [])
+    with pytest.raises(SpecError, match=f"others may rename what is in {exposed}"):
+        RayFolder()
+    assert list(exposed.iterdir()) == []
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Serve's own, when it is imported
 def test_all_that_haproxy_is_started_with_is_in_the_folder_and_not_where_others_write(
     tmp_path: Path,

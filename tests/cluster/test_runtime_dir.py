@@ -1,5 +1,7 @@
 """What another user made, linked, or could exchange is never used, and sockets are found again."""
 
+import asyncio
+import contextlib
 import os
 import socket
 import tempfile
@@ -105,6 +107,32 @@ def test_a_place_where_others_rename_folders_is_not_used(shared: Path) -> None:
     assert not runtime_dir.is_private(inner, US)
 
 
+def test_a_place_of_another_user_is_not_used(shared: Path) -> None:
+    base = shared / "base"
+    base.mkdir(mode=0o755)
+    if US == 0:
+        os.chown(base, 65534, 65534)
+    owner, us = (65534, US) if US == 0 else (US, OTHER)
+    with pytest.raises(SpecError, match=f"{base} belongs to user {owner}"):
+        runtime_dir.refuse_exchangeable(base, us)
+
+
+def test_a_place_is_not_used_where_a_folder_far_above_it_may_be_renamed(shared: Path) -> None:
+    inner = shared / "a" / "b" / "c"
+    inner.mkdir(parents=True, mode=0o755)
+    runtime_dir.refuse_exchangeable(inner, US)
+    (shared / "a").chmod(0o777)
+    with pytest.raises(SpecError, match=f"others may rename what is in {shared / 'a'}$"):
+        runtime_dir.refuse_exchangeable(inner, US)
+
+
+def test_a_folder_that_others_may_enter_by_now_is_not_opened(shared: Path) -> None:
+    path = runtime_dir.folder()
+    path.chmod(0o755)
+    with pytest.raises(SpecError, match="others may enter it"), runtime_dir.opened(path):
+        pass
+
+
 def test_xdg_runtime_dir_is_used_where_it_is_ours(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +228,46 @@ def _pair_with_nobody(folder: Path) -> tuple[socket.socket, socket.socket]:
         finally:
             os.seteuid(0)
         return listening.accept()[0], asking
+
+
+@pytest.mark.skipif(US != 0, reason="another user's process is made by root")
+def test_a_job_does_not_hear_another_user_and_another_users_is_not_asked(shared: Path) -> None:
+    heard: list[object] = []
+
+    async def run() -> None:
+        serving = control.ControlServer("digits", lambda asked: {"heard": heard.append(asked)})
+        await serving.start()
+        path = control.socket_path("digits")
+        path.parent.chmod(0o755)
+        path.chmod(0o666)
+        with socket.socket(socket.AF_UNIX) as asking:
+            os.seteuid(65534)
+            try:
+                asking.connect(str(path))
+            finally:
+                os.seteuid(0)
+            asking.setblocking(False)
+            loop = asyncio.get_running_loop()
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # unread
+                await loop.sock_sendall(asking, b'{"ask": "x"}\n')
+                assert await loop.sock_recv(asking, 100) == b""
+        await serving.stop()
+
+    asyncio.run(run())
+    assert heard == []
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(control.socket_path("theirs")))
+        os.seteuid(65534)
+        try:
+            listening.listen()
+        finally:
+            os.seteuid(0)
+        with pytest.raises(SpecError, match="no running job 'theirs'"):
+            control.ask("theirs", {"ask": "x"})
+        listening.setblocking(False)
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.recv(100) == b""
 
 
 @pytest.mark.parametrize("name", ["../../x", "a/b", "..", ".hidden", "", "x" * 65, "a\n", "ä"])

@@ -65,17 +65,20 @@ def test_a_proxy_that_raises_or_says_nothing_is_asked_again() -> None:
     assert response.status_code == 200 and proxy.bodies == [b"body"]
 
 
-def test_all_times_of_asking_carry_the_serial_number_of_the_first() -> None:
-    seen: list[bytes] = []
+@pytest.mark.parametrize("headers", [{}, {SERIAL.decode(): "7e57ab1e-0000-4000-8000-000000000001"}])
+def test_all_times_of_asking_carry_the_serial_number_of_the_first(headers: dict[str, str]) -> None:
+    seen: list[list[bytes]] = []
 
     async def proxy(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        seen.append(dict(scope["headers"])[SERIAL])
+        seen.append([value for name, value in scope["headers"] if name == SERIAL])
         status = 500 if len(seen) < 3 else 200
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    assert posted(proxy, b"body").status_code == 200
-    assert len(seen) == 3 and len(set(seen)) == 1
+    assert posted(proxy, b"body", headers=headers).status_code == 200
+    (serial,) = seen[0]
+    assert seen == [[serial]] * 3
+    assert not headers or serial.decode() in headers.values()
 
 
 def test_the_proxys_own_error_is_told_when_patience_ends() -> None:
@@ -90,7 +93,9 @@ def test_a_body_too_large_to_hold_is_asked_once_and_passed_on_whole() -> None:
     assert proxy.bodies == [b"x" * 5_000]
 
 
-def posted(proxy: App, body: bytes, patience_s: float = 60.0) -> httpx.Response:
+def posted(
+    proxy: App, body: bytes, patience_s: float = 60.0, headers: dict[str, str] | None = None
+) -> httpx.Response:
     async def chunks() -> Any:
         for start in range(0, len(body), 1_000):
             yield body[start : start + 1_000]
@@ -98,6 +103,6 @@ def posted(proxy: App, body: bytes, patience_s: float = 60.0) -> httpx.Response:
     async def go() -> httpx.Response:
         app: Any = AskAgain(proxy, patience_s=patience_s, most_held_bytes=2_000, pause_s=0.0)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app)) as client:
-            return await client.post("http://m/", content=chunks())
+            return await client.post("http://m/", content=chunks(), headers=headers)
 
     return asyncio.run(go())

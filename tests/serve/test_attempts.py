@@ -1,6 +1,7 @@
 """A request over which replicas died is told from its neighbours."""
 
 import asyncio
+import math
 import threading
 import uuid
 from collections.abc import Callable, Coroutine
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from supple.core.latency import LatencyProfile
+from supple.serve import executor as executors
 from supple.serve.attempts import Attempts, parse_serial
 from supple.serve.executor import Executor
 from supple.serve.model import ServedModel
@@ -79,10 +82,12 @@ class Hangs:
         self.gate = threading.Event()
         self.entered = threading.Event()
         self.end = threading.Event()
+        self.threads: set[threading.Thread] = set()
 
     def predict(self, batch: Any) -> Any:
         values = [float(value) for value in batch[:, 0]]
         self.batches.append(values)
+        self.threads.add(threading.current_thread())
         self.entered.set()
         if 0.0 in values:
             self.gate.wait(LIMIT_S)
@@ -95,6 +100,7 @@ def with_hanging(
     table: Path,
     work: Callable[[Executor, Hangs, asyncio.Event], Coroutine[Any, Any, None]],
     timeout_s: float = LIMIT_S,
+    **settings: Any,
 ) -> None:
     """Run `work` with an executor and an event for that it has given up."""
 
@@ -105,6 +111,7 @@ def with_hanging(
             timeout_s=timeout_s,
             attempts=Attempts(table),
             on_stuck=given_up.set,
+            **settings,
         )
         try:
             await work(executor, user, given_up)
@@ -190,3 +197,32 @@ def test_of_a_batch_that_hangs_nobody_is_answered_and_all_are_suspects(table: Pa
         assert [Attempts(table).deaths(20 + index) for index in range(2)] == [1, 1]
 
     with_hanging(table, work, timeout_s=2.0)
+
+
+def test_a_suspect_is_never_computed_in_the_event_loop(table: Path) -> None:
+    Attempts(table).begin(3)
+
+    async def work(executor: Executor, user: Hangs, given_up: asyncio.Event) -> None:
+        executor._fast = 1.0
+        await asyncio.gather(*asked(executor, 1))
+        assert user.threads == {threading.current_thread()}
+        executor._fast = 1.0
+        await asyncio.gather(*asked(executor, 3))
+        assert user.batches == [[1.0], [3.0]] and len(user.threads) == 2
+
+    with_hanging(table, work, inline_s=math.inf)
+
+
+def test_a_suspect_that_hangs_is_given_up_by_the_pace_of_the_others(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Attempts(table).begin(13)
+    monkeypatch.setattr(executors, "_SUSPECT_S", 0.05)
+
+    async def work(executor: Executor, user: Hangs, given_up: asyncio.Event) -> None:
+        (hung,) = asked(executor, 13)
+        with pytest.raises(Refused, match=r"for 0.05 s .* lost with a replica before") as why:
+            await hung
+        assert why.value.status == 504 and given_up.is_set()
+
+    with_hanging(table, work, profile=LatencyProfile.constant(1e-6, startup_s=0.0))

@@ -115,6 +115,34 @@ def test_nan_is_an_answer_where_the_class_says_so() -> None:
     assert np.isnan(served(user).predict(rows(2))["y"]).all()
 
 
+@pytest.mark.parametrize("name", ["SystemExit", "asyncio.CancelledError", "KeyboardInterrupt"])
+@pytest.mark.parametrize("where", ["__init__", "load"])
+def test_a_model_that_ends_its_process_while_it_is_made_is_at_fault(
+    tmp_path: Path, name: str, where: str
+) -> None:
+    method = f"def {where}(self): raise {name}('the end')"
+    predict = "def predict(self, batch): return batch"
+    app = written(tmp_path, f"import asyncio\nclass Model:\n    {method}\n    {predict}\n")
+    with pytest.raises(ModelFault, match="the end"):
+        load_model(f"{app}:Model")
+
+
+def test_a_model_that_ends_its_process_when_it_is_made_anew_is_at_fault() -> None:
+    class Once:
+        made = 0
+
+        def __init__(self) -> None:
+            Once.made += 1
+            if Once.made > 1:
+                raise SystemExit("the end")
+
+        def predict(self, batch: Any) -> Any:
+            return batch
+
+    with pytest.raises(ModelFault, match="the end"):
+        ServedModel(Once(), name="m").renewed(None)
+
+
 def test_the_traceback_shows_the_users_lines_only(tmp_path: Path) -> None:
     app = written(tmp_path, "class Model:\n    def predict(self, batch):\n        return 1 / 0\n")
     with pytest.raises(ModelFault) as fault:

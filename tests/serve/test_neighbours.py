@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from supple.serve.batch import run_batch
 from supple.serve.faults import ModelFault
 from supple.serve.model import ServedModel
-from supple.serve.protocol import RequestLimits, decode_request
+from supple.serve.protocol import Refused, RequestLimits, decode_request
 from tests.serve.test_surface import Service
 
 SECRET = "the secret of another caller"
@@ -85,6 +86,42 @@ def leaves(texts: list[str]) -> Any:
     return texts
 
 
+def cancels(texts: list[str]) -> Any:
+    if SECRET in texts:
+        raise asyncio.CancelledError(SECRET)
+    return texts
+
+
+def interrupts(texts: list[str]) -> Any:
+    if SECRET in texts:
+        raise KeyboardInterrupt(SECRET)
+    return texts
+
+
+def closes(texts: list[str]) -> Any:
+    if SECRET in texts:
+        raise GeneratorExit(SECRET)
+    return texts
+
+
+class OddText(str):
+    def encode(self, *_: Any) -> bytes:
+        raise RuntimeError(self)
+
+
+class LeavingText(str):
+    def encode(self, *_: Any) -> bytes:
+        raise KeyboardInterrupt(self)
+
+
+def cannot_be_encoded(texts: list[str]) -> Any:
+    return [OddText(text) if text == SECRET else text for text in texts]
+
+
+def interrupts_when_encoded(texts: list[str]) -> Any:
+    return [LeavingText(text) if text == SECRET else text for text in texts]
+
+
 def is_not_utf8(texts: list[str]) -> Any:
     return [text + "\udcff" if text == SECRET else text for text in texts]
 
@@ -121,11 +158,30 @@ def cannot_be_an_array(texts: list[str]) -> Any:
     return Odd() if SECRET in texts else texts
 
 
+def interrupts_as_an_array(texts: list[str]) -> Any:
+    class Odd:
+        def __array__(self, *_: Any, **__: Any) -> Any:
+            raise KeyboardInterrupt(SECRET)
+
+    return [Odd() if text == SECRET else 1.0 for text in texts]
+
+
+def cannot_be_looked_through(texts: list[str]) -> Any:
+    class Odd(dict[str, Any]):
+        def items(self) -> Any:
+            raise KeyError(SECRET)
+
+    return Odd() if SECRET in texts else {"output": texts}
+
+
 @pytest.mark.parametrize(
     ("answer", "status"),
     [
         *[(answer, 500) for answer in (raises, leaves, is_not_utf8, is_an_object, is_nan)],
         *[(answer, 500) for answer in (is_complex, is_short, cannot_be_an_array)],
+        *[(answer, 500) for answer in (cancels, interrupts, closes)],
+        *[(answer, 500) for answer in (cannot_be_encoded, interrupts_when_encoded)],
+        *[(answer, 500) for answer in (interrupts_as_an_array, cannot_be_looked_through)],
         (has_another_shape, 200),
         (is_named_otherwise, 200),
     ],
@@ -155,12 +211,39 @@ def test_one_bad_request_of_32_costs_a_few_calls_and_not_32() -> None:
     assert len(user.batches) <= 2 + 2 * 5
 
 
+def test_a_failed_batch_is_not_taken_apart_when_its_time_is_over() -> None:
+    user = Gated(raises)
+    user.gate.set()
+    requests = [
+        decode_request(json.dumps(body(text)).encode(), limits=RequestLimits()).inputs
+        for text in ("a", SECRET, "b")
+    ]
+    found, at_once = run_batch(ServedModel(user, name="m"), requests, within_s=0.0)
+    assert len(user.batches) == 1 and not at_once
+    assert [type(answer) for answer in found] == [Refused] * 3
+    assert {answer.status for answer in found if isinstance(answer, Refused)} == {503}
+    assert SECRET not in "".join(map(str, found))
+
+
 def test_requests_of_a_model_that_may_not_compute_twice_fail_alike_and_learn_nothing() -> None:
     user = Gated(raises)
     user.retry_safe = False  # type: ignore[attr-defined]
     found, _ = together(user, body("a"), body(SECRET), body("b"))
     assert [r.status_code for r in found] == [500, 500, 500]
     assert len(user.batches) == 2 and SECRET not in "".join(r.text for r in found)
+
+
+@pytest.mark.parametrize(
+    "answer", [is_not_utf8, cannot_be_encoded, interrupts_when_encoded, interrupts_as_an_array]
+)
+def test_an_output_that_cannot_be_sent_fails_alone_though_nothing_is_computed_twice(
+    answer: Callable[[list[str]], Any],
+) -> None:
+    user = Gated(answer)
+    user.retry_safe = False  # type: ignore[attr-defined]
+    found, _ = together(user, body("a"), body(SECRET), body("b"))
+    assert [r.status_code for r in found] == [200, 500, 200]
+    assert len(user.batches) == 2
 
 
 def test_bytes_that_are_not_utf8_are_refused_in_json_and_sent_as_binary() -> None:
@@ -239,6 +322,34 @@ def test_a_model_that_answers_with_lists_of_rows_gets_batches() -> None:
             user.answer = padded
             assert (await service.client.post(URL, json=body("2"))).status_code == 200
             assert not service.model.shares
+
+    asyncio.run(go())
+
+
+def test_a_model_that_pads_once_its_rows_were_lists_answers_each_at_its_own_length() -> None:
+    user = Gated(lambda texts: (padded if user.batches[1:] else ragged_arrays)(texts))
+    user.outputs = {"output": "int64[-1]"}  # type: ignore[attr-defined]
+    wanted = ["9", "1", "3", "6"]
+
+    async def go() -> None:
+        async with Service(user=user) as service:
+            user.gate.set()
+            assert (await service.client.post(URL, json=body("2"))).status_code == 200
+            assert service.model.shares
+            user.gate.clear()
+            user.entered.clear()
+            tasks = [asyncio.ensure_future(service.client.post(URL, json=body("1")))]
+            await service.entered()
+            tasks += [
+                asyncio.ensure_future(service.client.post(URL, json=body(text))) for text in wanted
+            ]
+            while service.executor.num_waiting < len(wanted):
+                await asyncio.sleep(0)
+            user.gate.set()
+            _, *found = await asyncio.gather(*tasks)
+            assert wanted in user.batches, "they were one batch at first"
+            for text, response in zip(wanted, found, strict=True):
+                assert response.json()["outputs"][0]["data"] == list(range(int(text)))
 
     asyncio.run(go())
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from supple.serve import protocol
 from supple.serve import protocol_grpc as oip
 from supple.serve.protocol import (
     DATATYPES,
@@ -224,3 +225,48 @@ def test_an_infinite_output_is_refused_in_json_and_sent_as_binary() -> None:
         encode_response(InferRequest(inputs={}), outputs, model="m", version="1")
     binary = InferRequest(inputs={}, binary_output=True)
     assert encode_response(binary, outputs, model="m", version="1")[1] is not None
+
+
+def test_more_strings_than_the_limit_are_refused_before_one_of_them_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def split(*_: object) -> Any:
+        pytest.fail("the strings were made")
+
+    for name in ("_split_strings", "_objects", "_flat"):
+        monkeypatch.setattr(protocol, name, split)
+    monkeypatch.setattr(oip, "_from_contents", split)
+    limits = RequestLimits(max_strings=5)
+    raw = b"\1\0\0\0a" * 6
+    plain = {"name": "x", "shape": [2, 3], "datatype": "BYTES"}
+    head = body_of(plain | {"parameters": {"binary_data_size": len(raw)}})
+    asked = oip.MESSAGES["ModelInferRequest"]()
+    asked.inputs.add(name="x", datatype="BYTES", shape=[2, 3]).contents.bytes_contents[:] = [
+        b"a"
+    ] * 6
+    asked_raw = oip.MESSAGES["ModelInferRequest"](raw_input_contents=[raw])
+    asked_raw.inputs.add(name="x", datatype="BYTES", shape=[2, 3])
+    for decode in (
+        lambda: decode_request(body_of(plain | {"data": ["a"] * 6}), limits=limits),
+        lambda: decode_request(head + raw, json_bytes=len(head), limits=limits),
+        lambda: oip.decode_infer(asked, limits),
+        lambda: oip.decode_infer(asked_raw, limits),
+    ):
+        with pytest.raises(Refused, match="6 elements of BYTES; at most 5 are taken") as refused:
+            decode()
+        assert refused.value.status == 413
+
+
+def test_more_strings_than_the_shape_says_are_refused_before_one_of_them_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(protocol, "_objects", lambda *_: pytest.fail("the strings were made"))
+    tensor = {"name": "x", "shape": [2], "datatype": "BYTES", "data": ["a"] * 1000}
+    with pytest.raises(Refused, match="needs 2 elements, data has 1000"):
+        decoded(body_of(tensor))
+
+
+def test_as_many_strings_as_the_limit_are_taken() -> None:
+    tensor = {"name": "x", "shape": [2, 3], "datatype": "BYTES", "data": ["a"] * 6}
+    found = decode_request(body_of(tensor), limits=RequestLimits(max_strings=6))
+    assert found.inputs["x"].tolist() == [[b"a"] * 3] * 2

@@ -63,6 +63,18 @@ class AsyncEndless(Endless):
             self.ended.set()
 
 
+class Broken(Endless):
+    """Its stream raises after a part."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def stream(self, batch: Any) -> Iterator[Any]:
+        yield batch
+        raise self.error
+
+
 def streamed(user: Endless, send: Any) -> "asyncio.Task[None]":
     """A request for a stream of `user` as the server runs it: it cancels this when its client has
     left."""
@@ -164,3 +176,20 @@ def test_a_generator_whose_end_raises_is_closed_all_the_same() -> None:
             await asyncio.sleep(0)
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, SystemExit, KeyboardInterrupt])
+def test_a_stream_that_would_end_the_process_ends_itself_with_an_error(
+    kind: type[BaseException],
+) -> None:
+    sent: list[bytes] = []
+
+    async def go() -> None:
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message.get("body", b""))
+
+        await streamed(Broken(kind("the words")), send)
+
+    asyncio.run(go())
+    assert b"the model failed on this request" in sent[-2] and sent[-1] == b""
+    assert b"the words" not in b"".join(sent)

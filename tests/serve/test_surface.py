@@ -3,13 +3,16 @@
 import asyncio
 import json
 import threading
+import uuid
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
+from supple.serve.attempts import SERIAL, Attempts, parse_serial
 from supple.serve.executor import Executor
 from supple.serve.faults import ModelFault
 from supple.serve.meters import Meters, merge
@@ -54,13 +57,18 @@ class Service:
         max_waiting: int = 100,
         all_metrics: Callable[[], Awaitable[list[bytes]]] | None = None,
         user: Any = None,
+        attempts: Attempts | None = None,
         **settings: Any,
     ) -> None:
         self.user = user or Doubles()
         self.model = ServedModel(self.user, name="m")
         self.meters = Meters(model="m", replica="r")
         self.executor = Executor(
-            self.model, timeout_s=timeout_s, max_waiting=max_waiting, on_batch=self.meters.batch
+            self.model,
+            timeout_s=timeout_s,
+            max_waiting=max_waiting,
+            on_batch=self.meters.batch,
+            attempts=attempts,
         )
         self.surface = Surface(
             self.model,
@@ -68,6 +76,7 @@ class Service:
             self.meters,
             SurfaceSettings(**settings),
             all_metrics=all_metrics,
+            attempts=attempts,
         )
         transport = httpx.ASGITransport(app=self.surface)  # type: ignore[arg-type]
         self.client = httpx.AsyncClient(transport=transport, base_url="http://m")
@@ -111,6 +120,49 @@ def test_requests_that_come_while_the_model_works_become_one_batch() -> None:
             answers = [r.json()["outputs"][0]["data"] for r in await asyncio.gather(first, *others)]
             assert answers == [[2.0 * i, 2.0 * i] for i in range(6)]
             assert service.user.batches == [1, 5]
+
+    asyncio.run(go())
+
+
+def numbered() -> tuple[dict[str, str], int]:
+    """The header of a request that the ingress may send again, and its number."""
+    told = str(uuid.uuid4())
+    number = parse_serial(told.encode())
+    assert number is not None
+    return {SERIAL.decode(): told}, number
+
+
+def test_numbered_requests_that_wait_together_become_one_batch(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with Service(attempts=Attempts(tmp_path / "attempts")) as service:
+            service.user.gate.clear()
+            first = asyncio.ensure_future(service.infer(0, 0))
+            await service.entered()
+            others = [
+                asyncio.ensure_future(service.infer(i, i, headers=numbered()[0])) for i in range(8)
+            ]
+            while service.executor.num_waiting < 8:
+                await asyncio.sleep(0)
+            service.user.gate.set()
+            answers = await asyncio.gather(first, *others)
+            assert {response.status_code for response in answers} == {200}
+            assert service.user.batches == [1, 8]
+
+    asyncio.run(go())
+
+
+def test_a_request_over_which_two_replicas_died_is_not_computed(tmp_path: Path) -> None:
+    table = tmp_path / "attempts"
+    headers, number = numbered()
+    for _ in range(2):
+        Attempts(table).begin(number)
+
+    async def go() -> None:
+        async with Service(attempts=Attempts(table)) as service:
+            response = await service.infer(1, 2, headers=headers)
+            assert response.status_code == 500
+            assert "2 replicas died while they computed this request" in response.json()["error"]
+            assert service.user.batches == []
 
     asyncio.run(go())
 

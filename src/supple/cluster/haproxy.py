@@ -153,7 +153,8 @@ def _grpc_rules(spec: ServeSpec) -> list[str]:
         *rules,
         # What a compressed message holds is not known before it is unpacked.
         _status(12, "compressed messages are not taken")
-        + " if { req.hdr(grpc-encoding) -m found } !{ req.hdr(grpc-encoding) -m str identity }",
+        + " if { req.hdr(grpc-encoding) -m found } !{ req.hdr(grpc-encoding) -m str identity }"
+        + " or { req.hdr_cnt(grpc-encoding) gt 1 }",  # of which one would do for the test above
         f"http-request wait-for-body time {SILENCE_S}s",
     ]
 

@@ -166,7 +166,7 @@ def _tensor(name: str, value: Any, *, are_strings_checked: bool = True) -> Array
         array = np.asarray(value, dtype=object if _is_text(value) else None)
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
-    except Exception as error:
+    except BaseException as error:
         raise ModelFault(
             f"output {name!r} is a {type(value).__name__} that no array can be made of: "
             f"{type(error).__name__}",
@@ -198,6 +198,6 @@ def _strings(name: str, array: Array) -> Array:
             )
         try:
             flat[index] = item.encode() if isinstance(item, str) else bytes(item)
-        except Exception:  # not UTF-8, or what a subclass does
+        except BaseException:  # not UTF-8, or what a subclass does
             raise ModelFault(f"output {name!r} has a string that is not UTF-8") from None
     return flat.reshape(array.shape)

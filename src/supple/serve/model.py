@@ -185,7 +185,7 @@ class ServedModel:
         is. Raises `ModelFault` if it cannot be, or if it would take other inputs."""
         try:
             user = type(self.user)()
-        except Exception as error:
+        except BaseException as error:
             raise ModelFault(f"could not be made anew:\n{user_traceback(error)}") from None
         fresh = ServedModel(user, name=self.name, weights=weights)
         if (fresh.inputs, fresh.outputs) != (self.inputs, self.outputs):
@@ -243,7 +243,12 @@ class ServedModel:
             answer = self._predict(self._handed(inputs))
         except BaseException as error:
             raise raised(f"predict() raised on a batch of {sum(rows)}", error) from None
-        return self._answers.split(answer, rows)
+        try:
+            return self._answers.split(answer, rows)
+        except ModelFault:
+            raise
+        except BaseException as error:  # code of the user's too: of a dict, or of a str
+            raise raised("what predict() returned raised", error) from None
 
     def stream(self, inputs: Mapping[str, Array]) -> Iterator[Outputs]:
         """The parts of an answer to one request, checked like `predict`'s but for their rows. The
@@ -255,9 +260,9 @@ class ServedModel:
                 parts = in_this_thread(parts)
             for part in parts:
                 yield self._answers.part(part)
-        except ModelFault:
+        except (ModelFault, GeneratorExit):  # the second closes this generator
             raise
-        except Exception as error:
+        except BaseException as error:
             raise raised("stream() raised", error) from None
         finally:
             close = getattr(parts, "close", None)

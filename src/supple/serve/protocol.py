@@ -272,11 +272,10 @@ def _from_json(
         if dtype.kind == "O":
             refuse(f"input {name!r}: BYTES data holds strings, not {_SHOWN[wrong]}")
         refuse(f"input {name!r}: data holds {_SHOWN[wrong]} and does not fit in {DATATYPES[dtype]}")
+    if len(values) != math.prod(shape):
+        _refuse_count(name, shape, len(values))
     if dtype.kind == "O":
         return _objects(name, [value.encode() for value in values], shape)
-    count = math.prod(shape)
-    if len(values) != count:
-        _refuse_count(name, shape, len(values))
     if dtype.kind != "f":
         try:
             return np.array(values, dtype=dtype).reshape(shape)
