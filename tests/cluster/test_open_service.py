@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import time
 import urllib.error
 from collections.abc import Iterator
 from typing import Any
@@ -27,10 +28,8 @@ class Model:
             raise ValueError(f"what was sent is {batch}")
         return batch * self.factor
 """
-LOOPBACK = ("127.0.0.1", "::ffff:127.0.0.1")
+LOOPBACK = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
 MOST_BYTES = 2**20
-RAYS_OWN_OF_A_WORKER = 1
-"""Every worker of Ray has one port for Ray's other processes; it cannot be bound elsewhere."""
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +57,14 @@ def test_the_ingress_alone_is_open_and_only_on_the_two_ports_that_were_asked_for
     service: Service,
 ) -> None:
     asked = {int(address.rpartition(":")[2]) for address in (service.address, service.grpc_address)}
+    end_s = time.monotonic() + 60.0
+    # HAProxy is replaced by another at every change of the replicas: look again.
+    while open_ports(service) != asked:
+        assert time.monotonic() < end_s
+
+
+def open_ports(service: Service) -> set[int]:
+    """Ports on which HAProxy hears others than this machine; nobody else hears more than it may."""
     seen: set[int] = set()
     for process in processes(service):
         with contextlib.suppress(psutil.Error):
@@ -65,12 +72,11 @@ def test_the_ingress_alone_is_open_and_only_on_the_two_ports_that_were_asked_for
             heard = [c for c in process.net_connections("tcp") if c.status == "LISTEN"]
             beyond = [c.laddr for c in heard if c.laddr.ip not in LOOPBACK]
             if process.name() == "haproxy":
-                assert {address.ip for address in beyond} == {"0.0.0.0"}
+                assert {address.ip for address in beyond} <= {"0.0.0.0"}
                 seen |= {address.port for address in beyond}
-            elif "ServeReplica" in name or "ProxyActor" in name or "HAProxyManager" in name:
-                assert len(beyond) <= RAYS_OWN_OF_A_WORKER, (name, beyond)
-                assert len(heard) > len(beyond) or "HAProxyManager" in name
-    assert seen == asked
+            else:
+                assert not beyond, (name, beyond)
+    return seen
 
 
 def grpc_call(service: Service, method: str, wire: bytes, token: str | None, **options: Any) -> Any:
@@ -114,11 +120,10 @@ def test_a_body_beyond_the_limit_is_not_received_over_http(service: Service) -> 
         with contextlib.closing(client):
             try:
                 client.request("POST", URL, body, service.headers, encode_chunked=chunked)
-            except (BrokenPipeError, ConnectionResetError):
-                assert chunked  # it was cut off while it was sent
-            else:
                 answer = client.getresponse()
-                assert answer.status == 413 and "--max-body" in json.load(answer)["error"]
+            except (BrokenPipeError, ConnectionResetError):
+                continue  # it was cut off while it was sent
+            assert answer.status == 413 and "--max-body" in json.load(answer)["error"]
     assert memory_of_replica(service) - before < 32 * MOST_BYTES
     assert service.infer() == 2
 
