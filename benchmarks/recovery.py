@@ -42,6 +42,8 @@ _FAULTS = 52
 """Of each model, beside the timed ones."""
 _LIMIT_S = 165.0
 """For them; the rest of ten minutes goes to starts, timed kills and torchrun."""
+_SOURCE_WAIT_S = 8.0
+"""Without other faults, until two hold the state and a third joins: then a source can be killed."""
 
 
 @dataclass(kw_only=True)
@@ -128,16 +130,26 @@ class Torturer:
         counts: Counter[str] = Counter()
         began = due = time.monotonic()
         seen: set[int] = set()
+        source_by = 0.0
         while counts["faults"] < _FAULTS and time.monotonic() - began < _LIMIT_S:
             time.sleep(0.005)
             now = self._look()
             new = [worker for worker in now["members"] if worker not in self._holders]
+            several = len(self._holders - self._dead) > 1
             if now["phase"] == "forming" and new and now["generation"] not in seen:
                 seen.add(now["generation"])
-                kind = self._chooser.choice(("source", "receiver", "none"))
+                if several:
+                    kind, source_by = self._chooser.choice(("source", "source", "receiver")), 0.0
+                else:
+                    kind = self._chooser.choice(("receiver", "none"))
                 time.sleep(self._chooser.uniform(0.0, 0.05))
+            elif time.monotonic() < source_by:
+                continue
             elif time.monotonic() >= due:
-                kind = self._chooser.choice(("member", "member", "joiner", "double"))
+                kind = self._chooser.choice(("member", "member", "joiner", "double", "source"))
+                if kind == "source":
+                    source_by = time.monotonic() + _SOURCE_WAIT_S
+                    continue
             else:
                 continue
             due = time.monotonic() + self._chooser.uniform(0.05, 1.0)

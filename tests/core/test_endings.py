@@ -145,6 +145,7 @@ def test_a_stop_while_a_failed_job_saves_lets_it_save_and_a_second_ends_at_once(
     job.raised("w0", 12)
     assert job.stop() == []
     assert "the job is ending already" in job.reason
+    job.now += 1.0
     ended = job.stop()[-1]
     assert isinstance(ended, FailJob)
     assert not ended.saved

@@ -1,7 +1,7 @@
 """What a loss leads to: who goes on, when a replacement is tried, when the job is given up."""
 
 from supple.core.lifecycle import Phase
-from supple.core.types import WorkerId
+from supple.core.types import KillWorker, WorkerId
 from tests.core.job_driver import TRACEBACK, Driver, running
 
 
@@ -114,6 +114,44 @@ def test_a_silent_worker_is_killed_and_treated_as_lost() -> None:
         job.abort("w0"),
         job.start("w2"),
     ]
+
+
+def test_who_alone_holds_the_state_is_waited_for_when_silent_and_named() -> None:
+    job = running(2)
+    assert job.tick(10.0) == [], "neither is given up: the state would be gone"
+    assert job.tick(0.25) == []
+    assert job.reason == (
+        "w1 has given no sign of life for 10 s: its process is stopped or cannot be reached. "
+        "Nobody else holds the state it has, so it is waited for, 600 s at most "
+        "(--unresponsive-timeout)"
+    )
+    told = len(job.decisions)
+    assert job.tick(100.0) == []
+    assert len(job.decisions) == told
+    assert isinstance(job.tick(0.25, hearing="w0")[0], KillWorker), "w0 holds it too, and answers"
+
+
+def test_who_alone_holds_the_state_is_given_up_in_the_end() -> None:
+    job = running(1, unresponsive_timeout_s=20.0)
+    assert job.tick(20.0) == []
+    reason = (
+        "no heartbeat for 20.2 s, its process is stopped or cannot be reached (allowed: 20 s, "
+        "--unresponsive-timeout)"
+    )
+    assert job.tick(0.25)[0] == job.kill("w0", reason)
+
+
+def test_a_joiner_without_the_state_does_not_make_its_source_dispensable() -> None:
+    job = running(1, high=2)
+    job.target(2)
+    job.ready("w1")
+    job.stopped("w0", 11)
+    assert job.phase is Phase.FORMING
+    assert job.tick(5.0, hearing="w1") == []
+    job.formed("w1", 11)
+    killed = job.tick(0.25, hearing="w1")[0]
+    assert isinstance(killed, KillWorker)
+    assert killed.worker_id == "w0"
 
 
 def test_a_starting_worker_may_be_silent_for_two_minutes() -> None:

@@ -314,6 +314,7 @@ def test_a_stop_while_forming_waits_until_it_can_be_asked() -> None:
 def test_a_second_stop_ends_at_once() -> None:
     job = running(2)
     job.stop()
+    job.now += 1.0
     actions = job.stop()
     assert [type(action) for action in actions[:2]] == [StopWorker, StopWorker]
     assert job.phase is Phase.FINISHED
@@ -321,6 +322,18 @@ def test_a_second_stop_ends_at_once() -> None:
         "stopped at once, asked twice (Ctrl-C); step 10 is NOT saved: it was asked to end without "
         "waiting for a save. There is no checkpoint."
     )
+
+
+def test_a_key_hit_twice_is_one_request_to_stop() -> None:
+    job = running(2)
+    job.stop()
+    for _ in range(3):
+        job.now += 0.3
+        assert job.stop() == []
+    assert job.phase is Phase.DRAINING
+    job.now += 0.2
+    job.stop()
+    assert job.phase is Phase.FINISHED, "a second after the first it is another request"
 
 
 def test_wishes_after_a_stop_change_nothing() -> None:

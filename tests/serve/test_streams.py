@@ -160,6 +160,34 @@ def test_more_streams_than_there_are_threads_for_are_refused_until_one_ends() ->
     asyncio.run(go())
 
 
+def test_one_client_leaves_streams_for_the_others() -> None:
+    def endless() -> Iterator[Any]:
+        while True:
+            yield {"x": np.ones(1)}
+
+    async def go() -> None:
+        streams = Streams(most=4)
+        held = [streams.parts(endless(), b"10.0.0.1") for _ in range(3)]
+        for parts in held:
+            await anext(parts)
+        with pytest.raises(Refused, match="3 streams of this client are open here") as refused:
+            await anext(streams.parts(endless(), b"10.0.0.1"))
+        assert refused.value.status == 429
+        other = streams.parts(endless(), b"10.0.0.2")
+        await anext(other)
+        await held[0].aclose()
+        while streams.num_open > 3:
+            await asyncio.sleep(0)
+        again = streams.parts(endless(), b"10.0.0.1")
+        await anext(again)
+        for parts in (*held, other, again):
+            await parts.aclose()
+        while streams.num_open:
+            await asyncio.sleep(0)
+
+    asyncio.run(go())
+
+
 def test_a_generator_whose_end_raises_is_closed_all_the_same() -> None:
     def raising() -> Iterator[Any]:
         try:

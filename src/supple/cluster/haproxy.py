@@ -13,6 +13,7 @@ from typing import Final
 from supple.core.serve_spec import ServeSpec
 from supple.serve.attempts import SERIAL
 from supple.serve.protocol_grpc import SERVICE
+from supple.serve.streams import CLIENT
 
 HEAD_S: Final = 10
 """Time for the head of a request, from the opening of its connection."""
@@ -135,6 +136,7 @@ def _http_rules(spec: ServeSpec) -> list[str]:
         *rules,
         f"{_answer(413, too_large)} if {length}",
         *(f"http-request del-header {name}" for name in _RAYS_HEADERS),
+        f"http-request set-header {CLIENT.decode()} %[src]",
         "http-request del-header x-request-id unless { req.hdr(x-request-id) -m reg ^[!-~]+$ }",
         f"http-request wait-for-body time {SILENCE_S}s",
     ]

@@ -29,6 +29,9 @@ SAVE_LIMIT_S = 1800.0
 """A save that takes longer is given up."""
 LEFT_GRACE_S = 5.0
 """A rank that has left the loop alone is waited on so long."""
+TWICE_S = 1.0
+"""A second request to stop so soon after the first is the same one: a key that was hit twice, or a
+signal that came through the terminal and through a wrapper."""
 
 
 def conclude(turn: Turn, kind: VerdictKind, reason: str) -> None:
@@ -42,15 +45,17 @@ def conclude(turn: Turn, kind: VerdictKind, reason: str) -> None:
 
 def on_stop(turn: Turn, event: StopRequested) -> None:
     state = turn.state
-    verdict = state.verdict
-    if verdict is not None and state.stop_asked:
+    verdict, asked_at = state.verdict, state.stop_asked_at
+    if verdict is not None and asked_at is not None:
+        if turn.now - asked_at < TWICE_S:
+            return
         if verdict.kind == "stopped":
             reason = f"stopped at once, asked twice ({event.reason})"
         else:
             reason = f"{verdict.reason}; ended at once ({event.reason})"
         end(turn, reason, "it was asked to end without waiting for a save.")
         return
-    turn.set(stop_asked=True)
+    turn.set(stop_asked_at=turn.now)
     if verdict is None:
         conclude(turn, "stopped", event.reason)
         turn.decide("stop", 0, f"{event.reason}: finishing the step in flight, then saving")

@@ -155,7 +155,7 @@ class JobState:
     retry_at: float = 0.0
     """No replacement is asked for before this time."""
     verdict: Verdict | None = None
-    stop_asked: bool = False
+    stop_asked_at: float | None = None
     saver: WorkerId | None = None
     saving_since: float = 0.0
     unable: frozenset[WorkerId] = frozenset()

@@ -1,5 +1,5 @@
 """Who gives no sign of life: a process that is stopped or out of reach, soon; an interpreter that
-does not answer, late.
+does not answer, late; whoever alone holds the train state, late as well.
 
 A worker answers with its interpreter, and a C call that holds the interpreter's lock (a regular
 expression, a tokenizer, a large save) keeps it from answering for as long as it lasts. So the
@@ -41,15 +41,21 @@ def end_the_silent(turn: Turn) -> None:
         if turn.state.phase.is_over:
             return
         silent_s, unanswered_s = turn.now - view.heard_at, turn.now - view.answered_at
-        starting = view.status is WorkerStatus.STARTING
-        allowed_s = START_TIMEOUT_S if starting else spec.heartbeat_timeout_s
+        allowed_s, rule = _allowed(turn, worker_id)
         if silent_s > allowed_s:
-            rule = "while it starts" if starting else "--heartbeat-timeout"
             _kill(
                 turn,
                 worker_id,
                 f"no heartbeat for {silent_s:.1f} s, its process is stopped or cannot be reached "
                 f"(allowed: {allowed_s:g} s, {rule})",
+            )
+        elif silent_s > SAID_AFTER_S and not view.said_unanswered:
+            _say(
+                turn,
+                worker_id,
+                f"{worker_id} has given no sign of life for {silent_s:.0f} s: its process is "
+                "stopped or cannot be reached. Nobody else holds the state it has, so it is waited "
+                f"for, {allowed_s:g} s at most ({rule})",
             )
         elif unanswered_s > spec.unresponsive_timeout_s:
             _kill(
@@ -59,15 +65,38 @@ def end_the_silent(turn: Turn) -> None:
                 f"(allowed: {spec.unresponsive_timeout_s:g} s, --unresponsive-timeout)",
             )
         elif unanswered_s > SAID_AFTER_S and not view.said_unanswered:
-            turn.see(worker_id, said_unanswered=True)
-            turn.decide(
-                "keep",
-                len(turn.state.present),
+            _say(
+                turn,
+                worker_id,
                 f"{worker_id}'s interpreter has not answered for {unanswered_s:.0f} s, though its "
                 "process runs: something in the script holds the interpreter's lock (a long call "
                 "into C). The others wait for it; it is given up after "
                 f"{spec.unresponsive_timeout_s:g} s (--unresponsive-timeout)",
             )
+
+
+def _allowed(turn: Turn, worker_id: WorkerId) -> tuple[float, str]:
+    """How long it may be silent, in s, and the rule: who alone holds the train state is not given
+    up as soon as one whose place another takes."""
+    spec, workers = turn.state.spec, turn.state.workers
+    view = workers[worker_id]
+    if view.status is WorkerStatus.STARTING:
+        return START_TIMEOUT_S, "while it starts"
+    others = [
+        other
+        for w, other in workers.items()
+        if w != worker_id
+        and (other.formed or other.step >= view.step)
+        and turn.now - other.heard_at <= spec.heartbeat_timeout_s / 2
+    ]
+    if view.step >= 0 and not others:
+        return spec.unresponsive_timeout_s, "--unresponsive-timeout"
+    return spec.heartbeat_timeout_s, "--heartbeat-timeout"
+
+
+def _say(turn: Turn, worker_id: WorkerId, reason: str) -> None:
+    turn.see(worker_id, said_unanswered=True)
+    turn.decide("keep", len(turn.state.present), reason)
 
 
 def _kill(turn: Turn, worker_id: WorkerId, reason: str) -> None:

@@ -33,7 +33,7 @@ from supple.serve.protocol import (
     encode_response,
     refuse,
 )
-from supple.serve.streams import Streams
+from supple.serve.streams import CLIENT, Streams
 from supple.serve.tensor_spec import TensorSpec
 
 Scope = Mapping[str, Any]
@@ -254,10 +254,10 @@ class Surface:
         with self.noted(headers.get(SERIAL)):
             request = self._decoded(body, headers)
             self._model.check(request.inputs)
-            return await self._send_parts(request, send)
+            return await self._send_parts(request, headers.get(CLIENT), send)
 
-    async def _send_parts(self, request: InferRequest, send: Send) -> int:
-        parts = self.streams.parts(self._model.stream(request.inputs))
+    async def _send_parts(self, request: InferRequest, client: bytes | None, send: Send) -> int:
+        parts = self.streams.parts(self._model.stream(request.inputs), client)
         started = False
         try:
             async with aclosing(parts):
