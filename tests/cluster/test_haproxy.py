@@ -377,6 +377,14 @@ def test_a_serial_number_is_the_ingress_own_and_of_what_may_be_sent_again_alone(
     assert serials(narrow) == []
 
 
+def test_a_clients_address_is_what_the_ingress_sees_whatever_the_client_says(
+    served: Ingress,
+) -> None:
+    sent = request("X-Supple-Client: 10.0.0.9", "x-supple-client: 10.0.0.8", body=b"x")
+    headers = told(served.answer(sent))["headers"]
+    assert [v for name, v in headers if name.lower() == "x-supple-client"] == ["127.0.0.1"]
+
+
 def grpc_answer(made: Ingress, *encodings: bytes) -> bytes:
     """What comes back for a message with these `grpc-encoding` headers, of which a client of the
     library sends one at most."""
