@@ -8,16 +8,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final, final
 
 from supple.cluster import ingress, serving
 from supple.cluster.control import ControlServer
+from supple.cluster.patience import OneThread
 from supple.core.latency import LatencyPoint, LatencyProfile
 from supple.core.serve_spec import ServeSpec, refuse_impossible
 from supple.core.spec import SpecError
 
 _LOOK_EVERY_S: Final = 1.0
+_SAID_AFTER_S: Final = 10.0
+"""Ray Serve's controller that has not answered for so long is told of."""
 _LEAST_PATIENCE_S: Final = 60.0
 _PATIENCE_TIMES: Final = 5.0
 """A new version may take so many times as long to start as the first did."""
@@ -49,6 +52,7 @@ def run(
     ingress.connect(spec)
     # Ray's own handler ends the process at once, and its HAProxy would outlive it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    answers = True
     try:
         serving.refuse_no_capacity(spec)
         deployment = serving.deployment_of(spec, weights=weights, profile=profile)
@@ -66,11 +70,13 @@ def run(
         if on_ready is not None:
             on_ready(url)
         patience_s = max(_LEAST_PATIENCE_S, _PATIENCE_TIMES * started_s)
-        asyncio.run(_Service(spec, deployment, follow, patience_s).until_stopped())
-        if on_measured is not None and serving.num_running(spec.name):
+        answers = asyncio.run(_Service(spec, deployment, follow, patience_s).until_stopped())
+        if on_measured is not None and answers and serving.num_running(spec.name):
             on_measured(serving.profile_of(spec.name))
     finally:
-        serving.shut_down()
+        if not answers:
+            _tell("supple: Ray Serve's controller does not answer: ended without waiting for it")
+        serving.shut_down(wait=answers)
 
 
 @final
@@ -95,30 +101,42 @@ class _Service:
         self._outcomes = {0: "none was asked for"}
         self._num_running = 0
         # Ray Serve's client is not made for two threads: it changes pickling while it deploys.
-        self._ray = ThreadPoolExecutor(1, thread_name_prefix="ray-serve")
+        self._ray = OneThread("ray-serve")
 
-    async def until_stopped(self) -> None:
+    async def until_stopped(self) -> bool:
+        """Does Ray Serve's controller answer at the end?"""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stopped.set)
         control = ControlServer(self._spec.name, self._answer)
         await control.start()
+        looking = asyncio.ensure_future(self._look())
+        stopped = asyncio.ensure_future(self._stopped.wait())
         try:
-            while not self._stopped.is_set():
-                await self._look()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopped.wait(), _LOOK_EVERY_S)
-        finally:
+            while not stopped.done():
+                await asyncio.wait({stopped}, timeout=_LOOK_EVERY_S)
+                if looking.done():
+                    looking.result()
+                    looking = asyncio.ensure_future(self._look())
             if self._update is not None:
                 self._update.cancel()
-                await asyncio.wait([self._update])
+                await asyncio.wait([self._update], timeout=_SAID_AFTER_S)
+            await asyncio.wait({looking}, timeout=_SAID_AFTER_S)
+            return looking.done()
+        finally:
+            looking.cancel()
             await control.stop()
-            self._ray.shutdown()
             _tell(f"supple: {self._spec.name} stops; requests in flight are answered")
 
     async def _look(self) -> None:
-        loop = asyncio.get_running_loop()
-        count = await loop.run_in_executor(self._ray, serving.num_running, self._spec.name)
+        asked = asyncio.ensure_future(self._ray.call(partial(serving.num_running, self._spec.name)))
+        await asyncio.wait({asked}, timeout=_SAID_AFTER_S)
+        if not asked.done():
+            _tell(
+                f"supple: Ray Serve's controller has not answered for {_SAID_AFTER_S:.0f} s. "
+                "Replicas that run go on; none is started, updated or replaced until it answers."
+            )
+        count = await asked
         if count != self._num_running:
             _tell(f"  replicas     {self._num_running} -> {count}")
         self._num_running = count
@@ -200,12 +218,11 @@ class _Service:
 
     async def _steps(self, steps: Iterator[None]) -> None:
         """Go through `steps`, each in the one thread that speaks to Ray Serve."""
-        loop = asyncio.get_running_loop()
         try:
-            while await loop.run_in_executor(self._ray, _goes_on, steps):
+            while await self._ray.call(partial(_goes_on, steps)):
                 await asyncio.sleep(serving.LOOK_EVERY_S)
         finally:
-            await loop.run_in_executor(self._ray, steps.close)  # type: ignore[attr-defined]
+            await self._ray.call(steps.close)  # type: ignore[attr-defined]
 
 
 def _goes_on(steps: Iterator[None]) -> bool:

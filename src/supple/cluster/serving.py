@@ -218,7 +218,9 @@ def num_running(name: str) -> int:
     return sum(count for state, count in states.items() if state == "RUNNING")
 
 
-def shut_down() -> None:
-    """Stop serving: requests in flight are answered first."""
-    serve.shutdown()
+def shut_down(*, wait: bool = True) -> None:
+    """Stop serving. `wait`: requests in flight are answered first, which Ray Serve's controller
+    sees to; without it a Ray of our own is ended as it is, and on a cluster the service stays."""
+    if wait:
+        serve.shutdown()
     stop_ray()
