@@ -6,6 +6,7 @@ ingress is killed, and others do what they can to take it down: how many good re
 Clients are plain HTTP/1.1 with no retry of their own. Most keep their connection; some pause
 between requests, so that idle connections are there when the ingress is reloaded; some open a
 connection for each request, and send head and body apart. One request in fifty has a body of 40 kB.
+Three more ask over gRPC.
 A request is lost unless the right answer comes back with 200. HAProxy killed with `kill -9` cuts
 the connections that are open: those requests alone are asked again, and counted as `cut`. A scale
 event is a replica that came or went because the number wanted changed.
@@ -26,6 +27,11 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -38,6 +44,7 @@ from benchmarks.machine import report
 from benchmarks.serve_faults import Faults, Memory, infer_request
 from supple.cluster import ingress, scrape, serving
 from supple.core.serve_spec import ServeSpec, parse_slo
+from supple.serve import protocol_grpc as oip
 
 _NAME = "chaos"
 _COUNTS = [1, 5, 2, 6, 3, 4]
@@ -49,6 +56,7 @@ _FAULTS = (
 )
 """One after another, from the start again; in between, at the middle, an update, then a swap."""
 _PAUSES_S = (0.02, 0.02, 0.02, 0.05, 0.5, 3.0, 0.02)
+_GRPC_CLIENTS = 3
 _ANSWER_S = 60.0
 _CUT_S = 10.0
 """After HAProxy was killed, connections that were open then may be found cut for so long."""
@@ -57,12 +65,15 @@ _CUT_S = 10.0
 class Load:
     """Clients that ask all the time; every request is checked."""
 
-    def __init__(self, port: int, faults: Faults) -> None:
+    def __init__(self, port: int, grpc_port: int, faults: Faults) -> None:
         self.port = port
+        self.grpc_port = grpc_port
         self.faults = faults
         self.num_requests = 0
+        self.num_grpc = 0
         self.num_cut = 0
         self.lost: collections.Counter[str] = collections.Counter()
+        self.lost_grpc: collections.Counter[str] = collections.Counter()
         self.phase = "steady"
         self.slowest_s = 0.0
         self.refused_longest_s = 0.0
@@ -127,6 +138,41 @@ class Load:
         self.unanswered_longest_s = max(self.unanswered_longest_s, now_s - self._answered_s)
         self._answered_s = now_s
 
+    async def grpc_client(self, index: int) -> None:
+        """The same over gRPC, on one channel, with no retry of its own."""
+        chooser = random.Random(-1 - index)
+        options = [("grpc.enable_retries", 0)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.grpc_port}", options) as channel:
+            call: Any = channel.unary_unary(
+                f"/{oip.SERVICE}/ModelInfer",
+                request_serializer=_wire,
+                response_deserializer=oip.MESSAGES["ModelInferResponse"].FromString,
+            )
+            while not self.stopped:
+                self.num_grpc += 1
+                numbers = [chooser.randrange(1_000_000) for _ in range(4)]
+                asked = oip.MESSAGES["ModelInferRequest"](model_name=_NAME)
+                tensor = asked.inputs.add(name="x", datatype="INT64", shape=[1, 4])
+                tensor.contents.int64_contents.extend(numbers)
+                wrong, cut, began_s = "", True, time.monotonic()
+                while cut:
+                    cut = False
+                    try:
+                        answer = await call(asked, timeout=_ANSWER_S)
+                        found = np.frombuffer(answer.raw_output_contents[0], "<i8").tolist()
+                        wrong = "" if found == [n + 1 for n in numbers] else f"wrong {found}"
+                    except grpc.RpcError as error:
+                        now_s = time.monotonic()
+                        wrong = f"{error.code()} {error.details()}"
+                        cut = now_s - self.faults.ingress_killed_s < _CUT_S
+                        cut &= now_s - began_s < _ANSWER_S
+                        self.num_cut += cut
+                        if cut:
+                            await asyncio.sleep(0.02)
+                if wrong:
+                    self.lost_grpc[f"{self.phase}: gRPC {wrong[:120]}"] += 1
+                await asyncio.sleep(_PAUSES_S[index % 3])
+
     async def ask(
         self,
         reader: asyncio.StreamReader,
@@ -154,6 +200,10 @@ class Load:
         return "" if answer == [n + 1 for n in numbers] else f"wrong answer {answer}", keep
 
 
+def _wire(message: Any) -> bytes:
+    return message.SerializeToString()
+
+
 async def watch(stopped: asyncio.Event) -> int:
     """Times the number of running replicas changed, one for each that came or went."""
     changes = 0
@@ -177,12 +227,14 @@ async def chaos(
     stopped = asyncio.Event()
     watching = asyncio.ensure_future(watch(stopped))
     clients = [asyncio.ensure_future(load.client(index)) for index in range(num_clients)]
+    clients += [asyncio.ensure_future(load.grpc_client(index)) for index in range(_GRPC_CLIENTS)]
     while time.monotonic() < end_s:
         await asyncio.sleep(_FAULT_EVERY_S)
         memory.sample()
         print(
             f"  {end_s - time.monotonic():4.0f} s left: {load.num_requests} requests, "
-            f"{dict(faults.done)}, refused {load.refused_longest_s:.1f} s, lost {dict(load.lost)}",
+            f"{dict(faults.done)}, refused {load.refused_longest_s:.1f} s, "
+            f"lost {dict(load.lost + load.lost_grpc)}",
             flush=True,
         )
         due = [fault for fault, at_s in planned.items() if time.monotonic() > at_s]
@@ -199,6 +251,8 @@ async def chaos(
     return {
         "requests": float(load.num_requests),
         "lost": float(sum(load.lost.values())),
+        "grpc_requests": float(load.num_grpc),
+        "grpc_lost": float(sum(load.lost_grpc.values())),
         "cut": float(load.num_cut),
         "refused_longest_s": load.refused_longest_s,
         "unanswered_longest_s": load.unanswered_longest_s,
@@ -236,6 +290,7 @@ def main() -> None:
         target=str(Path(__file__).resolve().parent / "serve_model.py") + ":Adds",
         slo=parse_slo("p99=60s"),  # so that nothing is refused: what is dropped is counted
         port=ingress.free_port(),
+        grpc_port=ingress.free_port(),
         min_replicas=1,
         max_replicas=6,
         cpus_per_replica=0.1,
@@ -251,11 +306,12 @@ def main() -> None:
         )
         serving.deploy(deployment)
         faults = Faults(_NAME, spec.port, deployment)
-        load = Load(spec.port, faults)
+        assert spec.grpc_port is not None
+        load = Load(spec.port, spec.grpc_port, faults)
         metrics = asyncio.run(chaos(load, faults, asked.seconds, asked.clients, set(asked.without)))
     finally:
         serving.shut_down()
-    for what, count in load.lost.most_common():
+    for what, count in (load.lost + load.lost_grpc).most_common():
         print(f"  lost {count:5}  {what}")
     report("serve_chaos", metrics)
 

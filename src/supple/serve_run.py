@@ -2,7 +2,6 @@
 from another terminal, and its end."""
 
 import asyncio
-import contextlib
 import dataclasses
 import signal
 import sys

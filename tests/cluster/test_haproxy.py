@@ -112,7 +112,8 @@ class Ingress:
             has_received_routes=True,
             http_options=HTTPOptions(host="127.0.0.1", port=self.port),
             grpc_options=gRPCOptions(
-                port=self.grpc_port, grpc_servicer_functions=["supple.cluster.ingress:add_servicer"]
+                port=self.grpc_port,
+                grpc_servicer_functions=["supple.cluster.grpc_servers:add_servicer"],
             ),
         )
         backend = rays.BackendConfig(

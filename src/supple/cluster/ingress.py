@@ -10,11 +10,9 @@ import logging
 import os
 import shlex
 import socket
-import sys
 from pathlib import Path
 from typing import Any, Final, final
 
-import grpc
 import ray
 from ray import serve
 from ray._private import worker as ray_worker
@@ -23,13 +21,13 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.schema import LoggingConfig
 from starlette.middleware import Middleware
 
+from supple.cluster import grpc_servers
 from supple.cluster.haproxy import EDITED, SILENCE_S, edits, max_connections
 from supple.cluster.ray_folder import RayFolder
 from supple.cluster.starting import start_ray, to_its_end
 from supple.core.serve_spec import ServeSpec, is_loopback
 from supple.core.spec import SpecError
 from supple.serve.again import AskAgain
-from supple.serve.protocol_grpc import METHODS, SERVICE
 
 DRAIN_S: Final = 1.5
 """How long a replica that was told to stop still takes connections: the ingress needs a part of a
@@ -43,7 +41,7 @@ _PATIENCE_S: Final = 60.0
 _LONGEST_FOLDER: Final = 97 - 56 - len("//admin.sock")
 """Bytes in a path: HAProxy takes 97 for its socket, and Ray puts that into a folder whose name, the
 node's, has 56."""
-_SERVICER: Final = f"{__name__}:add_servicer"
+_SERVICER: Final = f"{grpc_servers.__name__}:add_servicer"
 _PREPARE: Final = f"{__name__}.prepare_process"
 _KEEP: Final = "supple.cluster.kept_haproxy.prepare_controller"
 _LOOPBACK: Final = "SUPPLE_GRPC_ON_LOOPBACK"
@@ -181,53 +179,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def add_servicer(_servicer: Any, server: Any) -> None:
-    """Register the protocol's gRPC methods; messages stay bytes, for the replica reads them."""
-    handlers = {name: grpc.unary_unary_rpc_method_handler(None) for name in METHODS}  # type: ignore[arg-type]
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-
-
 def prepare_process() -> list[Any]:
     """Ray Serve calls this in every process before it listens, for HTTP middlewares: the proxy gets
     one that asks again. It also sets what Ray has no setting for: see the functions it calls."""
     _answer_in_one_write()
     if _MOST_BYTES in os.environ:
-        _limit_grpc_messages(int(os.environ[_MOST_BYTES]))
+        grpc_servers.limit_messages(int(os.environ[_MOST_BYTES]))
     if os.environ.get(_LOOPBACK) == "1":
-        _grpc_on_loopback()
+        grpc_servers.listen_on_loopback()
     name = ray.get_runtime_context().get_actor_name() or ""
-    if SERVE_PROXY_NAME not in name or os.environ.get(_RETRY) != "1":
+    if SERVE_PROXY_NAME not in name:
+        return []
+    retry = os.environ.get(_RETRY) == "1"
+    grpc_servers.ask_again(_PATIENCE_S if retry else 0.0)
+    if not retry:
         return []
     return [Middleware(AskAgain, patience_s=_PATIENCE_S, most_held_bytes=MOST_HELD_BYTES)]  # type: ignore[arg-type]
-
-
-def _limit_grpc_messages(most_bytes: int) -> None:
-    """Ray's one setting would limit answers and what Ray itself sends, too."""
-    from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS as OPTIONS
-
-    received = "grpc.max_receive_message_length"
-    OPTIONS[:] = [(k, most_bytes if k == received else v) for k, v in OPTIONS]
-
-
-def _grpc_on_loopback() -> None:
-    """Ray's gRPC servers of replicas listen on every interface; here they do on loopback."""
-    from ray.serve._private import default_impl
-
-    listen = default_impl.add_grpc_address
-    if getattr(listen, "on_loopback", False):
-        return
-
-    def on_loopback(server: Any, address: str) -> None:
-        listen(server, address.replace("[::]:", "127.0.0.1:"))
-
-    on_loopback.on_loopback = True  # type: ignore[attr-defined]
-    default_impl.add_grpc_address = on_loopback
-    replica: Any = sys.modules.get("ray.serve._private.replica")
-    if replica is not None:  # and its port for other replicas, which ask it nothing here
-        add_port = replica.add_port_to_grpc_server
-        replica.add_port_to_grpc_server = lambda server, address: add_port(
-            server, address.replace("[::]:", "127.0.0.1:")
-        )
 
 
 def _answer_in_one_write() -> None:

@@ -1,0 +1,94 @@
+"""The errors of Ray's gRPC proxy are not answers. No Ray runs."""
+
+import asyncio
+import warnings
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray Serve's own
+    from ray.serve._private.proxy_request_response import ResponseStatus
+
+    from supple.cluster.grpc_servers import asking_again
+
+OK = ResponseStatus(code=grpc.StatusCode.OK)
+NUMBERED = (("x-supple-serial", "1"),)
+
+
+def failed(code: grpc.StatusCode) -> ResponseStatus:
+    return ResponseStatus(code=code, is_error=True, message="pid: 7 ip: 10.0.0.1")
+
+
+DIED = failed(grpc.StatusCode.INTERNAL)
+NONE_THERE = failed(grpc.StatusCode.UNAVAILABLE)
+
+
+class Proxy:
+    """Answers with the next of `outcomes`: what it yields before its status, and that."""
+
+    def __init__(self, *outcomes: tuple[bytes | None, ResponseStatus]) -> None:
+        self.outcomes = list(outcomes)
+        self.num_asked = 0
+
+    async def proxy_request(self, proxy_request: Any) -> AsyncIterator[Any]:
+        self.num_asked += 1
+        message, status = self.outcomes.pop(0)
+        if message is not None:
+            yield message
+        yield status
+
+
+def asked(
+    proxy: Proxy, *, metadata: Any = NUMBERED, patience_s: float = 60.0, stream: bool = False
+) -> list[Any]:
+    request = SimpleNamespace(
+        context=SimpleNamespace(invocation_metadata=lambda: metadata),
+        stream=stream,
+        has_input_stream=False,
+    )
+    again = asking_again(Proxy.proxy_request, patience_s, pause_s=0.0)
+
+    async def go() -> list[Any]:
+        return [message async for message in again(proxy, request)]
+
+    return asyncio.run(go())
+
+
+def test_a_request_whose_replica_died_is_asked_again_until_one_answers() -> None:
+    proxy = Proxy((None, DIED), (None, NONE_THERE), (b"answer", OK), (b"another", OK))
+    assert asked(proxy) == [b"answer", OK]
+    assert proxy.num_asked == 3
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ],
+)
+def test_a_client_that_left_or_may_not_ask_is_not_asked_for_again(code: grpc.StatusCode) -> None:
+    proxy = Proxy((None, failed(code)), (b"answer", OK))
+    (status,) = asked(proxy)
+    assert status.code is code and proxy.num_asked == 1
+
+
+@pytest.mark.parametrize("how", [{"metadata": None}, {"patience_s": 0.0}])
+def test_without_a_number_or_where_it_must_not_be_repeated_it_is_asked_once(
+    how: dict[str, Any],
+) -> None:
+    proxy = Proxy((None, DIED), (b"answer", OK))
+    (status,) = asked(proxy, **how)
+    assert proxy.num_asked == 1
+    assert status.code is grpc.StatusCode.UNAVAILABLE
+    assert status.message == "no replica could answer; ask again later"
+
+
+def test_a_stream_is_passed_on_as_it_comes() -> None:
+    proxy = Proxy((b"part", DIED), (b"part", OK))
+    assert asked(proxy, stream=True) == [b"part", DIED]
