@@ -1,13 +1,14 @@
 """1,000 resizes of one small job: what grows in the driver, in the worker that stays, in Ray's GCS.
 
-    python benchmarks/soak.py
+    python benchmarks/soak.py [--resizes 1000] [--seconds 540]
 
 The job grows from one worker to two and shrinks again, over and over: every second resize starts a
 process, every other ends one. The first fifth is warm-up. A slope is the median of the slopes
 between all pairs of samples (Theil-Sen), so that one odd sample moves nothing. On a machine too
-slow for 1,000 resizes in `_LIMIT_S` there are fewer, and `resizes` says how many.
+slow for 1,000 resizes in 540 s there are fewer, and `resizes` says how many.
 """
 
+import argparse
 import os
 import statistics
 import sys
@@ -43,7 +44,7 @@ class Sample:
         self.shm_mib = (shared.f_blocks - shared.f_bfree) * shared.f_frsize / 2**20
 
 
-def soak(resizes: int = _RESIZES, limit_s: float = _LIMIT_S) -> tuple[list[Sample], float]:
+def soak(resizes: int, limit_s: float) -> tuple[list[Sample], float]:
     """A sample after every second resize, and the seconds they all took."""
     samples: list[Sample] = []
     with training(
@@ -73,7 +74,11 @@ def growth(values: Sequence[float]) -> float:
 
 
 def main() -> None:
-    samples, seconds = soak()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--resizes", type=int, default=_RESIZES)
+    parser.add_argument("--seconds", type=float, default=_LIMIT_S)
+    asked = parser.parse_args()
+    samples, seconds = soak(asked.resizes, asked.seconds)
     warm = samples[int(len(samples) * _WARM_UP) :]
     driver, worker, gcs = ([sample.mib[which] for sample in warm] for which in range(3))
     report(

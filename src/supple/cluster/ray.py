@@ -48,6 +48,7 @@ from supple.core.types import (
     WorkerId,
     WorkerLost,
 )
+from supple.train.heap import give_back
 from supple.train.rendezvous import Rendezvous
 
 _POLL_S = 0.5
@@ -200,6 +201,7 @@ class RayBackend:
 
     async def _know_workers(self) -> None:
         """Whoever is none of ours any more can write no more, from when this returns."""
+        give_back()
         await self._fence_keeper.know(self._generation, self._num_started, self._workers)
 
     def _notice(self, text: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any, final
 import torch
 import torch.distributed
 
+from supple.train.heap import give_back
 from supple.train.rendezvous import Address, Meeting
 
 _c10d: Any = torch.distributed
@@ -177,6 +178,8 @@ def _drop(group: list[Any], store: list[Any], inflight: list[Any]) -> None:
             work.wait(_LAST_RESORT)
     group.clear()
     store.clear()
+    inflight.clear()
+    give_back()
 
 
 def _first_line(error: BaseException) -> str:
