@@ -31,7 +31,7 @@ from supple.core.types import (
     WorkerReady,
     WorkerStopped,
 )
-from supple.testing import FakeClock
+from supple.testing import FakeClock, FaultScript, ScriptedBackend
 from tests.cluster.test_advisor import progress
 
 
@@ -256,3 +256,26 @@ def test_the_pause_of_a_resize_is_measured_and_the_next_resize_must_be_worth_it(
     changes = {"clock": clock, "is_advised": True, "on_form": form, "max_workers": 4}
     _, _, witness, _ = play(tmp_path, grow, **changes)
     assert [t.num_workers for t in witness.seen if isinstance(t, TargetChanged)] == wanted
+
+
+def test_a_job_on_the_scripted_backend_outlives_a_kill_and_finishes(tmp_path: Path) -> None:
+    spec = TrainSpec(
+        name=f"shell-{tmp_path.name}"[:60],
+        script="train.py",
+        max_workers=2,
+        schedule=((0.0, 2),),
+    )
+    witness = Witness()
+
+    async def run() -> Outcome:
+        backend = ScriptedBackend(spec, faults=FaultScript().kill(rank=1, step=5), num_steps=40)
+        controller = Controller(
+            spec, backend, clock=backend.clock, observers=[witness], advisor=None
+        )
+        return await controller.run()
+
+    outcome = asyncio.run(asyncio.wait_for(run(), 60))
+    assert (outcome.status, outcome.saved) == ("finished", True)
+    assert outcome.reason.startswith("training finished after 40 steps")
+    kinds = [thing.kind for thing in witness.seen if isinstance(thing, Decision)]
+    assert kinds[:2] == ["start", "start"] and "recover" in kinds and kinds[-1] == "finish"
