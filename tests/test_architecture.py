@@ -4,14 +4,19 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src"
-CORE = sorted((SOURCE / "supple" / "core").glob("*.py"))
-MODULES = [".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in CORE]
+SOURCES = sorted((SOURCE / "supple").rglob("*.py"))
+CORE = sorted((SOURCE / "supple" / "core").rglob("*.py"))
+MODULES = [
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+    for path in CORE
+]
 
 ALLOWED = {
     *("abc", "bisect", "collections", "copy", "dataclasses", "decimal", "difflib", "enum"),
@@ -84,7 +89,7 @@ def is_pure(name: str) -> bool:
     return name.partition(".")[0] in ALLOWED
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_a_module_of_core_reaches_no_clock_file_thread_or_hidden_randomness(path: Path) -> None:
     assert impurities(path.read_text(encoding="utf-8")) == []
 
@@ -147,6 +152,19 @@ def test_importing_supple_and_all_of_core_loads_neither_torch_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_folder_with_python_files_is_a_package_which_the_import_contract_sees() -> None:
+    folders = {path.parent for path in SOURCES}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_the_layers_of_the_import_contract_leave_no_file_or_folder_out() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (layers,) = [found for found in contracts["contracts"] if found["type"] == "layers"]
+    assert layers["containers"] == [contracts["root_package"]] == ["supple"]
+    assert layers["exhaustive"] and "exhaustive_ignores" not in layers
+    assert "ignore_imports" not in layers
 
 
 def test_the_import_contract_holds() -> None:

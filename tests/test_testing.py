@@ -3,12 +3,12 @@
 import pytest
 
 from supple.core.spec import TrainSpec
-from supple.core.types import FormGroup, JobId, StartWorker, StopWorker, WorkerId
+from supple.core.types import FormGroup, JobId, KillWorker, StartWorker, StopWorker, WorkerId
 from supple.testing import (
     FakeClock,
     FaultScript,
     ProtocolViolation,
-    ScriptedBackend,
+    ScriptedJob,
     SimulatedWorker,
     Stage,
     TrainedState,
@@ -31,20 +31,20 @@ def test_a_run_with_every_kind_of_fault_finishes(seed: int) -> None:
         .throw(rank=1, step=70)
         .resize(to=1, at=30.0)
     )
-    backend = ScriptedBackend(SPEC, faults=faults, seed=seed, num_steps=150, initial=2)
-    backend.run(lambda: backend.outcome is not None)
-    assert backend.outcome is not None
-    assert backend.outcome.reason.startswith("training finished after 150 steps; step 150 is saved")
-    kinds = {decision.kind for decision in backend.decisions}
+    job = ScriptedJob(SPEC, faults=faults, seed=seed, num_steps=150, initial=2)
+    job.run(lambda: job.outcome is not None)
+    assert job.outcome is not None
+    assert job.outcome.reason.startswith("training finished after 150 steps; step 150 is saved")
+    kinds = {decision.kind for decision in job.decisions}
     assert {"start", "grow", "recover", "shrink", "batch", "finish"} <= kinds
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
     def history(seed: int) -> list[str]:
         faults = FaultScript().kill(rank=0, step=9).resize(to=3, at=5.0)
-        backend = ScriptedBackend(SPEC, faults=faults, seed=seed, num_steps=40)
-        backend.run(lambda: backend.outcome is not None)
-        return backend.history
+        job = ScriptedJob(SPEC, faults=faults, seed=seed, num_steps=40)
+        job.run(lambda: job.outcome is not None)
+        return job.backend.history
 
     assert history(1) == history(1)
     assert history(1) != history(2)
@@ -60,9 +60,9 @@ def test_a_clock_never_goes_back() -> None:
 
 
 def test_a_run_without_an_end_is_refused_with_its_history() -> None:
-    backend = ScriptedBackend(SPEC)
+    job = ScriptedJob(SPEC)
     with pytest.raises(ProtocolViolation, match="no end after 20 rounds") as refused:
-        backend.run(lambda: False, max_rounds=20)
+        job.run(lambda: False, max_rounds=20)
     assert "GroupFormed(" in str(refused.value)
 
 
@@ -120,19 +120,21 @@ def test_a_step_can_be_committed_on_one_member_and_torn_on_the_other() -> None:
 
 
 def test_letting_the_only_holder_go_is_refused() -> None:
-    backend = ScriptedBackend(SPEC, initial=1)
-    backend.run(lambda: backend.state.step > 3)
-    worker = backend.world.workers[WorkerId("w0")]
+    job = ScriptedJob(SPEC, initial=1)
+    job.run(lambda: job.state.step > 3)
+    worker = job.backend.world.workers[WorkerId("w0")]
     worker.stage = Stage.WAITING
     with pytest.raises(ProtocolViolation, match="held the newest state"):
-        backend.execute(StopWorker(job_id=JOB, generation=1, worker_id=WorkerId("w0"), reason=""))
+        job.do(StopWorker(job_id=JOB, generation=1, worker_id=WorkerId("w0"), reason=""))
 
 
 def test_an_action_for_a_worker_that_was_lost_is_refused() -> None:
-    backend = ScriptedBackend(SPEC, initial=1)
+    job = ScriptedJob(SPEC, initial=1)
     with pytest.raises(ProtocolViolation, match="started twice"):
-        backend.execute(StartWorker(job_id=JOB, generation=0, worker_id=WorkerId("w0")))
-    backend.kill(WorkerId("w0"))
-    backend.hear(WorkerId("w0"))
+        job.do(StartWorker(job_id=JOB, generation=0, worker_id=WorkerId("w0")))
+    job.backend.kill(WorkerId("w0"))
+    job.backend.hear(WorkerId("w0"))
     with pytest.raises(ProtocolViolation, match="w0, which is not there"):
-        backend.execute(StopWorker(job_id=JOB, generation=0, worker_id=WorkerId("w0"), reason=""))
+        job.do(StopWorker(job_id=JOB, generation=0, worker_id=WorkerId("w0"), reason=""))
+    with pytest.raises(ProtocolViolation, match="w7 never was there"):
+        job.do(KillWorker(job_id=JOB, generation=0, worker_id=WorkerId("w7"), reason=""))

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 from supple.cluster.advisor import Advisor
 from supple.core.spec import TrainSpec
 from supple.core.types import BatchChanged, Event, Progress, TargetChanged
@@ -103,3 +105,26 @@ def test_a_pause_that_was_measured_to_be_long_is_not_asked_for_near_the_end() ->
     advisor = Advisor(spec())
     advisor.measured_pause(60.0)
     assert not asked(advisor, **near_the_end)
+
+
+def test_a_batch_that_is_accumulated_has_the_rate_that_was_measured_of_it() -> None:
+    """1,024 samples in 1.6 s, as sixteen micro-batches of the script's 64."""
+    grown = {"global_batch_size": 1024, "step_time_s": 1.6, "noise_scale": 1e9, "optimizer": "SGD"}
+    (event,) = asked(Advisor(spec(batch="adaptive")), **grown)
+    assert isinstance(event, TargetChanged)
+    assert "640 at 1; saves" in event.reason
+
+
+def test_a_job_that_waits_for_gradients_half_of_its_time_gives_workers_back() -> None:
+    """By the wait: steps as long that are all compute are no reason to."""
+    two = {"num_workers": 2, "gradient_bytes": 40_000_000}
+    (event,) = asked(Advisor(spec(min_workers=1, max_workers=2)), sync_time_s=0.1, **two)
+    assert isinstance(event, TargetChanged)
+    assert event.num_workers == 1
+    assert "320 at 2: the others add too little" in event.reason
+    assert not asked(Advisor(spec(min_workers=1, max_workers=2)), sync_time_s=0.0, **two)
+
+
+@pytest.mark.parametrize("part", ["sync_time_s", "data_time_s"])
+def test_a_wait_far_longer_than_the_step_that_it_is_part_of_is_no_ground_to_ask(part: str) -> None:
+    assert not asked(Advisor(spec()), num_workers=2, step_time_s=0.2, **{part: 0.5})

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from supple.cluster.backend import MonotonicClock
+from supple.cluster.advisor import Advisor
+from supple.cluster.backend import Clock, MonotonicClock
 from supple.cluster.control import ask, running_jobs
 from supple.cluster.controller import Controller, Outcome
 from supple.core.spec import SpecError, TrainSpec
@@ -30,13 +31,17 @@ from supple.core.types import (
     WorkerReady,
     WorkerStopped,
 )
+from supple.testing import FakeClock, FaultScript, ScriptedBackend
+from tests.cluster.test_advisor import progress
 
 
 class ObligingBackend:
     """Workers that come, form groups and stop the moment they are asked to."""
 
-    def __init__(self, job_id: JobId) -> None:
+    def __init__(self, job_id: JobId, on_form: Callable[[int], None] = lambda _: None) -> None:
+        """`on_form` is called with each generation, before its members say that they formed it."""
         self.job_id = job_id
+        self.on_form = on_form
         self.queue: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self.done: list[Action] = []
         self.members: tuple[WorkerId, ...] = ()
@@ -60,6 +65,7 @@ class ObligingBackend:
                     self.tell(WorkerStopped, worker_id=worker_id, step=1)
             case FormGroup():
                 self.members, self.generation = action.members, action.generation
+                self.on_form(self.generation)
                 for worker_id in self.members:
                     self.tell(GroupFormed, worker_id=worker_id, step=1)
             case SaveCheckpoint():
@@ -111,7 +117,13 @@ Play = Callable[[Controller, ObligingBackend, Witness], Awaitable[None]]
 
 
 def play(
-    tmp_path: Path, act: Play, **changes: Any
+    tmp_path: Path,
+    act: Play,
+    *,
+    clock: Clock | None = None,
+    is_advised: bool = False,
+    on_form: Callable[[int], None] = lambda _: None,
+    **changes: Any,
 ) -> tuple[Outcome, ObligingBackend, Witness, str]:
     """Run a controller with `act` beside it."""
     name = f"shell-{tmp_path.name}"[:60]
@@ -119,9 +131,13 @@ def play(
     spec = TrainSpec(name=name, **(fields | changes))
 
     async def both() -> tuple[Outcome, ObligingBackend, Witness, str]:
-        backend, witness = ObligingBackend(JobId(name)), Witness()
+        backend, witness = ObligingBackend(JobId(name), on_form), Witness()
         controller = Controller(
-            spec, backend, clock=MonotonicClock(), observers=[witness], advisor=None
+            spec,
+            backend,
+            clock=clock or MonotonicClock(),
+            observers=[witness],
+            advisor=Advisor(spec) if is_advised else None,
         )
         acting = asyncio.ensure_future(act(controller, backend, witness))
         outcome = await controller.run()
@@ -211,3 +227,55 @@ def test_a_backend_that_breaks_ends_the_run_with_its_error_instead_of_a_silent_w
 
     with pytest.raises(ConnectionError, match="the head of the cluster is gone"):
         play(tmp_path, break_it)
+
+
+@pytest.mark.parametrize(("pause_s", "wanted"), [(0.5, [2, 4]), (60.0, [2])])
+def test_the_pause_of_a_resize_is_measured_and_the_next_resize_must_be_worth_it(
+    tmp_path: Path, pause_s: float, wanted: list[int]
+) -> None:
+    """Half a minute is left of the job. The start took longer, and is no pause."""
+    clock = FakeClock(100.0)
+    forming_s = {1: 500.0, 2: pause_s}
+
+    async def grow(controller: Controller, _: ObligingBackend, witness: Witness) -> None:
+        for generation, count in ((1, 1), (2, 2)):
+            await witness.until(
+                lambda thing, now=generation: (
+                    isinstance(thing, GroupFormed) and thing.generation == now
+                )
+            )
+            clock.advance(10.0)
+            known = {"generation": generation, "num_workers": count, "step_time_s": 0.2 / count}
+            for step in (0, 20):
+                controller.progressed(progress(step, samples_done=9_990_000, **known))
+        controller.request_stop("test over")
+
+    def form(generation: int) -> None:
+        clock.advance(forming_s.get(generation, 1.0))
+
+    changes = {"clock": clock, "is_advised": True, "on_form": form, "max_workers": 4}
+    _, _, witness, _ = play(tmp_path, grow, **changes)
+    assert [t.num_workers for t in witness.seen if isinstance(t, TargetChanged)] == wanted
+
+
+def test_a_job_on_the_scripted_backend_outlives_a_kill_and_finishes(tmp_path: Path) -> None:
+    spec = TrainSpec(
+        name=f"shell-{tmp_path.name}"[:60],
+        script="train.py",
+        max_workers=2,
+        schedule=((0.0, 2),),
+    )
+    witness = Witness()
+
+    async def run() -> Outcome:
+        backend = ScriptedBackend(spec, faults=FaultScript().kill(rank=1, step=5), num_steps=40)
+        controller = Controller(
+            spec, backend, clock=backend.clock, observers=[witness], advisor=None
+        )
+        return await controller.run()
+
+    outcome = asyncio.run(asyncio.wait_for(run(), 60))
+    assert (outcome.status, outcome.saved) == ("finished", True)
+    assert outcome.reason.startswith("training finished after 40 steps")
+    kinds = [thing.kind for thing in witness.seen if isinstance(thing, Decision)]
+    assert kinds[:2] == ["start", "start"] and "recover" in kinds and kinds[-1] == "finish"

@@ -89,6 +89,41 @@ def test_a_shrink_drops_the_newest_and_keeps_them_until_the_rest_is_running() ->
     ]
 
 
+def test_a_grow_after_a_shrink_is_a_grow_and_makes_good_no_loss() -> None:
+    job = running(3)
+    job.target(2)
+    job.stopped("w0 w1 w2", 11)
+    job.formed("w0 w1", 11)
+    assert job.target(3, "wanted back") == [job.start("w3")]
+    assert job.ready("w3") == [job.announce("w0 w1")]
+    assert job.stopped("w0 w1", 12) == [job.form("w0 w1 w3")]
+    assert (job.kind, job.reason) == ("grow", "2 -> 3 workers: w3 ready; wanted back")
+
+
+def test_what_was_lost_before_a_shrink_is_made_good_up_to_the_smaller_target() -> None:
+    job = running(3)
+    job.lost("w2")
+    job.lost("w1")
+    job.stopped("w0", 11)
+    job.formed("w0", 11)
+    job.target(2)
+    job.ready("w3")
+    assert job.stopped("w0", 12) == [job.form("w0 w3")]
+    assert (job.kind, job.reason) == (
+        "regrow",
+        "1 -> 2 workers: w3 ready, in place of what was lost",
+    )
+
+
+def test_a_smaller_target_above_what_ever_trained_is_still_grown_to() -> None:
+    job = running(1)
+    job.target(4)
+    job.target(2, "two will do")
+    job.ready("w1")
+    assert job.stopped("w0", 11) == [job.form("w0 w1")]
+    assert (job.kind, job.reason) == ("grow", "1 -> 2 workers: w1 ready; two will do")
+
+
 def test_ranks_go_node_by_node_so_that_a_ring_enters_each_once() -> None:
     job = Driver(1, 5, initial=3)
     job.ready("w0", "a")

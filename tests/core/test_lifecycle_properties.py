@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from supple.core.lifecycle import Phase
 from supple.core.spec import TrainSpec
 from supple.core.types import FailJob, KillWorker, LossCause, WorkerId
-from supple.testing import ScriptedBackend, TrainedState
+from supple.testing import ScriptedBackend, ScriptedJob, TrainedState
 
 pytestmark = pytest.mark.timeout(500)  # some thirty seconds, on a machine that is not busy
 
@@ -40,6 +40,7 @@ def lineage(state: TrainedState) -> list[TrainedState]:
 
 
 class AnyHistory(RuleBasedStateMachine):
+    job: ScriptedJob
     backend: ScriptedBackend
     spec: TrainSpec
 
@@ -66,11 +67,12 @@ class AnyHistory(RuleBasedStateMachine):
             max_workers=low + more,
             max_failures=options.pop("max_failures"),
         )
-        self.backend = ScriptedBackend(self.spec, checkpoints={"old": 2}, **options)
+        self.job = ScriptedJob(self.spec, checkpoints={"old": 2}, **options)
+        self.backend = self.job.backend
         self.num_thrown = self.num_left = self.num_stuck = 0
         self.highest_generation = 0
         if is_running:
-            self.backend.run(lambda: self.backend.state.phase is Phase.RUNNING)
+            self.job.run(lambda: self.job.state.phase is Phase.RUNNING)
 
     def someone(self, number: int) -> WorkerId:
         return WorkerId(f"w{number % len(self.backend.world.workers)}")
@@ -94,7 +96,7 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(phase=st.sampled_from(ON_THE_WAY), num_workers=st.integers(1, 6), number=SOMEONE)
     def fault_in_phase(self, phase: Phase, num_workers: int, number: int) -> None:
         """A wish leads there; then someone dies, or the very one that everything waits for."""
-        if phase is Phase.SAVING and self.backend.state.generation > 4:
+        if phase is Phase.SAVING and self.job.state.generation > 4:
             self.stop()
         else:
             self.backend.resize(num_workers)
@@ -102,12 +104,12 @@ class AnyHistory(RuleBasedStateMachine):
             for worker_id in list(self.backend.world.workers):
                 for move in ("arrive", "work", "poll", "hear", "hear"):
                     getattr(self.backend, move)(worker_id)
-                    state = self.backend.state
+                    state = self.job.state
                     if state.phase is phase or state.is_ending:
                         saver = state.saver if number % 2 else None
                         self.strike(saver or self.someone(number), "died")
                         return
-            self.backend.tick(0.05)
+            self.job.tick(0.05)
 
     def strike(self, worker_id: WorkerId, cause: str) -> None:
         if cause == "frozen":
@@ -118,7 +120,7 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(num_rounds=st.integers(1, 12))
     def fair_rounds(self, num_rounds: int) -> None:
         for _ in range(num_rounds):
-            self.backend.round()
+            self.job.round()
 
     @rule(num_rounds=st.integers(13, 24))
     def fair_seconds(self, num_rounds: int) -> None:
@@ -126,7 +128,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.25, 1.0, 1.9, 5.0, 31.0]))
     def time_passes(self, seconds: float) -> None:
-        self.backend.tick(seconds)
+        self.job.tick(seconds)
 
     @rule(number=SOMEONE)
     def one_is_not_heard_for_a_while(self, number: int) -> None:
@@ -135,23 +137,23 @@ class AnyHistory(RuleBasedStateMachine):
                 if worker_id != self.someone(number):
                     for move in ("arrive", "work", "poll", "hear"):
                         getattr(self.backend, move)(worker_id)
-            self.backend.tick(0.25)
+            self.job.tick(0.25)
 
     @rule(number=SOMEONE)
-    @precondition(lambda self: self.num_thrown < 2 and self.backend.state.generation)
+    @precondition(lambda self: self.num_thrown < 2 and self.job.state.generation)
     def throw(self, number: int) -> None:
         self.num_thrown += 1
         self.backend.throw(self.someone(number))
 
     @rule(number=SOMEONE, everybody=st.booleans())
-    @precondition(lambda self: self.num_left < 2 and self.backend.state.generation > 1)
+    @precondition(lambda self: self.num_left < 2 and self.job.state.generation > 1)
     def leave(self, number: int, everybody: bool) -> None:
         self.num_left += 1
         for worker_id in list(self.backend.world.workers) if everybody else [self.someone(number)]:
             self.backend.leave(worker_id)
 
     @rule(number=SOMEONE)
-    @precondition(lambda self: self.num_stuck < 2 and self.backend.state.generation)
+    @precondition(lambda self: self.num_stuck < 2 and self.job.state.generation)
     def stick(self, number: int) -> None:
         self.num_stuck += 1
         self.backend.stick(self.someone(number))
@@ -171,7 +173,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.backend.notice({self.someone(number) for number in numbers})
 
     @rule()
-    @precondition(lambda self: self.backend.state.generation > self.first_stop)
+    @precondition(lambda self: self.job.state.generation > self.first_stop)
     def stop(self) -> None:
         self.backend.stop()
 
@@ -179,11 +181,11 @@ class AnyHistory(RuleBasedStateMachine):
 
     @invariant()
     def the_state_is_sound(self) -> None:
-        state = self.backend.state
+        state = self.job.state
         assert state.generation >= self.highest_generation
         self.highest_generation = state.generation
         assert self.spec.min_workers <= state.desired <= self.spec.max_workers
-        assert state.phase.is_over == (self.backend.outcome is not None)
+        assert state.phase.is_over == (self.job.outcome is not None)
         if state.phase.is_over:
             assert not state.workers
         if state.phase is Phase.RUNNING and not state.is_ending:
@@ -196,18 +198,18 @@ class AnyHistory(RuleBasedStateMachine):
     # -- and in the end --------------------------------------------------------------------------
 
     def teardown(self) -> None:
-        if not hasattr(self, "backend"):
+        if not hasattr(self, "job"):
             return
         backend = self.backend
-        backend.run(self.is_at_rest, max_rounds=3000)
+        self.job.run(self.is_at_rest, max_rounds=3000)
         self.the_state_is_sound()
         for worker in backend.world.workers.values():
             if worker.state is not None:
                 steps = [state.step for state in lineage(worker.state)]
                 assert steps == list(range(steps[0], steps[-1] + 1))
-        if isinstance(backend.outcome, FailJob):
-            self.check_failure_is_justified(backend.outcome)
-        elif backend.outcome is not None and not backend.outcome.stopped:
+        if isinstance(self.job.outcome, FailJob):
+            self.check_failure_is_justified(self.job.outcome)
+        elif self.job.outcome is not None and not self.job.outcome.stopped:
             finished = [
                 w for w in backend.world.workers.values() if w.step == backend.world.num_steps
             ]
@@ -215,7 +217,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     def is_at_rest(self) -> bool:
         """As many as wanted train on, or as many as a back-off allows, or all is over."""
-        state, now = self.backend.state, self.backend.clock.now()
+        state, now = self.job.state, self.backend.clock.now()
         if state.phase.is_over:
             return True
         if state.phase is not Phase.RUNNING or state.is_ending:

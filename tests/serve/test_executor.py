@@ -104,6 +104,23 @@ def test_who_cannot_be_answered_within_the_promise_is_refused_while_the_model_wo
     with_executor(work, within_s=HOUR_S / 2, profile=slow)
 
 
+def test_a_tenth_of_the_promise_is_kept_for_reading_and_writing_the_request() -> None:
+    """The model has the answer in two hours: one for the batch that runs, one for its own."""
+
+    async def work(executor: Executor, user: Gated) -> None:
+        hurried = asyncio.ensure_future(executor.submit(rows(1), 1, within_s=2.1 * HOUR_S))
+        await asyncio.sleep(0)
+        assert executor.num_waiting == 0
+        with pytest.raises(Refused, match="the answer would take 7200s"):
+            await hurried
+        (patient,) = await waiting(executor, executor.submit(rows(2), 1, within_s=2.3 * HOUR_S))
+        user.gate.set()
+        await patient
+        assert user.batches == [[0.0], [2.0]]
+
+    with_executor(work, profile=LatencyProfile.constant(HOUR_S, startup_s=0.0))
+
+
 def test_requests_of_different_shapes_share_no_batch() -> None:
     async def work(executor: Executor, user: Gated) -> None:
         tasks = await waiting(

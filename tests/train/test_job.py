@@ -276,6 +276,49 @@ def test_another_batch_size_is_taken_at_a_generation_with_its_learning_rate(
     assert world.finished(["a", "b"]) == [7, 7]
 
 
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_a_step_in_which_shards_run_dry_learns_from_the_mean_of_the_samples_that_came(
+    worlds: list[World], names: str
+) -> None:
+    """Otherwise it would learn less than it should, by the share of the batch that is missing."""
+    start, lr, batch = torch.tensor([[1.0, -2.0, 0.5]]), 0.1, 10
+    lengths = (13, 3, 6)
+    samples = torch.randn(sum(lengths), 4, generator=torch.Generator().manual_seed(2))
+    shards = [part.unbind for part in samples.split(lengths)]
+    steps: dict[int, list[torch.Tensor]] = {}
+    models: list[nn.Module] = []
+
+    def build() -> nn.Module:
+        model = nn.Linear(3, 1, bias=False)
+        model.weight.data.copy_(start)
+        return model
+
+    def train(job: Job) -> None:
+        model = job.model(build)
+        models.append(model)
+        job.optimizer(torch.optim.SGD, lr=lr)
+        for part in job.batches(shards, batch_size=batch, epochs=2, shuffle=False):
+            if job.generation > 0:  # no rehearsal
+                steps.setdefault(job.step_count, []).append(part)
+            job.step(F.mse_loss(model(part[:, :3]), part[:, 3:]))
+
+    world = World(f"dry-{names}", train)
+    worlds.append(world)
+    world.start(*names)
+    world.form(1, list(names))
+    (count,) = set(world.finished(list(names)))
+    assert sorted(steps) == list(range(count))
+    sizes = [sum(map(len, steps[step])) for step in range(count)]
+    assert sum(sizes) == 2 * sum(lengths) and min(sizes) < batch == max(sizes)
+    weight = start.clone()
+    for step in range(count):
+        came = torch.cat(steps[step])
+        x, y = came[:, :3], came[:, 3:]
+        weight -= lr * 2 * ((x @ weight.T - y) * x).mean(dim=0)
+    for model in models:
+        torch.testing.assert_close(weights(model), weight[0])
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_reproducible_weights_have_the_same_bits_for_any_history(
     worlds: list[World], epochs: int

@@ -8,11 +8,21 @@ from supple.core.types import Action, Decision, Event, Progress, WorkerId
 
 
 class Backend(Protocol):
-    """Executes actions; their outcome comes back as an event, never as a return value."""
+    """Executes actions; their outcome comes back as an event, never as a return value.
 
-    async def execute(self, action: Action) -> None: ...
+    `tests/cluster/test_backends.py` is what holds of every one of them.
+    """
 
-    def events(self) -> AsyncIterator[Event]: ...
+    async def execute(self, action: Action) -> None:
+        """Begin it, and return before its outcome is known. An action for a worker that has died,
+        and one that is no backend's affair (a decision, the end of the job), does nothing."""
+        ...
+
+    def events(self) -> AsyncIterator[Event]:
+        """What happens, in order for each worker; called once. A worker that was started sends
+        heartbeats and is told of by `WorkerLost` once, if its process ends unasked; after
+        `KillWorker` nothing new comes of it. A generator that waits for ever: it is cancelled."""
+        ...
 
     @property
     def pids(self) -> Mapping[WorkerId, int]:
@@ -20,7 +30,7 @@ class Backend(Protocol):
         ...
 
     async def close(self) -> None:
-        """End every worker still alive and let go of the cluster."""
+        """End every worker still alive and let go of the cluster. Called again, it does nothing."""
         ...
 
 

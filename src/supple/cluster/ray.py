@@ -22,6 +22,7 @@ import ray
 from ray._private import worker as ray_worker
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 
+from supple.cluster.backend import Backend
 from supple.cluster.cluster_watch import ClusterWatch
 from supple.cluster.fencing import FenceKeeper
 from supple.cluster.life import Life, Sight, Sights
@@ -114,7 +115,7 @@ class _Worker:
 
 
 @final
-class RayBackend:
+class RayBackend(Backend):
     """The workers of one job. Ray must be connected; make it inside a running event loop."""
 
     def __init__(

@@ -1,0 +1,163 @@
+"""`ScriptedJob`: a job in a simulated world, driven by the lifecycle that runs real ones.
+
+It watches what only a whole job can break: a state thrown away while its holder lives, a member let
+go out of its generation, a job that goes on after its end raise `ProtocolViolation`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import final
+
+from supple.core import lifecycle
+from supple.core.membership import JobState
+from supple.core.spec import TrainSpec
+from supple.core.types import (
+    Action,
+    Decision,
+    Event,
+    FailJob,
+    FinishJob,
+    FormGroup,
+    StopWorker,
+    Ticked,
+    WorkerId,
+    WorkerLost,
+)
+from supple.testing.backend import ScriptedBackend
+from supple.testing.faults import FaultScript
+from supple.testing.workers import ProtocolViolation, SimulatedWorker, Stage
+
+
+@final
+class ScriptedJob:
+    """One job of `num_steps` steps on a `ScriptedBackend`. The same arguments give the same run.
+
+    `run` and `round` let everybody work; `tick` lets time pass alone. Faults, wishes and single
+    moves of the world are the backend's.
+    """
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        *,
+        faults: FaultScript | None = None,
+        seed: int = 0,
+        num_steps: int = 1_000_000,
+        num_nodes: int = 1,
+        initial: int | None = None,
+        restore: str | None = None,
+        checkpoints: Mapping[str, int] | None = None,
+    ) -> None:
+        self.backend = ScriptedBackend(
+            spec,
+            faults=faults,
+            seed=seed,
+            num_steps=num_steps,
+            num_nodes=num_nodes,
+            checkpoints=checkpoints,
+        )
+        self.backend.listen(self.send)
+        self.outcome: FinishJob | FailJob | None = None
+        self.decisions: list[Decision] = []
+        self._spec = spec
+        self._raised: set[WorkerId] = set()
+        """Their function is over, their process is to be let go."""
+        self.state, actions = lifecycle.start(
+            spec, self.backend.job_id, self.backend.clock.now(), restore=restore, initial=initial
+        )
+        for action in actions:
+            self.do(action)
+
+    def run(self, until: Callable[[], bool], *, max_rounds: int = 2000) -> None:
+        """Let everybody work, with the script's faults, until `until()`; raises
+        `ProtocolViolation` if that takes more than `max_rounds`."""
+        for _ in range(max_rounds):
+            if until():
+                return
+            self.round()
+        raise self._violation(f"no end after {max_rounds} rounds, in {self.state.phase}")
+
+    def round(self) -> None:
+        """A quarter of a second in which everybody gets somewhere; the lifecycle hears of it."""
+        self.backend.round()
+        self.tick(0.0)
+
+    def tick(self, seconds: float) -> None:
+        """Time passes, and the lifecycle is told."""
+        self.backend.clock.advance(seconds)
+        self.send(Ticked(job_id=self.backend.job_id, generation=0))
+
+    def send(self, event: Event) -> None:
+        """The lifecycle is told of `event`, and what it answers is done."""
+        backend, before = self.backend, self.state
+        if isinstance(event, WorkerLost) and event.cause == "raised":
+            self._raised.add(event.worker_id)
+        elif isinstance(event, WorkerLost):
+            backend.known.discard(event.worker_id)
+        alive = [w for w in backend.world.awake if w.worker_id in backend.known]
+        self.state, actions = lifecycle.step(before, event, backend.clock.now())
+        if before.phase.is_over and (self.state is not before or actions):
+            raise self._violation("a job that is over went on")
+        for action in actions:
+            self.do(action)
+        if self.outcome is not None and not before.phase.is_over:
+            self._check_saved(before, alive)
+
+    def do(self, action: Action) -> None:
+        """Do it, or raise `ProtocolViolation` if it must not be done."""
+        match action:
+            case Decision():
+                self.backend.note(action)
+                self.decisions.append(action)
+            case FinishJob() | FailJob():
+                self.backend.note(action)
+                if self.backend.known or self.outcome:
+                    raise self._violation("a job ended twice, or left workers behind")
+                self.outcome = action
+            case FormGroup():
+                self._check_form(action)
+                self.backend.do(action)
+            case StopWorker():
+                self.backend.do(action)
+                self._check_let_go(action)
+            case _:
+                self.backend.do(action)
+
+    def _check_saved(self, before: JobState, alive: Iterable[SimulatedWorker]) -> None:
+        """What a worker held that was alive at the end is saved, or said not to be. (Of one that
+        had not stopped, the job knows what its last heartbeat said.)"""
+        assert self.outcome is not None
+        restore = self.state.restore
+        durable = 0 if restore is None else self.backend.world.checkpoints[restore].step
+        held = [w.step for w in alive if not before.workers[w.worker_id].is_training]
+        is_saved = max(held, default=-1) <= durable
+        if self.outcome.saved and not is_saved:
+            raise self._violation(f"steps {held} were held, step {durable} is saved")
+        if self.outcome.saved == ("NOT saved" in self.outcome.reason):
+            raise self._violation("the last words and the outcome differ")
+
+    def _check_let_go(self, action: StopWorker) -> None:
+        backend, workers = self.backend, self.backend.world.workers
+        if self.state.phase.is_over or action.worker_id in self._raised:
+            return
+        worker = workers[action.worker_id]
+        if worker.stage is Stage.IN_GROUP:
+            raise self._violation(f"{action.worker_id} was let go out of its generation")
+        others = [workers[w].step for w in backend.known - self._raised]
+        if worker.step > max(others, default=-1):
+            raise self._violation(f"{action.worker_id}, let go, held the newest state")
+
+    def _check_form(self, action: FormGroup) -> None:
+        backend, workers = self.backend, self.backend.world.workers
+        members, spec = action.members, self._spec
+        # One more than MAX only to take over the state of a worker that will be taken.
+        if len(members) > spec.max_workers + 1:
+            raise self._violation(f"a generation of {members}")
+        if len(members) < spec.min_workers and not self.state.is_ending:
+            raise self._violation(f"a generation of {len(members)}, below MIN")
+        able = [w for w in backend.known - self._raised if self.state.workers[w].can_join]
+        newest = max(workers[w].step for w in able)
+        if max(workers[w].step for w in members) < newest and not self.state.is_ending:
+            raise self._violation(f"step {newest} was left out of the next generation")
+
+    def _violation(self, what: str) -> ProtocolViolation:
+        return self.backend.violation(what)
