@@ -12,6 +12,7 @@ from supple.core.types import (
     FormGroup,
     GroupFormed,
     JobId,
+    KillWorker,
     LossCause,
     Progress,
     StartWorker,
@@ -230,6 +231,22 @@ def test_losing_a_worker_that_was_no_member_is_no_recovery() -> None:
     lose(tally, "w1", "start_failed")
     form(tally, 2, "w0", step=3)
     assert (tally.num_recoveries, tally.num_resizes) == (0, 0)
+
+
+def test_a_member_that_is_given_up_and_a_joiner_that_dies_are_recoveries() -> None:
+    tally = Tally(clock=Clock())
+    started(tally, "w0", "w1", "w2")
+    form(tally, 1, "w0", "w1")
+    tally.acted(KillWorker(job_id=JOB, generation=1, worker_id=WorkerId("w1"), reason="stuck"))
+    form(tally, 2, "w0", step=3)
+    assert (tally.num_recoveries, tally.num_resizes) == (1, 0)
+    members = (WorkerId("w0"), WorkerId("w2"))
+    tally.acted(
+        FormGroup(job_id=JOB, generation=3, members=members, global_batch_size=None, restore=None)
+    )
+    lose(tally, "w2")
+    form(tally, 4, "w0", step=3)
+    assert (tally.num_recoveries, tally.num_resizes) == (2, 0)
 
 
 def test_a_group_that_never_formed_is_not_counted() -> None:

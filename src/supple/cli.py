@@ -119,7 +119,8 @@ def with_bare_resume(arguments: Sequence[str]) -> list[str]:
     "  supple train train.py --workers 2:4 --schedule 0s:2,60s:4\n\n"
     "  supple train train.py --workers 4 --resume\n\n"
     "Ctrl-C finishes the step in flight, saves, and says how to resume. Exit codes: 0 finished, or "
-    "stopped and saved; 1 failed, or stopped with nothing saved; 2 refused before any work.",
+    "stopped and saved; 1 failed, or stopped with nothing saved; 2 refused before any work; "
+    "130 stopped by Ctrl-C before training began.",
 )
 def train(
     script: Annotated[str, typer.Argument(help="A Python file, or FILE:FUNCTION.")],

@@ -18,6 +18,7 @@ from supple.core.types import (
     FileLost,
     FormGroup,
     GroupFormed,
+    KillWorker,
     Progress,
     StartWorker,
     StopWorker,
@@ -194,8 +195,8 @@ class Tally:
                 self.last_step = max(self.last_step, event.step)
             case WorkerLost(cause=cause, worker_id=worker_id):
                 self._ended(worker_id)
-                if worker_id in self._members and cause != "preempted":
-                    self._lost_members = True
+                if cause != "preempted":
+                    self._lost(worker_id)
             case WorkerFinished(worker_id=worker_id, step=step):
                 self._ended(worker_id)
                 self.last_step = max(self.last_step, step)
@@ -211,6 +212,9 @@ class Tally:
                 self._alive.add(worker_id)
             case StopWorker(worker_id=worker_id):
                 self._ended(worker_id)
+            case KillWorker(worker_id=worker_id):
+                self._ended(worker_id)
+                self._lost(worker_id)
             case FormGroup(generation=generation, members=members):
                 self._forming = {generation: frozenset(members)}
             case _:
@@ -254,6 +258,11 @@ class Tally:
         self._lost_members = False
         self._members = members
         self.sizes.add(len(members))
+
+    def _lost(self, worker_id: WorkerId) -> None:
+        """It was lost unasked: a recovery, if it is a member or was about to be one."""
+        if any(worker_id in members for members in (self._members, *self._forming.values())):
+            self._lost_members = True
 
     def _ended(self, worker_id: WorkerId) -> None:
         self._count()

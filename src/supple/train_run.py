@@ -86,6 +86,8 @@ def _run(spec: TrainSpec, folder: Path, resume: str | None, as_json: bool, verbo
     with live, Curves(folder / "tensorboard", lost) as curves:
         observers += [log, live, curves, *([ledger] if ledger else [])]
         log.began(spec)
+        ray = "starting Ray on this machine" if spec.address is None else "joining the Ray cluster"
+        live.printed(f"{ray}, then the workers")
         outcome = launch.train(spec, observers=observers, verbose=verbose)
     if ledger is not None:
         ledger.close()

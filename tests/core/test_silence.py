@@ -2,7 +2,7 @@
 
 from supple.core.lifecycle import Phase
 from supple.core.types import Action, ClusterLost, Noticed
-from tests.core.job_driver import running
+from tests.core.job_driver import Driver, running
 
 
 def test_a_worker_whose_process_runs_is_not_dead_and_it_is_said_once_that_it_does_not_answer() -> (
@@ -14,7 +14,9 @@ def test_a_worker_whose_process_runs_is_not_dead_and_it_is_said_once_that_it_doe
         assert job.tick(0.25, hearing="w0") == []
     said = [d.reason for d in job.decisions if "has not answered" in d.reason]
     assert len(said) == 1
-    assert said[0].startswith("w1's interpreter has not answered for 10 s, though its process runs")
+    assert said[0].startswith(
+        "the interpreter of rank 1 (w1) has not answered for 10 s, though its process runs"
+    )
     assert "--unresponsive-timeout" in said[0]
 
 
@@ -67,3 +69,16 @@ def test_a_cluster_lost_while_the_job_stops_leaves_it_a_stop_if_it_could_be_save
     job.stopped("w0", 15)
     reason = "Ctrl-C: stopped at step 15; step 15 is saved in step-15"
     assert job.saved(15, "step-15")[-1] == job.finish(reason, stopped=True)
+
+
+def test_of_a_worker_that_starts_in_silence_it_is_not_said_that_its_process_runs() -> None:
+    job = Driver(1, 2)
+    assert job.tick(60.0) == []
+    assert not [d.reason for d in job.decisions if "process runs" in d.reason]
+
+
+def test_workers_that_were_away_together_are_all_waited_for_when_the_first_is_back() -> None:
+    job = running(3)
+    job.tick(12.0)
+    assert job.tick(1.75, hearing="w1") == []
+    assert job.tick(20.0, hearing="w0 w1 w2") == []

@@ -130,6 +130,16 @@ def test_ranks_that_wait_for_each_other_form_anew() -> None:
     assert job.state.why[1] == "all ranks waited for each other for 60 s"
 
 
+def test_a_rank_that_is_shed_while_the_only_other_waits_is_the_cause_that_is_told() -> None:
+    job = running(2, stall_timeout_s=12.0)
+    job.beat("w0", 10, doing="data")
+    job.beat("w1", 10, doing="waiting")
+    job.tick(12.0, hearing="w0 w1")
+    assert job.state.why[1].startswith("w0 held the others up: it had been fetching data")
+    job.stopped("w1", 10, "aborted")
+    assert job.reason.startswith("2 -> 1 worker: w0 held the others up: it had been fetching data")
+
+
 def test_ranks_that_wait_for_each_other_again_and_again_end_the_job_saved() -> None:
     job = running(2, max_failures=2)
     for generation in (1, 2, 3):

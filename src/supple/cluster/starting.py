@@ -134,6 +134,9 @@ def to_its_end() -> Iterator[None]:
     came: list[int] = []
 
     def wait(number: int, _: object) -> None:
+        if not came:
+            # Not print: the main thread may be in the middle of one.
+            os.write(2, b"supple: Ray is starting, and cannot be interrupted: ending when it has\n")
         came.append(number)
 
     before = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM)}

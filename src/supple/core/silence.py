@@ -6,6 +6,7 @@ expression, a tokenizer, a large save) keeps it from answering for as long as it
 backend asks the worker's node as well what its process is doing: one that runs is slow, not dead.
 """
 
+from supple.core.endings import by_rank
 from supple.core.failures import lose
 from supple.core.membership import Turn
 from supple.core.types import Event, Heartbeat, KillWorker, WorkerId, WorkerStatus
@@ -17,7 +18,14 @@ SAID_AFTER_S = 10.0
 
 
 def heard(turn: Turn, worker_id: WorkerId, event: Event) -> None:
-    """An event came from this worker, or from its node in its place."""
+    """An event came from this worker, or from its node in its place. If it was away for longer than
+    is allowed, what kept it may have kept others since then: they get time to come back, too."""
+    allowed_s = turn.state.spec.heartbeat_timeout_s
+    before = turn.state.workers[worker_id]
+    if turn.now - before.heard_at > allowed_s and before.status is not WorkerStatus.STARTING:
+        for other, view in turn.state.workers.items():
+            if abs(view.heard_at - before.heard_at) <= allowed_s:
+                turn.see(other, heard_at=max(view.heard_at, turn.now - allowed_s / 2))
     if isinstance(event, Heartbeat) and not event.is_answer:
         turn.see(worker_id, heard_at=turn.now)
     else:
@@ -42,6 +50,8 @@ def end_the_silent(turn: Turn) -> None:
             return
         silent_s, unanswered_s = turn.now - view.heard_at, turn.now - view.answered_at
         allowed_s, rule = _allowed(turn, worker_id)
+        starting = view.status is WorkerStatus.STARTING
+        who = by_rank(turn.state, [worker_id])
         if silent_s > allowed_s:
             _kill(
                 turn,
@@ -49,12 +59,14 @@ def end_the_silent(turn: Turn) -> None:
                 f"no heartbeat for {silent_s:.1f} s, its process is stopped or cannot be reached "
                 f"(allowed: {allowed_s:g} s, {rule})",
             )
-        elif silent_s > SAID_AFTER_S and not view.said_unanswered:
+        elif silent_s > max(SAID_AFTER_S, spec.heartbeat_timeout_s) and not (
+            starting or view.said_unanswered
+        ):
             _say(
                 turn,
                 worker_id,
-                f"{worker_id} has given no sign of life for {silent_s:.0f} s: its process is "
-                "stopped or cannot be reached. Nobody else holds the state it has, so it is waited "
+                f"{who} has given no sign of life for {silent_s:.0f} s: its process is stopped or "
+                "cannot be reached. Nobody who answers holds the state it has, so it is waited "
                 f"for, {allowed_s:g} s at most ({rule})",
             )
         elif unanswered_s > spec.unresponsive_timeout_s:
@@ -64,14 +76,14 @@ def end_the_silent(turn: Turn) -> None:
                 f"its process runs, but its interpreter has not answered for {unanswered_s:.0f} s "
                 f"(allowed: {spec.unresponsive_timeout_s:g} s, --unresponsive-timeout)",
             )
-        elif unanswered_s > SAID_AFTER_S and not view.said_unanswered:
+        elif unanswered_s > SAID_AFTER_S >= silent_s and not view.said_unanswered:
             _say(
                 turn,
                 worker_id,
-                f"{worker_id}'s interpreter has not answered for {unanswered_s:.0f} s, though its "
+                f"the interpreter of {who} has not answered for {unanswered_s:.0f} s, though its "
                 "process runs: something in the script holds the interpreter's lock (a long call "
-                "into C). The others wait for it; it is given up after "
-                f"{spec.unresponsive_timeout_s:g} s (--unresponsive-timeout)",
+                "into C), or the machine is overloaded. The others wait for it; it is given up "
+                f"after {spec.unresponsive_timeout_s:g} s (--unresponsive-timeout)",
             )
 
 

@@ -138,7 +138,7 @@ def _look_at_all(turn: Turn) -> None:
                 f"nothing came (--stall-timeout {spec.stall_timeout_s:g}s)",
             )
             turn.abort()
-    elif all(view.doing in ("waiting", "fence") for view in views):
+    elif state.aborted_at is None and all(v.doing in ("waiting", "fence") for v in views):
         _say(turn, state.training, ": nothing arrives from the others")
         if least_s >= spec.stall_timeout_s:
             reason = f"all ranks waited for each other for {least_s:.0f} s"
