@@ -75,7 +75,7 @@ def run(
     finally:
         if not answers:
             _tell("supple: Ray Serve's controller does not answer: ended without waiting for it")
-        serving.shut_down(wait=answers)
+        serving.shut_down(spec.name, wait=answers)
 
 
 @final

@@ -32,6 +32,7 @@ NAME = f"serving-test-{os.getpid()}"
 URL = f"/v2/models/{NAME}/infer"
 TOKEN = "a-token-of-the-test"
 SOURCE = """
+import pathlib
 import time
 
 class Model:
@@ -45,6 +46,9 @@ class Model:
 
     def predict(self, batch):
         time.sleep(0.002)
+        if (batch == 7).any():
+            pathlib.Path(WORKING).touch()
+            time.sleep(4)
         return batch * self.factor
 
     def stream(self, batch):
@@ -61,6 +65,8 @@ class Service:
         self, folder: Path, *options: str, token: str | None = TOKEN, source: str = SOURCE
     ) -> None:
         self.file = folder / "app.py"
+        self.working = folder / "working"
+        """There once the model computes a request of sevens, for four seconds."""
         self.source = source
         self.write(2)
         self.log = folder / "serve.log"
@@ -78,7 +84,8 @@ class Service:
         )
 
     def write(self, factor: int) -> None:
-        self.file.write_text(self.source.replace("FACTOR", str(factor)))
+        source = self.source.replace("FACTOR", str(factor))
+        self.file.write_text(source.replace("WORKING", repr(str(self.working))))
 
     def said(self) -> str:
         return self.log.read_text()
@@ -295,19 +302,24 @@ def test_weights_are_swapped_under_load_and_bad_ones_leave_the_old(service: Serv
 
 
 def test_ctrl_c_answers_the_requests_in_flight(service: Service) -> None:
-    answers: list[Any] = []
+    expected = service.infer()
+    answers: list[float] = []
 
-    def ask_once() -> None:
-        answers.append(service.infer())
+    def ask_once(value: float) -> None:
+        answers.append(service.infer(value))
 
-    threads = [threading.Thread(target=ask_once) for _ in range(20)]
-    for thread in threads:
+    threads = [threading.Thread(target=ask_once, args=(value,)) for value in (7.0, *[1.0] * 20)]
+    threads[0].start()
+    service.wait_until(service.working.exists)
+    for thread in threads[1:]:
         thread.start()
-    for thread in threads:
-        thread.join()
+    waiting = re.compile(r"supple_requests_waiting{[^}]*} 20\n")
+    service.wait_until(lambda: waiting.search(service.metrics_of(1)))
     service.process.send_signal(signal.SIGINT)
     assert service.process.wait(60) == 0
-    assert answers == [5.0] * 20
+    for thread in threads:
+        thread.join()
+    assert answers == [expected] * 21
     assert "stops; requests in flight are answered" in service.said()
 
 

@@ -218,9 +218,13 @@ def num_running(name: str) -> int:
     return sum(count for state, count in states.items() if state == "RUNNING")
 
 
-def shut_down(*, wait: bool = True) -> None:
-    """Stop serving. `wait`: requests in flight are answered first, which Ray Serve's controller
-    sees to; without it a Ray of our own is ended as it is, and on a cluster the service stays."""
+def shut_down(name: str | None = None, *, wait: bool = True) -> None:
+    """Stop serving: the requests in flight of the service `name` are answered first, and new ones
+    refused. Without `wait`, which Ray Serve's controller must answer for, a Ray of our own is ended
+    as it is, and on a cluster the service stays."""
     if wait:
+        if name is not None:
+            # Shut down with the rest, the ingress would go before the replicas.
+            serve.delete(name)
         serve.shutdown()
     stop_ray()
