@@ -68,6 +68,7 @@ class AnyHistory(RuleBasedStateMachine):
         )
         self.backend = ScriptedBackend(self.spec, checkpoints={"old": 2}, **options)
         self.num_thrown = self.num_left = self.num_stuck = 0
+        self.idle_s = 0.0
         self.highest_generation = 0
         if is_running:
             self.backend.run(lambda: self.backend.state.phase is Phase.RUNNING)
@@ -136,6 +137,7 @@ class AnyHistory(RuleBasedStateMachine):
                     self.backend.poll(worker_id)
                     self.backend.hear(worker_id)
             self.backend.tick(0.25)
+            self.idle_s += 0.25  # nobody works meanwhile
 
     @rule(number=SOMEONE)
     @precondition(lambda self: self.num_thrown < 2 and self.backend.state.generation)
@@ -228,7 +230,8 @@ class AnyHistory(RuleBasedStateMachine):
         lost = [a for a in self.backend.actions if isinstance(a, KillWorker)]
         events = [line for line in self.backend.history if " WorkerLost(" in line]
         why = self.num_thrown or self.num_left or self.num_stuck
-        assert why or len(lost) + len(events) > self.spec.max_failures
+        stalled = self.idle_s >= self.spec.stall_timeout_s and "--stall-timeout" in failed.reason
+        assert why or stalled or len(lost) + len(events) > self.spec.max_failures
         if "left the loop" in failed.reason:
             assert self.num_left
         if "raised" in failed.reason or "before the first step" in failed.reason:
