@@ -221,8 +221,24 @@ def test_a_failed_batch_is_not_taken_apart_when_its_time_is_over() -> None:
     found, at_once = run_batch(ServedModel(user, name="m"), requests, within_s=0.0)
     assert len(user.batches) == 1 and not at_once
     assert [type(answer) for answer in found] == [Refused] * 3
-    assert {answer.status for answer in found if isinstance(answer, Refused)} == {503}
+    refusals = [answer for answer in found if isinstance(answer, Refused)]
+    assert {(answer.status, answer.retry_after_s) for answer in refusals} == {(503, 1.0)}
     assert SECRET not in "".join(map(str, found))
+
+
+@pytest.mark.parametrize("retry_safe", [True, False])
+def test_a_fault_that_takes_no_second_call_is_found_at_once(retry_safe: bool) -> None:
+    user = Gated(raises)
+    user.retry_safe = retry_safe  # type: ignore[attr-defined]
+    user.gate.set()
+    texts = [SECRET] if retry_safe else ["a", SECRET]
+    requests = [
+        decode_request(json.dumps(body(text)).encode(), limits=RequestLimits()).inputs
+        for text in texts
+    ]
+    found, at_once = run_batch(ServedModel(user, name="m"), requests)
+    assert at_once, "what it took is what such a batch takes"
+    assert [type(answer) for answer in found] == [ModelFault] * len(texts)
 
 
 def test_requests_of_a_model_that_may_not_compute_twice_fail_alike_and_learn_nothing() -> None:

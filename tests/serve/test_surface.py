@@ -3,8 +3,9 @@
 import asyncio
 import json
 import threading
+import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from supple.serve.meters import Meters, merge
 from supple.serve.model import ServedModel
 from supple.serve.protocol import Refused, RequestLimits
 from supple.serve.surface import Surface, SurfaceSettings
+from supple.testing.faults import FakeClock
 
 
 class Doubles:
@@ -58,6 +60,7 @@ class Service:
         all_metrics: Callable[[], Awaitable[list[bytes]]] | None = None,
         user: Any = None,
         attempts: Attempts | None = None,
+        clock: FakeClock | None = None,
         **settings: Any,
     ) -> None:
         self.user = user or Doubles()
@@ -77,6 +80,7 @@ class Service:
             SurfaceSettings(**settings),
             all_metrics=all_metrics,
             attempts=attempts,
+            now=time.monotonic if clock is None else clock.now,
         )
         transport = httpx.ASGITransport(app=self.surface)  # type: ignore[arg-type]
         self.client = httpx.AsyncClient(transport=transport, base_url="http://m")
@@ -296,6 +300,91 @@ def test_a_body_over_the_limit_is_refused() -> None:
 
             response = await service.client.post("/v2/models/m/infer", content=chunks())
             assert response.status_code == 413
+
+    asyncio.run(go())
+
+
+async def sent_in_parts(
+    service: Service, parts: AsyncIterator[bytes | None]
+) -> tuple[int, dict[bytes, bytes], Any]:
+    """(status, headers, document) of the answer to an inference whose body comes in `parts`; with
+    None its client leaves."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        part = await anext(parts)
+        if part is None:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": part, "more_body": part != b""}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    path = "/v2/models/m/infer"
+    await service.surface(
+        {"type": "http", "method": "POST", "path": path, "headers": []}, receive, send
+    )
+    start, body = sent
+    return start["status"], dict(start["headers"]), json.loads(body["body"])
+
+
+@pytest.mark.parametrize(("late_s", "status"), [(100.0, 200), (100.25, 408)])
+def test_a_body_that_is_not_whole_within_five_minutes_is_refused(
+    late_s: float, status: int
+) -> None:
+    clock = FakeClock()
+
+    async def parts() -> AsyncIterator[bytes]:
+        whole = json.dumps(asked(1, 2)).encode()
+        for part in (whole[:9], whole[9:20], whole[20:]):
+            yield part
+            clock.advance(100.0)
+        clock.advance(late_s - 100.0)
+        yield b""
+
+    async def go() -> None:
+        async with Service(clock=clock) as service:
+            found, _, document = await sent_in_parts(service, parts())
+            assert found == status
+            if status == 408:
+                assert document["error"] == "the body was not whole within 300 s"
+
+    asyncio.run(go())
+
+
+def test_bodies_that_are_half_read_hold_so_much_memory_together_and_no_more() -> None:
+    whole = json.dumps(asked(1, 2)).encode().ljust(200)
+    limits = RequestLimits(max_body_bytes=200)
+
+    async def go() -> None:
+        rest = asyncio.Event()
+        first_parts: list[None] = []
+
+        async def halted(body: bytes) -> AsyncIterator[bytes]:
+            yield body
+            first_parts.append(None)
+            await rest.wait()
+            yield b""
+
+        async def leaves() -> AsyncIterator[bytes | None]:
+            yield whole
+            yield None
+
+        async with Service(limits=limits) as service:
+            with pytest.raises(asyncio.CancelledError):
+                await sent_in_parts(service, leaves())
+            tasks = [
+                asyncio.ensure_future(sent_in_parts(service, halted(whole))) for _ in range(16)
+            ]
+            while len(first_parts) < len(tasks):
+                await asyncio.sleep(0)
+            refused, headers, document = await sent_in_parts(service, halted(b" "))
+            assert refused == 503 and headers[b"retry-after"] == b"1"
+            assert "too many large requests are being read" in document["error"]
+            rest.set()
+            answers = await asyncio.gather(*tasks)
+            assert [status for status, _, _ in answers] == [200] * 16
+            assert (await sent_in_parts(service, halted(whole)))[0] == 200
 
     asyncio.run(go())
 
