@@ -272,6 +272,26 @@ def test_bytes_that_are_not_utf8_are_refused_in_json_and_sent_as_binary() -> Non
     assert sent.status_code == 200 and sent.content.endswith(b"\x02\0\0\0\xffa")
 
 
+def test_a_tensor_of_texts_is_sent_as_text_and_a_row_that_holds_no_text_fails_alone() -> None:
+    def answer(texts: list[str]) -> Any:
+        found = np.array([[text, "é"] for text in texts], dtype=object)
+        found[[text == SECRET for text in texts], 1] = 3
+        return found
+
+    found, _ = together(Gated(answer), body("a"), body(SECRET), body("b"))
+    assert [r.status_code for r in found] == [200, 500, 200]
+    assert [r.json()["outputs"][0]["data"] for r in (found[0], found[2])] == [
+        ["a", "é"],
+        ["b", "é"],
+    ]
+
+
+def test_an_output_whose_name_cannot_be_printed_is_a_fault() -> None:
+    found = alone(lambda texts: {"a\nb": texts}, body("a"))
+    assert found.status_code == 500
+    assert "an output whose name cannot be printed" in found.json()["error"]
+
+
 def lengths(texts: list[str]) -> list[int]:
     return [int(text) if text.isdigit() else 1 for text in texts]
 
