@@ -304,6 +304,76 @@ def test_a_body_over_the_limit_is_refused() -> None:
     asyncio.run(go())
 
 
+def test_another_model_or_version_than_the_one_that_is_served_is_named_and_refused() -> None:
+    async def go() -> None:
+        async with Service() as service:
+            for version in ("", "1"):
+                service.surface.check_name("m", version)
+            for name, version, words in (
+                ("other", "", "no model 'other'; 'm' version 1 is served here"),
+                ("m", "2", "no model 'm' version '2'; 'm' version 1 is served here"),
+            ):
+                with pytest.raises(Refused, match=words) as refused:
+                    service.surface.check_name(name, version)
+                assert refused.value.status == 404
+            for path, words in (
+                ("/v2/models/other/versions/1", "no model 'other' version '1'"),
+                ("/v2/models/m/versions/2", "no model 'm' version '2'"),
+                ("/v2/models/m/versions", "nothing is at"),
+                ("/v2/models", "nothing is at"),
+            ):
+                assert words in (await service.client.get(path)).json()["error"]
+
+    asyncio.run(go())
+
+
+def test_each_of_several_tokens_opens_the_service() -> None:
+    async def go() -> None:
+        async with Service(tokens=("one", "two")) as service:
+            for token, status in (("one", 200), ("two", 200), ("three", 401)):
+                headers = {"Authorization": f"Bearer {token}"}
+                assert (await service.infer(1, 2, headers=headers)).status_code == status
+
+    asyncio.run(go())
+
+
+def test_a_binary_answer_tells_where_its_json_ends() -> None:
+    async def go() -> None:
+        async with Service() as service:
+            wanted = asked(1, 2) | {"parameters": {"binary_data_output": True}}
+            response = await service.client.post("/v2/models/m/infer", json=wanted)
+            assert response.headers["content-type"] == "application/octet-stream"
+            end = int(response.headers["inference-header-content-length"])
+            json.loads(response.content[:end])
+            assert np.frombuffer(response.content[end:], np.float32).tolist() == [2.0, 4.0]
+
+    asyncio.run(go())
+
+
+def test_only_inferences_are_counted() -> None:
+    async def go() -> None:
+        async with Service() as service:
+            await service.infer(1, 2)
+            await service.client.get("/v2")
+            lines = (await service.client.get("/metrics")).text.splitlines()
+            counts = [line for line in lines if line.startswith("supple_requests_total{")]
+            assert [line.rpartition(" ")[2] for line in counts] == ["1"]
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(("spare", "status"), [(0, 200), (-1, 413)])
+def test_a_body_of_the_largest_size_is_taken(spare: int, status: int) -> None:
+    body = json.dumps(asked(1, 2)).encode()
+
+    async def go() -> None:
+        async with Service(limits=RequestLimits(max_body_bytes=len(body) + spare)) as service:
+            response = await service.client.post("/v2/models/m/infer", content=body)
+            assert response.status_code == status
+
+    asyncio.run(go())
+
+
 async def sent_in_parts(
     service: Service, parts: AsyncIterator[bytes | None]
 ) -> tuple[int, dict[bytes, bytes], Any]:
