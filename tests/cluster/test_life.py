@@ -6,13 +6,26 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
+from ray.exceptions import RayError
 
 from supple.cluster.afterwards import end_left_behind, left_behind
-from supple.cluster.life import Life, NearSight, Onlooker, life_of, wait_for_end
+from supple.cluster.life import (
+    FarSight,
+    Life,
+    NearSight,
+    Onlooker,
+    Sights,
+    life_of,
+    wait_for_end,
+)
+from tests.hurried import run_hurried
 
 READY = "print('ready', flush=True); "
 
@@ -87,6 +100,53 @@ def test_the_end_of_a_process_that_is_gone_already_is_told_at_once() -> None:
         asyncio.run(wait_for_end(process))
 
 
+def test_nothing_is_left_open_when_ends_have_been_waited_for() -> None:
+    async def ends() -> None:
+        before = psutil.Process().num_fds()
+        for _ in range(2):  # the next descriptor has the number of the one before
+            with python("import sys; sys.stdin.read()", stdin=subprocess.PIPE) as child:
+                ended = asyncio.ensure_future(wait_for_end(psutil.Process(child.pid)))
+                await asyncio.sleep(0)
+                assert child.stdin is not None
+                child.stdin.close()
+                await ended
+        assert psutil.Process().num_fds() == before
+
+    asyncio.run(ends())
+
+
+class OfAnother(psutil.Process):
+    """A process that has ended, and whose number is that of another now: of this one."""
+
+    def is_running(self) -> bool:
+        return False
+
+
+def test_a_number_that_is_anothers_since_is_a_process_that_has_gone() -> None:
+    ended = OfAnother(os.getpid())
+    assert life_of(ended) is Life.GONE
+    asyncio.run(asyncio.wait_for(wait_for_end(ended), 60.0))
+    onlooker = Onlooker()
+    onlooker._seen[ended.pid] = ended
+    assert onlooker.look(ended.pid) == "gone"
+
+
+def test_a_kill_ends_a_process_and_is_no_error_where_it_has_ended() -> None:
+    with python("import time; time.sleep(60)") as child:
+        sight = NearSight(child.pid)
+        sight.kill()
+        assert child.wait() == -signal.SIGKILL
+        sight.kill()
+
+
+def test_an_onlooker_kills_no_process_that_it_was_never_asked_to_look_at() -> None:
+    with python("import sys; sys.stdin.read()", stdin=subprocess.PIPE) as child:
+        Onlooker().kill(child.pid)
+        assert child.stdin is not None
+        child.stdin.close()
+        assert child.wait() == 0
+
+
 def test_an_onlooker_says_what_a_process_of_its_node_does_and_kills_it() -> None:
     onlooker = Onlooker()
     with python("import time; time.sleep(60)") as child:
@@ -94,6 +154,155 @@ def test_an_onlooker_says_what_a_process_of_its_node_does_and_kills_it() -> None
         onlooker.kill(child.pid)
         child.wait()
         assert onlooker.look(child.pid) == "gone"
+
+
+class Call:
+    """A method of an actor that is `remote`: the answer is there when it is waited for."""
+
+    def __init__(self, method: Callable[[int], Any]) -> None:
+        self.method = method
+
+    def remote(self, pid: int) -> "asyncio.Future[Any]":
+        answer = asyncio.get_running_loop().create_future()
+        answer.set_result(self.method(pid))
+        return answer
+
+
+class Actor:
+    """An onlooker as Ray hands it out, in this process."""
+
+    def __init__(self) -> None:
+        self.body = Onlooker()
+        self.look, self.kill = Call(self.body.look), Call(self.body.kill)
+
+
+def test_a_process_elsewhere_is_seen_and_killed_by_the_onlooker_there() -> None:
+    with python("import time; time.sleep(60)") as child:
+
+        async def go() -> None:
+            sight = FarSight(Actor(), child.pid)
+            sight.kill()  # the very first look made the number known to be its own
+            child.wait()
+            assert await sight.life() is Life.GONE
+            running = FarSight(Actor(), os.getpid())
+            assert await running.life() is Life.RUNNING
+            end = asyncio.ensure_future(running.end())
+            await asyncio.sleep(0)
+            assert not end.done(), "only a look can tell"
+            end.cancel()
+
+        asyncio.run(go())
+
+
+def test_a_node_that_does_not_answer_within_two_seconds_gives_no_proof_of_life() -> None:
+    async def go() -> None:
+        onlooker = Actor()
+        sight = FarSight(onlooker, os.getpid())
+        loop = asyncio.get_running_loop()
+        onlooker.look.remote = lambda _pid: loop.create_future()  # type: ignore[method-assign]
+        began_s = loop.time()
+        assert await sight.life() is Life.STOPPED
+        assert loop.time() - began_s == pytest.approx(2.0)
+
+    run_hurried(go())
+
+
+def test_a_node_that_cannot_be_asked_gives_no_proof_of_life_and_is_not_asked_to_kill() -> None:
+    def cannot(_pid: int) -> Any:
+        raise RayError("the actor is gone")
+
+    async def go() -> None:
+        onlooker = Actor()
+        sight = FarSight(onlooker, os.getpid())
+        onlooker.look.method = onlooker.kill.method = cannot
+        assert await sight.life() is Life.STOPPED
+        sight.kill()
+
+    asyncio.run(go())
+
+
+SIGHTS = """
+import asyncio, logging, os, subprocess, sys
+import psutil, ray
+from supple.cluster.life import FarSight, Life, NearSight, Sights
+
+def onlookers():
+    found = psutil.Process().children(recursive=True)
+    return [p for p in found if "ray::Onlooker" in " ".join(p.cmdline())]
+
+ray.init(num_cpus=0, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+here = ray.get_runtime_context().get_node_id()
+children = [subprocess.Popen(["sleep", "120"]) for _ in range(3)]
+try:
+    assert isinstance(Sights(here).of(children[0].pid, here), NearSight)
+    assert onlookers() == []
+    sights = Sights("another node")
+    far = [sights.of(child.pid, here) for child in children]
+
+    async def lives():
+        return [await sight.life() for sight in far]
+
+    while asyncio.run(lives()) != [Life.RUNNING] * 3:
+        pass  # the onlooker has yet to come up
+    (crashed,) = onlookers()
+    crashed.kill()
+    psutil.wait_procs([crashed], timeout=60)
+    while asyncio.run(lives()) != [Life.RUNNING] * 3:
+        pass  # another one takes its place
+    (onlooker,) = onlookers()
+    far[0].kill()
+    children[0].wait()
+    assert asyncio.run(lives()) == [Life.GONE, Life.RUNNING, Life.RUNNING]
+    sights.close()
+    psutil.wait_procs([onlooker], timeout=60)
+    assert not onlooker.is_running()
+    assert asyncio.run(lives()) == [Life.STOPPED] * 3
+    far[1].kill()
+    assert children[1].poll() is None
+    far[:] = [sights.of(children[2].pid, here)]
+    while asyncio.run(lives()) != [Life.RUNNING]:
+        pass  # a new one has yet to come up
+    sights.close()
+    print("seen")
+finally:
+    for child in children:
+        child.kill()
+        child.wait()
+    ray.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_node_has_one_onlooker_that_ends_with_the_sights(tmp_path: Path) -> None:
+    script = tmp_path / "sights.py"
+    script.write_text(SIGHTS)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0 and "seen" in done.stdout, done.stderr[-3000:]
+
+
+def test_each_node_gets_an_onlooker_of_its_own_that_can_be_nowhere_else() -> None:
+    a, b = "a" * 56, "b" * 56
+    placed: list[tuple[str, bool]] = []
+
+    class Options:
+        def options(self, scheduling_strategy: Any) -> Any:
+            placed.append((scheduling_strategy.node_id, scheduling_strategy.soft))
+            return self
+
+        def remote(self) -> Actor:
+            return Actor()
+
+    async def go() -> None:
+        sights = Sights("here", actor_class=Options())
+        for node_id in (a, b, a, "here", b):
+            sights.of(os.getpid(), node_id)
+
+    asyncio.run(go())
+    assert placed == [(a, False), (b, False)]
 
 
 def test_what_a_ray_left_behind_is_ended_and_nothing_else() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cluster.test_serving import NAME, Clients, Service
@@ -79,6 +80,19 @@ def refused(told: str, *options: str) -> None:
     assert "/ray/" not in ended.stderr, "no frame of a framework"
 
 
+def trials(service: Service) -> list[psutil.Process]:
+    """The processes in which new versions are tried."""
+    children = psutil.Process(service.process.pid).children(recursive=True)
+    return [child for child in children if is_trial(child)]
+
+
+def is_trial(process: psutil.Process) -> bool:
+    try:
+        return "ray::_Trial" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
 def test_a_version_that_cannot_be_served_changes_nothing_and_is_told(
     service: Service, tmp_path: Path
 ) -> None:
@@ -87,6 +101,7 @@ def test_a_version_that_cannot_be_served_changes_nothing_and_is_told(
         for source, told, options in BROKEN:
             service.file.write_text(source)
             refused(told, *options)
+            service.wait_until(lambda: not trials(service))
         (damaged := tmp_path / "damaged").write_text("none")
         refused("invalid literal for int()", "--weights", str(damaged))
         clients.more()
@@ -128,3 +143,50 @@ def test_what_fails_only_in_the_replicas_is_taken_back_in_all_of_them(
         refused("FileNotFoundError")
         clients.more()
         service.wait_until(lambda: service.metrics_of(2))
+
+
+TIMED_OUT = """
+import dataclasses, sys, time
+from pathlib import Path
+from supple.cluster import ingress, serving
+from supple.core.serve_spec import ServeSpec, parse_slo
+from supple.serve.faults import ModelFault
+
+file, name, source = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+spec = ServeSpec(
+    name=name, target=f"{file}:Model", slo=parse_slo("p99=60s"),
+    port=ingress.free_port(), grpc_port=ingress.free_port(),
+    min_replicas=1, max_replicas=1, cpus_per_replica=0.1,
+)
+ingress.connect(spec)
+try:
+    short = {"predict_timeout_s": 1.0, "patience_s": 30.0}
+    before = dataclasses.replace(serving.deployment_of(spec), **short)
+    serving.deploy(before)
+    file.write_text(source)
+    wanted = dataclasses.replace(serving.deployment_of(spec), **short)
+    try:
+        for _ in serving.updating(wanted, before):
+            time.sleep(serving.LOOK_EVERY_S)
+        print("taken")
+    except ModelFault as fault:
+        print("refused:", fault)
+    print("running:", serving.num_running(name))
+finally:
+    serving.shut_down()
+"""
+"""One replica of which the start may take 30 s, and the leaving of the one before 11 s."""
+
+
+def test_replicas_that_do_not_come_up_in_time_are_given_up_and_the_old_go_on(
+    tmp_path: Path,
+) -> None:
+    once = tmp_path / "once"
+    once.write_text("5")
+    first = f"Path({str(once)!r}).unlink() if Path({str(once)!r}).exists() else time.sleep(1e6)"
+    (file := tmp_path / "app.py").write_text(SOURCE)
+    command = [sys.executable, "-c", TIMED_OUT, str(file), "timed-out", loading(first)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "refused: its replicas have not come up within 41 s" in done.stdout, done.stdout
+    assert "running: 1" in done.stdout, done.stdout

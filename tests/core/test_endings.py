@@ -313,6 +313,28 @@ def test_a_single_worker_that_only_waits_for_data_saves_beside_it() -> None:
     )
 
 
+def test_a_single_worker_that_cannot_save_beside_its_data_is_asked_once() -> None:
+    job = running(1)
+    job.beat("w0", 10, doing="data")
+    job.stop()
+    job.tick(12.75, hearing="w0")
+    assert job.tick(0.25, hearing="w0") == [job.save("w0")]
+    ended = job.save_failed(10, "its disk is broken.")[-1]
+    assert isinstance(ended, FinishJob)
+    assert "step 10 is NOT saved: its disk is broken." in ended.reason
+
+
+def test_of_two_that_wait_for_data_the_one_with_the_newer_state_saves_beside_it() -> None:
+    job = running(2, heartbeat_timeout_s=1000.0)
+    job.beat("w0", 10, doing="data")
+    job.beat("w1", 11, doing="data")
+    job.stop()
+    assert job.tick(10.0) == [job.abort("w0 w1")]
+    for _ in range(11):
+        assert job.tick(0.25) == []
+    assert job.tick(0.25) == [job.save("w1")]
+
+
 def test_a_single_worker_that_hangs_in_the_scripts_code_is_waited_for_and_said() -> None:
     job = running(1, stall_timeout_s=5.0)
     job.beat("w0", 10, doing="script")

@@ -1,5 +1,6 @@
 """What a loss leads to: who goes on, when a replacement is tried, when the job is given up."""
 
+from supple.core.failures import in_short
 from supple.core.lifecycle import Phase
 from supple.core.types import KillWorker, WorkerId
 from tests.core.job_driver import TRACEBACK, Driver, running
@@ -119,6 +120,7 @@ def test_a_silent_worker_is_killed_and_treated_as_lost() -> None:
 def test_who_alone_holds_the_state_is_waited_for_when_silent_and_named() -> None:
     job = running(2)
     assert job.tick(10.0) == [], "neither is given up: the state would be gone"
+    assert "no sign of life" not in job.reason
     assert job.tick(0.25) == []
     assert job.reason == (
         "rank 1 (w1) has given no sign of life for 10 s: its process is stopped or cannot be "
@@ -302,6 +304,51 @@ def test_collectives_that_keep_failing_though_nobody_is_lost_end_the_job() -> No
         "worker was lost (w0: no route to host): check that the workers' nodes can reach each "
         "other; step 10 is saved in step-10"
     )
+
+
+def test_a_worker_that_raises_before_it_is_a_member_does_not_blame_the_script() -> None:
+    job = running(1, max_failures=1)
+    job.target(2)
+    assert job.lost("w1", "raised", TRACEBACK)[-1] == job.start("w2")
+    assert job.state.num_raised == 0
+
+
+def test_a_worker_that_raised_holds_the_state_of_step_0_too() -> None:
+    job = Driver(2, 2)
+    job.ready("w0")
+    job.ready("w1")
+    job.formed("w0 w1", 0)
+    job.raised("w0", 0)
+    assert WorkerId("w0") in job.state.workers
+    job.lost("w1")
+    assert job.state.holders == (WorkerId("w0"),)
+
+
+def test_as_many_broken_generations_as_failed_starts_are_told_of_as_generations() -> None:
+    job = running(2, low=2, max_failures=0)
+    job.target(3)
+    job.lost("w2", "start_failed")
+    assert (job.state.failed_starts, job.state.strikes) == (1, 0)
+    job.lost("w1")
+    assert (job.state.failed_starts, job.state.strikes) == (1, 1)
+    job.stopped("w0", 10, "aborted")
+    assert job.saved(10, "step-10")[-1] == job.fail(
+        "1 generations in a row broke without a committed step (--max-failures 0); "
+        "1 worker left, MIN is 2; step 10 is saved in step-10"
+    )
+
+
+def test_the_last_line_of_a_traceback_is_told_up_to_160_characters() -> None:
+    assert in_short(f"Traceback\n{'x' * 200}\n\n") == "x" * 160
+    assert in_short(" \n") == ""
+
+
+def test_newcomers_that_fail_do_not_make_one_broken_generation_one_too_many() -> None:
+    job = running(2, max_failures=1)
+    job.target(3)
+    job.lost("w2", "start_failed")
+    job.lost("w3", "start_failed")
+    assert job.stopped("w0 w1", 10, "no route to host") == [job.form("w0 w1")]
 
 
 def test_preemptions_are_never_counted() -> None:

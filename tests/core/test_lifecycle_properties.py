@@ -70,6 +70,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.job = ScriptedJob(self.spec, checkpoints={"old": 2}, **options)
         self.backend = self.job.backend
         self.num_thrown = self.num_left = self.num_stuck = 0
+        self.idle_s = 0.0
         self.highest_generation = 0
         if is_running:
             self.job.run(lambda: self.job.state.phase is Phase.RUNNING)
@@ -129,6 +130,7 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.25, 1.0, 1.9, 5.0, 31.0]))
     def time_passes(self, seconds: float) -> None:
         self.job.tick(seconds)
+        self.idle_s += seconds  # nobody works meanwhile
 
     @rule(number=SOMEONE)
     def one_is_not_heard_for_a_while(self, number: int) -> None:
@@ -230,7 +232,8 @@ class AnyHistory(RuleBasedStateMachine):
         lost = [a for a in self.backend.actions if isinstance(a, KillWorker)]
         events = [line for line in self.backend.history if " WorkerLost(" in line]
         why = self.num_thrown or self.num_left or self.num_stuck
-        assert why or len(lost) + len(events) > self.spec.max_failures
+        stalled = self.idle_s >= self.spec.stall_timeout_s and "--stall-timeout" in failed.reason
+        assert why or stalled or len(lost) + len(events) > self.spec.max_failures
         if "left the loop" in failed.reason:
             assert self.num_left or self.num_thrown, "who raises leaves its loop first"
         if "raised" in failed.reason or "before the first step" in failed.reason:

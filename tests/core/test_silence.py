@@ -1,7 +1,7 @@
 """Who gives no sign of life, who only does not answer, and what is gone for everybody."""
 
 from supple.core.lifecycle import Phase
-from supple.core.types import Action, ClusterLost, Noticed
+from supple.core.types import Action, ClusterLost, KillWorker, Noticed
 from tests.core.job_driver import Driver, running
 
 
@@ -47,6 +47,79 @@ def test_what_a_person_should_know_is_told_and_changes_nothing() -> None:
     job = running(2)
     assert job.send(Noticed, text="the fence cannot be written") == []
     assert (job.kind, job.reason) == ("keep", "the fence cannot be written")
+
+
+# --- who may be given up ----------------------------------------------------------------------
+
+
+def test_what_came_when_a_suspended_controller_woke_is_no_credit_for_the_time_after() -> None:
+    job = running(2)
+    job.now += 3600.0
+    job.beat("w0", 10)
+    job.beat("w1", 10)
+    assert job.tick(0.25) == []
+    assert job.tick(4.0, hearing="w0") == []
+    assert isinstance(job.tick(0.25, hearing="w0")[0], KillWorker), "of w1, after 4.25 s"
+
+
+def test_nor_for_an_interpreter_that_answers_no_more() -> None:
+    job = running(2, unresponsive_timeout_s=5.0)
+    job.now += 3600.0
+    job.beat("w1", 10)
+    job.tick(0.25, hearing="w0")
+    actions: list[Action] = []
+    for _ in range(21):
+        assert actions == []
+        job.beat("w1", 10, is_answer=False)
+        actions = job.tick(0.25, hearing="w0")
+    assert isinstance(actions[0], KillWorker), "after 5.25 s"
+
+
+def test_a_holder_of_the_state_is_given_up_if_another_was_heard_in_half_the_time_out() -> None:
+    job = running(2)
+    job.tick(2.25, hearing="w1")
+    assert isinstance(job.tick(2.0)[0], KillWorker), "w1 was heard 2 s before"
+    job = running(2)
+    job.tick(2.0, hearing="w1")
+    assert job.tick(2.25) == [], "w1 was heard 2.25 s before, and may be lost too"
+
+
+def test_a_holder_is_given_up_while_a_generation_forms_if_another_has_its_step() -> None:
+    job = running(2)
+    job.batch(32)
+    job.stopped("w0 w1", 11)
+    assert job.phase is Phase.FORMING
+    assert job.tick(4.0, hearing="w1") == []
+    assert isinstance(job.tick(0.25, hearing="w1")[0], KillWorker)
+
+
+def test_a_holder_that_is_a_step_ahead_of_the_generation_is_given_up() -> None:
+    job = running(2)
+    job.beat("w0", 11)
+    actions: list[Action] = []
+    for _ in range(17):
+        assert actions == []
+        job.beat("w1", 10)
+        actions = job.tick(0.25)
+    assert isinstance(actions[0], KillWorker), "the survivor redoes one step"
+
+
+def test_who_holds_no_state_is_given_up_though_nobody_else_is_heard() -> None:
+    job = running(1)
+    job.target(2)
+    job.ready("w1")
+    job.stopped("w0", 11)
+    assert job.tick(4.0) == []
+    killed = job.tick(0.25)[0]
+    assert isinstance(killed, KillWorker)
+    assert killed.worker_id == "w1"
+
+
+def test_who_alone_holds_the_weights_before_the_first_step_is_waited_for() -> None:
+    job = Driver(1, 1)
+    job.ready("w0")
+    job.formed("w0", 0)
+    assert job.tick(60.0) == []
 
 
 # --- what everything runs on ------------------------------------------------------------------

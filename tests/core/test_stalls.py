@@ -80,6 +80,56 @@ def test_ten_times_as_long_as_it_ever_took_is_too_long() -> None:
     assert isinstance(job.tick(0.25, hearing="w0 w1")[0], KillWorker)
 
 
+def test_what_takes_three_times_as_long_as_it_ever_took_is_said() -> None:
+    job = running(2)
+    job.beat("w0", 10, doing="waiting")
+    job.beat("w1", 10, doing="data")
+    job.tick(5.0, hearing="w0 w1")
+    job.beat("w1", 10, doing="script")
+    job.beat("w1", 11, doing="data")
+    job.tick(14.75, hearing="w0 w1")
+    assert said(job) == []
+    job.tick(0.25, hearing="w0 w1")
+    assert len(said(job)) == 1
+
+
+def test_only_what_a_worker_itself_does_sets_what_is_usual() -> None:
+    job = running(2)
+    job.beat("w0", 10, doing="waiting")
+    job.beat("w1", 10, doing="data")
+    job.tick(5.0, hearing="w0 w1")
+    job.beat("w0", 11, doing="script")
+    job.beat("w1", 11, doing="script")
+    assert dict(job.state.longest) == {"data": 5.0}
+
+
+def test_a_heartbeat_that_was_late_does_not_begin_a_stretch_anew_but_a_second_does() -> None:
+    """Of which the first took 5 s, so that 15 s are no longer unusual."""
+    for late_s, said_after_s in ((0.75, 10.0), (1.0, 16.0)):
+        job = running(2)
+        job.beat("w0", 10, doing="waiting")
+        job.beat("w1", 10, doing="data")
+        began = job.now
+        job.tick(5.0, hearing="w0 w1")
+        job.beat("w1", 10, doing="data", since_s=5.0 - late_s)
+        while not said(job):
+            job.tick(0.25, hearing="w0 w1")
+        assert job.now - began == said_after_s
+
+
+def test_a_save_is_not_said_before_it_has_taken_long_itself() -> None:
+    job = running(1)
+    job.beat("w0", 10, doing="saving")  # another save, of before
+    job.tick(5.0, hearing="w0")
+    job.stop()
+    job.stopped("w0", 11)
+    assert job.phase is Phase.SAVING
+    job.tick(9.75, hearing="w0")
+    assert said(job) == []
+    job.tick(0.25, hearing="w0")
+    assert len(said(job)) == 1
+
+
 def test_a_single_worker_whose_data_does_not_come_ends_the_job_saved() -> None:
     job = running(1)
     job.beat("w0", 10, doing="data")

@@ -9,6 +9,7 @@ import pytest
 
 from supple.serve.again import ANSWERED, App, AskAgain, Receive, Send
 from supple.serve.attempts import SERIAL
+from tests.hurried import run_hurried
 
 
 class Proxy:
@@ -91,6 +92,92 @@ def test_a_body_too_large_to_hold_is_asked_once_and_passed_on_whole() -> None:
     proxy = Proxy(503, 200)
     assert posted(proxy, b"x" * 5_000).status_code == 503
     assert proxy.bodies == [b"x" * 5_000]
+
+
+def asked(app: App, *messages: dict[str, Any], **settings: Any) -> tuple[list[Any], float]:
+    """What the client gets that sends `messages`, and how long it took by the loop's clock."""
+    sent: list[Any] = []
+    coming = iter(messages)
+
+    async def receive() -> dict[str, Any]:
+        return next(coming)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def go() -> float:
+        began_s = asyncio.get_running_loop().time()
+        again = AskAgain(app, **{"patience_s": 60.0, "most_held_bytes": 2_000} | settings)
+        await again({"type": "http", "headers": []}, receive, send)
+        return asyncio.get_running_loop().time() - began_s
+
+    took_s = run_hurried(go())
+    return sent, took_s
+
+
+LAST = {"type": "http.request", "body": b"x"}
+LEFT = {"type": "http.disconnect"}
+
+
+def test_a_quarter_of_a_second_is_between_two_times_of_asking() -> None:
+    proxy = Proxy(503, 503, 200)
+    sent, took_s = asked(proxy, LAST)
+    assert sent[0]["status"] == 200 and proxy.bodies == [b"x"] * 3
+    assert took_s == pytest.approx(0.5)
+
+
+def test_a_client_that_has_left_is_not_asked_for_again() -> None:
+    num_asked = 0
+
+    async def proxy(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    assert asked(proxy, LAST, LEFT) == ([], 0.0)
+    assert num_asked == 1
+
+
+def test_a_proxy_that_says_nothing_is_not_asked_again_when_patience_has_ended() -> None:
+    proxy = Silent(-1, 200)
+    assert asked(proxy, LAST, patience_s=0.0) == ([], 0.0)
+    assert proxy.statuses == [200]
+
+
+def test_what_the_proxy_raises_is_raised_when_patience_has_ended() -> None:
+    proxy = Silent(0, 200)
+    with pytest.raises(ConnectionError, match="the replica died"):
+        asked(proxy, LAST, patience_s=0.0)
+    assert proxy.statuses == [200]
+
+
+def test_an_answer_that_breaks_off_is_not_asked_for_again() -> None:
+    num_asked = 0
+
+    async def proxy(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ConnectionError("the replica died")
+
+    with pytest.raises(ConnectionError):
+        asked(proxy, LAST)
+    assert num_asked == 1
+
+
+def test_what_is_no_request_is_handed_on_as_it_is() -> None:
+    handed: list[Any] = []
+
+    async def app(*arguments: Any) -> None:
+        handed.append(arguments)
+
+    async def nothing(*_: Any) -> Any: ...
+
+    scope = {"type": "lifespan"}
+    again = AskAgain(app, patience_s=60.0, most_held_bytes=2_000)
+    asyncio.run(again(scope, nothing, nothing))
+    assert handed == [(scope, nothing, nothing)]
 
 
 def posted(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from supple.core.latency import LatencyProfile
@@ -63,6 +64,63 @@ def test_a_table_full_of_requests_nobody_asked_again_takes_new_ones(table: Path)
         attempts.begin(turn * step)
     attempts.begin(40 * step)
     assert attempts.deaths(40 * step) == 1
+
+
+STEP = 65_536 - 8
+"""Numbers so far apart want one place."""
+
+
+def test_the_table_is_its_owners_alone_and_leaves_no_file_open(table: Path) -> None:
+    before = psutil.Process().num_fds()
+    attempts = Attempts(table)
+    assert psutil.Process().num_fds() - before <= 1, "what the map itself holds"
+    assert table.stat().st_mode & 0o777 == 0o600
+    del attempts
+
+
+def test_every_number_has_its_place(table: Path) -> None:
+    attempts = Attempts(table)
+    numbers = [*range(STEP - 20, STEP + 40), 2**64 - 1]
+    for number in numbers:
+        attempts.begin(number)
+    assert {attempts.deaths(number) for number in numbers} == {1}
+
+
+def test_a_request_is_found_though_one_that_wanted_its_place_has_ended(table: Path) -> None:
+    attempts = Attempts(table)
+    attempts.begin(5)
+    attempts.begin(5 + STEP)
+    attempts.end(5)
+    assert attempts.deaths(5 + STEP) == 1
+
+
+def test_places_are_free_again_when_their_requests_have_ended(table: Path) -> None:
+    attempts = Attempts(table)
+    for turn in range(1, 40):
+        attempts.begin(turn * STEP)
+        attempts.end(turn * STEP)
+    eight = [turn * STEP for turn in range(1, 9)]
+    for serial in eight:
+        attempts.begin(serial)
+    assert {attempts.deaths(serial) for serial in eight} == {1}
+
+
+def test_a_request_for_which_there_is_no_place_does_nothing_to_those_that_are_noted(
+    table: Path,
+) -> None:
+    attempts = Attempts(table)
+    eight = [turn * STEP for turn in range(1, 9)]
+    for serial in eight:
+        attempts.begin(serial)
+    ninth = 9 * STEP
+    assert attempts.deaths(ninth) == 0
+    attempts.pause(ninth)
+    attempts.end(ninth)
+    assert {attempts.deaths(serial) for serial in eight} == {1}
+
+
+def test_a_serial_number_is_the_first_half_of_its_uuid() -> None:
+    assert parse_serial(b"ffffffff-ffff-ffff-0000-000000000000") == 2**64 - 1
 
 
 @pytest.mark.parametrize("told", [b"", b"-", b"none", b"\xff\xff", b"0" * 36])
@@ -209,6 +267,9 @@ def test_a_suspect_is_never_computed_in_the_event_loop(table: Path) -> None:
         executor._fast = 1.0
         await asyncio.gather(*asked(executor, 3))
         assert user.batches == [[1.0], [3.0]] and len(user.threads) == 2
+        executor._fast = 1.0
+        await executor.submit(rows(4.0), 1)
+        assert user.batches[-1] == [4.0] and len(user.threads) == 2, "without a number too"
 
     with_hanging(table, work, inline_s=math.inf)
 
@@ -226,3 +287,20 @@ def test_a_suspect_that_hangs_is_given_up_by_the_pace_of_the_others(
         assert why.value.status == 504 and given_up.is_set()
 
     with_hanging(table, work, profile=LatencyProfile.constant(1e-6, startup_s=0.0))
+
+
+@pytest.mark.parametrize("is_suspect", [True, False])
+def test_who_is_no_suspect_or_whose_usual_time_is_not_known_may_take_all_of_the_time(
+    table: Path, monkeypatch: pytest.MonkeyPatch, is_suspect: bool
+) -> None:
+    if is_suspect:
+        Attempts(table).begin(13)
+    monkeypatch.setattr(executors, "_SUSPECT_S", 0.01)
+
+    async def work(executor: Executor, user: Hangs, given_up: asyncio.Event) -> None:
+        (hung,) = asked(executor, 13)
+        with pytest.raises(Refused, match=r"has not returned for 0.05 s on a batch of 1"):
+            await hung
+
+    known = {"profile": LatencyProfile.constant(1e-6, startup_s=0.0)}
+    with_hanging(table, work, timeout_s=0.05, **({} if is_suspect else known))

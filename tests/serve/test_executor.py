@@ -154,6 +154,7 @@ def test_a_request_that_leaves_while_it_waits_frees_its_place() -> None:
             await executor.submit(rows(2), 1)
         leaves.cancel()
         await asyncio.wait([leaves])
+        assert leaves.cancelled()
         assert executor.num_waiting == 0
         (stays,) = await waiting(executor, executor.submit(rows(3), 1))
         user.gate.set()

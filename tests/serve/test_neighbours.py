@@ -221,8 +221,24 @@ def test_a_failed_batch_is_not_taken_apart_when_its_time_is_over() -> None:
     found, at_once = run_batch(ServedModel(user, name="m"), requests, within_s=0.0)
     assert len(user.batches) == 1 and not at_once
     assert [type(answer) for answer in found] == [Refused] * 3
-    assert {answer.status for answer in found if isinstance(answer, Refused)} == {503}
+    refusals = [answer for answer in found if isinstance(answer, Refused)]
+    assert {(answer.status, answer.retry_after_s) for answer in refusals} == {(503, 1.0)}
     assert SECRET not in "".join(map(str, found))
+
+
+@pytest.mark.parametrize("retry_safe", [True, False])
+def test_a_fault_that_takes_no_second_call_is_found_at_once(retry_safe: bool) -> None:
+    user = Gated(raises)
+    user.retry_safe = retry_safe  # type: ignore[attr-defined]
+    user.gate.set()
+    texts = [SECRET] if retry_safe else ["a", SECRET]
+    requests = [
+        decode_request(json.dumps(body(text)).encode(), limits=RequestLimits()).inputs
+        for text in texts
+    ]
+    found, at_once = run_batch(ServedModel(user, name="m"), requests)
+    assert at_once, "what it took is what such a batch takes"
+    assert [type(answer) for answer in found] == [ModelFault] * len(texts)
 
 
 def test_requests_of_a_model_that_may_not_compute_twice_fail_alike_and_learn_nothing() -> None:
@@ -254,6 +270,26 @@ def test_bytes_that_are_not_utf8_are_refused_in_json_and_sent_as_binary() -> Non
     assert refused.status_code == 406 and "ask for binary_data" in refused.json()["error"]
     sent = alone(answer, body("a", parameters={"binary_data_output": True}))
     assert sent.status_code == 200 and sent.content.endswith(b"\x02\0\0\0\xffa")
+
+
+def test_a_tensor_of_texts_is_sent_as_text_and_a_row_that_holds_no_text_fails_alone() -> None:
+    def answer(texts: list[str]) -> Any:
+        found = np.array([[text, "é"] for text in texts], dtype=object)
+        found[[text == SECRET for text in texts], 1] = 3
+        return found
+
+    found, _ = together(Gated(answer), body("a"), body(SECRET), body("b"))
+    assert [r.status_code for r in found] == [200, 500, 200]
+    assert [r.json()["outputs"][0]["data"] for r in (found[0], found[2])] == [
+        ["a", "é"],
+        ["b", "é"],
+    ]
+
+
+def test_an_output_whose_name_cannot_be_printed_is_a_fault() -> None:
+    found = alone(lambda texts: {"a\nb": texts}, body("a"))
+    assert found.status_code == 500
+    assert "an output whose name cannot be printed" in found.json()["error"]
 
 
 def lengths(texts: list[str]) -> list[int]:

@@ -206,6 +206,34 @@ def test_a_generator_whose_end_raises_is_closed_all_the_same() -> None:
     asyncio.run(go())
 
 
+def test_a_replica_has_64_streams_and_48_of_one_client_and_says_when_to_come_again() -> None:
+    async def go() -> None:
+        streams = Streams()
+        taken = []
+
+        async def open_one(client: bytes | None) -> None:
+            parts = streams.parts(Endless().stream(np.ones(1)), client)
+            await anext(parts)
+            taken.append(parts)
+
+        for _ in range(48):
+            await open_one(b"one")
+        with pytest.raises(Refused, match="48 streams of this client") as of_one:
+            await open_one(b"one")
+        for _ in range(16):
+            await open_one(None)
+        with pytest.raises(Refused, match="64 streams are open") as of_all:
+            await open_one(b"another")
+        found = [(why.value.status, why.value.retry_after_s) for why in (of_one, of_all)]
+        assert found == [(429, 1.0), (503, 1.0)]
+        for parts in taken:
+            await parts.aclose()
+        while streams.num_open:
+            await asyncio.sleep(0)
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize("kind", [asyncio.CancelledError, SystemExit, KeyboardInterrupt])
 def test_a_stream_that_would_end_the_process_ends_itself_with_an_error(
     kind: type[BaseException],

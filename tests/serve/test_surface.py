@@ -3,8 +3,9 @@
 import asyncio
 import json
 import threading
+import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from supple.serve.meters import Meters, merge
 from supple.serve.model import ServedModel
 from supple.serve.protocol import Refused, RequestLimits
 from supple.serve.surface import Surface, SurfaceSettings
+from supple.testing.faults import FakeClock
 
 
 class Doubles:
@@ -58,6 +60,7 @@ class Service:
         all_metrics: Callable[[], Awaitable[list[bytes]]] | None = None,
         user: Any = None,
         attempts: Attempts | None = None,
+        clock: FakeClock | None = None,
         **settings: Any,
     ) -> None:
         self.user = user or Doubles()
@@ -77,6 +80,7 @@ class Service:
             SurfaceSettings(**settings),
             all_metrics=all_metrics,
             attempts=attempts,
+            now=time.monotonic if clock is None else clock.now,
         )
         transport = httpx.ASGITransport(app=self.surface)  # type: ignore[arg-type]
         self.client = httpx.AsyncClient(transport=transport, base_url="http://m")
@@ -296,6 +300,161 @@ def test_a_body_over_the_limit_is_refused() -> None:
 
             response = await service.client.post("/v2/models/m/infer", content=chunks())
             assert response.status_code == 413
+
+    asyncio.run(go())
+
+
+def test_another_model_or_version_than_the_one_that_is_served_is_named_and_refused() -> None:
+    async def go() -> None:
+        async with Service() as service:
+            for version in ("", "1"):
+                service.surface.check_name("m", version)
+            for name, version, words in (
+                ("other", "", "no model 'other'; 'm' version 1 is served here"),
+                ("m", "2", "no model 'm' version '2'; 'm' version 1 is served here"),
+            ):
+                with pytest.raises(Refused, match=words) as refused:
+                    service.surface.check_name(name, version)
+                assert refused.value.status == 404
+            for path, words in (
+                ("/v2/models/other/versions/1", "no model 'other' version '1'"),
+                ("/v2/models/m/versions/2", "no model 'm' version '2'"),
+                ("/v2/models/m/versions", "nothing is at"),
+                ("/v2/models", "nothing is at"),
+            ):
+                assert words in (await service.client.get(path)).json()["error"]
+
+    asyncio.run(go())
+
+
+def test_each_of_several_tokens_opens_the_service() -> None:
+    async def go() -> None:
+        async with Service(tokens=("one", "two")) as service:
+            for token, status in (("one", 200), ("two", 200), ("three", 401)):
+                headers = {"Authorization": f"Bearer {token}"}
+                assert (await service.infer(1, 2, headers=headers)).status_code == status
+
+    asyncio.run(go())
+
+
+def test_a_binary_answer_tells_where_its_json_ends() -> None:
+    async def go() -> None:
+        async with Service() as service:
+            wanted = asked(1, 2) | {"parameters": {"binary_data_output": True}}
+            response = await service.client.post("/v2/models/m/infer", json=wanted)
+            assert response.headers["content-type"] == "application/octet-stream"
+            end = int(response.headers["inference-header-content-length"])
+            json.loads(response.content[:end])
+            assert np.frombuffer(response.content[end:], np.float32).tolist() == [2.0, 4.0]
+
+    asyncio.run(go())
+
+
+def test_only_inferences_are_counted() -> None:
+    async def go() -> None:
+        async with Service() as service:
+            await service.infer(1, 2)
+            await service.client.get("/v2")
+            lines = (await service.client.get("/metrics")).text.splitlines()
+            counts = [line for line in lines if line.startswith("supple_requests_total{")]
+            assert [line.rpartition(" ")[2] for line in counts] == ["1"]
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(("spare", "status"), [(0, 200), (-1, 413)])
+def test_a_body_of_the_largest_size_is_taken(spare: int, status: int) -> None:
+    body = json.dumps(asked(1, 2)).encode()
+
+    async def go() -> None:
+        async with Service(limits=RequestLimits(max_body_bytes=len(body) + spare)) as service:
+            response = await service.client.post("/v2/models/m/infer", content=body)
+            assert response.status_code == status
+
+    asyncio.run(go())
+
+
+async def sent_in_parts(
+    service: Service, parts: AsyncIterator[bytes | None]
+) -> tuple[int, dict[bytes, bytes], Any]:
+    """(status, headers, document) of the answer to an inference whose body comes in `parts`; with
+    None its client leaves."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        part = await anext(parts)
+        if part is None:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": part, "more_body": part != b""}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    path = "/v2/models/m/infer"
+    await service.surface(
+        {"type": "http", "method": "POST", "path": path, "headers": []}, receive, send
+    )
+    start, body = sent
+    return start["status"], dict(start["headers"]), json.loads(body["body"])
+
+
+@pytest.mark.parametrize(("late_s", "status"), [(100.0, 200), (100.25, 408)])
+def test_a_body_that_is_not_whole_within_five_minutes_is_refused(
+    late_s: float, status: int
+) -> None:
+    clock = FakeClock()
+
+    async def parts() -> AsyncIterator[bytes]:
+        whole = json.dumps(asked(1, 2)).encode()
+        for part in (whole[:9], whole[9:20], whole[20:]):
+            yield part
+            clock.advance(100.0)
+        clock.advance(late_s - 100.0)
+        yield b""
+
+    async def go() -> None:
+        async with Service(clock=clock) as service:
+            found, _, document = await sent_in_parts(service, parts())
+            assert found == status
+            if status == 408:
+                assert document["error"] == "the body was not whole within 300 s"
+
+    asyncio.run(go())
+
+
+def test_bodies_that_are_half_read_hold_so_much_memory_together_and_no_more() -> None:
+    whole = json.dumps(asked(1, 2)).encode().ljust(200)
+    limits = RequestLimits(max_body_bytes=200)
+
+    async def go() -> None:
+        rest = asyncio.Event()
+        first_parts: list[None] = []
+
+        async def halted(body: bytes) -> AsyncIterator[bytes]:
+            yield body
+            first_parts.append(None)
+            await rest.wait()
+            yield b""
+
+        async def leaves() -> AsyncIterator[bytes | None]:
+            yield whole
+            yield None
+
+        async with Service(limits=limits) as service:
+            with pytest.raises(asyncio.CancelledError):
+                await sent_in_parts(service, leaves())
+            tasks = [
+                asyncio.ensure_future(sent_in_parts(service, halted(whole))) for _ in range(16)
+            ]
+            while len(first_parts) < len(tasks):
+                await asyncio.sleep(0)
+            refused, headers, document = await sent_in_parts(service, halted(b" "))
+            assert refused == 503 and headers[b"retry-after"] == b"1"
+            assert "too many large requests are being read" in document["error"]
+            rest.set()
+            answers = await asyncio.gather(*tasks)
+            assert [status for status, _, _ in answers] == [200] * 16
+            assert (await sent_in_parts(service, halted(whole)))[0] == 200
 
     asyncio.run(go())
 

@@ -53,6 +53,26 @@ def test_who_was_given_up_and_who_is_of_an_earlier_run_may_not() -> None:
     assert not fence("w0", "w2", run=6).bars(Writer(run=7, worker_id="w1"))
 
 
+def test_who_is_out_is_told_why(tmp_path: Path) -> None:
+    fence("w0", "w2").write(tmp_path)
+    assert Barrier(tmp_path, Writer(run=6, worker_id="w0")).why_out() == (
+        "another run of the same name has begun since"
+    )
+    assert Barrier(tmp_path, Writer(run=7, worker_id="w1")).why_out() == (
+        "worker w1 was given up by its job, which goes on without it (generation 2)"
+    )
+    assert Barrier(tmp_path, Writer(run=7, worker_id="w0")).why_out() == ""
+
+
+def test_a_fence_that_cannot_be_put_in_place_is_an_error_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / NAME / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match=NAME):
+        fence("w0").write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
 def test_a_run_has_a_higher_number_than_the_one_before_even_if_the_clock_went_back(
     tmp_path: Path,
 ) -> None:

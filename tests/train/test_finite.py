@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from supple.core.spec import TrainSpec
 from supple.core.types import CheckpointFailed, Progress
 from supple.train.checkpoint import CheckpointError, CheckpointStore
-from supple.train.finite import MOST_SKIPPED_IN_A_ROW
+from supple.train.finite import MOST_SKIPPED_IN_A_ROW, FiniteSteps
 from supple.train.job import Job, TrainingError
 from supple.train.state import TrainState
 from tests.train.world import World
@@ -313,3 +313,10 @@ def test_a_buffer_that_a_forward_pass_ruined_is_named_and_one_built_infinite_is_
 
     with pytest.raises(TrainingError, match=r"in norm\.running_var"):
         train(Job(TrainSpec(name="job", script="")))
+
+
+@pytest.mark.parametrize(("num_bad", "named"), [(3, "a, b, c. No"), (4, "a, b, c and 1 more. No")])
+def test_the_first_three_weights_that_are_not_finite_are_named(num_bad: int, named: str) -> None:
+    bad = {nn.Parameter(torch.tensor([float("nan")])): name for name in "abcd"[:num_bad]}
+    with pytest.raises(TrainingError, match=f"after step 7, in {named}"):
+        FiniteSteps("stop", bad, {}).check_weights(7, 0.1)

@@ -41,6 +41,18 @@ def test_commands_are_taken_in_the_order_they_were_posted() -> None:
     assert [mailbox.next_command() for _ in posted] == posted
 
 
+def test_a_look_for_a_command_to_save_leaves_the_others_in_their_order() -> None:
+    mailbox = Mailbox()
+    save = SaveCheckpoint(job_id=JOB, generation=1, worker_id=ME)
+    posted = [form(2), save, form(3)]
+    for action in posted:
+        mailbox.post(action)
+    assert mailbox.take_save() is None
+    assert mailbox.next_command() == form(2)
+    assert mailbox.take_save() == save
+    assert mailbox.next_command() == form(3)
+
+
 def test_only_a_command_to_save_can_be_taken_by_another_thread() -> None:
     mailbox = Mailbox()
     assert mailbox.take_save() is None

@@ -46,10 +46,18 @@ class ClusterWatch:
         job_id: JobId,
         put: Callable[[Event], None],
         nodes: Callable[[], Mapping[WorkerId, str]],
+        *,
+        ask: Callable[[], Mapping[str, int]] = ray_state.state.get_draining_nodes,
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        every_s: float = _EVERY_S,
     ) -> None:
+        """`ask` is a question to the head, answered with the nodes that drain and the deadline of
+        each; `now` is the clock of events, and `wall` that of the head's deadlines."""
         self._job_id = job_id
         self._put = put
         self._nodes = nodes
+        self._ask, self._now, self._wall, self._every_s = ask, now, wall, every_s
         self._told: set[WorkerId] = set()
         self.is_lost = False
         """Nothing must be asked of the cluster any more: it would not answer."""
@@ -71,20 +79,20 @@ class ClusterWatch:
 
     async def watch_head(self, address: str) -> None:
         """Ask the head again and again which nodes drain; tell of them, and of no answer."""
-        answered_at, said = time.monotonic(), False
-        asked: asyncio.Future[dict[str, int]] | None = None
+        answered_at, said = self._now(), False
+        asked: asyncio.Future[Mapping[str, int]] | None = None
         while not self.is_lost:
             # A question that is still open is not asked twice: it holds a thread.
-            asked = asked or asyncio.ensure_future(in_a_thread(ray_state.state.get_draining_nodes))
-            await asyncio.wait({asked}, timeout=_EVERY_S)
+            asked = asked or asyncio.ensure_future(in_a_thread(self._ask))
+            await asyncio.wait({asked}, timeout=self._every_s)
             if asked.done():
                 try:
                     self._drain(asked.result())
-                    answered_at, said = time.monotonic(), False
+                    answered_at, said = self._now(), False
                 except (RayError, ConnectionError, RuntimeError):
                     pass  # as good as no answer
                 asked = None
-            away_s = time.monotonic() - answered_at
+            away_s = self._now() - answered_at
             who = f"the head of the Ray cluster at {address} has not answered for {away_s:.0f} s"
             if away_s > _LOST_AFTER_S:
                 self._lose(who)
@@ -98,7 +106,7 @@ class ClusterWatch:
                         f"and saves and ends when {_LOST_AFTER_S:g} s have passed",
                     )
                 )
-            await asyncio.sleep(_EVERY_S)
+            await asyncio.sleep(self._every_s)
 
     def _lose(self, reason: str) -> None:
         self.is_lost = True
@@ -115,12 +123,12 @@ class ClusterWatch:
             if not there:
                 continue
             self._told.update(there)
-            left_s = deadline_ms / 1000 - time.time() if deadline_ms else _NO_DEADLINE_S
+            left_s = deadline_ms / 1000 - self._wall() if deadline_ms else _NO_DEADLINE_S
             self._put(
                 PreemptionNoticed(
                     job_id=self._job_id,
                     generation=0,
                     worker_ids=there,
-                    deadline=time.monotonic() + max(0.0, left_s),
+                    deadline=self._now() + max(0.0, left_s),
                 )
             )

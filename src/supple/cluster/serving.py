@@ -149,8 +149,8 @@ def _until_it_runs(name: str, within_s: float) -> Iterator[None]:
     while (application := serve.status().applications[name]).status != "RUNNING":
         late = time.monotonic() > end_s
         if application.status == "DEPLOY_FAILED" or late:
-            after = f"its replicas have not come up within {within_s:.0f} s"
-            raise ModelFault(why_not(name) or after)
+            after, said = f"its replicas have not come up within {within_s:.0f} s", why_not(name)
+            raise ModelFault(f"{after}: {said}" if late and said else said or after)
         yield
 
 

@@ -46,8 +46,6 @@ def end_the_silent(turn: Turn) -> None:
     """Kill who was silent for too long, and say of whom it is not known whether it still works."""
     spec = turn.state.spec
     for worker_id, view in turn.state.workers.items():
-        if turn.state.phase.is_over:
-            return
         silent_s, unanswered_s = turn.now - view.heard_at, turn.now - view.answered_at
         allowed_s, rule = _allowed(turn, worker_id)
         starting = view.status is WorkerStatus.STARTING

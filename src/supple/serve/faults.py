@@ -6,9 +6,11 @@ neither, and the log gets the exception's type and where in the author's files i
 """
 
 import logging
+import math
 import secrets
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, final
 
@@ -64,20 +66,23 @@ class FaultLog:
     """Gives every fault a number that its caller is told, and writes a line with it to the log, at
     most one a second: who sends bad requests shall not fill the disk."""
 
-    def __init__(self, logger: logging.Logger) -> None:
+    def __init__(
+        self, logger: logging.Logger, *, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._logger = logger
-        self._next_s = 0.0
+        self._now = now
+        self._next_s = -math.inf
         self._num_unsaid = 0
 
     def number(self, error: Exception) -> str:
         """The number of `error`, which is in the log now if its turn has come."""
         found = secrets.token_hex(4)
-        if time.monotonic() < self._next_s:
+        if self._now() < self._next_s:
             self._num_unsaid += 1
             return found
         where = error.where if isinstance(error, ModelFault) else f"unexpected {places(error)}"
         unsaid = f" ({self._num_unsaid} before it were not written)" if self._num_unsaid else ""
         self._logger.warning("error %s: %s%s", found, where, unsaid)
-        self._next_s = time.monotonic() + _LOG_EVERY_S
+        self._next_s = self._now() + _LOG_EVERY_S
         self._num_unsaid = 0
         return found

@@ -100,9 +100,11 @@ class Surface:
         *,
         all_metrics: Callable[[], Awaitable[Sequence[bytes]]] | None = None,
         attempts: Attempts | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         """`all_metrics` fetches the pages of all replicas of the service; None: this is all.
-        `attempts` is where is noted what is computed."""
+        `attempts` is where is noted what is computed; `now` is the clock of bodies."""
+        self._now = now
         self._model = model
         self._all_metrics = all_metrics
         self._answers = answers
@@ -329,7 +331,7 @@ class Surface:
             return body
         chunks: list[bytes] = []
         size = 0
-        end_s = time.monotonic() + _BODY_S
+        end_s = self._now() + _BODY_S
         try:
             while message["type"] == "http.request":
                 chunk = message.get("body", b"")
@@ -339,7 +341,7 @@ class Surface:
                     refuse(f"the body has more than {size - len(chunk)} bytes, {limit}", 413)
                 if self._half_read_bytes > _MOST_HALF_READ * most:
                     raise Refused("too many large requests are being read; try again", 503, 1.0)
-                if time.monotonic() > end_s:
+                if self._now() > end_s:
                     refuse(f"the body was not whole within {_BODY_S:g} s", 408)
                 chunks.append(chunk)
                 if not message.get("more_body", False):

@@ -4,8 +4,8 @@ The training thread reads commands and emits events; control threads post and co
 Knows nothing of how either travels.
 """
 
-import queue
 import threading
+from collections import deque
 
 from supple.core.types import (
     AbortGeneration,
@@ -23,9 +23,8 @@ class Mailbox:
     """Commands in, events out, for one worker. Every method may be called from any thread."""
 
     def __init__(self) -> None:
-        self._commands: queue.SimpleQueue[FormGroup | SaveCheckpoint | StopWorker] = (
-            queue.SimpleQueue()
-        )
+        self._commands = deque[FormGroup | SaveCheckpoint | StopWorker]()
+        self._posted = threading.Condition()
         self._events: list[Event] = []
         self._progress: Progress | None = None
         self._condition = threading.Condition()
@@ -44,11 +43,16 @@ class Mailbox:
                 self._aborted = max(self._aborted, action.generation)
             case StopWorker():
                 self._stopping = True
-                self._commands.put(action)
+                self._put(action)
             case FormGroup() | SaveCheckpoint():
-                self._commands.put(action)
+                self._put(action)
             case _:
                 raise TypeError(f"our bug: a worker was sent {type(action).__name__}")
+
+    def _put(self, command: FormGroup | SaveCheckpoint | StopWorker) -> None:
+        with self._posted:
+            self._commands.append(command)
+            self._posted.notify()
 
     def collect(self, timeout_s: float) -> tuple[list[Event], Progress | None]:
         """Events emitted since the last call, at once if there are any, else after `timeout_s`
@@ -74,18 +78,19 @@ class Mailbox:
 
     def take_save(self) -> SaveCheckpoint | None:
         """The next command, if there is one and it is to save."""
-        try:
-            command = self._commands.get_nowait()
-        except queue.Empty:
-            return None
-        if isinstance(command, SaveCheckpoint):
+        with self._posted:
+            command = self._commands[0] if self._commands else None
+            if not isinstance(command, SaveCheckpoint):
+                return None
+            self._commands.popleft()
             return command
-        self._commands.put(command)
-        return None
 
     def next_command(self) -> FormGroup | SaveCheckpoint | StopWorker:
         """Block until the controller says what to do next."""
-        return self._commands.get()
+        with self._posted:
+            while not self._commands:
+                self._posted.wait()
+            return self._commands.popleft()
 
     def heard_of_next(self, generation: int) -> bool:
         """Was a generation after `generation` announced?"""

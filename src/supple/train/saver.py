@@ -31,21 +31,24 @@ class Saver:
         every_s: float,
         identity: Identity | None,
         mailbox: Mailbox | None,
+        *,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._now = now
         self._store = store
         self._every_s = every_s
         self._identity = identity
         self._mailbox = mailbox
-        self._last = time.monotonic()
+        self._last = now()
         self._saved_step = -1
         self._left: tuple[int, Mapping[str, Any], Mapping[str, Any]] | None = None
         """(step, payload, meta): a copy of what the job held when its script left the loop."""
 
     def due(self) -> bool:
         """Has the time come again? Asking starts the next interval."""
-        if self._store is None or time.monotonic() - self._last < self._every_s:
+        if self._store is None or self._now() - self._last < self._every_s:
             return False
-        self._last = time.monotonic()
+        self._last = self._now()
         return True
 
     def behind(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
