@@ -190,7 +190,15 @@ def update(
         answer = ask(service, asked)
         if not as_json:
             typer.echo(f"{service}: updating, {answer['accepted']}")
-        outcome = _outcome(service, answer["number"])
+        try:
+            outcome = _outcome(service, answer["number"])
+        except KeyboardInterrupt:
+            typer.echo(
+                f"supple: the update of {service} goes on; `supple status {service}` says what "
+                "becomes of it.",
+                err=True,
+            )
+            raise
     if as_json:
         typer.echo(json.dumps(answer | {"update": outcome}))
     if outcome != "done":

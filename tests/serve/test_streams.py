@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from supple.serve.executor import Executor
+from supple.serve.faults import ModelFault
 from supple.serve.meters import Meters
 from supple.serve.model import ServedModel
 from supple.serve.protocol import Refused
-from supple.serve.streams import Streams
+from supple.serve.streams import Leaving, Streams, in_this_thread
 from supple.serve.surface import Surface, SurfaceSettings
 
 LIMIT_S = 30.0
@@ -60,6 +61,18 @@ class AsyncEndless(Endless):
                 yield batch
         finally:
             await asyncio.sleep(0)
+            self.ended.set()
+
+
+class Awaits(Endless):
+    """Its asynchronous stream awaits something that does not come."""
+
+    async def stream(self, batch: Any) -> AsyncIterator[Any]:  # type: ignore[override]
+        try:
+            self.in_part.set()
+            await asyncio.Event().wait()
+            yield batch
+        finally:
             self.ended.set()
 
 
@@ -141,6 +154,81 @@ def test_a_client_that_does_not_read_holds_its_stream_where_it_is(kind: type[End
         assert user.num_parts == 1
 
     asyncio.run(go())
+
+
+def test_what_a_stream_awaits_is_cancelled_when_its_client_has_left() -> None:
+    async def go() -> None:
+        user = Awaits()
+
+        async def send(_: dict[str, Any]) -> None: ...
+
+        task = streamed(user, send)
+        await happens(user.in_part)
+        task.cancel()
+        await happens(user.ended)
+
+    asyncio.run(go())
+
+
+def test_a_stream_that_is_left_before_it_awaits_does_not_await_at_all() -> None:
+    async def go() -> None:
+        user = Awaits()
+        leaving = Leaving()
+        leaving.leave()
+        parts = in_this_thread(user.stream(np.ones(1)), leaving)
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.to_thread(next, parts)
+
+    asyncio.run(go())
+
+
+def test_a_part_that_takes_too_long_fails_its_stream_and_many_hanging_ones_the_replica() -> None:
+    go_on = threading.Event()
+
+    def hanging() -> Iterator[Any]:
+        assert go_on.wait(LIMIT_S)
+        yield {"x": np.ones(1)}
+
+    async def go() -> None:
+        streams = Streams(most=4, part_timeout_s=0.01)
+        for _ in range(2):
+            assert streams.stuck is None
+            with pytest.raises(Refused, match=r"has not yielded its next part for 0\.01 s") as told:
+                await anext(streams.parts(hanging()))
+            assert told.value.status == 504
+        assert streams.num_open == 2
+        while streams.stuck is None:
+            await asyncio.sleep(0.001)
+        assert "2 streams that nobody waits for" in streams.stuck
+        go_on.set()
+        while streams.num_open:
+            await asyncio.sleep(0.001)
+        assert streams.stuck is None
+
+    asyncio.run(go())
+
+
+def test_a_part_of_another_type_or_shape_than_declared_fails_the_stream() -> None:
+    class Model:
+        inputs = {"x": "int64[1]"}  # noqa: RUF012
+        outputs = {"y": "float32[2]"}  # noqa: RUF012
+
+        def __init__(self, part: Any) -> None:
+            self.part = part
+
+        def predict(self, batch: Any) -> Any:
+            return np.ones((1, 2), np.float32)
+
+        def stream(self, batch: Any) -> Iterator[Any]:
+            yield {"y": self.part}
+
+    def parts(part: Any) -> list[Any]:
+        return list(ServedModel(Model(part), name="m").stream({"x": np.ones((1, 1), np.int64)}))
+
+    assert len(parts(np.ones((3, 2), np.float32))) == 1, "any number of rows"
+    for wrong in ("garbage", np.ones((1, 3), np.float32), np.ones((1, 2), np.int64)):
+        with pytest.raises(ModelFault, match="the class declares FP32"):
+            parts(wrong)
 
 
 def test_more_streams_than_there_are_threads_for_are_refused_until_one_ends() -> None:

@@ -151,8 +151,8 @@ class Replica:
 
     def check_health(self) -> None:
         """Ray asks every second; a replica whose model hangs is replaced."""
-        if self._executor.stuck is not None:
-            raise ModelFault(self._executor.stuck)
+        if self._surface.stuck is not None:
+            raise ModelFault(self._surface.stuck)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What the policy sees of this replica."""
@@ -213,10 +213,10 @@ class Replica:
             case "ServerLive":
                 return make(live=True)
             case "ServerReady":
-                return make(ready=self._executor.stuck is None)
+                return make(ready=self._surface.stuck is None)
             case "ModelReady":
                 self._surface.check_name(asked.name, asked.version)
-                return make(ready=self._executor.stuck is None)
+                return make(ready=self._surface.stuck is None)
             case "ServerMetadata":
                 return make(**self._surface.server_metadata())
             case "ModelMetadata":

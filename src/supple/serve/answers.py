@@ -53,15 +53,17 @@ class AnswerCheck:
         return found
 
     def part(self, answer: Any) -> Outputs:
-        """The outputs of one part of a stream, of any number of rows. Raises `ModelFault`."""
+        """The outputs of one part of a stream, of any number of rows, and as declared. Raises
+        `ModelFault`."""
         found: Outputs = {}
-        for name, value in self._named(answer).items():
+        for name, value in self._named(answer, "stream() yielded").items():
             array = _tensor(name, value)
+            self._refuse_other(name, array)
             self._refuse_values(name, array)
             found[name] = array
         return found
 
-    def _named(self, answer: Any) -> dict[str, Any]:
+    def _named(self, answer: Any, returned: str = "predict() returned") -> dict[str, Any]:
         if isinstance(answer, Mapping):
             named = {str(name): _listed(value) for name, value in answer.items()}
         else:
@@ -69,11 +71,11 @@ class AnswerCheck:
             named = {single: _listed(answer)}
         if self._specs and named.keys() != self._specs.keys():
             raise ModelFault(
-                f"predict() returned {', '.join(named) or 'nothing'}; the class declares "
+                f"{returned} {', '.join(named) or 'nothing'}; the class declares "
                 f"{', '.join(self._specs)}"
             )
         if not all(name.isprintable() for name in named):
-            raise ModelFault("predict() returned an output whose name cannot be printed")
+            raise ModelFault(f"{returned} an output whose name cannot be printed")
         return named
 
     def _parts(self, name: str, value: Any, rows: Sequence[int]) -> Iterator[Array | ModelFault]:
@@ -115,6 +117,9 @@ class AnswerCheck:
                 f"output {name!r} has shape {list(array.shape)} for a batch of {rows}: its first "
                 "dim must be the rows of the batch"
             )
+        self._refuse_other(name, array)
+
+    def _refuse_other(self, name: str, array: Array) -> None:
         spec = self._specs.get(name)
         if spec is not None and not spec.admits(array):
             raise ModelFault(

@@ -32,7 +32,7 @@ from supple.core.spec import SpecError
 from supple.serve.answers import AnswerCheck, Outputs
 from supple.serve.faults import ModelFault, raised, user_traceback
 from supple.serve.protocol import DATATYPES, Array, refuse
-from supple.serve.streams import in_this_thread
+from supple.serve.streams import Leaving, in_this_thread
 from supple.serve.tensor_spec import specs
 
 _MODULE = "supple_user_model"
@@ -250,14 +250,17 @@ class ServedModel:
         except BaseException as error:  # code of the user's too: of a dict, or of a str
             raise raised("what predict() returned raised", error) from None
 
-    def stream(self, inputs: Mapping[str, Array]) -> Iterator[Outputs]:
+    def stream(
+        self, inputs: Mapping[str, Array], leaving: Leaving | None = None
+    ) -> Iterator[Outputs]:
         """The parts of an answer to one request, checked like `predict`'s but for their rows. The
-        user's generator, which may be an asynchronous one, is closed when this one is."""
+        user's generator, which may be an asynchronous one, is closed when this one is; what it
+        awaits is cancelled by `leaving`."""
         parts: Any = None
         try:
             parts = self.user.stream(self._handed(inputs))
             if hasattr(parts, "__anext__"):
-                parts = in_this_thread(parts)
+                parts = in_this_thread(parts, leaving or Leaving())
             for part in parts:
                 yield self._answers.part(part)
         except (ModelFault, GeneratorExit):  # the second closes this generator

@@ -33,7 +33,7 @@ from supple.serve.protocol import (
     encode_response,
     refuse,
 )
-from supple.serve.streams import CLIENT, Streams
+from supple.serve.streams import CLIENT, Leaving, Streams
 from supple.serve.tensor_spec import TensorSpec
 
 Scope = Mapping[str, Any]
@@ -259,7 +259,8 @@ class Surface:
             return await self._send_parts(request, headers.get(CLIENT), send)
 
     async def _send_parts(self, request: InferRequest, client: bytes | None, send: Send) -> int:
-        parts = self.streams.parts(self._model.stream(request.inputs), client)
+        leaving = Leaving()
+        parts = self.streams.parts(self._model.stream(request.inputs, leaving), client, leaving)
         started = False
         try:
             async with aclosing(parts):
@@ -305,9 +306,14 @@ class Surface:
         await _send(send, 200, content, [(b"content-type", _PROMETHEUS)])
         return 200
 
+    @property
+    def stuck(self) -> str | None:
+        """Why this replica should be replaced."""
+        return self._answers.stuck or self.streams.stuck
+
     def _ready(self) -> tuple[int, bytes, bytes]:
-        if self._answers.stuck is not None:
-            return _json({"error": self._answers.stuck}, 503)
+        if self.stuck is not None:
+            return _json({"error": self.stuck}, 503)
         return _json({"ready": True, "name": self._model.name})
 
     def _decoded(self, body: bytes, headers: Mapping[bytes, bytes]) -> InferRequest:
