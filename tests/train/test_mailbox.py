@@ -11,6 +11,7 @@ from supple.core.types import (
     FormGroup,
     JobId,
     KillWorker,
+    Progress,
     SaveCheckpoint,
     StopWorker,
     WorkerFinished,
@@ -29,6 +30,29 @@ def form(generation: int) -> FormGroup:
 
 def finished(step: int) -> WorkerFinished:
     return WorkerFinished(job_id=JOB, generation=1, worker_id=ME, step=step)
+
+
+def progress(step: int) -> Progress:
+    return Progress(
+        generation=1,
+        step=step,
+        epoch=0,
+        num_epochs=1,
+        samples_done=8 * step,
+        samples_total=None,
+        num_workers=1,
+        global_batch_size=8,
+        lr=0.1,
+        step_time_s=0.1,
+        sync_time_s=0.0,
+        data_time_s=0.0,
+        noise_scale=None,
+        efficiency=None,
+        base_batch_size=8,
+        base_lr=0.1,
+        optimizer="SGD",
+        gradient_bytes=4,
+    )
 
 
 def test_commands_are_taken_in_the_order_they_were_posted() -> None:
@@ -120,6 +144,25 @@ def test_an_event_ends_the_wait_at_once() -> None:
     mailbox.emit(finished(1))
     thread.join(30)
     assert found == [finished(1)]
+
+
+def test_events_that_are_there_already_are_not_waited_for() -> None:
+    mailbox = Mailbox()
+    mailbox.emit(finished(1))
+    found: list[Event] = []
+    thread = threading.Thread(target=lambda: found.extend(mailbox.collect(600.0)[0]), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert found == [finished(1)]
+
+
+def test_the_newest_progress_is_collected_once() -> None:
+    mailbox = Mailbox()
+    newest = progress(8)
+    mailbox.publish(progress(7))
+    mailbox.publish(newest)
+    assert mailbox.collect(0.0) == ([], newest)
+    assert mailbox.collect(0.0) == ([], None)
 
 
 def test_what_is_not_for_workers_is_our_bug() -> None:

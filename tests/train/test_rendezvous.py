@@ -56,6 +56,25 @@ def test_every_rank_learns_what_every_rank_wrote() -> None:
     assert all_meet(Rendezvous("127.0.0.1").address, "a/1", 3) == [expected] * 3
 
 
+def test_more_members_than_strangers_are_allowed_meet_all_the_same() -> None:
+    expected = [f"from {rank}".encode() for rank in range(70)]
+    assert all_meet(Rendezvous("127.0.0.1").address, "a/1", 70) == [expected] * 70
+
+
+def test_who_has_left_before_it_came_does_not_wait_for_the_others() -> None:
+    meeting = Rendezvous("127.0.0.1")
+    alone = Meeting(meeting.address, key="a/1", rank=0, size=2)
+    alone.set("0/0", b"from 0")
+    alone.leave()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(alone.get, "0/1")
+        try:
+            with pytest.raises(MeetingFailed, match="left before all had come"):
+                waiting.result(_LIMIT_S)
+        finally:
+            alone.leave()  # where it waits all the same
+
+
 def test_the_rendezvous_listens_on_the_address_it_was_given_and_on_no_other() -> None:
     meeting = Rendezvous("127.0.0.1")
     port = meeting.address.port
