@@ -241,7 +241,7 @@ class AnyHistory(RuleBasedStateMachine):
             assert "bad sample" in failed.detail
 
 
-TestAnyHistory: Any = AnyHistory.TestCase
+TestAnyHistory: Any = pytest.mark.timeout(400)(AnyHistory.TestCase)
 TestAnyHistory.settings = settings(
     derandomize=True,
     deadline=None,
