@@ -32,11 +32,11 @@ import torch
 
 from benchmarks.machine import report
 from benchmarks.peers.fixed_window import FixedWindow
-from supple import load
-from supple.core.serve_spec import Slo
+from supple.core.service.spec import Slo
+from supple.load import generator as load
 from supple.serve.executor import Executor
 from supple.serve.meters import Meters
-from supple.serve.model import ServedModel
+from supple.serve.models.model import ServedModel
 from supple.serve.surface import Surface, SurfaceSettings
 
 _WINDOW_S = 0.010

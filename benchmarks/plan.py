@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import report
 from supple.cluster.measure import Measurements, job_model, measure
-from supple.core.measurements import configuration
-from supple.core.planner import LARGEST_COUNT, JobModel, PlanTable, plan
+from supple.core.planning.planner import LARGEST_COUNT, JobModel, PlanTable, plan
 from supple.core.spec import Limits, Objective
+from supple.core.training.measurements import configuration
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("examples/digits.py", "examples/convnet.py", "examples/gpt.py", "benchmarks/workload.py")

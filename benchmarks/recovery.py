@@ -34,8 +34,8 @@ from benchmarks.peers import torchrun
 from benchmarks.recovery_models import Committed, committed
 from benchmarks.runs import status, training, wait_until_running, wait_until_stepping
 from benchmarks.workload import STEPS_ENV
-from supple.cluster.control import ask
-from supple.core.ledger import prove
+from supple.control.socket import ask
+from supple.core.job.ledger import prove
 
 _TIMED_KILLS = 5
 _FAULTS = 52

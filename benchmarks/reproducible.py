@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import reproducible_script, workload
 from benchmarks.machine import report
 from benchmarks.runs import status, training, wait_until_running, wait_until_stepping
-from supple.cluster.control import ask
+from supple.control.socket import ask
 
 SCRIPT = Path(reproducible_script.__file__)
 _STEPS = 4000

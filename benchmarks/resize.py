@@ -20,7 +20,7 @@ from benchmarks import workload
 from benchmarks.machine import report
 from benchmarks.peers import floor, ray_train, torchrun
 from benchmarks.runs import training, wait_until_running
-from supple.cluster.control import ask
+from supple.control.socket import ask
 
 _LEAST_S = 1e-3
 """A shorter pause cannot be told from the scatter of steps."""

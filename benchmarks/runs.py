@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from supple.cluster.control import ask
+from supple.control.socket import ask
 
 ROOT = Path(__file__).resolve().parent.parent
 

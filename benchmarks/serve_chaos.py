@@ -42,9 +42,10 @@ import dataclasses
 
 from benchmarks.machine import report
 from benchmarks.serve_faults import Faults, Memory, infer_request
-from supple.cluster import ingress, scrape, serving
-from supple.core.serve_spec import ServeSpec, parse_slo
-from supple.serve import protocol_grpc as oip
+from supple.cluster.services import ingress, scrape
+from supple.cluster.services import service as serving
+from supple.core.service.spec import ServeSpec, parse_slo
+from supple.serve.protocol import grpc as oip
 
 _NAME = "chaos"
 _COUNTS = [1, 5, 2, 6, 3, 4]

@@ -17,9 +17,9 @@ from typing import Final
 import psutil
 
 from benchmarks.serve_model import POISON
-from supple.cluster import serving
+from supple.cluster.services import service as serving
 from supple.core.spec import SpecError
-from supple.serve.model import ModelFault
+from supple.serve.models.model import ModelFault
 
 _STRANGER: Final = "127.0.0.2"
 """The address bad clients come from: limits for each client must not hit the good ones."""

@@ -55,8 +55,9 @@ class DigitsBatched(Digits):
 
 
 def supple_host(services: list[dict[str, Any]]) -> dict[str, str]:
-    from supple.cluster import ingress, serving
-    from supple.core.serve_spec import ServeSpec, parse_slo
+    from supple.cluster.services import ingress
+    from supple.cluster.services import service as serving
+    from supple.core.service.spec import ServeSpec, parse_slo
 
     port = ingress.free_port()
     specs = []
@@ -154,7 +155,7 @@ def main() -> None:
                 )
             _tell({"at": time.monotonic(), "held": held})
         if kind == "supple":
-            from supple.cluster import serving
+            from supple.cluster.services import service as serving
 
             profiles = {
                 name: [[p.batch_size, p.p50_s, p.p99_s] for p in serving.profile_of(name)]

@@ -40,12 +40,12 @@ import numpy as np
 
 from benchmarks import serve_hosts
 from benchmarks.machine import report
-from supple import load
-from supple.arrivals import read_trace
-from supple.core.latency import LatencyPoint, LatencyProfile
-from supple.core.peer_policies import StaticPolicy
-from supple.core.serve_spec import Slo
-from supple.core.serving_simulator import Floats, Policy, Scenario, SupplePolicy, simulate
+from supple.core.service.latency import LatencyPoint, LatencyProfile
+from supple.core.service.peer_policies import StaticPolicy
+from supple.core.service.simulator import Floats, Policy, Scenario, SupplePolicy, simulate
+from supple.core.service.spec import Slo
+from supple.inputs.arrivals import read_trace
+from supple.load import generator as load
 
 _APART_S = 5.0
 _TICK_S = 0.5

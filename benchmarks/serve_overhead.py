@@ -45,8 +45,8 @@ def answer(document: Any) -> Any:
 
 def supple_server(port: int, model: str) -> None:
     """This project, one replica."""
-    from supple.core.serve_spec import ServeSpec, parse_slo
-    from supple.serve_run import run
+    from supple.cli.serving import run
+    from supple.core.service.spec import ServeSpec, parse_slo
 
     target = f"{Path(__file__).resolve().parent / 'serve_model.py'}:{model}"
     run(

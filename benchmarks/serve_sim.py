@@ -21,18 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import report
 from benchmarks.serving_traces import SYNTHETIC, Floats
-from supple.arrivals import read_trace
-from supple.core.autoscaler import ScalerState, ServiceView, scale
-from supple.core.latency import LatencyProfile
-from supple.core.peer_policies import PEERS, policies
-from supple.core.serve_spec import Slo
-from supple.core.serving_simulator import (
+from supple.core.service.autoscaler import ScalerState, ServiceView, scale
+from supple.core.service.latency import LatencyProfile
+from supple.core.service.peer_policies import PEERS, policies
+from supple.core.service.simulator import (
     Scenario,
     ServingRun,
     SupplePolicy,
     simulate,
     with_failures,
 )
+from supple.core.service.spec import Slo
+from supple.inputs.arrivals import read_trace
 
 CONVERSATION = "azure_llm_conversation_2023"
 SERVICE_S, SLO = 2.0, Slo(share=0.99, within_s=6.0)

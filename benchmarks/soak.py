@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import report
 from benchmarks.runs import training, wait_until_running
-from supple.cluster.control import ask
+from supple.control.socket import ask
 
 _SCRIPT = Path(__file__).resolve().parent / "soak_script.py"
 _RESIZES = 1000

@@ -29,9 +29,9 @@ from benchmarks.planner_accuracy import (
     metrics,
     write_table,
 )
-from supple.core.interconnects import lookup
-from supple.core.layout_memory import num_parameters
-from supple.core.layouts import DEVICES, Transformer, fit_layouts
+from supple.core.hardware import lookup
+from supple.core.layouts.memory import num_parameters
+from supple.core.layouts.model import DEVICES, Transformer, fit_layouts
 from supple.core.types import Estimate
 
 TEN = Estimate(value=10.0, low=8.0, high=12.5, source="fitted")

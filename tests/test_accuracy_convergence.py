@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.accuracy import epochs, learning_rate, minutes, noise_scale, samples
 from benchmarks.accuracy.samples_floor import FEWEST_PAIRS, Floor, floor, straight_line
-from supple.core.samples import Run
+from supple.core.training.samples import Run
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> None:

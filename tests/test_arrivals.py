@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from supple.arrivals import read_trace
 from supple.core.spec import SpecError
+from supple.inputs.arrivals import read_trace
 
 
 def test_a_trace_may_be_bare_numbers_in_any_order(tmp_path: Path) -> None:

@@ -18,14 +18,14 @@ import typer
 from typer.testing import CliRunner, Result
 
 from supple import __version__
-from supple.cli import app, with_bare_resume
-from supple.cluster.control import ControlServer
-from supple.cluster.controller import Outcome
+from supple.cli.app import app, with_bare_resume
+from supple.cli.errors import messages, split_target
+from supple.cli.training import OPTIONS, ending, resume_command
+from supple.control.controller import Outcome
+from supple.control.socket import ControlServer
 from supple.core.spec import KNEE_RULE, SpecError, TrainSpec
-from supple.eventlog import last_run
-from supple.live import Tally
-from supple.refusals import messages, split_target
-from supple.train_run import OPTIONS, ending, resume_command
+from supple.report.eventlog import last_run
+from supple.report.live import Tally
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (

@@ -8,7 +8,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from supple.cli import app
+from supple.cli.app import app
 
 EIGHT = "--parameters 8B --itl 30ms"
 

@@ -9,9 +9,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from supple.cli import app
-from supple.core.interconnects import INTERCONNECTS
-from supple.core.layouts import DEVICES
+from supple.cli.app import app
+from supple.core.hardware import INTERCONNECTS
+from supple.core.layouts.model import DEVICES
 
 SEVEN = "--hidden 4096 --layers 32 --heads 32 --samples 1M --batch-size 512"
 

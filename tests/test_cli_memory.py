@@ -7,7 +7,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from supple.cli import app
+from supple.cli.app import app
 
 GPT = str(Path(__file__).resolve().parent.parent / "examples" / "gpt.py")
 

@@ -7,7 +7,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from supple.cli import app
+from supple.cli.app import app
 
 HEAD = "num_workers,batch_size,minutes,samples_to_target\n"
 ROWS = HEAD + "8,512,400,1000000\n16,1024,210,1030000\n32,2048,112,1100000\n"

@@ -8,10 +8,10 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from supple.cli import app
+from supple.cli.app import app
 from supple.cluster import measure
 from supple.cluster.measure import Measurements
-from supple.core.memory import MemoryMeasurement
+from supple.core.training.memory import MemoryMeasurement
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
 
 FOUND: dict[str, Any] = {

@@ -7,9 +7,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from supple.cli import app
-from supple.core.latency import LatencyPoint
-from supple.serve.profiling import StoredProfile, machine, place, source_of, write
+from supple.cli.app import app
+from supple.core.service.latency import LatencyPoint
+from supple.serve.models.profiling import StoredProfile, machine, place, source_of, write
 
 GOOD = "class Model:\n    def predict(self, batch):\n        return batch\n"
 

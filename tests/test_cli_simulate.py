@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from supple.cli import app
-from supple.cli_simulate import parse_service
-from supple.core.peer_policies import PEERS
+from supple.cli.app import app
+from supple.cli.simulate import parse_service
+from supple.core.service.peer_policies import PEERS
 
 PROMISE = ("--slo", "p99=6s", "--service", "2s")
 

@@ -6,7 +6,7 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from supple.core.types import Decision, JobId, Progress
-from supple.curves import Curves
+from supple.report.curves import Curves
 
 
 def progress(step: int, **changes: Any) -> Progress:

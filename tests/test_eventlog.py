@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from supple.cluster.controller import Outcome
-from supple.core.ledger import LedgerError, prove
+from supple.control.controller import Outcome
+from supple.core.job.ledger import LedgerError, prove
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     Decision,
@@ -21,8 +21,8 @@ from supple.core.types import (
     WorkerId,
     WorkerLost,
 )
-from supple.eventlog import EventLog, LedgerLog, last_run, to_plain
-from supple.logfile import LogFile
+from supple.report.eventlog import EventLog, LedgerLog, last_run, to_plain
+from supple.train.logfile import LogFile
 
 JOB = JobId("digits")
 W0, W1 = WorkerId("w0"), WorkerId("w1")

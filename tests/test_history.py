@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from supple.core.learning_rate import TunedRate
-from supple.core.samples import Run, SamplesModel
 from supple.core.spec import SpecError
-from supple.history import best_rates, read_history, read_known
+from supple.core.training.learning_rate import TunedRate
+from supple.core.training.samples import Run, SamplesModel
+from supple.inputs.history import best_rates, read_history, read_known
 
 
 def written(folder: Path, text: str) -> Path:

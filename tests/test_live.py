@@ -22,7 +22,7 @@ from supple.core.types import (
     WorkerLost,
 )
 from supple.core.words import in_words
-from supple.live import LiveLine, Tally, duration, how_far, with_what
+from supple.report.live import LiveLine, Tally, duration, how_far, with_what
 
 JOB = JobId("digits")
 

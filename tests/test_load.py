@@ -15,11 +15,11 @@ import pytest
 from aiohttp import web
 from typer.testing import CliRunner, Result
 
-from supple import load
-from supple.cli import app
-from supple.cluster.control import ControlServer
-from supple.core.serve_spec import Slo
-from supple.load_replicas import ReplicaSeconds, service_of
+from supple.cli.app import app
+from supple.control.socket import ControlServer
+from supple.core.service.spec import Slo
+from supple.load import generator as load
+from supple.load.replicas import ReplicaSeconds, service_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from supple.logfile import LogFile
-from supple.output import LossyStream
+from supple.cli.output import LossyStream
+from supple.train.logfile import LogFile
 
 Lost = list[tuple[str, str]]
 

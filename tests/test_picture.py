@@ -10,11 +10,11 @@ import matplotlib
 import pytest
 from rich.console import Console
 
-from supple import plan_view
-from supple.core.choice import PlanTable
+from supple.core.planning.choice import PlanTable
 from supple.core.spec import KNEE_RULE, Objective
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan, Source
-from supple.picture import changes, draw_plan, draw_run
+from supple.report import plan_view
+from supple.report.picture import changes, draw_plan, draw_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from supple.cli import app
-from supple.core.latency import LatencyPoint
+from supple.cli.app import app
+from supple.core.service.latency import LatencyPoint
 from supple.core.spec import SpecError
-from supple.serve.profiling import StoredProfile, known, read, refresh, write
+from supple.serve.models.profiling import StoredProfile, known, read, refresh, write
 
 MODEL = """
 import numpy as np

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from supple.core.spec import SpecError
-from supple.rows import Row, parse_gigabytes, read_rows
+from supple.inputs.rows import Row, parse_gigabytes, read_rows
 
 
 def rows(folder: Path, text: str | bytes) -> list[Row]:

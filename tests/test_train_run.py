@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from supple import train_run
+from supple.cli import training as train_run
 from supple.cluster import launch
-from supple.cluster.controller import Outcome
+from supple.control.controller import Outcome
 from supple.core.spec import TrainSpec
 
 

@@ -42,12 +42,11 @@ def measure(data: Path) -> Score:
 
 
 def refinements(app: str, rows: Sequence[Row]) -> list[float]:
-    """Seconds of `refine` with each of the last ten rows."""
-    model = fitted(app, rows[:-10])
+    """Seconds of a fit with each of the last ten rows added to those before it."""
     taken: list[float] = []
-    for row in rows[-10:]:
+    for count in range(len(rows) - 9, len(rows) + 1):
         began = time.perf_counter()
-        model = model.refine(row.measurement())
+        fitted(app, rows[:count])
         taken.append(time.perf_counter() - began)
     return taken
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.accuracy.score import Score, coverage, covered, median, relative_errors
-from supple.core.decoding import ServedModel, ServingRun, Workload, weights_fit
-from supple.core.inference import ServingMeasurement, fit_inference
-from supple.core.layouts import DEVICES
+from supple.core.layouts.model import DEVICES
+from supple.core.llm.decoding import ServedModel, ServingRun, Workload, weights_fit
+from supple.core.llm.inference import ServingMeasurement, fit_inference
 from supple.core.types import Estimate
 
 WORKLOADS = {

@@ -24,8 +24,8 @@ from benchmarks.accuracy.score import (
     mape,
     relative_errors,
 )
-from supple.core.interconnects import lookup
-from supple.core.layouts import (
+from supple.core.hardware import lookup
+from supple.core.layouts.model import (
     DEVICES,
     LayoutMeasurement,
     LayoutModel,

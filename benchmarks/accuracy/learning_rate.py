@@ -12,8 +12,8 @@ import numpy as np
 
 from benchmarks.accuracy import samples as references
 from benchmarks.accuracy.score import Score, coverage, covered, median, p90
-from supple.core.goodput import family_of
-from supple.core.learning_rate import TunedRate, expected_rate
+from supple.core.training.goodput import family_of
+from supple.core.training.learning_rate import TunedRate, expected_rate
 from supple.core.types import Estimate
 
 RULES = {"constant": 0.0, "sqrt": 0.5, "linear": 1.0}

@@ -27,9 +27,9 @@ from benchmarks.accuracy.score import (
     refusals,
     relative_errors,
 )
-from supple.core.estimates import exact
-from supple.core.samples import Run
-from supple.core.time_to_target import FinishedRun, fit_time_to_target
+from supple.core.fitting.estimates import exact
+from supple.core.training.samples import Run
+from supple.core.training.time_to_target import FinishedRun, fit_time_to_target
 from supple.core.types import Estimate
 
 FEWEST_COUNTS = 3

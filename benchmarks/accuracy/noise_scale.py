@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.accuracy.score import coverage, covered, median, relative_errors
-from supple.core.samples import Run, fit_samples
+from supple.core.training.samples import Run, fit_samples
 from supple.core.types import Estimate
 
 GROWTH = 16

@@ -6,7 +6,7 @@ of eight A100 with a 200 Gbit/s card each. The micro-batch is not in the table: 
 taken, as a planner would.
 """
 
-from supple.core.layouts import LayoutModel, LayoutRun, Transformer
+from supple.core.layouts.model import LayoutModel, LayoutRun, Transformer
 from supple.core.types import Estimate, ParallelLayout
 
 # heads, hidden size, layers, tensor and pipeline degree, GPUs, batch, TFLOP/s a GPU

@@ -29,7 +29,7 @@ from benchmarks.accuracy.score import (
     refusals,
     relative_errors,
 )
-from supple.core.samples import Run, fit_samples
+from supple.core.training.samples import Run, fit_samples
 from supple.core.types import Estimate
 
 MISTYPED = 3.0

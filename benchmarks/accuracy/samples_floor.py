@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import optimize
 
-from supple.core.samples import Run
+from supple.core.training.samples import Run
 
 DRAWS = 100
 FEWEST_PAIRS = 5

@@ -15,11 +15,11 @@ import numpy.typing as npt
 from scipy import optimize
 
 from benchmarks.accuracy.score import NothingToAsk, Score, coverage, covered, mape, relative_errors
-from supple.core import step_form
-from supple.core.interconnects import lookup
-from supple.core.measurements import StepMeasurement
-from supple.core.step_form import Shape
-from supple.core.throughput import StepTimeModel, fit
+from supple.core.hardware import lookup
+from supple.core.training import step_form
+from supple.core.training.measurements import StepMeasurement
+from supple.core.training.step_form import Shape
+from supple.core.training.throughput import StepTimeModel, fit
 from supple.core.types import Estimate
 
 PARAMETERS = {

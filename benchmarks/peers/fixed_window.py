@@ -8,8 +8,8 @@ from contextlib import suppress
 from typing import Any
 
 from supple.serve.executor import Outputs, run_batch
-from supple.serve.model import ModelFault, ServedModel
-from supple.serve.protocol import Array, Refused
+from supple.serve.models.model import ModelFault, ServedModel
+from supple.serve.protocol.rest import Array, Refused
 
 _Waiting = tuple[Mapping[str, Array], int, asyncio.Future[Outputs], float]
 

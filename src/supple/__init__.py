@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from supple.train.checkpoint.published import load_weights
     from supple.train.job import Job
     from supple.train.local import run
-    from supple.train.published import load_weights
 
 __all__ = ["Job", "__version__", "load_weights", "run"]
 __version__ = "0.1.0"
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
 
         return run
     if name == "load_weights":
-        from supple.train.published import load_weights
+        from supple.train.checkpoint.published import load_weights
 
         return load_weights
     raise AttributeError(f"module 'supple' has no attribute {name!r}")

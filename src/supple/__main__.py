@@ -27,12 +27,12 @@ def main() -> None:
 
 def _run() -> str | int | None:
     """The exit code."""
-    from supple import output
+    from supple.cli import output
 
     output.watch()
     code: str | int | None = 0
     try:
-        from supple.cli import app
+        from supple.cli.app import app
 
         app(prog_name="supple")
     except SystemExit as end:

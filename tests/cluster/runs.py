@@ -89,7 +89,7 @@ class TrainRun:
         raise AssertionError(f"none of {types} came; {self._errors()}")
 
     def pid_of(self, worker: str) -> int:
-        from supple.cluster.control import ask
+        from supple.control.socket import ask
 
         return int(ask(self.name, {"ask": "status"})["pids"][worker])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from supple.core.ledger import prove
+from supple.core.job.ledger import prove
 from tests.cluster.runs import TrainRun
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]

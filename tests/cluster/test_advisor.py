@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from supple.cluster.advisor import Advisor
+from supple.control.advisor import Advisor
 from supple.core.spec import TrainSpec
 from supple.core.types import BatchChanged, Event, Progress, TargetChanged
 

@@ -14,10 +14,10 @@ import pytest
 import ray
 from ray._private.state import actors
 
-from supple.cluster.backend import Backend
 from supple.cluster.life import Life, life_of
 from supple.cluster.ray import RayBackend, connect
 from supple.cluster.starting import stop_ray
+from supple.control.backend import Backend
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     AbortGeneration,

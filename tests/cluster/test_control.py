@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from supple.cluster import control
-from supple.cluster.control import ControlServer, ask, refuse_second, running_jobs, socket_path
+from supple.control import socket as control
+from supple.control.socket import ControlServer, ask, refuse_second, running_jobs, socket_path
 from supple.core.spec import SpecError
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from supple.cluster.advisor import Advisor
-from supple.cluster.backend import Clock, MonotonicClock
-from supple.cluster.control import ask, running_jobs
-from supple.cluster.controller import Controller, Outcome
+from supple.control.advisor import Advisor
+from supple.control.backend import Clock, MonotonicClock
+from supple.control.controller import Controller, Outcome
+from supple.control.socket import ask, running_jobs
 from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import (
     Action,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from supple.cluster.control import ask
-from supple.core.ledger import prove
+from supple.control.socket import ask
+from supple.core.job.ledger import prove
 from tests.cluster.namespaces import ray_node, two_hosts, why_not
 from tests.cluster.runs import TrainRun
 from tests.cluster.test_training import LONG

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from supple.cluster.control import ask
+from supple.control.socket import ask
 from tests.cluster.runs import TrainRun
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]

@@ -14,9 +14,9 @@ from supple.cluster.fencing import FenceKeeper
 from supple.cluster.own_end import Watcher
 from supple.cluster.ray import RayBackend
 from supple.core.types import FormGroup, JobId, WorkerId
-from supple.train import checkpoint
-from supple.train.checkpoint import CheckpointStore
-from supple.train.fence import Barrier, Fence, Writer, read
+from supple.train.checkpoint import store as checkpoint
+from supple.train.checkpoint.fence import Barrier, Fence, Writer, read
+from supple.train.checkpoint.store import CheckpointStore
 
 W0, W1 = WorkerId("w0"), WorkerId("w1")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from supple.core.ledger import LedgerError, prove
+from supple.core.job.ledger import LedgerError, prove
 from tests.cluster.runs import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]

@@ -13,7 +13,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray Serve's own
     from ray.serve._private.proxy_request_response import ResponseStatus
 
-    from supple.cluster.grpc_servers import asking_again
+    from supple.cluster.services.grpc_servers import asking_again
 
 OK = ResponseStatus(code=grpc.StatusCode.OK)
 NUMBERED = (("x-supple-serial", "1"),)

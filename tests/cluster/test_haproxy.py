@@ -18,7 +18,7 @@ import grpc
 import psutil
 import pytest
 
-from supple.core.serve_spec import ServeSpec, parse_slo
+from supple.core.service.spec import ServeSpec, parse_slo
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray Serve's own
@@ -26,7 +26,7 @@ with warnings.catch_warnings():
     from ray.serve._private.common import RequestProtocol
     from ray.serve.config import HTTPOptions, gRPCOptions
 
-    from supple.cluster import haproxy, ingress
+    from supple.cluster.services import haproxy, ingress
 
 BINARY = ingress.haproxy()
 pytestmark = pytest.mark.skipif(BINARY is None, reason="HAProxy comes with Ray Serve on Linux")
@@ -113,7 +113,7 @@ class Ingress:
             http_options=HTTPOptions(host="127.0.0.1", port=self.port),
             grpc_options=gRPCOptions(
                 port=self.grpc_port,
-                grpc_servicer_functions=["supple.cluster.grpc_servers:add_servicer"],
+                grpc_servicer_functions=["supple.cluster.services.grpc_servers:add_servicer"],
             ),
         )
         backend = rays.BackendConfig(

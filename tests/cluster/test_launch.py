@@ -12,7 +12,7 @@ import torch
 
 from supple.cluster import launch
 from supple.core.spec import SpecError, TrainSpec
-from supple.train.checkpoint import CheckpointStore
+from supple.train.checkpoint.store import CheckpointStore
 from tests.train.crashes import SIGNATURE, state_of
 
 

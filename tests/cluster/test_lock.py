@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from supple.cluster.control import socket_path
-from supple.cluster.lock import FILE, only_job
+from supple.control.lock import FILE, only_job
+from supple.control.socket import socket_path
 from supple.core.spec import SpecError
-from supple.train.checkpoint import CheckpointStore
+from supple.train.checkpoint.store import CheckpointStore
 from tests.train.crashes import SIGNATURE, state_of
 
 RUN = """
 import sys
 from supple import train_run
 from supple.cluster import launch
-from supple.cluster.controller import Outcome
+from supple.control.controller import Outcome
 from supple.core.spec import SpecError, TrainSpec
 
 def train(spec, **_):
@@ -43,7 +43,7 @@ except SpecError as error:
 CONTEND = """
 import os, sys
 from pathlib import Path
-from supple.cluster.lock import only_job
+from supple.control.lock import only_job
 from supple.core.spec import SpecError
 
 name, folder = sys.argv[1], Path(sys.argv[2])

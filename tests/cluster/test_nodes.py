@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from supple.cluster.control import ask
-from supple.core.ledger import prove
+from supple.control.socket import ask
+from supple.core.job.ledger import prove
 from tests.cluster.nodes import Nodes
 from tests.cluster.runs import TrainRun
 from tests.cluster.test_training import LONG

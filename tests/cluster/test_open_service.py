@@ -12,7 +12,7 @@ import grpc
 import psutil
 import pytest
 
-from supple.serve import protocol_grpc as oip
+from supple.serve.protocol import grpc as oip
 from tests.cluster.test_serving import NAME, TOKEN, URL, Service
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]

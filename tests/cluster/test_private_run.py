@@ -11,7 +11,7 @@ import grpc
 import psutil
 import pytest
 
-from supple.cluster.control import ask, running_jobs
+from supple.control.socket import ask, running_jobs
 from tests.cluster.runs import TrainRun
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]

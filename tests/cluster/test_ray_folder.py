@@ -12,7 +12,7 @@ import pytest
 
 from supple.cluster import ray_folder
 from supple.cluster.ray_folder import RayFolder
-from supple.core.serve_spec import ServeSpec, Slo
+from supple.core.service.spec import ServeSpec, Slo
 from supple.core.spec import SpecError
 from tests.cluster.runs import ROOT
 
@@ -111,7 +111,7 @@ def test_a_place_where_others_rename_folders_is_not_used(
 def test_all_that_haproxy_is_started_with_is_in_the_folder_and_not_where_others_write(
     tmp_path: Path,
 ) -> None:
-    from supple.cluster import ingress
+    from supple.cluster.services import ingress
 
     if ingress.haproxy() is None:
         pytest.skip("Ray Serve comes without HAProxy here")

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from supple.serve.executor import Executor
-from supple.serve.faults import ModelFault
-from supple.serve.model import ServedModel, load_model
+from supple.serve.models.faults import ModelFault
+from supple.serve.models.model import ServedModel, load_model
 from tests.hurried import run_hurried
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray Serve's own
-    from supple.cluster.replica import Replica, _end_soon
+    from supple.cluster.services.replica import Replica, _end_soon
 
 HUNG = "predict() has not returned for 30 s"
 

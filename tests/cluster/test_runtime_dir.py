@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from supple.cluster import control, runtime_dir
+from supple.control import runtime_dir
+from supple.control import socket as control
 from supple.core.spec import SpecError
 
 US = os.geteuid()

@@ -51,7 +51,7 @@ class Model:
 DRIVER = """
 import dataclasses, sys
 from supple.cluster import ingress, serving
-from supple.core.serve_spec import ServeSpec, parse_slo
+from supple.core.service.spec import ServeSpec, parse_slo
 
 spec = ServeSpec(
     name=sys.argv[2], target=sys.argv[1] + ":Model", slo=parse_slo("p99=60s"),

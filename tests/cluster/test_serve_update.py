@@ -149,8 +149,8 @@ TIMED_OUT = """
 import dataclasses, sys, time
 from pathlib import Path
 from supple.cluster import ingress, serving
-from supple.core.serve_spec import ServeSpec, parse_slo
-from supple.serve.faults import ModelFault
+from supple.core.service.spec import ServeSpec, parse_slo
+from supple.serve.models.faults import ModelFault
 
 file, name, source = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 spec = ServeSpec(

@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch import nn
 
-from supple.cluster.control import ask
+from supple.control.socket import ask
 from supple.core.spec import SpecError
-from supple.train.checkpoint import CheckpointStore
+from supple.train.checkpoint.store import CheckpointStore
 from supple.train.state import TrainState
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from supple.cluster.control import ask
-from supple.core.ledger import prove
+from supple.control.socket import ask
+from supple.core.job.ledger import prove
 from tests.cluster.runs import ROOT, TrainRun
 
 DIGITS = ROOT / "examples" / "digits.py"

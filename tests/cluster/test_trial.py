@@ -7,8 +7,8 @@ import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray Serve's own
-    from supple.cluster.replica import Deployment
-    from supple.cluster.trial import _Trial
+    from supple.cluster.services.replica import Deployment
+    from supple.cluster.services.trial import _Trial
 
 SOURCE = """
 import numpy as np

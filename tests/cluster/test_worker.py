@@ -23,7 +23,7 @@ from supple.core.types import (
     WorkerLost,
     WorkerReady,
 )
-from supple.train.rendezvous import Address, Rendezvous
+from supple.train.generation.rendezvous import Address, Rendezvous
 
 RAISES = """
 print("before")

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from supple.core import lifecycle
-from supple.core.lifecycle import JobState, Phase
+from supple.core.job import lifecycle
+from supple.core.job.lifecycle import JobState, Phase
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     AbortGeneration,

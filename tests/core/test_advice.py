@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.advice import advise, advise_batch, should_resize
-from supple.core.goodput import MAX_ADAM_RATIO
-from supple.core.interconnects import lookup
-from supple.core.measurements import StepMeasurement
-from supple.core.planner import plan
+from supple.core.hardware import lookup
+from supple.core.job.advice import advise, advise_batch, should_resize
+from supple.core.planning.planner import plan
 from supple.core.spec import Limits, Objective
-from supple.core.throughput import fit
+from supple.core.training.goodput import MAX_ADAM_RATIO
+from supple.core.training.measurements import StepMeasurement
+from supple.core.training.throughput import fit
 from tests.core.test_planner import job, table
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
 

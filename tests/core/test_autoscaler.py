@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.autoscaler import ScaleDecision, ScalerState, ServiceView, scale
-from supple.core.latency import LatencyPoint, LatencyProfile
-from supple.core.serve_spec import Slo
-from supple.core.serving_simulator import Scenario, SupplePolicy, simulate
+from supple.core.service.autoscaler import ScaleDecision, ScalerState, ServiceView, scale
+from supple.core.service.latency import LatencyPoint, LatencyProfile
+from supple.core.service.simulator import Scenario, SupplePolicy, simulate
+from supple.core.service.spec import Slo
 
 SLO = Slo(share=0.99, within_s=6.0)
 

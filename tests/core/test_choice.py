@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from supple.core.choice import choose
-from supple.core.planner import PlanTable, row_for
+from supple.core.planning.choice import choose
+from supple.core.planning.planner import PlanTable, row_for
 from supple.core.spec import Limits, Objective
 from supple.core.types import Estimate, Infeasible, Plan
 from tests.core.test_planner import job

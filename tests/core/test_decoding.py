@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from supple.core.decoding import Groups, Rows, ServedModel, ServingRun, Workload, logs
-from supple.core.inference import fit_inference
-from supple.core.layouts import DEVICES
+from supple.core.layouts.model import DEVICES
+from supple.core.llm.decoding import Groups, Rows, ServedModel, ServingRun, Workload, logs
+from supple.core.llm.inference import fit_inference
 
 PRIORS = fit_inference([])
 FREE = replace(

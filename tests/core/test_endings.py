@@ -2,8 +2,8 @@
 
 import pytest
 
-from supple.core.endings import SAVE_LIMIT_S
-from supple.core.lifecycle import Phase
+from supple.core.job.endings import SAVE_LIMIT_S
+from supple.core.job.lifecycle import Phase
 from supple.core.types import FailJob, FinishJob, KillWorker
 from tests.core.job_driver import TRACEBACK, Driver, running
 

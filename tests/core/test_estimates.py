@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.core.estimates import contradiction, exact, over, plus, times
+from supple.core.fitting.estimates import contradiction, exact, over, plus, times
 from supple.core.types import Estimate, Source
 
 positive = st.floats(1e-3, 1e6)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.evaluations import SEED_SCATTER, counted, rounding_variance
+from supple.core.training.evaluations import SEED_SCATTER, counted, rounding_variance
 
 
 def simulated(level: float, every: float, runs: int = 20_000) -> float:

@@ -1,7 +1,7 @@
 """What a loss leads to: who goes on, when a replacement is tried, when the job is given up."""
 
-from supple.core.failures import in_short
-from supple.core.lifecycle import Phase
+from supple.core.job.failures import in_short
+from supple.core.job.lifecycle import Phase
 from supple.core.types import KillWorker, WorkerId
 from tests.core.job_driver import TRACEBACK, Driver, running
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.core.forecast import (
+from supple.core.service.forecast import (
     Demand,
     dispersion,
     effective_bandwidth,

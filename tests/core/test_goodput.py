@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.core.goodput import (
+from supple.core.training.goodput import (
     best_global_batch,
     efficiency,
     expected_efficiency,
@@ -19,7 +19,7 @@ from supple.core.goodput import (
     warmup_steps,
     worth,
 )
-from supple.core.samples import Run, fit_samples
+from supple.core.training.samples import Run, fit_samples
 
 noise = st.floats(0.1, 1e6)
 size = st.integers(1, 100_000)

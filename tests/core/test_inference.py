@@ -7,9 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.decoding import Groups, Rows, ServedModel, ServingRun, Workload, logs, weights_fit
-from supple.core.inference import InferenceModel, ServingMeasurement, fit_inference
-from supple.core.layouts import DEVICES, Device
+from supple.core.layouts.model import DEVICES, Device
+from supple.core.llm.decoding import (
+    Groups,
+    Rows,
+    ServedModel,
+    ServingRun,
+    Workload,
+    logs,
+    weights_fit,
+)
+from supple.core.llm.inference import InferenceModel, ServingMeasurement, fit_inference
 from supple.core.types import Estimate
 
 H100, B200 = DEVICES["h100"], DEVICES["b200"]

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.estimates import Z80
-from supple.core.grouped_fit import GroupedFit, fit_groups, unfitted
+from supple.core.fitting.estimates import Z80
+from supple.core.fitting.grouped_fit import GroupedFit, fit_groups, unfitted
 
 Array = npt.NDArray[np.float64]
 SPREAD = np.array([1.0])

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.decoding import ServedModel, ServingRun, Workload
-from supple.core.inference import InferenceModel, ServingMeasurement, fit_inference
-from supple.core.inference_planner import (
+from supple.core.layouts.model import DEVICES
+from supple.core.llm.decoding import ServedModel, ServingRun, Workload
+from supple.core.llm.inference import InferenceModel, ServingMeasurement, fit_inference
+from supple.core.llm.inference_planner import (
     CONCURRENCIES,
     InferenceJob,
     InferenceTable,
@@ -18,7 +19,6 @@ from supple.core.inference_planner import (
     plan_inference,
     worth_measuring,
 )
-from supple.core.layouts import DEVICES
 from supple.core.spec import MAX_WORKERS
 from supple.core.types import Infeasible
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.core.latency import (
+from supple.core.service.latency import (
     LatencyPoint,
     LatencyProfile,
     ProfileError,
@@ -19,9 +19,9 @@ from supple.core.latency import (
     latency,
     slack_s,
 )
-from supple.core.peer_policies import StaticPolicy
-from supple.core.serve_spec import Slo
-from supple.core.serving_simulator import Scenario, simulate
+from supple.core.service.peer_policies import StaticPolicy
+from supple.core.service.simulator import Scenario, simulate
+from supple.core.service.spec import Slo
 
 
 def profile_of(*points: tuple[int, float], spread: float = 1.0) -> LatencyProfile:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.core.layout_memory import memory_parts, num_parameters, peak_memory
-from supple.core.layouts import LayoutRun, Transformer
-from supple.core.memory import FRAGMENTATION, RUNTIME_BYTES
-from supple.core.stages import MeasuredLayer
+from supple.core.layouts.memory import memory_parts, num_parameters, peak_memory
+from supple.core.layouts.model import LayoutRun, Transformer
+from supple.core.layouts.stages import MeasuredLayer
+from supple.core.training.memory import FRAGMENTATION, RUNTIME_BYTES
 from supple.core.types import ParallelLayout
 
 # Korthikanti et al. 2022, table 3: sizes, and the layouts they were trained with.

@@ -8,14 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.choice import PlanTable
-from supple.core.interconnects import lookup
-from supple.core.layout_memory import peak_memory
-from supple.core.layout_planner import LayoutJob, describe, plan_layouts, run_of, runs_for
-from supple.core.layouts import DEVICES, LayoutMeasurement, LayoutRun, Transformer, fit_layouts
-from supple.core.samples import Run, fit_samples
+from supple.core.hardware import lookup
+from supple.core.layouts.memory import peak_memory
+from supple.core.layouts.model import (
+    DEVICES,
+    LayoutMeasurement,
+    LayoutRun,
+    Transformer,
+    fit_layouts,
+)
+from supple.core.layouts.stages import MeasuredLayer, best_cuts
+from supple.core.planning.choice import PlanTable
+from supple.core.planning.layout_planner import LayoutJob, describe, plan_layouts, run_of, runs_for
 from supple.core.spec import Limits, Objective
-from supple.core.stages import MeasuredLayer, best_cuts
+from supple.core.training.samples import Run, fit_samples
 from supple.core.types import Infeasible, ParallelLayout
 from supple.core.words import in_digits
 

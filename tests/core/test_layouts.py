@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.interconnects import lookup
-from supple.core.layouts import (
+from supple.core.hardware import lookup
+from supple.core.layouts.model import (
     DEVICES,
     ImpossibleMeasurement,
     LayoutMeasurement,
@@ -20,8 +20,8 @@ from supple.core.layouts import (
     Transformer,
     fit_layouts,
 )
+from supple.core.layouts.stages import MeasuredLayer
 from supple.core.spec import SpecError
-from supple.core.stages import MeasuredLayer
 from supple.core.types import ParallelLayout
 
 GPT = Transformer(hidden_size=2048, num_layers=24, num_heads=16, seq_length=1024, vocab_size=51200)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.core.goodput import OptimizerFamily
-from supple.core.learning_rate import (
+from supple.core.training.goodput import OptimizerFamily
+from supple.core.training.learning_rate import (
     EXPONENTS,
     TunedRate,
     contradiction,

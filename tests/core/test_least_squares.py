@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.core.least_squares import forward_slope
+from supple.core.fitting.least_squares import forward_slope
 
 
 @given(st.lists(st.floats(-5.0, 5.0), min_size=3, max_size=3))

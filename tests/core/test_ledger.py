@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.ledger import LedgerError, LedgerReport, prove, shard_ids
+from supple.core.job.ledger import LedgerError, LedgerReport, prove, shard_ids
 
 Record = dict
 

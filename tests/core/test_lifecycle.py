@@ -2,7 +2,7 @@
 
 import pytest
 
-from supple.core.lifecycle import Phase
+from supple.core.job.lifecycle import Phase
 from supple.core.types import Heartbeat, StopWorker, WorkerFinished, WorkerId
 from tests.core.job_driver import TRACEBACK, Driver, running
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from supple.core.lifecycle import Phase
+from supple.core.job.lifecycle import Phase
 from supple.core.spec import TrainSpec
 from supple.core.types import FailJob, KillWorker, LossCause, WorkerId
 from supple.testing import ScriptedBackend, ScriptedJob, TrainedState

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.core.memory import (
+from supple.core.training.memory import (
     FAR,
     FRAGMENTATION,
     RUNTIME_BYTES,

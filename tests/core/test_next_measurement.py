@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from supple.core.interconnects import lookup
-from supple.core.layout_planner import describe, run_of
-from supple.core.layouts import LayoutMeasurement
-from supple.core.next_measurement import what_to_measure_first, which_layout_to_measure_first
-from supple.core.planner import PlanTable, plan
+from supple.core.hardware import lookup
+from supple.core.layouts.model import LayoutMeasurement
+from supple.core.planning.layout_planner import describe, run_of
+from supple.core.planning.next_measurement import (
+    what_to_measure_first,
+    which_layout_to_measure_first,
+)
+from supple.core.planning.planner import PlanTable, plan
 from supple.core.spec import Limits, Objective
-from supple.core.throughput import StepTimeModel, fit
+from supple.core.training.throughput import StepTimeModel, fit
 from supple.core.types import Plan
 from tests.core.test_layout_planner import JOB as LAYOUTS
 from tests.core.test_layout_planner import SEVEN_BILLION

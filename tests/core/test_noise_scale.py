@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.core.noise import FEWEST_ESTIMATES, NoiseSample, NoiseState, moments, update
+from supple.core.training.noise import FEWEST_ESTIMATES, NoiseSample, NoiseState, moments, update
 
 
 def sample_of(rng: np.random.Generator, num_parts: int, size: int) -> NoiseSample:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.order import (
+from supple.core.job.order import (
     Position,
     SampleOrder,
     ShardPosition,

@@ -9,11 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.choice import choose
-from supple.core.interconnects import lookup
-from supple.core.learning_rate import TunedRate
-from supple.core.memory import MemoryMeasurement, fit_memory
-from supple.core.planner import (
+from supple.core.hardware import lookup
+from supple.core.planning.choice import choose
+from supple.core.planning.planner import (
     JobModel,
     PlanTable,
     counts_within,
@@ -21,9 +19,11 @@ from supple.core.planner import (
     rate_at,
     row_for,
 )
-from supple.core.samples import Run, fit_samples
 from supple.core.spec import KNEE_SHARE, LARGEST_COUNT, Limits, Objective
-from supple.core.throughput import fit
+from supple.core.training.learning_rate import TunedRate
+from supple.core.training.memory import MemoryMeasurement, fit_memory
+from supple.core.training.samples import Run, fit_samples
+from supple.core.training.throughput import fit
 from supple.core.types import Estimate, Infeasible
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
 

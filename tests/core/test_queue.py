@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.core.latency import LatencyPoint, LatencyProfile
-from supple.core.queue import DeadlineQueue, Refusal, Ticket
+from supple.core.service.latency import LatencyPoint, LatencyProfile
+from supple.core.service.queue import DeadlineQueue, Refusal, Ticket
 
 
 def affine(fixed_s: float, item_s: float, *, spread: float = 1.0) -> LatencyProfile:

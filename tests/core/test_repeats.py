@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from supple.core.estimates import Z80
-from supple.core.repeats import NOISE_FLOOR, as_measured, measured_estimate
+from supple.core.fitting.estimates import Z80
+from supple.core.fitting.repeats import NOISE_FLOOR, as_measured, measured_estimate
 
 
 @pytest.mark.parametrize("num_seen", [2, 3, 6])

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.estimates import Z80
-from supple.core.samples import Run, SamplesModel, fit_samples
+from supple.core.fitting.estimates import Z80
+from supple.core.training.samples import Run, SamplesModel, fit_samples
 
 
 def curve(batch: float) -> float:

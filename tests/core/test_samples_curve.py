@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.samples_curve import Mixture, Point, posterior
+from supple.core.training.samples_curve import Mixture, Point, posterior
 
 
 def point(batch: float, samples: float, lr: float | None = None) -> Point:

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from supple.core.latency import LatencyPoint, LatencyProfile
-from supple.core.serve_spec import (
+from supple.core.service.latency import LatencyPoint, LatencyProfile
+from supple.core.service.spec import (
     ServeSpec,
     Slo,
     is_loopback,

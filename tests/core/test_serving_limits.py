@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from supple.core.decoding import ServedModel, ServingRun, Workload
-from supple.core.inference import ServingMeasurement
-from supple.core.layouts import DEVICES
-from supple.core.serving_limits import why_impossible
+from supple.core.layouts.model import DEVICES
+from supple.core.llm.decoding import ServedModel, ServingRun, Workload
+from supple.core.llm.inference import ServingMeasurement
+from supple.core.llm.serving_limits import why_impossible
 
 PLAIN = ServingRun(
     model=ServedModel(family="a", num_parameters=8e9, num_activated=8e9),

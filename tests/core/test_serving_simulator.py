@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.autoscaler import ScaleDecision, ServiceView
-from supple.core.latency import LatencyPoint, LatencyProfile
-from supple.core.peer_policies import (
+from supple.core.service.autoscaler import ScaleDecision, ServiceView
+from supple.core.service.latency import LatencyPoint, LatencyProfile
+from supple.core.service.peer_policies import (
     PEERS,
     ClairvoyantPolicy,
     KnativePolicy,
@@ -19,8 +19,8 @@ from supple.core.peer_policies import (
     policies,
     static_count,
 )
-from supple.core.serve_spec import Slo
-from supple.core.serving_simulator import Scenario, SupplePolicy, simulate, with_failures
+from supple.core.service.simulator import Scenario, SupplePolicy, simulate, with_failures
+from supple.core.service.spec import Slo
 from supple.core.spec import SpecError
 
 SLO = Slo(share=0.99, within_s=6.0)

@@ -1,6 +1,6 @@
 """Who gives no sign of life, who only does not answer, and what is gone for everybody."""
 
-from supple.core.lifecycle import Phase
+from supple.core.job.lifecycle import Phase
 from supple.core.types import Action, ClusterLost, KillWorker, Noticed
 from tests.core.job_driver import Driver, running
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.stages import MeasuredLayer, split, stage_s
+from supple.core.layouts.stages import MeasuredLayer, split, stage_s
 
 
 def layer(

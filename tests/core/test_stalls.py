@@ -1,6 +1,6 @@
 """Who holds the others up: said once within ten seconds, and shed after --stall-timeout."""
 
-from supple.core.lifecycle import Phase
+from supple.core.job.lifecycle import Phase
 from supple.core.types import FailJob, KillWorker
 from tests.core.job_driver import Driver, running
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.core.step_form import PARAMETERS, Shape, all_reduce, compute_time, step_time
+from supple.core.training.step_form import PARAMETERS, Shape, all_reduce, compute_time, step_time
 
 MEGABYTE = 1e6
 PLAIN = {

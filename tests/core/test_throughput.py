@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.interconnects import INTERCONNECTS, lookup
-from supple.core.measurements import CollectiveMeasurement, StepMeasurement
+from supple.core.hardware import INTERCONNECTS, lookup
 from supple.core.spec import SpecError
-from supple.core.throughput import StepTimeModel, fit
+from supple.core.training.measurements import CollectiveMeasurement, StepMeasurement
+from supple.core.training.throughput import StepTimeModel, fit
 
 GRADIENT_BYTES = 34_000_000
 
@@ -85,7 +85,7 @@ def test_one_count_on_one_machine_already_answers_widely() -> None:
 
 def test_measuring_a_second_count_narrows_the_interval() -> None:
     before = model_of(*ALONE).predict(8, 32)
-    after = model_of(*ALONE).refine(measured(2, 32)).predict(8, 32)
+    after = model_of(*ALONE, measured(2, 32)).predict(8, 32)
     assert after.high / after.low < before.high / before.low
 
 
@@ -262,12 +262,6 @@ def test_repeats_that_contradict_each_other_are_given_with_their_doubt() -> None
     alike = model_of(*ALONE, measured(2, 32), measured(2, 32, factor=1.01)).predict(2, 32)
     assert found.low < true_time(2, 32)[0] and found.high > 20 * true_time(2, 32)[0]
     assert alike.high / alike.low < 1.1
-
-
-def test_refining_replaces_what_was_measured_before() -> None:
-    model = model_of(*ALONE, measured(2, 32)).refine(measured(2, 32, factor=1.3))
-    assert len(model.steps) == len(ALONE) + 1
-    assert model.predict(2, 32).value == pytest.approx(1.3 * true_time(2, 32)[0])
 
 
 def test_what_is_odd_about_a_count_is_remembered_at_its_other_batches() -> None:

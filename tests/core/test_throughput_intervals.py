@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.interconnects import lookup
-from supple.core.measurements import ContradictoryMeasurements, StepMeasurement
-from supple.core.step_form import Shape, step_time
-from supple.core.throughput import StepTimeModel, fit
+from supple.core.hardware import lookup
+from supple.core.training.measurements import ContradictoryMeasurements, StepMeasurement
+from supple.core.training.step_form import Shape, step_time
+from supple.core.training.throughput import StepTimeModel, fit
 from supple.core.types import Estimate
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured, model_of, true_time
 

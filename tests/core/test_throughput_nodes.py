@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from supple.core.interconnects import lookup
-from supple.core.measurements import StepMeasurement
-from supple.core.step_form import Shape, compute_time, step_time
-from supple.core.throughput import StepTimeModel, fit
+from supple.core.hardware import lookup
+from supple.core.training.measurements import StepMeasurement
+from supple.core.training.step_form import Shape, compute_time, step_time
+from supple.core.training.throughput import StepTimeModel, fit
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured, model_of, true_time
 
 
@@ -109,16 +109,16 @@ def test_a_spread_placement_can_be_asked_for() -> None:
 
 def test_every_step_of_a_run_refines_the_model_towards_the_truth() -> None:
     true = across(16, 8).step_time_s
-    model = fit(
-        ALONE,
-        gradient_bytes=GRADIENT_BYTES,
-        link=lookup("ethernet-25"),
-        local_link=lookup("loopback"),
-        workers_per_node=2,
-    )
-    widths = [model.predict(16, 32).high / model.predict(16, 32).low]
-    for step in (measured(2, 32), across(4, 2), across(6, 3), across(8, 4)):
-        model = model.refine(step)
+    steps = [measured(2, 32), across(4, 2), across(6, 3), across(8, 4)]
+    widths: list[float] = []
+    for count in range(len(steps) + 1):
+        model = fit(
+            [*ALONE, *steps[:count]],
+            gradient_bytes=GRADIENT_BYTES,
+            link=lookup("ethernet-25"),
+            local_link=lookup("loopback"),
+            workers_per_node=2,
+        )
         found = model.predict(16, 32)
         widths.append(found.high / found.low)
     assert widths == sorted(widths, reverse=True)

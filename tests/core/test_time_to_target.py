@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.samples import Run
-from supple.core.time_to_target import (
+from supple.core.training.samples import Run
+from supple.core.training.time_to_target import (
     FinishedRun,
     TimeToTarget,
     fit_time_to_target,

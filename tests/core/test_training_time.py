@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supple.core.training_time import TimedRun, fit_training_time
+from supple.core.training.training_time import TimedRun, fit_training_time
 from supple.core.types import Estimate
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import psutil
 import pytest
 
-from supple.core.latency import LatencyProfile
+from supple.core.service.latency import LatencyProfile
 from supple.serve import executor as executors
 from supple.serve.attempts import Attempts, parse_serial
 from supple.serve.executor import Executor
-from supple.serve.model import ServedModel
-from supple.serve.protocol import Array, Refused
+from supple.serve.models.model import ServedModel
+from supple.serve.protocol.rest import Array, Refused
 
 LIMIT_S = 60.0
 

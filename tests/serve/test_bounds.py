@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from supple.serve import protocol_grpc as oip
-from supple.serve.protocol import Refused, RequestLimits, decode_request
+from supple.serve.protocol import grpc as oip
+from supple.serve.protocol.rest import Refused, RequestLimits, decode_request
 from tests.serve.test_surface import Service
 
 LIMITS = RequestLimits()

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from supple.core.latency import LatencyProfile
+from supple.core.service.latency import LatencyProfile
 from supple.serve.executor import Executor
-from supple.serve.faults import ModelFault
-from supple.serve.model import ServedModel
+from supple.serve.models.faults import ModelFault
+from supple.serve.models.model import ServedModel
 from supple.serve.pace import Pace
-from supple.serve.protocol import Array, Refused
+from supple.serve.protocol.rest import Array, Refused
 
 HOUR_S = 3600.0
 

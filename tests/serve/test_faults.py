@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from supple.serve.faults import FaultLog, ModelFault, places, raised, user_traceback
-from supple.serve.protocol import Refused, refuse
+from supple.serve.models.faults import FaultLog, ModelFault, places, raised, user_traceback
+from supple.serve.protocol.rest import Refused, refuse
 from supple.testing.faults import FakeClock
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from supple.core.spec import SpecError
-from supple.serve.faults import ModelFault
-from supple.serve.model import ServedModel, check_target, declared, load_model
-from supple.serve.protocol import Refused
-from supple.serve.tensor_spec import parse_tensor
+from supple.serve.models.faults import ModelFault
+from supple.serve.models.model import ServedModel, check_target, declared, load_model
+from supple.serve.models.tensor_spec import parse_tensor
+from supple.serve.protocol.rest import Refused
 
 
 class Doubles:
@@ -147,7 +147,7 @@ def test_the_traceback_shows_the_users_lines_only(tmp_path: Path) -> None:
     app = written(tmp_path, "class Model:\n    def predict(self, batch):\n        return 1 / 0\n")
     with pytest.raises(ModelFault) as fault:
         load_model(f"{app}:Model").predict(rows(1))
-    assert "app.py" in str(fault.value) and "serve/model.py" not in str(fault.value)
+    assert "app.py" in str(fault.value) and "serve/models/model.py" not in str(fault.value)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from supple.serve.batch import run_batch
-from supple.serve.faults import ModelFault
-from supple.serve.model import ServedModel
-from supple.serve.protocol import Refused, RequestLimits, decode_request
+from supple.serve.models.faults import ModelFault
+from supple.serve.models.model import ServedModel
+from supple.serve.protocol.rest import Refused, RequestLimits, decode_request
 from tests.serve.test_surface import Service
 
 SECRET = "the secret of another caller"

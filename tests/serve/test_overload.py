@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from supple.core.queue import DeadlineQueue, Ticket
+from supple.core.service.queue import DeadlineQueue, Ticket
 from supple.serve.pace import Pace
 
 SLO_S, MAX_BATCH, RUN_S = 0.4, 16, 20.0

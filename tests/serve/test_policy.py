@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from supple.core.latency import LatencyPoint
+from supple.core.service.latency import LatencyPoint
 from supple.core.spec import SpecError
 from supple.serve.policy import NUM_ARRIVED, NUM_WAITING, SloPolicy, measured, reported
 from supple.serve.stopwatch import Stopwatch

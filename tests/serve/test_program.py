@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from supple.core.spec import SpecError
-from supple.serve.model import check_target, load_model
+from supple.serve.models.model import check_target, load_model
 
 # torch's own exporter and loader
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from supple.serve import protocol
-from supple.serve import protocol_grpc as oip
-from supple.serve.protocol import (
+from supple.serve.protocol import grpc as oip
+from supple.serve.protocol import rest as protocol
+from supple.serve.protocol.rest import (
     DATATYPES,
     Array,
     InferRequest,

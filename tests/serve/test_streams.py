@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from supple.serve.executor import Executor
-from supple.serve.faults import ModelFault
 from supple.serve.meters import Meters
-from supple.serve.model import ServedModel
-from supple.serve.protocol import Refused
+from supple.serve.models.faults import ModelFault
+from supple.serve.models.model import ServedModel
+from supple.serve.protocol.rest import Refused
 from supple.serve.streams import Leaving, Streams, in_this_thread
 from supple.serve.surface import Surface, SurfaceSettings
 

@@ -15,10 +15,10 @@ import pytest
 
 from supple.serve.attempts import SERIAL, Attempts, parse_serial
 from supple.serve.executor import Executor
-from supple.serve.faults import ModelFault
 from supple.serve.meters import Meters, merge
-from supple.serve.model import ServedModel
-from supple.serve.protocol import Refused, RequestLimits
+from supple.serve.models.faults import ModelFault
+from supple.serve.models.model import ServedModel
+from supple.serve.protocol.rest import Refused, RequestLimits
 from supple.serve.surface import Surface, SurfaceSettings
 from supple.testing.faults import FakeClock
 

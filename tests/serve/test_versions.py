@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from supple.serve.model import ModelFault, ServedModel, load_model
+from supple.serve.models.model import ModelFault, ServedModel, load_model
 
 SOURCE = """
 class Model:

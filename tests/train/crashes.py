@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from supple.train.checkpoint import CheckpointStore
+from supple.train.checkpoint.store import CheckpointStore
 
 SIGNATURE = [["param/weight", [8], "torch.float32"]]
 _OPERATIONS = ("open", "os.", "shutil.")

@@ -2,7 +2,7 @@
 
 The harness plays what `Job` and the controller do: it sums the statistics of all ranks, lets a step
 commit everywhere, nowhere or on some, forms the next generation from the newest position and writes
-the ledger. `supple.core.ledger.prove` then says whether every sample was used exactly once.
+the ledger. `supple.core.job.ledger.prove` then says whether every sample was used exactly once.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from supple.train.loader import Loader
+from supple.train.data.loader import Loader
 
 
 @dataclass(frozen=True)

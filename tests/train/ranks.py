@@ -6,8 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from supple.train.group import Group, form
-from supple.train.rendezvous import Rendezvous
+from supple.train.generation.group import Group, form
+from supple.train.generation.rendezvous import Rendezvous
 
 Result = TypeVar("Result")
 _rendezvous: list[Rendezvous] = []

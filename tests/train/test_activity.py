@@ -3,7 +3,7 @@
 import threading
 import time
 
-from supple.train.activity import Activity
+from supple.train.generation.activity import Activity
 
 
 def test_it_tells_for_how_long_the_last_thing_has_been_done() -> None:

@@ -24,7 +24,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.train.checkpoint import CheckpointError, CheckpointStore
+from supple.train.checkpoint.store import CheckpointError, CheckpointStore
 from supple.train.state import TrainState
 from tests.train.crashes import SIGNATURE, found_in, save, state_of
 

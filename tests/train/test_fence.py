@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from supple.train import checkpoint
-from supple.train.checkpoint import CheckpointError, CheckpointStore
-from supple.train.fence import NAME, Barrier, Fence, Writer, next_run, read
+from supple.train.checkpoint import store as checkpoint
+from supple.train.checkpoint.fence import NAME, Barrier, Fence, Writer, next_run, read
+from supple.train.checkpoint.store import CheckpointError, CheckpointStore
 
 
 def fence(*workers: str, run: int = 7, generation: int = 2, num_started: int = 3) -> Fence:

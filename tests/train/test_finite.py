@@ -11,10 +11,10 @@ from torch.utils.data import TensorDataset
 
 from supple.core.spec import TrainSpec
 from supple.core.types import CheckpointFailed, Progress
-from supple.train.checkpoint import CheckpointError, CheckpointStore
-from supple.train.finite import MOST_SKIPPED_IN_A_ROW, FiniteSteps
+from supple.train.checkpoint.store import CheckpointError, CheckpointStore
 from supple.train.job import Job, TrainingError
 from supple.train.state import TrainState
+from supple.train.step.finite import MOST_SKIPPED_IN_A_ROW, FiniteSteps
 from tests.train.world import World
 
 NUM_SAMPLES, BATCH = 64, 8

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from supple.train.group import CollectiveFailed, Group, form
+from supple.train.generation.group import CollectiveFailed, Group, form
 from tests.train.ranks import rendezvous, run_ranks
 
 

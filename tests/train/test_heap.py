@@ -6,7 +6,7 @@ import threading
 import psutil
 import pytest
 
-from supple.train.heap import give_back
+from supple.train.generation.heap import give_back
 
 _BLOCK = 64 * 1024
 """Below the size from which glibc maps each block for itself."""

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 import supple
 from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import CheckpointFailed, CheckpointSaved, JobId, SaveCheckpoint, WorkerId
-from supple.train.checkpoint import CheckpointStore
+from supple.train.checkpoint.store import CheckpointStore
 from supple.train.job import Job, TrainingError
 from tests.train.world import World
 

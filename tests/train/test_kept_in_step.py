@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from supple.core.types import CheckpointSaved, JobId, SaveCheckpoint, WorkerId
-from supple.train.checkpoint import CheckpointStore
-from supple.train.checkpoint_folder import read_state
+from supple.train.checkpoint.folder import read_state
+from supple.train.checkpoint.store import CheckpointStore
 from supple.train.job import Job
 from tests.train.world import World
 

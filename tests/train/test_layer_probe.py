@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from supple.train.layer_probe import measure_layers
-from supple.train.memory_trace import trace_memory
+from supple.train.probes.layer_probe import measure_layers
+from supple.train.probes.memory_trace import trace_memory
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

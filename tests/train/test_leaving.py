@@ -22,9 +22,9 @@ from supple.core.types import (
     StopWorker,
     WorkerId,
 )
-from supple.train.checkpoint import CheckpointStore
+from supple.train.checkpoint.store import CheckpointStore
+from supple.train.generation.member import LeaveLoop
 from supple.train.job import Job
-from supple.train.member import LeaveLoop
 from tests.train.world import World
 
 X = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))

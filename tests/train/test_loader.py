@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from supple.core.ledger import prove
-from supple.core.order import Position
+from supple.core.job.ledger import prove
+from supple.core.job.order import Position
 from supple.core.spec import SpecError
-from supple.train.loader import Loader, make_loader
+from supple.train.data.loader import Loader, make_loader
 from tests.train.histories import Abandon, Commit, Happening, Resize, Run, Tear, happenings
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from supple.core.types import CheckpointFailed, WorkerStopped
-from supple.train.checkpoint import CheckpointStore
-from supple.train.group import form
+from supple.train.checkpoint.store import CheckpointStore
+from supple.train.generation.group import form
 from supple.train.job import Job, TrainingError
 from supple.train.state import TrainState, _buckets, _encode, _pack
 from tests.train.ranks import rendezvous
@@ -118,8 +118,8 @@ def test_a_break_while_others_compute_costs_the_step_in_flight_alone(
     worlds: list[World], monkeypatch: pytest.MonkeyPatch, how: str, reproducible: bool
 ) -> None:
     """With many buckets, whose reductions start inside the user's backward pass."""
-    monkeypatch.setattr("supple.train.reduce._BUCKET_BYTES", 300)
-    monkeypatch.setattr("supple.train.reduce._FIRST_BUCKET_BYTES", 300)
+    monkeypatch.setattr("supple.train.step.reduce._BUCKET_BYTES", 300)
+    monkeypatch.setattr("supple.train.step.reduce._FIRST_BUCKET_BYTES", 300)
     training = Training(hold_at=4)
     spec: dict[str, Any] = {"reproducible": reproducible, "num_logical_shards": 4, "max_workers": 4}
     world = World(f"break-{how}-{reproducible}", training, **spec)

@@ -17,7 +17,7 @@ from supple.core.types import (
     WorkerFinished,
     WorkerId,
 )
-from supple.train.mailbox import Mailbox
+from supple.train.generation.mailbox import Mailbox
 
 JOB, ME = JobId("job"), WorkerId("w1")
 

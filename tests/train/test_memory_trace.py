@@ -9,8 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
-from supple.train.loader import make_loader
-from supple.train.memory_trace import TracedJob, TraceFailed, trace_memory
+from supple.train.data.loader import make_loader
+from supple.train.probes.memory_trace import TracedJob, TraceFailed, trace_memory
 from supple.train.script import load
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

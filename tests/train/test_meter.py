@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from supple.train.meter import Meter, StepTimes
+from supple.train.step.meter import Meter, StepTimes
 
 
 class Clock:

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from supple.core.noise import NoiseSample, moments
-from supple.train.group import Group
-from supple.train.noise_meter import EVERY, NoiseMeter
-from supple.train.reduce import GradientReducer
+from supple.core.training.noise import NoiseSample, moments
+from supple.train.generation.group import Group
+from supple.train.step.noise_meter import EVERY, NoiseMeter
+from supple.train.step.reduce import GradientReducer
 from tests.train.ranks import run_ranks
 
 torch.manual_seed(5)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from supple.train.prefetch import Prefetcher, Source, Task
+from supple.train.data.prefetch import Prefetcher, Source, Task
 
 
 class Numbers(Dataset[Any]):
@@ -166,7 +166,7 @@ def test_a_closed_prefetcher_starts_again_when_it_is_needed() -> None:
 _PARENT = """
 import multiprocessing, time
 from itertools import count
-from supple.train.prefetch import Prefetcher, Source, Task
+from supple.train.data.prefetch import Prefetcher, Source, Task
 class Stuck:
     def __getitem__(self, index):
         time.sleep(3600 if index else 0)

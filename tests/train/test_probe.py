@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from supple.cluster.measure import _ALONE  # pyright: ignore[reportPrivateUsage]
-from supple.train.noise_meter import NoiseMeter
-from supple.train.probe import Phase, Probe, ProbeComplete, ProbeReport
+from supple.train.probes.probe import Phase, Probe, ProbeComplete, ProbeReport
+from supple.train.step.noise_meter import NoiseMeter
 
 NUM_STEPS, NUM_NOISE_STEPS = 3, 4
 

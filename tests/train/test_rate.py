@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supple.core.goodput import MAX_ADAM_RATIO, gain, warmup_steps
 from supple.core.spec import LrRule
-from supple.train.rate import LearningRate
+from supple.core.training.goodput import MAX_ADAM_RATIO, gain, warmup_steps
+from supple.train.step.rate import LearningRate
 
 NOISY = 1e9
 """A noise scale far above every batch here."""

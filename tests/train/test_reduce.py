@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from supple.train.group import CollectiveFailed, Group
-from supple.train.reduce import Bucket, GradientReducer, _cut
+from supple.train.generation.group import CollectiveFailed, Group
+from supple.train.step.reduce import Bucket, GradientReducer, _cut
 from tests.train.ranks import run_ranks
 
 torch.manual_seed(3)
@@ -141,8 +141,8 @@ def make_wide_model() -> nn.Module:
 
 
 def reducer_of(model: nn.Module, group: Group | None, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("supple.train.reduce._BUCKET_BYTES", 200)
-    monkeypatch.setattr("supple.train.reduce._FIRST_BUCKET_BYTES", 200)
+    monkeypatch.setattr("supple.train.step.reduce._BUCKET_BYTES", 200)
+    monkeypatch.setattr("supple.train.step.reduce._FIRST_BUCKET_BYTES", 200)
     reducer = GradientReducer(list(model.parameters()), [], num_stats=1)
     assert len(reducer.buckets) == 3
     arm(reducer, group)

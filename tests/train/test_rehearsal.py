@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from supple.train.engine import TrainingError
 from supple.train.rehearsal import Rehearsal
 from supple.train.state import TrainState
+from supple.train.step.engine import TrainingError
 
 
 class Counting(nn.Module):

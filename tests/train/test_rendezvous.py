@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from supple.core.spec import SpecError
-from supple.train import rendezvous
-from supple.train.group import CollectiveFailed, form
-from supple.train.rendezvous import Address, Meeting, MeetingFailed, Rendezvous
+from supple.train.generation import rendezvous
+from supple.train.generation.group import CollectiveFailed, form
+from supple.train.generation.rendezvous import Address, Meeting, MeetingFailed, Rendezvous
 
 _LIMIT_S = 30.0
 

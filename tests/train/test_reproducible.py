@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from supple.core.order import share
-from supple.train.group import CollectiveFailed, Group
-from supple.train.reproducible import TreeReducer, merge, partial_nodes
+from supple.core.job.order import share
+from supple.train.generation.group import CollectiveFailed, Group
+from supple.train.step.reproducible import TreeReducer, merge, partial_nodes
 from tests.train.ranks import run_ranks
 
 torch.manual_seed(11)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from supple.core.types import CheckpointPassedOver
-from supple.train.checkpoint import CheckpointRefused, CheckpointStore
+from supple.train.checkpoint.store import CheckpointRefused, CheckpointStore
 from supple.train.job import Job
 from tests.train.world import World
 

@@ -19,12 +19,12 @@ from supple.core.types import (
     WorkerId,
 )
 from supple.testing.faults import FakeClock
-from supple.train.checkpoint import CheckpointError, CheckpointStore, DiskFullError
+from supple.train.checkpoint.saver import Saver
+from supple.train.checkpoint.store import CheckpointError, CheckpointStore, DiskFullError
+from supple.train.generation.mailbox import Mailbox
+from supple.train.generation.member import Identity
+from supple.train.generation.rendezvous import Address
 from supple.train.job import Job
-from supple.train.mailbox import Mailbox
-from supple.train.member import Identity
-from supple.train.rendezvous import Address
-from supple.train.saver import Saver
 from supple.train.state import TrainState
 from tests.train.world import World
 

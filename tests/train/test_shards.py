@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
 
-from supple.core.ledger import prove, shard_ids
-from supple.core.order import ShardPosition
+from supple.core.job.ledger import prove, shard_ids
+from supple.core.job.order import ShardPosition
 from supple.core.spec import SpecError
-from supple.train.loader import Loader, make_loader
-from supple.train.shards import ShardLoader
+from supple.train.data.loader import Loader, make_loader
+from supple.train.data.shards import ShardLoader
 from tests.train.histories import Abandon, Commit, Happening, Resize, Run, Tear, happenings
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from supple.train.group import CollectiveFailed, Group
+from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.rehearsal import Rehearsal
 from supple.train.state import TrainState, _buckets, _encode, _pack, share_state
 from tests.train.ranks import run_ranks

@@ -21,10 +21,10 @@ from supple.core.types import (
     WorkerReady,
     WorkerStopped,
 )
-from supple.train.checkpoint import CheckpointStore
+from supple.train.checkpoint.store import CheckpointStore
+from supple.train.generation.mailbox import Mailbox
+from supple.train.generation.member import Identity, LeaveLoop
 from supple.train.job import Elastic, Job
-from supple.train.mailbox import Mailbox
-from supple.train.member import Identity, LeaveLoop
 from tests.train.ranks import rendezvous
 
 Kind = TypeVar("Kind", bound=Event)

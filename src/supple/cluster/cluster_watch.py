@@ -15,7 +15,7 @@ from ray._private import state as ray_state
 from ray.exceptions import RayError
 
 from supple.cluster.life import wait_for_end
-from supple.cluster.patience import in_a_thread
+from supple.control.patience import in_a_thread
 from supple.core.types import ClusterLost, Event, JobId, Noticed, PreemptionNoticed, WorkerId
 
 _EVERY_S = 1.0

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import final
 
-from supple.cluster.patience import in_a_thread
+from supple.control.patience import in_a_thread
 from supple.core.types import WorkerId
-from supple.train.fence import Fence, next_run
+from supple.train.checkpoint.fence import Fence, next_run
 
 _LIMIT_S = 2.0
 """A disk that does not take the fence for so long is not waited for."""

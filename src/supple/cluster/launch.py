@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from supple.cluster.advisor import Advisor
-from supple.cluster.backend import MonotonicClock, Observer
-from supple.cluster.control import refuse_second, socket_path
-from supple.cluster.controller import Controller, Outcome
 from supple.cluster.ray import RayBackend, connect
 from supple.cluster.starting import stop_ray
+from supple.control.advisor import Advisor
+from supple.control.backend import MonotonicClock, Observer
+from supple.control.controller import Controller, Outcome
+from supple.control.socket import refuse_second, socket_path
 from supple.core.spec import SpecError, TrainSpec
-from supple.train.checkpoint import CheckpointError, CheckpointStore
+from supple.train.checkpoint.store import CheckpointError, CheckpointStore
 from supple.train.script import check
 
 _SOCKET_BYTES = 107

@@ -13,19 +13,19 @@ from ray.exceptions import RayActorError
 
 from supple.cluster.ray import connect
 from supple.cluster.starting import stop_ray
-from supple.core.goodput import family_of
-from supple.core.interconnects import lookup
-from supple.core.measurements import CollectiveMeasurement, StepMeasurement
-from supple.core.memory import MemoryMeasurement, fit_memory
-from supple.core.planner import JobModel
+from supple.core.hardware import lookup
+from supple.core.planning.planner import JobModel
 from supple.core.spec import LrRule, SpecError, TrainSpec
-from supple.core.throughput import fit
-from supple.train.checkpoint import CheckpointError
-from supple.train.engine import TrainingError
-from supple.train.group import form
-from supple.train.probe import Phase, Probe, ProbeComplete, ProbeReport
-from supple.train.rendezvous import Address, Rendezvous
+from supple.core.training.goodput import family_of
+from supple.core.training.measurements import CollectiveMeasurement, StepMeasurement
+from supple.core.training.memory import MemoryMeasurement, fit_memory
+from supple.core.training.throughput import fit
+from supple.train.checkpoint.store import CheckpointError
+from supple.train.generation.group import form
+from supple.train.generation.rendezvous import Address, Rendezvous
+from supple.train.probes.probe import Phase, Probe, ProbeComplete, ProbeReport
 from supple.train.script import check, load, user_traceback, without_a_command_line
+from supple.train.step.engine import TrainingError
 
 MOST_MEASURED = 4
 """Workers, where nobody says."""
@@ -204,7 +204,7 @@ def measure(
 def job_model(
     found: Measurements, *, interconnect: str, workers_per_node: int, lr_rule: LrRule
 ) -> JobModel:
-    """The model of the job that `supple.core.planner.plan` takes."""
+    """The model of the job that `supple.core.planning.planner.plan` takes."""
     return JobModel(
         step_time=fit(
             found.steps,

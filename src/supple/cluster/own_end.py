@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import final
 
-from supple.train.checkpoint import CheckpointStore
-from supple.train.fence import Barrier
+from supple.train.checkpoint.fence import Barrier
+from supple.train.checkpoint.store import CheckpointStore
 
 _LOOK_EVERY_S = 0.5
 _GRACE_S = 4.0

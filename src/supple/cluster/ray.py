@@ -22,13 +22,13 @@ import ray
 from ray._private import worker as ray_worker
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError
 
-from supple.cluster.backend import Backend
 from supple.cluster.cluster_watch import ClusterWatch
 from supple.cluster.fencing import FenceKeeper
 from supple.cluster.life import Life, Sight, Sights
 from supple.cluster.ray_folder import RayFolder
 from supple.cluster.starting import start_ray, to_its_end
 from supple.cluster.worker import Report, WorkerBody, WorkerSetup
+from supple.control.backend import Backend
 from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import (
     AbortGeneration,
@@ -49,8 +49,8 @@ from supple.core.types import (
     WorkerId,
     WorkerLost,
 )
-from supple.train.heap import give_back
-from supple.train.rendezvous import Rendezvous
+from supple.train.generation.heap import give_back
+from supple.train.generation.rendezvous import Rendezvous
 
 _POLL_S = 0.5
 _LOOK_S = 1.0

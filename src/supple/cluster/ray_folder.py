@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Final, final
 
-from supple.cluster.runtime_dir import is_private, refuse_exchangeable, temporary
+from supple.control.runtime_dir import is_private, refuse_exchangeable, temporary
 from supple.core.spec import SpecError
 
 _PREFIX: Final = "supple-ray-"

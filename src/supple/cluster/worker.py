@@ -29,14 +29,14 @@ from supple.core.types import (
     WorkerId,
     WorkerLost,
 )
-from supple.logfile import LogFile
-from supple.train.checkpoint import CheckpointError, CheckpointRefused, CheckpointStore
-from supple.train.fence import Barrier, Writer
+from supple.train.checkpoint.fence import Barrier, Writer
+from supple.train.checkpoint.store import CheckpointError, CheckpointRefused, CheckpointStore
+from supple.train.generation.mailbox import Mailbox
+from supple.train.generation.member import Identity, LeaveLoop
+from supple.train.generation.rendezvous import Address
 from supple.train.job import Elastic, Job, TrainingError
 from supple.train.ledger import Ledger
-from supple.train.mailbox import Mailbox
-from supple.train.member import Identity, LeaveLoop
-from supple.train.rendezvous import Address
+from supple.train.logfile import LogFile
 from supple.train.script import (
     load,
     memory_advice,
@@ -57,7 +57,7 @@ class WorkerSetup:
     spec: TrainSpec
     run_path: str
     run: int
-    """Which run of the job this is: see `supple.train.fence`."""
+    """Which run of the job this is: see `supple.train.checkpoint.fence`."""
     rendezvous: Address
     host: str | None
     """The address to listen on; None: the one Ray knows this node by."""

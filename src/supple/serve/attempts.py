@@ -16,7 +16,7 @@ import struct
 from pathlib import Path
 from typing import Final, final
 
-from supple.serve.protocol import Refused
+from supple.serve.protocol.rest import Refused
 
 SERIAL: Final = b"x-supple-serial"
 """The header, or gRPC metadata, in which the ingress writes the number; a client's own is

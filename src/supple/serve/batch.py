@@ -11,10 +11,10 @@ from typing import Final
 
 import numpy as np
 
-from supple.serve.answers import Outputs
-from supple.serve.faults import FAILED, ModelFault
-from supple.serve.model import ServedModel
-from supple.serve.protocol import Array, Refused
+from supple.serve.models.answers import Outputs
+from supple.serve.models.faults import FAILED, ModelFault
+from supple.serve.models.model import ServedModel
+from supple.serve.protocol.rest import Array, Refused
 
 _RETRY_AFTER_S: Final = 1.0
 

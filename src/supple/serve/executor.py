@@ -22,15 +22,15 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Final, final
 
-from supple.core.latency import LatencyProfile
-from supple.core.queue import DEFAULT_PRIORITY, DeadlineQueue, Refusal, Ticket
-from supple.serve.answers import Outputs
+from supple.core.service.latency import LatencyProfile
+from supple.core.service.queue import DEFAULT_PRIORITY, DeadlineQueue, Refusal, Ticket
 from supple.serve.attempts import Attempts
 from supple.serve.batch import Answer, run_batch
-from supple.serve.faults import FAILED, ModelFault, places
-from supple.serve.model import ServedModel
+from supple.serve.models.answers import Outputs
+from supple.serve.models.faults import FAILED, ModelFault, places
+from supple.serve.models.model import ServedModel
 from supple.serve.pace import Pace
-from supple.serve.protocol import Array, Refused
+from supple.serve.protocol.rest import Array, Refused
 
 _RETRY_AFTER_S: Final = 1.0
 INLINE_S: Final = 5e-5

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final, final
 
-from supple.core.latency import LatencyPoint, LatencyProfile
+from supple.core.service.latency import LatencyPoint, LatencyProfile
 from supple.serve.stopwatch import Stopwatch
 
 _LAST: Final = 128

@@ -7,8 +7,8 @@ import html
 import json
 from typing import Any
 
-from supple.serve.model import ServedModel
-from supple.serve.tensor_spec import TensorSpec
+from supple.serve.models.model import ServedModel
+from supple.serve.models.tensor_spec import TensorSpec
 
 _ERROR = {"description": 'Refused: {"error": "why"}.'}
 

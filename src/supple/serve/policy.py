@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, final
 
-from supple.core.autoscaler import ScaleDecision, ScalerState, ServiceView, scale
-from supple.core.latency import LatencyPoint, LatencyProfile
-from supple.core.serve_spec import parse_latency, parse_slo
+from supple.core.service.autoscaler import ScaleDecision, ScalerState, ServiceView, scale
+from supple.core.service.latency import LatencyPoint, LatencyProfile
+from supple.core.service.spec import parse_latency, parse_slo
 
 NUM_ARRIVED: Final = "supple_num_arrived"
 NUM_WAITING: Final = "supple_num_waiting"

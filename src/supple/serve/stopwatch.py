@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final, final
 
-from supple.core.latency import LatencyPoint
+from supple.core.service.latency import LatencyPoint
 
 _SAMPLES: Final = 64
 _SIZES: Final = 24

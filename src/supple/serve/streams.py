@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, final
 
-from supple.serve.protocol import Array, Refused
+from supple.serve.protocol.rest import Array, Refused
 
 _MOST: Final = 64
 """Streams of one replica at a time: each has a thread."""

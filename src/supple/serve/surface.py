@@ -16,15 +16,16 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, final
 
-from supple.core.queue import DEFAULT_PRIORITY, LAST_PRIORITY
+from supple.core.service.queue import DEFAULT_PRIORITY, LAST_PRIORITY
 from supple.serve.again import ANSWERED
-from supple.serve.answers import Outputs
 from supple.serve.attempts import SERIAL, Attempts, parse_serial
-from supple.serve.faults import FaultLog, ModelFault
 from supple.serve.meters import Meters, merge
-from supple.serve.model import ServedModel
+from supple.serve.models.answers import Outputs
+from supple.serve.models.faults import FaultLog, ModelFault
+from supple.serve.models.model import ServedModel
+from supple.serve.models.tensor_spec import TensorSpec
 from supple.serve.pages import openapi, page
-from supple.serve.protocol import (
+from supple.serve.protocol.rest import (
     Array,
     InferRequest,
     Refused,
@@ -34,7 +35,6 @@ from supple.serve.protocol import (
     refuse,
 )
 from supple.serve.streams import CLIENT, Leaving, Streams
-from supple.serve.tensor_spec import TensorSpec
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]

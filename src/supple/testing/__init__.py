@@ -1,7 +1,7 @@
 """A world of workers in memory, for tests of what drives them: no process, no torch, no clock.
 
 `ScriptedBackend` is a `Backend` of simulated workers that keep their side of the protocol, for a
-controller or for `ScriptedJob`, which lets `supple.core.lifecycle` drive them. What real workers
+controller or for `ScriptedJob`, which lets `core/job/lifecycle.py` drive them. What real workers
 may do, these may do as well: messages cross, a collective succeeds on some members and fails on
 others, processes die or freeze in any state. What must never happen raises `ProtocolViolation`,
 with the history that led there.

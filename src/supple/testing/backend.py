@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, final
 
-from supple.cluster.backend import Backend
-from supple.core.membership import ordinal
+from supple.control.backend import Backend
+from supple.core.job.membership import ordinal
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     AbortGeneration,

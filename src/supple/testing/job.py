@@ -7,8 +7,8 @@ go out of its generation, a job that goes on after its end raise `ProtocolViolat
 from collections.abc import Callable, Iterable, Mapping
 from typing import final
 
-from supple.core import lifecycle
-from supple.core.membership import JobState
+from supple.core.job import lifecycle
+from supple.core.job.membership import JobState
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     Action,

@@ -13,22 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from supple.core.order import mix, share
+from supple.core.job.order import mix, share
 from supple.core.spec import TrainSpec
 from supple.core.types import Doing, Progress
-from supple.train.activity import Activity
 from supple.train.arguments import check_batches, check_rate
-from supple.train.checkpoint import CheckpointStore
-from supple.train.engine import StepEngine, TrainingError
-from supple.train.group import CollectiveFailed, Group
+from supple.train.checkpoint.saver import Saver
+from supple.train.checkpoint.store import CheckpointStore
+from supple.train.data.loader import Loader, MicroBatch, fraction_done, make_loader
+from supple.train.generation.activity import Activity
+from supple.train.generation.group import CollectiveFailed, Group
+from supple.train.generation.member import Elastic, LeaveLoop, Membership
 from supple.train.ledger import Ledger
-from supple.train.loader import Loader, MicroBatch, fraction_done, make_loader
-from supple.train.member import Elastic, LeaveLoop, Membership
-from supple.train.rate import LearningRate, constant
 from supple.train.rehearsal import Rehearsal, check_kept
 from supple.train.reporter import Reporter
-from supple.train.saver import Saver
 from supple.train.state import TrainState
+from supple.train.step.engine import StepEngine, TrainingError
+from supple.train.step.rate import LearningRate, constant
 
 
 @final
@@ -426,7 +426,7 @@ class Job:
             self._rejoin(str(failure))
             return None
 
-    # -- the holder of the train state (see supple.train.member.Holder) -----------------------
+    # -- the holder of the train state (see supple.train.generation.member.Holder) -----
 
     @property
     def committed_step(self) -> int | None:

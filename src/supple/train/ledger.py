@@ -1,6 +1,6 @@
 """The file in which a worker writes down which samples it really used (`supple train --ledger`).
 
-`supple.core.ledger` proves from these files that every sample was used exactly once.
+`supple.core.job.ledger` proves from these files that every sample was used exactly once.
 """
 
 import json
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
-from supple.logfile import LogFile, Lost
+from supple.train.logfile import LogFile, Lost
 
 
 @final

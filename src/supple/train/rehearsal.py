@@ -12,9 +12,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from supple.train.checkpoint_folder import refuse_unsafe
-from supple.train.engine import TrainingError
+from supple.train.checkpoint.folder import refuse_unsafe
 from supple.train.state import TrainState, private
+from supple.train.step.engine import TrainingError
 
 _IN_A_SETTING = "Give it to the optimizer as a plain value, or leave it out"
 _IN_THE_OPTIMIZER = "Let the optimizer keep it as a tensor or a plain value"

@@ -6,12 +6,12 @@ from typing import final
 
 from torch import Tensor
 
-from supple.core.goodput import efficiency
+from supple.core.training.goodput import efficiency
 from supple.core.types import Progress
-from supple.train.engine import StepEngine
-from supple.train.loader import Loader
-from supple.train.meter import StepTimes
-from supple.train.rate import LearningRate
+from supple.train.data.loader import Loader
+from supple.train.step.engine import StepEngine
+from supple.train.step.meter import StepTimes
+from supple.train.step.rate import LearningRate
 
 _EVERY_S = 0.2
 _NO_TIMES = StepTimes(

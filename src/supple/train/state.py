@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from supple.train.finite import is_finite
-from supple.train.group import Group
+from supple.train.generation.group import Group
+from supple.train.step.finite import is_finite
 
 _BUCKET_BYTES = 16 * 1024 * 1024
 _NEVER = -1

@@ -1,0 +1,285 @@
+"""`supple memory`: what fits on an accelerator that is not here."""
+
+import dataclasses
+import itertools
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from supple.cli.errors import FAILED, messages, split_target
+from supple.cli.output import console
+from supple.core.spec import SpecError
+from supple.core.training.memory import (
+    FAR,
+    FRAGMENTATION,
+    RUNTIME_BYTES,
+    LargestMicroBatch,
+    TracedMemory,
+    device_bytes,
+    largest_that_fits,
+    safe_bytes,
+)
+from supple.core.types import Infeasible
+from supple.inputs.rows import parse_gigabytes
+from supple.train.script import check
+
+if TYPE_CHECKING:
+    from supple.train.probes.memory_trace import TracedJob
+
+EPILOG = (
+    "Examples:\n\n  supple memory examples/gpt.py --memory 80\n\n"
+    "  supple memory train.py --memory 24 --optimizer sgd-momentum --json\n\n"
+    "Exit codes: 0 something fits; 1 nothing does, or the script cannot be traced; 2 refused "
+    "before any work."
+)
+_SHARDS = (1, 2, 4, 8, 16, 64)
+
+
+def memory(
+    script: Annotated[str, typer.Argument(help="A Python file, or FILE:FUNCTION.")],
+    device_gb: Annotated[
+        str,
+        typer.Option("--memory", help="GB of the accelerator that should hold it, or 74.5GiB."),
+    ] = "80",
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="In place of the script's: adam, sgd-momentum or sgd."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Tracebacks.")] = False,
+) -> None:
+    """What micro-batch of SCRIPT fits an accelerator, traced without one and without computing."""
+    with messages(verbose):
+        limit = parse_gigabytes(device_gb, what="--memory")
+        path, function = split_target(script)
+        check(path, function)
+        from supple.train.probes.memory_trace import OPTIMIZERS, TraceFailed, trace_memory
+
+        if optimizer is not None and optimizer not in OPTIMIZERS:
+            raise SpecError(f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZERS)}.")
+        try:
+            traced = {
+                name: trace_memory(
+                    path, function, recompute=recompute, optimizer=optimizer, verbose=verbose
+                )
+                for name, recompute in (("kept", False), ("recomputed", True))
+            }
+        except TraceFailed as error:
+            typer.echo(f"supple: {error}", err=True)
+            raise typer.Exit(FAILED) from None
+        rows = [
+            _row(name, job, shards, limit) for name, job in traced.items() for shards in _SHARDS
+        ]
+        too_small = None if any(row.largest for row in rows) else _too_small(rows, script, limit)
+        if as_json:
+            typer.echo(json.dumps(_data(traced["kept"], rows, limit, too_small)))
+        else:
+            _show(traced["kept"], rows, limit)
+        if too_small is not None:
+            typer.echo(f"supple: {too_small}", err=True)
+            raise typer.Exit(FAILED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """What fits where activations are kept or computed again, and `shards` hold the states."""
+
+    activations: str
+    shards: int
+    traces: tuple[TracedMemory, ...]
+    found: LargestMicroBatch
+
+    @property
+    def largest(self) -> int:
+        """Samples; 0: not one."""
+        return self.found.num_samples
+
+    def change(self) -> str:
+        """What must be done to the script for it."""
+        over = "one" if self.shards == 1 else str(self.shards)
+        return f"with activations {self.activations} and states over {over}"
+
+    def traced_bytes(self, micro_batch_size: int) -> float | None:
+        """The safe ones; None for a size that was not traced."""
+        for trace in self.traces:
+            if trace.micro_batch_size == micro_batch_size:
+                return device_bytes(trace, shards=self.shards).high
+        return None
+
+
+def _row(activations: str, job: "TracedJob", shards: int, limit: float) -> _Row:
+    return _Row(
+        activations=activations,
+        shards=shards,
+        traces=job.traces,
+        found=largest_that_fits(job.traces, limit, shards=shards, dataset_size=job.dataset_size),
+    )
+
+
+def _too_small(rows: list[_Row], script: str, limit: float) -> Infeasible:
+    def least(row: _Row) -> float:
+        return safe_bytes(row.traces, 1, shards=row.shards)
+
+    asked = f"a micro-batch of {script} in {_size(limit)}"
+    if limit <= RUNTIME_BYTES:
+        return Infeasible(
+            asked=asked,
+            numbers=f"the accelerator's runtime alone takes {_size(RUNTIME_BYTES)}",
+            rule="a micro-batch and its share of the states must fit beside the runtime",
+            advice="Take an accelerator with more memory (--memory).",
+        )
+    best = min(rows, key=least)
+    samples = "one sample" if len(best.traces) > 1 else "the only micro-batch that could be traced"
+    return Infeasible(
+        asked=asked,
+        numbers=f"{samples} needs {_size(least(best))} at the least, {best.change()}; "
+        f"the accelerator's runtime takes {_size(RUNTIME_BYTES)} of it",
+        rule="a micro-batch and its share of the states must fit",
+        advice="Take an accelerator with more memory (--memory), or cut the layers themselves over "
+        f"several: `supple layouts {script}`.",
+    )
+
+
+def _data(
+    job: "TracedJob", rows: list[_Row], limit: float, too_small: Infeasible | None
+) -> dict[str, object]:
+    first = job.traces[0]
+    return {
+        "device_bytes": limit,
+        "parameter_bytes": first.parameter_bytes,
+        "gradient_bytes": first.gradient_bytes,
+        "optimizer_bytes": first.optimizer_bytes,
+        "runtime_bytes": RUNTIME_BYTES,
+        "fragmentation": FRAGMENTATION,
+        "batch_size": job.batch_size,
+        "dataset_size": job.dataset_size,
+        "untraced": {str(size): why for size, why in job.untraced},
+        "infeasible": None if too_small is None else dataclasses.asdict(too_small),
+        "rows": [
+            {
+                "activations": row.activations,
+                "shards": row.shards,
+                "largest_micro_batch": row.largest,
+                "limited_by": row.found.limited_by,
+                "guess": row.found.is_guess,
+                "whole_batch_fits": row.largest >= _in_a_step(job),
+                "bytes": {
+                    str(trace.micro_batch_size): {
+                        "traced": device_bytes(trace, shards=row.shards).low,
+                        "safe": device_bytes(trace, shards=row.shards).high,
+                    }
+                    for trace in row.traces
+                },
+            }
+            for row in rows
+        ],
+    }
+
+
+def _show(job: "TracedJob", rows: list[_Row], limit: float) -> None:
+    first, out = job.traces[0], console()
+
+    def say(text: str, style: str | None = None) -> None:
+        out.print(text, style=style, soft_wrap=not out.is_terminal)
+
+    say(
+        f"States: {_size(first.parameter_bytes)} of parameters, {_size(first.gradient_bytes)} of "
+        f"gradients, {_size(first.optimizer_bytes)} of the optimizer."
+    )
+    view = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    view.add_column("activations")
+    view.add_column("states over", justify="right")
+    sizes = sorted({t.micro_batch_size for row in rows for t in row.traces}, reverse=True)
+    for size in sizes:
+        view.add_column(f"micro {size:,}", justify="right", no_wrap=True)
+    view.add_column(f"largest in {limit / 1e9:.4g} GB", justify="right", style="bold")
+    for line in _lines(rows, sizes):
+        view.add_row(*line)
+    out.print(view)
+    limits = {row.found.limited_by for row in rows if row.largest}
+    if "dataset" in limits:
+        say("all: every sample of the dataset at once", style="dim")
+    if "traces" in limits:
+        say("or more: the traced sizes need all the same, which tells nothing beyond", style="dim")
+    if any(row.found.is_guess for row in rows):
+        traced = "the only traced size" if len(sizes) == 1 else f"{FAR} times the largest traced"
+        say(f"?: a guess, beyond {traced}", style="dim")
+    say(
+        f"Safe side: the trace, {FRAGMENTATION:.0%} of fragmentation, and {_size(RUNTIME_BYTES)} "
+        "for the accelerator's runtime. Nothing was computed.",
+        style="dim",
+    )
+    for size, why in job.untraced:
+        say(f"Not traced at a micro-batch of {size:,}: {why}")
+    if len(job.traces) == 1:
+        say(
+            "One traced size does not tell what a sample needs: beyond it, all but the states is "
+            "taken to grow with the batch."
+        )
+    if any(row.largest for row in rows):
+        say(f"\n{_advice(job, rows)}")
+
+
+def _lines(rows: list[_Row], sizes: list[int]) -> list[tuple[str, ...]]:
+    """The cells of every row; rows that say the same, of several shards or of both ways to treat
+    activations, are one line."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for name, alike in itertools.groupby(rows, lambda row: row.activations):
+        told = found.setdefault(name, [])
+        for cells, same in itertools.groupby(alike, lambda row: _cells(row, sizes)):
+            over = [row.shards for row in same]
+            first = "one" if over == [1] else str(over[0])
+            told.append((first if len(over) == 1 else f"{first} to {over[-1]}", *cells))
+    if len(found) > 1 and len({tuple(told) for told in found.values()}) == 1:
+        found = {" or ".join(found): next(iter(found.values()))}
+    return [(name, *line) for name, told in found.items() for line in told]
+
+
+def _cells(row: _Row, sizes: list[int]) -> tuple[str, ...]:
+    needed = map(row.traced_bytes, sizes)
+    return *("" if found is None else _size(found) for found in needed), _largest(row)
+
+
+def _largest(row: _Row) -> str:
+    if not row.largest:
+        return "none"
+    form = {"memory": "{}", "dataset": "all {}", "traces": "{} or more"}[row.found.limited_by]
+    shown = row.largest
+    if row.found.is_guess and row.found.limited_by == "memory":
+        unit = 10 ** max(0, len(str(shown)) - 2)
+        shown = shown // unit * unit  # down, so that it still fits
+    return form.format(f"{'?' if row.found.is_guess else ''}{shown:,}")
+
+
+def _in_a_step(job: "TracedJob") -> int:
+    """No step of the job takes more samples at once."""
+    return job.batch_size if job.dataset_size is None else min(job.batch_size, job.dataset_size)
+
+
+def _advice(job: "TracedJob", rows: list[_Row]) -> str:
+    """What to do for the job's batch to fit, with as little change to the script as can be."""
+    whole, as_it_is = _in_a_step(job), rows[0].largest
+    if as_it_is >= whole:
+        return f"The job's batch of {whole:,} fits at once, without recomputing or sharding."
+    told = [f"The job's batch of {whole:,} does not fit at once as the script stands."]
+    if as_it_is:
+        told.append(
+            f"{as_it_is:,} samples do: give job.batches(..., micro_batch_size={as_it_is}), and the "
+            "batch stays what it is."
+        )
+    some = next(row for row in rows if row.largest)
+    enough = next((row for row in rows if row.largest >= whole), None)
+    if not as_it_is and some is not enough:
+        told.append(f"A micro-batch of {some.largest:,} does {some.change()}.")
+    if enough is not None:
+        told.append(f"It does {enough.change()}.")
+    return " ".join(told)
+
+
+def _size(count: float) -> str:
+    if count < 1e6:
+        return f"{count / 1e3:,.1f} kB"
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"

@@ -1,0 +1,150 @@
+"""One `supple train` for a person: the job, what is shown and written while it runs, and what is
+told at its end."""
+
+import contextlib
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import IO, cast
+
+from rich.console import Console
+
+from supple.cli.output import LossyStream
+from supple.cluster import launch
+from supple.control.backend import Observer
+from supple.control.controller import Outcome
+from supple.control.lock import only_job
+from supple.core.spec import TrainSpec
+from supple.core.types import FileLost, JobId
+from supple.report.curves import Curves
+from supple.report.eventlog import EventLog, LedgerLog
+from supple.report.live import LiveLine, Losses, Tally
+from supple.report.picture import draw_run
+from supple.train.logfile import LogFile
+
+OPTIONS = {
+    "batch": "--batch",
+    "lr_rule": "--lr-rule",
+    "reproducible": "--reproducible",
+    "num_logical_shards": "--logical-shards",
+    "seed": "--seed",
+    "checkpoint_every_s": "--checkpoint-every",
+    "ledger": "--ledger",
+    "address": "--address",
+    "port": "--port",
+    "cpus_per_worker": "--cpus-per-worker",
+    "gpus_per_worker": "--gpus-per-worker",
+    "heartbeat_timeout_s": "--heartbeat-timeout",
+    "unresponsive_timeout_s": "--unresponsive-timeout",
+    "stall_timeout_s": "--stall-timeout",
+    "max_failures": "--max-failures",
+    "on_non_finite": "--on-non-finite",
+    "max_steps": "--max-steps",
+    "price_per_hour": "--price",
+}
+"""Fields of a `TrainSpec` and the options that set them."""
+
+
+def run(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) -> bool:
+    """Train to the end; did it finish, or was it stopped, and is it saved? With `as_json` stdout
+    gets the event log's records and nothing else. Raises what `launch.train` raises."""
+    folder = launch.prepare(spec)
+    with only_job(spec.name, folder) as warning:  # before anything is moved, removed or started
+        if warning:
+            _tell(f"supple: {warning}")
+        return _run(spec, folder, resume, as_json, verbose)
+
+
+def _run(spec: TrainSpec, folder: Path, resume: str | None, as_json: bool, verbose: bool) -> bool:
+    spec = dataclasses.replace(spec, script=str(Path(spec.script).resolve()))
+    if resume is not None:
+        spec, said = launch.resumed(spec, resume)
+    else:
+        said = launch.set_aside(spec)
+    if said:
+        _tell(said)
+    if spec.ledger:
+        launch.remove_ledger(folder)
+    tally = Tally()
+
+    def lost(path: str, error: str) -> None:
+        """A file that this process writes is lost: tell it as that of a worker."""
+        event = FileLost(
+            job_id=JobId(spec.name), generation=0, step=tally.last_step, path=path, error=error
+        )
+        for observer in observers:
+            observer.happened(event)
+
+    losses = Losses(_tell)
+    observers: list[Observer] = [losses, tally]
+    stdout = LossyStream(sys.stdout, lambda error: lost("stdout", error))
+    log = EventLog(LogFile(folder / "events.jsonl", lost), *([stdout] if as_json else []))
+    console = Console(file=cast("IO[str]", stdout), quiet=as_json, highlight=False)
+    live = LiveLine(console, spec.name, max_steps=spec.max_steps)
+    ledger = LedgerLog(folder / "ledger" / "controller.jsonl", lost) if spec.ledger else None
+    with live, Curves(folder / "tensorboard", lost) as curves:
+        observers += [log, live, curves, *([ledger] if ledger else [])]
+        log.began(spec)
+        ray = "starting Ray on this machine" if spec.address is None else "joining the Ray cluster"
+        live.printed(f"{ray}, then the workers")
+        outcome = launch.train(spec, observers=observers, verbose=verbose)
+    if ledger is not None:
+        ledger.close()
+    log.ended(outcome)
+    for line in [*ending(spec, outcome, tally), *losses.summary()]:
+        _tell(line)
+    _tell_files(folder)
+    return outcome.saved and (
+        outcome.status == "finished"
+        or (outcome.status == "stopped" and outcome.checkpoint is not None)
+    )
+
+
+def ending(spec: TrainSpec, outcome: Outcome, tally: Tally) -> list[str]:
+    """How the run ended, what it came to, and how to go on where that is possible."""
+    lines = [f"supple: {outcome.status}: {outcome.reason}"]
+    if outcome.detail:
+        lines.append(outcome.detail)
+    lines.append(f"  {tally.summary(spec.price_per_hour)}")
+    unfinished = outcome.status != "finished" or not outcome.saved
+    if unfinished and outcome.checkpoint is not None:
+        lines.append(f"  go on with   {resume_command(spec, outcome.checkpoint)}")
+    return lines
+
+
+def resume_command(spec: TrainSpec, checkpoint: str) -> str:
+    """The command line that goes on from `checkpoint` as the same job, with every option that was
+    not left at its default. A schedule is left out: it counts from the beginning of a run."""
+    target = spec.script if spec.function == "train" else f"{spec.script}:{spec.function}"
+    words = ["supple", "train", target, "--name", spec.name, "--run-dir", spec.run_dir]
+    words += ["--workers", f"{spec.min_workers}:{spec.max_workers}"]
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if field.name not in OPTIONS or value == field.default:
+            continue
+        words.append(OPTIONS[field.name])
+        if value is not True:
+            words.append(f"{value:g}" if isinstance(value, float) else str(value))
+    return shlex.join([*words, "--resume", checkpoint])
+
+
+def _tell_files(folder: Path) -> None:
+    picture = folder / "run.png"
+    try:
+        if draw_run(folder / "events.jsonl", picture):
+            _tell(f"  picture      {picture}")
+    except Exception as error:  # must not make a failure of a run that is over
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        _tell(f"  picture      none, it could not be drawn: {why}")
+        with contextlib.suppress(OSError):
+            picture.unlink()
+    _tell(f"  event log    {folder / 'events.jsonl'}")
+    if (folder / "checkpoints").is_dir():
+        _tell(f"  checkpoints  {folder / 'checkpoints'}")
+    _tell(f"  curves       tensorboard --logdir {folder / 'tensorboard'}")
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # there is nobody to tell
+        print(line, file=sys.stderr, flush=True)

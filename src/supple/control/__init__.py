@@ -1,0 +1,1 @@
+"""Shells around the pure state machines: no Ray, no torch."""

@@ -1,0 +1,269 @@
+"""The shell around one lifecycle: events in, `lifecycle.step`, actions out. Decides nothing.
+
+Who may ask for another size: a schedule, the planner from live measurements (`advisor`), another
+terminal, the platform. All of them put an event in the same queue as the workers do.
+"""
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+from supple.control.advisor import Advisor
+from supple.control.backend import Backend, Clock, Observer
+from supple.control.socket import ControlServer
+from supple.core.job import lifecycle, stalls
+from supple.core.job.lifecycle import JobState, Phase
+from supple.core.spec import SpecError, TrainSpec, parse_count
+from supple.core.types import (
+    Action,
+    Decision,
+    Event,
+    FailJob,
+    FinishJob,
+    GroupFormed,
+    Heartbeat,
+    JobId,
+    PreemptionNoticed,
+    Progress,
+    StopRequested,
+    TargetChanged,
+    Ticked,
+    WorkerId,
+    WorkerStopped,
+)
+from supple.core.words import in_words
+
+_TICK_S = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a job ended."""
+
+    status: Literal["finished", "stopped", "failed"]
+    reason: str
+    detail: str = ""
+    """The user's traceback, where the script raised."""
+    checkpoint: str | None = None
+    """The newest durable checkpoint."""
+    saved: bool = True
+    """Does that hold the newest train state?"""
+
+
+@final
+class Controller:
+    """Runs one job to its end."""
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        backend: Backend,
+        *,
+        clock: Clock,
+        observers: Iterable[Observer],
+        advisor: Advisor | None,
+    ) -> None:
+        self._spec = spec
+        self._job_id = JobId(spec.name)
+        self._backend = backend
+        self._clock = clock
+        self._observers = tuple(observers)
+        self._advisor = advisor
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._state: JobState | None = None
+        self._outcome: Outcome | None = None
+        self._progress: Progress | None = None
+        self._running_since: float | None = None
+        self._pause_began: float | None = None
+
+    # -- what others may call ------------------------------------------------------------------
+
+    def request_stop(self, reason: str) -> None:
+        """Drain, save, end; called twice: end at once."""
+        self._put(StopRequested(job_id=self._job_id, generation=0, reason=reason))
+
+    def progressed(self, progress: Progress) -> None:
+        """Rank 0 published its progress."""
+        self._progress = progress
+        for observer in self._observers:
+            observer.progressed(progress)
+        if self._advisor is not None:
+            for event in self._advisor.consider(progress, self._clock.now()):
+                self._put(event)
+
+    def printed(self, line: str) -> None:
+        for observer in self._observers:
+            observer.printed(line)
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """One request from another terminal; raises `SpecError` to refuse it."""
+        match request.get("ask"):
+            case "resize":
+                count = parse_count(str(request["num_workers"]), what="the number of workers")
+                low, high = self._spec.min_workers, self._spec.max_workers
+                if not low <= count <= high:
+                    raise SpecError(
+                        f"{in_words(count)} asked for, the job has --workers {low}:{high}. "
+                        f"Ask for a count from {low} to {high}."
+                    )
+                if self._advisor is not None:
+                    self._advisor.leave_count_alone()
+                self._want(count, "asked for by `supple resize`")
+                return {"accepted": count}
+            case "preempt":
+                return self._preempt(request)
+            case "stop":
+                self.request_stop("asked for by `supple stop`")
+                return {"accepted": "stop"}
+            case "status":
+                return self._status()
+            case other:
+                raise SpecError(f"unknown request {other!r}")
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    async def run(self) -> Outcome:
+        """Until the job has finished, was stopped, or failed."""
+        control = ControlServer(self._spec.name, self.answer)
+        await control.start()
+        background = [
+            asyncio.ensure_future(self._forward_events()),
+            asyncio.ensure_future(self._tick()),
+        ]
+        try:
+            state, actions = lifecycle.start(
+                self._spec, self._job_id, self._clock.now(), restore=self._spec.resume
+            )
+            await self._perform(state, actions)
+            while self._outcome is None:
+                event = await self._next_event(background)
+                self._note(event)
+                state, actions = lifecycle.step(state, event, self._clock.now())
+                await self._perform(state, actions)
+            return self._outcome
+        finally:
+            for task in background:
+                task.cancel()
+            await control.stop()
+            await self._backend.close()
+
+    async def _perform(self, state: JobState, actions: Iterable[Action]) -> None:
+        self._state = state
+        for action in actions:
+            match action:
+                case Decision():
+                    for observer in self._observers:
+                        observer.decided(action)
+                case FinishJob():
+                    self._outcome = Outcome(
+                        status="stopped" if action.stopped else "finished",
+                        reason=action.reason,
+                        checkpoint=state.restore,
+                        saved=action.saved,
+                    )
+                case FailJob():
+                    self._outcome = Outcome(
+                        status="failed",
+                        reason=action.reason,
+                        detail=action.detail,
+                        checkpoint=state.restore,
+                        saved=action.saved,
+                    )
+                case _:
+                    for observer in self._observers:
+                        observer.acted(action)
+                    await self._backend.execute(action)
+
+    def _note(self, event: Event) -> None:
+        """What the shell itself learns from an event: the resize cost, and whom to tell."""
+        now = self._clock.now()
+        match event:
+            case Heartbeat() | Ticked():
+                return
+            case WorkerStopped():
+                self._pause_began = self._pause_began or now
+            case GroupFormed():
+                if self._running_since is None:
+                    self._running_since = now
+                if self._pause_began is not None and self._advisor is not None:
+                    self._advisor.measured_pause(now - self._pause_began)
+                self._pause_began = None
+            case _:
+                pass
+        for observer in self._observers:
+            observer.happened(event)
+
+    async def _next_event(self, background: Sequence[asyncio.Future[None]]) -> Event:
+        """Raises what a background task raised: without it the job would wait for ever."""
+        if self._queue.empty():
+            getting = asyncio.ensure_future(self._queue.get())
+            await asyncio.wait([getting, *background], return_when=asyncio.FIRST_COMPLETED)
+            if getting.done():
+                return getting.result()
+            getting.cancel()
+        for task in background:
+            if task.done():
+                task.result()
+        return await self._queue.get()
+
+    async def _forward_events(self) -> None:
+        async for event in self._backend.events():
+            self._put(event)
+
+    async def _tick(self) -> None:
+        due = [(at_s, count) for at_s, count in self._spec.schedule if at_s > 0]
+        while True:
+            await asyncio.sleep(_TICK_S)
+            since = self._running_since
+            while due and since is not None and self._clock.now() - since >= due[0][0]:
+                at_s, count = due.pop(0)
+                self._want(count, f"the schedule says {in_words(count)} from {at_s:g} s on")
+            self._put(Ticked(job_id=self._job_id, generation=0))
+
+    def _put(self, event: Event) -> None:
+        self._queue.put_nowait(event)
+
+    def _want(self, count: int, reason: str) -> None:
+        self._put(
+            TargetChanged(job_id=self._job_id, generation=0, num_workers=count, reason=reason)
+        )
+
+    def _preempt(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        named = {str(name) for name in request["workers"]}
+        state = self._state
+        known = {str(worker_id) for worker_id in state.workers} if state else set[str]()
+        if not named <= known:
+            raise SpecError(
+                f"{', '.join(sorted(named - known))}: no such worker. The job has "
+                f"{', '.join(sorted(known)) or 'none yet'}."
+            )
+        self._put(
+            PreemptionNoticed(
+                job_id=self._job_id,
+                generation=0,
+                worker_ids=tuple(WorkerId(name) for name in sorted(named)),
+                deadline=self._clock.now() + float(request.get("notice_s", 30.0)),
+            )
+        )
+        return {"accepted": sorted(named)}
+
+    def _doing(self) -> dict[str, str]:
+        """What each worker does, in words; nothing of those that step."""
+        if self._state is None:
+            return {}
+        return stalls.in_words(self._state)
+
+    def _status(self) -> dict[str, Any]:
+        state, progress = self._state, self._progress
+        return {
+            "job": self._spec.name,
+            "phase": (state.phase if state else Phase.STARTING).value,
+            "generation": state.generation if state else 0,
+            "members": [str(worker_id) for worker_id in state.members] if state else [],
+            "doing": self._doing(),
+            "pids": {str(worker_id): pid for worker_id, pid in self._backend.pids.items()},
+            "progress": None
+            if progress is None
+            else {name: getattr(progress, name) for name in Progress.__slots__},
+        }

@@ -1,0 +1,1 @@
+"""Estimates with intervals: robust fits, grouped fits, repeats."""

@@ -1,0 +1,158 @@
+"""What a loss means: whom to blame, when to try again, when to give up.
+
+Two things are counted, and each is forgotten as soon as it is proven wrong. Strikes: generations
+in a row that broke with no step committed between (a bad step, a bad network). Failed starts:
+attempts in a row whose new worker did not last a few steps (a bad machine). Past --max-failures,
+a job goes on with whom it has and tries again ever more rarely; with too few, it fails.
+"""
+
+from supple.core.job.endings import conclude
+from supple.core.job.membership import JobState, Phase, Turn, ordinal
+from supple.core.types import LossCause, StopWorker, WorkerId, WorkerStatus
+from supple.core.words import in_words
+
+BACK_OFF_S = 30.0
+BACK_OFF_DOUBLINGS = 7
+"""Replacements of workers that keep failing come ever later, at last about once an hour."""
+PROVEN_STEPS = 3
+"""Committed steps after which a worker that dies did not fail to start."""
+
+_CAUSE: dict[LossCause, str] = {
+    "raised": "raised in the script",
+    "refused": "refused the checkpoint",
+    "died": "died",
+    "silent": "fell silent",
+    "stuck": "held the others up",
+    "preempted": "was taken by its platform",
+    "start_failed": "failed to start",
+}
+
+
+def advance(turn: Turn, worker_id: WorkerId, committed: int) -> None:
+    """A member has committed so many steps."""
+    if committed > turn.state.step:
+        progress = committed > turn.state.struck_step
+        turn.set(step=committed, strikes=0 if progress else turn.state.strikes)
+    view = turn.state.workers[worker_id]
+    joined = view.joined_step
+    if not view.proven and joined is not None and committed - joined >= PROVEN_STEPS:
+        turn.see(worker_id, proven=True)
+        turn.set(failed_starts=0)
+
+
+def lose(turn: Turn, worker_id: WorkerId, cause: LossCause, detail: str, step: int = -1) -> None:
+    """A worker is gone, whatever it was doing. One whose script raised is kept for the state of
+    `step` that it holds, until a generation runs that holds it too."""
+    state = turn.state
+    view = state.workers[worker_id]
+    if cause == "raised" and step >= 0:
+        turn.see(worker_id, status=WorkerStatus.RAISED, stopped=True, step=step, left_at=None)
+        advance(turn, worker_id, step)
+    else:
+        turn.forget(worker_id)
+    if cause in ("raised", "refused"):  # its function is over, its process is not
+        turn.set(detail=detail)
+        if step < 0:
+            turn.act(StopWorker, worker_id=worker_id, reason=_CAUSE[cause])
+    if cause == "refused":  # it would be refused again, and is none to go on with
+        turn.set(restore=None, restore_step=-1)
+        conclude(turn, "failed", "the checkpoint was refused")
+    if view.finished or view.status is WorkerStatus.RAISED:
+        return
+    told = f"{worker_id} {_CAUSE[cause]}" + (f": {in_short(detail)}" if detail else "")
+    at_rest = state.phase in (Phase.WAITING, Phase.SAVING)
+    broke = view.status is WorkerStatus.MEMBER and worker_id in state.members and not at_rest
+    if broke:
+        others = len(turn.state.members) - len(turn.state.present) > 1
+        turn.set(why=("recover", f"{state.why[1]}, {told}" if others else told))
+        turn.abort()
+    if cause == "preempted":
+        return
+    if not broke:
+        turn.decide("keep", len(turn.state.present), f"{told} ({view.status.value})")
+    if cause == "raised":
+        _blame_the_script(turn, worker_id, broke=broke)
+    if turn.state.verdict is not None:
+        return
+    if not view.proven and ordinal(worker_id) >= state.attempt_from:
+        turn.set(failed_starts=state.failed_starts + 1, attempt_from=state.num_started)
+    if broke:
+        strike(turn)
+    _back_off(turn)
+
+
+def _blame_the_script(turn: Turn, worker_id: WorkerId, *, broke: bool) -> None:
+    """The job is to fail if another try would only raise again."""
+    state, limit = turn.state, max(1, turn.state.spec.max_failures)
+    if state.generation == 0:
+        conclude(turn, "failed", "the script failed before the first step")
+    elif broke:
+        again = state.step <= state.raised_step
+        turn.set(
+            raised=state.raised | {worker_id},
+            num_raised=state.num_raised + 1 if again else 1,
+            raised_step=max(state.step, state.raised_step),
+        )
+        at = f"after step {state.step}"
+        if not state.ending and set(state.members) <= turn.state.raised:
+            conclude(turn, "failed", f"the script raised on every worker {at}")
+        elif not state.ending and turn.state.num_raised >= limit:
+            times = "once" if limit == 1 else f"{limit} times"
+            allowed = f"(--max-failures {state.spec.max_failures})"
+            conclude(turn, "failed", f"the script raised {times} {at} {allowed}")
+
+
+def strike(turn: Turn) -> None:
+    """The generation broke. Counted once, and forgotten with the next committed step."""
+    state = turn.state
+    if state.struck_generation != state.generation:
+        turn.set(
+            strikes=state.strikes + 1,
+            struck_generation=state.generation,
+            struck_step=max(state.struck_step, state.step),
+        )
+
+
+def _back_off(turn: Turn) -> None:
+    """Ask for the next replacement later, if the last ones were lost in a row."""
+    state, limit = turn.state, turn.state.spec.max_failures
+    excess = max(state.failed_starts, state.strikes) - limit
+    if excess <= 0 or turn.now < state.retry_at:
+        return
+    wait_s = BACK_OFF_S * 2.0 ** min(excess - 1, BACK_OFF_DOUBLINGS)
+    turn.set(retry_at=turn.now + wait_s)
+    reason = f"{_in_a_row(state)}; going on with {in_words(len(state.joinable))}, the next "
+    turn.decide("keep", len(state.joinable), f"{reason}attempt to replace it in {wait_s:g} s")
+
+
+def is_hopeless(turn: Turn) -> bool:
+    """The job is to fail if workers keep being lost without progress, and too few are left; or if
+    collectives keep failing although nobody was lost."""
+    state = turn.state
+    if max(state.failed_starts, state.strikes) <= state.spec.max_failures:
+        return False
+    if not state.next_members:
+        left, least = len(state.joinable), state.spec.min_workers
+        conclude(turn, "failed", f"{_in_a_row(state)}; {in_words(left)} left, MIN is {least}")
+    elif state.strikes > state.spec.max_failures and state.present == state.members:
+        reason = (
+            f"{_in_a_row(state)}, though no worker was lost ({state.why[1]}): check that the "
+            "workers' nodes can reach each other"
+        )
+        conclude(turn, "failed", reason)
+    return turn.state.verdict is not None
+
+
+def _in_a_row(state: JobState) -> str:
+    limit = f"(--max-failures {state.spec.max_failures})"
+    if state.strikes >= state.failed_starts:
+        return f"{state.strikes} generations in a row broke without a committed step {limit}"
+    return (
+        f"{state.failed_starts} new workers in a row were lost within {PROVEN_STEPS} steps {limit}"
+    )
+
+
+def in_short(text: str) -> str:
+    """The last line that says something: of a traceback, the exception."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:160] if lines else ""

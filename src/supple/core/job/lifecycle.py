@@ -1,0 +1,404 @@
+"""The only place a job's state changes: `step(state, event, now) -> (state, actions)`.
+
+Two tables hold everything. `_ON_EVENT`: what an event makes true. `_RULES`: what each phase does
+about what is true now, applied until nothing changes (as h11 does with its state-triggered
+transitions). A message of another generation, or from a worker that was let go, changes nothing.
+
+    STARTING -> FORMING -> RUNNING -> DRAINING -> FORMING ...   grow, shrink, recover, batch
+                   |                    |  |-> WAITING -> FORMING   fewer than MIN
+                   |                    |  |-> SAVING -> WAITING    only a raised script has state
+                   v                    v
+                DRAINING             SAVING -> FINISHED, FAILED     there is a verdict (`endings`)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from supple.core.job.endings import (
+    all_left_but_joiners,
+    conclude,
+    drain,
+    finish_when_all_have,
+    is_late,
+    look_at_those_who_stay,
+    on_finished,
+    on_left,
+    on_save_failed,
+    on_saved,
+    on_stop,
+    save_before_forming,
+    save_or_end,
+    saving,
+)
+from supple.core.job.failures import advance, in_short, is_hopeless, lose, strike
+from supple.core.job.membership import JobState, Phase, Turn
+from supple.core.job.silence import end_the_silent, forgive, heard
+from supple.core.job.stalls import note, watch
+from supple.core.spec import TrainSpec
+from supple.core.types import (
+    Action,
+    BatchChanged,
+    CheckpointFailed,
+    CheckpointPassedOver,
+    CheckpointSaved,
+    ClusterLost,
+    Event,
+    FileLost,
+    GroupFormed,
+    Heartbeat,
+    JobId,
+    LoopLeft,
+    Noticed,
+    PreemptionNoticed,
+    StopRequested,
+    TargetChanged,
+    Ticked,
+    WorkerFinished,
+    WorkerLost,
+    WorkerReady,
+    WorkerStatus,
+    WorkerStopped,
+)
+from supple.core.words import in_words
+
+__all__ = ["JobState", "Phase", "start", "step"]
+
+START_GRACE_S = 10.0
+"""The first generation waits so long for the last of its workers, after the first is ready."""
+GROW_GRACE_S = 2.0
+"""A worker that stands by waits so long for others that are starting, to join with them."""
+RETURNED_EARLY = (
+    "the training function returned before its first step: it must go on with the loop over "
+    "job.batches(...) until that ends by itself"
+)
+
+
+def start(
+    spec: TrainSpec, job_id: JobId, now: float, *, restore: str | None, initial: int | None = None
+) -> tuple[JobState, tuple[Action, ...]]:
+    """A new job, and the workers to start for it: `initial` of them, or what the schedule says
+    for time 0, or MIN."""
+    if initial is None:
+        at_once = [count for at_s, count in spec.schedule if at_s == 0.0]
+        initial = at_once[0] if at_once else spec.min_workers
+    desired = min(max(initial, spec.min_workers), spec.max_workers)
+    state = JobState(
+        job_id=job_id,
+        spec=spec,
+        desired=desired,
+        desired_reason=f"started with {in_words(desired)}",
+        restore=restore,
+        ticked_at=now,
+    )
+    turn = Turn(state, now)
+    turn.decide(
+        "start", desired, f"starting {in_words(desired)}" + (f" from {restore}" if restore else "")
+    )
+    turn.settle(_RULES)
+    return turn.state, tuple(turn.actions)
+
+
+def step(state: JobState, event: Event, now: float) -> tuple[JobState, tuple[Action, ...]]:
+    """The state after `event`, and what to do. Total: any event in any state has an answer."""
+    if state.phase.is_over or event.job_id != state.job_id:
+        return state, ()
+    turn = Turn(state, now)
+    worker_id = getattr(event, "worker_id", None)
+    if worker_id is not None:
+        if worker_id not in state.workers:
+            return state, ()
+        heard(turn, worker_id, event)
+    _ON_EVENT[type(event)](turn, event)
+    turn.settle(_RULES)
+    return turn.state, tuple(turn.actions)
+
+
+# --- what an event makes true -----------------------------------------------------------------
+
+
+def _on_ready(turn: Turn, event: WorkerReady) -> None:
+    if turn.state.workers[event.worker_id].status is WorkerStatus.STARTING:
+        turn.see(
+            event.worker_id,
+            status=WorkerStatus.STANDBY,
+            ready_at=turn.now,
+            node_id=event.node_id,
+        )
+
+
+def _on_stopped(turn: Turn, event: WorkerStopped) -> None:
+    state = turn.state
+    if not _is_current(state, event) or state.workers[event.worker_id].stopped:
+        return
+    turn.see(event.worker_id, stopped=True, step=event.step)
+    advance(turn, event.worker_id, event.step)
+    if state.phase is Phase.SAVING:
+        return
+    if state.phase is not Phase.DRAINING:
+        reason = f"{event.worker_id}: {in_short(event.error) or 'it stopped unasked'}"
+        turn.set(why=("recover", reason))
+        strike(turn)
+    if event.error or state.phase is not Phase.DRAINING:
+        turn.abort()
+
+
+def _on_formed(turn: Turn, event: GroupFormed) -> None:
+    state = turn.state
+    if _is_current(state, event):
+        turn.see(event.worker_id, formed=True, step=event.step)
+        if state.restore is not None and state.restore_step < 0:
+            turn.set(restore_step=event.step)
+
+
+def _on_finished(turn: Turn, event: WorkerFinished) -> None:
+    view = turn.state.workers[event.worker_id]
+    if _is_current(turn.state, event) or view.left_at is not None:
+        on_finished(turn, event)
+    elif view.status is WorkerStatus.STARTING:
+        lose(turn, event.worker_id, "raised", RETURNED_EARLY)
+
+
+def _on_left(turn: Turn, event: LoopLeft) -> None:
+    if _is_current(turn.state, event):
+        on_left(turn, event)
+
+
+def _on_heartbeat(turn: Turn, event: Heartbeat) -> None:
+    if event.doing is not None:
+        note(turn, event.worker_id, event.doing, event.since_s)
+    state = turn.state
+    phase_steps = state.phase in (Phase.RUNNING, Phase.DRAINING)
+    if phase_steps and _is_current(state, event) and state.workers[event.worker_id].is_training:
+        advance(turn, event.worker_id, event.step)
+        if event.step > state.workers[event.worker_id].step:
+            turn.see(event.worker_id, step=event.step)
+
+
+def _is_current(
+    state: JobState, event: WorkerStopped | GroupFormed | WorkerFinished | LoopLeft | Heartbeat
+) -> bool:
+    return event.generation == state.generation and event.worker_id in state.present
+
+
+def _on_lost(turn: Turn, event: WorkerLost) -> None:
+    lose(turn, event.worker_id, event.cause, event.detail, event.step)
+
+
+def _on_target(turn: Turn, event: TargetChanged) -> None:
+    state, spec = turn.state, turn.state.spec
+    desired = min(max(event.num_workers, spec.min_workers), spec.max_workers)
+    reason = event.reason
+    if desired != event.num_workers:
+        reason += f" ({event.num_workers} is outside {spec.min_workers}:{spec.max_workers})"
+    if state.is_ending:
+        turn.decide("keep", len(state.present), f"the job is ending; {reason}")
+    elif desired == state.desired:
+        turn.decide("keep", desired, f"{in_words(desired)} already wanted; {reason}")
+    else:
+        turn.set(desired=desired, desired_reason=reason, retry_at=turn.now)
+        if desired < state.desired:
+            turn.set(full_size=min(state.full_size, desired))
+        turn.decide("grow" if desired > state.desired else "shrink", desired, reason)
+
+
+def _on_batch(turn: Turn, event: BatchChanged) -> None:
+    turn.set(batch_wanted=event.global_batch_size)
+    turn.decide("batch", turn.state.desired, event.reason)
+
+
+def _on_preemption(turn: Turn, event: PreemptionNoticed) -> None:
+    named = [worker_id for worker_id in event.worker_ids if worker_id in turn.state.workers]
+    for worker_id in named:
+        turn.see(worker_id, leaving=True)
+    if named:
+        left_s = max(0.0, event.deadline - turn.now)
+        reason = f"{', '.join(named)} will be taken by the platform in {left_s:.0f} s"
+        turn.decide("shrink", len(turn.state.joinable), reason)
+
+
+def _on_passed_over(turn: Turn, event: CheckpointPassedOver) -> None:
+    turn.set(restore=event.path, restore_step=event.step)
+    turn.decide("recover", len(turn.state.members), f"from {event.path} instead: {event.reason}")
+
+
+def _on_file_lost(_turn: Turn, _event: FileLost) -> None:
+    return  # for people and for the ledger's proof: training does not depend on it
+
+
+def _on_cluster_lost(turn: Turn, event: ClusterLost) -> None:
+    if turn.state.verdict is None:
+        turn.decide("stop", 0, f"{event.reason}: saving while the workers still answer")
+    conclude(turn, "failed", event.reason)
+
+
+def _on_noticed(turn: Turn, event: Noticed) -> None:
+    turn.decide("keep", len(turn.state.present), event.text)
+
+
+def _on_tick(turn: Turn, _event: Ticked) -> None:
+    asleep_s = turn.now - turn.state.ticked_at
+    turn.set(ticked_at=turn.now)
+    if asleep_s > turn.state.spec.heartbeat_timeout_s / 2:
+        forgive(turn, asleep_s)  # it is the controller that was suspended: it could hear nobody
+    else:
+        end_the_silent(turn)
+        watch(turn)
+
+
+_ON_EVENT: dict[type[Event], Callable[[Turn, Any], None]] = {
+    WorkerReady: _on_ready,
+    WorkerStopped: _on_stopped,
+    GroupFormed: _on_formed,
+    WorkerLost: _on_lost,
+    WorkerFinished: _on_finished,
+    LoopLeft: _on_left,
+    Heartbeat: _on_heartbeat,
+    TargetChanged: _on_target,
+    BatchChanged: _on_batch,
+    PreemptionNoticed: _on_preemption,
+    StopRequested: on_stop,
+    ClusterLost: _on_cluster_lost,
+    Noticed: _on_noticed,
+    CheckpointSaved: on_saved,
+    CheckpointFailed: on_save_failed,
+    CheckpointPassedOver: _on_passed_over,
+    FileLost: _on_file_lost,
+    Ticked: _on_tick,
+}
+
+
+# --- what each phase does about it ------------------------------------------------------------
+
+
+def _starting(turn: Turn) -> None:
+    if turn.state.verdict is not None or is_hopeless(turn):
+        save_or_end(turn)
+        return
+    _let_go_surplus(turn)
+    _ask_for_missing(turn)
+    state = turn.state
+    if len(state.joinable) >= state.spec.min_workers:
+        waited_s = turn.now - min(state.workers[w].ready_at for w in state.joinable)
+        if not state.starting or waited_s >= START_GRACE_S:
+            turn.form(state.next_members)
+
+
+def _running(turn: Turn) -> None:
+    if turn.state.verdict is not None:
+        turn.announce("stop", turn.state.verdict.reason)
+        return
+    if turn.state.is_ending:
+        look_at_those_who_stay(turn)
+        finish_when_all_have(turn)
+        return
+    _let_go_surplus(turn)
+    _ask_for_missing(turn)
+    state = turn.state
+    newcomers = [w for w in state.joinable if w not in state.members]
+    taken = [w for w in state.present if state.workers[w].leaving]
+    size, goal = len(state.present), min(state.desired, len(state.present) + len(newcomers))
+    if taken and len(state.joinable) >= state.spec.min_workers:
+        turn.announce("shrink", f"{', '.join(taken)} will be taken by the platform")
+    elif size > state.desired:
+        turn.announce("shrink", state.desired_reason)
+    elif size < goal:
+        waited_s = turn.now - min(state.workers[w].ready_at for w in newcomers)
+        if not state.starting or waited_s >= GROW_GRACE_S:
+            ready = f"{', '.join(newcomers)} ready"
+            if goal <= state.full_size:
+                turn.announce("regrow", f"{ready}, in place of what was lost")
+            else:
+                turn.announce("grow", f"{ready}; {state.desired_reason}")
+    elif state.batch_wanted != state.batch_in_force:
+        turn.announce("batch", f"global batch {state.batch_wanted}")
+
+
+def _draining(turn: Turn) -> None:
+    state = turn.state
+    if state.verdict is not None:
+        drain(turn)
+    elif state.training:
+        look_at_those_who_stay(turn)
+        _ask_for_missing(turn)
+    elif state.is_ending:
+        again = [w for w in state.present if state.workers[w].can_join]
+        if again and not all_left_but_joiners(state):
+            turn.form(again)
+        else:
+            finish_when_all_have(turn)
+    elif is_hopeless(turn):
+        save_or_end(turn)
+    elif state.next_members:
+        if not save_before_forming(turn):
+            turn.form(state.next_members)
+    else:
+        turn.set(phase=Phase.WAITING)
+        left, least = len(state.joinable), state.spec.min_workers
+        reason = f"{state.why[1]}; {left} of at least {in_words(least)} left: waiting for others"
+        turn.decide("wait", left, reason)
+
+
+def _forming(turn: Turn) -> None:
+    state = turn.state
+    _ask_for_missing(turn)
+    views = [state.workers[w] for w in state.present]
+    if len(views) == len(state.members) and all(view.formed for view in views):
+        step_now = max(view.step for view in views)
+        for worker_id in state.members:
+            if state.workers[worker_id].joined_step is None:
+                turn.see(worker_id, joined_step=step_now)
+        turn.set(
+            phase=Phase.RUNNING, step=step_now, full_size=max(state.full_size, len(state.members))
+        )
+    elif is_late(turn):
+        turn.abort()
+
+
+def _waiting(turn: Turn) -> None:
+    if turn.state.verdict is not None or is_hopeless(turn):
+        save_or_end(turn)
+        return
+    _ask_for_missing(turn)
+    if turn.state.next_members and not save_before_forming(turn):
+        turn.set(why=("regrow", "enough workers again"))
+        turn.form(turn.state.next_members)
+
+
+def _over(_turn: Turn) -> None:
+    return
+
+
+_RULES: dict[Phase, Callable[[Turn], None]] = {
+    Phase.STARTING: _starting,
+    Phase.RUNNING: _running,
+    Phase.DRAINING: _draining,
+    Phase.FORMING: _forming,
+    Phase.WAITING: _waiting,
+    Phase.SAVING: saving,
+    Phase.FINISHED: _over,
+    Phase.FAILED: _over,
+}
+
+
+def _ask_for_missing(turn: Turn) -> None:
+    """Start as many workers as are wanted and neither there nor on their way."""
+    state = turn.state
+    if turn.now < state.retry_at or state.is_ending:
+        return
+    for _ in range(state.desired - len(state.joinable) - len(state.starting)):
+        turn.ask_for_one()
+
+
+def _let_go_surplus(turn: Turn) -> None:
+    """Let go of those that are not wanted: never of a member."""
+    for worker_id, view in turn.state.workers.items():
+        if view.status is WorkerStatus.RAISED:
+            if turn.state.phase is Phase.RUNNING:
+                turn.let_go(worker_id, "raised in the script")
+        elif view.leaving and view.status is not WorkerStatus.MEMBER:
+            turn.let_go(worker_id, "taken by the platform")
+    state = turn.state
+    newcomers = [w for w in state.joinable if w not in state.members]
+    surplus = len(state.joinable) + len(state.starting) - state.desired
+    for worker_id in [*reversed(state.starting), *reversed(newcomers)][: max(0, surplus)]:
+        turn.let_go(worker_id, "no longer wanted")

@@ -1,0 +1,183 @@
+"""Who holds the others up: said after some seconds, and shed after --stall-timeout.
+
+Every heartbeat says what a worker does and since when. A worker that does one thing for far longer
+than it ever took before is named, once. A member that fetches data for longer than the limit while
+others wait for it is replaced; in the script's own code it may take ten times as long, for rank 0
+may evaluate there. Nobody is shed who alone holds the newest state.
+"""
+
+from collections.abc import Iterable
+
+from supple.core.job.endings import by_rank, conclude
+from supple.core.job.failures import lose, strike
+from supple.core.job.membership import JobState, Phase, Turn, WorkerView
+from supple.core.types import Doing, KillWorker, WorkerId
+
+SAID_AFTER_S = 10.0
+USUAL = 3.0
+"""What takes so many times as long as it ever took is worth a word; ten times as long, the end."""
+_NEW_STRETCH_S = 1.0
+"""A later beginning than this is another stretch of the same thing."""
+
+_WORDS: dict[Doing, str] = {
+    "queued": "waiting for a process in the cluster",
+    "starting": "starting (imports, building the model)",
+    "data": "fetching data (the dataset, collate_fn)",
+    "script": "in the script's own code",
+    "backward": "in the backward pass",
+    "waiting": "waiting for other ranks",
+    "update": "in the optimizer's step",
+    "fence": "waiting for other ranks at the end of the data",
+    "standby": "waiting for a command",
+    "forming": "forming its group",
+    "saving": "saving",
+    "after": "in the script's own code after the loop",
+}
+_OF_THE_WORKER: tuple[Doing, ...] = ("data", "script", "backward", "update")
+"""What a member does while others may have to wait for it."""
+
+
+def note(turn: Turn, worker_id: WorkerId, doing: Doing, since_s: float) -> None:
+    """A worker said what it does, and for how long."""
+    state = turn.state
+    view, since = state.workers[worker_id], turn.now - since_s
+    if view.doing == doing and since < view.since + _NEW_STRETCH_S:
+        turn.see(worker_id, doing_s=turn.now - view.since)
+        return
+    if view.doing in _OF_THE_WORKER and view.doing_s > state.longest.get(view.doing, 1.0):
+        turn.set(longest={**state.longest, view.doing: view.doing_s})
+    turn.see(worker_id, doing=doing, since=since, doing_s=since_s, said=False)
+
+
+def watch(turn: Turn) -> None:
+    """Time has passed: say, and shed."""
+    _say_who_comes_up(turn)
+    state = turn.state
+    match state.phase:
+        case Phase.RUNNING | Phase.DRAINING:
+            for worker_id in state.present:
+                view = turn.state.workers.get(worker_id)
+                if view is not None and view.doing in _OF_THE_WORKER and view.is_training:
+                    _look_at(turn, worker_id, view)
+                elif view is not None and view.doing == "after" and not view.finished:
+                    _say(turn, [worker_id])
+            _look_at_all(turn)
+        case Phase.FORMING:
+            late = [w for w in state.present if not state.workers[w].formed]
+            _say(turn, late, f"; generation {state.generation} begins when all have formed it")
+        case Phase.SAVING if state.saver in state.workers:
+            if turn.now - state.saving_since >= SAID_AFTER_S:
+                _say(turn, [state.saver])
+        case _:
+            return
+
+
+def _say_who_comes_up(turn: Turn) -> None:
+    """Workers that the job waits for, together with those that do the same."""
+    state, spec = turn.state, turn.state.spec
+    new = {w: state.workers[w] for w in state.starting if not state.workers[w].said}
+    late = {v.doing for v in new.values() if v.doing and v.doing_s >= SAID_AFTER_S}
+    for doing in sorted(late):
+        advice = ""
+        if doing == "queued":
+            advice = f": each needs a free place of {spec.cpus_per_worker:g} CPU"
+            if spec.gpus_per_worker:
+                advice += f" and {spec.gpus_per_worker:g} GPU"
+        _say(turn, [w for w, view in new.items() if view.doing == doing], advice)
+
+
+def in_words(state: JobState) -> dict[str, str]:
+    """What each worker that is not stepping does, and for how long."""
+    return {
+        str(w): f"{_words(view)} for {view.doing_s:.0f} s"
+        for w, view in state.workers.items()
+        if view.doing is not None and view.doing_s >= _NEW_STRETCH_S
+    }
+
+
+def _look_at(turn: Turn, worker_id: WorkerId, view: WorkerView) -> None:
+    """A member is elsewhere than in its collective."""
+    state, spec = turn.state, turn.state.spec
+    waiting = [w for w in state.present if w != worker_id and _waits(state.workers[w])]
+    for_s, limit_s = view.doing_s, _limit_s(state, view)
+    who_waits = f"; {by_rank(state, waiting)} cannot go on without it" if waiting else ""
+    if state.verdict is not None:
+        if view.doing != "data":
+            who_waits += "; its state cannot be saved from there"
+    elif waiting:
+        who_waits += f"; it is replaced after {limit_s:.0f} s (--stall-timeout)"
+    _say(turn, [worker_id], who_waits)
+    holders = [w for w in waiting if state.workers[w].can_join]
+    if (
+        for_s >= limit_s
+        and state.verdict is None
+        and any(state.workers[w].step >= view.step for w in holders)
+    ):
+        reason = (
+            f"it had been {_words(view)} for {for_s:.0f} s while {by_rank(state, holders)} waited "
+            f"(--stall-timeout {spec.stall_timeout_s:g}s)"
+        )
+        turn.act(KillWorker, worker_id=worker_id, reason=reason)
+        lose(turn, worker_id, "stuck", reason)
+
+
+def _look_at_all(turn: Turn) -> None:
+    """Nobody waits for anybody in particular: all fetch data for too long, or wait in a circle."""
+    state, spec = turn.state, turn.state.spec
+    views = [state.workers[w] for w in state.training]
+    if not views or len(views) < len(state.present) or state.verdict is not None:
+        return
+    least_s = min(view.doing_s for view in views)
+    if all(view.doing == "data" for view in views):
+        limit_s = max(_limit_s(state, view) for view in views)
+        if least_s >= limit_s:
+            conclude(
+                turn,
+                "failed",
+                f"{by_rank(state, state.training)} had been fetching data for {least_s:.0f} s, and "
+                f"nothing came (--stall-timeout {spec.stall_timeout_s:g}s)",
+            )
+            turn.abort()
+    elif state.aborted_at is None and all(v.doing in ("waiting", "fence") for v in views):
+        _say(turn, state.training, ": nothing arrives from the others")
+        if least_s >= spec.stall_timeout_s:
+            reason = f"all ranks waited for each other for {least_s:.0f} s"
+            turn.set(why=("recover", reason))
+            strike(turn)
+            turn.abort()
+
+
+def _waits(view: WorkerView) -> bool:
+    return not view.is_training or view.doing in ("waiting", "fence")
+
+
+def _limit_s(state: JobState, view: WorkerView) -> float:
+    allowed_s = state.spec.stall_timeout_s * (1 if view.doing == "data" else 10)
+    return max(allowed_s, 10 * state.longest.get(view.doing or "", 0.0))
+
+
+def _say(turn: Turn, workers: Iterable[WorkerId | None], more: str = "") -> None:
+    """Say of these what they do, once, if one of them has been at it for long."""
+    state = turn.state
+    found = {w: state.workers[w] for w in workers if w is not None and not state.workers[w].said}
+    late_s = max(
+        (
+            view.doing_s
+            for view in found.values()
+            if view.doing is not None
+            and view.doing_s >= max(SAID_AFTER_S, USUAL * state.longest.get(view.doing, 0.0))
+        ),
+        default=None,
+    )
+    if late_s is None:
+        return
+    for worker_id in found:
+        turn.see(worker_id, said=True)
+    doing = {_words(view): None for view in found.values()}
+    have = "has" if len(found) == 1 else "have"
+    reason = f"{by_rank(state, found)} {have} been {' or '.join(doing)} for {late_s:.0f} s{more}"
+    turn.decide("keep", len(state.present), reason)
+
+
+def _words(view: WorkerView) -> str:
+    return "silent" if view.doing is None else _WORDS[view.doing]

@@ -1,0 +1,145 @@
+"""Peak bytes on one accelerator under a layout, before anybody ran it: of a transformer by its
+sizes, of any other model by what was measured of its layers.
+
+    states       (2 + 4 + 12) bytes a parameter: bf16 weights, fp32 gradients, fp32 weights and two
+                 Adam moments (other optimizers: `OPTIMIZER_BYTES`); over tp and pp, and over
+                 dp_shard where the data ranks shard them
+    gathered     of one layer, where the data ranks shard: weights and gradients whole
+    activations  per layer and micro-batch of `tok` tokens  tok h (10 + 24/t + 5 a s / (h t))
+                 (5 a s only where attention keeps its scores) or, recomputed, its input  2 tok h;
+                 and once, the layer being recomputed whole
+    in flight    stage i of p, from 0, holds min(p - i, m) micro-batches (1F1B): the first of equal
+                 stages is the fullest, of measured layers each stage is looked at
+    head         logits and their gradient in fp32, on the last stage:  8 tok V / t
+    overhead     what the runtime and its communicators take, and fragmentation
+
+Activations: Korthikanti et al. 2022, equation 2 (tensor parallel, no sequence parallel) and section
+5 (recomputation). States: Rajbhandari et al. 2020 (ZeRO), section 3, with fp32 gradients, which is
+the larger of what frameworks do: this errs on the safe side. So does charging a transformer's
+fullest accelerator the first stage's activations and the last one's head together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from supple.core.layouts.model import LayoutRun, Transformer
+from supple.core.layouts.stages import MeasuredLayer, split
+from supple.core.training.memory import FRAGMENTATION, RUNTIME_BYTES
+from supple.core.types import Estimate
+
+_WEIGHTS, _GRADIENTS = 2.0, 4.0
+OPTIMIZER_BYTES = {
+    "adam": 12.0,
+    "adam-8bit": 6.0,
+    "adafactor": 4.1,
+    "sgd-momentum": 8.0,
+    "sgd": 4.0,
+}
+"""A parameter's weights in fp32, and what the optimizer keeps of it: two moments; two of 8 bits
+(Dettmers et al. 2022); a row's and a column's share of one (Shazeer and Stern 2018); one; none."""
+_LAYERS_SHARE = 8.0
+"""Of a measured layer's parameter, its weight and its gradient, in fp32 at most."""
+_GROUP_BYTES = 2**29
+"""The buffers of one more communicator. `RUNTIME_BYTES` counts one, that of the replicas; a layout
+has up to two more, of tensor and of pipeline ranks. Both are charged to every layout, so that this
+errs on the safe side: 1 to 2.5 GiB are seen for all of it."""
+_OVERHEAD_BYTES = RUNTIME_BYTES + 2 * _GROUP_BYTES
+_SURE = 0.85
+"""The low end: buffers that a framework frees early, gradients in 16 bits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryParts:
+    """Bytes on the fullest accelerator."""
+
+    states: float
+    activations: float
+    head: float
+    overhead: float
+
+    @property
+    def total(self) -> float:
+        return self.states + self.activations + self.head + self.overhead
+
+
+def num_parameters(model: Transformer) -> int:
+    """Of the layers (four h^2 of attention, eight of the feed-forward part, norms and biases) and
+    of the embedding, which the head shares."""
+    h = model.hidden_size
+    return model.num_layers * (12 * h * h + 13 * h) + (model.vocab_size + model.seq_length) * h
+
+
+def optimizer_bytes(optimizer: str) -> float:
+    """What `OPTIMIZER_BYTES` says of it; `ValueError` with the known ones for any other."""
+    if optimizer not in OPTIMIZER_BYTES:
+        raise ValueError(
+            f"the memory of optimizer {optimizer!r} was asked for: what it keeps of a parameter is "
+            f"not known. Name the one nearest to it: {', '.join(OPTIMIZER_BYTES)}."
+        )
+    return OPTIMIZER_BYTES[optimizer]
+
+
+def memory_parts(run: LayoutRun, optimizer: str = "adam") -> MemoryParts:
+    """Where the bytes go, on the fullest stage. `optimizer` is a key of `OPTIMIZER_BYTES`, or a
+    `ValueError` comes; measured layers have their own."""
+    model = run.model
+    if not isinstance(model, Transformer):
+        return _of_layers(run, model)
+    tp, pp, shard = run.layout.tp, run.layout.pp, run.layout.dp_shard
+    layers = -(-model.num_layers // pp)
+    h, tok = model.hidden_size, run.micro_batch_size * model.seq_length
+    embedding = model.vocab_size * h
+    parameters = (layers * 12 * h * h + embedding) / tp
+    states = parameters * (_WEIGHTS + _GRADIENTS + optimizer_bytes(optimizer)) / shard
+    if shard > 1:
+        # One layer at a time is gathered whole, and its gradients before they are scattered.
+        states += 12 * h * h / tp * (_WEIGHTS + _GRADIENTS)
+    whole = tok * (h * (10 + 24 / tp) + model.score_bytes / tp)
+    in_flight = min(pp, run.num_micro_batches)
+    if run.recompute:
+        activations = in_flight * layers * 2.0 * tok * h + whole
+    else:
+        activations = in_flight * layers * whole
+    head = 8.0 * tok * model.vocab_size / tp
+    own = states + activations + head
+    return MemoryParts(
+        states=states,
+        activations=activations,
+        head=head,
+        overhead=_OVERHEAD_BYTES + FRAGMENTATION * own,
+    )
+
+
+def _of_layers(run: LayoutRun, layers: Sequence[MeasuredLayer]) -> MemoryParts:
+    tp, pp, shard = run.layout.tp, run.layout.pp, run.layout.dp_shard
+    fullest = MemoryParts(states=0.0, activations=0.0, head=0.0, overhead=0.0)
+    for index, stage in enumerate(split(layers, pp, run.micro_batch_size, tp)):
+        states = sum(layer.state_bytes / layer.shards(tp) for layer in stage) / shard
+        if shard > 1:
+            # One layer at a time is gathered whole, without what the optimizer keeps of it.
+            states += max(
+                min(layer.state_bytes, _LAYERS_SHARE * layer.num_parameters) / layer.shards(tp)
+                for layer in stage
+            )
+        in_flight = min(pp - index, run.num_micro_batches)
+        kept = in_flight * sum(layer.activation_bytes_per_sample for layer in stage)
+        if run.recompute:
+            # Every layer keeps its input of every micro-batch; one of one is computed again whole.
+            inputs = sum(layer.output_bytes_per_sample for layer in stage)
+            whole = max(layer.activation_bytes_per_sample for layer in stage)
+            kept = min(kept, in_flight * inputs + whole)
+        activations = kept * run.micro_batch_size
+        parts = MemoryParts(
+            states=states,
+            activations=activations,
+            head=0.0,
+            overhead=_OVERHEAD_BYTES + FRAGMENTATION * (states + activations),
+        )
+        fullest = max(fullest, parts, key=lambda candidate: candidate.total)
+    return fullest
+
+
+def peak_memory(run: LayoutRun, optimizer: str = "adam") -> Estimate:
+    """Bytes; `value` and `high` are the safe ones, `assumed` since nothing was run."""
+    total = memory_parts(run, optimizer).total
+    return Estimate(value=total, low=total * _SURE, high=total, source="assumed")

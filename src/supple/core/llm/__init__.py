@@ -1,0 +1,1 @@
+"""A served language model that nobody has run."""

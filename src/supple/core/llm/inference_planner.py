@@ -1,0 +1,399 @@
+"""How a language model should be served: accelerators per copy, requests at a time, copies.
+
+Every (accelerators, concurrency) of one copy is a row with its tokens per second and the 90th
+percentile of the time between two tokens; the load says how many copies of it are needed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from supple.core.fitting.estimates import Z80
+from supple.core.layouts.model import Device
+from supple.core.llm.decoding import (
+    USABLE,
+    ServedModel,
+    ServingRun,
+    Workload,
+    in_accelerators,
+    weight_bytes,
+    weights_fit,
+)
+from supple.core.llm.inference import ITL_REPEAT, InferenceModel, ServingPrediction
+from supple.core.spec import MAX_WORKERS, is_count, is_positive
+from supple.core.types import Estimate, Infeasible
+from supple.core.words import in_digits
+
+KEPT, LIKELY = 0.9, 0.5
+"""Chances of keeping the promise: what counts as kept (the upper end of an 80 % interval does), and
+the least that is recommended where no row has that."""
+MANY = 3
+"""Times the accelerators of the cheapest likely row: more are not recommended for a better chance
+that still does not count as kept, and more for one that does are told of."""
+RULE = (
+    f"among the rows that keep --itl with a chance of at least {KEPT:.0%}, the one that serves "
+    "--rate with the fewest accelerators, and of those the one with the shortest time between "
+    "tokens; without --rate, the most tokens per accelerator. Where no row does: of the rows with "
+    f"a chance of at least {LIKELY:.0%}, the best chance for at most {MANY} times the fewest "
+    "accelerators"
+)
+CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_NARROW = 1.5
+"""An interval whose ends are closer than this is not worth a measurement."""
+_ALIKE = 1.02
+"""Rows whose tokens per accelerator differ by less are equal; of those fewer requests wait less."""
+_HEADROOM = 0.8
+"""Share of a copy's tokens that arrivals may ask for: they come unevenly."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceJob:
+    """What is to be served, on what, and what is promised. Times in seconds."""
+
+    model: ServedModel
+    device: Device
+    workload: Workload
+    output_tokens: float
+    """Mean length of an answer."""
+    itl_s: float | None = None
+    """Nine of ten tokens come within it after the one before."""
+    rate_per_s: float | None = None
+    """Requests that arrive, on average."""
+    max_devices: int = 8
+    """Accelerators of a copy: those of a node."""
+    max_accelerators: int = MAX_WORKERS
+    """Of all copies; more than any pool known unless it is given."""
+    price_per_hour: float | None = None
+    """Of one accelerator."""
+
+    def __post_init__(self) -> None:
+        for what, value in (
+            ("the time between tokens", self.itl_s),
+            ("the rate", self.rate_per_s),
+            ("the price", self.price_per_hour),
+        ):
+            if value is not None and not is_positive(value):
+                raise ValueError(f"{what} is {value:g}: it must be positive and finite.")
+        for what, count in (
+            ("the number of accelerators of a node", self.max_devices),
+            ("the cap of accelerators", self.max_accelerators),
+        ):
+            if not is_count(count):
+                raise ValueError(f"{what} is {count:g}: it must be at least 1, and whole.")
+        if not 1 <= self.output_tokens < math.inf:
+            raise ValueError(
+                f"an answer has {self.output_tokens:g} tokens: it must be at least 1 and finite."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceRow:
+    """One way to run a copy."""
+
+    num_devices: int
+    """Of one copy, tensor parallel."""
+    concurrency: int
+    """Requests a copy works on at a time."""
+    tokens_per_s: Estimate
+    """Of one copy."""
+    itl_p90_s: Estimate
+    chance: float | None
+    """That `itl_s` is kept; None where nothing is promised."""
+    num_copies: int | None
+    """For the rate, at the low end of the tokens' interval; None where no rate was given."""
+    cost_per_million: Estimate | None
+    """Money for a million tokens of a copy that is busy; None where no price was given."""
+
+    @property
+    def num_accelerators(self) -> int:
+        return self.num_devices * (self.num_copies or 1)
+
+    @property
+    def tokens_per_device_s(self) -> float:
+        return self.tokens_per_s.value / self.num_devices
+
+    @property
+    def is_measured(self) -> bool:
+        """It is what was measured, not a prediction."""
+        return self.itl_p90_s.source == "measured"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceTable:
+    """Every row, and the one to take."""
+
+    rows: tuple[InferenceRow, ...]
+    recommended: int
+    """Its index among the rows."""
+    reason: str
+    told: tuple[InferenceRow, ...]
+    """The rows that the reason speaks of."""
+
+    @property
+    def choice(self) -> InferenceRow:
+        return self.rows[self.recommended]
+
+
+def plan_inference(fit: InferenceModel, job: InferenceJob) -> InferenceTable | Infeasible:
+    """All rows of accelerators 1, 2, 4 … and concurrencies whose memory holds the weights and the
+    cache of at least one request, and the recommended one (`RULE`). Of concurrencies beyond what
+    the cache holds only the least is a row, besides those that were measured: more only wait.
+
+    A row keeps the promise if the upper end of its 80 % interval does. Raises `ValueError` for
+    nonsense.
+    """
+    counts = [2**power for power in range(20) if 2**power <= job.max_devices]
+    runs = [_run(job, count, concurrency) for count in counts for concurrency in CONCURRENCIES]
+    if not weights_fit(runs[-1]):
+        return _too_large(runs[-1])
+    room = fit.cache_room(runs)
+    fitting = [
+        (run, run.concurrency < 2 * left / taken)
+        for run, (left, taken) in zip(runs, room, strict=True)
+        if left >= taken
+    ]
+    if not fitting:
+        return _too_long(job, counts[-1], *room[-1])
+    found = fit.predict_all([run for run, _ in fitting])
+    every = [(_row(job, run, each), held) for (run, held), each in zip(fitting, found, strict=True)]
+    rows = tuple(row for row, held in every if held or row.is_measured)
+    allowed = [row for row in rows if _is_allowed(row, job)]
+    kept = [row for row in allowed if job.itl_s is None or row.itl_p90_s.high <= job.itl_s]
+    likely = [row for row in allowed if _chance_of(row) >= LIKELY]
+    if not likely:
+        return _out_of_reach(job, rows, allowed)
+    cheapest = _cheapest(likely, job, _needed)
+    if kept:
+        best = _cheapest(kept, job, _needed)
+    else:
+        most = MANY * _needed(cheapest, job)
+        best = max((row for row in likely if _needed(row, job) <= most), key=_chance_of)
+    promise, other = _promise(best, cheapest, job, sure=bool(kept))
+    return InferenceTable(
+        rows=rows,
+        recommended=rows.index(best),
+        reason=_what(best, job) + promise,
+        told=(best,) if other is None else (best, other),
+    )
+
+
+def worth_measuring(job: InferenceJob, table: InferenceTable) -> InferenceRow | None:
+    """The row whose measurement is worth most: that which would be taken if every prediction were
+    right. None where it was measured, or its time between tokens is known closely already."""
+    likely = [row for row in table.rows if _is_allowed(row, job)]
+    likely = [row for row in likely if job.itl_s is None or row.itl_p90_s.value <= job.itl_s]
+    row = _cheapest(likely, job, _likely_need) if likely else table.choice
+    known = row.is_measured or row.itl_p90_s.high / row.itl_p90_s.low <= _NARROW
+    return None if known else row
+
+
+def measure_first(row: InferenceRow) -> str:
+    """A sentence: what to measure, and what that would make of the time between tokens."""
+    itl = row.itl_p90_s
+    return (
+        f"Measure one copy on {in_accelerators(row.num_devices)} with {row.concurrency} at a time "
+        f"first, and hand it to --measured: what is now {_ms(itl.low)} to {_ms(itl.high)} ms "
+        f"between tokens would be known within a factor of {math.exp(Z80 * ITL_REPEAT):.2f}."
+    )
+
+
+def _run(job: InferenceJob, num_devices: int, concurrency: int) -> ServingRun:
+    return ServingRun(
+        model=job.model,
+        device=job.device,
+        num_devices=num_devices,
+        concurrency=concurrency,
+        workload=job.workload,
+        output_tokens=job.output_tokens,
+    )
+
+
+def _row(job: InferenceJob, run: ServingRun, found: ServingPrediction) -> InferenceRow:
+    tokens = found.tokens_per_s
+    copies = None
+    if job.rate_per_s is not None:
+        copies = _num_copies(job, job.rate_per_s, tokens.low)
+    cost = None
+    if job.price_per_hour is not None:
+        per_token = job.price_per_hour * run.num_devices / 3600.0 * 1e6
+        cost = Estimate(
+            value=per_token / tokens.value,
+            low=per_token / tokens.high,
+            high=per_token / tokens.low,
+            source=tokens.source,
+        )
+    return InferenceRow(
+        num_devices=run.num_devices,
+        concurrency=run.concurrency,
+        tokens_per_s=tokens,
+        itl_p90_s=found.itl_p90_s,
+        chance=None if job.itl_s is None else _chance(found.itl_p90_s, job.itl_s),
+        num_copies=copies,
+        cost_per_million=cost,
+    )
+
+
+def _num_copies(job: InferenceJob, rate_per_s: float, tokens_per_s: float) -> int:
+    """That the rate needs where a copy does so many tokens; one for the smallest."""
+    return max(1, math.ceil(rate_per_s * job.output_tokens / (_HEADROOM * tokens_per_s) - 1e-9))
+
+
+def _chance(estimate: Estimate, within_s: float) -> float:
+    """That the true value is at most `within_s`, the logarithm being normal."""
+    half = math.log(estimate.high / estimate.value)
+    away = math.log(within_s / estimate.value)
+    if half <= 0.0:
+        return float(away >= 0.0)
+    return 0.5 * math.erfc(-away / half * Z80 / math.sqrt(2.0))
+
+
+def _is_allowed(row: InferenceRow, job: InferenceJob) -> bool:
+    return row.num_accelerators <= job.max_accelerators
+
+
+def _cheapest(
+    rows: Sequence[InferenceRow],
+    job: InferenceJob,
+    need: Callable[[InferenceRow, InferenceJob], float],
+) -> InferenceRow:
+    """The least need, and of equals the shortest time between tokens. Without a rate needs are no
+    whole numbers: what hardly differs is equal."""
+    most = min(need(row, job) for row in rows) * (_ALIKE if job.rate_per_s is None else 1.0)
+    return min((row for row in rows if need(row, job) <= most), key=lambda row: row.itl_p90_s.value)
+
+
+def _likely_need(row: InferenceRow, job: InferenceJob) -> float:
+    """`_needed`, were every prediction right."""
+    if job.rate_per_s is None:
+        return _needed(row, job)
+    return _num_copies(job, job.rate_per_s, row.tokens_per_s.value) * row.num_devices
+
+
+def _needed(row: InferenceRow, job: InferenceJob) -> float:
+    """Accelerators for the rate; without one, for a token a second."""
+    return 1.0 / row.tokens_per_device_s if job.rate_per_s is None else row.num_accelerators
+
+
+def _where(row: InferenceRow) -> str:
+    """On what a copy runs, and what it works on."""
+    at_once = "one request" if row.concurrency == 1 else f"{row.concurrency} requests"
+    return f"on {in_accelerators(row.num_devices)}, {at_once} at a time"
+
+
+def _what(row: InferenceRow, job: InferenceJob) -> str:
+    if row.num_copies is None:
+        what = f"copies {_where(row)}"
+    elif row.num_copies == 1:
+        what = f"one copy {_where(row)}"
+    else:
+        what = (
+            f"{row.num_copies:,} copies {_where(row)} each, "
+            f"{in_accelerators(row.num_accelerators)} in all"
+        )
+    itl = row.itl_p90_s
+    return (
+        f"{what}: {in_digits(row.tokens_per_s.value)} tokens/s a copy, nine of ten tokens within "
+        f"{_ms(itl.value)} ms ({_ms(itl.low)} to {_ms(itl.high)}"
+        f"{', as measured' * row.is_measured})."
+    )
+
+
+def _ms(seconds: float) -> str:
+    return in_digits(seconds * 1e3)
+
+
+def _promise(
+    choice: InferenceRow, cheapest: InferenceRow, job: InferenceJob, *, sure: bool
+) -> tuple[str, InferenceRow | None]:
+    """Sentences: with what chance the promise is kept, what counts as kept, and which row would
+    probably do with far less, which comes second; empty where nothing is promised."""
+    if job.itl_s is None:
+        return "", None
+    chance, promise = _chance_of(choice), f"{_ms(job.itl_s)} ms"
+    if not sure:
+        measure = ": measure it before you promise it, and hand the figure to --measured"
+        return (
+            f" No row keeps {promise} with the {KEPT:.0%} that count as kept. This one does with "
+            f"{chance:.0%}, the best chance for at most {MANY} times the fewest accelerators"
+            f"{measure * (not choice.is_measured)}."
+        ), None
+    said = f" That keeps {promise} with a chance of {chance:.0%}; {KEPT:.0%} count as kept."
+    saved = _needed(choice, job) / _needed(cheapest, job)
+    if saved <= MANY:
+        return said, None
+    copies = f"copies {_where(cheapest)}"
+    if cheapest.num_copies is None:
+        who = f"{copies.capitalize()}, with {saved:.0f} times the tokens per accelerator,"
+    else:
+        who = in_accelerators(cheapest.num_accelerators)
+        one = cheapest.num_copies == 1
+        who += f" (one copy {_where(cheapest)})" if one else f" ({copies} each)"
+    measure = ": measure that row first, and hand the figure to --measured"
+    return (
+        f"{said} {who} would keep it with {_chance_of(cheapest):.0%}"
+        f"{', as measured' if cheapest.is_measured else measure}."
+    ), cheapest
+
+
+def _chance_of(row: InferenceRow) -> float:
+    """That of keeping the promise, where there is one."""
+    return 1.0 if row.chance is None else row.chance
+
+
+def _too_large(run: ServingRun) -> Infeasible:
+    each, count = run.device.memory_bytes / 1e9, run.num_devices
+    held = in_accelerators(count) + (" holds" if count == 1 else " hold")
+    return Infeasible(
+        asked=f"a model of {in_digits(weight_bytes(run.model) / 1e9)} GB of weights on "
+        f"{run.device.name}",
+        numbers=f"{held} {in_digits(count * each)} GB, of which engines use {USABLE:.0%}: "
+        f"{in_digits(USABLE * count * each)} GB",
+        rule="A copy's weights must fit the accelerators of one node with room for a cache",
+        advice="Raise --devices, use fewer bits a weight, or larger accelerators.",
+    )
+
+
+def _too_long(job: InferenceJob, devices: int, left: float, taken: float) -> Infeasible:
+    return Infeasible(
+        asked=f"prompts of {job.workload.prompt_tokens:,.0f} and answers of "
+        f"{job.output_tokens:,.0f} tokens on {job.device.name}",
+        numbers=f"the cache of one request takes {taken / 1e9:,.1f} GB; {left / 1e9:,.1f} GB are "
+        f"left on {in_accelerators(devices)} beside "
+        f"{in_digits(weight_bytes(job.model) / 1e9)} GB of weights",
+        rule="A copy must hold its weights and the cache of at least one request",
+        advice="Raise --devices, shorten --prompt or --answer, use fewer bits a weight, or larger "
+        "accelerators.",
+    )
+
+
+def _out_of_reach(
+    job: InferenceJob, rows: Sequence[InferenceRow], allowed: Sequence[InferenceRow]
+) -> Infeasible:
+    if not allowed:
+        most = in_accelerators(job.max_accelerators)
+        least = min(rows, key=lambda row: row.num_accelerators)
+        if job.rate_per_s is None:
+            return Infeasible(
+                asked=f"a copy on at most {most}",
+                numbers=f"the smallest that holds the model is {_what(least, job).rstrip('.')}",
+                rule="The weights and the cache of one request must fit the accelerators allowed",
+                advice="Raise --max-accelerators, use fewer bits a weight, or larger accelerators.",
+            )
+        capped = job.max_accelerators < MAX_WORKERS
+        return Infeasible(
+            asked=f"{job.rate_per_s:,.10g} requests/s on at most {most}",
+            numbers=f"the fewest are {_what(least, job).rstrip('.')}",
+            rule="The low end of the tokens' interval must cover the load"
+            + ("" if capped else f", and more than {MAX_WORKERS:,} are more than any pool known"),
+            advice="Raise --max-accelerators or lower --rate."
+            if capped
+            else "Lower --rate, shorten --answer, or use faster accelerators.",
+        )
+    fastest = min(allowed, key=lambda row: row.itl_p90_s.value)
+    assert job.itl_s is not None
+    return Infeasible(
+        asked=f"--itl {_ms(job.itl_s)} ms",
+        numbers=f"the fastest is {_what(fastest, job).rstrip('.')}",
+        rule="No row keeps the promise with even chances",
+        advice="Promise more time, or use faster accelerators, more of them, or fewer bits.",
+    )

@@ -1,0 +1,1 @@
+"""The planner: candidates, rows, the one to take, and what to measure first."""

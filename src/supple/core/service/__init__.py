@@ -1,0 +1,1 @@
+"""One service: latency, forecast, queue, autoscaler, and their simulator."""

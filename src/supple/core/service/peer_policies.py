@@ -1,0 +1,189 @@
+"""How others choose a replica count, from their published formulas and defaults, to compare with.
+
+Ray Serve (`serve/autoscaling_policy.py`), Knative's pod autoscaler, the best constant count, and
+a clairvoyant. They decide on what a service shows at every simulated tick, one request at a time
+per replica; routing, proxies and their own measuring delays are left out, which flatters them.
+"""
+
+import math
+from collections import deque
+from typing import final
+
+import numpy as np
+
+from supple.core.service.autoscaler import ScaleDecision, ServiceView
+from supple.core.service.forecast import needed_rates, share_quantile
+from supple.core.service.simulator import Policy, Scenario, SupplePolicy
+
+
+def _decision(service: ServiceView, count: int, reason: str) -> ScaleDecision:
+    return ScaleDecision(
+        service=service.name,
+        num_replicas=min(max(count, service.min_replicas), service.max_replicas),
+        max_batch_size=service.max_batch_size,
+        batch_wait_s=0.0,
+        reason=reason,
+    )
+
+
+@final
+class RayServePolicy:
+    """Ongoing requests, averaged over a look-back and pushed at intervals, over a target; applied
+    when it points the same way for longer than a delay."""
+
+    def __init__(
+        self,
+        *,
+        target_ongoing: float = 2.0,
+        upscale_delay_s: float = 30.0,
+        downscale_delay_s: float = 600.0,
+        look_back_s: float = 30.0,
+        push_s: float = 10.0,
+    ) -> None:
+        self.target_ongoing = target_ongoing
+        self.delays_s = {1: upscale_delay_s, -1: downscale_delay_s}
+        self.look_back_s, self.push_s = look_back_s, push_s
+        self.samples: deque[tuple[float, int]] = deque()
+        self.pushed_s = -math.inf
+        self.ongoing = 0.0
+        self.direction, self.since_s = 0, 0.0
+        self.wanted: int | None = None
+
+    def decide(self, service: ServiceView, now: float) -> ScaleDecision:
+        self.samples.append((now, service.num_waiting + service.num_running))
+        while self.samples[0][0] <= now - self.look_back_s:
+            self.samples.popleft()
+        if now - self.pushed_s >= self.push_s:
+            self.pushed_s = now
+            self.ongoing = sum(count for _, count in self.samples) / len(self.samples)
+        if self.wanted is None:
+            self.wanted = service.num_ready
+        desired = math.ceil(self.ongoing / self.target_ongoing - 1e-9)
+        desired = min(max(desired, service.min_replicas), service.max_replicas)
+        direction = (desired > self.wanted) - (desired < self.wanted)
+        if direction != self.direction:
+            self.direction, self.since_s = direction, now
+        if direction and (
+            now - self.since_s > self.delays_s[direction] or (self.wanted == 0 and direction == 1)
+        ):
+            self.wanted, self.direction = desired, 0
+        return _decision(
+            service, self.wanted, f"{self.ongoing:.3g} ongoing requests ask for {desired}"
+        )
+
+
+@final
+class KnativePolicy:
+    """Mean concurrency over a stable and a panic window, at 70 % of one request per replica."""
+
+    tick_s, stable_s, panic_s, target, threshold = 2.0, 60.0, 6.0, 0.7, 2.0
+
+    def __init__(self) -> None:
+        self.samples: deque[tuple[float, int]] = deque()
+        self.decided_s = -math.inf
+        self.panicked_s: float | None = None
+        self.most_in_panic = 0
+        self.wanted: int | None = None
+
+    def decide(self, service: ServiceView, now: float) -> ScaleDecision:
+        self.samples.append((now, service.num_waiting + service.num_running))
+        while self.samples[0][0] <= now - self.stable_s:
+            self.samples.popleft()
+        if self.wanted is None:
+            self.wanted = service.num_ready
+        if now - self.decided_s >= self.tick_s:
+            self.decided_s = now
+            self.wanted = self._desired(max(service.num_ready, 1), now)
+        return _decision(service, self.wanted, "stable and panic windows")
+
+    def _desired(self, ready: int, now: float) -> int:
+        stable = self._mean(now - self.stable_s) / self.target
+        panic = self._mean(now - self.panic_s) / self.target
+        low, high = ready // 2, 1000 * ready
+        stable_count = min(max(math.ceil(stable - 1e-9), low), high)
+        panic_count = min(max(math.ceil(panic - 1e-9), low), high)
+        if math.ceil(panic - 1e-9) / ready >= self.threshold:
+            if self.panicked_s is None:
+                self.most_in_panic = 0
+            self.panicked_s = now
+        elif self.panicked_s is not None and now - self.panicked_s > self.stable_s:
+            self.panicked_s = None
+        if self.panicked_s is None:
+            return stable_count
+        self.most_in_panic = max(self.most_in_panic, panic_count, stable_count, ready)
+        return self.most_in_panic
+
+    def _mean(self, after: float) -> float:
+        counts = [count for at, count in self.samples if at > after]
+        return sum(counts) / len(counts)
+
+
+@final
+class StaticPolicy:
+    """Always the same count."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def decide(self, service: ServiceView, now: float) -> ScaleDecision:
+        return _decision(service, self.count, "constant")
+
+
+@final
+class ClairvoyantPolicy:
+    """The largest rate over five seconds that the trace will have until a cold start and half a
+    minute from now, at 90 % utilisation."""
+
+    window_s, ahead_s, utilisation = 5.0, 30.0, 0.9
+
+    def __init__(self, scenario: Scenario) -> None:
+        arrivals = scenario.arrivals_s
+        ahead = scenario.profile.startup_s + self.ahead_s
+        capacity = scenario.profile.capacity_per_s(scenario.max_batch_size)
+        ticks = math.ceil(float(arrivals[-1])) + 1
+        counts = np.histogram(arrivals, bins=np.arange(ticks + 1, dtype=np.float64))[0]
+        total = np.concatenate((np.zeros(1), np.cumsum(counts)))
+        width = int(self.window_s)
+        ends = np.minimum(np.arange(ticks) + width, ticks)
+        rates = (total[ends] - total[:ticks]) / width
+        reach = int(ahead)
+        padded = np.concatenate((rates, np.zeros(reach)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, reach + 1)
+        needed = windows.max(axis=1) / capacity / self.utilisation
+        self.counts = np.maximum(np.ceil(needed), 1.0).astype(int)
+
+    def decide(self, service: ServiceView, now: float) -> ScaleDecision:
+        index = min(int(now), len(self.counts) - 1)
+        return _decision(service, int(self.counts[index]), "knows the trace")
+
+
+def static_count(scenario: Scenario) -> int:
+    """The fewest constant replicas that keep the scenario's promise, by the fluid queue."""
+    profile, size = scenario.profile, scenario.max_batch_size
+    counts = np.histogram(
+        scenario.arrivals_s, bins=np.arange(math.ceil(float(scenario.arrivals_s[-1])) + 2.0)
+    )[0].astype(np.float64)
+    slack_s = max(scenario.slo.within_s - profile.tail_s(size), 0.0)
+    needed = share_quantile(needed_rates(counts, slack_s), counts, scenario.slo.share)
+    count = math.ceil(needed / profile.capacity_per_s(size))
+    return min(max(count, scenario.min_replicas, 1), scenario.max_replicas)
+
+
+PEERS = (*("supple", "ray_serve_default", "ray_serve_tuned", "knative", "static", "clairvoyant"),)
+"""Names of the policies that are compared."""
+
+
+def policies(scenario: Scenario) -> dict[str, Policy]:
+    """A fresh policy for this scenario under every name of `PEERS`."""
+    tuned = RayServePolicy(
+        target_ongoing=1.0,
+        upscale_delay_s=3.0,
+        downscale_delay_s=60.0,
+        look_back_s=10.0,
+        push_s=2.0,
+    )
+    made: tuple[Policy, ...] = (
+        *(SupplePolicy(), RayServePolicy(), tuned, KnativePolicy()),
+        *(StaticPolicy(static_count(scenario)), ClairvoyantPolicy(scenario)),
+    )
+    return dict(zip(PEERS, made, strict=True))

@@ -1,0 +1,260 @@
+"""What another batch size is worth, and the learning rate that goes with it.
+
+Statistical efficiency and gain follow Pollux (OSDI 2021, equations 5-7) and AdaScale (Johnson et
+al. 2020); E(B), the samples to a target, follows McCandlish et al. (2018, equation 2.11). Which
+learning-rate rule holds for which optimizer, and how far, was checked on public measurements: see
+`docs/decisions/0008-learning-rate-rules.md`.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal, get_args
+
+from supple.core.fitting.estimates import Z80, exact
+from supple.core.spec import LrRule, check_one_of
+from supple.core.training.samples import NOISE_SCALE_ERROR, NOISE_SCALE_RATIO, SamplesModel
+from supple.core.types import Estimate
+
+OptimizerFamily = Literal["sgd", "adam", "lars", "lamb", "other"]
+
+MAX_ADAM_RATIO = 4.0
+"""Batch growth up to which an Adam learning rate is scaled without a probe: beyond it, public
+grids show regrets of the rule that a probe must rule out first."""
+MAX_BATCH_GROWTH = 64.0
+"""The same for the other families: where the trust in a noise scale measured once ends."""
+
+_WARM_UP_STEPS_PER_FACTOR = 20.0
+_WARM_UP_STEPS_MAX = 200
+
+_FAMILIES: tuple[tuple[str, OptimizerFamily], ...] = (
+    ("lars", "lars"),
+    ("lamb", "lamb"),
+    ("adam", "adam"),
+    ("adafactor", "adam"),
+    ("rmsprop", "adam"),
+    ("adagrad", "adam"),
+    ("lion", "adam"),
+    ("sgd", "sgd"),
+    ("nag", "sgd"),
+)
+_SQUARE_ROOT: tuple[OptimizerFamily, ...] = ("adam", "lars", "lamb")
+
+
+def family_of(optimizer_name: str) -> OptimizerFamily:
+    """The family an optimizer's class name belongs to."""
+    lowered = optimizer_name.lower()
+    for part, family in _FAMILIES:
+        if part in lowered:
+            return family
+    return "other"
+
+
+def check_family(family: OptimizerFamily) -> None:
+    """Raise `SpecError` for a name that is no family, as an optimizer's own is none."""
+    check_one_of(
+        family,
+        get_args(OptimizerFamily),
+        what="optimizer_family",
+        advice="supple.core.training.goodput.family_of gives that of an optimizer's name.",
+    )
+
+
+def efficiency(noise_scale: float, base_batch: float, batch: float) -> float:
+    """Progress per sample at `batch` relative to `base_batch`: (phi + M0) / (phi + M), above 0;
+    above 1 for a batch smaller than the base. Raises `ValueError` for batches that are not positive
+    and finite, and for a noise scale that is negative or not finite; so do all who rest on it."""
+    _check(noise_scale, base_batch, batch)
+    return (noise_scale + base_batch) / (noise_scale + batch)
+
+
+def expected_efficiency(noise_scale: float, base_batch: float, batch: float) -> Estimate:
+    """What `efficiency` will turn out to be at a batch that never ran, with an 80 % interval.
+
+    Near the base batch it is `efficiency`; far from it a noise scale measured at the base batch
+    says too little, see `NOISE_SCALE_RATIO`: the critical batch is about twice that. Used to plan;
+    a job that runs at `batch` measures its noise scale there."""
+    _check(noise_scale, base_batch, batch)
+    if batch == base_batch:
+        return exact(1.0)
+    critical = NOISE_SCALE_RATIO * noise_scale
+    width = math.exp(Z80 * NOISE_SCALE_ERROR)
+    value = efficiency(critical, base_batch, batch)
+    ends = [efficiency(critical * f, base_batch, batch) for f in (1.0 / width, width)]
+    return Estimate(value=value, low=min(ends), high=max(ends), source="fitted")
+
+
+def worth(
+    samples: SamplesModel | None, noise_scale: float | None, base_batch: int, batch: int
+) -> Estimate:
+    """Efficiency of `batch` from the best that is known: previous runs of the task, else the noise
+    scale, else 1, as if a batch cost nothing."""
+    _check(noise_scale, base_batch, batch)
+    if batch == base_batch:
+        return exact(1.0)
+    if samples is not None:
+        return _from_history(samples, base_batch, batch)
+    if noise_scale is not None:
+        return expected_efficiency(noise_scale, base_batch, batch)
+    return Estimate(value=1.0, low=1.0, high=1.0, source="assumed")
+
+
+@lru_cache(maxsize=512)
+def _from_history(samples: SamplesModel, base_batch: int, batch: int) -> Estimate:
+    return samples.efficiency(base_batch, batch)
+
+
+def steps_to_end(samples: float, epochs: int, batch: int, useful: Estimate) -> Estimate:
+    """Steps of `batch`, which is worth `useful`, for `epochs` of so many `samples` at the base
+    batch: whole ones in every epoch, since the last batch of one is smaller where the size does not
+    divide it."""
+
+    def whole(efficiency: float) -> float:
+        return float(epochs * math.ceil(samples / (batch * efficiency) - 1e-9))
+
+    return Estimate(
+        value=whole(useful.value),
+        low=whole(useful.high),
+        high=whole(useful.low),
+        source=useful.source,
+    )
+
+
+def gain(noise_scale: float, base_batch: float, batch: float) -> float:
+    """Steps of the base batch that one step at `batch` is worth: (M/M0) (phi + M0) / (phi + M)."""
+    return efficiency(noise_scale, base_batch, batch) * batch / base_batch
+
+
+def learning_rate(
+    *,
+    rule: LrRule,
+    family: OptimizerFamily,
+    base_lr: float,
+    base_batch: int,
+    batch: int,
+    noise_scale: float | None,
+) -> tuple[float, str]:
+    """The learning rate at `batch`, and why, in words.
+
+    `auto`: SGD takes AdaScale's gain (linear far below the noise scale, flat far above it), Adam,
+    LARS and LAMB the square root, an optimizer of no known family keeps its rate. Adam stops at
+    the noise scale, beyond which a larger rate is no longer better (Li et al. 2024, "Surge
+    Phenomenon"), and at `MAX_ADAM_RATIO`. AdaScale's Adam form is the gain's square root (Pollux).
+    Raises `ValueError` as `efficiency` does, for a base rate that is negative or not finite, and
+    for a rule or a family that there is not.
+    """
+    _check(noise_scale, base_batch, batch)
+    check_family(family)
+    check_one_of(rule, get_args(LrRule), what="lr_rule")
+    if not 0.0 <= base_lr < math.inf:
+        raise ValueError(
+            f"a learning rate was asked for with base_lr={base_lr}: it must be finite and not "
+            "negative. Give the one tuned at the base batch."
+        )
+    ratio = batch / base_batch
+    if ratio == 1.0:
+        return base_lr, "the batch the learning rate was tuned at"
+    chosen = _rule_for(family, noise_scale) if rule == "auto" else rule
+    match chosen:
+        case "constant":
+            factor, why = 1.0, "kept"
+        case "linear":
+            factor, why = ratio, f"linear, x{ratio:.3g}"
+        case "sqrt":
+            capped, held = ratio, ""
+            if rule == "auto" and family == "adam":
+                capped, held = _held_for_adam(ratio, base_batch, noise_scale)
+            factor = math.sqrt(capped)
+            why = f"square root, x{factor:.3g}{held}"
+        case _ if noise_scale is None:
+            factor, why = 1.0, "AdaScale: kept until the noise scale is known"
+        case _:
+            factor = gain(noise_scale, base_batch, batch)
+            name = "AdaScale gain"
+            if family in _SQUARE_ROOT:
+                factor, name = math.sqrt(factor), "square root of the AdaScale gain"
+            why = f"{name}, x{factor:.3g} at noise scale {noise_scale:.3g}"
+    return base_lr * factor, why
+
+
+def largest_batch_ratio(family: OptimizerFamily) -> float:
+    """How many times the tuned batch may be used without a probe of the learning rate. Raises
+    `SpecError` for a family that there is not."""
+    check_family(family)
+    return MAX_ADAM_RATIO if family == "adam" else MAX_BATCH_GROWTH
+
+
+def warmup_steps(factor: float) -> int:
+    """Steps over which to walk a learning rate up by `factor` after a jump of the batch: 20 times
+    the factor, 200 at most (Goyal et al. 2017 warm up for the same reason); 0 for a fall. Raises
+    `ValueError` for a factor that is not positive."""
+    if not factor > 0.0:
+        raise ValueError(
+            f"a warm-up was asked for by a factor of {factor}: it must be positive. Give the new "
+            "learning rate over the old one."
+        )
+    if factor <= 1.0:
+        return 0
+    return round(min(_WARM_UP_STEPS_MAX, _WARM_UP_STEPS_PER_FACTOR * factor))
+
+
+def best_global_batch(
+    *,
+    efficiency: Callable[[int], float],
+    base_batch: int,
+    largest: int,
+    throughput: Callable[[int], float],
+    num_candidates: int = 50,
+) -> int:
+    """The batch from `base_batch` to `largest` with the highest goodput, throughput x efficiency
+    (Pollux's search over a geometric grid). `throughput(batch)` is in samples per second,
+    `efficiency(batch)` relative to the base batch.
+
+    The doublings of the base are candidates too: those are the sizes that workers share evenly, and
+    the largest that need no more accumulation. Raises `ValueError` for a base batch below 1, a
+    largest that is not finite, and fewer than 2 candidates."""
+    if base_batch < 1 or num_candidates < 2 or not math.isfinite(largest):
+        raise ValueError(
+            f"the best batch was asked for with base_batch={base_batch}, largest={largest}, "
+            f"num_candidates={num_candidates}: the batches must be finite, the base and the "
+            "candidates at least 1 and 2. Give the script's batch, and sizes to choose among."
+        )
+    if largest <= base_batch:
+        return base_batch
+    growth = (largest / base_batch) ** (1.0 / (num_candidates - 1))
+    candidates = {round(base_batch * growth**index) for index in range(num_candidates)}
+    candidates |= {
+        base_batch << doublings for doublings in range(int(largest // base_batch).bit_length())
+    }
+
+    def goodput(batch: int) -> float:
+        return throughput(batch) * efficiency(batch)
+
+    return max(sorted(candidates | {base_batch, largest}), key=goodput)
+
+
+def _check(noise_scale: float | None, *batches: float) -> None:
+    known = noise_scale is None or 0.0 <= noise_scale < math.inf
+    if not known or not all(0.0 < batch < math.inf for batch in batches):
+        told = " and ".join(str(batch) for batch in batches)
+        raise ValueError(
+            f"the worth of a batch was asked for with batches of {told} samples and a noise scale "
+            f"of {noise_scale}: batches must be positive and finite, a noise scale finite and not "
+            "negative. Correct them, or measure the noise scale again."
+        )
+
+
+def _rule_for(family: OptimizerFamily, noise_scale: float | None) -> LrRule:
+    if family == "sgd":
+        return "adascale" if noise_scale is not None else "sqrt"
+    return "sqrt" if family in _SQUARE_ROOT else "constant"
+
+
+def _held_for_adam(ratio: float, base_batch: int, noise_scale: float | None) -> tuple[float, str]:
+    """(the ratio that counts, what holds it there)."""
+    critical = math.inf if noise_scale is None else max(1.0, noise_scale / base_batch)
+    if ratio <= min(critical, MAX_ADAM_RATIO):
+        return ratio, ""
+    if critical < MAX_ADAM_RATIO:
+        return critical, f" (held at the noise scale, {noise_scale:.3g} samples)"
+    return MAX_ADAM_RATIO, f" (held at {MAX_ADAM_RATIO:g} times the tuned batch: beyond it, probe)"

@@ -1,0 +1,1 @@
+"""Files that a person hands in: measurements, finished runs, traces."""

@@ -1,0 +1,111 @@
+"""Reads previous runs of a task, and short probes, from CSV files: `--history` and `--probes` of
+`supple plan` and `supple layouts`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from supple.core.spec import SpecError
+from supple.core.training.learning_rate import TunedRate
+from supple.core.training.previous_runs import (
+    best_of_each_size,
+    gathered,
+    without_absurd,
+    without_odd_repeats,
+)
+from supple.core.training.samples import Run, SamplesModel, fit_samples
+from supple.inputs.rows import Row, read_rows
+
+COLUMNS = ("batch_size", "samples_to_target")
+OPTIONAL = ("learning_rate", "reached")
+PROBE_COLUMNS = ("batch_size", "samples")
+_REACHED = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the user handed over of earlier runs; make it with `read_known`, which looks at all of
+    it, so that bad files are refused before anything is measured."""
+
+    runs: tuple[Run, ...]
+    probes: tuple[Run, ...]
+    files: str
+    """Which files, in words."""
+    compares_sizes: bool
+    """Without that, `curve` needs a noise scale."""
+
+    def curve(self, noise_scale: float | None = None) -> SamplesModel:
+        """Samples to the target against batch size; from probes alone only ratios of them. Raises
+        `SpecError` for what no curve can be drawn through."""
+        try:
+            return fit_samples(self.runs, self.probes, noise_scale=noise_scale)
+        except ValueError as error:
+            raise SpecError(f"{self.files}: {error}") from None
+
+    @property
+    def rates(self) -> tuple[TunedRate, ...]:
+        return best_rates(self.runs)
+
+
+def read_known(history: Path | None, probes: Path | None) -> Known:
+    """The files of `--history` and `--probes`, each read once. Raises `SpecError` naming the file
+    and the line, and for runs that no noise scale would make a curve of."""
+    runs = [] if history is None else read_history(history)
+    branches = [] if probes is None else read_probes(probes)
+    given = (("the history", history), ("the probes", probes))
+    files = " and ".join(f"{what} {path}" for what, path in given if path is not None)
+    known = Known(runs=tuple(runs), probes=tuple(branches), files=files, compares_sizes=False)
+    tried = known.curve(noise_scale=[*runs, *branches][0].batch_size)
+    return replace(known, compares_sizes=tried.compares_sizes)
+
+
+def read_probes(path: Path) -> list[Run]:
+    """Branches of one checkpoint, each at its own batch size until the same loss: a line has
+    `batch_size` (global) and `samples`, how many the branch took. Raises `SpecError` naming the
+    file and the line."""
+    rows = read_rows(
+        path, PROBE_COLUMNS, what="the probes", besides="nothing more; a branch a line"
+    )
+    return [Run(batch_size=row.batch(), samples=row.number("samples")) for row in rows]
+
+
+def read_history(path: Path) -> list[Run]:
+    """One run a line: `batch_size` (global) and `samples_to_target`; if there, `learning_rate`, and
+    `reached`, 0 for a run that was stopped after so many samples without reaching the target.
+
+    Raises `SpecError` naming the file and the line."""
+    rows = read_rows(
+        path, COLUMNS, what="the history", besides=f"if known, {', '.join(OPTIONAL)}; a run a line"
+    )
+    return [_run(row) for row in rows]
+
+
+def best_rates(runs: Sequence[Run]) -> tuple[TunedRate, ...]:
+    """At every batch size, the learning rate that reached the target with the fewest samples in the
+    mean of its runs; of runs that say theirs, without those that contradict most others."""
+    usual = without_odd_repeats(runs, "runs")
+    agreed = without_absurd(gathered(usual, is_probe=False))
+    best = best_of_each_size([point for point in agreed if point.lr and point.beyond is None])
+    return tuple(TunedRate(batch_size=point.batch, lr=point.lr) for point in best if point.lr)
+
+
+def reached(row: Row) -> bool:
+    """Whether the run of a line reached its target; where the line does not say, it did. Raises
+    `SpecError` for a cell that is neither yes nor no."""
+    told = row.text("reached").lower() if "reached" in row else "1"
+    if told not in _REACHED:
+        raise row.refusal(
+            f"reached is {row.text('reached')!r}: it says whether a run reached the target",
+            "Give 1 for one that did and 0 for one that was stopped before (or yes and no, true "
+            "and false)",
+        )
+    return _REACHED[told]
+
+
+def _run(row: Row) -> Run:
+    return Run(
+        batch_size=row.batch(),
+        samples=row.number("samples_to_target"),
+        lr=row.number("learning_rate") if "learning_rate" in row else None,
+        reached=reached(row),
+    )

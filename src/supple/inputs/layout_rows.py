@@ -1,0 +1,53 @@
+"""Reads iteration times of layouts from a CSV file: `--measured` of `supple layouts`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from supple.core.types import ParallelLayout
+from supple.inputs.rows import Row, read_rows
+
+if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
+    from supple.core.layouts.model import LayoutMeasurement, Transformer
+
+COLUMNS = ("tp", "dp", "pp", "micro_batch_size", "global_batch_size", "iteration_time_s")
+
+
+def read_layouts(path: Path, model: "Transformer") -> "list[tuple[Row, LayoutMeasurement]]":
+    """Every row, and what it measured. Raises `SpecError` for a file that cannot be read and for
+    rows that make no sense."""
+    from supple.core.layouts.model import LayoutMeasurement, LayoutRun
+
+    rows = read_rows(
+        path, COLUMNS, what="--measured", besides="optionally fsdp and recompute (0 or 1)"
+    )
+    found: list[tuple[Row, LayoutMeasurement]] = []
+    for row in rows:
+        tp, dp, pp = (row.count(name) for name in COLUMNS[:3])
+        micro, batch = (row.batch(name) for name in COLUMNS[3:5])
+        seconds = row.number("iteration_time_s")
+        if batch % (dp * micro):
+            raise row.refusal(
+                f"{dp} replicas of micro-batches of {micro} do not make {batch}: a batch is whole "
+                "micro-batches of every replica"
+            )
+        shard = dp if _flag(row, "fsdp") else 1
+        try:
+            run = LayoutRun(
+                model=model,
+                layout=ParallelLayout(dp_replicate=dp // shard, dp_shard=shard, tp=tp, pp=pp),
+                micro_batch_size=micro,
+                num_micro_batches=batch // (dp * micro),
+                recompute=_flag(row, "recompute"),
+            )
+        except ValueError as error:
+            raise row.refusal(str(error)) from None
+        found.append((row, LayoutMeasurement(run=run, iteration_s=seconds)))
+    return found
+
+
+def _flag(row: Row, name: str) -> bool:
+    """A column of 0 and 1; 0 where it is empty or not there."""
+    text = row.text(name) if name in row else "0"
+    if text not in ("0", "1"):
+        raise row.refusal(f"{name} is {text!r}: it must be 0 or 1")
+    return text == "1"

@@ -1,0 +1,158 @@
+"""What a user says of a served language model, in options or in rows of `--measured`: its sizes,
+the lengths of its requests, its accelerator. Nonsense is refused where it is said."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from supple.core.spec import SpecError, parse_name
+from supple.inputs.rows import Row, parse_amount, read_rows
+
+if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
+    from supple.core.llm.decoding import ServedModel, ServingRun
+    from supple.core.llm.inference import ServingMeasurement
+    from supple.core.llm.inference_planner import InferenceJob
+
+COLUMNS = ("accelerators", "concurrency", "tokens_per_s", "itl_p90_ms")
+OPTIONAL = "family, parameters, activated, bits, layers, prompt, answer, workload, accelerator"
+_OF_A_MODEL = ("family", "activated", "bits", "layers")
+"""Columns that say nothing without `parameters`."""
+
+# More than any model, request or copy known; beyond is a typing error.
+_MOST_LAYERS = 1_000
+_MOST_TOKENS = 1e8
+_MOST_TOKENS_PER_S = 1e9
+_MOST_MS = 3.6e6
+_LEAST_SHARE = 1e-4
+"""Of the parameters, activated per token: the sparsest mixtures published use a two-thousandth."""
+
+
+def served_model(
+    family: str,
+    parameters: str,
+    activated: str | None,
+    bits: int,
+    layers: int | None,
+    named: Callable[[str], str],
+) -> "ServedModel":
+    """The model of these sizes; `SpecError` for sizes no model has, calling them as `named`."""
+    from supple.core.llm.decoding import ServedModel
+
+    total = _amount(parameters, named("parameters"))
+    used = total if activated is None else _amount(activated, named("activated"))
+    if used > total:
+        raise SpecError(
+            f"{named('activated')} {activated} is more than the {parameters} parameters: a token "
+            "uses at most all of them. Exchange the two."
+        )
+    if used < _LEAST_SHARE * total:
+        raise SpecError(
+            f"{named('activated')} {activated} of {parameters} parameters: a token uses more than "
+            f"one in {1 / _LEAST_SHARE:,.0f}, here {_LEAST_SHARE * total:,.0f}. Check the letter "
+            "after the number: K, M, B or T."
+        )
+    if layers is not None and not 1 <= layers <= _MOST_LAYERS:
+        raise SpecError(
+            f"{named('layers')} is {layers}: it must be from 1 to {_MOST_LAYERS:,}. Leave it out "
+            "where it is not known."
+        )
+    return ServedModel(
+        family=family,
+        num_parameters=total,
+        num_activated=used,
+        bytes_per_weight=_weight_bytes(bits, named("bits")),
+        num_layers=layers,
+    )
+
+
+def check_tokens(tokens: float, what: str) -> float:
+    """The mean length of a prompt or an answer; `SpecError` for one that no request has."""
+    if not 1 <= tokens <= _MOST_TOKENS:
+        raise SpecError(
+            f"{what} is {tokens:g} tokens: it must be at least 1 and at most {_MOST_TOKENS:,.0f}."
+        )
+    return tokens
+
+
+def _amount(text: str, what: str) -> float:
+    """`"8B"` as 8e9."""
+    count = parse_amount(text)
+    if not 1e3 <= count <= 1e15:
+        raise SpecError(f"{what} {text!r}: give a number of parameters such as 350M or 8B.")
+    return count
+
+
+def _weight_bytes(bits: int, what: str) -> float:
+    """With the scales that go with weights of few bits."""
+    known = {16: 2.0, 8: 1.0, 4: 0.55}
+    if bits not in known:
+        raise SpecError(f"{what} is {bits}: weights are served in 16, 8 or 4.")
+    return known[bits]
+
+
+def read_served(path: Path, job: "InferenceJob") -> "list[ServingMeasurement]":
+    """What was measured. Rows without the optional columns are of the model, load and accelerator
+    asked about. Raises `SpecError` naming the file and the line."""
+    rows = read_rows(path, COLUMNS, what="--measured", besides=f"for other models also {OPTIONAL}")
+    return [_measurement(row, job) for row in rows]
+
+
+def _measurement(row: Row, job: "InferenceJob") -> "ServingMeasurement":
+    from supple.core.llm.inference import ServingMeasurement
+    from supple.core.llm.serving_limits import why_impossible
+
+    found = ServingMeasurement(
+        run=_run(row, job),
+        tokens_per_s=row.number("tokens_per_s", most=_MOST_TOKENS_PER_S),
+        itl_p90_s=row.number("itl_p90_ms", most=_MOST_MS) * 1e-3,
+    )
+    impossible = why_impossible(found)
+    if impossible is not None:
+        told, advice = impossible
+        raise row.refusal(told, f"{advice}; correct the line, or delete it")
+    return found
+
+
+def _run(row: Row, job: "InferenceJob") -> "ServingRun":
+    from supple.core.layouts.model import DEVICES
+    from supple.core.llm.decoding import ServingRun, Workload, weights_and_room, weights_fit
+
+    def named(column: str) -> str:
+        return f"{row.where}: {column}"
+
+    def tokens(column: str, default: float) -> float:
+        return check_tokens(row.number(column), named(column)) if column in row else default
+
+    model, device, load = job.model, job.device, job.workload
+    others = [column for column in _OF_A_MODEL if column in row]
+    if others and "parameters" not in row:
+        raise row.refusal(
+            f"{' and '.join(others)} without parameters: a row without parameters is of the model "
+            "asked about, which has its own",
+            "Give the parameters too, or leave these cells empty",
+        )
+    if "parameters" in row:
+        model = served_model(
+            row.text("family" if "family" in row else "parameters"),
+            row.text("parameters"),
+            row.text("activated") if "activated" in row else None,
+            row.count("bits") if "bits" in row else 16,
+            row.count("layers") if "layers" in row else None,
+            named,
+        )
+    if "accelerator" in row:
+        device = DEVICES[parse_name(row.text("accelerator"), DEVICES, what=named("accelerator"))]
+    run = ServingRun(
+        model=model,
+        device=device,
+        num_devices=row.count("accelerators"),
+        concurrency=row.count("concurrency"),
+        workload=Workload(
+            name=row.text("workload") if "workload" in row else load.name,
+            prompt_tokens=tokens("prompt", load.prompt_tokens),
+        ),
+        output_tokens=tokens("answer", job.output_tokens),
+    )
+    if not weights_fit(run):
+        raise row.refusal(weights_and_room(run))
+    return run

@@ -1,0 +1,88 @@
+"""TensorBoard event files of a run: workers, batch, learning rate, speed, the script's metrics."""
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any, cast, final
+
+from tensorboard.compat.proto import event_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
+
+from supple.core.types import Action, Decision, Event, Progress
+from supple.train.logfile import LogFile, Lost
+
+_Record: Any = cast(Any, event_pb2).Event  # protobuf makes it when it is imported
+
+
+@final
+class Curves:
+    """An observer that writes scalars against committed steps. Use it as a context manager.
+
+    Every record goes to the file at once, in one piece: torch's own writer keeps a thread, which
+    answers a full disk with a traceback.
+    """
+
+    def __init__(self, folder: Path, lost: Lost) -> None:
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = LogFile(folder / f"{name}.{time.monotonic_ns()}", lost)
+        self._records = RecordWriter(_Bytes(self._file))
+        self._step = 0
+        self._put(file_version="brain.Event:2")
+
+    def __enter__(self) -> "Curves":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def happened(self, event: Event) -> None:
+        return
+
+    def acted(self, action: Action) -> None:
+        return
+
+    def decided(self, decision: Decision) -> None:
+        told = _plain(f"{decision.kind}: {decision.reason}")
+        self._put(summary=summary.text("decision", told), step=self._step)
+
+    def printed(self, line: str) -> None:
+        return
+
+    def progressed(self, progress: Progress) -> None:
+        self._step = progress.step
+        rate = progress.global_batch_size / max(progress.step_time_s, 1e-9)
+        scalars: dict[str, float | None] = {
+            "supple/num_workers": float(progress.num_workers),
+            "supple/global_batch_size": float(progress.global_batch_size),
+            "supple/lr": progress.lr,
+            "supple/samples_per_s": rate,
+            "supple/goodput": None if progress.efficiency is None else rate * progress.efficiency,
+            "supple/step_time_s": progress.step_time_s,
+            "supple/sync_time_s": progress.sync_time_s,
+            "supple/noise_scale": progress.noise_scale,
+            **{f"script/{name}": value for name, value in progress.metrics.items()},
+        }
+        for name, value in scalars.items():
+            if value is not None:
+                self._put(summary=summary.scalar(_plain(name), value), step=progress.step)
+
+    def _put(self, **fields: Any) -> None:
+        self._records.write(_Record(wall_time=time.time(), **fields).SerializeToString())
+
+
+@final
+class _Bytes:
+    """What tensorboard takes for a file."""
+
+    def __init__(self, file: LogFile) -> None:
+        self._file = file
+
+    def write(self, data: bytes) -> None:
+        self._file.append(data)
+
+
+def _plain(text: str) -> str:
+    """`text` as protobuf can hold it: what a script prints or raises may be no valid Unicode."""
+    return text.encode(errors="backslashreplace").decode()

@@ -1,0 +1,208 @@
+"""What a model returned for a batch, as the outputs of each of its requests.
+
+A request's rows are looked at by themselves: what is wrong with them is said of them alone. Rows of
+different lengths are a list with one tensor for each, which nothing is padded to.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, Final, final
+
+import numpy as np
+
+from supple.serve.models.faults import ModelFault
+from supple.serve.models.tensor_spec import TensorSpec
+from supple.serve.protocol.rest import DATATYPES, Array
+
+Outputs = dict[str, Array]
+_NUMBERS: Final = frozenset({bool, int, float})
+_TEXT: Final = frozenset({str, bytes})
+
+
+@final
+class AnswerCheck:
+    """Checks answers against what a class declares; without a declaration, only that they can be
+    sent."""
+
+    def __init__(self, specs: Sequence[TensorSpec], *, allow_nan: bool) -> None:
+        self._specs = {spec.name: spec for spec in specs}
+        self.allow_nan = allow_nan
+        self._free = {spec.name for spec in specs if -1 in spec.shape}
+        self.shares = not self._free
+        """Whether the rows of an answer are known not to depend on one another's lengths."""
+
+    def split(self, answer: Any, rows: Sequence[int]) -> list[Outputs | ModelFault]:
+        """The outputs of each request, or what is wrong with them. Raises `ModelFault` for what is
+        wrong with the answer as a whole."""
+        named = self._named(answer)
+        self.shares = all(isinstance(named[name], list) for name in self._free)
+        if not self.shares and len(rows) > 1:
+            raise ModelFault(
+                "an output is declared with a -1 and came as one tensor for several requests: "
+                "return a list, a tensor for each row"
+            )
+        found: list[Outputs | ModelFault] = [{} for _ in rows]
+        for name, value in named.items():
+            for index, part in enumerate(self._parts(name, value, rows)):
+                outputs = found[index]
+                if isinstance(part, ModelFault):
+                    found[index] = part
+                elif not isinstance(outputs, ModelFault):
+                    outputs[name] = part
+        return found
+
+    def part(self, answer: Any) -> Outputs:
+        """The outputs of one part of a stream, of any number of rows, and as declared. Raises
+        `ModelFault`."""
+        found: Outputs = {}
+        for name, value in self._named(answer, "stream() yielded").items():
+            array = _tensor(name, value)
+            self._refuse_other(name, array)
+            self._refuse_values(name, array)
+            found[name] = array
+        return found
+
+    def _named(self, answer: Any, returned: str = "predict() returned") -> dict[str, Any]:
+        if isinstance(answer, Mapping):
+            named = {str(name): _listed(value) for name, value in answer.items()}
+        else:
+            single = next(iter(self._specs)) if len(self._specs) == 1 else "output"
+            named = {single: _listed(answer)}
+        if self._specs and named.keys() != self._specs.keys():
+            raise ModelFault(
+                f"{returned} {', '.join(named) or 'nothing'}; the class declares "
+                f"{', '.join(self._specs)}"
+            )
+        if not all(name.isprintable() for name in named):
+            raise ModelFault(f"{returned} an output whose name cannot be printed")
+        return named
+
+    def _parts(self, name: str, value: Any, rows: Sequence[int]) -> Iterator[Array | ModelFault]:
+        batch = sum(rows)
+        bounds = tuple(pairwise(accumulate(rows, initial=0)))
+        if isinstance(value, list):
+            if len(value) != batch:
+                raise ModelFault(
+                    f"output {name!r} is a list of {len(value)} for a batch of {batch}: it holds a "
+                    "tensor for each row"
+                )
+            for start, end in bounds:
+                try:
+                    array = _stacked(name, value[start:end])
+                    self._refuse_shape(name, array, end - start)
+                    self._refuse_values(name, array)
+                    yield array
+                except ModelFault as fault:
+                    yield fault
+            return
+        array = _tensor(name, value, are_strings_checked=False)
+        self._refuse_shape(name, array, batch)
+        if array.dtype.kind != "O" and self._is_sent(array):  # all of it: no part need be looked at
+            yield from (array[start:end] for start, end in bounds)
+            return
+        for start, end in bounds:
+            part = array[start:end]
+            try:
+                if array.dtype.kind == "O":
+                    part = _strings(name, part)
+                self._refuse_values(name, part)
+                yield part
+            except ModelFault as fault:
+                yield fault
+
+    def _refuse_shape(self, name: str, array: Array, rows: int) -> None:
+        if array.shape[:1] != (rows,):
+            raise ModelFault(
+                f"output {name!r} has shape {list(array.shape)} for a batch of {rows}: its first "
+                "dim must be the rows of the batch"
+            )
+        self._refuse_other(name, array)
+
+    def _refuse_other(self, name: str, array: Array) -> None:
+        spec = self._specs.get(name)
+        if spec is not None and not spec.admits(array):
+            raise ModelFault(
+                f"output {name!r} is {array.dtype}{list(array.shape)}; the class declares {spec}"
+            )
+
+    def _is_sent(self, array: Array) -> bool:
+        return array.dtype.kind != "f" or self.allow_nan or bool(np.isfinite(array).all())
+
+    def _refuse_values(self, name: str, array: Array) -> None:
+        if not self._is_sent(array):
+            bad = array.size - int(np.isfinite(array).sum())
+            raise ModelFault(
+                f"output {name!r} has {bad} of {array.size} values that are NaN or infinite. Set "
+                "allow_nan = True in the class if that is an answer."
+            )
+
+
+def _listed(value: Any) -> Any:
+    """`value` as a list where it is one by another name: a tuple, or an array of objects."""
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, np.ndarray) and value.dtype.kind == "O" and value.ndim == 1:
+        return list(value)
+    return value
+
+
+def _stacked(name: str, samples: Sequence[Any]) -> Array:
+    """The rows of one request as one tensor. Raises `ModelFault` where they differ in shape."""
+    kinds = set(map(type, samples))
+    if kinds <= _NUMBERS or kinds <= _TEXT:
+        return _tensor(name, samples)
+    arrays = [_tensor(name, sample) for sample in samples]
+    if len({array.shape for array in arrays}) > 1:
+        raise ModelFault(
+            f"the rows of output {name!r} differ in shape, and those of one request travel as one "
+            "tensor: send rows whose answers differ in length in requests of their own"
+        )
+    return np.stack(arrays)
+
+
+def _tensor(name: str, value: Any, *, are_strings_checked: bool = True) -> Array:
+    """`value` as an array of a type the protocol has. Raises `ModelFault`."""
+    torch: Any = sys.modules.get("torch")
+    try:
+        if torch is not None and isinstance(value, torch.Tensor):
+            value = value.detach().cpu().numpy()
+        # numpy would make an array of text as wide as its longest.
+        array = np.asarray(value, dtype=object if _is_text(value) else None)
+        if not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
+    except BaseException as error:
+        raise ModelFault(
+            f"output {name!r} is a {type(value).__name__} that no array can be made of: "
+            f"{type(error).__name__}",
+        ) from None
+    if array.dtype.kind in "US":
+        array = array.astype(object)
+    if array.dtype not in DATATYPES:
+        raise ModelFault(
+            f"output {name!r} is {array.dtype}, which the protocol cannot carry; return one of "
+            f"{', '.join(map(str, DATATYPES))}"
+        )
+    return _strings(name, array) if are_strings_checked and array.dtype.kind == "O" else array
+
+
+def _is_text(value: Any) -> bool:
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, str | bytes)
+
+
+def _strings(name: str, array: Array) -> Array:
+    """An array of objects as one of bytes. Raises `ModelFault` for what is no string."""
+    flat = np.empty(array.size, dtype=object)
+    for index, item in enumerate(array.ravel()):
+        if not isinstance(item, str | bytes):
+            raise ModelFault(
+                f"output {name!r} is made of objects and holds a {type(item).__name__}; the "
+                "protocol carries numbers, strings and bytes"
+            )
+        try:
+            flat[index] = item.encode() if isinstance(item, str) else bytes(item)
+        except BaseException:  # not UTF-8, or what a subclass does
+            raise ModelFault(f"output {name!r} has a string that is not UTF-8") from None
+    return flat.reshape(array.shape)

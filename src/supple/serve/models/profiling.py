@@ -1,0 +1,257 @@
+"""A model's latency profile: measured in a process of its own, stored as JSON, read again.
+
+The process is a replica's: start-up is from its start to the model's first answer, memory is its
+peak. Batches of 1, 2, 4 … rows of zeros of the declared inputs are run; where a declared dim is of
+any length, at each length that is asked for.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final, final
+
+from supple.core.service.latency import LatencyPoint, LatencyProfile, ProfileError
+from supple.core.spec import SpecError
+from supple.serve.models.faults import ModelFault
+from supple.serve.models.model import ServedModel, check_target, load_model
+
+_FORMAT: Final = 1
+_MOST_SAMPLES: Final = 50
+_LEAST_SAMPLES: Final = 5
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredProfile:
+    """What was measured of one model on one machine."""
+
+    target: str
+    source: str
+    """SHA-256 of the model's file: a changed file is another model."""
+    machine: str
+    startup_s: float
+    memory_bytes: int
+    """Peak of the process, and of its GPU if it used one."""
+    lengths: tuple[tuple[int, tuple[LatencyPoint, ...]], ...]
+    """Of inputs with a dim of any length, ascending; one entry where there is none."""
+
+    def profile(self, length: int | None = None) -> LatencyProfile:
+        """At the shortest measured length that is at least `length`; without one, at the longest:
+        a promise has to hold for those too."""
+        fitting = [points for size, points in self.lengths if length is None or size >= length]
+        points = fitting[0] if fitting and length is not None else self.lengths[-1][1]
+        return LatencyProfile(
+            points=points, startup_s=self.startup_s, memory_bytes=self.memory_bytes
+        )
+
+
+def machine() -> str:
+    """The name of what was measured on, as far as the time of a batch depends on it."""
+    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def source_of(target: str) -> str:
+    """SHA-256 of the file of `target`. Raises `SpecError` if it has no such class."""
+    path, _ = check_target(target)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def place(target: str) -> Path:
+    """Where the profile of `target` is stored, below the folder one works in."""
+    path, class_name = check_target(target)
+    return Path("supple-runs/profiles") / f"{Path(path).stem}-{class_name}.json"
+
+
+def known(target: str, path: Path | None = None) -> StoredProfile | None:
+    """What was measured of this very model on this machine; None if nothing was. Raises `SpecError`
+    for a file that is no profile."""
+    path = path or place(target)
+    if not path.exists():
+        return None
+    found = read(path)
+    return found if (found.source, found.machine) == (source_of(target), machine()) else None
+
+
+def refresh(target: str, points: Sequence[LatencyPoint]) -> bool:
+    """Batches measured in service take the place of those that are stored, size by size; whether
+    there was a profile to refresh. One of several input lengths is left alone: traffic does not
+    say which length it had."""
+    found = known(target)
+    if found is None or len(found.lengths) != 1 or not points:
+        return False
+    ((length, stored),) = found.lengths
+    by_size = {point.batch_size: point for point in (*stored, *points)}
+    fresh = tuple(by_size[size] for size in sorted(by_size))
+    write(replace(found, lengths=((length, fresh),)), place(target))
+    return True
+
+
+def write(profile: StoredProfile, path: Path) -> None:
+    """Store it; a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f"{path.name}.{os.getpid()}")
+    half.write_text(json.dumps({"format": _FORMAT} | asdict(profile), indent=1), encoding="utf-8")
+    half.replace(path)
+
+
+def read(path: Path) -> StoredProfile:
+    """The stored profile; raises `SpecError` for a file that is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("format") != _FORMAT:
+            raise ValueError("it has another format")
+        lengths = tuple(
+            (int(length), tuple(LatencyPoint(**point) for point in points))
+            for length, points in found.pop("lengths")
+        )
+        profile = StoredProfile(**found, lengths=lengths)
+        profile.profile()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise SpecError(
+            f"{path} is no stored profile ({type(error).__name__}: {error}). Measure one with "
+            "supple profile."
+        ) from None
+    return profile
+
+
+def measure(
+    target: str, *, lengths: Sequence[int] = (1,), seconds_per_batch: float = 0.5
+) -> StoredProfile:
+    """Start a process, load the model in it and time its batches, `seconds_per_batch` for each.
+
+    Raises `SpecError` for a model that cannot be measured and `ModelFault` for one that fails.
+    """
+    source = source_of(target)
+    command = [
+        sys.executable,
+        "-m",
+        "supple.serve.models.profiling",
+        target,
+        str(seconds_per_batch),
+    ]
+    began_s = time.monotonic()
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as said,
+        subprocess.Popen(
+            [*command, *map(str, lengths)], stdout=subprocess.PIPE, stderr=said, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            first = process.stdout.readline()
+            startup_s = time.monotonic() - began_s
+            rest = process.stdout.read()
+            process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        said.seek(0)
+        errors = said.read()
+    told = [json.loads(line) for line in (first, rest.strip()) if line.startswith("{")]
+    for answer in told:
+        if "refused" in answer:
+            raise SpecError(answer["refused"])
+        if "fault" in answer:
+            raise ModelFault(answer["fault"])
+    if process.returncode or len(told) != 2:
+        last = (errors.strip() or "nothing").splitlines()[-1]
+        raise ModelFault(
+            f"the process that measures {target} ended with {process.returncode}: {last}"
+        )
+    found = told[1]
+    try:
+        return StoredProfile(
+            target=target,
+            source=source,
+            machine=machine(),
+            startup_s=startup_s,
+            memory_bytes=found["memory_bytes"],
+            lengths=tuple(
+                (length, tuple(LatencyPoint(**point) for point in points))
+                for length, points in found["lengths"]
+            ),
+        )
+    except ProfileError as error:
+        raise ModelFault(str(error)) from None
+
+
+def _points(model: ServedModel, length: int, seconds: float) -> list[LatencyPoint]:
+    sizes = [size for size in (2**power for power in range(32)) if size < model.max_batch]
+    points: list[LatencyPoint] = []
+    for size in (*sizes, model.max_batch):
+        example = model.example(size, length)
+        model.predict(example)  # the first of a shape may compile or allocate
+        times: list[float] = []
+        end_s = time.monotonic() + seconds
+        while len(times) < _LEAST_SAMPLES or (
+            len(times) < _MOST_SAMPLES and time.monotonic() < end_s
+        ):
+            began_s = time.perf_counter()
+            model.predict(example)
+            times.append(max(time.perf_counter() - began_s, 1e-7))
+        times.sort()
+        points.append(
+            LatencyPoint(
+                batch_size=size,
+                p50_s=times[len(times) // 2],
+                p99_s=times[min(len(times) - 1, round(0.99 * len(times)))],
+                num_samples=len(times),
+            )
+        )
+    return points
+
+
+def _memory_bytes() -> int:
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        used += int(torch.cuda.max_memory_allocated())
+    return used
+
+
+def _answer(target: str, seconds: float, lengths: Sequence[int]) -> dict[str, Any]:
+    model = load_model(target)
+    if not model.example() or any(spec.dtype.kind == "O" for spec in model.inputs):
+        raise SpecError(
+            f"{target} does not say what it takes, or takes strings, so there is nothing to "
+            'measure it with. Declare numbers in the class: inputs = {"x": "float32[64]"}.'
+        )
+    free = any(length == -1 for spec in model.inputs for length in spec.shape)
+    wanted = sorted(set(lengths)) if free else [1]
+    model.predict(model.example(1, wanted[0]))
+    _say({"ready": True})
+    measured = [(n, [asdict(p) for p in _points(model, n, seconds)]) for n in wanted]
+    return {"lengths": measured, "memory_bytes": _memory_bytes()}
+
+
+def _say(answer: dict[str, Any]) -> None:
+    print(json.dumps(answer), file=sys.__stdout__, flush=True)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The measuring process: two lines of JSON, one once the model has answered, one at the end."""
+    target, seconds, *lengths = arguments
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not ours
+            answer = _answer(target, float(seconds), [int(length) for length in lengths])
+    except SpecError as error:
+        answer = {"refused": str(error)}
+    except ModelFault as error:
+        answer = {"fault": str(error)}
+    _say(answer)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

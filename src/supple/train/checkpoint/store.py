@@ -1,0 +1,320 @@
+"""Durable checkpoints of a job: which are kept, which is the last good one, and never losing it.
+
+A checkpoint is a folder `000007-step-1200`: the seventh save, after step 1200. It is written into
+a temporary folder beside it, flushed to the disk, and renamed; so it is whole or it is not there.
+An older one is removed only after a newer one is whole. The newest is the one saved last, not the
+one of the highest step: a job begun again, or resumed from an earlier step, goes on from there.
+A worker that was given up by its job may be alive, and is kept out (`fence.py`).
+"""
+
+import errno
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from supple.train.checkpoint.fence import Barrier
+from supple.train.checkpoint.folder import (
+    CheckpointError,
+    CheckpointRefused,
+    flush_folder,
+    look_at,
+    read_state,
+    refuse_other_model,
+    size_of,
+    verify,
+    write,
+)
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointInfo",
+    "CheckpointRefused",
+    "CheckpointStore",
+    "DiskFullError",
+]
+
+_TEMPORARY = ".temporary-"
+_NAME = re.compile(r"(\d+)-step-(\d+)")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DiskFullError(CheckpointError):
+    """There is no room for the checkpoint, whoever writes it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """A checkpoint whose sums were verified, and those newer ones that were not good."""
+
+    path: Path
+    step: int
+    skipped: tuple[str, ...]
+    """What is wrong with each newer one."""
+
+
+@final
+class CheckpointStore:
+    """The checkpoints of one job, in `directory`; keeps the `keep` that were saved last. `barrier`:
+    what keeps this writer out once it is no worker of the job any more."""
+
+    def __init__(self, directory: Path, keep: int = 2, *, barrier: Barrier | None = None) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep}: the last checkpoint is never removed. Keep 1 or more.")
+        self._directory = Path(directory)
+        self._keep = keep
+        self._barrier = barrier
+        self._writing: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def containing(path: str) -> "CheckpointStore":
+        """The store that the checkpoint at `path` lies in."""
+        return CheckpointStore(Path(path).parent)
+
+    def save(self, step: int, payload: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
+        """Write `payload` and return the checkpoint's folder once it is on the disk.
+
+        `payload` is made of tensors, plain values and containers of them; `meta` is what JSON can
+        hold, with the model's "signature". Raises `CheckpointError`, and then every earlier
+        checkpoint is as it was and nothing else is left behind.
+        """
+        with self._lock:
+            self._refuse_if_out(step)
+            temporary = self._directory / f"{_TEMPORARY}{os.getpid()}"
+            try:
+                self._make_directory()
+                self._remove_leftovers()
+                temporary.mkdir()
+                write(temporary, step, payload, {**meta, **self._signed()})
+                self._refuse_if_out(step)
+                number = 1 + max((_number(path) for path in self._paths()), default=0)
+                target = self._directory / f"{number:06d}-step-{step}"
+                os.replace(temporary, target)
+                flush_folder(self._directory)
+            except (OSError, RuntimeError, TypeError, ValueError) as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                full = isinstance(error, OSError) and error.errno in _FULL
+                kind = DiskFullError if full else CheckpointError
+                raise kind(self._why_not(step, error, payload)) from None
+            except CheckpointError:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            try:
+                self._refuse_if_out(step)  # stopped before the rename, it may have been out by then
+            except CheckpointError:
+                self._remove(target)
+                raise
+            self._prune()
+            return target
+
+    @property
+    def is_writing(self) -> bool:
+        """Is a checkpoint being written now?"""
+        return self._lock.locked()
+
+    def save_async(
+        self,
+        step: int,
+        payload: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        told: Callable[[str, str], None],
+    ) -> None:
+        """Write in a thread and call `told(path, "")` or `told("", error)` from it, once.
+
+        `payload` must be a private copy. While one is being written another is not begun: `told`
+        hears so at once.
+        """
+        if self._writing is not None and self._writing.is_alive():
+            told(
+                "",
+                f"step {step} was not saved: the save before it is still being written to "
+                f"{self._directory}, and one is written at a time. Save less often "
+                "(--checkpoint-every) or to a faster disk (--run-dir).",
+            )
+            return
+
+        def write_behind() -> None:
+            try:
+                path, error = str(self.save(step, payload, meta)), ""
+            except Exception as problem:
+                path, error = "", str(problem) or type(problem).__name__
+            told(path, error)
+
+        self._writing = threading.Thread(target=write_behind, daemon=True, name="checkpoint")
+        self._writing.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._writing is not None:
+            self._writing.join()
+
+    def saved(self) -> Sequence[Path]:
+        """Every checkpoint, the one saved last first, none of them verified."""
+        return self._paths()
+
+    def latest(self, *, besides: str = "") -> CheckpointInfo | None:
+        """The last saved checkpoint that is good; None if there is none. As `examine`."""
+        return self.examine(besides=besides)[0]
+
+    def examine(self, *, besides: str = "") -> tuple[CheckpointInfo | None, tuple[str, ...]]:
+        """The last saved checkpoint that verifies and can be loaded, and what is wrong with each
+        newer one.
+
+        The one whose folder is named `besides` is passed over. Raises `CheckpointError` if the
+        folder is there and cannot be listed.
+        """
+        skipped: list[str] = []
+        try:
+            paths = self._paths()
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoints in {self._directory} cannot be listed: {error.strerror} for user "
+                f"id {os.geteuid()}. Run as the user who wrote them, or check --run-dir."
+            ) from None
+        for path in paths:
+            if path.name == besides:
+                continue
+            try:
+                step = look_at(path).step
+            except CheckpointError as error:
+                skipped.append(str(error))
+            else:
+                found = CheckpointInfo(path=path, step=step, skipped=tuple(skipped))
+                return found, found.skipped
+        return None, tuple(skipped)
+
+    def check(self, path: str | Path) -> int:
+        """The step of the checkpoint at `path`, which is whole and can be loaded.
+
+        Raises `CheckpointError` if it is not, naming the good one to resume from instead.
+        """
+        try:
+            return look_at(Path(path)).step
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_another_than(Path(path))}") from None
+
+    def load(
+        self, path: str | Path, *, expected_signature: Sequence[Sequence[Any]]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(payload, manifest) of the checkpoint at `path`.
+
+        Raises `CheckpointError` if it is not whole or not safe to load, naming the good one to
+        resume from instead; or if its model is another than `expected_signature`, which is
+        [name, shape, dtype] of every parameter and buffer.
+        """
+        path = Path(path)
+        try:
+            manifest = verify(path)
+            payload = read_state(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_another_than(path)}") from None
+        refuse_other_model(path, manifest.signature, expected_signature)
+        return payload, manifest.meta
+
+    def refusal(self, step: int, why: str) -> str:
+        """The message where `step` is not even tried to be saved."""
+        return f"step {step} cannot be saved in {self._directory}: {why}. {self._last_good()}"
+
+    def _refuse_if_out(self, step: int) -> None:
+        why = "" if self._barrier is None else self._barrier.why_out()
+        if why:
+            raise CheckpointError(
+                f"step {step} is not saved in {self._directory}: {why}. Only workers that the job "
+                "knows write its checkpoints. Nothing was written; this process ends itself."
+            )
+
+    def _signed(self) -> dict[str, Any]:
+        if self._barrier is None:
+            return {}
+        writer = self._barrier.writer
+        return {"run": writer.run, "worker": writer.worker_id}
+
+    def _make_directory(self) -> None:
+        if not self._directory.is_dir():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            flush_folder(self._directory.parent)
+
+    def _paths(self) -> list[Path]:
+        """The one saved last first."""
+        try:
+            names = [name for name in os.listdir(self._directory) if _NAME.fullmatch(name)]
+        except FileNotFoundError:
+            return []
+        return sorted((self._directory / name for name in names), key=_number, reverse=True)
+
+    def _prune(self) -> None:
+        for old in self._paths()[self._keep :]:
+            self._remove(old)
+
+    def _remove(self, path: Path) -> None:
+        """Renamed before it is removed, so that a death half-way leaves no half checkpoint."""
+        removing = self._directory / f"{_TEMPORARY}{path.name}"
+        try:
+            os.replace(path, removing)
+        except OSError:
+            return
+        shutil.rmtree(removing, ignore_errors=True)
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self._directory.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _why_not(self, step: int, error: Exception, payload: Mapping[str, Any]) -> str:
+        """The message of a save that failed with `error`."""
+        asked = f"step {step} cannot be saved in {self._directory}"
+        kept = f"Nothing half-written was left behind. {self._last_good()}"
+        if not isinstance(error, OSError):
+            return f"{asked}: {error}. {kept}"
+        if error.errno in _FULL:
+            disk = os.statvfs(_existing(self._directory))
+            free = disk.f_bavail * disk.f_frsize
+            limit = " and a file may not be larger" if error.errno == errno.EFBIG else ""
+            if disk.f_files and not disk.f_favail:
+                limit = " but no more files can be made: remove some"
+            return (
+                f"{asked}: {error.strerror}. It needs {size_of(payload):,} bytes, {free:,} are "
+                f"free{limit}. {kept} Free some space or give a larger disk (--run-dir); the next "
+                "save tries again."
+            )
+        return (
+            f"{asked}: {error.strerror or error} ({error.filename or self._directory}, user id "
+            f"{os.geteuid()}). {kept} Make it a folder that this user can write to, or give "
+            "another --run-dir."
+        )
+
+    def _last_good(self) -> str:
+        try:
+            last = self.latest()
+        except CheckpointError:
+            return "Earlier checkpoints were not touched."
+        if last is None:
+            return "There is no earlier checkpoint."
+        return f"The last good one is kept: step {last.step}, {last.path}."
+
+
+def _another_than(path: Path) -> str:
+    """What to resume from instead: beside `path`, or in it where it is a store or a run."""
+    for folder in (path.parent, path, path / "checkpoints"):
+        try:
+            other = CheckpointStore(folder).latest(besides=path.name)
+        except CheckpointError:
+            continue
+        if other is not None:
+            return f" A good one is of step {other.step}: --resume {other.path}"
+    return " No good one is beside it: start without --resume."
+
+
+def _number(path: Path) -> int:
+    """Which save a checkpoint is, from its name."""
+    return int(path.name.partition("-")[0])
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

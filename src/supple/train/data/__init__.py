@@ -1,0 +1,1 @@
+"""Batches of a rank: from map datasets and from iterable shards."""

@@ -1,0 +1,182 @@
+"""What every loader promises, and which one a dataset gets.
+
+A loader hands out this rank's micro-batches of one step at a time. It does not move by being read:
+only `commit` moves it, and on all ranks alike. Everything about which samples a rank reads follows
+from the position and from what `place` was told (see `supple.core.job.order`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from supple.core.spec import SpecError
+from supple.train.data.map_loader import MapLoader
+from supple.train.data.micro_batch import MicroBatch
+from supple.train.data.shards import ShardLoader
+
+__all__ = ["Loader", "MicroBatch", "fraction_done", "make_loader"]
+
+
+class Loader(Protocol):
+    """This rank's micro-batches, step by step. Call `place` before the first `feed`."""
+
+    position: Any
+    """How far committed steps have come: a frozen value with `to_json` and `from_json`, equal on
+    all ranks of a generation."""
+    num_epochs: int
+
+    def place(
+        self,
+        position: Any,
+        rank: int,
+        world_size: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+    ) -> None:
+        """Go on from `position` as `rank` of `world_size`. Whatever was handed out and not
+        committed, or fetched ahead, is void. Milliseconds: reads nothing and starts no process.
+
+        Raises `SpecError` where the position is of other data than this.
+        """
+        ...
+
+    def feed(self) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of the next step, fetched as they are taken; none where its
+        share is empty. The last one says so. Calling it again without `commit` gives the same
+        samples."""
+        ...
+
+    def feed_shards(self, num_logical_shards: int) -> Iterator[MicroBatch]:
+        """The same for reproducible mode: one micro-batch for each logical shard of this rank that
+        is not empty. Raises `SpecError` for iterable shards."""
+        ...
+
+    @property
+    def planned_samples(self) -> int:
+        """Samples all ranks together plan for the next step; 0 when done. Fewer may come where
+        iterable shards end."""
+        ...
+
+    @property
+    def num_stats(self) -> int:
+        """The length of `stats`."""
+        ...
+
+    def stats(self) -> list[float]:
+        """What `commit` wants summed over ranks. Valid when the step's last micro-batch was handed
+        out, or the feed ended without one."""
+        ...
+
+    def commit(self, summed_stats: Sequence[float]) -> None:
+        """The step fed last was committed everywhere: move on. `summed_stats` is the sum of all
+        ranks' `stats`; the position it leads to is the same on all."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Have all samples of all epochs been used?"""
+        ...
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next step, from 0; `num_epochs` when done."""
+        ...
+
+    @property
+    def samples_done(self) -> int:
+        """Samples used by committed steps, over all epochs and ranks."""
+        ...
+
+    @property
+    def samples_total(self) -> int | None:
+        """Samples of the whole run; None while unknown."""
+        ...
+
+
+def make_loader(
+    dataset: Any,
+    *,
+    epochs: int,
+    shuffle: bool,
+    seed: int,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    num_workers: int = 0,
+    device: torch.device | None = None,
+) -> Loader:
+    """A loader for a map dataset (`__len__` and `__getitem__`), for a list of iterable shards
+    (iterables or functions that return one), or for a single iterable as the only shard.
+
+    Raises `SpecError` for anything else, for no data, and for `num_workers` with shards.
+    """
+    if isinstance(dataset, DataLoader):
+        raise SpecError(
+            "a DataLoader was given to job.batches, which cuts batches itself, anew at every "
+            "resize. Give it the dataset, and batch_size, collate_fn and num_workers beside it."
+        )
+    shards = _shards_of(dataset)
+    if shards is None:
+        return MapLoader(
+            dataset,
+            epochs=epochs,
+            shuffle=shuffle,
+            seed=seed,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            device=device,
+        )
+    if num_workers > 0:
+        raise SpecError(
+            f"num_workers={num_workers} with iterable shards: they are read in the training "
+            "process, because a shard cannot tell its position. Leave num_workers at 0, or give "
+            "a dataset with __len__ and __getitem__."
+        )
+    return ShardLoader(
+        shards, epochs=epochs, shuffle=shuffle, seed=seed, collate_fn=collate_fn, device=device
+    )
+
+
+def fraction_done(loader: Loader, step: int, max_steps: int | None) -> float:
+    """How much of the run is done, from 0 to 1: by its samples, or by `step` of `max_steps` if that
+    comes first."""
+    parts = [step / max_steps] if max_steps else []
+    if loader.samples_total:
+        parts.append(loader.samples_done / loader.samples_total)
+    return min(1.0, max(parts, default=0.0))
+
+
+def _shards_of(dataset: Any) -> Sequence[Any] | None:
+    """The iterable shards that `dataset` is; None where it is a map dataset."""
+    if _is_shard(dataset):
+        return [dataset]
+    if isinstance(dataset, list | tuple) and dataset:
+        strange = [number for number, item in enumerate(dataset) if not _is_shard(item)]
+        if not strange:
+            return dataset
+        if len(strange) < len(dataset):
+            raise SpecError(
+                f"of the {len(dataset)} items of the list given as dataset, number {strange[0]} "
+                f"is a {type(dataset[strange[0]]).__name__} and no iterable shard, others are. "
+                "Give iterable shards only, or samples only."
+            )
+        if isinstance(dataset[0], Dataset):
+            raise SpecError(
+                f"a list of {len(dataset)} datasets with __getitem__ was given as dataset. Join "
+                "them with torch.utils.data.ConcatDataset; only iterable shards come as a list."
+            )
+    missing = [name for name in ("__len__", "__getitem__") if not hasattr(dataset, name)]
+    if missing:
+        raise SpecError(
+            f"the dataset is a {type(dataset).__name__} without {' and '.join(missing)}. Give one "
+            "with both, or a list of iterable shards (iterables, or functions that return one)."
+        )
+    return None
+
+
+def _is_shard(item: Any) -> bool:
+    if isinstance(item, IterableDataset):
+        return True
+    if isinstance(item, type) or hasattr(item, "__getitem__"):
+        return False
+    return isinstance(item, Iterable) or callable(item)

@@ -1,0 +1,1 @@
+"""One period of fixed membership: how its group forms, and how a worker hears of it."""

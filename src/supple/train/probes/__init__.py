@@ -1,0 +1,1 @@
+"""Stand-ins for `Job` that measure a script."""

@@ -1,0 +1,314 @@
+"""Peak memory of a script's training step without computing it: the same operations on fake
+tensors, which have shapes and no data, counted by torch's own memory tracker.
+
+A model far larger than this machine can be traced, on a machine without an accelerator.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (  # no public name
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.optim import SGD, AdamW, Optimizer
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from supple.core.spec import SpecError
+from supple.core.training.memory import TracedMemory
+from supple.train.arguments import check_batches, check_rate
+from supple.train.data.loader import Loader, MicroBatch, make_loader
+from supple.train.script import run, user_traceback
+from supple.train.step.engine import TrainingError
+
+_TORCHS_OWN_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+_STEPS = 2
+"""The second one finds the optimizer's state in place, as all later ones do."""
+_FEW = 4
+"""A micro-batch below it is traced at its double too: a half of one sample is none."""
+_FACTOR, _MOST = 4, 1024
+"""While the peak does not grow with the batch, so many times the size is traced next, up to so many
+samples, which are read for it."""
+
+OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
+    "adam": (AdamW, {}),
+    "sgd-momentum": (SGD, {"momentum": 0.9}),
+    "sgd": (SGD, {}),
+}
+"""What may stand in for a script's own. torch's Adafactor reads values, so it cannot be traced."""
+
+
+class _TraceComplete(BaseException):
+    """Unwinds the user's function when everything is traced. Not an error."""
+
+
+class TraceFailed(Exception):
+    """The script cannot be traced; the message is complete."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedJob:
+    """What a trace found out about a script."""
+
+    traces: tuple[TracedMemory, ...]
+    """At least one; the largest micro-batch first."""
+    batch_size: int
+    dataset_size: int | None
+    """None: not known before the data was read."""
+    untraced: tuple[tuple[int, str], ...]
+    """Micro-batch sizes at which the script failed, each with the last line of why."""
+
+
+def trace_memory(
+    script: str,
+    function: str,
+    *,
+    recompute: bool = False,
+    optimizer: str | None = None,
+    verbose: bool = False,
+) -> TracedJob:
+    """Peak bytes at the script's micro-batch, at a half, a quarter and an eighth of it, and at
+    larger sizes where these do not tell what a sample needs. `recompute`
+    checkpoints the activations of every block: each entry of a `ModuleList` or `Sequential`.
+    `optimizer`, a key of `OPTIMIZERS`, replaces the script's. `verbose` leaves tracebacks whole.
+    Raises `SpecError` before any work, `TraceFailed` if the script cannot be traced at its own
+    micro-batch."""
+    tracer = _Tracer(recompute, optimizer)
+    untraced: list[tuple[int, str]] = []
+    num_found = 0
+    while (tracer.pending or not tracer.found) and (
+        problem := _attempt(tracer, script, function, verbose)
+    ):
+        if not tracer.found:
+            raise TraceFailed(problem)
+        # A loop that was left after some batches goes on from the top, as long as it finds a size.
+        if problem is not _LEFT or len(tracer.found) == num_found:
+            untraced.append((tracer.pending.pop(0), problem.splitlines()[-1]))
+        num_found = len(tracer.found)
+    return TracedJob(
+        traces=tuple(sorted(tracer.found, key=lambda trace: -trace.micro_batch_size)),
+        batch_size=tracer.batch_size,
+        dataset_size=tracer.dataset_size,
+        untraced=tuple(untraced),
+    )
+
+
+_LEFT = (
+    f"the loop over job.batches(...) was left before the {_STEPS} batches that a trace takes: let "
+    "it go on for as long as there are batches"
+)
+
+
+def _attempt(tracer: "_Tracer", script: str, function: str, verbose: bool) -> str:
+    """Trace what is pending; why it could not all be, or nothing."""
+    problem = ""
+    before = _TORCHS_OWN_LOG.level
+    if not verbose:  # it logs what it raises, and we tell that
+        _TORCHS_OWN_LOG.setLevel(logging.CRITICAL)
+    try:
+        run(script, function, tracer)
+    except _TraceComplete:
+        pass
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        problem = (
+            f"{script} reads a tensor's value while it trains ({error}), and a trace computes no "
+            "values. Take .item(), nonzero() and the like out of the loop (job.report takes "
+            "tensors), or measure with `supple plan`."
+        )
+    except (TrainingError, SpecError) as error:
+        problem = str(error)
+    except Exception as error:
+        problem = f"{script} failed while it was traced:\n{user_traceback(error, whole=verbose)}"
+    finally:
+        _TORCHS_OWN_LOG.setLevel(before)
+    if tracer.found and not tracer.pending:
+        return ""
+    if not problem and not tracer.pending:
+        return (
+            f"{function}(job) in {script} returned without taking a batch: loop over "
+            "job.batches(...)."
+        )
+    return problem or _LEFT
+
+
+@final
+class _Tracer:
+    """Looks like a `Job` to a training function."""
+
+    rank, world_size, generation, step_count, epoch, lr = 0, 1, 0, 0, 0, 0.0
+
+    def __init__(self, recompute: bool, optimizer: str | None) -> None:
+        self.found: list[TracedMemory] = []
+        self.pending: list[int] = []
+        """Sizes to trace; the first is the one in flight."""
+        self.batch_size = 0
+        self.dataset_size: int | None = None
+        self._instead = None if optimizer is None else OPTIMIZERS[optimizer]
+        self._recompute = recompute
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._model: nn.Module | None = None
+        self._optimizer: Optimizer | None = None
+        self._stepped = True
+
+    def model(self, build: Callable[[], nn.Module]) -> nn.Module:
+        with self._fake:
+            model = build()
+        if self._recompute:
+            blocks = _blocks(model)
+            apply_activation_checkpointing(
+                model,
+                checkpoint_wrapper_fn=lambda m: checkpoint_wrapper(m, preserve_rng_state=False),
+                check_fn=lambda module: id(module) in blocks,
+            )
+        self._model = model
+        return model
+
+    def optimizer(
+        self, cls: Callable[..., Optimizer], *, lr: float, schedule: Any = None, **options: Any
+    ) -> Optimizer:
+        if self._model is None:
+            raise TrainingError("job.optimizer was called before job.model: swap the two lines.")
+        check_rate(lr)
+        if self._instead is not None:
+            cls, options = self._instead
+        with self._fake:
+            params = [param for param in self._model.parameters() if param.requires_grad]
+            self._optimizer = cls(params, lr=lr, **options)
+        return self._optimizer
+
+    def keep(self, name: str, thing: Any) -> None:
+        return
+
+    def report(self, **metrics: Any) -> None:
+        return
+
+    def batches(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int,
+        epochs: int = 1,
+        shuffle: bool = True,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+        micro_batch_size: int | None = None,
+    ) -> Iterator[Any]:
+        model, optimizer = self._model, self._optimizer
+        if model is None or optimizer is None:
+            raise TrainingError("job.batches was called before job.model and job.optimizer.")
+        check_batches(batch_size=batch_size, epochs=epochs, micro_batch_size=micro_batch_size)
+        loader = make_loader(
+            dataset, epochs=1, shuffle=shuffle, seed=0, collate_fn=collate_fn, num_workers=0
+        )
+        if not self.found:
+            self.batch_size, self.dataset_size = batch_size, loader.samples_total
+            self.pending = _sizes(micro_batch_size or batch_size, self.dataset_size)
+        while self.pending:
+            batch = _first(loader, self.pending[0])
+            tracker = MemTracker()
+            with self._fake:
+                tracker.track_external(model, optimizer)
+                with tracker:
+                    for _ in range(_STEPS):
+                        tracker.reset_mod_stats()
+                        self._stepped = False
+                        data = pytree.tree_map_only(Tensor, self._fake.from_tensor, batch.data)
+                        yield data
+                        if not self._stepped:
+                            raise TrainingError("the loop took a batch and did not call job.step.")
+            if batch.num_samples < self.pending[0]:
+                self.dataset_size = batch.num_samples  # iterable data that ended
+            self.pending.pop(0)
+            if batch.num_samples not in {trace.micro_batch_size for trace in self.found}:
+                self.found.append(self._account(batch.num_samples, tracker))
+                self.pending = self.pending or _larger(self.found, self.dataset_size)
+        raise _TraceComplete
+
+    def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
+        assert self._optimizer is not None
+        loss.backward()
+        self._optimizer.step()
+        # Ours keeps its gradients, as views of flat buckets.
+        self._optimizer.zero_grad(set_to_none=False)
+        self._stepped = True
+        return True
+
+    def _account(self, size: int, tracker: MemTracker) -> TracedMemory:
+        model, optimizer = self._model, self._optimizer
+        assert model is not None and optimizer is not None
+        peak = sum(
+            parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values() if parts
+        )
+        params = list(model.parameters())
+        blocks = _blocks(model)
+        return TracedMemory(
+            micro_batch_size=size,
+            peak_bytes=peak,
+            parameter_bytes=_bytes(params),
+            gradient_bytes=_bytes([param for param in params if param.requires_grad]),
+            optimizer_bytes=_bytes(
+                value
+                for state in optimizer.state.values()
+                for value in state.values()
+                if isinstance(value, Tensor)
+            ),
+            largest_block_bytes=max(
+                (_bytes(module.parameters()) for module in model.modules() if id(module) in blocks),
+                default=_bytes(params),
+            ),
+        )
+
+
+def _sizes(largest: int, dataset_size: int | None) -> list[int]:
+    """The largest first, since it is what the script is known to run with."""
+    most = largest if dataset_size is None else min(largest, dataset_size)
+    sizes = [most, *sorted({max(1, most // part) for part in (2, 4, 8)} - {most}, reverse=True)]
+    if most < _FEW and (dataset_size is None or 2 * most <= dataset_size):
+        sizes.append(2 * most)
+    return sizes
+
+
+def _larger(found: list[TracedMemory], dataset_size: int | None) -> list[int]:
+    """Where the peak of the largest sizes is not the batch's but the optimizer's: a size at which
+    it may be, if there are so many samples and they are not too many to read."""
+    ordered = sorted(found, key=lambda trace: trace.micro_batch_size)
+    size = _FACTOR * ordered[-1].micro_batch_size
+    grows = len(ordered) > 1 and ordered[-1].peak_bytes > ordered[-2].peak_bytes
+    return [] if grows or size > min(_MOST, dataset_size or _MOST) else [size]
+
+
+def _first(loader: Loader, size: int) -> MicroBatch:
+    """A real micro-batch: only its shapes and types are used."""
+    with _disable_current_modes():
+        loader.place(loader.position, 0, 1, size, size)
+        return next(iter(loader.feed()))
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _blocks(model: nn.Module) -> set[int]:
+    """Entries of the outermost `ModuleList`s and `Sequential`s that hold parameters."""
+    found: set[int] = set()
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            holds = isinstance(module, nn.ModuleList | nn.Sequential)
+            if holds and next(child.parameters(), None) is not None:
+                found.add(id(child))
+            else:
+                visit(child)
+
+    visit(model)
+    return found

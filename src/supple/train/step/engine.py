@@ -1,0 +1,205 @@
+"""One optimizer step: micro-batches, one reduction, one update. Knows nothing of generations.
+
+What it changes before a step has committed (gradients, sums) is thrown away with `abandon`; what a
+commit changes (weights, optimizer, count, position, noise scale) changes nowhere else.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from supple.core.job.order import mix
+from supple.core.spec import TrainSpec
+from supple.core.training.noise import NoiseState, update
+from supple.train.data.loader import Loader, MicroBatch
+from supple.train.generation.group import Group
+from supple.train.step.finite import FiniteSteps, TrainingError
+from supple.train.step.meter import Meter
+from supple.train.step.noise_meter import NoiseMeter
+from supple.train.step.rate import LearningRate
+from supple.train.step.reduce import GradientReducer
+from supple.train.step.reproducible import TreeReducer
+
+_SAMPLES, _HEARD, _LOSS, _SQ_NORM, _NUM_PARTS, _NUM_STATS = range(6)
+"""What rides along with the gradients, before the loader's own numbers."""
+_CHECK_WEIGHTS_EVERY = 16
+"""Steps: looking at every weight costs a pass over them."""
+
+__all__ = ["StepEngine", "TrainingError"]
+
+
+@final
+class StepEngine:
+    """The steps of one model. `changed_buffers` are those that a forward pass changes."""
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loader: Loader,
+        rate: LearningRate,
+        changed_buffers: Sequence[Tensor],
+    ) -> None:
+        self.step = 0
+        self.is_updating = False
+        """The train state is between two steps: half of an update may have been applied."""
+        self.noise = NoiseState()
+        self.meter = Meter()
+        self._spec = spec
+        self._model = model
+        self._optimizer = optimizer
+        self._loader = loader
+        self._rate = rate
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        num_stats = _NUM_STATS + loader.num_stats
+        self._tree = (
+            TreeReducer(params, changed_buffers, num_stats, spec.num_logical_shards)
+            if spec.reproducible
+            else None
+        )
+        self._reducer = self._tree or GradientReducer(params, changed_buffers, num_stats)
+        self._noise_meter = NoiseMeter(self._reducer.buckets, optimizer)
+        trained = set(params)
+        names = {param: name for name, param in model.named_parameters() if param in trained}
+        changed = {id(buffer) for buffer in changed_buffers if buffer.is_floating_point()}
+        buffers = {b: name for name, b in model.named_buffers() if id(b) in changed}
+        self.finite = FiniteSteps(spec.on_non_finite, names, buffers)
+        self.optimizer_name = type(optimizer).__name__
+        self.gradient_bytes = sum(param.numel() * param.element_size() for param in params)
+        self._loss_sum, self._num_samples = 0.0, 0
+
+    def micro_batches(self, *, alone: bool) -> Iterator[MicroBatch]:
+        """Begin a step: this rank's micro-batches of it, possibly none. `alone`: no other rank."""
+        self._loss_sum, self._num_samples = 0.0, 0
+        self._reducer.zero()
+        if self._tree is not None:
+            for micro in self._loader.feed_shards(self._spec.num_logical_shards):
+                torch.manual_seed(mix(self._spec.seed, self.step, micro.shard_id or 0))
+                self.meter.lap("data")
+                yield micro
+            return
+        begun = False
+        for micro in self._loader.feed():
+            if not begun:
+                count = 1 if micro.is_last else 2
+                self._noise_meter.begin(self.step, alone=alone, num_micro_batches=count)
+                begun = True
+            self.meter.lap("data")
+            yield micro
+        if not begun:
+            self._noise_meter.begin(self.step, alone=False, num_micro_batches=0)
+
+    def backward(
+        self, loss: Tensor, micro: MicroBatch, group: Group | None, heard: Callable[[], bool]
+    ) -> None:
+        """Add the gradient of one micro-batch; with the step's last, start the reduction."""
+        self.meter.lap("forward")
+        weight = micro.num_samples / self._loader.planned_samples
+        self._loss_sum += float(loss.detach()) * micro.num_samples
+        self._num_samples += micro.num_samples
+        if micro.is_last:
+            self.arm(group, heard)
+        (loss * weight).backward()
+        self.meter.lap("backward")
+        if self._tree is not None:
+            self._tree.add(micro.shard_id or 0, weight)
+        else:
+            self._noise_meter.after_micro_batch(weight)
+
+    def arm(self, group: Group | None, heard: Callable[[], bool]) -> None:
+        """Let buckets reduce as they fill. `heard()`: is a next generation announced?"""
+        self._reducer.arm(
+            group,
+            before_launch=self._noise_meter.before_launch,
+            stats=lambda: self._stats(heard()),
+            buffer_weight=float(self._num_samples),
+        )
+
+    def commit(self, clip_norm: float | None, fraction: float) -> bool:
+        """Wait for the reduction, update, count. True if some rank has heard of a next generation.
+
+        A step that is left out because it is not finite counts, with its samples, and updates
+        nothing. Raises `CollectiveFailed` with nothing changed (call `abandon`), and
+        `TrainingError` where a step that is not finite must stop the job (the state is that of the
+        step before), or where an update has made the weights so.
+        """
+        stats = self._reducer.finish()
+        self.meter.lap("sync")
+        lr = self._rate.at(self.step, fraction)
+        self._correct_weights(stats[_SAMPLES])
+        if self._must_skip(stats, lr):
+            self._reducer.discard()
+            self._noise_meter.discard()
+        else:
+            self._update(stats, clip_norm, lr)
+        self.is_updating = True
+        self.step += 1
+        self._loader.commit(stats[_NUM_STATS:])
+        self.is_updating = False
+        last = self._loader.done or self.step == self._spec.max_steps
+        if last or self.step % _CHECK_WEIGHTS_EVERY == 0:
+            self.finite.check_weights(self.step, lr)
+        self.meter.lap("optimizer")
+        self.meter.end_step()
+        return stats[_HEARD] > 0
+
+    def to_json(self) -> dict[str, Any]:
+        """What its steps add to the train state, beside tensors and optimizer settings."""
+        skipped = [self.finite.num_skipped, self.finite.num_skipped_in_a_row]
+        return {"step": self.step, "noise": self.noise.to_json(), "skipped": skipped}
+
+    def from_json(self, values: Mapping[str, Any]) -> None:
+        self.step = int(values["step"])
+        self.noise = NoiseState.from_json(values["noise"])
+        # Checkpoints of earlier versions do not have it.
+        self.finite.num_skipped, self.finite.num_skipped_in_a_row = values.get("skipped", (0, 0))
+
+    def measure_noise(self, every: int) -> None:
+        """Take the gradients' norms every so many steps from now on; between two steps."""
+        self._noise_meter.every(every)
+
+    def abandon(self) -> None:
+        """The step in flight did not commit: as if it had not begun."""
+        self._reducer.abandon()
+        self.meter.restart()
+
+    def _stats(self, heard: bool) -> Sequence[float]:
+        share = self._num_samples / self._loader.planned_samples
+        sq_norm, num_parts = self._noise_meter.local_stats(share)
+        mine = (float(self._num_samples), float(heard), self._loss_sum, sq_norm, num_parts)
+        return (*mine, *self._loader.stats())
+
+    def _must_skip(self, stats: Sequence[float], lr: float) -> bool:
+        try:
+            return self.finite.must_skip(
+                stats[_LOSS] / max(stats[_SAMPLES], 1.0),
+                self._reducer.buckets,
+                step=self.step + 1,
+                lr=lr,
+                num_samples=stats[_SAMPLES],
+            )
+        except TrainingError:
+            self._reducer.discard()
+            raise
+
+    def _update(self, stats: Sequence[float], clip_norm: float | None, lr: float) -> None:
+        sample = self._noise_meter.sample(stats[_SQ_NORM], stats[_NUM_PARTS], stats[_SAMPLES])
+        if sample is not None:
+            self.noise = update(self.noise, sample)
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._model.parameters(), clip_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self.is_updating = True
+        self._optimizer.step()
+
+    def _correct_weights(self, num_samples: float) -> None:
+        """Iterable shards may run dry before the planned batch is full."""
+        planned = self._loader.planned_samples
+        if num_samples not in (0, planned):
+            for bucket in self._reducer.buckets:
+                bucket.grads.mul_(planned / num_samples)

@@ -1,0 +1,111 @@
+"""Steps whose loss or gradient is not a finite number: found before the update, and then left out
+or refused, as `--on-non-finite` says.
+
+Every rank looks at the same reduced bits, so all decide alike and nothing is sent.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from supple.core.spec import OnNonFinite
+from supple.train.step.reduce import Bucket
+
+MOST_SKIPPED_IN_A_ROW = 10
+_NAMED = 3
+
+
+class TrainingError(Exception):
+    """The user's script asked for something that cannot work. The message is complete."""
+
+
+@final
+class FiniteSteps:
+    """Judges the steps of the trained parameters `names`, and counts those that were left out.
+    `buffers` are those that a forward pass changes."""
+
+    def __init__(
+        self,
+        choice: OnNonFinite,
+        names: Mapping[nn.Parameter, str],
+        buffers: Mapping[Tensor, str],
+    ) -> None:
+        self.num_skipped = 0
+        """In the whole run."""
+        self.num_skipped_in_a_row = 0
+        self._choice: OnNonFinite = choice
+        self._names = names
+        self._looked_at: dict[Tensor, str] = {**names, **buffers}
+
+    def must_skip(
+        self, loss: float, buckets: Sequence[Bucket], *, step: int, lr: float, num_samples: float
+    ) -> bool:
+        """Is step number `step` to be left out? Counts it if so.
+
+        Raises `TrainingError`, before anything has changed, if it must stop the job instead.
+        """
+        asked = f"at step {step} (learning rate {lr:g}, batch of {num_samples:.0f})"
+        if not math.isfinite(loss):
+            problem = f"the loss is {loss} {asked}"
+        elif bad := [bucket for bucket in buckets if not is_finite(bucket.grads)]:
+            gradients = [
+                (self._names.get(param, "a parameter of the optimizer"), view)
+                for bucket in bad
+                for param, view in zip(bucket.params, bucket.views, strict=True)
+            ]
+            named = _named([name for name, view in gradients if not is_finite(view)])
+            problem = f"the loss is {loss:g} and its gradient is not finite in {named} {asked}"
+        else:
+            self.num_skipped_in_a_row = 0
+            return False
+        self.check_weights(step - 1, lr)
+        if self._choice == "stop":
+            raise TrainingError(
+                f"{problem}. The step was not applied. {_ADVICE}, or leave such steps out "
+                "(--on-non-finite skip)."
+            )
+        if self.num_skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"{problem}. It was not applied, nor were the {MOST_SKIPPED_IN_A_ROW} steps before "
+                "it, and --on-non-finite skip leaves out no more than that in a row. "
+                f"{_ADVICE}."
+            )
+        self.num_skipped += 1
+        self.num_skipped_in_a_row += 1
+        return True
+
+    def check_weights(self, step: int, lr: float) -> None:
+        """Raise `TrainingError` if the weights after `step` are not finite: an update made them so
+        from a finite gradient, and no step that follows can mend them."""
+        looked_at = self._looked_at.items()
+        bad = [name for tensor, name in looked_at if not is_finite(tensor.detach())]
+        if bad:
+            raise TrainingError(
+                f"the weights are not finite after step {step}, in {_named(bad)}. No loss or "
+                f"gradient was applied that is not finite: an update (learning rate {lr:g}) made "
+                "them so, or a forward pass, where they are buffers. They are not saved. Lower the "
+                "learning rate or clip gradients (job.step(loss, clip_norm=1.0)), and go on from a "
+                "checkpoint before."
+            )
+
+
+_ADVICE = (
+    "Lower the learning rate, clip gradients (job.step(loss, clip_norm=1.0)), check the data, keep "
+    "zeros out of sqrt, log and divisions"
+)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Is every number in it finite?"""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    # A sum is finite only of finite numbers, and may overflow although all of them are.
+    return math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all())
+
+
+def _named(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

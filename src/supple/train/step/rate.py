@@ -1,0 +1,67 @@
+"""The learning rate in force: what the user tuned, times the rule for another batch, times the
+schedule; with a warm-up after a jump."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+from supple.core.spec import LrRule
+from supple.core.training.goodput import OptimizerFamily, family_of, learning_rate, warmup_steps
+
+
+@final
+class LearningRate:
+    """`base_lr` belongs to `base_batch` samples; `schedule` maps the fraction done to a factor."""
+
+    def __init__(self, rule: LrRule, optimizer_name: str) -> None:
+        self._rule: LrRule = rule
+        self._family: OptimizerFamily = family_of(optimizer_name)
+        self.base_lr = 0.0
+        self.base_batch = 1
+        self.schedule: Callable[[float], float] = constant
+        self._factor = 1.0
+        self._jumped_from = 1.0
+        self._jumped_at = 0
+
+    def change_batch(self, batch: int, *, step: int, noise_scale: float | None) -> None:
+        """The global batch is `batch` from `step` on."""
+        scaled, _ = learning_rate(
+            rule=self._rule,
+            family=self._family,
+            base_lr=self.base_lr,
+            base_batch=self.base_batch,
+            batch=batch,
+            noise_scale=noise_scale,
+        )
+        self._jumped_from = self._factor_at(step)
+        self._jumped_at = step
+        self._factor = scaled / self.base_lr
+
+    def at(self, step: int, fraction: float) -> float:
+        """The learning rate of `step`, with `fraction` (0 to 1) of the run done."""
+        # A schedule may give a number of another kind, which could not be saved.
+        return float(self.base_lr * self._factor_at(step) * self.schedule(fraction))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "factor": self._factor,
+            "jumped_from": self._jumped_from,
+            "jumped_at": self._jumped_at,
+        }
+
+    def from_json(self, values: Mapping[str, Any]) -> None:
+        self._factor = float(values["factor"])
+        self._jumped_from = float(values["jumped_from"])
+        self._jumped_at = int(values["jumped_at"])
+
+    def _factor_at(self, step: int) -> float:
+        """A jump up is walked in a straight line over `warmup_steps`, a jump down taken at once."""
+        length = warmup_steps(self._factor / self._jumped_from)
+        if length == 0:
+            return self._factor
+        walked = min(1.0, max(0, step - self._jumped_at + 1) / length)
+        return self._jumped_from + (self._factor - self._jumped_from) * walked
+
+
+def constant(_fraction: float) -> float:
+    """The schedule that changes nothing."""
+    return 1.0

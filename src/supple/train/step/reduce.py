@@ -1,0 +1,219 @@
+"""Gradients summed over ranks in flat buckets while the backward pass runs, with the step's
+statistics riding at the end of the last bucket.
+
+Each rank scales its loss by its share of the global batch, so the sum over ranks is the exact
+mean over the global batch for shares of any size (DDP would weigh ranks equally). A parameter's
+`.grad` is a view into its bucket; buckets start reducing in one fixed order as soon as they are
+full. The tail of the last bucket carries whatever all ranks must agree on at this step: samples
+really used, "I have heard of the next generation", the loss, the noise scale's norms, what the
+loader consumed, and buffers that a forward pass changes (`ChangedBuffers`).
+
+A reduction starts inside the user's backward pass, and a failure there is none of the user's
+business: it is remembered, and told by `finish`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from supple.train.generation.group import CollectiveFailed, Group
+from supple.train.step.buffers import ChangedBuffers
+
+_BUCKET_BYTES = 25 * 1024 * 1024
+_FIRST_BUCKET_BYTES = 1024 * 1024
+"""The first bucket is small so that communication starts early."""
+
+
+@final
+class Bucket:
+    """Some parameters of one dtype, whose gradients lie side by side in `flat`."""
+
+    flat: Tensor
+    grads: Tensor
+    """The part of `flat` that holds gradients."""
+    tail: Tensor
+    """The rest of it."""
+    views: list[Tensor]
+    """`grads`, parameter by parameter."""
+
+    def __init__(self, params: Sequence[nn.Parameter], tail: int) -> None:
+        self.params = list(params)
+        self._sizes = [param.numel() for param in params]
+        self._num_tail = tail
+        self.renew()
+
+    def renew(self) -> None:
+        """Move to fresh memory, all zero, and the parameters' `.grad` with it.
+
+        A collective that was abandoned is still under way in its own threads and may add a late
+        peer's numbers to the memory it was given, or send from it: nothing else may lie there.
+        """
+        like = self.params[0] if self.params else torch.empty(0)
+        num_grads = sum(self._sizes)
+        self.flat = torch.zeros(num_grads + self._num_tail, dtype=like.dtype, device=like.device)
+        self.grads = self.flat[:num_grads]
+        self.tail = self.flat[num_grads:]
+        parts = self.grads.split(self._sizes)
+        self.views = [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
+        self.attach()
+
+    def attach(self) -> None:
+        """Make every `.grad` a view into the bucket, if something replaced it."""
+        for param, view in zip(self.params, self.views, strict=True):
+            param.grad = view
+
+
+@final
+class GradientReducer:
+    """Sums the gradients of `params`; one per model, kept over all generations.
+
+    `num_stats` is how many numbers ride along beside gradients and `buffers`.
+    """
+
+    def __init__(
+        self, params: Sequence[nn.Parameter], buffers: Sequence[Tensor], num_stats: int
+    ) -> None:
+        self._changed = ChangedBuffers(buffers)
+        self._num_stats = num_stats
+        tail = num_stats + self._changed.num_counts + self._changed.num_averaged
+        self.buckets = _cut(list(params), tail)
+        self._place = {
+            param: (index, at)
+            for index, bucket in enumerate(self.buckets)
+            for at, param in enumerate(bucket.params)
+        }
+        self._pending: list[int] = []
+        self._launched = 0
+        self._works: list[Any] = []
+        self._failure: CollectiveFailed | None = None
+        self._group: Group | None = None
+        self._armed = False
+        self._before_launch: Callable[[int], None] = _nothing
+        self._stats: Callable[[], Sequence[float]] = tuple
+        self._weight: Callable[[], float] = lambda: 1.0
+        for param in self._place:
+            param.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def zero(self) -> None:
+        """Gradients become zero, and views into the buckets again if something replaced them."""
+        for bucket in self.buckets:
+            bucket.flat.zero_()
+            bucket.attach()
+        self._changed.begin()
+        self._armed = False
+
+    def arm(
+        self,
+        group: Group | None,
+        *,
+        before_launch: Callable[[int], None],
+        stats: Callable[[], Sequence[float]],
+        buffer_weight: float,
+    ) -> None:
+        """The next backward pass is the step's last: reduce buckets as they fill.
+
+        `before_launch(i)` is called while bucket i still holds this rank's own gradient; `stats()`
+        just before the last one starts. Buffers are weighted by `buffer_weight`.
+        """
+        self._group = group
+        self._before_launch = before_launch
+        self._stats = stats
+        self._weight = lambda: buffer_weight
+        self._pending = [len(bucket.params) for bucket in self.buckets]
+        self._launched = 0
+        self._works = []
+        self._failure = None
+        self._armed = True
+
+    def finish(self) -> list[float]:
+        """Wait until every gradient is the sum over ranks; returns the summed statistics.
+
+        Raises `CollectiveFailed`, also for a reduction that failed to start before: gradients are
+        then worthless and nothing else has changed. Call `abandon`.
+        """
+        while self._launched < len(self.buckets):
+            self._launch()
+        self._armed = False
+        if self._failure is not None:
+            raise self._failure
+        if self._group is not None:
+            self._group.wait(self._works)
+        self._works = []
+        tail = self.buckets[-1].tail
+        stats: list[float] = tail[: self._num_stats].tolist()
+        averaged = self._num_stats + self._changed.num_counts
+        self._changed.count(tail[self._num_stats : averaged].tolist())
+        if stats[0] > 0:
+            self._changed.unpack(tail[averaged:] / stats[0])
+        return stats
+
+    def discard(self) -> None:
+        """The step that was reduced is not applied: buffers are as they were before it."""
+        self._changed.restore()
+
+    def abandon(self) -> None:
+        """Forget the step in flight, whose collectives may never end."""
+        self._armed = False
+        self._works = []
+        self._failure = None
+        for bucket in self.buckets:
+            bucket.renew()
+        self.discard()
+
+    def _on_gradient(self, param: Tensor) -> None:
+        index, at = self._place[param]  # pyright: ignore[reportArgumentType]
+        view = self.buckets[index].views[at]
+        grad = param.grad
+        if grad is not None and grad.data_ptr() != view.data_ptr():
+            view.copy_(grad)
+            param.grad = view
+        if not self._armed:
+            return
+        self._pending[index] -= 1
+        while self._launched < len(self.buckets) - 1 and self._pending[self._launched] == 0:
+            self._launch()
+
+    def _launch(self) -> None:
+        """Start to reduce the next bucket, unless one before it could not be."""
+        index = self._launched
+        self._launched += 1
+        if self._failure is not None:
+            return
+        bucket = self.buckets[index]
+        self._before_launch(index)
+        if index == len(self.buckets) - 1:
+            weight = self._weight()
+            leads = self._group is None or self._group.rank == 0
+            counted = self._changed.counted() if leads else [0.0] * self._changed.num_counts
+            parts = [torch.tensor([*self._stats(), *counted], dtype=bucket.flat.dtype)]
+            parts += self._changed.packed(weight)
+            bucket.tail.copy_(torch.cat(parts))
+        if self._group is not None:
+            try:
+                self._works.append(self._group.all_reduce(bucket.flat))
+            except CollectiveFailed as failure:
+                self._failure = failure
+
+
+def _cut(params: list[nn.Parameter], tail: int) -> list[Bucket]:
+    """Buckets in the order in which a backward pass is likely to fill them; the last one is
+    float32 and carries the tail."""
+    runs: list[list[nn.Parameter]] = []
+    size = 0
+    for param in reversed(params):
+        limit = _FIRST_BUCKET_BYTES if len(runs) == 1 else _BUCKET_BYTES
+        nbytes = param.numel() * param.element_size()
+        if not runs or runs[-1][-1].dtype != param.dtype or size + nbytes > limit:
+            runs.append([])
+            size = 0
+        runs[-1].append(param)
+        size += nbytes
+    if not runs or runs[-1][0].dtype != torch.float32:
+        runs.append([])
+    return [Bucket(run, tail if run is runs[-1] else 0) for run in runs]
+
+
+def _nothing(_index: int) -> None:
+    return None

@@ -1,0 +1,197 @@
+"""The same bits for any number of workers: gradients summed over logical shards in one fixed tree.
+
+The global batch is cut into a fixed number of logical shards, each computed by itself, with its own
+random stream. Their gradients are the leaves of one binary tree; floating-point addition is not
+associative, but the tree says who is added to whom, whoever computes it. A rank adds up the whole
+subtrees that lie within its shards; then every rank finishes the tree for one slice of the
+gradient, and the slices are gathered. (EasyScale, SC 2023, fixes the order in the same spirit.)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from supple.core.job.order import share
+from supple.train.generation.group import Group
+from supple.train.step.buffers import ChangedBuffers
+from supple.train.step.reduce import Bucket
+
+Node = tuple[int, int]
+"""(level, index): a leaf is (0, shard); a node's children are (level-1, 2*index) and +1."""
+
+
+def merge(nodes: dict[Node, Tensor], node: Node, value: Tensor, num_shards: int) -> None:
+    """Put `value` at `node` and add up, left before right, as far as siblings are there.
+
+    A node without a sibling (the number of shards is no power of two) moves up unchanged. Owns
+    `value`: it may be added into.
+    """
+    while True:
+        level, index = node
+        width = -(-num_shards // 2**level)
+        if width == 1:
+            break
+        sibling = (level, index ^ 1)
+        if sibling[1] >= width:
+            node = (level + 1, index // 2)
+            continue
+        other = nodes.pop(sibling, None)
+        if other is None:
+            break
+        value = value.add_(other) if index % 2 == 0 else other.add_(value)
+        node = (level + 1, index // 2)
+    nodes[node] = value
+
+
+def partial_nodes(first: int, count: int, num_shards: int) -> list[Node]:
+    """The subtrees that remain of the shards `first` to `first + count`, in a fixed order."""
+    marks: dict[Node, Tensor] = {}
+    for shard in range(first, first + count):
+        merge(marks, (0, shard), torch.zeros(0), num_shards)
+    return sorted(marks)
+
+
+@final
+class TreeReducer:
+    """Stands in for `GradientReducer` in reproducible mode; float32 parameters only."""
+
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        buffers: Sequence[Tensor],
+        num_stats: int,
+        num_shards: int,
+    ) -> None:
+        other = {str(param.dtype) for param in params} - {"torch.float32"}
+        if other:
+            raise ValueError(
+                f"--reproducible needs float32 parameters, this model has {sorted(other)}. "
+                "Keep the parameters in float32 and use autocast for the forward pass."
+            )
+        self._changed = ChangedBuffers(buffers)
+        self._counted: list[float] = []
+        self._bucket = Bucket(params, self._changed.num_averaged)
+        self.buckets = [self._bucket]
+        self._num_stats = num_stats
+        self._num_shards = num_shards
+        self._nodes: dict[Node, Tensor] = {}
+        self._added: set[int] = set()
+        self._group: Group | None = None
+        self._is_last = False
+        self._stats: Callable[[], Sequence[float]] = tuple
+
+    def zero(self) -> None:
+        """Begin a step: no shard has been added."""
+        self._nodes.clear()
+        self._added.clear()
+        self._is_last = False
+        self._changed.begin()
+        self._counted = [0.0] * self._changed.num_counts
+        self._zero_gradients()
+
+    def arm(
+        self,
+        group: Group | None,
+        *,
+        before_launch: Callable[[int], None],
+        stats: Callable[[], Sequence[float]],
+        buffer_weight: float,
+    ) -> None:
+        """The next backward pass is the step's last. Everything is sent in `finish`."""
+        self._group = group
+        self._stats = stats
+        self._is_last = True
+
+    def add(self, shard: int, weight: float) -> None:
+        """The gradient now in `.grad` is that of `shard`, whose loss was scaled by `weight`."""
+        for param, view in zip(self._bucket.params, self._bucket.views, strict=True):
+            if param.grad is not None and param.grad.data_ptr() != view.data_ptr():
+                view.copy_(param.grad)
+        if parts := self._changed.packed(weight):
+            self._bucket.tail.copy_(torch.cat(parts))
+        if shard == 0:
+            self._counted = self._changed.counted()
+        self._added.add(shard)
+        self._changed.restore()
+        # The last shard of a step may be added up where it lies.
+        value = self._bucket.flat if self._is_last else self._bucket.flat.clone()
+        merge(self._nodes, (0, shard), value, self._num_shards)
+        if not self._is_last:
+            self._zero_gradients()
+
+    def finish(self) -> list[float]:
+        """Gradients become the sum over all shards; returns the summed statistics.
+
+        Raises `CollectiveFailed`: then nothing else has changed. Call `abandon`.
+        """
+        group = self._group
+        rank, size = (0, 1) if group is None else (group.rank, group.size)
+        first, count = share(self._num_shards, size, rank)
+        for shard in range(first, first + count):
+            if shard not in self._added:
+                empty = torch.zeros_like(self._bucket.flat)
+                merge(self._nodes, (0, shard), empty, self._num_shards)
+        stats = torch.tensor([*self._stats(), *self._counted], dtype=torch.float64)
+        if group is None or size == 1:
+            (total,) = self._nodes.values()
+            _put(total, self._bucket.flat)
+        else:
+            group.wait([group.all_reduce(stats)])
+            self._finish_tree(group)
+        self._nodes.clear()
+        self._bucket.attach()
+        self._changed.unpack(self._bucket.tail)
+        self._changed.count(stats[self._num_stats :].tolist())
+        return stats[: self._num_stats].tolist()
+
+    def discard(self) -> None:
+        """The step that was reduced is not applied: buffers are as they were before it."""
+        self._changed.restore()
+
+    def abandon(self) -> None:
+        """Forget the step in flight, whose messages may never end."""
+        self._nodes.clear()
+        self._bucket.renew()
+        self.discard()
+
+    def _finish_tree(self, group: Group) -> None:
+        """Every rank adds up its slice of the gradient to the root, then all slices go to all."""
+        flat = self._bucket.flat
+        width = -(-flat.numel() // group.size)
+        slices = [flat[peer * width : (peer + 1) * width] for peer in range(group.size)]
+        peers = [peer for peer in range(group.size) if peer != group.rank]
+        begin = group.rank * width
+        known = {node: value[begin : begin + width] for node, value in self._nodes.items()}
+        works: list[Any] = []
+        for peer in peers:
+            for tag, node in enumerate(sorted(self._nodes)):
+                part = self._nodes[node][peer * width : (peer + 1) * width]
+                works += [group.send(part, peer, tag)] if part.numel() else []
+            theirs = partial_nodes(*share(self._num_shards, group.size, peer), self._num_shards)
+            for tag, node in enumerate(theirs):
+                known[node] = torch.empty_like(slices[group.rank])
+                works += [group.receive(known[node], peer, tag)] if known[node].numel() else []
+        group.wait_for_messages(works)
+        tree: dict[Node, Tensor] = {}
+        for node in sorted(known):
+            merge(tree, node, known[node], self._num_shards)
+        (mine,) = tree.values()
+        _put(mine, slices[group.rank])
+        works = []
+        for peer in peers:
+            works += [group.send(mine, peer, self._num_shards)] if mine.numel() else []
+            landing = slices[peer]
+            works += [group.receive(landing, peer, self._num_shards)] if landing.numel() else []
+        group.wait_for_messages(works)
+
+    def _zero_gradients(self) -> None:
+        self._bucket.flat.zero_()
+        self._bucket.attach()
+
+
+def _put(value: Tensor, place: Tensor) -> None:
+    """Copy, unless `value` lies there already."""
+    if value.data_ptr() != place.data_ptr():
+        place.copy_(value)

@@ -1,0 +1,33 @@
+"""The tree of the README is the tree of the source, and no folder of it is a heap."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "supple"
+MOST_FILES = 15
+LOOSE = {"__init__.py", "__main__.py", "py.typed"}
+
+
+def folders(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if (path / "__init__.py").exists()}
+
+
+def test_the_readme_names_every_folder_of_the_source_and_no_other() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.partition("src/supple/\n")[2].partition("```")[0].partition("\ndocs/")[0]
+    # The names before the words: a run of `name/` right behind the lines of the tree.
+    heads = [re.match(r"[├└│─ ]*((?:\w+/ *)+)", line) for line in tree.splitlines()]
+    named = {name for head in heads if head for name in re.findall(r"\w+(?=/)", head[1])}
+    there = folders(SOURCE).union(*(folders(SOURCE / name) for name in folders(SOURCE)))
+    assert named == there
+
+
+def test_no_file_lies_loose_and_no_folder_has_too_many() -> None:
+    assert {path.name for path in SOURCE.iterdir() if path.is_file()} == LOOSE
+    heaps = {
+        str(folder.relative_to(SOURCE)): len(list(folder.glob("*.py")))
+        for folder in SOURCE.rglob("*/")
+        if len(list(folder.glob("*.py"))) > MOST_FILES
+    }
+    assert heaps == {}
