@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.accuracy.diffusion_form import DiffusionMeasurement, DiffusionRun, fit_diffusion
 from benchmarks.accuracy.score import Score, coverage, covered, median, relative_errors
 from supple.core.layouts.model import DEVICES
-from supple.core.llm.diffusion import DiffusionMeasurement, DiffusionRun, fit_diffusion
 from supple.core.types import Estimate
 
 

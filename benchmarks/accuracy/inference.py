@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.accuracy.score import Score, coverage, covered, median, relative_errors
 from supple.core.layouts.model import DEVICES
-from supple.core.llm.decoding import ServedModel, ServingRun, Workload, weights_fit
+from supple.core.llm.decoding import Decoder, DecodingRun, Workload, weights_fit
 from supple.core.llm.inference import ServingMeasurement, fit_inference
 from supple.core.types import Estimate
 
@@ -51,7 +51,7 @@ def read(data: Path) -> list[tuple[str, ServingMeasurement]]:
 def measurement(row: Mapping[str, str]) -> ServingMeasurement:
     publisher = row["model_id"].partition("/")[0]
     total, activated = row["total_params_b"], row["activated_params_b"] or row["total_params_b"]
-    model = ServedModel(
+    model = Decoder(
         family=f"{publisher} {total}B" + (f"-A{activated}B" if activated != total else ""),
         num_parameters=1e9 * float(total),
         num_activated=1e9 * float(activated),
@@ -59,7 +59,7 @@ def measurement(row: Mapping[str, str]) -> ServingMeasurement:
     )
     task = row["task"]
     return ServingMeasurement(
-        run=ServingRun(
+        run=DecodingRun(
             model=model,
             device=DEVICES[row["gpu"].lower()],
             num_devices=int(row["num_gpus"]),
@@ -86,7 +86,7 @@ def weight_bytes(precision: str) -> float:
     return 0.55 if "4" in precision else 1.0 if "8" in precision else 2.0
 
 
-def roofline(run: ServingRun) -> float:
+def roofline(run: DecodingRun) -> float:
     """Seconds of a decoding step (Pope et al. 2022, section 2)."""
     weights = run.model.num_parameters * run.model.bytes_per_weight
     peak = run.device.flops_per_s * 2.0 / max(run.model.bytes_per_weight, 1.0)
@@ -144,7 +144,7 @@ def twin_ratios(rows: Sequence[ServingMeasurement]) -> list[tuple[float, float]]
     ]
 
 
-def _is_wild(name: str, run: ServingRun) -> bool:
+def _is_wild(name: str, run: DecodingRun) -> bool:
     """Rows that nothing handed in explains: docs/accuracy.md says what is known of them."""
     alone = run.device.name == "b200" and run.num_devices == 1
     return (alone and run.workload.media_s > 0) or (

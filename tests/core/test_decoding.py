@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from supple.core.layouts.model import DEVICES
-from supple.core.llm.decoding import Groups, Rows, ServedModel, ServingRun, Workload, logs
+from supple.core.llm.decoding import Decoder, DecodingRun, Groups, Rows, Workload, logs
 from supple.core.llm.inference import fit_inference
 
 PRIORS = fit_inference([])
@@ -16,10 +16,10 @@ FREE = replace(
 """Neither arithmetic nor memory takes time on it."""
 READS = replace(FREE, memory_bytes_per_s=3.35e12)
 COMPUTES = replace(FREE, flops_per_s=1e10)
-DENSE = ServedModel(family="a", num_parameters=4e12, num_activated=4e12, num_layers=1)
+DENSE = Decoder(family="a", num_parameters=4e12, num_activated=4e12, num_layers=1)
 EXPERTS = replace(DENSE, num_parameters=4e14, num_activated=2e13)
 """So large and so flat that launching a layer does not count."""
-PLAIN = ServingRun(
+PLAIN = DecodingRun(
     model=DENSE,
     device=READS,
     num_devices=1,
@@ -29,7 +29,7 @@ PLAIN = ServingRun(
 )
 
 
-def step_s(run: ServingRun) -> float:
+def step_s(run: DecodingRun) -> float:
     """Mean seconds of a step in which as many run as are allowed."""
     return run.concurrency / PRIORS.predict(run).tokens_per_s.value
 
@@ -73,7 +73,7 @@ def test_eight_bits_are_multiplied_twice_as_fast_as_sixteen_and_four_no_faster()
 
 
 def test_uneven_draws_slow_experts_by_a_tenth_a_doubling_and_a_dense_model_not() -> None:
-    def waste(model: ServedModel, num_devices: int) -> float:
+    def waste(model: Decoder, num_devices: int) -> float:
         one = replace(PLAIN, model=model)
         return num_devices * step_s(replace(one, num_devices=num_devices)) / step_s(one)
 

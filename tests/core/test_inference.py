@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from supple.core.layouts.model import DEVICES, Device
 from supple.core.llm.decoding import (
+    Decoder,
+    DecodingRun,
     Groups,
     Rows,
-    ServedModel,
-    ServingRun,
     Workload,
     logs,
     weights_fit,
@@ -22,15 +22,15 @@ from supple.core.types import Estimate
 
 H100, B200 = DEVICES["h100"], DEVICES["b200"]
 CHAT = Workload(name="chat", prompt_tokens=300)
-SMALL = ServedModel(family="small", num_parameters=8e9, num_activated=8e9)
-MIDDLE = ServedModel(family="middle", num_parameters=27e9, num_activated=27e9)
-LARGE = ServedModel(family="large", num_parameters=70e9, num_activated=70e9)
-EXPERTS = ServedModel(family="experts", num_parameters=30e9, num_activated=3e9)
+SMALL = Decoder(family="small", num_parameters=8e9, num_activated=8e9)
+MIDDLE = Decoder(family="middle", num_parameters=27e9, num_activated=27e9)
+LARGE = Decoder(family="large", num_parameters=70e9, num_activated=70e9)
+EXPERTS = Decoder(family="experts", num_parameters=30e9, num_activated=3e9)
 PRIORS = fit_inference([])
 
 
-def run(model: ServedModel = SMALL, concurrency: int = 32, **changes: object) -> ServingRun:
-    plain = ServingRun(
+def run(model: Decoder = SMALL, concurrency: int = 32, **changes: object) -> DecodingRun:
+    plain = DecodingRun(
         model=model,
         device=H100,
         num_devices=1,
@@ -41,15 +41,15 @@ def run(model: ServedModel = SMALL, concurrency: int = 32, **changes: object) ->
     return replace(plain, **changes)  # pyright: ignore[reportArgumentType]
 
 
-def tokens(asked: ServingRun, model: InferenceModel = PRIORS) -> float:
+def tokens(asked: DecodingRun, model: InferenceModel = PRIORS) -> float:
     return model.predict(asked).tokens_per_s.value
 
 
-def wait(asked: ServingRun, model: InferenceModel = PRIORS) -> float:
+def wait(asked: DecodingRun, model: InferenceModel = PRIORS) -> float:
     return model.predict(asked).itl_p90_s.value
 
 
-def measured(runs: list[ServingRun], factor: float = 1.0) -> list[ServingMeasurement]:
+def measured(runs: list[DecodingRun], factor: float = 1.0) -> list[ServingMeasurement]:
     """A machine whose priors are right except that everything is `factor` times slower."""
     return [
         ServingMeasurement(run=one, tokens_per_s=tokens(one) / factor, itl_p90_s=wait(one) * factor)
@@ -57,7 +57,7 @@ def measured(runs: list[ServingRun], factor: float = 1.0) -> list[ServingMeasure
     ]
 
 
-def sweep() -> list[ServingRun]:
+def sweep() -> list[DecodingRun]:
     return [
         run(model, concurrency, device=device)
         for model in (SMALL, MIDDLE, EXPERTS)
@@ -214,7 +214,7 @@ def test_a_median_latency_separates_plain_steps_from_those_with_prompts() -> Non
     assert wait(asked, fit_inference(told)) > wait(asked, fit_inference(plain))
 
 
-def alone(asked: ServedModel, bits: float, device: Device, num_devices: int) -> Estimate:
+def alone(asked: Decoder, bits: float, device: Device, num_devices: int) -> Estimate:
     """Tokens per second of a single request of no prompt."""
     one = run(
         replace(asked, bytes_per_weight=bits / 8),
@@ -312,7 +312,7 @@ NAN, INF = float("nan"), float("inf")
     ],
 )
 def test_a_number_that_no_run_model_or_workload_has_is_refused_where_it_is_given(
-    noun: ServingRun | ServedModel | Workload, field: str, values: tuple[float, ...]
+    noun: DecodingRun | Decoder | Workload, field: str, values: tuple[float, ...]
 ) -> None:
     for value in values:
         with pytest.raises(ValueError, match=r"Correct the number\."):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supple.core.layouts.model import DEVICES
-from supple.core.llm.decoding import ServedModel, ServingRun, Workload
+from supple.core.llm.decoding import Decoder, DecodingRun, Workload
 from supple.core.llm.inference import InferenceModel, ServingMeasurement, fit_inference
 from supple.core.llm.inference_planner import (
     CONCURRENCIES,
@@ -22,7 +22,7 @@ from supple.core.llm.inference_planner import (
 from supple.core.spec import MAX_WORKERS
 from supple.core.types import Infeasible
 
-EIGHT = ServedModel(family="a", num_parameters=8e9, num_activated=8e9)
+EIGHT = Decoder(family="a", num_parameters=8e9, num_activated=8e9)
 JOB = InferenceJob(
     model=EIGHT,
     device=DEVICES["h100"],
@@ -45,7 +45,7 @@ def refused(job: InferenceJob) -> Infeasible:
 
 
 def measured(num_devices: int, concurrency: int, factor: float = 1.0) -> ServingMeasurement:
-    run = ServingRun(
+    run = DecodingRun(
         model=EIGHT,
         device=JOB.device,
         num_devices=num_devices,
@@ -161,7 +161,7 @@ def test_a_row_that_is_sure_says_its_chance_and_what_counts_as_kept() -> None:
 
 MIXTURE = replace(
     JOB,
-    model=ServedModel(family="a", num_parameters=235e9, num_activated=22e9, bytes_per_weight=1.0),
+    model=Decoder(family="a", num_parameters=235e9, num_activated=22e9, bytes_per_weight=1.0),
     output_tokens=800,
     itl_s=0.06,
 )

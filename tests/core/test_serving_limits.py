@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 
 from supple.core.layouts.model import DEVICES
-from supple.core.llm.decoding import ServedModel, ServingRun, Workload
+from supple.core.llm.decoding import Decoder, DecodingRun, Workload
 from supple.core.llm.inference import ServingMeasurement
 from supple.core.llm.serving_limits import why_impossible
 
-PLAIN = ServingRun(
-    model=ServedModel(family="a", num_parameters=8e9, num_activated=8e9),
+PLAIN = DecodingRun(
+    model=Decoder(family="a", num_parameters=8e9, num_activated=8e9),
     device=DEVICES["h100"],
     num_devices=1,
     concurrency=64,
@@ -19,7 +19,7 @@ PLAIN = ServingRun(
 )
 
 
-def told(tokens_per_s: float, itl_ms: float, run: ServingRun = PLAIN) -> str:
+def told(tokens_per_s: float, itl_ms: float, run: DecodingRun = PLAIN) -> str:
     found = why_impossible(
         ServingMeasurement(run=run, tokens_per_s=tokens_per_s, itl_p90_s=1e-3 * itl_ms)
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from supple.cluster.measure import _ALONE  # pyright: ignore[reportPrivateUsage]
-from supple.train.probes.probe import Phase, Probe, ProbeComplete, ProbeReport
+from supple.train.probes.probe import Probe, ProbeComplete, ProbeReport, ProbeSize
 from supple.train.step.noise_meter import NoiseMeter
 
 NUM_STEPS, NUM_NOISE_STEPS = 3, 4
@@ -56,7 +56,7 @@ class Counted(Stream):
 
 def measure(
     script: Callable[[Any], None],
-    phases: Sequence[Phase] = _ALONE,
+    phases: Sequence[ProbeSize] = _ALONE,
     *,
     num_noise_steps: int = NUM_NOISE_STEPS,
     step_budget_s: float = 3600.0,
@@ -101,7 +101,7 @@ def test_the_share_of_a_worker_is_cut_as_a_plan_cuts_it(
     workers: int, cap: int, micro: int, num_pieces: int
 ) -> None:
     script = Script(samples(640), batch_size=64, micro_batch_size=cap)
-    assert cuts(measure(script, [Phase(divide_by=workers)])) == [(micro, num_pieces)]
+    assert cuts(measure(script, [ProbeSize(divide_by=workers)])) == [(micro, num_pieces)]
     assert sum(map(len, script.given[:num_pieces])) == -(-64 // workers)
 
 
@@ -121,7 +121,7 @@ def test_of_one_sample_every_step_has_one() -> None:
 @pytest.mark.parametrize("dataset", [samples(70), Counted(70)])
 def test_the_short_last_batch_of_an_epoch_is_left_out(dataset: Any) -> None:
     script = Script(dataset, batch_size=51)
-    measure(script, [Phase()])
+    measure(script, [ProbeSize()])
     assert script.sizes == {51}
     assert len(script.given) == NUM_NOISE_STEPS + NUM_STEPS
 
@@ -129,13 +129,13 @@ def test_the_short_last_batch_of_an_epoch_is_left_out(dataset: Any) -> None:
 def test_every_epoch_has_its_own_order_as_in_training() -> None:
     """The noise scale comes of steps that differ in their samples."""
     script = Script(samples(70), batch_size=51)
-    measure(script, [Phase()])
+    measure(script, [ProbeSize()])
     assert len({tuple(batch) for batch in script.given}) == len(script.given)
 
 
 def test_samples_that_whole_batches_use_up_are_read_as_in_training() -> None:
     script = Script(samples(64), batch_size=32)
-    measure(script, [Phase()])
+    measure(script, [ProbeSize()])
     first_epoch = script.given[0] + script.given[1]
     assert sorted(first_epoch) == list(range(64))
 
@@ -143,7 +143,7 @@ def test_samples_that_whole_batches_use_up_are_read_as_in_training() -> None:
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_the_length_of_shards_is_that_of_one_epoch(epochs: int) -> None:
     script = Script([Counted(30), Counted(40)], batch_size=10, epochs=epochs)
-    report = measure(script, [Phase()])
+    report = measure(script, [ProbeSize()])
     assert (report.dataset_size, report.epochs) == (70, epochs)
 
 
@@ -166,10 +166,10 @@ def test_steps_that_are_timed_take_no_norms_for_the_noise_scale(
         return norm(self, gradients)
 
     monkeypatch.setattr(NoiseMeter, "_sq_norm", watched)
-    measure(script, [Phase()])
+    measure(script, [ProbeSize()])
     assert at and max(at) <= NUM_NOISE_STEPS * 8
     before = len(at)
-    measure(script, [Phase()], num_noise_steps=0)
+    measure(script, [ProbeSize()], num_noise_steps=0)
     assert [call for call in at[before:] if call > len(script.given) - NUM_STEPS * 8] == []
 
 

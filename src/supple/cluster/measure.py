@@ -23,7 +23,7 @@ from supple.core.training.throughput import fit
 from supple.train.checkpoint.store import CheckpointError
 from supple.train.generation.group import form
 from supple.train.generation.rendezvous import Address, Rendezvous
-from supple.train.probes.probe import Phase, Probe, ProbeComplete, ProbeReport
+from supple.train.probes.probe import Probe, ProbeComplete, ProbeReport, ProbeSize
 from supple.train.script import check, load, user_traceback, without_a_command_line
 from supple.train.step.engine import TrainingError
 
@@ -37,10 +37,10 @@ _STEPS, _NOISE_STEPS = 6, 12
 _STEP_BUDGET_S = 0.25
 """Of a step in the mean: a phase of one worker whose steps take longer has fewer of them."""
 _ALONE = (
-    Phase(divide_by=1),
-    Phase(divide_by=2, num_accumulation_steps=1),
-    Phase(divide_by=4, num_accumulation_steps=1),
-    Phase(divide_by=2, num_accumulation_steps=2),
+    ProbeSize(divide_by=1),
+    ProbeSize(divide_by=2, num_accumulation_steps=1),
+    ProbeSize(divide_by=4, num_accumulation_steps=1),
+    ProbeSize(divide_by=2, num_accumulation_steps=2),
 )
 
 
@@ -81,7 +81,7 @@ class ProbeBody:
 
     def measure(
         self,
-        phases: Sequence[Phase],
+        phases: Sequence[ProbeSize],
         num_noise_steps: int,
         rank: int,
         size: int,
@@ -156,7 +156,7 @@ def measure(
                 reports = _run(
                     (script, function),
                     count,
-                    _ALONE if alone else (Phase(divide_by=count), Phase(divide_by=1)),
+                    _ALONE if alone else (ProbeSize(divide_by=count), ProbeSize(divide_by=1)),
                     num_noise_steps=0 if first else _NOISE_STEPS,
                     rendezvous=meeting.address,
                     key=f"probe-{again}-{count}",
@@ -242,7 +242,7 @@ def _refuse_unknown_length(report: ProbeReport) -> None:
 def _run(
     script: tuple[str, str],
     count: int,
-    phases: Sequence[Phase],
+    phases: Sequence[ProbeSize],
     *,
     num_noise_steps: int,
     rendezvous: Address,

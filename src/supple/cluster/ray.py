@@ -334,7 +334,7 @@ class RayBackend(Backend):
                 generation=0,
                 worker_id=worker_id,
                 cause=cause,
-                detail=_in_one_line(error) if self._verbose else in_words(error),
+                detail=_in_one_line(error) if self._verbose else cause_in_words(error),
             )
         )
 
@@ -388,7 +388,7 @@ class ProcessGone(Exception):
     """A worker's process has ended, and Ray does not say why, or does not know it yet."""
 
 
-def in_words(error: Exception) -> str:
+def cause_in_words(error: Exception) -> str:
     """What became of a worker's process, as far as Ray can tell: it knows no signal numbers."""
     if isinstance(error, ProcessGone | psutil.NoSuchProcess):
         return "its process was killed or crashed"

@@ -252,7 +252,7 @@ class Controller:
         """What each worker does, in words; nothing of those that step."""
         if self._state is None:
             return {}
-        return stalls.in_words(self._state)
+        return stalls.activities_in_words(self._state)
 
     def _status(self) -> dict[str, Any]:
         state, progress = self._state, self._progress

@@ -9,7 +9,7 @@ from supple.core.spec import SpecError, parse_name
 from supple.inputs.rows import Row, parse_amount, read_rows
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
-    from supple.core.llm.decoding import ServedModel, ServingRun
+    from supple.core.llm.decoding import Decoder, DecodingRun
     from supple.core.llm.inference import ServingMeasurement
     from supple.core.llm.inference_planner import InferenceJob
 
@@ -34,9 +34,9 @@ def served_model(
     bits: int,
     layers: int | None,
     named: Callable[[str], str],
-) -> "ServedModel":
+) -> "Decoder":
     """The model of these sizes; `SpecError` for sizes no model has, calling them as `named`."""
-    from supple.core.llm.decoding import ServedModel
+    from supple.core.llm.decoding import Decoder
 
     total = _amount(parameters, named("parameters"))
     used = total if activated is None else _amount(activated, named("activated"))
@@ -56,7 +56,7 @@ def served_model(
             f"{named('layers')} is {layers}: it must be from 1 to {_MOST_LAYERS:,}. Leave it out "
             "where it is not known."
         )
-    return ServedModel(
+    return Decoder(
         family=family,
         num_parameters=total,
         num_activated=used,
@@ -113,9 +113,9 @@ def _measurement(row: Row, job: "InferenceJob") -> "ServingMeasurement":
     return found
 
 
-def _run(row: Row, job: "InferenceJob") -> "ServingRun":
+def _run(row: Row, job: "InferenceJob") -> "DecodingRun":
     from supple.core.layouts.model import DEVICES
-    from supple.core.llm.decoding import ServingRun, Workload, weights_and_room, weights_fit
+    from supple.core.llm.decoding import DecodingRun, Workload, weights_and_room, weights_fit
 
     def named(column: str) -> str:
         return f"{row.where}: {column}"
@@ -142,7 +142,7 @@ def _run(row: Row, job: "InferenceJob") -> "ServingRun":
         )
     if "accelerator" in row:
         device = DEVICES[parse_name(row.text("accelerator"), DEVICES, what=named("accelerator"))]
-    run = ServingRun(
+    run = DecodingRun(
         model=model,
         device=device,
         num_devices=row.count("accelerators"),

@@ -86,7 +86,7 @@ def _say_who_comes_up(turn: Turn) -> None:
         _say(turn, [w for w, view in new.items() if view.doing == doing], advice)
 
 
-def in_words(state: JobState) -> dict[str, str]:
+def activities_in_words(state: JobState) -> dict[str, str]:
     """What each worker that is not stepping does, and for how long."""
     return {
         str(w): f"{_words(view)} for {view.doing_s:.0f} s"

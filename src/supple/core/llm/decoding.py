@@ -90,7 +90,7 @@ _STALLS = 0.7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModel:
+class Decoder:
     """A decoder by its sizes."""
 
     family: str
@@ -151,10 +151,10 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServingRun:
+class DecodingRun:
     """One copy of a model, kept busy by `concurrency` requests at a time."""
 
-    model: ServedModel
+    model: Decoder
     device: Device
     num_devices: int
     concurrency: int
@@ -175,16 +175,16 @@ class ServingRun:
             )
 
 
-def weight_bytes(model: ServedModel) -> float:
+def weight_bytes(model: Decoder) -> float:
     return model.num_parameters * model.bytes_per_weight
 
 
-def weights_fit(run: ServingRun) -> bool:
+def weights_fit(run: DecodingRun) -> bool:
     """Whether the weights leave room for a cache."""
     return weight_bytes(run.model) < USABLE * run.num_devices * run.device.memory_bytes
 
 
-def weights_and_room(run: ServingRun) -> str:
+def weights_and_room(run: DecodingRun) -> str:
     """A sentence's part and its rule: the weights, and what of the memory may hold them."""
     held, total = weight_bytes(run.model), run.num_devices * run.device.memory_bytes
     return (
@@ -203,7 +203,7 @@ class Groups:
     """Where each parameter lies in a vector of logarithms, all 0 at their priors: those of every
     run first, then a block for each workload and each site (workload, device, one or several)."""
 
-    def __init__(self, runs: Sequence[ServingRun]) -> None:
+    def __init__(self, runs: Sequence[DecodingRun]) -> None:
         self.workloads = sorted({run.workload.name for run in runs})
         self.sites = sorted({site(run) for run in runs})
 
@@ -222,7 +222,7 @@ class Groups:
         return found
 
 
-def site(run: ServingRun) -> tuple[str, str, bool]:
+def site(run: DecodingRun) -> tuple[str, str, bool]:
     """Runs that share a host's habits."""
     return run.workload.name, run.device.name, run.num_devices == 1
 
@@ -230,7 +230,7 @@ def site(run: ServingRun) -> tuple[str, str, bool]:
 class Rows:
     """Many runs as columns of numbers, for one evaluation."""
 
-    def __init__(self, runs: Sequence[ServingRun], groups: Groups) -> None:
+    def __init__(self, runs: Sequence[DecodingRun], groups: Groups) -> None:
         def column(values: Sequence[float]) -> _Array:
             return np.array(values, dtype=float)
 

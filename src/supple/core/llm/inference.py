@@ -20,9 +20,9 @@ from supple.core.fitting.grouped_fit import GroupedFit, fit_groups, unfitted
 from supple.core.fitting.repeats import measured_estimate
 from supple.core.llm.decoding import (
     FIGURES,
+    DecodingRun,
     Groups,
     Rows,
-    ServingRun,
     in_accelerators,
     logs,
     request_bytes,
@@ -44,7 +44,7 @@ were measured twice: tokens per second differ by 3 and 4 %, the percentile by 4 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingMeasurement:
-    run: ServingRun
+    run: DecodingRun
     tokens_per_s: float
     """Of the whole copy, prompts not counted."""
     itl_p90_s: float
@@ -70,12 +70,12 @@ class InferenceModel:
     _groups: Groups
     measured: tuple[ServingMeasurement, ...] = ()
 
-    def predict(self, run: ServingRun) -> ServingPrediction:
+    def predict(self, run: DecodingRun) -> ServingPrediction:
         """A run that was measured as measured; others `assumed` from the priors alone, or `fitted`.
         Raises `ValueError` if the weights alone do not fit."""
         return self.predict_all([run])[0]
 
-    def predict_all(self, runs: Sequence[ServingRun]) -> list[ServingPrediction]:
+    def predict_all(self, runs: Sequence[DecodingRun]) -> list[ServingPrediction]:
         """The same of many at once."""
         for run in runs:
             if not weights_fit(run):
@@ -85,7 +85,7 @@ class InferenceModel:
                 )
         rows = Rows(runs, self._groups)
         plain, halves = self._fit.predict(lambda x: logs(x, rows), *_labels(runs))
-        seen: dict[ServingRun, list[ServingMeasurement]] = defaultdict(list)
+        seen: dict[DecodingRun, list[ServingMeasurement]] = defaultdict(list)
         for m in self.measured:
             seen[m.run].append(m)
         return [
@@ -98,7 +98,7 @@ class InferenceModel:
             for i, run in enumerate(runs)
         ]
 
-    def cache_room(self, runs: Sequence[ServingRun]) -> list[tuple[float, float]]:
+    def cache_room(self, runs: Sequence[DecodingRun]) -> list[tuple[float, float]]:
         """Of every run the bytes left beside its weights, below 0 where these do not fit, and those
         that the cache of one request takes."""
         rows = Rows(runs, self._groups)
@@ -180,7 +180,7 @@ def _refuse_contradictions(measurements: Sequence[ServingMeasurement]) -> None:
         found = contradiction(seen)
         if found is not None:
             run, one, other = found
-            assert isinstance(run, ServingRun)
+            assert isinstance(run, DecodingRun)
             raise ValueError(
                 f"a copy on {in_accelerators(run.num_devices)} with {run.concurrency} at a time "
                 f"was measured at {in_digits(one * scale)} and at {in_digits(other * scale)} "
@@ -189,7 +189,7 @@ def _refuse_contradictions(measurements: Sequence[ServingMeasurement]) -> None:
             )
 
 
-def _labels(runs: Sequence[ServingRun]) -> tuple[list[str], list[str]]:
+def _labels(runs: Sequence[DecodingRun]) -> tuple[list[str], list[str]]:
     """Groups and kinds: families, and where and at what they were run."""
     return [run.model.family for run in runs], ["|".join(map(str, site(run))) for run in runs]
 

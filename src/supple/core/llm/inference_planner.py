@@ -12,8 +12,8 @@ from supple.core.fitting.estimates import Z80
 from supple.core.layouts.model import Device
 from supple.core.llm.decoding import (
     USABLE,
-    ServedModel,
-    ServingRun,
+    Decoder,
+    DecodingRun,
     Workload,
     in_accelerators,
     weight_bytes,
@@ -50,7 +50,7 @@ _HEADROOM = 0.8
 class InferenceJob:
     """What is to be served, on what, and what is promised. Times in seconds."""
 
-    model: ServedModel
+    model: Decoder
     device: Device
     workload: Workload
     output_tokens: float
@@ -197,8 +197,8 @@ def measure_first(row: InferenceRow) -> str:
     )
 
 
-def _run(job: InferenceJob, num_devices: int, concurrency: int) -> ServingRun:
-    return ServingRun(
+def _run(job: InferenceJob, num_devices: int, concurrency: int) -> DecodingRun:
+    return DecodingRun(
         model=job.model,
         device=job.device,
         num_devices=num_devices,
@@ -208,7 +208,7 @@ def _run(job: InferenceJob, num_devices: int, concurrency: int) -> ServingRun:
     )
 
 
-def _row(job: InferenceJob, run: ServingRun, found: ServingPrediction) -> InferenceRow:
+def _row(job: InferenceJob, run: DecodingRun, found: ServingPrediction) -> InferenceRow:
     tokens = found.tokens_per_s
     copies = None
     if job.rate_per_s is not None:
@@ -340,7 +340,7 @@ def _chance_of(row: InferenceRow) -> float:
     return 1.0 if row.chance is None else row.chance
 
 
-def _too_large(run: ServingRun) -> Infeasible:
+def _too_large(run: DecodingRun) -> Infeasible:
     each, count = run.device.memory_bytes / 1e9, run.num_devices
     held = in_accelerators(count) + (" holds" if count == 1 else " hold")
     return Infeasible(

@@ -7,7 +7,7 @@ most of the time goes to answers, of as many requests as the cache holds: of pub
 to 3 times b / r. Units that were taken for one another are a thousand times apart.
 """
 
-from supple.core.llm.decoding import ServingRun, in_accelerators
+from supple.core.llm.decoding import DecodingRun, in_accelerators
 from supple.core.llm.inference import ServingMeasurement, fit_inference
 from supple.core.words import in_digits
 
@@ -56,7 +56,7 @@ def why_impossible(m: ServingMeasurement) -> tuple[str, str] | None:
     return None
 
 
-def _of_answers(run: ServingRun) -> float:
+def _of_answers(run: DecodingRun) -> float:
     """Share of b / r that goes by between the tokens of an answer, at least: requests that the
     cache does not hold wait, and no token of a prompt takes longer than one of an answer."""
     (left, taken) = fit_inference([]).cache_room([run])[0]

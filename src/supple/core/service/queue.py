@@ -56,7 +56,7 @@ class Refusal:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
+class NextBatch:
     """What to run now, and who is refused; the batch is empty if nobody is left waiting."""
 
     batch: tuple[Ticket, ...]
@@ -161,12 +161,12 @@ class DeadlineQueue:
             return ()
         return self._offer_between(ticket, now)
 
-    def take(self, now: float) -> Turn:
+    def take(self, now: float) -> NextBatch:
         """The batch to run now and who is refused for lack of time. The model counts as busy until
         `done` if the batch is not empty."""
         tickets = self.waiting
         if not tickets:
-            return Turn(batch=(), refused=())
+            return NextBatch(batch=(), refused=())
         lost = self._lost(tickets, now)
         if len(lost) == len(tickets):
             # All are late: whoever has most time left, if anybody has, keeps the model at work.
@@ -181,7 +181,7 @@ class DeadlineQueue:
         if batch:
             rows = sum(t.rows for t in batch)
             self._busy_until_s = now + self._profile.tail_s(rows)
-        return Turn(batch=tuple(batch), refused=tuple(self._refusal(t, now) for t in lost))
+        return NextBatch(batch=tuple(batch), refused=tuple(self._refusal(t, now) for t in lost))
 
     def done(self) -> None:
         """The model is free."""

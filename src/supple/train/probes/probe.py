@@ -35,7 +35,7 @@ class ProbeComplete(BaseException):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
+class ProbeSize:
     """A size to measure on every rank. Without a number of accumulation steps: the share that one
     of `divide_by` workers has of the script's batch, cut as the script's cap on a micro-batch asks.
     With one: so many micro-batches, each the largest that the script allows divided by
@@ -55,7 +55,7 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseResult:
+class ProbeResult:
     """Medians of one phase on one rank."""
 
     micro_batch_size: int
@@ -69,7 +69,7 @@ class PhaseResult:
 class ProbeReport:
     """What one rank measured."""
 
-    phases: tuple[PhaseResult, ...]
+    phases: tuple[ProbeResult, ...]
     collectives: tuple[tuple[int, float], ...]
     """(message bytes, seconds) of an all-reduce."""
     noise_scale: float | None
@@ -98,7 +98,7 @@ class Probe:
 
     def __init__(
         self,
-        phases: Sequence[Phase],
+        phases: Sequence[ProbeSize],
         group: Group | None,
         *,
         seed: int,
@@ -188,7 +188,7 @@ class Probe:
             rate,
             [],
         )
-        results: list[PhaseResult] = []
+        results: list[ProbeResult] = []
         for phase in () if total is None else self._phases:
             micro, whole = phase.cut(batch, largest)
             batches = _FullBatches(loader, start, size, micro, whole)
@@ -205,7 +205,7 @@ class Probe:
             times = engine.meter.medians()
             assert times is not None
             results.append(
-                PhaseResult(
+                ProbeResult(
                     micro_batch_size=micro,
                     num_accumulation_steps=-(-whole // micro),
                     times=times,

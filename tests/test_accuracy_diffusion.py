@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from supple.core.layouts.model import DEVICES
-from supple.core.llm.diffusion import (
+from benchmarks.accuracy.diffusion_form import (
     DiffusionMeasurement,
     DiffusionModel,
     DiffusionRun,
     fit_diffusion,
 )
+from supple.core.layouts.model import DEVICES
 
 PICTURE = DiffusionRun(
     family="one",
