@@ -42,6 +42,7 @@ _FAULTS = 52
 """Of each model, beside the timed ones."""
 _LIMIT_S = 165.0
 """For them; the rest of ten minutes goes to starts, timed kills and torchrun."""
+_KINDS = (*("member",) * 5, *("joiner",) * 3, *("double",) * 3, "source")
 _SOURCE_WAIT_S = 8.0
 """Without other faults, until two hold the state and a third joins: then a source can be killed."""
 
@@ -146,7 +147,7 @@ class Torturer:
             elif time.monotonic() < source_by:
                 continue
             elif time.monotonic() >= due:
-                kind = self._chooser.choice(("member", "member", "joiner", "double", "source"))
+                kind = self._chooser.choice(_KINDS)
                 if kind == "source":
                     source_by = time.monotonic() + _SOURCE_WAIT_S
                     continue
