@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from supple.serve.executor import Executor
+from supple.serve.meters import Meters
 from supple.serve.models.faults import ModelFault
 from supple.serve.models.model import ServedModel, load_model
+from supple.serve.surface import Surface, SurfaceSettings
 from tests.hurried import run_hurried
 
 with warnings.catch_warnings():
@@ -61,6 +63,8 @@ def replica(model: ServedModel) -> Any:
     """A replica of weights "old" as it is after its start; make it inside an event loop."""
     made: Any = object.__new__(Replica)
     made._executor = Executor(model, timeout_s=30.0)
+    meters = Meters(model="m", replica="r")
+    made._surface = Surface(model, made._executor, meters, SurfaceSettings())
     made._weights = "old"
     return made
 

@@ -109,7 +109,7 @@ class Surface:
         self._all_metrics = all_metrics
         self._answers = answers
         self._meters = meters
-        self._settings = settings
+        self.settings = settings
         self._half_read_bytes = 0
         self._faults = FaultLog(logging.getLogger("ray.serve"))
         self.streams = Streams()
@@ -131,13 +131,13 @@ class Surface:
 
     def server_metadata(self) -> dict[str, Any]:
         """What `GET v2` tells."""
-        return {"name": "supple", "version": self._settings.version, "extensions": [*EXTENSIONS]}
+        return {"name": "supple", "version": self.settings.version, "extensions": [*EXTENSIONS]}
 
     def model_metadata(self) -> dict[str, Any]:
         """What `GET v2/models/NAME` tells; a model that declares nothing has empty lists."""
         return {
             "name": self._model.name,
-            "versions": [self._settings.version],
+            "versions": [self.settings.version],
             "platform": "supple",
             "inputs": [_described(spec) for spec in self._model.inputs],
             "outputs": [_described(spec) for spec in self._model.outputs],
@@ -145,10 +145,10 @@ class Surface:
 
     def check_name(self, name: str, version: str = "") -> None:
         """Raise `Refused` (404) unless this is the model asked for."""
-        if name != self._model.name or version not in ("", self._settings.version):
+        if name != self._model.name or version not in ("", self.settings.version):
             asked = f"{name[:80]!r}" + (f" version {version[:80]!r}" if version else "")
             refuse(
-                f"no model {asked}; {self._model.name!r} version {self._settings.version} is "
+                f"no model {asked}; {self._model.name!r} version {self.settings.version} is "
                 "served here",
                 404,
             )
@@ -236,7 +236,7 @@ class Surface:
             request = self._decoded(body, headers)
         outputs = await self.infer(request, serial)
         content, json_bytes = encode_response(
-            request, outputs, model=self._model.name, version=self._settings.version
+            request, outputs, model=self._model.name, version=self.settings.version
         )
         extra: list[tuple[bytes, bytes]] = [_JSON]
         if json_bytes is not None:
@@ -266,7 +266,7 @@ class Surface:
             async with aclosing(parts):
                 async for outputs in parts:
                     content, _ = encode_response(
-                        request, outputs, model=self._model.name, version=self._settings.version
+                        request, outputs, model=self._model.name, version=self.settings.version
                     )
                     if not started:
                         await send(_start(200, [(b"content-type", b"text/event-stream")]))
@@ -307,6 +307,11 @@ class Surface:
         return 200
 
     @property
+    def name(self) -> str:
+        """The model's."""
+        return self._model.name
+
+    @property
     def stuck(self) -> str | None:
         """Why this replica should be replaced."""
         return self._answers.stuck or self.streams.stuck
@@ -317,14 +322,14 @@ class Surface:
         return _json({"ready": True, "name": self._model.name})
 
     def _decoded(self, body: bytes, headers: Mapping[bytes, bytes]) -> InferRequest:
-        return decode_request(body, json_bytes=_head_length(headers), limits=self._settings.limits)
+        return decode_request(body, json_bytes=_head_length(headers), limits=self.settings.limits)
 
     async def _body(self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
         if scope["method"] != "POST":
             refuse(f"{scope['path']} takes POST, not {scope['method']}", 405)
         if headers.get(b"content-encoding", b"identity") != b"identity":
             refuse("compressed bodies are not taken; send it plain", 415)
-        most = self._settings.limits.max_body_bytes
+        most = self.settings.limits.max_body_bytes
         limit = f"and {most} are the most that are taken (--max-body)"
         told = headers.get(b"content-length", b"0")
         if told.isdigit() and int(told) > most:

@@ -11,19 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
-import grpc
 from ray import serve
 from ray._private import worker as ray_worker
 
 from supple.cluster.services.scrape import metrics_pages
-from supple.serve.attempts import SERIAL, Attempts
+from supple.serve.attempts import Attempts
 from supple.serve.executor import Executor
+from supple.serve.grpc_surface import GrpcSurface
 from supple.serve.meters import Meters
 from supple.serve.models.faults import ModelFault
 from supple.serve.models.model import ServedModel, load_model
 from supple.serve.policy import NUM_ARRIVED, NUM_WAITING, reported
-from supple.serve.protocol import grpc as oip
-from supple.serve.protocol.rest import Refused
 from supple.serve.stopwatch import Stopwatch
 from supple.serve.surface import Surface, SurfaceSettings
 
@@ -117,6 +115,7 @@ class Replica:
             attempts=attempts,
             all_metrics=lambda: metrics_pages(deployment.name, headers),
         )
+        self._grpc = GrpcSurface(self._surface, self._meters)
         await self._rehearse(model)
 
     async def _rehearse(self, model: ServedModel) -> None:
@@ -167,87 +166,22 @@ class Replica:
         return reported(self._stopwatch.points())
 
     async def ServerLive(self, wire: bytes, grpc_context: Any) -> _Wire:
-        return await self._call("ServerLive", wire, grpc_context)
+        return _Wire(await self._grpc.call("ServerLive", wire, grpc_context))
 
     async def ServerReady(self, wire: bytes, grpc_context: Any) -> _Wire:
-        return await self._call("ServerReady", wire, grpc_context)
+        return _Wire(await self._grpc.call("ServerReady", wire, grpc_context))
 
     async def ModelReady(self, wire: bytes, grpc_context: Any) -> _Wire:
-        return await self._call("ModelReady", wire, grpc_context)
+        return _Wire(await self._grpc.call("ModelReady", wire, grpc_context))
 
     async def ServerMetadata(self, wire: bytes, grpc_context: Any) -> _Wire:
-        return await self._call("ServerMetadata", wire, grpc_context)
+        return _Wire(await self._grpc.call("ServerMetadata", wire, grpc_context))
 
     async def ModelMetadata(self, wire: bytes, grpc_context: Any) -> _Wire:
-        return await self._call("ModelMetadata", wire, grpc_context)
+        return _Wire(await self._grpc.call("ModelMetadata", wire, grpc_context))
 
     async def ModelInfer(self, wire: bytes, grpc_context: Any) -> _Wire:
-        return await self._call("ModelInfer", wire, grpc_context)
-
-    async def _call(self, method: str, wire: bytes, context: Any) -> _Wire:
-        began_s = time.perf_counter()
-        status = 500
-        self._meters.num_arrived += method == "ModelInfer"
-        try:
-            answer = await self._answer(method, wire, context)
-            status = 200
-            return _Wire(answer.SerializeToString())
-        except Exception as error:
-            refusal = self._surface.refusal(error)
-            status = refusal.status
-            context.set_code(_GRPC_STATUS.get(status, grpc.StatusCode.INTERNAL))
-            context.set_details(str(refusal)[:2000])
-            return _Wire()
-        finally:
-            if method == "ModelInfer":
-                self._meters.answered(status, time.perf_counter() - began_s)
-
-    async def _answer(self, method: str, wire: bytes, context: Any) -> Any:
-        live = method in ("ServerLive", "ServerReady")
-        if not live and not self._surface.authorized(_metadata(context, b"authorization") or b""):
-            raise Refused("the authorization metadata has no bearer token that is known", 401)
-        asked = oip.parse(method, wire, self._deployment.settings.limits)
-        version = self._deployment.settings.version
-        make = oip.MESSAGES[f"{method}Response"]
-        match method:
-            case "ServerLive":
-                return make(live=True)
-            case "ServerReady":
-                return make(ready=self._surface.stuck is None)
-            case "ModelReady":
-                self._surface.check_name(asked.name, asked.version)
-                return make(ready=self._surface.stuck is None)
-            case "ServerMetadata":
-                return make(**self._surface.server_metadata())
-            case "ModelMetadata":
-                self._surface.check_name(asked.name, asked.version)
-                return make(**self._surface.model_metadata())
-            case _:
-                self._surface.check_name(asked.model_name, asked.model_version)
-                with self._surface.noted(_metadata(context, SERIAL)) as serial:
-                    request = oip.decode_infer(asked, self._deployment.settings.limits)
-                outputs = await self._surface.infer(request, serial)
-                return oip.encode_infer(
-                    request, outputs, model=self._deployment.name, version=version
-                )
-
-
-_GRPC_STATUS: Final[Mapping[int, grpc.StatusCode]] = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    401: grpc.StatusCode.UNAUTHENTICATED,
-    404: grpc.StatusCode.NOT_FOUND,
-    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    503: grpc.StatusCode.UNAVAILABLE,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
-
-
-def _metadata(context: Any, name: bytes) -> bytes | None:
-    for key, value in context.invocation_metadata():
-        if key == name.decode():
-            return value if isinstance(value, bytes) else value.encode()
-    return None
+        return _Wire(await self._grpc.call("ModelInfer", wire, grpc_context))
 
 
 def _attempts(name: str) -> Attempts | None:
