@@ -57,6 +57,9 @@ _LOOK_S = 1.0
 """A poll that is out for so long makes its worker's process be looked at."""
 _REASON_S = 0.1
 """Ray may know why a process ended, and is given so long to tell."""
+_CALM_S = 2.0
+"""A worker that is asked for while others recover from a loss starts so much later at most: its
+imports would take the cores, or the disk, that they need for their next step."""
 _LEAVE_S = 5.0
 """How long a worker that was let go may take to unwind its function before it is killed."""
 
@@ -103,7 +106,8 @@ def connect(spec: TrainSpec) -> None:
 
 @dataclass(slots=True)
 class _Worker:
-    actor: Any
+    actor: Any = None
+    """None until it is begun to be started."""
     pid: int = 0
     node_id: str = ""
     sight: Sight | None = None
@@ -139,6 +143,9 @@ class RayBackend(Backend):
         self._sights = Sights(ray.get_runtime_context().get_node_id())
         self._generation = 0
         self._num_started = 0
+        self._calm = asyncio.Event()
+        """Not set between the abort of a generation and the first step of the next."""
+        self._calm.set()
         self._rendezvous = Rendezvous(self._host or ray.util.get_node_ip_address(), spec.port)
         self._workers: dict[WorkerId, _Worker] = {}
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
@@ -183,6 +190,10 @@ class RayBackend(Backend):
             case SaveCheckpoint():
                 self._post(action.worker_id, action)
             case FormGroup() | AnnounceGeneration() | AbortGeneration():
+                # With fewer than MIN they wait for the very workers that are to be started.
+                enough = len(action.members) >= self._spec.min_workers
+                if isinstance(action, AbortGeneration) and enough:
+                    self._calm.clear()
                 if isinstance(action, FormGroup):
                     self._generation = action.generation
                     await self._know_workers()
@@ -211,6 +222,23 @@ class RayBackend(Backend):
     # -- one worker ------------------------------------------------------------------------
 
     def _start(self, worker_id: WorkerId) -> None:
+        worker = self._workers[worker_id] = _Worker()
+        self._spawn(worker, self._watch(worker_id, worker))
+
+    async def _watch(self, worker_id: WorkerId, worker: _Worker) -> None:
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._calm.wait(), _CALM_S)
+            if worker.leaving:
+                return
+            worker.actor = self._actor(worker_id)
+            worker.actor.run.remote()
+            await self._follow(worker_id, worker)
+        except Exception as error:
+            # Ray ends the process when its last handle goes: a worker nobody follows is lost.
+            await self._lose(worker_id, worker, "died", error)
+
+    def _actor(self, worker_id: WorkerId) -> Any:
         setup = WorkerSetup(
             worker_id=worker_id,
             spec=self._spec,
@@ -221,7 +249,7 @@ class RayBackend(Backend):
             rehearsal_size=self._rehearsal_size,
             verbose=self._verbose,
         )
-        actor = self._actor_class.options(
+        return self._actor_class.options(
             num_cpus=self._spec.cpus_per_worker,
             num_gpus=self._spec.gpus_per_worker,
             enable_task_events=False,  # the GCS keeps 4 KB for every poll
@@ -229,16 +257,6 @@ class RayBackend(Backend):
                 "env_vars": {"OMP_NUM_THREADS": str(int(self._spec.cpus_per_worker) or 1)}
             },
         ).remote(setup)
-        worker = self._workers[worker_id] = _Worker(actor=actor)
-        actor.run.remote()
-        self._spawn(worker, self._watch(worker_id, worker))
-
-    async def _watch(self, worker_id: WorkerId, worker: _Worker) -> None:
-        try:
-            await self._follow(worker_id, worker)
-        except Exception as error:
-            # Ray ends the process when its last handle goes: a worker nobody follows is lost.
-            await self._lose(worker_id, worker, "died", error)
 
     async def _follow(self, worker_id: WorkerId, worker: _Worker) -> None:
         if not await self._greet(worker_id, worker):
@@ -254,6 +272,9 @@ class RayBackend(Backend):
                     continue
                 for event in report.events:
                     self._queue.put_nowait(event)
+                stays = report.generation == worker.generation == self._generation
+                if stays and report.step > worker.step:
+                    self._calm.set()
                 worker.generation, worker.step = report.generation, report.step
                 self._beat(worker_id, worker, report.doing, report.since_s)
                 for line in report.output:
@@ -300,7 +321,7 @@ class RayBackend(Backend):
 
     def _post(self, worker_id: WorkerId, action: Action) -> None:
         worker = self._workers.get(worker_id)
-        if worker is not None:
+        if worker is not None and worker.actor is not None:
             with contextlib.suppress(RayError):
                 worker.actor.post.remote(action)
 
@@ -365,7 +386,8 @@ class RayBackend(Backend):
                 task.cancel()
 
     def _let_ray_kill(self, worker: _Worker) -> None:
-        if not self._cluster.is_lost:  # the call would wait for a GCS that does not answer
+        # Of a lost cluster the call would wait for a GCS that does not answer.
+        if worker.actor is not None and not self._cluster.is_lost:
             with contextlib.suppress(RayError):
                 ray.kill(worker.actor)
 
