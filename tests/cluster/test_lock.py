@@ -20,7 +20,7 @@ from tests.train.crashes import SIGNATURE, state_of
 
 RUN = """
 import sys
-from supple import train_run
+from supple.cli import training as train_run
 from supple.cluster import launch
 from supple.control.controller import Outcome
 from supple.core.spec import SpecError, TrainSpec

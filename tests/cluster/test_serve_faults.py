@@ -50,7 +50,8 @@ class Model:
 """
 DRIVER = """
 import dataclasses, sys
-from supple.cluster import ingress, serving
+from supple.cluster.services import ingress
+from supple.cluster.services import service as serving
 from supple.core.service.spec import ServeSpec, parse_slo
 
 spec = ServeSpec(

@@ -148,7 +148,8 @@ def test_what_fails_only_in_the_replicas_is_taken_back_in_all_of_them(
 TIMED_OUT = """
 import dataclasses, sys, time
 from pathlib import Path
-from supple.cluster import ingress, serving
+from supple.cluster.services import ingress
+from supple.cluster.services import service as serving
 from supple.core.service.spec import ServeSpec, parse_slo
 from supple.serve.models.faults import ModelFault
 

@@ -190,10 +190,8 @@ class RayBackend(Backend):
             case SaveCheckpoint():
                 self._post(action.worker_id, action)
             case FormGroup() | AnnounceGeneration() | AbortGeneration():
-                # With fewer than MIN they wait for the very workers that are to be started.
-                enough = len(action.members) >= self._spec.min_workers
-                if isinstance(action, AbortGeneration) and enough:
-                    self._calm.clear()
+                if isinstance(action, AbortGeneration):
+                    self._expect_recovery(len(action.members))
                 if isinstance(action, FormGroup):
                     self._generation = action.generation
                     await self._know_workers()
@@ -218,6 +216,11 @@ class RayBackend(Backend):
 
     def _notice(self, text: str) -> None:
         self._queue.put_nowait(Noticed(job_id=self._job_id, generation=0, text=text))
+
+    def _expect_recovery(self, num_left: int) -> None:
+        """With fewer than MIN left they wait for the very workers that are to be started."""
+        if num_left >= self._spec.min_workers:
+            self._calm.clear()
 
     # -- one worker ------------------------------------------------------------------------
 
