@@ -230,7 +230,13 @@ def onlookers():
     found = psutil.Process().children(recursive=True)
     return [p for p in found if "ray::Onlooker" in " ".join(p.cmdline())]
 
-ray.init(num_cpus=0, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+ray.init(
+    "local",
+    num_cpus=0,
+    include_dashboard=False,
+    log_to_driver=False,
+    logging_level=logging.ERROR,
+)
 here = ray.get_runtime_context().get_node_id()
 children = [subprocess.Popen(["sleep", "120"]) for _ in range(3)]
 try:
