@@ -33,7 +33,13 @@ def running():
     states = serve.status().applications["default"].deployments["Theirs"].replica_states
     return sum(count for state, count in states.items() if state == "RUNNING")
 
-ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+ray.init(
+    "local",
+    num_cpus=4,
+    include_dashboard=False,
+    log_to_driver=False,
+    logging_level=logging.ERROR,
+)
 serve.start(proxy_location="Disabled")
 handle = serve.run(Theirs.bind())
 assert running() == 1, running()
