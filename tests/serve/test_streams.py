@@ -1,6 +1,7 @@
 """A stream ends with its reader, and runs no further than it is read."""
 
 import asyncio
+import gc
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -168,6 +169,34 @@ def test_what_a_stream_awaits_is_cancelled_when_its_client_has_left() -> None:
         await happens(user.ended)
 
     asyncio.run(go())
+
+
+def test_what_a_stream_raises_after_its_client_has_left_is_not_logged() -> None:
+    go_on, logged = threading.Event(), []
+
+    def raising() -> Iterator[Any]:
+        assert go_on.wait(LIMIT_S)
+        raise ValueError("SECRET of the caller")
+        yield
+
+    async def go() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: logged.append(context))
+        streams = Streams()
+        parts = streams.parts(raising())
+        waiting = asyncio.ensure_future(anext(parts))
+        while not streams.num_open:
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        go_on.set()
+        while streams.num_open:
+            await asyncio.sleep(0.001)
+        gc.collect()
+
+    asyncio.run(go())
+    gc.collect()
+    assert logged == []
 
 
 def test_a_stream_that_is_left_before_it_awaits_does_not_await_at_all() -> None:

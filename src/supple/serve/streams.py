@@ -121,6 +121,7 @@ class Streams:
         try:
             while True:
                 following = loop.run_in_executor(thread, next, parts, None)
+                following.add_done_callback(_look_at_error)
                 done, _ = await asyncio.wait({following}, timeout=self._part_timeout_s)
                 if not done:
                     raise Refused(
@@ -152,6 +153,12 @@ class Streams:
             # Behind the part in work, whoever waited for it: there is one thread.
             thread.submit(close)
             thread.shutdown(wait=False)
+
+
+def _look_at_error(following: "asyncio.Future[Any]") -> None:
+    """Of a part that nobody waits for any more asyncio would log the error, and what it quotes."""
+    if not following.cancelled():
+        following.exception()
 
 
 def in_this_thread(parts: AsyncIterator[Any], leaving: Leaving) -> Iterator[Any]:
