@@ -17,27 +17,38 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import report
-from supple.cluster.measure import Measurements, job_model, measure
-from supple.core.planning.planner import LARGEST_COUNT, JobModel, PlanTable, plan
-from supple.core.spec import Limits, Objective
+from supple.cluster.measure import measure
+from supple.core.planning.choice import PlanTable
+from supple.core.planning.data_parallel import DataParallel
+from supple.core.planning.measured import ScriptMeasurements, job_view
+from supple.core.planning.planner import plan
+from supple.core.planning.view import JobView
+from supple.core.spec import LARGEST_COUNT, Limits, Objective
 from supple.core.training.measurements import configuration
+from supple.core.training.throughput import StepTimeModel
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("examples/digits.py", "examples/convnet.py", "examples/gpt.py", "benchmarks/workload.py")
 _ROUNDS = 5
 
 
-def model_of(found: Measurements) -> JobModel:
-    return job_model(found, interconnect="infiniband-200", workers_per_node=8, lr_rule="auto")
+def view_of(found: ScriptMeasurements) -> JobView:
+    return job_view(found, interconnect="infiniband-200", workers_per_node=8, lr_rule="auto")
 
 
-def planning_s(found: Measurements) -> float:
+def step_time_of(found: ScriptMeasurements) -> StepTimeModel:
+    cost = view_of(found).cost
+    assert isinstance(cost, DataParallel)
+    return cost.step_time
+
+
+def planning_s(found: ScriptMeasurements) -> float:
     """Median seconds to fit the measurements and plan every count up to the largest."""
     times: list[float] = []
     for _ in range(_ROUNDS):
         began = time.perf_counter()
         # A batch with a sample for every worker of the largest count.
-        job = replace(model_of(found), base_batch_size=LARGEST_COUNT)
+        job = replace(view_of(found), base_batch_size=LARGEST_COUNT)
         for count in (2**power for power in range(LARGEST_COUNT.bit_length())):
             table = plan(job, Limits(min_workers=count, max_workers=count), Objective())
             assert isinstance(table, PlanTable), str(table)
@@ -46,7 +57,7 @@ def planning_s(found: Measurements) -> float:
     return statistics.median(times)
 
 
-def unseen(found: Measurements) -> list[tuple[int, float, bool]]:
+def unseen(found: ScriptMeasurements) -> list[tuple[int, float, bool]]:
     """(workers, relative error, whether the truth is inside the interval) for every measurement at
     more workers than its fit has seen; printed too."""
     rows: list[tuple[int, float, bool]] = []
@@ -57,7 +68,7 @@ def unseen(found: Measurements) -> list[tuple[int, float, bool]]:
             steps=tuple(step for step in found.steps if step.num_workers <= most),
             collectives=tuple(c for c in found.collectives if c.num_workers <= most),
         )
-        model = model_of(known).step_time
+        model = step_time_of(known)
         for step in found.steps:
             if step.num_workers > most:
                 predicted = model.predict(
@@ -75,7 +86,7 @@ def unseen(found: Measurements) -> list[tuple[int, float, bool]]:
     return rows
 
 
-def unseen_sizes(found: Measurements) -> list[tuple[float, bool]]:
+def unseen_sizes(found: ScriptMeasurements) -> list[tuple[float, bool]]:
     """The same for every configuration that is left out while its count stays in."""
     rows: list[tuple[float, bool]] = []
     for left_out in found.steps:
@@ -83,7 +94,7 @@ def unseen_sizes(found: Measurements) -> list[tuple[float, bool]]:
         key = configuration(left_out)
         rest = tuple(step for step in found.steps if configuration(step) != key)
         if left_out.num_workers in {step.num_workers for step in rest}:
-            model = model_of(replace(found, steps=rest)).step_time
+            model = step_time_of(replace(found, steps=rest))
             predicted = model.predict(
                 left_out.num_workers, left_out.micro_batch_size, left_out.num_accumulation_steps
             )

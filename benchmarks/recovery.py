@@ -42,7 +42,9 @@ _FAULTS = 52
 """Of each model, beside the timed ones."""
 _LIMIT_S = 175.0
 """For them; the rest of ten minutes goes to starts, timed kills and torchrun."""
-_KINDS = (*("member",) * 5, *("joiner",) * 3, *("double",) * 3, "source")
+_KINDS = (*("member",) * 4, *("joiner",) * 5, *("double",) * 3, "source")
+_JOINERS_SPENT = 2
+"""Kills of joiners in one generation while one worker alone holds the state."""
 _SOURCE_WAIT_S = 5.0
 """Without other faults, until two hold the state and a third joins: then a source can be killed."""
 
@@ -123,8 +125,8 @@ class Torturer:
         self._holders: set[str] = set()
         self._dead: set[str] = set()
         self._pids: dict[str, int] = {}
-        self._spent = 0
-        """The last generation in which joiners were killed."""
+        self._spent: Counter[int] = Counter()
+        """Kills of joiners while one worker alone holds the state, by generation."""
 
     def torture(self) -> Counter[str]:
         """`_FAULTS` of them, or as many as fit into the time; how many of each kind."""
@@ -169,11 +171,11 @@ class Torturer:
         """Whom to kill; nobody where there is none of that kind now."""
         there = [worker for worker in now["pids"] if worker not in self._dead]
         outside = [worker for worker in there if worker not in now["members"]]
-        if kind in ("joiner", "double"):
-            # The only holder left needs somebody who does join: then one of them a generation.
-            if len(self._holders - self._dead) == 1 and self._spent == now["generation"]:
+        if kind in ("joiner", "double") and len(self._holders - self._dead) == 1:
+            # The only holder left needs somebody who does join.
+            if self._spent[now["generation"]] == _JOINERS_SPENT:
                 return []
-            self._spent = now["generation"]
+            self._spent[now["generation"]] += 1
         match kind:
             case "source":
                 found = [worker for worker in now["members"] if worker in self._holders]

@@ -23,7 +23,7 @@ from supple.cli.errors import messages, split_target
 from supple.cli.training import OPTIONS, ending, resume_command
 from supple.control.controller import Outcome
 from supple.control.socket import ControlServer
-from supple.core.spec import KNEE_RULE, SpecError, TrainSpec
+from supple.core.spec import KNEE_RULE, Objective, SpecError, TrainSpec
 from supple.report.eventlog import last_run
 from supple.report.live import Tally
 
@@ -78,6 +78,13 @@ REFUSALS: dict[str, tuple[str, list[str]]] = {
     "serve nul.py:Model": ("nul.py is not valid Python", ["null bytes"]),
     "plan nothing.py": ("no function train(job)", []),
     # counts
+    "train good.py --deadline 2h --budget 4": ("--deadline and --budget were given", ["the other"]),
+    "train good.py --knee --budget 4": ("--budget and --knee were given", ["the other out"]),
+    "train good.py --deadline soon": ("'soon': not a time", ["2h"]),
+    "train good.py --budget -1": ("positive and finite", []),
+    "train good.py --workers 4 --knee": ("--workers 4 decides the count already", ["MIN:MAX"]),
+    "train good.py --schedule 0s:1 --deadline 2h": ("--schedule decides the count", ["Leave one"]),
+    "train good.py --interconnect string": ("string", ["ethernet-25"]),
     "train good.py --workers 4:2": ("MIN 4 is above MAX 2", ["--workers 2:4"]),
     "train good.py --workers 0": ("MIN is 0", ["between 1 and"]),
     "train good.py --workers -3:2": ("MIN is -3", ["between 1 and"]),
@@ -354,7 +361,26 @@ def test_the_command_that_goes_on_is_one_the_command_line_takes() -> None:
 def test_every_field_that_shapes_a_job_is_carried_over_when_it_goes_on() -> None:
     elsewhere = {"name", "script", "function", "min_workers", "max_workers", "run_dir", "resume"}
     fields = {field.name for field in dataclasses.fields(TrainSpec)}
-    assert fields - elsewhere - {"schedule"} == OPTIONS.keys()
+    by_hand = {"schedule", "objective", "workers_per_node"}  # the last is the machine's
+    assert fields - elsewhere - by_hand == OPTIONS.keys()
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (None, ""),
+        (Objective(), "--knee"),
+        (Objective(deadline_s=90.0), "--deadline 90"),
+        (Objective(budget=2.5), "--budget 2.5"),
+    ],
+)
+def test_what_decides_the_count_is_carried_over_when_a_job_goes_on(
+    objective: Objective | None, words: str
+) -> None:
+    spec = dataclasses.replace(SPEC, min_workers=1, max_workers=4, objective=objective)
+    command = resume_command(spec, "/runs/s9")
+    given = [word for word in ("--knee", "--deadline", "--budget") if word in command]
+    assert words in command and len(given) == bool(words)
 
 
 def test_a_failed_run_shows_the_scripts_traceback_and_the_last_checkpoint() -> None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from supple.cli.app import app
 from supple.cluster import measure
-from supple.cluster.measure import Measurements
+from supple.core.planning.measured import ScriptMeasurements
 from supple.core.training.memory import MemoryMeasurement
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
 
@@ -41,9 +41,11 @@ class Machine:
         self.found = FOUND
         self.most: list[int | None] = []
 
-    def measure(self, *_: object, max_local_workers: int | None, **__: object) -> Measurements:
+    def measure(
+        self, *_: object, max_local_workers: int | None, **__: object
+    ) -> ScriptMeasurements:
         self.most.append(max_local_workers)
-        return Measurements(**self.found)
+        return ScriptMeasurements(**self.found)
 
 
 @pytest.fixture
@@ -166,7 +168,7 @@ def test_starts_that_differ_widen_the_time_to_the_end_and_nothing_else(machine: 
 def test_a_message_complete_in_itself_is_not_told_as_a_failure(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, error: str, told: str
 ) -> None:
-    def fails(*_: object, **__: object) -> Measurements:
+    def fails(*_: object, **__: object) -> ScriptMeasurements:
         raise measure.ScriptFailed(error)
 
     monkeypatch.setattr(measure, "measure", fails)

@@ -1,5 +1,6 @@
 """The event log and the controller's part of the ledger."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from supple.control.controller import Outcome
 from supple.core.job.ledger import LedgerError, prove
-from supple.core.spec import TrainSpec
+from supple.core.spec import Objective, TrainSpec
 from supple.core.types import (
     Decision,
     FileLost,
@@ -50,7 +51,14 @@ def made_progress(**changes: Any) -> Progress:
         "global_batch_size": 64,
         "lr": 1e-3,
         "step_time_s": 0.01,
+        "forward_time_s": 0.0,
+        "backward_time_s": 0.0,
+        "optimizer_time_s": 0.0,
         "sync_time_s": 0.0,
+        "micro_batch_size": 1,
+        "num_accumulation_steps": 1,
+        "num_nodes": 1,
+        "most_per_node": 1,
         "data_time_s": 0.0,
         "noise_scale": None,
         "efficiency": None,
@@ -151,6 +159,13 @@ def test_plain_values_are_what_json_knows() -> None:
 
 def formed(worker_id: WorkerId, generation: int, step: int) -> GroupFormed:
     return GroupFormed(job_id=JOB, generation=generation, worker_id=worker_id, step=step)
+
+
+def test_what_decides_the_count_stands_in_the_record_of_what_was_asked_for() -> None:
+    file = io.StringIO()
+    spec = TrainSpec(name="digits", script="digits.py", max_workers=2)
+    EventLog(file).began(dataclasses.replace(spec, objective=Objective(deadline_s=60.0)))
+    assert lines(file)[0]["objective"] == {"deadline_s": 60.0, "budget": None}
 
 
 def test_the_ledger_has_one_start_a_generation_and_the_end(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from supple.control.advisor import Advisor
 from supple.control.backend import Clock, MonotonicClock
 from supple.control.controller import Controller, Outcome
 from supple.control.socket import ask, running_jobs
@@ -32,7 +31,7 @@ from supple.core.types import (
     WorkerStopped,
 )
 from supple.testing import FakeClock, FaultScript, ScriptedBackend
-from tests.cluster.test_advisor import progress
+from tests.core.test_advisor import progress
 
 
 class ObligingBackend:
@@ -121,7 +120,6 @@ def play(
     act: Play,
     *,
     clock: Clock | None = None,
-    is_advised: bool = False,
     on_form: Callable[[int], None] = lambda _: None,
     **changes: Any,
 ) -> tuple[Outcome, ObligingBackend, Witness, str]:
@@ -137,7 +135,6 @@ def play(
             backend,
             clock=clock or MonotonicClock(),
             observers=[witness],
-            advisor=Advisor(spec) if is_advised else None,
         )
         acting = asyncio.ensure_future(act(controller, backend, witness))
         outcome = await controller.run()
@@ -253,7 +250,7 @@ def test_the_pause_of_a_resize_is_measured_and_the_next_resize_must_be_worth_it(
     def form(generation: int) -> None:
         clock.advance(forming_s.get(generation, 1.0))
 
-    changes = {"clock": clock, "is_advised": True, "on_form": form, "max_workers": 4}
+    changes = {"clock": clock, "on_form": form, "max_workers": 4}
     _, _, witness, _ = play(tmp_path, grow, **changes)
     assert [t.num_workers for t in witness.seen if isinstance(t, TargetChanged)] == wanted
 
@@ -269,9 +266,7 @@ def test_a_job_on_the_scripted_backend_outlives_a_kill_and_finishes(tmp_path: Pa
 
     async def run() -> Outcome:
         backend = ScriptedBackend(spec, faults=FaultScript().kill(rank=1, step=5), num_steps=40)
-        controller = Controller(
-            spec, backend, clock=backend.clock, observers=[witness], advisor=None
-        )
+        controller = Controller(spec, backend, clock=backend.clock, observers=[witness])
         return await controller.run()
 
     outcome = asyncio.run(asyncio.wait_for(run(), 60))

@@ -64,7 +64,8 @@ class Driver:
         self.now = 100.0
         self.decisions: list[Decision] = []
         self.state: JobState
-        self.state, actions = lifecycle.start(spec, JOB, self.now, restore=restore, initial=initial)
+        first = spec.min_workers if initial is None else initial
+        self.state, actions = lifecycle.start(spec, JOB, self.now, restore=restore, initial=first)
         self.first_actions = self._keep(actions)
 
     @property
@@ -188,8 +189,23 @@ class Driver:
     def abort(self, names: str) -> Action:
         return self._made(AbortGeneration, members=ids(names))
 
-    def form(self, names: str, *, batch: int | None = None, restore: str | None = None) -> Action:
-        return self._made(FormGroup, members=ids(names), global_batch_size=batch, restore=restore)
+    def form(
+        self,
+        names: str,
+        *,
+        batch: int | None = None,
+        restore: str | None = None,
+        nodes: tuple[int, ...] | None = None,
+    ) -> Action:
+        """`nodes`: how many of them each node has; by default all are on one."""
+        members = ids(names)
+        return self._made(
+            FormGroup,
+            members=members,
+            global_batch_size=batch,
+            restore=restore,
+            workers_of_nodes=nodes or (len(members),),
+        )
 
     def save(self, name: str) -> Action:
         return self._made(SaveCheckpoint, worker_id=WorkerId(name))

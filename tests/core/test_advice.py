@@ -9,70 +9,87 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supple.core.hardware import lookup
-from supple.core.job.advice import advise, advise_batch, should_resize
+from supple.core.job.advice import Advice, better_batch, better_count, remainder, should_resize
 from supple.core.planning.planner import plan
 from supple.core.spec import Limits, Objective
 from supple.core.training.goodput import MAX_ADAM_RATIO
 from supple.core.training.measurements import StepMeasurement
-from supple.core.training.throughput import fit
-from tests.core.test_planner import job, table
+from supple.core.training.throughput import StepTimeModel, fit
+from supple.core.types import Plan
+from tests.core.test_planner import job, planned, table
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
 
+KNEE = Objective()
 ADAPTIVE = Limits(max_workers=8, batch="adaptive")
 
 
-def ask(current: int, remaining: int, cost_s: float, maximum: int = 8) -> tuple[int, str]:
-    return advise(
-        job(measured_workers=(current,)),
+def measured_at(count: int) -> StepTimeModel:
+    """Nothing is known but the count that a job has."""
+    return fit(
+        [measured(count, -(-256 // count))],
+        gradient_bytes=GRADIENT_BYTES,
+        link=lookup("infiniband-200"),
+        local_link=lookup("loopback"),
+        workers_per_node=64,
+    )
+
+
+def ask(
+    current: int,
+    remaining: int,
+    cost_s: float,
+    maximum: int = 8,
+    objective: Objective = KNEE,
+    step_time: StepTimeModel | None = None,
+) -> Advice:
+    return better_count(
+        job(step_time=step_time or measured_at(current)),
         Limits(max_workers=maximum),
+        objective,
         current_workers=current,
         remaining_samples=remaining,
         resize_cost_s=cost_s,
     )
 
 
+def is_worth(current: int, target: int, remaining: int, cost_s: float) -> tuple[bool, str]:
+    rest = remainder(job(), remaining)
+    now, then = planned(rest, Limits(), current), planned(rest, Limits(), target)
+    return should_resize(now, then, resize_cost_s=cost_s)
+
+
 def test_a_running_job_grows_to_at_most_twice_what_was_measured() -> None:
-    count, reason = ask(1, 10**7, 0.2)
-    assert count == 2
-    assert "samples/s expected at 2 workers" in reason
+    found = ask(1, 10**7, 0.2)
+    assert found.value == 2
+    assert "samples/s expected at 2 workers" in found.reason
 
 
 def test_a_resize_that_does_not_pay_back_is_not_made() -> None:
-    count, reason = ask(1, 500, 1000.0)
-    assert count == 1
-    assert "the resize costs 1000.00 s" in reason
+    found = ask(1, 500, 1000.0)
+    assert found.value == 1
+    assert "the resize costs 1000.00 s" in found.reason
 
 
 def test_a_job_above_its_knee_gives_workers_back() -> None:
-    count, reason = ask(64, 10**7, 0.2, maximum=64)
-    assert count < 64
-    assert "add too little" in reason
+    found = ask(64, 10**7, 0.2, maximum=64)
+    assert found.value < 64
+    assert "add too little" in found.reason
 
 
 @pytest.mark.parametrize("current", [1, 2, 3])
 def test_advice_stays_within_the_limits(current: int) -> None:
-    assert 1 <= ask(current, 10**7, 0.1, maximum=3)[0] <= 3
+    assert 1 <= ask(current, 10**7, 0.1, maximum=3).value <= 3
 
 
 def test_more_than_the_limits_allow_is_given_back_whatever_it_costs() -> None:
-    count, reason = ask(6, 10**7, 1e9, maximum=4)
-    assert count == 4
-    assert "1 to 4 are allowed" in reason
+    found = ask(6, 10**7, 1e9, maximum=4)
+    assert found.value == 4
+    assert "1 to 4 are allowed" in found.reason
 
 
 def test_a_shrink_must_free_more_than_its_pause_takes() -> None:
-    def shrink(remaining: int) -> tuple[bool, str]:
-        return should_resize(
-            job(),
-            Limits(),
-            current_workers=64,
-            target=4,
-            remaining_samples=remaining,
-            resize_cost_s=5.0,
-        )
-
-    assert shrink(10**7)[0]
-    worth, reason = shrink(1000)
+    assert is_worth(64, 4, 10**7, 5.0)[0]
+    worth, reason = is_worth(64, 4, 1000, 5.0)
     assert not worth
     assert "the resize costs 320.0" in reason
 
@@ -80,17 +97,97 @@ def test_a_shrink_must_free_more_than_its_pause_takes() -> None:
 def test_a_slow_shrink_is_weighed_in_worker_seconds_not_in_seconds() -> None:
     """8 s are left and the pause takes 5, but half the workers of half the use free too little."""
     rows = table(plan(job(), Limits(max_workers=4), Objective())).rows
-    remaining = int(8.0 * rows[-1].goodput.value)
-    worth, reason = should_resize(
-        job(),
-        Limits(),
-        current_workers=4,
-        target=2,
-        remaining_samples=remaining,
-        resize_cost_s=5.0,
-    )
+    worth, reason = is_worth(4, 2, int(8.0 * rows[-1].goodput.value), 5.0)
     assert not worth
     assert "worker-seconds" in reason
+
+
+def test_a_count_without_a_sample_for_each_worker_is_left_for_one_that_has() -> None:
+    found = better_count(
+        job(base_batch_size=4, step_time=measured_at(8)),
+        Limits(max_workers=8),
+        KNEE,
+        current_workers=8,
+        remaining_samples=10**7,
+        resize_cost_s=1e9,
+    )
+    assert found.value == 4 and "no sample for each of 8" in found.reason
+
+
+def rows_left(remaining: int, most: int) -> dict[int, Plan]:
+    """What is predicted of the rest on 1, 2, 4, ... workers, all of which were measured."""
+    rest = remainder(job(step_time=known(most)), remaining)
+    return {1 << n: planned(rest, Limits(), 1 << n) for n in range(most.bit_length())}
+
+
+def known(most: int) -> StepTimeModel:
+    counts = [1 << power for power in range(most.bit_length())]
+    return fit(
+        [measured(count, -(-256 // count)) for count in counts],
+        gradient_bytes=GRADIENT_BYTES,
+        link=lookup("infiniband-200"),
+        local_link=lookup("loopback"),
+        workers_per_node=64,
+    )
+
+
+def test_a_deadline_that_the_count_held_would_miss_asks_for_the_fewest_that_keep_it() -> None:
+    rows = rows_left(10**7, 8)
+    deadline = Objective(deadline_s=rows[4].time_to_end_s.high * 1.01)
+    found = ask(1, 10**7, 0.2, objective=deadline, step_time=known(8))
+    assert found.value == 4 and found.is_feasible
+    assert f"{deadline.deadline_s:.0f} s to the deadline" in found.reason
+
+
+def test_a_deadline_kept_with_time_to_spare_gives_workers_back_and_a_narrow_one_does_not() -> None:
+    rows = rows_left(10**7, 8)
+
+    def at_four(seconds: float) -> int:
+        objective = Objective(deadline_s=seconds)
+        return ask(4, 10**7, 0.2, objective=objective, step_time=known(8)).value
+
+    assert at_four(rows[1].time_to_end_s.high * 1.2) == 1
+    assert at_four(rows[1].time_to_end_s.high * 1.05) == 4, "it would be close"
+    assert at_four(rows[4].time_to_end_s.high * 1.01) == 4
+
+
+def test_a_deadline_that_nothing_keeps_is_said_and_the_fastest_count_is_taken() -> None:
+    found = ask(2, 10**7, 0.2, objective=Objective(deadline_s=1.0), step_time=known(8))
+    rows = rows_left(10**7, 8)
+    fastest = min(rows.values(), key=lambda row: row.time_to_end_s.high).num_workers
+    assert found.value == fastest > 2
+    assert not found.is_feasible and "the end within 1.0 s: the fastest is" in found.objection
+
+
+def test_a_deadline_that_counts_not_measured_yet_may_keep_is_no_objection() -> None:
+    large = job(step_time=known(2), base_batch_size=2048)
+    rest = remainder(large, 10**7)
+    four, eight = (planned(rest, Limits(), count).time_to_end_s.high for count in (4, 8))
+    assert eight < four
+
+    def at_two(seconds: float) -> Advice:
+        return better_count(
+            large,
+            Limits(max_workers=8),
+            Objective(deadline_s=seconds),
+            current_workers=2,
+            remaining_samples=10**7,
+            resize_cost_s=0.2,
+        )
+
+    late, never = at_two(eight * 1.01), at_two(1.0)
+    assert late.value == never.value == 4, "twice what was measured, for now"
+    assert late.is_feasible and not never.is_feasible
+
+
+def test_a_budget_takes_the_fastest_count_within_what_is_left_of_it() -> None:
+    rows = rows_left(10**7, 8)
+    enough = Objective(budget=rows[2].accelerator_hours.high * 1.01)
+    assert rows[4].accelerator_hours.high > enough.budget  # type: ignore[operator]
+    found = ask(1, 10**7, 0.2, objective=enough, step_time=known(8))
+    assert found.value == 2 and "what is left of the budget" in found.reason
+    poor = ask(4, 10**7, 0.2, objective=Objective(budget=1e-6), step_time=known(8))
+    assert poor.value == 1 and "for a budget of" in poor.objection
 
 
 def test_between_the_two_shares_a_job_keeps_what_it_has() -> None:
@@ -117,14 +214,7 @@ def test_between_the_two_shares_a_job_keeps_what_it_has() -> None:
         model = fit(
             steps, gradient_bytes=GRADIENT_BYTES, link=lookup("loopback"), workers_per_node=64
         )
-        count, _ = advise(
-            job(step_time=model, measured_workers=(1, 2, 4)),
-            Limits(max_workers=4),
-            current_workers=current,
-            remaining_samples=10**7,
-            resize_cost_s=0.1,
-        )
-        return count
+        return ask(current, 10**7, 0.1, maximum=4, step_time=model).value
 
     assert at(2) == 2
     assert at(4) == 4
@@ -136,14 +226,7 @@ def test_what_does_not_pay_back_today_does_not_pay_back_with_less_left(
     current: int, target: int, remaining: int, cost_s: float
 ) -> None:
     def worth(samples: int, seconds: float) -> bool:
-        return should_resize(
-            job(),
-            Limits(),
-            current_workers=current,
-            target=target,
-            remaining_samples=samples,
-            resize_cost_s=seconds,
-        )[0]
+        return is_worth(current, target, samples, seconds)[0]
 
     if worth(remaining // 2, cost_s):
         assert worth(remaining, cost_s)
@@ -164,13 +247,7 @@ def test_the_scatter_of_measurements_does_not_send_a_job_to_and_fro(seed: int) -
             link=lookup("loopback"),
             workers_per_node=64,
         )
-        current, _ = advise(
-            job(step_time=model, measured_workers=tuple(steps)),
-            Limits(max_workers=32),
-            current_workers=current,
-            remaining_samples=10**7,
-            resize_cost_s=0.3,
-        )
+        current = ask(current, 10**7, 0.3, maximum=32, step_time=model).value
         visited.append(current)
     moves = sum(before != after for before, after in itertools.pairwise(visited))
     assert moves <= 5
@@ -185,7 +262,7 @@ def ask_batch(
     limits: Limits = ADAPTIVE,
     **of: object,
 ) -> tuple[int, str]:
-    return advise_batch(
+    found = better_batch(
         job(**of),
         limits,
         current_workers=2,
@@ -193,6 +270,7 @@ def ask_batch(
         remaining_samples=remaining,
         resize_cost_s=cost_s,
     )
+    return found.value, found.reason
 
 
 def test_a_batch_far_below_the_noise_scale_is_doubled() -> None:

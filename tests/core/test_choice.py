@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from supple.core.planning.choice import choose
-from supple.core.planning.planner import PlanTable, row_for
+from supple.core.planning.choice import PlanTable, choose
 from supple.core.spec import Limits, Objective
 from supple.core.types import Estimate, Infeasible, Plan
-from tests.core.test_planner import job
+from tests.core.test_planner import job, planned
 
 
 def between(value: float, high: float) -> Estimate:
@@ -18,7 +17,7 @@ def between(value: float, high: float) -> Estimate:
 def rows_of(*rows: tuple[Estimate, Estimate], price: float | None) -> tuple[Plan, ...]:
     """1, 2, 4, ... workers that end in so many seconds for so many accelerator-hours, which cost
     `price` each."""
-    base = row_for(job(), Limits(), 1)
+    base = planned(job(), Limits(), 1)
     return tuple(
         replace(
             base,

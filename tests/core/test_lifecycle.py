@@ -2,7 +2,9 @@
 
 import pytest
 
+from supple.core.job import advisor
 from supple.core.job.lifecycle import Phase
+from supple.core.spec import TrainSpec
 from supple.core.types import Heartbeat, StopWorker, WorkerFinished, WorkerId
 from tests.core.job_driver import TRACEBACK, Driver, running
 
@@ -31,8 +33,9 @@ def test_a_job_starts_its_workers_and_forms_when_all_are_ready() -> None:
 def test_a_job_starts_with_its_schedule_or_min_or_what_is_asked_for(
     schedule: tuple[tuple[float, int], ...], initial: int | None, expected: int
 ) -> None:
-    job = Driver(2, 4, schedule=schedule, initial=initial)
-    assert len(job.first_actions) == expected
+    spec = TrainSpec(name="job", script="", min_workers=2, max_workers=4, schedule=schedule)
+    advised = advisor.start(spec, 0.0)[1] if initial is None else initial
+    assert len(Driver(2, 4, initial=advised).first_actions) == expected
 
 
 def test_the_first_generation_waits_ten_seconds_for_the_last_worker() -> None:
@@ -128,12 +131,12 @@ def test_ranks_go_node_by_node_so_that_a_ring_enters_each_once() -> None:
     job = Driver(1, 5, initial=3)
     job.ready("w0", "a")
     job.ready("w1", "b")
-    assert job.ready("w2", "a") == [job.form("w0 w2 w1")]
+    assert job.ready("w2", "a") == [job.form("w0 w2 w1", nodes=(2, 1))]
     job.formed("w0 w2 w1", 0)
     job.target(5)
     job.ready("w3", "b")
     job.ready("w4", "a")
-    assert job.stopped("w0 w2 w1", 10) == [job.form("w0 w2 w4 w1 w3")]
+    assert job.stopped("w0 w2 w1", 10) == [job.form("w0 w2 w4 w1 w3", nodes=(3, 2))]
 
 
 def test_a_shrink_empties_the_node_that_came_last() -> None:

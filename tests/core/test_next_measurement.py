@@ -7,18 +7,16 @@ from dataclasses import replace
 import pytest
 
 from supple.core.hardware import lookup
+from supple.core.layouts.candidates import describe
 from supple.core.layouts.model import LayoutMeasurement
-from supple.core.planning.layout_planner import describe, run_of
-from supple.core.planning.next_measurement import (
-    what_to_measure_first,
-    which_layout_to_measure_first,
-)
-from supple.core.planning.planner import PlanTable, plan
+from supple.core.planning.choice import PlanTable
+from supple.core.planning.next_measurement import what_to_measure_first
+from supple.core.planning.planner import plan
 from supple.core.spec import Limits, Objective
 from supple.core.training.throughput import StepTimeModel, fit
 from supple.core.types import Plan
 from tests.core.test_layout_planner import JOB as LAYOUTS
-from tests.core.test_layout_planner import SEVEN_BILLION
+from tests.core.test_layout_planner import SEVEN_BILLION, SPACE, job_of, run_of
 from tests.core.test_layout_planner import table as layout_table
 from tests.core.test_planner import job, table
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
@@ -40,7 +38,7 @@ def model(*counts: int, per_node: int = 8) -> StepTimeModel:
 
 
 def advice(*counts: int, largest: int = 64, **changes: object) -> tuple[PlanTable, str]:
-    made = job(step_time=model(*counts), measured_workers=(1, *counts), **changes)
+    made = job(step_time=model(*counts), **changes)
     limits = Limits(min_workers=largest, max_workers=largest)
     found = table(plan(made, limits, Objective()))
     return found, what_to_measure_first(found, made, limits)
@@ -101,7 +99,7 @@ def test_what_is_asked_for_costs_at_most_a_quarter_of_the_workers_it_is_about(
 def test_a_layout_to_measure_is_a_row_of_the_table_on_at_most_a_quarter() -> None:
     found = layout_table(max_workers=64)
     chosen = replace(found, recommended=len(found.rows) - 1)
-    sentence = which_layout_to_measure_first(chosen, LAYOUTS)
+    sentence = what_to_measure_first(chosen, LAYOUTS, Limits())
     count, size, now, then = map(
         float, re.findall(rf"Measure (\d+) workers as .* of (\d+).* {FACTORS}", sentence)[0]
     )
@@ -117,26 +115,26 @@ def test_where_no_row_is_a_quarter_there_is_no_layout_to_measure() -> None:
     found = layout_table(max_workers=64)
     rows = found.rows[-2:]
     assert [row.num_workers for row in rows] == [32, 64]
-    assert which_layout_to_measure_first(replace(found, rows=rows, recommended=1), LAYOUTS) == ""
+    assert what_to_measure_first(replace(found, rows=rows, recommended=1), LAYOUTS, Limits()) == ""
 
 
 def test_a_layout_that_was_measured_is_not_to_be_measured_again() -> None:
     found = layout_table(max_workers=64)
     chosen = replace(found, recommended=len(found.rows) - 1)
-    told = which_layout_to_measure_first(chosen, LAYOUTS)
+    told = what_to_measure_first(chosen, LAYOUTS, Limits())
     count = int(re.findall(r"Measure (\d+) worker", told)[0])
 
     def as_measured(row: Plan) -> Plan:
         return replace(row, step_time_s=replace(row.step_time_s, source="measured"))
 
     rows = tuple(as_measured(row) if row.num_workers == count else row for row in found.rows)
-    again = which_layout_to_measure_first(replace(chosen, rows=rows), LAYOUTS)
+    again = what_to_measure_first(replace(chosen, rows=rows), LAYOUTS, Limits())
     assert again and int(re.findall(r"Measure (\d+) worker", again)[0]) != count
 
 
 def test_measurements_that_are_not_of_one_machine_are_to_be_checked_first() -> None:
-    odd = replace(LAYOUTS, times=replace(LAYOUTS.times, scatter=math.log(4.0)))
-    sentence = which_layout_to_measure_first(layout_table(odd, max_workers=64), odd)
+    odd = job_of(times=replace(SPACE.times, scatter=math.log(4.0)))
+    sentence = what_to_measure_first(layout_table(odd, max_workers=64), odd, Limits())
     assert sentence == (
         "What was measured differs from what one such machine does by a factor of 4: check units, "
         "batches, sizes and links first."
@@ -148,13 +146,13 @@ def test_a_measured_layout_that_was_left_out_is_named_before_anything_else() -> 
     row = found.rows[-2]
     run = run_of(LAYOUTS, row)
     out = LayoutMeasurement(run=run, iteration_s=5.0 * row.step_time_s.value)
-    odd = replace(LAYOUTS, times=replace(LAYOUTS.times, odd=(out,)))
-    told = which_layout_to_measure_first(replace(found, recommended=len(found.rows) - 1), odd)
+    odd = job_of(times=replace(SPACE.times, odd=(out,)))
+    told = what_to_measure_first(replace(found, recommended=len(found.rows) - 1), odd, Limits())
     assert told.startswith(f"Left out, check it: 32 workers as {describe(row.layout)} with a")
     assert f"where the others let {row.step_time_s.value:.3g} s be expected. Measure " in told
 
 
 def test_one_worker_has_no_layout_to_be_told() -> None:
-    small = replace(LAYOUTS, model=replace(SEVEN_BILLION, num_layers=4))
-    sentence = which_layout_to_measure_first(layout_table(small, max_workers=4), small)
+    small = job_of(model=replace(SEVEN_BILLION, num_layers=4))
+    sentence = what_to_measure_first(layout_table(small, max_workers=4), small, Limits())
     assert sentence.startswith("Measure 1 worker with a micro-batch of ")

@@ -10,25 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supple.core.hardware import lookup
-from supple.core.planning.choice import choose
-from supple.core.planning.planner import (
-    JobModel,
-    PlanTable,
-    counts_within,
-    plan,
-    rate_at,
-    row_for,
-)
+from supple.core.planning.choice import PlanTable, choose
+from supple.core.planning.data_parallel import DataParallel
+from supple.core.planning.planner import counts_within, plan, rate_at, row_for
+from supple.core.planning.view import JobView
 from supple.core.spec import KNEE_SHARE, LARGEST_COUNT, Limits, Objective
 from supple.core.training.learning_rate import TunedRate
 from supple.core.training.memory import MemoryMeasurement, fit_memory
 from supple.core.training.samples import Run, fit_samples
-from supple.core.training.throughput import fit
-from supple.core.types import Estimate, Infeasible
+from supple.core.training.throughput import StepTimeModel, fit
+from supple.core.types import Estimate, Infeasible, Plan
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
 
+_OF_THE_COST = {"step_time", "memory_model", "device_memory_bytes", "largest_micro_batch"}
 
-def job(**changes: object) -> JobModel:
+
+def job(**changes: Any) -> JobView:
+    """A job measured on one and two workers; `changes` of its view, or of the cost of its step."""
     model = fit(
         [*ALONE, measured(2, 32)],
         gradient_bytes=GRADIENT_BYTES,
@@ -36,9 +34,8 @@ def job(**changes: object) -> JobModel:
         local_link=lookup("loopback"),
         workers_per_node=64,
     )
-    fields: dict[str, object] = {
-        "step_time": model,
-        "memory": None,
+    of_the_cost = {name: value for name, value in changes.items() if name in _OF_THE_COST}
+    fields: dict[str, Any] = {
         "noise_scale": 500.0,
         "startup_s": 5.0,
         "dataset_size": 100_000,
@@ -46,11 +43,24 @@ def job(**changes: object) -> JobModel:
         "base_batch_size": 256,
         "base_lr": 1e-3,
         "optimizer_family": "adam",
-        "lr_rule": "auto",
-        "measured_workers": (1, 2),
-        "device_memory_bytes": None,
-    }
-    return JobModel(**(fields | changes))  # type: ignore[arg-type]
+    } | {name: value for name, value in changes.items() if name not in _OF_THE_COST}
+    cost: dict[str, Any] = {
+        "step_time": model,
+        "script_batch_size": fields["base_batch_size"],
+    } | of_the_cost
+    return JobView(cost=DataParallel(**cost), **fields)
+
+
+def step_time_of(job: JobView) -> StepTimeModel:
+    assert isinstance(job.cost, DataParallel)
+    return job.cost.step_time
+
+
+def planned(job: JobView, limits: Limits, count: int, **options: Any) -> Plan:
+    """The row that there is."""
+    found = row_for(job, limits, count, **options)
+    assert found is not None
+    return found
 
 
 def table(found: PlanTable | Infeasible) -> PlanTable:
@@ -119,7 +129,7 @@ def test_a_least_count_without_a_sample_for_every_worker_is_refused() -> None:
 
 @pytest.mark.parametrize(("dataset_size", "steps"), [(512, 2), (513, 3), (1, 1)])
 def test_every_epoch_ends_with_a_whole_step(dataset_size: int, steps: int) -> None:
-    row = row_for(job(dataset_size=dataset_size, epochs=3, noise_scale=None), Limits(), 2)
+    row = planned(job(dataset_size=dataset_size, epochs=3, noise_scale=None), Limits(), 2)
     spent = row.time_to_end_s.value - 5.0
     assert spent == pytest.approx(3 * steps * row.step_time_s.value)
 
@@ -149,7 +159,7 @@ def test_a_count_that_would_be_slower_is_told_so() -> None:
 
 def uneven(*speedups: float, source: str = "fitted", factor: float = 1.1) -> PlanTable:
     """Rows of so many times one worker's speed, the step times known within `factor`."""
-    base = row_for(job(), Limits(), 1)
+    base = planned(job(), Limits(), 1)
     rows = tuple(
         replace(
             base,
@@ -233,7 +243,7 @@ def test_a_model_that_fits_no_memory_is_refused_with_the_bytes() -> None:
             for size in (8, 16)
         ]
     )
-    found = plan(job(memory=memory, device_memory_bytes=10**9), Limits(), Objective())
+    found = plan(job(memory_model=memory, device_memory_bytes=10**9), Limits(), Objective())
     assert isinstance(found, Infeasible)
     assert "9.4 GiB" in str(found)
 
@@ -245,7 +255,7 @@ def test_a_share_that_does_not_fit_is_accumulated() -> None:
             for size in (8, 16)
         ]
     )
-    found = table(plan(job(memory=memory, device_memory_bytes=10**9), Limits(), Objective()))
+    found = table(plan(job(memory_model=memory, device_memory_bytes=10**9), Limits(), Objective()))
     first = found.rows[0].batch
     assert first.num_accumulation_steps > 1
     assert first.micro_batch_size * first.num_accumulation_steps >= 256
@@ -305,7 +315,9 @@ def test_no_row_needs_more_memory_than_a_worker_has(
             for size in (8, 16)
         ]
     )
-    tight = job(memory=memory, device_memory_bytes=3 * 10**8, base_batch_size=base_batch)
+    tight = job(
+        memory_model=memory, device_memory_bytes=3 * 10**8, base_batch_size=base_batch + count
+    )
     limits = Limits(min_workers=count, max_workers=count, batch=batch)  # type: ignore[arg-type]
     (row,) = table(plan(tight, limits, Objective())).rows
     assert row.memory_bytes.high <= 3 * 10**8
@@ -358,7 +370,6 @@ def test_a_least_count_beyond_the_largest_power_is_still_planned() -> None:
         {"base_lr": "0.1"},
         {"dataset_size": math.nan},
         {"base_batch_size": 2.5},
-        {"measured_workers": (1, 2.5)},
         {"device_memory_bytes": -1},
         {"device_memory_bytes": math.nan},
     ],
@@ -418,7 +429,7 @@ def test_one_worker_with_another_batch_is_faster_by_what_was_fitted_not_measured
     found = row.speedup
     assert found.source == "fitted"
     assert found.high / found.low > row.efficiency.high / row.efficiency.low > 1.0
-    plain = row_for(job(base_batch_size=16), adaptive, 1, batch_size=16)
+    plain = planned(job(base_batch_size=16), adaptive, 1, batch_size=16)
     assert found.value == pytest.approx(row.goodput.value / plain.goodput.value)
 
 
@@ -434,9 +445,9 @@ def test_a_batch_whose_measurement_was_unlucky_is_kept(noise_scale: float) -> No
     )
     known = job(step_time=unlucky, base_batch_size=128, noise_scale=noise_scale)
     adaptive = Limits(max_workers=1, batch="adaptive")
-    assert row_for(known, adaptive, 1).batch.global_batch_size == 128
+    assert planned(known, adaptive, 1).batch.global_batch_size == 128
     for size in (136, 160, 256):
-        found = row_for(replace(known, noise_scale=1e9), adaptive, 1, batch_size=size).speedup
+        found = planned(replace(known, noise_scale=1e9), adaptive, 1, batch_size=size).speedup
         assert found.low < 1.05, "it does as much a second in truth"
 
 
@@ -449,7 +460,7 @@ def test_doubt_about_one_worker_is_doubt_about_every_speed_up() -> None:
         local_link=lookup("loopback"),
         workers_per_node=64,
     )
-    row = row_for(job(step_time=doubtful, base_batch_size=32), Limits(), 2)
+    row = planned(job(step_time=doubtful, base_batch_size=32), Limits(), 2)
     assert row.step_time_s.source == "measured"
     alone = doubtful.predict(1, 32)
     assert row.speedup.high / row.speedup.low > alone.high / alone.low > 1.5
@@ -461,7 +472,7 @@ def test_the_speed_up_is_as_uncertain_as_its_parts() -> None:
         found, useful = row.speedup, row.efficiency
         assert found.high / found.low > useful.high / useful.low
         shape = (row.num_workers, row.batch.micro_batch_size, row.batch.num_accumulation_steps)
-        ratio = job().step_time.ratio(shape, (1, 256, 1))
+        ratio = step_time_of(job()).ratio(shape, (1, 256, 1))
         assert found.high / found.low > ratio.high / ratio.low * 0.999999
 
 
@@ -472,8 +483,8 @@ def test_a_row_that_cannot_be_is_refused_and_none_alone_means_choose(
     count: Any, batch_size: Any
 ) -> None:
     with pytest.raises(ValueError, match=f"count={count}, batch_size={batch_size}.*at least 1"):
-        row_for(job(), Limits(), count, batch_size=batch_size)
-    assert row_for(job(), Limits(), 2).batch.global_batch_size == 256
+        planned(job(), Limits(), count, batch_size=batch_size)
+    assert planned(job(), Limits(), 2).batch.global_batch_size == 256
 
 
 def test_money_and_hours_of_a_recommendation_have_digits_and_no_powers_of_ten() -> None:

@@ -4,6 +4,7 @@ Torch and Ray are imported inside the commands that need them, so that `--help` 
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, final
@@ -23,11 +24,16 @@ from supple.cli import serve as cli_serve
 from supple.cli.errors import FAILED, messages, refuse_used_port, split_target
 from supple.cli.simulate import simulate_app
 from supple.control.socket import ask, refuse_second, running_jobs
+from supple.core.hardware import INTERCONNECTS, lookup
 from supple.core.spec import (
+    KNEE_RULE,
+    Objective,
+    SpecError,
     TrainSpec,
     parse_batch,
     parse_duration,
     parse_money,
+    parse_objective,
     parse_on_non_finite,
     parse_rule,
     parse_schedule,
@@ -124,6 +130,21 @@ def train(
     schedule: Annotated[
         str | None, typer.Option(help="TIME:COUNT,... instead of the planner: 20s:2,40s:4.")
     ] = None,
+    deadline: Annotated[
+        str | None, typer.Option(help="Latest end, from the start: 90s, 2h. Decides the count.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Money, or accelerator-hours without --price. Decides the count."),
+    ] = None,
+    knee: Annotated[
+        bool,
+        typer.Option("--knee", help=f"Begin where a plan does that was measured: at {KNEE_RULE}."),
+    ] = False,
+    interconnect: Annotated[
+        str,
+        typer.Option(help=f"Between nodes, for predictions. One of {', '.join(INTERCONNECTS)}."),
+    ] = "ethernet-25",
     batch: Annotated[
         str,
         typer.Option(help="fixed: the global batch of the script. adaptive: by the noise scale."),
@@ -199,6 +220,7 @@ def train(
     with messages(verbose):
         low, high = parse_workers(workers)
         path, function = split_target(script)
+        lookup(interconnect)
         spec = TrainSpec(
             name=name or Path(path).stem,
             script=path,
@@ -227,6 +249,9 @@ def train(
             on_non_finite=parse_on_non_finite(on_non_finite),
             max_steps=max_steps,
             price_per_hour=parse_money(price, what="--price") if price else None,
+            objective=_objective(deadline, budget, knee),
+            interconnect=interconnect,
+            workers_per_node=_workers_per_node(address),
         )
         check(path, function)
         refuse_second(spec.name)
@@ -236,6 +261,23 @@ def train(
 
         succeeded = run(spec, resume=resume, as_json=as_json, verbose=verbose)
     raise typer.Exit(0 if succeeded else FAILED)
+
+
+def _objective(deadline: str | None, budget: str | None, knee: bool) -> Objective | None:
+    """What decides the count; None where no option says so."""
+    given = {"--deadline": deadline is not None, "--budget": budget is not None, "--knee": knee}
+    names = [name for name, is_given in given.items() if is_given]
+    if len(names) > 1:
+        raise SpecError(
+            f"{' and '.join(names)} were given: one of them decides the count. Leave "
+            f"{'the other' if len(names) == 2 else 'the others'} out."
+        )
+    return parse_objective(deadline, budget) if names else None
+
+
+def _workers_per_node(address: str | None) -> int | None:
+    """This machine's cores; nothing is known of the nodes of a cluster."""
+    return os.cpu_count() if address is None else None
 
 
 app.command(epilog=cli_plan.EPILOG)(cli_plan.plan)

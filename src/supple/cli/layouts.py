@@ -215,9 +215,13 @@ def layouts(
             from supple.report.picture import check_picture
 
             check_picture(plot)
+        from supple.core.layouts.candidates import LayoutSpace
         from supple.core.layouts.model import ImpossibleMeasurement, fit_layouts
-        from supple.core.planning.layout_planner import LayoutJob, plan_layouts
-        from supple.core.planning.next_measurement import which_layout_to_measure_first
+        from supple.core.planning.layouts import Layouts
+        from supple.core.planning.next_measurement import what_to_measure_first
+        from supple.core.planning.planner import plan
+        from supple.core.planning.view import JobView
+        from supple.core.training.goodput import family_of
         from supple.report import plan_view
 
         amount = None if samples is None else _amount("--samples", samples)
@@ -259,24 +263,28 @@ def layouts(
             raise ran[error.index][0].refusal(error.told, error.advice) from None
         except ValueError as error:
             raise SpecError(f"--measured {measured}: {error}") from None
-        job = LayoutJob(
+        space = LayoutSpace(
             model=model,
             times=times,
             memory_bytes=given_memory or device.memory_bytes,
+            optimizer=optimizer,
+        )
+        job = JobView(
+            cost=Layouts(space),
+            dataset_size=amount // epochs,
+            epochs=epochs,
             base_batch_size=global_batch,
             base_lr=_base_lr(lr, tuned, global_batch, optimizer),
-            total_samples=amount,
-            epochs=epochs,
+            optimizer_family=family_of(optimizer),
             noise_scale=noise_scale,
             samples=curve,
-            optimizer=optimizer,
             tuned=tuned,
         )
-        table = plan_layouts(job, limits, objective)
+        table = plan(job, limits, objective)
         # Layers of a script are measured already, and --measured knows transformers only.
         first = ""
         if script is None and not isinstance(table, Infeasible):
-            first = which_layout_to_measure_first(table, job)
+            first = what_to_measure_first(table, job, limits)
         if as_json:
             typer.echo(json.dumps(to_plain(plan_view.to_json(table, measure_first=first))))
         if isinstance(table, Infeasible):

@@ -25,7 +25,7 @@ from supple.report.eventlog import to_plain
 from supple.train.script import check
 
 if TYPE_CHECKING:
-    from supple.core.planning.planner import JobModel
+    from supple.core.planning.view import JobView
     from supple.inputs.history import Known
 
 EPILOG = (
@@ -122,11 +122,13 @@ def plan(
 
             check_picture(plot)
         check(path, function)
-        from supple.cluster.measure import MOST_MEASURED, ScriptFailed, job_model, measure
+        from supple.cluster.measure import MOST_MEASURED, ScriptFailed, measure
+        from supple.core.planning.measured import job_view
         from supple.core.planning.next_measurement import what_to_measure_first
         from supple.core.planning.planner import plan as make_plan
         from supple.core.planning.planner import rate_at
         from supple.core.training.learning_rate import contradiction
+        from supple.inputs.script_measurements import keep
         from supple.report import plan_view
 
         # More than may be used is not worth its time.
@@ -138,7 +140,8 @@ def plan(
             what = f"{path} failed while it was measured:\n" if raised else ""
             _tell(f"supple: {what}{error}")
             raise typer.Exit(FAILED) from None
-        job = job_model(found, interconnect=interconnect, workers_per_node=per_node, lr_rule=rule)
+        keep(found, path, function)
+        job = job_view(found, interconnect=interconnect, workers_per_node=per_node, lr_rule=rule)
         if known is not None and limits.batch == "adaptive":
             job = _with_known(job, known)
         table = make_plan(job, limits, objective)
@@ -165,7 +168,7 @@ def plan(
             _tell(f"picture {plot}")
 
 
-def _with_known(job: "JobModel", known: "Known") -> "JobModel":
+def _with_known(job: "JobView", known: "Known") -> "JobView":
     """The job with what earlier runs say. The noise scale of the first steps is smaller than that
     of later ones, so it is asked only where no two batch sizes are known."""
     if not known.compares_sizes and not job.noise_scale:

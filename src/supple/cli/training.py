@@ -15,8 +15,11 @@ from supple.cluster import launch
 from supple.control.backend import Observer
 from supple.control.controller import Outcome
 from supple.control.lock import only_job
-from supple.core.spec import TrainSpec
+from supple.core.planning.measured import ScriptMeasurements
+from supple.core.spec import Objective, TrainSpec
 from supple.core.types import FileLost, JobId
+from supple.core.words import in_words
+from supple.inputs.script_measurements import kept
 from supple.report.curves import Curves
 from supple.report.eventlog import EventLog, LedgerLog
 from supple.report.live import LiveLine, Losses, Tally
@@ -42,6 +45,7 @@ OPTIONS = {
     "on_non_finite": "--on-non-finite",
     "max_steps": "--max-steps",
     "price_per_hour": "--price",
+    "interconnect": "--interconnect",
 }
 """Fields of a `TrainSpec` and the options that set them."""
 
@@ -88,7 +92,7 @@ def _run(spec: TrainSpec, folder: Path, resume: str | None, as_json: bool, verbo
         log.began(spec)
         ray = "starting Ray on this machine" if spec.address is None else "joining the Ray cluster"
         live.printed(f"{ray}, then the workers")
-        outcome = launch.train(spec, observers=observers, verbose=verbose)
+        outcome = launch.train(spec, observers=observers, known=_known(spec, live), verbose=verbose)
     if ledger is not None:
         ledger.close()
     log.ended(outcome)
@@ -99,6 +103,24 @@ def _run(spec: TrainSpec, folder: Path, resume: str | None, as_json: bool, verbo
         outcome.status == "finished"
         or (outcome.status == "stopped" and outcome.checkpoint is not None)
     )
+
+
+def _known(spec: TrainSpec, live: LiveLine) -> ScriptMeasurements | None:
+    """What `supple plan` measured of this script here, where the planner decides the count."""
+    if spec.schedule or spec.min_workers == spec.max_workers:
+        return None
+    earlier = kept(spec.script, spec.function)
+    if earlier is not None:
+        live.printed(
+            f"advice on the count begins with what `supple plan` measured at {earlier.when}"
+        )
+        return earlier.found
+    if spec.objective is not None:
+        live.printed(
+            f"nothing is kept of a `supple plan` of this script as it is now: beginning with "
+            f"{in_words(spec.min_workers)}, and measuring while it trains"
+        )
+    return None
 
 
 def ending(spec: TrainSpec, outcome: Outcome, tally: Tally) -> list[str]:
@@ -119,6 +141,7 @@ def resume_command(spec: TrainSpec, checkpoint: str) -> str:
     target = spec.script if spec.function == "train" else f"{spec.script}:{spec.function}"
     words = ["supple", "train", target, "--name", spec.name, "--run-dir", spec.run_dir]
     words += ["--workers", f"{spec.min_workers}:{spec.max_workers}"]
+    words += _objective_options(spec)
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
         if field.name not in OPTIONS or value == field.default:
@@ -127,6 +150,19 @@ def resume_command(spec: TrainSpec, checkpoint: str) -> str:
         if value is not True:
             words.append(f"{value:g}" if isinstance(value, float) else str(value))
     return shlex.join([*words, "--resume", checkpoint])
+
+
+def _objective_options(spec: TrainSpec) -> list[str]:
+    """A deadline counts from the start of a run: the new one has all of it again."""
+    match spec.objective:
+        case None:
+            return []
+        case Objective(deadline_s=float(deadline_s)):
+            return ["--deadline", f"{deadline_s:g}"]
+        case Objective(budget=float(budget)):
+            return ["--budget", f"{budget:g}"]
+        case _:
+            return ["--knee"]
 
 
 def _tell_files(folder: Path) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from supple.cluster.ray import RayBackend, connect
 from supple.cluster.starting import stop_ray
-from supple.control.advisor import Advisor
 from supple.control.backend import MonotonicClock, Observer
 from supple.control.controller import Controller, Outcome
 from supple.control.socket import refuse_second, socket_path
+from supple.core.job import advisor
+from supple.core.planning.measured import ScriptMeasurements
 from supple.core.spec import SpecError, TrainSpec
 from supple.train.checkpoint.store import CheckpointError, CheckpointStore
 from supple.train.script import check
@@ -120,23 +121,33 @@ def remove_ledger(run_path: Path) -> None:
             ) from None
 
 
-def train(spec: TrainSpec, *, observers: Iterable[Observer], verbose: bool = False) -> Outcome:
-    """Train until the job finishes, is stopped or fails, in the folder that `prepare` made. If
-    `verbose`, Ray's own logs are kept beside the workers'. Raises `SpecError` if Ray cannot be
-    had."""
+def train(
+    spec: TrainSpec,
+    *,
+    observers: Iterable[Observer],
+    known: ScriptMeasurements | None = None,
+    verbose: bool = False,
+) -> Outcome:
+    """Train until the job finishes, is stopped or fails, in the folder that `prepare` made. The
+    advice to it begins with what is `known` of the script. If `verbose`, Ray's own logs are kept
+    beside the workers'. Raises `SpecError` if Ray cannot be had."""
     run_path = run_path_of(spec)
     connect(spec)
     try:
-        return asyncio.run(_train(spec, run_path, tuple(observers), verbose))
+        return asyncio.run(_train(spec, run_path, tuple(observers), known, verbose))
     finally:
         stop_ray(keep_logs=run_path / "logs" / "ray" if verbose else None)
 
 
 async def _train(
-    spec: TrainSpec, run_path: Path, observers: tuple[Observer, ...], verbose: bool
+    spec: TrainSpec,
+    run_path: Path,
+    observers: tuple[Observer, ...],
+    known: ScriptMeasurements | None,
+    verbose: bool,
 ) -> Outcome:
     controllers: list[Controller] = []
-    first = spec.schedule[0][1] if spec.schedule and spec.schedule[0][0] == 0 else spec.min_workers
+    _, first, _ = advisor.start(spec, 0.0, known)
     backend = RayBackend(
         spec,
         run_path=str(run_path),
@@ -150,16 +161,10 @@ async def _train(
         backend,
         clock=MonotonicClock(),
         observers=observers,
-        advisor=_advisor(spec),
+        known=known,
     )
     controllers.append(controller)
     loop = asyncio.get_running_loop()
     for number, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
         loop.add_signal_handler(number, controller.request_stop, name)
     return await controller.run()
-
-
-def _advisor(spec: TrainSpec) -> Advisor | None:
-    """The planner decides unless a schedule does, or there is nothing to decide."""
-    free = not spec.schedule and spec.min_workers < spec.max_workers
-    return Advisor(spec) if free or spec.batch == "adaptive" else None

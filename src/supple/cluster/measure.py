@@ -2,8 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import median
 from typing import Any, final
 
 import psutil
@@ -13,13 +11,10 @@ from ray.exceptions import RayActorError
 
 from supple.cluster.ray import connect
 from supple.cluster.starting import stop_ray
-from supple.core.hardware import lookup
-from supple.core.planning.planner import JobModel
-from supple.core.spec import LrRule, SpecError, TrainSpec
-from supple.core.training.goodput import family_of
+from supple.core.planning.measured import ScriptMeasurements
+from supple.core.spec import SpecError, TrainSpec
 from supple.core.training.measurements import CollectiveMeasurement, StepMeasurement
-from supple.core.training.memory import MemoryMeasurement, fit_memory
-from supple.core.training.throughput import fit
+from supple.core.training.memory import MemoryMeasurement
 from supple.train.checkpoint.store import CheckpointError
 from supple.train.generation.group import form
 from supple.train.generation.rendezvous import Address, Rendezvous
@@ -46,28 +41,6 @@ _ALONE = (
 
 class ScriptFailed(Exception):
     """The script raised while it was measured; the text is its own traceback or message."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurements:
-    """Everything measured of one script."""
-
-    steps: tuple[StepMeasurement, ...]
-    collectives: tuple[CollectiveMeasurement, ...]
-    memory: tuple[MemoryMeasurement, ...]
-    noise_scale: float | None
-    startups_s: tuple[float, ...]
-    """From a worker's start to the end of its first step, of every group that was measured."""
-    gradient_bytes: int
-    dataset_size: int
-    epochs: int
-    base_batch_size: int
-    """The script's, no more than the dataset has."""
-    largest_micro_batch: int | None
-    """The script's cap, where it has one."""
-    base_lr: float
-    optimizer_name: str
-    device_memory_bytes: int
 
 
 @final
@@ -130,7 +103,7 @@ def measure(
     max_local_workers: int | None,
     verbose: bool,
     on_line: Callable[[str], None],
-) -> Measurements:
+) -> ScriptMeasurements:
     """Measure on one worker at several micro-batch sizes, then on 2, 3, ... workers of this machine
     (as many as it has cores, `max_local_workers` at most), and all of it a second time: every
     configuration has two measurements. `on_line` is told what is going on.
@@ -179,7 +152,7 @@ def measure(
     finally:
         stop_ray()
     assert first is not None and first.dataset_size is not None
-    return Measurements(
+    return ScriptMeasurements(
         steps=tuple(steps),
         collectives=tuple(collectives),
         memory=tuple(
@@ -198,35 +171,6 @@ def measure(
         base_lr=first.base_lr,
         optimizer_name=first.optimizer_name,
         device_memory_bytes=psutil.virtual_memory().total // most,
-    )
-
-
-def job_model(
-    found: Measurements, *, interconnect: str, workers_per_node: int, lr_rule: LrRule
-) -> JobModel:
-    """The model of the job that `supple.core.planning.planner.plan` takes."""
-    return JobModel(
-        step_time=fit(
-            found.steps,
-            found.collectives,
-            gradient_bytes=found.gradient_bytes,
-            link=lookup(interconnect),
-            local_link=lookup("loopback"),
-            workers_per_node=workers_per_node,
-        ),
-        memory=fit_memory(found.memory),
-        noise_scale=found.noise_scale,
-        startup_s=median(found.startups_s),
-        startup_range_s=(min(found.startups_s), max(found.startups_s)),
-        dataset_size=found.dataset_size,
-        epochs=found.epochs,
-        base_batch_size=found.base_batch_size,
-        largest_micro_batch=found.largest_micro_batch,
-        base_lr=found.base_lr,
-        optimizer_family=family_of(found.optimizer_name),
-        lr_rule=lr_rule,
-        measured_workers=tuple(sorted({step.num_workers for step in found.steps})),
-        device_memory_bytes=found.device_memory_bytes,
     )
 
 

@@ -1,7 +1,7 @@
 """The shell around one lifecycle: events in, `lifecycle.step`, actions out. Decides nothing.
 
-Who may ask for another size: a schedule, the planner from live measurements (`advisor`), another
-terminal, the platform. All of them put an event in the same queue as the workers do.
+Every event goes to the advice (`supple.core.job.advisor`: a schedule, the planner, a person) and to
+the lifecycle; what the advice asks for joins the same queue as what the workers say.
 """
 
 import asyncio
@@ -9,11 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
-from supple.control.advisor import Advisor
 from supple.control.backend import Backend, Clock, Observer
 from supple.control.socket import ControlServer
-from supple.core.job import lifecycle, stalls
+from supple.core.job import advisor, lifecycle, stalls
+from supple.core.job.advisor import AdvisorState
 from supple.core.job.lifecycle import JobState, Phase
+from supple.core.planning.measured import ScriptMeasurements
 from supple.core.spec import SpecError, TrainSpec, parse_count
 from supple.core.types import (
     Action,
@@ -21,18 +22,16 @@ from supple.core.types import (
     Event,
     FailJob,
     FinishJob,
-    GroupFormed,
     Heartbeat,
     JobId,
     PreemptionNoticed,
     Progress,
+    ProgressMade,
+    ResizeAsked,
     StopRequested,
-    TargetChanged,
     Ticked,
     WorkerId,
-    WorkerStopped,
 )
-from supple.core.words import in_words
 
 _TICK_S = 0.25
 
@@ -62,20 +61,20 @@ class Controller:
         *,
         clock: Clock,
         observers: Iterable[Observer],
-        advisor: Advisor | None,
+        known: ScriptMeasurements | None = None,
     ) -> None:
+        """`known` is what `supple plan` measured of the script."""
         self._spec = spec
         self._job_id = JobId(spec.name)
         self._backend = backend
         self._clock = clock
         self._observers = tuple(observers)
-        self._advisor = advisor
+        self._known = known
+        self._advice: AdvisorState | None = None
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._state: JobState | None = None
         self._outcome: Outcome | None = None
         self._progress: Progress | None = None
-        self._running_since: float | None = None
-        self._pause_began: float | None = None
 
     # -- what others may call ------------------------------------------------------------------
 
@@ -88,9 +87,9 @@ class Controller:
         self._progress = progress
         for observer in self._observers:
             observer.progressed(progress)
-        if self._advisor is not None:
-            for event in self._advisor.consider(progress, self._clock.now()):
-                self._put(event)
+        self._put(
+            ProgressMade(job_id=self._job_id, generation=progress.generation, progress=progress)
+        )
 
     def printed(self, line: str) -> None:
         for observer in self._observers:
@@ -101,15 +100,15 @@ class Controller:
         match request.get("ask"):
             case "resize":
                 count = parse_count(str(request["num_workers"]), what="the number of workers")
-                low, high = self._spec.min_workers, self._spec.max_workers
-                if not low <= count <= high:
-                    raise SpecError(
-                        f"{in_words(count)} asked for, the job has --workers {low}:{high}. "
-                        f"Ask for a count from {low} to {high}."
+                self._spec.check_count(count)
+                self._put(
+                    ResizeAsked(
+                        job_id=self._job_id,
+                        generation=0,
+                        num_workers=count,
+                        reason="asked for by `supple resize`",
                     )
-                if self._advisor is not None:
-                    self._advisor.leave_count_alone()
-                self._want(count, "asked for by `supple resize`")
+                )
                 return {"accepted": count}
             case "preempt":
                 return self._preempt(request)
@@ -132,14 +131,25 @@ class Controller:
             asyncio.ensure_future(self._tick()),
         ]
         try:
+            now = self._clock.now()
+            self._advice, initial, why = advisor.start(self._spec, now, self._known)
             state, actions = lifecycle.start(
-                self._spec, self._job_id, self._clock.now(), restore=self._spec.resume
+                self._spec,
+                self._job_id,
+                now,
+                restore=self._spec.resume,
+                initial=initial,
+                reason=why,
             )
             await self._perform(state, actions)
             while self._outcome is None:
                 event = await self._next_event(background)
-                self._note(event)
-                state, actions = lifecycle.step(state, event, self._clock.now())
+                self._show(event)
+                now = self._clock.now()
+                self._advice, wishes = advisor.advise(self._advice, event, now)
+                for wish in wishes:
+                    self._put(wish)
+                state, actions = lifecycle.step(state, event, now)
                 await self._perform(state, actions)
             return self._outcome
         finally:
@@ -175,24 +185,10 @@ class Controller:
                         observer.acted(action)
                     await self._backend.execute(action)
 
-    def _note(self, event: Event) -> None:
-        """What the shell itself learns from an event: the resize cost, and whom to tell."""
-        now = self._clock.now()
-        match event:
-            case Heartbeat() | Ticked():
-                return
-            case WorkerStopped():
-                self._pause_began = self._pause_began or now
-            case GroupFormed():
-                if self._running_since is None:
-                    self._running_since = now
-                if self._pause_began is not None and self._advisor is not None:
-                    self._advisor.measured_pause(now - self._pause_began)
-                self._pause_began = None
-            case _:
-                pass
-        for observer in self._observers:
-            observer.happened(event)
+    def _show(self, event: Event) -> None:
+        if not isinstance(event, Heartbeat | Ticked | ProgressMade):
+            for observer in self._observers:
+                observer.happened(event)
 
     async def _next_event(self, background: Sequence[asyncio.Future[None]]) -> Event:
         """Raises what a background task raised: without it the job would wait for ever."""
@@ -212,22 +208,12 @@ class Controller:
             self._put(event)
 
     async def _tick(self) -> None:
-        due = [(at_s, count) for at_s, count in self._spec.schedule if at_s > 0]
         while True:
             await asyncio.sleep(_TICK_S)
-            since = self._running_since
-            while due and since is not None and self._clock.now() - since >= due[0][0]:
-                at_s, count = due.pop(0)
-                self._want(count, f"the schedule says {in_words(count)} from {at_s:g} s on")
             self._put(Ticked(job_id=self._job_id, generation=0))
 
     def _put(self, event: Event) -> None:
         self._queue.put_nowait(event)
-
-    def _want(self, count: int, reason: str) -> None:
-        self._put(
-            TargetChanged(job_id=self._job_id, generation=0, num_workers=count, reason=reason)
-        )
 
     def _preempt(self, request: Mapping[str, Any]) -> dict[str, Any]:
         named = {str(name) for name in request["workers"]}

@@ -247,6 +247,12 @@ class TrainSpec:
     max_steps: int | None = None
     """End after so many committed steps (None: after all epochs)."""
     price_per_hour: float | None = None
+    objective: "Objective | None" = None
+    """What the count is decided by while it trains. None: the knee, beginning with MIN."""
+    interconnect: str = "ethernet-25"
+    """Between nodes: what counts on more nodes than were measured are predicted with."""
+    workers_per_node: int | None = None
+    """None: all of them fit on one."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -277,6 +283,12 @@ class TrainSpec:
             raise SpecError(
                 f"MIN workers {self.min_workers} is above MAX {self.max_workers}: swap them."
             )
+        if self.objective is not None and (self.schedule or self.min_workers == self.max_workers):
+            decided = "--schedule" if self.schedule else f"--workers {self.min_workers}"
+            raise SpecError(
+                f"{decided} decides the count already: a deadline, a budget or the knee would "
+                "change nothing. Leave one of the two out, or give --workers MIN:MAX."
+            )
         if self.reproducible and self.max_workers > self.num_logical_shards:
             raise SpecError(
                 f"--reproducible cuts a batch into {self.num_logical_shards} logical shards, so "
@@ -287,6 +299,19 @@ class TrainSpec:
             raise SpecError(
                 "--reproducible promises the same bits for any history, --batch adaptive changes "
                 "the batch with the history: choose one."
+            )
+
+    def clamp(self, count: int) -> int:
+        """The count nearest to `count` that the job may have."""
+        return min(max(count, self.min_workers), self.max_workers)
+
+    def check_count(self, count: int) -> None:
+        """Raise `SpecError` for a count that the job may not have."""
+        if self.clamp(count) != count:
+            low, high = self.min_workers, self.max_workers
+            raise SpecError(
+                f"{count} worker{'s' * (count != 1)} asked for, the job has --workers {low}:{high}."
+                f" Ask for a count from {low} to {high}."
             )
 
 

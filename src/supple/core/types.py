@@ -217,6 +217,14 @@ class TargetChanged(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResizeAsked(Event):
+    """A person wants another number of workers, and decides it from now on."""
+
+    num_workers: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchChanged(Event):
     """Someone wants another global batch size; the learning rate follows it."""
 
@@ -344,6 +352,8 @@ class FormGroup(Action):
     global_batch_size: int | None
     """None: what the user's script says."""
     restore: str | None
+    workers_of_nodes: tuple[int, ...] = (1,)
+    """How many of the members each node has, the fullest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -398,9 +408,19 @@ class Progress:
     lr: float
     step_time_s: float
     """Median of recent steps."""
+    forward_time_s: float
+    """Parts of it, sums over its micro-batches. The script's own code counts as forward."""
+    backward_time_s: float
+    optimizer_time_s: float
     sync_time_s: float
-    """Exposed part of it: waiting for gradients of others."""
+    """Exposed: waiting for gradients of others."""
     data_time_s: float
+    micro_batch_size: int
+    """Of rank 0, its largest, and how many it had in the last step."""
+    num_accumulation_steps: int
+    num_nodes: int
+    most_per_node: int
+    """Workers on the fullest node."""
     noise_scale: float | None
     efficiency: float | None
     base_batch_size: int
@@ -413,3 +433,10 @@ class Progress:
     """Steps of the run that were left out because their loss or gradient was not finite."""
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     """What the script reported last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressMade(Event):
+    """Rank 0 published its progress."""
+
+    progress: Progress

@@ -161,7 +161,8 @@ def last_run(log: Path) -> list[dict[str, Any]]:
 
 
 def to_plain(value: Any) -> Any:
-    """`value` in JSON's own types: tuples as lists, enums by value, infinities and NaN as None."""
+    """`value` in JSON's own types: tuples as lists, dataclasses as objects, enums by value, and
+    infinities and NaN as None."""
     match value:
         case Enum():
             return value.value
@@ -171,5 +172,10 @@ def to_plain(value: Any) -> Any:
             return [to_plain(item) for item in value]
         case Mapping():
             return {str(name): to_plain(item) for name, item in value.items()}
+        case _ if dataclasses.is_dataclass(value):
+            return {
+                field.name: to_plain(getattr(value, field.name))
+                for field in dataclasses.fields(value)
+            }
         case _:
             return value

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from supple.core.layouts.candidates import describe
 from supple.core.planning.choice import PlanTable
-from supple.core.planning.layout_planner import describe
 from supple.core.spec import KNEE_RULE
 from supple.core.types import Estimate, Infeasible, Plan
 from supple.core.words import accelerator_hours, in_digits

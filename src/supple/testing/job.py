@@ -7,7 +7,7 @@ go out of its generation, a job that goes on after its end raise `ProtocolViolat
 from collections.abc import Callable, Iterable, Mapping
 from typing import final
 
-from supple.core.job import lifecycle
+from supple.core.job import advisor, lifecycle
 from supple.core.job.membership import JobState
 from supple.core.spec import TrainSpec
 from supple.core.types import (
@@ -62,7 +62,11 @@ class ScriptedJob:
         self._raised: set[WorkerId] = set()
         """Their function is over, their process is to be let go."""
         self.state, actions = lifecycle.start(
-            spec, self.backend.job_id, self.backend.clock.now(), restore=restore, initial=initial
+            spec,
+            self.backend.job_id,
+            self.backend.clock.now(),
+            restore=restore,
+            initial=advisor.start(spec, 0.0)[1] if initial is None else initial,
         )
         for action in actions:
             self.do(action)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from supple.core.job.order import mix, share
+from supple.core.job.order import micro_batches, mix, rank_shards, share
 from supple.core.spec import TrainSpec
 from supple.core.types import Doing, Progress
 from supple.train.arguments import check_batches, check_rate
@@ -62,6 +62,7 @@ class Job:
         self._loader: Loader | None = None
         self._micro_limit = 0
         self._global_batch = 0
+        self._workers_of_nodes: tuple[int, ...] = (1,)
         self._engine: StepEngine | None = None
         self._has_state = False
         self._rehearsing = False
@@ -381,6 +382,7 @@ class Job:
         except LeaveLoop:
             self._in_loop = False
             raise
+        self._workers_of_nodes = agreed.workers_of_nodes
         self._set_global_batch(agreed.global_batch_size or self._rate.base_batch)
         self._place()
         if not self._spec.reproducible:
@@ -494,7 +496,16 @@ class Job:
             self._loader,
             self._rate,
             generation=self.generation,
-            num_workers=self.world_size,
+            workers_of_nodes=self._workers_of_nodes,
             global_batch_size=self._global_batch,
+            micro_batches=self._cut(),
             lr=self.lr,
         )
+
+    def _cut(self) -> list[int]:
+        """Samples of each of this rank's micro-batches of a full step."""
+        batch, size, rank = self._global_batch, self.world_size, self.rank
+        if self._spec.reproducible:
+            shards = rank_shards(batch, self._spec.num_logical_shards, size, rank)
+            return [num_samples for _, _, num_samples in shards]
+        return list(micro_batches(share(batch, size, rank)[1], self._micro_limit))

@@ -1,7 +1,7 @@
 """What a job shows of itself: its progress, a few times a second, told by rank 0."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import final
 
 from torch import Tensor
@@ -46,8 +46,9 @@ class Reporter:
         rate: LearningRate,
         *,
         generation: int,
-        num_workers: int,
+        workers_of_nodes: Sequence[int],
         global_batch_size: int,
+        micro_batches: Sequence[int],
         lr: float,
     ) -> None:
         self._told = time.monotonic()
@@ -60,12 +61,19 @@ class Reporter:
             num_epochs=loader.num_epochs,
             samples_done=loader.samples_done,
             samples_total=loader.samples_total,
-            num_workers=num_workers,
+            num_workers=sum(workers_of_nodes),
             global_batch_size=global_batch_size,
             lr=lr,
             step_time_s=times.step_time_s,
+            forward_time_s=times.forward_s,
+            backward_time_s=times.backward_s,
+            optimizer_time_s=times.optimizer_s,
             sync_time_s=times.sync_s,
             data_time_s=times.data_s,
+            micro_batch_size=max(micro_batches),
+            num_accumulation_steps=len(micro_batches),
+            num_nodes=len(workers_of_nodes),
+            most_per_node=max(workers_of_nodes),
             noise_scale=phi,
             efficiency=None if phi is None else efficiency(phi, rate.base_batch, global_batch_size),
             base_batch_size=rate.base_batch,

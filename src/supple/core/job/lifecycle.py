@@ -50,6 +50,8 @@ from supple.core.types import (
     LoopLeft,
     Noticed,
     PreemptionNoticed,
+    ProgressMade,
+    ResizeAsked,
     StopRequested,
     TargetChanged,
     Ticked,
@@ -74,14 +76,17 @@ RETURNED_EARLY = (
 
 
 def start(
-    spec: TrainSpec, job_id: JobId, now: float, *, restore: str | None, initial: int | None = None
+    spec: TrainSpec,
+    job_id: JobId,
+    now: float,
+    *,
+    restore: str | None,
+    initial: int,
+    reason: str = "",
 ) -> tuple[JobState, tuple[Action, ...]]:
-    """A new job, and the workers to start for it: `initial` of them, or what the schedule says
-    for time 0, or MIN."""
-    if initial is None:
-        at_once = [count for at_s, count in spec.schedule if at_s == 0.0]
-        initial = at_once[0] if at_once else spec.min_workers
-    desired = min(max(initial, spec.min_workers), spec.max_workers)
+    """A new job, and the workers to start for it: `initial` of them, within the limits, for that
+    `reason`."""
+    desired = spec.clamp(initial)
     state = JobState(
         job_id=job_id,
         spec=spec,
@@ -91,9 +96,8 @@ def start(
         ticked_at=now,
     )
     turn = Turn(state, now)
-    turn.decide(
-        "start", desired, f"starting {in_words(desired)}" + (f" from {restore}" if restore else "")
-    )
+    said = f"starting {in_words(desired)}" + (f" from {restore}" if restore else "")
+    turn.decide("start", desired, said + (f": {reason}" if reason else ""))
     turn.settle(_RULES)
     return turn.state, tuple(turn.actions)
 
@@ -186,7 +190,7 @@ def _on_lost(turn: Turn, event: WorkerLost) -> None:
 
 def _on_target(turn: Turn, event: TargetChanged) -> None:
     state, spec = turn.state, turn.state.spec
-    desired = min(max(event.num_workers, spec.min_workers), spec.max_workers)
+    desired = spec.clamp(event.num_workers)
     reason = event.reason
     if desired != event.num_workers:
         reason += f" ({event.num_workers} is outside {spec.min_workers}:{spec.max_workers})"
@@ -221,8 +225,8 @@ def _on_passed_over(turn: Turn, event: CheckpointPassedOver) -> None:
     turn.decide("recover", len(turn.state.members), f"from {event.path} instead: {event.reason}")
 
 
-def _on_file_lost(_turn: Turn, _event: FileLost) -> None:
-    return  # for people and for the ledger's proof: training does not depend on it
+def _on_nothing(_turn: Turn, _event: Event) -> None:
+    """It is for people, or for the advisor: training does not depend on it."""
 
 
 def _on_cluster_lost(turn: Turn, event: ClusterLost) -> None:
@@ -262,7 +266,9 @@ _ON_EVENT: dict[type[Event], Callable[[Turn, Any], None]] = {
     CheckpointSaved: on_saved,
     CheckpointFailed: on_save_failed,
     CheckpointPassedOver: _on_passed_over,
-    FileLost: _on_file_lost,
+    FileLost: _on_nothing,
+    ProgressMade: _on_nothing,
+    ResizeAsked: _on_nothing,
     Ticked: _on_tick,
 }
 

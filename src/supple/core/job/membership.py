@@ -4,6 +4,7 @@ A `Turn` is one call of `lifecycle.step`: its moves change the state and write d
 that make the world follow.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -364,6 +365,7 @@ class Turn:
             members=members,
             global_batch_size=before.batch_wanted,
             restore=before.restore,
+            workers_of_nodes=_placement(workers[w].node_id for w in members),
         )
         self.decide(*_account(before, members))
 
@@ -385,6 +387,10 @@ class Turn:
             self.let_go(worker_id, reason)
         self.set(phase=phase)
         self.decide(kind, 0, reason)
+
+
+def _placement(nodes: Iterable[str]) -> tuple[int, ...]:
+    return tuple(sorted(Counter(nodes).values(), reverse=True))
 
 
 def _account(before: JobState, members: tuple[WorkerId, ...]) -> tuple[str, int, str]:

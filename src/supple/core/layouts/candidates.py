@@ -7,89 +7,63 @@ without recomputation and sharded states. Measured layers have tensor ranks wher
 how many collectives it needs for that.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from supple.core.layouts.form import check_layers
 from supple.core.layouts.memory import optimizer_bytes, peak_memory
 from supple.core.layouts.model import LayoutModel, LayoutRun, Model, Transformer
-from supple.core.spec import is_count, is_positive
-from supple.core.training.learning_rate import TunedRate
-from supple.core.training.samples import SamplesModel
+from supple.core.spec import is_positive
 from supple.core.types import ParallelLayout, Plan
 from supple.core.words import in_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayoutJob:
-    """What is known of one job. Raises `ValueError` for what no job can be."""
+class LayoutSpace:
+    """A model and the accelerators it may be laid out on. Raises `ValueError` for what neither can
+    be."""
 
     model: Model
     times: LayoutModel
     memory_bytes: float
     """Of one accelerator."""
-    base_batch_size: int
-    """In sequences."""
-    base_lr: float
-    total_samples: int
-    """Sequences to train on at the base batch, over all epochs."""
-    epochs: int = 1
-    """The last batch of each is smaller where the batch does not divide it."""
-    noise_scale: float | None = None
-    """In sequences; None: unknown, and without `samples` the batch stays."""
-    samples: SamplesModel | None = None
-    """From previous runs of the task, in sequences: trusted before the noise scale."""
     optimizer: str = "adam"
-    """Of a transformer: a key of `layout_memory.OPTIMIZER_BYTES`. Layers were measured with one,
-    whose name says its family."""
-    tuned: tuple[TunedRate, ...] = ()
-    """Learning rates of those runs: trusted before the family's rule."""
+    """Of a transformer: a key of `supple.core.layouts.memory.OPTIMIZER_BYTES`. Layers were measured
+    with one, whose name says its family."""
 
     def __post_init__(self) -> None:
         check_layers(self.model)
         if isinstance(self.model, Transformer):
             optimizer_bytes(self.optimizer)
-        if not all(map(is_count, (self.base_batch_size, self.total_samples, self.epochs))):
-            raise ValueError(
-                f"layouts were asked for with base_batch_size={self.base_batch_size}, "
-                f"total_samples={self.total_samples}, epochs={self.epochs}: all must be whole "
-                "numbers of at least 1. Give a job that has something to train on."
-            )
         if not is_positive(self.memory_bytes):
             raise ValueError(
                 f"layouts were asked for with memory_bytes={self.memory_bytes}: it must be "
                 "positive and finite. Give the bytes of one accelerator."
             )
-        phi = 0.0 if self.noise_scale is None else self.noise_scale
-        if not all(math.isfinite(value) and value >= 0 for value in (phi, self.base_lr)):
-            raise ValueError(
-                f"layouts were asked for with noise_scale={self.noise_scale}, "
-                f"base_lr={self.base_lr}: both must be finite and not negative. Give None for a "
-                "noise scale that is unknown."
-            )
 
 
-def runs_for(job: LayoutJob, count: int, batch: int) -> Iterator[LayoutRun]:
+def runs_for(space: LayoutSpace, count: int, batch: int) -> Iterator[LayoutRun]:
     """Every layout of `count` accelerators for a global batch of `batch` sequences that fits, and
     those that ran, whatever is expected of their memory."""
     ran = dict.fromkeys(
         row.run
-        for row in job.times.measured
+        for row in space.times.measured
         if row.run.layout.world_size == count
         and row.run.global_batch_size == batch
-        and row.run.model == job.model
+        and row.run.model == space.model
     )
     yield from ran
-    for layout, recompute in layouts_for(job, count, batch):
-        for run in _micro_batches(job, layout, batch // layout.dp_degree, recompute):
+    for layout, recompute in layouts_for(space, count, batch):
+        for run in _micro_batches(space, layout, batch // layout.dp_degree, recompute):
             if not ran or run not in ran:  # hashing a run of many layers costs
                 yield run
 
 
-def layouts_for(job: LayoutJob, count: int, batch: int) -> Iterator[tuple[ParallelLayout, bool]]:
+def layouts_for(
+    space: LayoutSpace, count: int, batch: int
+) -> Iterator[tuple[ParallelLayout, bool]]:
     """Every layout whose numbers divide, with and without recomputation; it need not fit."""
-    for tp, pp, dp in degrees(job, count):
+    for tp, pp, dp in degrees(space, count):
         if batch % dp:
             continue
         for shard in {1, dp}:
@@ -100,32 +74,32 @@ def layouts_for(job: LayoutJob, count: int, batch: int) -> Iterator[tuple[Parall
                 )
 
 
-def degrees(job: LayoutJob, count: int) -> Iterator[tuple[int, int, int]]:
+def degrees(space: LayoutSpace, count: int) -> Iterator[tuple[int, int, int]]:
     """Tensor ranks, stages and replicas of `count` accelerators that the model allows, whatever the
     batch."""
     for tp in _divisors(count):
-        if tp > job.times.workers_per_node or not _cuts_into(job.model, tp):
+        if tp > space.times.workers_per_node or not _cuts_into(space.model, tp):
             continue
         for pp in _divisors(count // tp):
-            if _stages_into(job.model, pp):
+            if _stages_into(space.model, pp):
                 yield tp, pp, count // (tp * pp)
 
 
 def _micro_batches(
-    job: LayoutJob, layout: ParallelLayout, share: int, recompute: bool
+    space: LayoutSpace, layout: ParallelLayout, share: int, recompute: bool
 ) -> Iterator[LayoutRun]:
     """A replica's `share` of the batch in micro-batches of every power of two that divides it, up
     to the first that does not fit: memory rises with the micro-batch."""
     micro = 1
     while share % micro == 0:
         run = LayoutRun(
-            model=job.model,
+            model=space.model,
             layout=layout,
             micro_batch_size=micro,
             num_micro_batches=share // micro,
             recompute=recompute,
         )
-        if peak_memory(run, job.optimizer).high > job.memory_bytes:
+        if peak_memory(run, space.optimizer).high > space.memory_bytes:
             return
         yield run
         micro *= 2

@@ -132,6 +132,11 @@ class LayoutModel:
             found.append(replace(about, low=max(about.low, min(floor, form))))
         return found
 
+    def by_form(self, run: LayoutRun) -> float:
+        """Seconds of an iteration by the form, measured or not."""
+        x = np.exp(np.asarray(self.log_parameters))[:, None, None]
+        return float(iteration(x, self._sizes([run]))[0, 0])
+
     def ratio(self, one: LayoutRun, other: LayoutRun) -> Estimate:
         """How many times an iteration of `other` takes one of `one`. What the parameters make long
         or short in both divides out of the interval; what a run has of its own does not."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from supple.core.layouts.candidates import (
-    LayoutJob,
+    LayoutSpace,
     degrees,
     describe,
     layouts_for,
@@ -16,39 +16,38 @@ from supple.core.types import Infeasible, Plan
 from supple.core.words import in_digits, in_words
 
 
-def none_fits(job: LayoutJob, limits: Limits, counts: Sequence[int]) -> Infeasible:
-    """Why none of `counts` has a layout."""
-    batch = job.base_batch_size
+def none_fits(space: LayoutSpace, limits: Limits, counts: Sequence[int], batch: int) -> Infeasible:
+    """Why none of `counts` has a layout for the script's batch."""
     tried = [
         LayoutRun(
-            model=job.model,
+            model=space.model,
             layout=layout,
             micro_batch_size=1,
             num_micro_batches=batch // layout.dp_degree,
             recompute=recompute,
         )
         for count in counts
-        for layout, recompute in layouts_for(job, count, batch)
+        for layout, recompute in layouts_for(space, count, batch)
         if recompute
     ]
     if not tried:
         return Infeasible(
             asked=f"a layout of {' or '.join(map(str, counts))} accelerators",
             numbers=f"the batch is {batch} sequence{'s' * (batch > 1)}",
-            rule=_what_divides(job),
-            advice=_another_batch(job, counts).strip() or "Ask for another count.",
+            rule=_what_divides(space, batch),
+            advice=_another_batch(space, batch, counts).strip() or "Ask for another count.",
         )
-    least = min(tried, key=lambda run: memory_parts(run, job.optimizer).total)
-    parts = memory_parts(least, job.optimizer)
+    least = min(tried, key=lambda run: memory_parts(run, space.optimizer).total)
+    parts = memory_parts(least, space.optimizer)
     return Infeasible(
         asked=f"a layout of at most {counts[-1]} accelerators",
-        numbers=f"{in_digits(_num_parameters(job.model) / 1e9)} billion parameters: the least is "
+        numbers=f"{in_digits(_num_parameters(space.model) / 1e9)} billion parameters: the least is "
         f"{_gigabytes(parts.total)} an accelerator, as {describe(least.layout)} recomputed, of "
         f"which {_gigabytes(parts.states)} are states and {_gigabytes(parts.activations)} "
-        f"activations; each has {_gigabytes(job.memory_bytes)}",
+        f"activations; each has {_gigabytes(space.memory_bytes)}",
         rule="the fullest accelerator of a layout must fit, and replicas must divide the batch of "
         f"{batch} sequences",
-        advice=_advice(job.model, limits, kept=parts.activations > parts.states),
+        advice=_advice(space.model, limits, kept=parts.activations > parts.states),
     )
 
 
@@ -68,7 +67,7 @@ def _advice(model: Model, limits: Limits, *, kept: bool) -> str:
 
 
 def left_out(
-    job: LayoutJob, rows: Sequence[int], without: Sequence[int], batches: Sequence[int]
+    space: LayoutSpace, rows: Sequence[int], without: Sequence[int], batches: Sequence[int]
 ) -> str:
     """Sentences about the counts beyond the fewest of `rows` that have no row with any of
     `batches`; empty for none. On smaller ones the job does not fit."""
@@ -76,26 +75,26 @@ def left_out(
     undivided = [
         count
         for count in beyond
-        if not any(True for batch in batches for _ in layouts_for(job, count, batch))
+        if not any(True for batch in batches for _ in layouts_for(space, count, batch))
     ]
     full = [count for count in beyond if count not in undivided]
     last = rows[-1] if not (undivided and full) else max(beyond)
     told = ""
     if undivided:
-        another = _another_batch(job, undivided)
-        told += f" {_named(undivided, last)} left out: {_what_divides(job)}.{another}"
+        another = _another_batch(space, batches[0], undivided)
+        told += f" {_named(undivided, last)} left out: {_what_divides(space, batches[0])}.{another}"
     if full:
         told += f" {_named(full, last)} left out: no layout of them fits into the memory."
     return told
 
 
-def ran_all_the_same(job: LayoutJob, rows: Sequence[Plan]) -> str:
+def ran_all_the_same(space: LayoutSpace, rows: Sequence[Plan]) -> str:
     """Sentences about the rows that were measured although they were not expected to fit."""
     return "".join(
         f" {planned_in_words(row)} ran, though {_gigabytes(row.memory_bytes.high)} were expected "
-        f"of {_gigabytes(job.memory_bytes)}."
+        f"of {_gigabytes(space.memory_bytes)}."
         for row in rows
-        if row.memory_bytes.high > job.memory_bytes
+        if row.memory_bytes.high > space.memory_bytes
     )
 
 
@@ -108,18 +107,17 @@ def _named(counts: Sequence[int], last: int) -> str:
     return f"{', '.join(map(str, counts[:-1]))} and {in_words(counts[-1])} are"
 
 
-def _what_divides(job: LayoutJob) -> str:
-    replicas = f"replicas must divide the batch of {job.base_batch_size}"
-    if isinstance(job.model, Transformer):
+def _what_divides(space: LayoutSpace, batch: int) -> str:
+    replicas = f"replicas must divide the batch of {batch}"
+    if isinstance(space.model, Transformer):
         return f"{replicas}, tensor ranks the heads and stages the layers"
     return replicas
 
 
-def _another_batch(job: LayoutJob, counts: Sequence[int]) -> str:
+def _another_batch(space: LayoutSpace, batch: int, counts: Sequence[int]) -> str:
     """The batch nearest to the job's that replicas of most of `counts` divide, in a sentence; empty
     where it would be another order of magnitude."""
-    batch = job.base_batch_size
-    replicas = {count: {dp for _, _, dp in degrees(job, count)} for count in counts}
+    replicas = {count: {dp for _, _, dp in degrees(space, count)} for count in counts}
     near = {
         multiple * dp
         for dps in replicas.values()

@@ -9,12 +9,13 @@ more), and moves the end of what was measured outwards.
 import math
 from collections.abc import Mapping
 
-from supple.core.layouts.candidates import LayoutJob, planned_in_words, run_in_words
+from supple.core.layouts.candidates import LayoutSpace, planned_in_words, run_in_words
 from supple.core.planning.choice import PlanTable, is_a_guess
-from supple.core.planning.layout_planner import run_of
-from supple.core.planning.planner import JobModel, row_for
+from supple.core.planning.data_parallel import DataParallel
+from supple.core.planning.layouts import Layouts
+from supple.core.planning.planner import row_for
+from supple.core.planning.view import JobView
 from supple.core.spec import Limits
-from supple.core.types import Plan
 from supple.core.words import in_words
 
 _WIDE = 0.2
@@ -25,22 +26,32 @@ _NARROWS = 0.7
 """A measurement is worth its cost if at most this much of the width is left."""
 
 
-def what_to_measure_first(table: PlanTable, job: JobModel, limits: Limits) -> str:
-    """One sentence with both widths; empty where the recommended step time is known well, or where
-    nothing smaller would help."""
+def what_to_measure_first(table: PlanTable, job: JobView, limits: Limits) -> str:
+    """One sentence with the width of the recommended step time now and after; empty where it is
+    known well, or where nothing smaller would help. Of data parallelism, a count on at most a
+    quarter of the workers. Of layouts, a row of the table on at most a quarter; the recommended one
+    itself where all is a guess and no smaller one helps; or which rows to check."""
+    match job.cost:
+        case DataParallel():
+            return _which_count(table, job, job.cost, limits)
+        case Layouts():
+            odd = _told_odd(job.cost.space)
+            return f"{odd} {_which_layout(table, job.cost)}".strip()
+        case _:
+            return ""
+
+
+def _which_count(table: PlanTable, job: JobView, cost: DataParallel, limits: Limits) -> str:
     chosen = table.choice
-    step = chosen.step_time_s
-    now = _half_width(job, chosen)
-    if step.source == "measured" or now < _WIDE:
+    now = cost.half_width(chosen)
+    if chosen.step_time_s.source == "measured" or now < _WIDE:
         return ""
-    left = {
-        count: _half_width(job, chosen, also=row_for(job, limits, count))
-        for count in _candidates(job, chosen.num_workers)
-    }
+    rows = {count: row_for(job, limits, count) for count in _candidates(cost, chosen.num_workers)}
+    left = {count: cost.half_width(chosen, also=row) for count, row in rows.items() if row}
     best = _cheapest(left, now)
     if best is None:
         return ""
-    nodes = -(-best // job.step_time.workers_per_node)
+    nodes = -(-best // cost.step_time.workers_per_node)
     where = f" on {nodes} nodes" if nodes > 1 else ""
     return (
         f"Measure {in_words(best)}{where} first: it narrows the step time at "
@@ -48,35 +59,28 @@ def what_to_measure_first(table: PlanTable, job: JobModel, limits: Limits) -> st
     )
 
 
-def which_layout_to_measure_first(table: PlanTable, job: LayoutJob) -> str:
-    """The same for layouts: a row of the table on at most a quarter of the accelerators; the
-    recommended one itself where all is a guess and no smaller one helps; or which rows to check."""
-    told = _told_odd(job)
-    found = _which_layout(table, job)
-    return f"{told} {found}".strip()
-
-
-def _told_odd(job: LayoutJob) -> str:
+def _told_odd(space: LayoutSpace) -> str:
     """Which measured runs were left out of the fit; empty for none."""
-    if not job.times.odd:
+    if not space.times.odd:
         return ""
     told = [
         f"{run_in_words(row.run.layout, row.run.micro_batch_size, row.run.recompute)} took "
         f"{row.iteration_s:.3g} s, where the others let "
-        f"{job.times.predict(row.run).value:.3g} s be expected"
-        for row in job.times.odd
+        f"{space.times.predict(row.run).value:.3g} s be expected"
+        for row in space.times.odd
     ]
     return f"Left out, check it: {'; '.join(told)}."
 
 
-def _which_layout(table: PlanTable, job: LayoutJob) -> str:
+def _which_layout(table: PlanTable, cost: Layouts) -> str:
     chosen = table.choice
-    if job.times.scatter > _CONTRADICTS:
+    if cost.space.times.scatter > _CONTRADICTS:
         return (
             "What was measured differs from what one such machine does by a factor of "
-            f"{math.exp(job.times.scatter):.3g}: check units, batches, sizes and links first."
+            f"{math.exp(cost.space.times.scatter):.3g}: check units, batches, sizes and links "
+            "first."
         )
-    now = job.times.half_width(run_of(job, chosen))
+    now = cost.half_width(chosen)
     if now < _WIDE:
         return ""
     smaller = {
@@ -84,10 +88,7 @@ def _which_layout(table: PlanTable, job: LayoutJob) -> str:
         for row in table.rows
         if 4 * row.num_workers <= chosen.num_workers and row.step_time_s.source != "measured"
     }
-    left = {
-        count: job.times.half_width(run_of(job, chosen), also=[run_of(job, row)])
-        for count, row in smaller.items()
-    }
+    left = {count: cost.half_width(chosen, also=row) for count, row in smaller.items()}
     best = _cheapest(left, now)
     if best is not None:
         return (
@@ -114,20 +115,10 @@ def _shown(half_width: float) -> str:
     return f"within a factor of {f'{factor:.2f}' if factor < 10 else f'{factor:,.0f}'}"
 
 
-def _candidates(job: JobModel, target: int) -> list[int]:
+def _candidates(cost: DataParallel, target: int) -> list[int]:
     """Counts not measured yet: powers of two within a node, a whole node, two and three nodes; at
     most a quarter of the count they are about, since its own step time needs no model."""
-    node = job.step_time.workers_per_node
+    node = cost.step_time.workers_per_node
     counts = {1 << power for power in range(1, 13) if 1 << power <= node}
     counts |= {node, 2 * node, 3 * node}
-    return sorted(c for c in counts - set(job.measured_workers) if 1 < c <= target // 4)
-
-
-def _half_width(job: JobModel, row: Plan, also: Plan | None = None) -> float:
-    """Of the row's step time, as a fraction of it, if `also` were measured too."""
-    extra = [] if also is None else [_shape(also)]
-    return job.step_time.half_width(*_shape(row), also=extra)
-
-
-def _shape(row: Plan) -> tuple[int, int, int]:
-    return row.num_workers, row.batch.micro_batch_size, row.batch.num_accumulation_steps
+    return sorted(c for c in counts - set(cost.measured_workers) if 1 < c <= target // 4)

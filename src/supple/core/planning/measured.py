@@ -1,0 +1,67 @@
+"""What was measured of a script, and the job that it is."""
+
+from dataclasses import dataclass
+from statistics import median
+
+from supple.core.hardware import lookup
+from supple.core.planning.data_parallel import DataParallel
+from supple.core.planning.view import JobView
+from supple.core.spec import LrRule
+from supple.core.training.goodput import family_of
+from supple.core.training.measurements import CollectiveMeasurement, StepMeasurement
+from supple.core.training.memory import MemoryMeasurement, fit_memory
+from supple.core.training.throughput import fit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptMeasurements:
+    """Everything that `supple plan` measured of one script on one machine."""
+
+    steps: tuple[StepMeasurement, ...]
+    collectives: tuple[CollectiveMeasurement, ...]
+    memory: tuple[MemoryMeasurement, ...]
+    noise_scale: float | None
+    startups_s: tuple[float, ...]
+    """From a worker's start to the end of its first step, of every group that was measured."""
+    gradient_bytes: int
+    dataset_size: int
+    epochs: int
+    base_batch_size: int
+    """The script's, no more than the dataset has."""
+    largest_micro_batch: int | None
+    """The script's cap, where it has one."""
+    base_lr: float
+    optimizer_name: str
+    device_memory_bytes: int
+
+
+def job_view(
+    found: ScriptMeasurements, *, interconnect: str, workers_per_node: int, lr_rule: LrRule
+) -> JobView:
+    """The job as `supple.core.planning.planner.plan` takes it: measured inside one node, and
+    predicted across nodes with the data sheet of `interconnect`."""
+    return JobView(
+        cost=DataParallel(
+            step_time=fit(
+                found.steps,
+                found.collectives,
+                gradient_bytes=found.gradient_bytes,
+                link=lookup(interconnect),
+                local_link=lookup("loopback"),
+                workers_per_node=workers_per_node,
+            ),
+            script_batch_size=found.base_batch_size,
+            memory_model=fit_memory(found.memory),
+            device_memory_bytes=found.device_memory_bytes,
+            largest_micro_batch=found.largest_micro_batch,
+        ),
+        noise_scale=found.noise_scale,
+        startup_s=median(found.startups_s),
+        startup_range_s=(min(found.startups_s), max(found.startups_s)),
+        dataset_size=found.dataset_size,
+        epochs=found.epochs,
+        base_batch_size=found.base_batch_size,
+        base_lr=found.base_lr,
+        optimizer_family=family_of(found.optimizer_name),
+        lr_rule=lr_rule,
+    )

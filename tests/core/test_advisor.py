@@ -1,0 +1,330 @@
+"""The advisor turns progress into at most one request at a time, and knows when to keep quiet."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from supple.core.job.advisor import AdvisorState, advise, start
+from supple.core.planning.choice import PlanTable
+from supple.core.planning.measured import ScriptMeasurements, job_view
+from supple.core.planning.planner import plan
+from supple.core.spec import Limits, Objective, TrainSpec
+from supple.core.training.memory import MemoryMeasurement
+from supple.core.types import (
+    BatchChanged,
+    Event,
+    GroupFormed,
+    JobId,
+    Noticed,
+    Progress,
+    ProgressMade,
+    ResizeAsked,
+    TargetChanged,
+    Ticked,
+    WorkerId,
+    WorkerStopped,
+)
+from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
+
+
+def spec(**changes: Any) -> TrainSpec:
+    fields = {"name": "job", "script": "train.py", "min_workers": 1, "max_workers": 4}
+    return TrainSpec(**(fields | changes))
+
+
+def progress(step: int, **changes: Any) -> Progress:
+    fields: dict[str, Any] = {
+        "generation": 1,
+        "step": step,
+        "epoch": 0,
+        "num_epochs": 10,
+        "samples_done": step * 64,
+        "samples_total": 10_000_000,
+        "num_workers": 1,
+        "global_batch_size": 64,
+        "lr": 1e-3,
+        "step_time_s": 0.2,
+        "optimizer_time_s": 0.0,
+        "sync_time_s": 0.0,
+        "data_time_s": 0.0,
+        "num_accumulation_steps": 1,
+        "num_nodes": 1,
+        "noise_scale": None,
+        "efficiency": None,
+        "base_batch_size": 64,
+        "base_lr": 1e-3,
+        "optimizer": "AdamW",
+        "gradient_bytes": 100_000,
+    }
+    fields |= changes
+    compute_s = fields["step_time_s"] - fields["sync_time_s"] - fields["data_time_s"]
+    workers, pieces = fields["num_workers"], fields["num_accumulation_steps"]
+    of_it: dict[str, Any] = {
+        "forward_time_s": max(1e-9, compute_s) / 3,
+        "backward_time_s": max(1e-9, compute_s) * 2 / 3,
+        "micro_batch_size": -(-fields["global_batch_size"] // (workers * pieces)),
+        "most_per_node": -(-workers // fields["num_nodes"]),
+    }
+    return Progress(**(of_it | fields))
+
+
+def begun(given: TrainSpec) -> AdvisorState:
+    return start(given, 0.0)[0]
+
+
+def told(state: AdvisorState, made: Progress, now: float) -> tuple[AdvisorState, list[Event]]:
+    event = ProgressMade(job_id=JobId("job"), generation=made.generation, progress=made)
+    state, events = advise(state, event, now)
+    return state, list(events)
+
+
+def asked(state: AdvisorState, **changes: Any) -> tuple[AdvisorState, list[Event]]:
+    """The state after 60 s of ten steps a second, and everything that was asked for."""
+    began = 100.0 * changes.get("generation", 1)
+    found: list[Event] = []
+    for step in range(600):
+        state, events = told(state, progress(step, **changes), began + step / 10)
+        found += events
+    return state, found
+
+
+def events_of(given: TrainSpec, **changes: Any) -> list[Event]:
+    return asked(begun(given), **changes)[1]
+
+
+def counts_of(events: Iterable[Event]) -> list[int]:
+    return [event.num_workers for event in events if isinstance(event, TargetChanged)]
+
+
+def test_a_job_of_long_steps_and_small_gradients_is_asked_to_grow_once_a_generation() -> None:
+    state = begun(spec())
+    for generation in (1, 2):
+        state, events = asked(state, generation=generation)
+        assert [type(event) for event in events] == [TargetChanged]
+        assert counts_of(events) == [2]
+
+
+def test_nothing_is_asked_before_twenty_steps_of_a_generation() -> None:
+    state = begun(spec())
+    for generation in range(1, 20):
+        for step in range(20):
+            now = 100.0 * generation + step
+            state, events = told(state, progress(step, generation=generation), now)
+            assert not events
+
+
+def test_nothing_is_asked_of_a_run_whose_length_is_unknown() -> None:
+    assert not events_of(spec(), samples_total=None)
+
+
+def test_times_that_contradict_each_other_leave_the_newest_and_end_no_job() -> None:
+    """One worker met a machine so busy that two seem to be a hundred times as fast."""
+    state, events = asked(begun(spec()), generation=1, step_time_s=20.0)
+    assert events
+    _, events = asked(state, generation=2, num_workers=2, step_time_s=0.1)
+    assert counts_of(events) == [4]
+
+
+def test_a_count_that_a_person_or_a_schedule_chose_is_left_alone() -> None:
+    wish = ResizeAsked(job_id=JobId("job"), generation=0, num_workers=3, reason="by hand")
+    state, events = advise(begun(spec()), wish, 1.0)
+    assert counts_of(events) == [3] and events[0].reason == "by hand"  # type: ignore[attr-defined]
+    assert not asked(state)[1]
+    assert not events_of(spec(schedule=((0.0, 1), (30.0, 2))))
+    assert not events_of(spec(max_workers=1))
+
+
+def test_an_adaptive_batch_is_asked_for_where_the_count_is_fixed() -> None:
+    given = spec(min_workers=4, batch="adaptive")
+    waiting = {"num_workers": 4, "sync_time_s": 0.15, "gradient_bytes": 40_000_000}
+    assert not events_of(given, **waiting)
+    events = events_of(given, noise_scale=1e6, **waiting)
+    assert events
+    for event in events:
+        assert isinstance(event, BatchChanged)
+        assert event.global_batch_size == 128
+        assert "noise scale 1e+06 samples" in event.reason
+
+
+def paused(state: AdvisorState, seconds: float) -> AdvisorState:
+    """A resize whose first member stopped so long before the last had formed the next group."""
+    for number, at_s in ((0, 10.0), (1, 10.0 + seconds / 2)):
+        stopped = WorkerStopped(
+            job_id=JobId("job"), generation=1, worker_id=WorkerId(f"w{number}"), step=5
+        )
+        state, _ = advise(state, stopped, at_s)
+    formed = GroupFormed(job_id=JobId("job"), generation=2, worker_id=WorkerId("w0"), step=5)
+    return advise(state, formed, 10.0 + seconds)[0]
+
+
+def test_a_pause_that_was_measured_to_be_long_is_not_asked_for_near_the_end() -> None:
+    near_the_end = {"samples_done": 9_998_000}
+    assert events_of(spec(), **near_the_end)
+    assert asked(paused(begun(spec()), 0.5), **near_the_end)[1]
+    state = paused(begun(spec()), 60.0)
+    assert state.pause_s == 60.0
+    assert not asked(state, **near_the_end)[1]
+
+
+def test_a_batch_that_is_accumulated_has_the_rate_that_was_measured_of_it() -> None:
+    """1,024 samples in 1.6 s, as sixteen micro-batches of the script's 64."""
+    grown = {
+        "num_accumulation_steps": 16,
+        "global_batch_size": 1024,
+        "step_time_s": 1.6,
+        "noise_scale": 1e9,
+        "optimizer": "SGD",
+    }
+    (event,) = events_of(spec(batch="adaptive"), **grown)
+    assert isinstance(event, TargetChanged)
+    assert "640 at 1; saves" in event.reason
+
+
+def test_a_job_that_waits_for_gradients_half_of_its_time_gives_workers_back() -> None:
+    """By the wait: steps as long that are all compute are no reason to."""
+    two = {"num_workers": 2, "gradient_bytes": 40_000_000}
+    (event,) = events_of(spec(max_workers=2), sync_time_s=0.1, **two)
+    assert isinstance(event, TargetChanged)
+    assert event.num_workers == 1
+    assert "320 at 2: the others add too little" in event.reason
+    assert not events_of(spec(max_workers=2), sync_time_s=0.0, **two)
+
+
+@pytest.mark.parametrize("part", ["sync_time_s", "data_time_s"])
+def test_a_wait_far_longer_than_the_step_that_it_is_part_of_is_no_ground_to_ask(part: str) -> None:
+    assert not events_of(spec(), num_workers=2, step_time_s=0.2, **{part: 0.5})
+
+
+# --- the schedule, the start, an objective -------------------------------------------------------
+
+
+def formed_at(state: AdvisorState, now: float) -> AdvisorState:
+    event = GroupFormed(job_id=JobId("job"), generation=1, worker_id=WorkerId("w0"), step=0)
+    return advise(state, event, now)[0]
+
+
+def ticked(state: AdvisorState, now: float) -> tuple[AdvisorState, list[int]]:
+    state, events = advise(state, Ticked(job_id=JobId("job"), generation=0), now)
+    return state, counts_of(events)
+
+
+def test_a_schedule_counts_from_the_first_group_and_asks_for_each_of_its_counts_once() -> None:
+    state, initial, _ = start(spec(schedule=((0.0, 3), (10.0, 2), (20.0, 4))), 0.0)
+    assert initial == 3
+    state, early = ticked(state, 100.0)
+    state = formed_at(state, 100.0)
+    found = [early]
+    for now in (109.9, 110.0, 111.0, 120.5, 130.0):
+        state, counts = ticked(state, now)
+        found.append(counts)
+    assert found == [[], [], [2], [], [4], []]
+
+
+MEASURED = ScriptMeasurements(
+    steps=(*ALONE, measured(2, 32)),
+    collectives=(),
+    memory=(MemoryMeasurement(micro_batch_size=32, peak_bytes=10**9),),
+    noise_scale=None,
+    startups_s=(2.0, 3.0),
+    gradient_bytes=GRADIENT_BYTES,
+    dataset_size=100_000,
+    epochs=10,
+    base_batch_size=256,
+    largest_micro_batch=None,
+    base_lr=1e-3,
+    optimizer_name="AdamW",
+    device_memory_bytes=8 * 10**9,
+)
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective(deadline_s=700.0)])
+def test_a_job_with_an_objective_begins_with_the_count_that_the_plan_recommends(
+    objective: Objective,
+) -> None:
+    view = job_view(MEASURED, interconnect="ethernet-25", workers_per_node=8, lr_rule="auto")
+    planned = plan(view, Limits(max_workers=8), objective)
+    assert isinstance(planned, PlanTable)
+    given = spec(max_workers=8, workers_per_node=8, objective=objective)
+    _, initial, why = start(given, 0.0, MEASURED)
+    assert initial == planned.choice.num_workers > 1
+    assert planned.reason in why
+    assert start(replace(given, objective=None), 0.0, MEASURED)[1] == 1, "nobody asked"
+    assert start(given, 0.0)[1] == 1, "nothing is known"
+
+
+def test_a_job_whose_objective_the_plan_cannot_keep_begins_with_what_comes_nearest() -> None:
+    view = job_view(MEASURED, interconnect="ethernet-25", workers_per_node=8, lr_rule="auto")
+    table = plan(view, Limits(max_workers=8), Objective())
+    assert isinstance(table, PlanTable)
+    fastest = min(table.rows, key=lambda row: row.time_to_end_s.high).num_workers
+    given = spec(max_workers=8, workers_per_node=8, objective=Objective(deadline_s=1.0))
+    _, initial, why = start(given, 0.0, MEASURED)
+    assert initial == fastest and "the fastest, for the end within 1.0 s" in why
+    poor = replace(given, objective=Objective(budget=1e-6))
+    _, initial, why = start(poor, 0.0, MEASURED)
+    assert initial == 1 and "the cheapest, for the end for a budget of" in why
+
+
+def test_a_deadline_that_has_passed_is_said() -> None:
+    state = formed_at(begun(spec(max_workers=2, objective=Objective(deadline_s=90.0))), 0.0)
+    _, events = asked(state, num_workers=2, step_time_s=20.0)
+    (notice,) = [event.text for event in events if isinstance(event, Noticed)]
+    assert notice.startswith("the deadline of 90 s passed 1")
+
+
+def test_what_a_plan_measured_counts_until_the_job_measures_the_same_itself() -> None:
+    """Two workers are four times as slow as the plan found them; of one, the plan knows."""
+    given = spec(max_workers=2, workers_per_node=8, objective=Objective())
+    slow_s = 4.0 * measured(2, 32).step_time_s
+    changes = {"num_workers": 2, "step_time_s": slow_s, "gradient_bytes": GRADIENT_BYTES}
+    _, (event,) = asked(start(given, 0.0, MEASURED)[0], **changes)
+    assert isinstance(event, TargetChanged) and event.num_workers == 1
+    assert f"(measured), {64 / slow_s:.0f} at 2" in event.reason
+    assert not events_of(given, **changes), "of one worker it knows too little without the plan"
+
+
+def test_a_lost_deadline_is_said_once_and_said_again_when_it_can_be_met() -> None:
+    given = spec(max_workers=2, objective=Objective(deadline_s=50_000.0))
+    state = formed_at(begun(given), 0.0)
+    notices: list[str] = []
+    for generation, step_time_s in ((1, 20.0), (2, 20.0), (3, 0.02)):
+        state, events = asked(state, generation=generation, num_workers=2, step_time_s=step_time_s)
+        notices += [event.text for event in events if isinstance(event, Noticed)]
+    assert len(notices) == 2
+    assert notices[0].startswith("the objective can no longer be met: the end within")
+    assert notices[1].startswith("the objective can be met again")
+
+
+def test_a_budget_is_what_the_workers_held_so_far_have_left_of_it() -> None:
+    """Two workers for 100 s have used 200 worker-seconds, whatever they did."""
+    given = spec(max_workers=2, objective=Objective(budget=1.0))
+    state = formed_at(begun(given), 0.0)
+    for now in (50.0, 100.0):
+        state, _ = told(state, progress(1, num_workers=2), now)
+    assert math.isclose(state.worker_s, 200.0)
+
+
+def test_placement_and_parts_of_a_step_are_those_that_were_measured() -> None:
+    made = progress(
+        30,
+        num_workers=6,
+        num_nodes=2,
+        most_per_node=4,
+        micro_batch_size=8,
+        num_accumulation_steps=2,
+        forward_time_s=0.05,
+        backward_time_s=0.08,
+        optimizer_time_s=0.03,
+        sync_time_s=0.02,
+        data_time_s=0.01,
+    )
+    state, _ = told(begun(spec(max_workers=8)), replace(made, step=0), 1.0)
+    state, _ = told(state, made, 2.0)
+    (found,) = state.measured.values()
+    assert (found.num_nodes, found.most_per_node) == (2, 4)
+    assert (found.micro_batch_size, found.num_accumulation_steps) == (8, 2)
+    assert (found.forward_s, found.backward_s, found.optimizer_s) == (0.05, 0.08, 0.03)
+    assert (found.sync_s, found.data_s) == (0.02, 0.01)
