@@ -18,8 +18,9 @@ import typer
 from typer.testing import CliRunner, Result
 
 from supple import __version__
-from supple.cli.app import app, with_bare_resume
+from supple.cli.app import app
 from supple.cli.errors import messages, split_target
+from supple.cli.train import with_bare_resume
 from supple.cli.training import OPTIONS, ending, resume_command
 from supple.control.controller import Outcome
 from supple.control.socket import ControlServer
@@ -101,8 +102,8 @@ REFUSALS: dict[str, tuple[str, list[str]]] = {
     "train good.py --gpus-per-worker inf": ("--gpus-per-worker is inf", ["0 to 1024"]),
     "train good.py --gpus-per-worker nan": ("--gpus-per-worker is nan", []),
     f"train good.py --seed {2**63}": (f"--seed is {2**63}", ["seeds end at"]),
-    "train good.py --port 70000": ("--port is 70000", ["65535"]),
-    "train good.py --port -1": ("--port is -1", []),
+    "train good.py --rendezvous-port 70000": ("--rendezvous-port is 70000", ["65535"]),
+    "train good.py --rendezvous-port -1": ("--rendezvous-port is -1", []),
     "train good.py --seed -1": ("--seed is -1", []),
     "plan good.py --max-workers 0": ("--max-workers is 0", []),
     "plan good.py --workers-per-node x": ("'x': not a whole number", []),
@@ -484,9 +485,9 @@ def test_a_port_in_use_is_refused_before_anything_starts() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        result = supple("train", "good.py", "--port", port)
+        result = supple("train", "good.py", "--rendezvous-port", port)
     assert result.exit_code == 2
-    assert f"--port {port} cannot be used" in result.stderr
+    assert f"--rendezvous-port {port} cannot be used" in result.stderr
     assert not Path("supple-runs").exists()
 
 

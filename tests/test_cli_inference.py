@@ -42,14 +42,14 @@ def test_the_help_says_what_the_columns_are_and_its_example_has_a_sensible_answe
     for arguments in examples[:2]:
         result = supple(f"{arguments} --json")
         data = json.loads(result.stdout)
-        chosen = data["rows"][data["recommended"]]
+        chosen = data["recommended"]
         assert chosen["num_accelerators"] <= 64 and chosen["chance"] >= 0.9
 
 
 def test_json_has_the_same_as_data_and_a_picture_is_drawn(tmp_path: Path) -> None:
     result = supple(f"{EIGHT} --rate 20 --json --plot {tmp_path / 'rows.png'}")
     data = json.loads(result.stdout)
-    chosen = data["rows"][data["recommended"]]
+    chosen = data["recommended"]
     assert chosen["num_accelerators"] == chosen["num_copies"] * chosen["num_devices"]
     assert chosen["itl_p90_s"]["low"] < chosen["itl_p90_s"]["value"] < 0.03
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")

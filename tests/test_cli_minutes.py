@@ -39,7 +39,7 @@ def test_the_table_has_what_ran_and_what_is_foretold(runs: Path) -> None:
 
 
 def test_json_has_intervals_and_money(runs: Path) -> None:
-    result = supple(runs, "--workers", "64, 128", "--batch-size", "4k", "--price", 3, "--json")
+    result = supple(runs, "--counts", "64, 128", "--batch-size", "4k", "--price", 3, "--json")
     data = json.loads(result.stdout)
     assert data["batch_size"] == 4000.0
     first, second = data["rows"]
@@ -53,7 +53,7 @@ def test_json_has_intervals_and_money(runs: Path) -> None:
 def test_a_history_of_other_sizes_moves_the_answer(runs: Path, tmp_path: Path) -> None:
     history = tmp_path / "history.csv"
     history.write_text("batch_size,samples_to_target\n8192,2500000\n")
-    asked = ("--workers", 128, "--batch-size", 8192, "--json")
+    asked = ("--counts", 128, "--batch-size", 8192, "--json")
     plain, known = (
         json.loads(supple(runs, *asked, *more).stdout) for more in ((), ("--history", history))
     )
@@ -65,10 +65,10 @@ def test_more_workers_than_samples_of_a_batch_are_answered_with_what_that_takes(
     tmp_path: Path,
 ) -> None:
     """As in MLPerf, where 2,048 accelerators train on a batch of 256."""
-    result = supple(written(tmp_path, HEAD + "8,32,400,1000000\n"), "--workers", "16,64")
+    result = supple(written(tmp_path, HEAD + "8,32,400,1000000\n"), "--counts", "16,64")
     assert [line.split()[0] for line in result.stdout.splitlines()[1:4]] == ["8", "16", "64"]
     assert "Above 32 workers several share a sample of the batch: only a job" in result.stderr
-    assert supple(written(tmp_path, HEAD + "8,32,400,1\n"), "--workers", "32").stderr == ""
+    assert supple(written(tmp_path, HEAD + "8,32,400,1\n"), "--counts", "32").stderr == ""
     assert "Above 1 worker several" in supple(written(tmp_path, HEAD + "1,1,9,1\n")).stderr
 
 
@@ -138,9 +138,9 @@ def test_a_guess_about_other_batch_sizes_is_told_where_it_has_a_part(
         (HEAD + "8,512,4,1\n16,1024,3,1000000\n", (), "too few to say which is wrong"),
         ("num_workers,minutes,reached\n8,4,0\n", (), "none of 1 run reached the target"),
         ("num_workers,minutes,reached\n8,4,soon\n", (), "line 2: reached is 'soon'"),
-        (ROWS, ("--workers", "64,x"), "--workers is 'x'"),
-        (ROWS, ("--workers", "8-16"), "--workers is '8-16': not a whole number. Give counts with"),
-        (ROWS, ("--workers", "-8"), "--workers is -8: it must be between 1 and"),
+        (ROWS, ("--counts", "64,x"), "--counts is 'x'"),
+        (ROWS, ("--counts", "8-16"), "--counts is '8-16': not a whole number. Give counts with"),
+        (ROWS, ("--counts", "-8"), "--counts is -8: it must be between 1 and"),
         (HEAD + "50000,1e6,9,1\n", (), "is above 65536: no pool is known that has more"),
         (HEAD + "8,64,4,1\n8,64,50,1\n", (), "8 workers with batch 64 took 4 minutes and a run on"),
         (ROWS, ("--batch-size", "8.5"), "--batch-size is '8.5': give a whole number"),

@@ -80,7 +80,7 @@ def test_the_picture_is_drawn() -> None:
         (("trace.csv", *PROMISE, "--max-batch", "65537"), "--max-batch"),
         (("trace.csv", *PROMISE, "--start-up-spread", "0.5"), "--start-up-spread"),
         (("trace.csv", *PROMISE, "--seed", "-1"), "--seed"),
-        (("trace.csv", *PROMISE, "--budget", "3"), "Give --price"),
+        (("trace.csv", *PROMISE, "--hourly-budget", "3"), "Give --price"),
         (("trace.csv", *PROMISE, "--policy", "magic"), "no such policy"),
         (("trace.csv", *PROMISE, "--plot", "a.doc"), "--plot a.doc"),
     ],

@@ -71,7 +71,7 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-@pytest.mark.parametrize("name", ["typer", "supple.cli.plan", "supple.cli.output"])
+@pytest.mark.parametrize("name", ["typer", "supple.cli.app", "supple.cli.output"])
 @pytest.mark.parametrize("in_exec", [False, True])
 def test_ctrl_c_while_modules_load_is_one_line(tmp_path: Path, name: str, in_exec: bool) -> None:
     """An interrupted exec() of a text, as in every dataclass, is a case of its own for Python."""

@@ -43,7 +43,7 @@ BROKEN = (
     ("import not_there\n" + SOURCE, "No module named 'not_there'", ()),
     (loading("1 / 0"), "division by zero", ()),
     (loading("os._exit(3)"), "the process that tried it ended", ()),
-    (loading("time.sleep(1e6)"), "took more than 5 s", ("--timeout", "5s")),
+    (loading("time.sleep(1e6)"), "took more than 5 s", ("--start-timeout", "5s")),
     (SOURCE.replace("* self.factor", "> 0"), "output 'y' is bool", ()),
 )
 

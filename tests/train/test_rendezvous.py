@@ -238,5 +238,5 @@ def test_the_secret_is_in_no_message() -> None:
 def test_a_port_in_use_is_refused_with_the_port_and_what_to_do() -> None:
     taken = Rendezvous("127.0.0.1")
     port = taken.address.port
-    with pytest.raises(SpecError, match=f"127.0.0.1:{port}.*--port"):
+    with pytest.raises(SpecError, match=f"127.0.0.1:{port}.*--rendezvous-port"):
         Rendezvous("127.0.0.1", port)

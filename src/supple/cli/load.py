@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from supple.cli.errors import FAILED, messages
+from supple.cli.options import Json, Plot, Rate, Seed, SloToCheck, Verbose
 from supple.core.service.spec import latency_text, parse_latency, parse_slo
 from supple.core.spec import SpecError, parse_duration
 
@@ -18,22 +19,20 @@ if TYPE_CHECKING:  # numpy and aiohttp are imported by the command, so that `--h
 _DURATION_S = 30.0
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to `supple`."""
-    app.command(
-        epilog="Requests are sent when they are due, whatever became of the others, and latency "
-        "counts from that time. Refusals, errors and timeouts are misses.\n\nExamples:\n\n"
-        "  supple load http://127.0.0.1:8000/v2/models/digits --rate 200 --slo p99=100ms\n\n"
-        "  supple load http://127.0.0.1:8000/v2/models/digits --trace trace.csv --speed 10 "
-        "--plot load.png\n\n"
-        "Ctrl-C ends the run early and prints the report so far. Exit codes: 0 reported; 1 nothing "
-        "was answered; 2 refused before any work."
-    )(load)
+LOAD_EPILOG = (
+    "Requests are sent when they are due, whatever became of the others, and latency "
+    "counts from that time. Refusals, errors and timeouts are misses.\n\nExamples:\n\n"
+    "  supple load http://127.0.0.1:8000/v2/models/digits --rate 200 --slo p99=100ms\n\n"
+    "  supple load http://127.0.0.1:8000/v2/models/digits --trace trace.csv --speed 10 "
+    "--plot load.png\n\n"
+    "Ctrl-C ends the run early and prints the report so far. Exit codes: 0 reported; 1 nothing "
+    "was answered; 2 refused before any work."
+)
 
 
 def load(
     url: Annotated[str, typer.Argument(help="A model (http://HOST/v2/models/NAME), or any URL.")],
-    rate: Annotated[float | None, typer.Option(help="Poisson arrivals a second.")] = None,
+    rate: Rate = None,
     trace: Annotated[
         Path | None, typer.Option(help="Instead: CSV with a column arrival_s, replayed.")
     ] = None,
@@ -41,7 +40,7 @@ def load(
     duration: Annotated[
         str | None, typer.Option(help="How long; default: 30s, or the whole trace.")
     ] = None,
-    slo: Annotated[str | None, typer.Option(help="The promise to check: p99=100ms.")] = None,
+    slo: SloToCheck = None,
     timeout: Annotated[str, typer.Option(help="When a request is given up.")] = "10s",
     body: Annotated[
         Path | None, typer.Option(help="What is posted; default: a row of zeros for a model.")
@@ -49,10 +48,10 @@ def load(
     token: Annotated[
         str | None, typer.Option(envvar="SUPPLE_TOKEN", help="Bearer token to send.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw the run into this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")] = False,
+    seed: Seed = 0,
+    plot: Plot = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Load a service at a rate or with a trace, open-loop, and report latency and attainment."""
     with messages(verbose):

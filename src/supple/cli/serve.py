@@ -10,9 +10,24 @@ from typing import Annotated, Final
 import typer
 
 from supple.cli.errors import FAILED, messages, own_address, refuse_used_port
+from supple.cli.options import (
+    Address,
+    HourlyBudget,
+    Idle,
+    Initial,
+    JobName,
+    Json,
+    Name,
+    Price,
+    Replicas,
+    Slo,
+    Target,
+    Verbose,
+    Weights,
+)
 from supple.control.socket import ask, refuse_second
 from supple.core.service.spec import ServeSpec, parse_replicas, parse_slo, refuse_impossible
-from supple.core.spec import SpecError, parse_duration, parse_money
+from supple.core.spec import SpecError, parse_count, parse_duration, parse_money
 from supple.serve.models.faults import ModelFault
 from supple.serve.models.model import check_target, declared
 
@@ -21,36 +36,28 @@ _ASK_EVERY_S: Final = 0.2
 _TOKEN: Final = "SUPPLE_TOKEN"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to `supple`."""
-    app.command(
-        epilog="Examples:\n\n  supple serve app.py:Model --slo p99=100ms\n\n"
-        "  supple serve app.py:Model --slo p99=50ms --replicas 1:8 --grpc-port 9000\n\n"
-        "  supple serve app.py:Model --weights supple-runs/digits --follow\n\n"
-        "  SUPPLE_TOKEN=... supple serve app.py:Model --slo p95=1s --host 0.0.0.0\n\n"
-        "Ctrl-C answers the requests in flight and stops. Exit codes: 0 stopped; 1 failed; 2 "
-        "refused before any work."
-    )(serve)
-    app.command(
-        epilog="Examples:\n\n  supple update digits\n\n  supple update digits --weights new.pt\n\n"
-        "Exit codes: 0 updated; 1 not updated, what ran goes on; 2 refused before any work."
-    )(update)
+SERVE_EPILOG = (
+    "Examples:\n\n  supple serve app.py:Model --slo p99=100ms\n\n"
+    "  supple serve app.py:Model --slo p99=50ms --replicas 1:8 --grpc-port 9000\n\n"
+    "  supple serve app.py:Model --weights supple-runs/digits --follow\n\n"
+    "  SUPPLE_TOKEN=... supple serve app.py:Model --slo p95=1s --host 0.0.0.0\n\n"
+    "Ctrl-C answers the requests in flight and stops. Exit codes: 0 stopped; 1 failed; 2 "
+    "refused before any work."
+)
+UPDATE_EPILOG = (
+    "Examples:\n\n  supple update digits\n\n  supple update digits --weights new.pt\n\n"
+    "Exit codes: 0 updated; 1 not updated, what ran goes on; 2 refused before any work."
+)
 
 
 def serve(
-    target: Annotated[
-        str, typer.Argument(help="FILE:CLASS, as app.py:Model, or a saved program, model.pt2.")
-    ],
-    slo: Annotated[str, typer.Option(help="The promise: p99=100ms, p95=2s.")] = "p99=100ms",
-    replicas: Annotated[str, typer.Option(help="MIN:MAX, or one number.")] = "1:4",
-    initial: Annotated[
-        int | None, typer.Option(help="Replicas to begin with; default: MIN.")
-    ] = None,
-    price: Annotated[str | None, typer.Option(help="Of one replica for an hour.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Most an hour may cost.")] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Of the model in URLs; default: the file's.")
-    ] = None,
+    target: Target,
+    slo: Slo = "p99=100ms",
+    replicas: Replicas = "1:4",
+    initial: Initial = None,
+    price: Price = None,
+    hourly_budget: HourlyBudget = None,
+    name: Name = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0: every one.")
     ] = "127.0.0.1",
@@ -65,28 +72,21 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="No token, though others can reach --host.")
     ] = False,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="Handed to load(weights): a file, or a run of `supple train`."),
-    ] = None,
+    weights: Weights = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Swap in what the run of --weights saves next.")
     ] = False,
     max_body: Annotated[int, typer.Option(help="Largest request of REST or gRPC, in MiB.")] = 16,
     max_waiting: Annotated[int, typer.Option(help="Requests a replica holds.")] = 10_000,
-    idle: Annotated[
-        str, typer.Option(help="Time without requests until --replicas 0:N has none.")
-    ] = "5m",
+    idle: Idle = "5m",
     retry: Annotated[
         bool,
         typer.Option(help="Send a request again whose replica died."),
     ] = True,
-    address: Annotated[
-        str | None, typer.Option(help="Of a Ray cluster. Default: this machine alone.")
-    ] = None,
+    address: Address = None,
     cpus_per_replica: Annotated[float, typer.Option(help="Cores a replica reserves.")] = 1.0,
     gpus_per_replica: Annotated[float, typer.Option(help="GPUs a replica reserves.")] = 0.0,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Serve TARGET to a latency promise: as many replicas as it needs, nothing dropped."""
     with messages(verbose):
@@ -99,9 +99,11 @@ def serve(
             slo=parse_slo(slo),
             min_replicas=low,
             max_replicas=high,
-            initial_replicas=initial,
+            initial_replicas=None if initial is None else parse_count(initial, what="--initial"),
             price_per_hour=parse_money(price, what="--price") if price else None,
-            budget_per_hour=parse_money(budget, what="--budget") if budget else None,
+            budget_per_hour=parse_money(hourly_budget, what="--hourly-budget")
+            if hourly_budget
+            else None,
             host=own_address(host) if address is None else host,
             port=port,
             grpc_port=grpc_port,
@@ -167,25 +169,24 @@ def _token(file: Path | None) -> str | None:
 
 
 def update(
-    service: Annotated[str, typer.Argument(help="The running service's name.")],
-    weights: Annotated[
-        str | None,
-        typer.Option(help="Swap these in, replicas go on. Default: read the file again."),
-    ] = None,
-    timeout: Annotated[
+    service: JobName,
+    weights: Weights = None,
+    start_timeout: Annotated[
         str | None,
         typer.Option(
             help="Give up a start that takes longer. Default: 1m, or five times the first start."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Update a running service, replica by replica or its weights alone; nothing is dropped. The
     new version is tried first: one that fails changes nothing."""
     with messages():
         path = _published(weights)
         path = None if path is None else str(Path(path).resolve())
-        patience_s = None if timeout is None else parse_duration(timeout, what="--timeout")
+        patience_s = (
+            None if start_timeout is None else parse_duration(start_timeout, what="--start-timeout")
+        )
         asked = {"ask": "update", "weights": path, "patience_s": patience_s}
         answer = ask(service, asked)
         if not as_json:

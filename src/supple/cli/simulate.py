@@ -12,9 +12,22 @@ from typing import Annotated, Any
 import typer
 
 from supple.cli.errors import messages
+from supple.cli.options import (
+    HourlyBudget,
+    Idle,
+    Initial,
+    Json,
+    Plot,
+    Price,
+    Replicas,
+    Seed,
+    Slo,
+    Verbose,
+)
+from supple.core.service import simulator
 from supple.core.service.latency import LatencyPoint, LatencyProfile, ProfileError
 from supple.core.service.peer_policies import PEERS, policies
-from supple.core.service.simulator import Scenario, ServingRun, simulate, with_failures
+from supple.core.service.simulator import Scenario, ServingRun, with_failures
 from supple.core.service.spec import (
     MAX_BATCH,
     latency_text,
@@ -26,21 +39,19 @@ from supple.core.service.spec import (
 from supple.core.spec import SpecError, parse_count, parse_duration, parse_money
 from supple.inputs.arrivals import COLUMN, read_trace
 
-simulate_app = typer.Typer(
+simulate = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Replay a trace with the code that decides in production.",
 )
 
 
-@simulate_app.callback(
-    epilog="Example:\n\n  supple simulate serve trace.csv --slo p99=6s --service 2s"
-)
+@simulate.callback(epilog="Example:\n\n  supple simulate serve trace.csv --slo p99=6s --service 2s")
 def choose() -> None:
     """Replay a trace with the code that decides in production."""
 
 
-@simulate_app.command(
+@simulate.command(
     short_help="A service's replicas under this policy and others.",
     epilog="Examples:\n\n"
     "  supple simulate serve trace.csv --slo p99=6s --service 2s --cold-start 30s\n\n"
@@ -51,39 +62,33 @@ def choose() -> None:
 )
 def serve(
     trace: Annotated[Path, typer.Argument(help=f"A CSV file with a column {COLUMN}.")],
-    slo: Annotated[str, typer.Option(help="The promise: p99=100ms.")],
+    slo: Slo,
     service: Annotated[
         str, typer.Option(help="Time of one prediction; or of batches: 1=20ms,16=60ms.")
     ],
     cold_start: Annotated[str, typer.Option(help="From asking for a replica to its use.")] = "30s",
-    replicas: Annotated[str, typer.Option(help="MIN:MAX; MIN may be 0.")] = "1:100",
+    replicas: Replicas = "1:100",
     max_batch: Annotated[str, typer.Option(help="Most requests in one prediction.")] = "1",
-    initial: Annotated[
-        str | None, typer.Option(help="Ready at the start; default: for the first minute.")
-    ] = None,
+    initial: Initial = None,
     failure_every: Annotated[
         str | None, typer.Option(help="A replica dies so often on average, at random times.")
     ] = None,
     start_up_spread: Annotated[
         float, typer.Option(help="p99 over p50 of cold starts; they are drawn at random.")
     ] = 1.0,
-    idle: Annotated[str, typer.Option(help="With MIN 0: none after so long without any.")] = "5m",
-    price: Annotated[str | None, typer.Option(help="Of one replica for an hour.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Most an hour may cost.")] = None,
+    idle: Idle = "5m",
+    price: Price = None,
+    hourly_budget: HourlyBudget = None,
     policy: Annotated[
         list[str] | None, typer.Option(help=f"Only these: {', '.join(PEERS)}.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of failures and drawn times.")] = 0,
+    seed: Seed = 0,
     explain: Annotated[
         bool, typer.Option("--explain", help="Every change of Supple's mind, with its reason.")
     ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw load, replicas and attainment into this file.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON for programs, nothing else.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")] = False,
+    plot: Plot = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Replay TRACE under Supple's policy and others; print attainment and replica-hours."""
     with messages(verbose):
@@ -100,8 +105,10 @@ def serve(
             )
         if seed < 0:
             raise SpecError(f"--seed is {seed}: it must be at least 0.")
-        if budget and not price:
-            raise SpecError(f"--budget is {budget} an hour and no price is known. Give --price.")
+        if hourly_budget and not price:
+            raise SpecError(
+                f"--hourly-budget is {hourly_budget} and no price is known. Give --price."
+            )
         unknown = sorted(set(policy or ()) - set(PEERS))
         if unknown:
             raise SpecError(f"--policy {unknown[0]}: no such policy. Choose of {', '.join(PEERS)}.")
@@ -120,7 +127,9 @@ def serve(
             startup_spread=start_up_spread,
             idle_s=parse_duration(idle, what="--idle"),
             price_per_hour=parse_money(price, what="--price") if price else None,
-            budget_per_hour=parse_money(budget, what="--budget") if budget else None,
+            budget_per_hour=parse_money(hourly_budget, what="--hourly-budget")
+            if hourly_budget
+            else None,
             seed=seed,
         )
         if failure_every:
@@ -129,7 +138,7 @@ def serve(
         chosen = {
             name: made for name, made in policies(scenario).items() if not policy or name in policy
         }
-        runs = {name: simulate(scenario, made) for name, made in chosen.items()}
+        runs = {name: simulator.simulate(scenario, made) for name, made in chosen.items()}
         if as_json:
             typer.echo(json.dumps(to_json(scenario, runs)))
         else:

@@ -35,7 +35,7 @@ OPTIONS = {
     "checkpoint_every_s": "--checkpoint-every",
     "ledger": "--ledger",
     "address": "--address",
-    "port": "--port",
+    "port": "--rendezvous-port",
     "cpus_per_worker": "--cpus-per-worker",
     "gpus_per_worker": "--gpus-per-worker",
     "heartbeat_timeout_s": "--heartbeat-timeout",

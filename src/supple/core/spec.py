@@ -263,14 +263,14 @@ class TrainSpec:
             ("--logical-shards", self.num_logical_shards, 1),
             ("--max-failures", self.max_failures, 0),
             ("--max-steps", 1 if self.max_steps is None else self.max_steps, 1),
-            ("--port", self.port, 0),
+            ("--rendezvous-port", self.port, 0),
             ("--seed", self.seed, 0),
             ("--gpus-per-worker", self.gpus_per_worker, 0),
         ):
             if value < least:
                 raise SpecError(f"{what} is {value}: it must be at least {least}.")
         if self.port > 65_535:
-            raise SpecError(f"--port is {self.port}: ports end at 65535.")
+            raise SpecError(f"--rendezvous-port is {self.port}: ports end at 65535.")
         if self.seed >= _SEEDS_END:
             raise SpecError(f"--seed is {self.seed}: seeds end at {_SEEDS_END - 1}.")
         if not 0 < self.cpus_per_worker <= 1024:

@@ -47,15 +47,16 @@ def show(table: PlanTable, console: Console, *, measure_first: str = "") -> None
 
 def to_json(table: PlanTable | Infeasible, *, measure_first: str = "") -> dict[str, Any]:
     """The same as data: rows with every estimate as {value, low, high, source}, times in seconds,
-    memory in bytes; or `infeasible` with the four parts of why not."""
+    memory in bytes, and the recommended row; or `infeasible` with the four parts of why not."""
     if isinstance(table, Infeasible):
         return {"infeasible": dataclasses.asdict(table)}
+    rows = [dataclasses.asdict(row) for row in table.rows]
     return {
-        "recommended": table.choice.num_workers,
+        "recommended": rows[table.recommended],
         "reason": table.reason,
         "measure_first": measure_first,
         "knee_rule": KNEE_RULE,
-        "rows": [dataclasses.asdict(row) for row in table.rows],
+        "rows": rows,
     }
 
 

@@ -48,7 +48,7 @@ def tried(deployment: Deployment, before: Deployment, *, within_s: float) -> Ite
             return
         raise ModelFault(
             f"loading it and one batch of zeros took more than {within_s:.0f} s. If it needs "
-            "longer, say so with --timeout."
+            "longer, say so with --start-timeout."
         )
     finally:
         ray.kill(actor)

@@ -249,7 +249,7 @@ class ServeSpec:
     def _refuse_cost(self) -> None:
         for what, amount in (
             ("--price", self.price_per_hour),
-            ("--budget", self.budget_per_hour),
+            ("--hourly-budget", self.budget_per_hour),
         ):
             if amount is not None and not 0 < amount < math.inf:
                 raise SpecError(f"{what} is {amount:g}: it must be positive and finite.")
@@ -257,13 +257,13 @@ class ServeSpec:
             return
         if self.price_per_hour is None:
             raise SpecError(
-                f"--budget is {self.budget_per_hour:g} an hour and the price of a replica is not "
+                f"--hourly-budget is {self.budget_per_hour:g} and the price of a replica is not "
                 "known. Give --price."
             )
         least = self.price_per_hour * max(self.min_replicas, 1)
         if least > self.budget_per_hour:
             raise SpecError(
-                f"--budget is {self.budget_per_hour:g} an hour, and {max(self.min_replicas, 1)} "
+                f"--hourly-budget is {self.budget_per_hour:g}, and {max(self.min_replicas, 1)} "
                 f"replicas at {self.price_per_hour:g} cost {least:g}. Raise the budget or lower "
                 "MIN."
             )

@@ -75,7 +75,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.close()
         raise SpecError(
             f"the rendezvous cannot listen on {host}:{port}: {error.strerror}. Another "
-            "program has the port: give another --port, or none to take a free one."
+            "program has the port: give another --rendezvous-port, or none to take a free one."
         ) from None
     return listening
 

@@ -4,12 +4,13 @@ import dataclasses
 import itertools
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.table import Table
 
 from supple.cli.errors import FAILED, messages, split_target
+from supple.cli.options import Json, MemorySize, Optimizer, Script, Verbose
 from supple.cli.output import console
 from supple.core.spec import SpecError
 from supple.core.training.memory import (
@@ -29,7 +30,7 @@ from supple.train.script import check
 if TYPE_CHECKING:
     from supple.train.probes.memory_trace import TracedJob
 
-EPILOG = (
+MEMORY_EPILOG = (
     "Examples:\n\n  supple memory examples/gpt.py --memory 80\n\n"
     "  supple memory train.py --memory 24 --optimizer sgd-momentum --json\n\n"
     "Exit codes: 0 something fits; 1 nothing does, or the script cannot be traced; 2 refused "
@@ -39,21 +40,15 @@ _SHARDS = (1, 2, 4, 8, 16, 64)
 
 
 def memory(
-    script: Annotated[str, typer.Argument(help="A Python file, or FILE:FUNCTION.")],
-    device_gb: Annotated[
-        str,
-        typer.Option("--memory", help="GB of the accelerator that should hold it, or 74.5GiB."),
-    ] = "80",
-    optimizer: Annotated[
-        str | None,
-        typer.Option(help="In place of the script's: adam, sgd-momentum or sgd."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Tracebacks.")] = False,
+    script: Script,
+    memory_size: MemorySize = None,
+    optimizer: Optimizer = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """What micro-batch of SCRIPT fits an accelerator, traced without one and without computing."""
     with messages(verbose):
-        limit = parse_gigabytes(device_gb, what="--memory")
+        limit = parse_gigabytes(memory_size or "80", what="--memory")
         path, function = split_target(script)
         check(path, function)
         from supple.train.probes.memory_trace import OPTIMIZERS, TraceFailed, trace_memory

@@ -7,20 +7,39 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from supple.cli.errors import FAILED, messages, split_target
+from supple.cli.options import (
+    Accelerator,
+    Batch,
+    BatchSize,
+    Budget,
+    Deadline,
+    History,
+    Interconnect,
+    Json,
+    Layers,
+    MaxWorkers,
+    Measured,
+    MemorySize,
+    Optimizer,
+    Plot,
+    Price,
+    Probes,
+    Verbose,
+    WorkersPerNode,
+)
 from supple.cli.output import console
-from supple.core.hardware import INTERCONNECTS, lookup
+from supple.core.hardware import lookup
 from supple.core.spec import (
     KNEE_RULE,
-    LARGEST_COUNT,
-    MAX_WORKERS,
     Objective,
     SpecError,
+    parse_count,
     parse_limits,
     parse_name,
     parse_objective,
 )
 from supple.core.types import Infeasible
-from supple.inputs.layout_rows import COLUMNS, read_layouts
+from supple.inputs.layout_rows import read_layouts
 from supple.inputs.rows import Row, parse_amount, parse_gigabytes
 from supple.report.eventlog import to_plain
 from supple.train.script import check
@@ -31,7 +50,7 @@ if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--hel
     from supple.core.training.learning_rate import TunedRate
     from supple.train.probes.layer_probe import LayerReport
 
-EPILOG = (
+LAYOUTS_EPILOG = (
     f"Without --deadline and --budget it recommends {KNEE_RULE}.\n\n"
     "Examples:\n\n  supple layouts --hidden 4096 --layers 32 --heads 32 --samples 10M "
     "--batch-size 512\n\n  supple layouts examples/gpt.py --memory 16"
@@ -44,12 +63,12 @@ _MOST = {
     "--heads": 10**5,
     "--seq": 10**9,
     "--vocab": 10**8,
-    "--workers-per-node": MAX_WORKERS,
     "--lr": 1e3,
     "--noise-scale": 1e15,
 }
 """At least ten times what anybody published; more is a typing error."""
 _DEFAULT_LR = 3e-4
+_DEFAULT_NODE = 8
 _ATTENTION = {"flash": False, "full": True}
 """Whether it keeps its scores."""
 
@@ -59,12 +78,10 @@ def layouts(
         str | None, typer.Argument(help="A script whose layers are measured; or give the sizes.")
     ] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of a transformer.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Its equal decoder layers.")] = None,
+    layers: Layers = None,
     heads: Annotated[int | None, typer.Option(help="Its attention heads.")] = None,
     samples: Annotated[str | None, typer.Option(help="Sequences to train on: 200000, 10M.")] = None,
-    batch_size: Annotated[
-        str | None, typer.Option(help="Global batch, in sequences: 512, 4K.")
-    ] = None,
+    batch_size: BatchSize = None,
     seq: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: 2048.")] = None,
     vocab: Annotated[
         int | None, typer.Option(help="Entries of the vocabulary; default: 50304.")
@@ -80,70 +97,29 @@ def layouts(
         float | None,
         typer.Option(help="Tuned at --batch-size; default: the script's, the history's, 3e-4."),
     ] = None,
-    optimizer: Annotated[
-        str | None,
-        typer.Option(help="adam (default), adam-8bit, adafactor, sgd-momentum or sgd."),
-    ] = None,
-    accelerator: Annotated[
-        str,
-        typer.Option(help="t4, v100, a10g, a100, a100-80, l4, l40s, h100, h200, b200 or mi300x."),
-    ] = "h100",
-    memory: Annotated[
-        str | None,
-        typer.Option(help="GB of one accelerator, or 74.5GiB; default: its data sheet's."),
-    ] = None,
-    workers_per_node: Annotated[int, typer.Option(help="Accelerators of a node.")] = 8,
-    interconnect: Annotated[
-        str,
-        typer.Option(
-            help="Between nodes; x8: eight network cards a node. "
-            f"One of {', '.join(INTERCONNECTS)}."
-        ),
-    ] = "infiniband-400x8",
+    optimizer: Optimizer = None,
+    accelerator: Accelerator = "h100",
+    memory_size: MemorySize = None,
+    workers_per_node: WorkersPerNode = None,
+    interconnect: Interconnect = "infiniband-400x8",
     local_link: Annotated[
         str | None,
         typer.Option(help="Inside a node, one of the same; default: that of its data sheet."),
     ] = None,
-    measured: Annotated[
-        Path | None,
-        typer.Option(
-            help=f"CSV of iterations of this model that ran: {', '.join(COLUMNS)}[, fsdp, "
-            "recompute]."
-        ),
-    ] = None,
-    batch: Annotated[
-        str, typer.Option(help="fixed, or adaptive with --noise-scale, --history or --probes.")
-    ] = "fixed",
+    measured: Measured = None,
+    batch: Batch = "fixed",
     noise_scale: Annotated[
         float | None, typer.Option(help="Gradient noise scale, in sequences.")
     ] = None,
-    history: Annotated[
-        Path | None,
-        typer.Option(
-            help="CSV of previous runs, in sequences: batch_size,samples_to_target"
-            "[,learning_rate,reached] (reached: 0 where it was stopped before the target)."
-        ),
-    ] = None,
-    probes: Annotated[
-        Path | None,
-        typer.Option(
-            help="CSV of short probes, branches of one checkpoint until one loss: "
-            "batch_size,samples."
-        ),
-    ] = None,
-    max_workers: Annotated[
-        str | None, typer.Option(help=f"Cap; default: {LARGEST_COUNT:,}.")
-    ] = None,
-    deadline: Annotated[str | None, typer.Option(help="Latest end: 12h, 30d.")] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Money, or accelerator-hours without --price.")
-    ] = None,
-    price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw time and cost into this file.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON; its `recommended` is a number of workers.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Tracebacks.")] = False,
+    history: History = None,
+    probes: Probes = None,
+    max_workers: MaxWorkers = None,
+    deadline: Deadline = None,
+    budget: Budget = None,
+    price: Price = None,
+    plot: Plot = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Plan count, layout, batch and learning rate: of a transformer by its sizes, where nothing is
     run, or of SCRIPT by its layers, which are measured here."""
@@ -180,14 +156,20 @@ def layouts(
         device = _device(accelerator)
         link = lookup(interconnect)
         local = lookup(local_link or device.local_link, what="--local-link")
-        _check_whole("--workers-per-node", workers_per_node)
+        per_node = (
+            _DEFAULT_NODE
+            if workers_per_node is None
+            else parse_count(workers_per_node, what="--workers-per-node")
+        )
         global_batch = None if batch_size is None else _amount("--batch-size", batch_size)
         for option, number in (("--lr", lr), ("--noise-scale", noise_scale)):
             if number is not None and not 0 < number <= _MOST[option]:
                 raise SpecError(
                     f"{option} is {number:g}: it must be above 0 and at most {_MOST[option]:,.16g}."
                 )
-        given_memory = None if memory is None else parse_gigabytes(memory, what="--memory")
+        given_memory = (
+            None if memory_size is None else parse_gigabytes(memory_size, what="--memory")
+        )
         limits = parse_limits(max_workers, price, batch)
         if limits.batch == "adaptive" and not (noise_scale or history or probes):
             raise SpecError(
@@ -257,7 +239,7 @@ def layouts(
                 device=device,
                 link=link,
                 local_link=local,
-                workers_per_node=workers_per_node,
+                workers_per_node=per_node,
             )
         except ImpossibleMeasurement as error:
             raise ran[error.index][0].refusal(error.told, error.advice) from None

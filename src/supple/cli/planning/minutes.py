@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from supple.cli.errors import messages
+from supple.cli.options import BatchSize, History, Json, Price, Verbose
 from supple.cli.output import console
 from supple.core.fitting.estimates import exact, times
 from supple.core.spec import MAX_WORKERS, SpecError, parse_count, parse_money
@@ -27,13 +28,13 @@ from supple.inputs.rows import Row, parse_amount, read_rows
 
 COLUMNS = ("num_workers", "minutes")
 OPTIONAL = ("batch_size", "samples_to_target", "reached")
-EPILOG = (
+MINUTES_EPILOG = (
     "RUNS is a CSV with a finished run a line: num_workers,minutes and, if known, batch_size "
     "(global), samples_to_target and reached (0 where the run was stopped before the target: it is "
     "left out). Minutes count from the first step to the target, evaluations included, the job's "
     "start-up not.\n\n"
     "Examples:\n\n  supple minutes runs.csv\n\n"
-    "  supple minutes runs.csv --workers 64,128 --batch-size 8192 --price 2.50\n\n"
+    "  supple minutes runs.csv --counts 64,128 --batch-size 8192 --price 2.50\n\n"
     "  supple minutes runs.csv --history other-sizes.csv --json"
 )
 _DOUBLINGS = 3
@@ -41,24 +42,15 @@ _DOUBLINGS = 3
 
 def minutes(
     runs: Annotated[Path, typer.Argument(help="CSV of finished runs.")],
-    workers: Annotated[
+    counts: Annotated[
         str | None,
         typer.Option(help="Counts, with commas; default: the largest that ran, doubled thrice."),
     ] = None,
-    batch_size: Annotated[
-        str | None,
-        typer.Option(help="Global, of the asked counts; default: that of the largest run."),
-    ] = None,
-    history: Annotated[
-        Path | None,
-        typer.Option(
-            help="CSV of more runs of the task: batch_size,samples_to_target[,learning_rate,"
-            "reached] (reached: 0 where it was stopped before the target)."
-        ),
-    ] = None,
-    price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Tracebacks.")] = False,
+    batch_size: BatchSize = None,
+    history: History = None,
+    price: Price = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Minutes to the target on other counts of workers, from finished runs. Nothing is run."""
     with messages(verbose):
@@ -66,7 +58,7 @@ def minutes(
         if stopped:
             typer.echo(_left_out(stopped), err=True)
         largest = max(finished, key=lambda run: (run.num_workers, -run.time_s))
-        asked = None if workers is None else _counts(workers)
+        asked = None if counts is None else _counts(counts)
         size = None if batch_size is None else _batch(batch_size)
         paid = None if price is None else parse_money(price, what="--price")
         earlier = []
@@ -85,10 +77,10 @@ def minutes(
             )
         size = size or largest.batch_size
         most = most_workers(finished, size)
-        counts = _doubled(largest.num_workers) if asked is None else asked
-        if told := _shared(counts, most):
+        looked_at = _doubled(largest.num_workers) if asked is None else asked
+        if told := _shared(looked_at, most):
             typer.echo(told, err=True)
-        answers = [(count, model.predict(count, size)) for count in counts]
+        answers = [(count, model.predict(count, size)) for count in looked_at]
         if as_json:
             typer.echo(json.dumps(_data(model, answers, size, paid)))
         else:
@@ -134,7 +126,7 @@ def _doubled(largest: int) -> list[int]:
     if not counts:
         raise SpecError(
             f"no count was asked for, and twice the largest that ran, {doubled[0]}, is above "
-            f"{MAX_WORKERS}: no pool is known that has more workers. Name counts with --workers."
+            f"{MAX_WORKERS}: no pool is known that has more workers. Name counts with --counts."
         )
     return counts
 
@@ -155,10 +147,10 @@ def _counts(text: str) -> list[int]:
     for part in parts:
         if not part.removeprefix("-").isdecimal():
             raise SpecError(
-                f"--workers is {part!r}: not a whole number. Give counts with commas, such as "
+                f"--counts is {part!r}: not a whole number. Give counts with commas, such as "
                 "64,128."
             )
-    counts = [parse_count(part, what="--workers") for part in parts]
+    counts = [parse_count(part, what="--counts") for part in parts]
     return list(dict.fromkeys(counts))
 
 

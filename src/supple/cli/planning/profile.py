@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from supple.cli.errors import FAILED, messages
+from supple.cli.options import Json, Plot, Target, Verbose
 from supple.core.service.spec import latency_text, parse_latency
 from supple.core.spec import SpecError
 from supple.report.target import refuse_unwritable
@@ -20,17 +21,15 @@ if TYPE_CHECKING:  # what measures is imported by the command, so that `--help` 
 _MIB = 2**20
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to `supple`."""
-    app.command(
-        epilog="The profile is stored, and used again until the model's file or the machine "
-        "changes.\n\nExamples:\n\n  supple profile app.py:Model\n\n"
-        "  supple profile app.py:Model --lengths 16,64,256 --plot profile.png"
-    )(profile)
+PROFILE_EPILOG = (
+    "The profile is stored, and used again until the model's file or the machine "
+    "changes.\n\nExamples:\n\n  supple profile app.py:Model\n\n"
+    "  supple profile app.py:Model --lengths 16,64,256 --plot profile.png"
+)
 
 
 def profile(
-    target: Annotated[str, typer.Argument(help="FILE:CLASS, as app.py:Model.")],
+    target: Target,
     lengths: Annotated[
         str, typer.Option(help="Of inputs with a dim of any length: 16,64,256.")
     ] = "1",
@@ -41,9 +40,9 @@ def profile(
     again: Annotated[
         bool, typer.Option("--again", help="Measure though it is known already.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw it into this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")] = False,
+    plot: Plot = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure how long TARGET takes for a batch of each size, its start-up and its memory."""
     with messages(verbose):

@@ -9,11 +9,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from supple.cli.errors import FAILED, messages, split_target
+from supple.cli.options import (
+    Batch,
+    Budget,
+    Deadline,
+    History,
+    Interconnect,
+    Json,
+    LrRule,
+    MaxWorkers,
+    Plot,
+    Price,
+    Probes,
+    Script,
+    Verbose,
+    WorkersPerNode,
+)
 from supple.cli.output import console
-from supple.core.hardware import INTERCONNECTS, lookup
+from supple.core.hardware import lookup
 from supple.core.spec import (
     KNEE_RULE,
-    LARGEST_COUNT,
     MAX_WORKERS,
     parse_count,
     parse_limits,
@@ -28,7 +43,7 @@ if TYPE_CHECKING:
     from supple.core.planning.view import JobView
     from supple.inputs.history import Known
 
-EPILOG = (
+PLAN_EPILOG = (
     f"Without --deadline and --budget it recommends {KNEE_RULE}.\n\n"
     "Every configuration is measured twice, some seconds apart. What was measured stands with the "
     "interval of those repeats: another hour on a busy machine may lie outside of it.\n\n"
@@ -41,53 +56,24 @@ EPILOG = (
 
 
 def plan(
-    script: Annotated[str, typer.Argument(help="A Python file, or FILE:FUNCTION.")],
-    max_workers: Annotated[
-        str | None, typer.Option(help=f"Cap; default: {LARGEST_COUNT:,}.")
-    ] = None,
-    deadline: Annotated[str | None, typer.Option(help="Latest end: 90s, 2h.")] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Money, or accelerator-hours without --price.")
-    ] = None,
-    price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
-    interconnect: Annotated[
-        str,
-        typer.Option(
-            help=f"Between nodes; cloud-… for virtual machines. One of {', '.join(INTERCONNECTS)}."
-        ),
-    ] = "ethernet-25",
-    workers_per_node: Annotated[
-        str | None, typer.Option(help="Default: this machine's cores.")
-    ] = None,
-    batch: Annotated[
-        str, typer.Option(help="fixed, or adaptive: grows where that is faster.")
-    ] = "fixed",
-    lr_rule: Annotated[
-        str, typer.Option(help="auto (by optimizer), linear, sqrt, adascale or constant.")
-    ] = "auto",
+    script: Script,
+    max_workers: MaxWorkers = None,
+    deadline: Deadline = None,
+    budget: Budget = None,
+    price: Price = None,
+    interconnect: Interconnect = "ethernet-25",
+    workers_per_node: WorkersPerNode = None,
+    batch: Batch = "fixed",
+    lr_rule: LrRule = "auto",
     measure_workers: Annotated[
         str | None,
         typer.Option(help="Most workers to measure; default: 4, the cores or the cap if fewer."),
     ] = None,
-    history: Annotated[
-        Path | None,
-        typer.Option(
-            help="CSV of previous runs: batch_size,samples_to_target[,learning_rate,reached] "
-            "(reached: 0 where it was stopped before the target)."
-        ),
-    ] = None,
-    probes: Annotated[
-        Path | None,
-        typer.Option(
-            help="CSV of short probes, branches of one checkpoint until one loss: "
-            "batch_size,samples."
-        ),
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw time and cost into this file.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON for programs, nothing else.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")] = False,
+    history: History = None,
+    probes: Probes = None,
+    plot: Plot = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure SCRIPT for half a minute or longer; say how many workers it deserves, and why."""
     with messages(verbose):

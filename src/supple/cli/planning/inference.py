@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from supple.cli.errors import FAILED, messages
+from supple.cli.options import Accelerator, Json, Layers, Measured, Plot, Price, Rate, Verbose
 from supple.cli.output import console
 from supple.core.service.spec import parse_latency
 from supple.core.spec import MAX_WORKERS, SpecError, parse_count, parse_money, parse_name
 from supple.core.types import Estimate, Infeasible
 from supple.core.words import in_digits
-from supple.inputs.served import COLUMNS, OPTIONAL, check_tokens, read_served, served_model
+from supple.inputs.served import check_tokens, read_served, served_model
 from supple.report.eventlog import to_plain
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
     from supple.core.llm.inference_planner import InferenceJob, InferenceRow, InferenceTable
 
-EPILOG = (
+INFERENCE_EPILOG = (
     "Nothing is run: step times come from the sizes, data sheets, and whatever was measured, with "
     "80 % intervals. Recommended is, among the rows that keep --itl, the one that serves --rate "
     "with the fewest accelerators; without --rate, the most tokens per accelerator.\n\n"
@@ -29,7 +30,7 @@ EPILOG = (
     "chance is recommended, if at least even); with --rate the copies it needs, and their "
     "accelerators; with --price money for a million tokens. A row that was itself measured shows "
     "its measurement (●), as sure as a repeat would be.\n\n"
-    "JSON: `recommended` is the index of a row in `rows`, from 0; times are in seconds.\n\n"
+    "JSON: `recommended` is one of the `rows`; times are in seconds.\n\n"
     "Examples:\n\n  supple inference --parameters 8B --itl 30ms\n\n"
     "  supple inference --parameters 30B --activated 3B --bits 8 --rate 20 --answer 800 "
     "--itl 60ms --price 2.5\n\n"
@@ -46,31 +47,23 @@ def inference(
         str | None, typer.Option(help="Per token, of a mixture of experts; default: all.")
     ] = None,
     bits: Annotated[int, typer.Option(help="Of a weight: 16, 8 or 4.")] = 16,
-    layers: Annotated[int | None, typer.Option(help="Default: what is usual at the size.")] = None,
+    layers: Layers = None,
     prompt: Annotated[float, typer.Option(help="Tokens of a prompt, on average.")] = 500,
     answer: Annotated[float, typer.Option(help="Tokens of an answer, on average.")] = 300,
     itl: Annotated[
         str | None, typer.Option(help="Promise: nine of ten tokens within, with its unit: 30ms.")
     ] = None,
-    rate: Annotated[float | None, typer.Option(help="Requests a second to be served.")] = None,
-    accelerator: Annotated[
-        str,
-        typer.Option(help="t4, v100, a10g, a100, a100-80, l4, l40s, h100, h200, b200 or mi300x."),
-    ] = "h100",
+    rate: Rate = None,
+    accelerator: Accelerator = "h100",
     devices: Annotated[int, typer.Option(help="Most accelerators of one copy: a node's.")] = 8,
     max_accelerators: Annotated[
         str | None, typer.Option(help="Of all copies; default: 65536.")
     ] = None,
-    price: Annotated[str | None, typer.Option(help="Of one accelerator for an hour.")] = None,
-    measured: Annotated[
-        Path | None,
-        typer.Option(
-            help=f"CSV of what was measured: {', '.join(COLUMNS)}; of other models also {OPTIONAL}."
-        ),
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the rows into this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Whole tracebacks.")] = False,
+    price: Price = None,
+    measured: Measured = None,
+    plot: Plot = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Plan accelerators per copy, requests at a time and copies of a language model that nobody has
     run here."""
@@ -154,14 +147,14 @@ def _promise(text: str) -> float:
 def _to_json(table: "InferenceTable | Infeasible", first: str) -> dict[str, object]:
     if isinstance(table, Infeasible):
         return {"infeasible": dataclasses.asdict(table)}
+    rows = [
+        dataclasses.asdict(row) | {"num_accelerators": row.num_accelerators} for row in table.rows
+    ]
     return {
-        "recommended": table.recommended,
+        "recommended": rows[table.recommended],
         "reason": table.reason,
         "measure_first": first,
-        "rows": [
-            dataclasses.asdict(row) | {"num_accelerators": row.num_accelerators}
-            for row in table.rows
-        ],
+        "rows": rows,
     }
 
 

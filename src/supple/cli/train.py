@@ -1,0 +1,210 @@
+"""`supple train`: train a script with a number of workers that changes while it runs."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, final
+
+import typer
+from typer.core import TyperCommand
+
+from supple.cli.errors import FAILED, messages, refuse_used_port, split_target
+from supple.cli.options import (
+    Address,
+    Batch,
+    Budget,
+    Deadline,
+    Interconnect,
+    Json,
+    LrRule,
+    Name,
+    Price,
+    Script,
+    Seed,
+    Verbose,
+)
+from supple.control.socket import refuse_second
+from supple.core.hardware import lookup
+from supple.core.spec import (
+    KNEE_RULE,
+    Objective,
+    SpecError,
+    TrainSpec,
+    parse_batch,
+    parse_duration,
+    parse_money,
+    parse_objective,
+    parse_on_non_finite,
+    parse_rule,
+    parse_schedule,
+    parse_workers,
+)
+from supple.train.script import check
+
+TRAIN_EPILOG = (
+    "Examples:\n\n  supple train examples/digits.py --workers 1:4\n\n"
+    "  supple train train.py --workers 2:4 --schedule 0s:2,60s:4\n\n"
+    "  supple train train.py --workers 4 --resume\n\n"
+    "Ctrl-C finishes the step in flight, saves, and says how to resume. Exit codes: 0 finished, or "
+    "stopped and saved; 1 failed, or stopped with nothing saved; 2 refused before any work; "
+    "130 stopped by Ctrl-C before training began."
+)
+
+
+@final
+class TrainCommand(TyperCommand):
+    """`supple train`, where `--resume` may stand without a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_bare_resume(args))
+
+
+def with_bare_resume(arguments: Sequence[str]) -> list[str]:
+    """`--resume` followed by another option or by nothing as `--resume latest`."""
+    completed: list[str] = []
+    for index, argument in enumerate(arguments):
+        completed.append(argument)
+        following = arguments[index + 1 : index + 2]
+        if argument == "--resume" and (not following or following[0].startswith("-")):
+            completed.append("latest")
+    return completed
+
+
+def train(
+    script: Script,
+    workers: Annotated[str, typer.Option(help="MIN:MAX, or one number.")] = "1:4",
+    name: Name = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="TIME:COUNT,... instead of the planner: 20s:2,40s:4.")
+    ] = None,
+    deadline: Deadline = None,
+    budget: Budget = None,
+    knee: Annotated[
+        bool,
+        typer.Option("--knee", help=f"Begin where a plan does that was measured: at {KNEE_RULE}."),
+    ] = False,
+    interconnect: Interconnect = "ethernet-25",
+    batch: Batch = "fixed",
+    lr_rule: LrRule = "auto",
+    reproducible: Annotated[
+        bool,
+        typer.Option(
+            "--reproducible", help="The same bits in the weights for any count and history."
+        ),
+    ] = False,
+    logical_shards: Annotated[
+        int, typer.Option(help="Parts a batch is cut into with --reproducible.")
+    ] = 8,
+    seed: Seed = 0,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint's folder; alone, or latest: the newest good one."),
+    ] = None,
+    checkpoint_every: Annotated[str, typer.Option(help="Time between checkpoints.")] = "5m",
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Write down which samples were used.")
+    ] = False,
+    address: Address = None,
+    rendezvous_port: Annotated[
+        int, typer.Option(help="Where the workers of a generation meet; 0: any free port.")
+    ] = 0,
+    cpus_per_worker: Annotated[float, typer.Option(help="Cores a worker reserves.")] = 1.0,
+    gpus_per_worker: Annotated[float, typer.Option(help="GPUs a worker reserves.")] = 0.0,
+    heartbeat_timeout: Annotated[
+        str,
+        typer.Option(
+            help="After it, a worker whose process is stopped or unreachable is given up."
+        ),
+    ] = "4s",
+    unresponsive_timeout: Annotated[
+        str,
+        typer.Option(
+            help="The same for one whose process runs while its interpreter does not answer (a "
+            "long call into C)."
+        ),
+    ] = "10m",
+    stall_timeout: Annotated[
+        str,
+        typer.Option(
+            help="A worker whose data does not come for so long is replaced, or the job ends, "
+            "saved; in the script's own code, ten times as long."
+        ),
+    ] = "60s",
+    max_failures: Annotated[
+        int, typer.Option(help="Losses in a row without progress that are retried.")
+    ] = 3,
+    on_non_finite: Annotated[
+        str,
+        typer.Option(
+            help="A step whose loss or gradient is not finite is never applied. stop: the job "
+            "fails. skip: it is counted and left out, up to 10 in a row."
+        ),
+    ] = "stop",
+    max_steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
+    price: Price = None,
+    run_dir: Annotated[str, typer.Option(help="Where runs keep their files.")] = "supple-runs",
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train SCRIPT with a number of workers that changes while it runs."""
+    with messages(verbose):
+        low, high = parse_workers(workers)
+        path, function = split_target(script)
+        lookup(interconnect)
+        spec = TrainSpec(
+            name=name or Path(path).stem,
+            script=path,
+            function=function,
+            min_workers=low,
+            max_workers=high,
+            schedule=parse_schedule(schedule, minimum=low, maximum=high) if schedule else (),
+            batch=parse_batch(batch),
+            lr_rule=parse_rule(lr_rule),
+            reproducible=reproducible,
+            num_logical_shards=logical_shards,
+            seed=seed,
+            run_dir=run_dir,
+            checkpoint_every_s=parse_duration(checkpoint_every, what="--checkpoint-every"),
+            ledger=ledger,
+            address=address,
+            port=rendezvous_port,
+            cpus_per_worker=cpus_per_worker,
+            gpus_per_worker=gpus_per_worker,
+            heartbeat_timeout_s=parse_duration(heartbeat_timeout, what="--heartbeat-timeout"),
+            unresponsive_timeout_s=parse_duration(
+                unresponsive_timeout, what="--unresponsive-timeout"
+            ),
+            stall_timeout_s=parse_duration(stall_timeout, what="--stall-timeout"),
+            max_failures=max_failures,
+            on_non_finite=parse_on_non_finite(on_non_finite),
+            max_steps=max_steps,
+            price_per_hour=parse_money(price, what="--price") if price else None,
+            objective=_objective(deadline, budget, knee),
+            interconnect=interconnect,
+            workers_per_node=_workers_per_node(address),
+        )
+        check(path, function)
+        refuse_second(spec.name)
+        if address is None:
+            refuse_used_port(rendezvous_port, "--rendezvous-port")
+        from supple.cli.training import run
+
+        succeeded = run(spec, resume=resume, as_json=as_json, verbose=verbose)
+    raise typer.Exit(0 if succeeded else FAILED)
+
+
+def _objective(deadline: str | None, budget: str | None, knee: bool) -> Objective | None:
+    """What decides the count; None where no option says so."""
+    given = {"--deadline": deadline is not None, "--budget": budget is not None, "--knee": knee}
+    names = [name for name, is_given in given.items() if is_given]
+    if len(names) > 1:
+        raise SpecError(
+            f"{' and '.join(names)} were given: one of them decides the count. Leave "
+            f"{'the other' if len(names) == 2 else 'the others'} out."
+        )
+    return parse_objective(deadline, budget) if names else None
+
+
+def _workers_per_node(address: str | None) -> int | None:
+    """This machine's cores; nothing is known of the nodes of a cluster."""
+    return os.cpu_count() if address is None else None
