@@ -58,7 +58,8 @@ class Job(JobProtocol):
         self._reporter = Reporter(*listeners, *([observe] if observe else []))
         self._recipe = Recipe(self._spec.seed, self._spec.lr_rule)
         self._hand = Hand()
-        self._loader: Loader | None = None
+        self._loader: Loader  # and what else there is once batches were taken
+        self._state: TrainState
         self._micro_limit = 0
         self._global_batch = 0
         self._engine: StepEngine | None = None
@@ -172,7 +173,7 @@ class Job(JobProtocol):
 
     @property
     def took_batches(self) -> bool:
-        return self._loader is not None
+        return self._recipe.took_batches
 
     @property
     def step_count(self) -> int:
@@ -180,7 +181,7 @@ class Job(JobProtocol):
 
     @property
     def epoch(self) -> int:
-        return 0 if self._loader is None else self._loader.epoch
+        return self._loader.epoch if self.took_batches else 0
 
     @property
     def lr(self) -> float:
@@ -251,7 +252,6 @@ class Job(JobProtocol):
 
     def _rehearse(self) -> Iterator[Any]:
         """One step on a real batch, whose effects are thrown away."""
-        assert self._loader is not None
         rehearsal = Rehearsal(self._state)
         size = 1 if self._elastic is None else self._elastic.rehearsal_size
         _, rehearsed = share(self._global_batch, size, 0)
@@ -311,14 +311,12 @@ class Job(JobProtocol):
             torch.manual_seed(mix(self._spec.seed, self.generation, self.rank))
 
     def _place(self) -> None:
-        assert self._loader is not None
         place = self._loader.position, self.rank, self.world_size
         self._loader.place(*place, self._global_batch, self._micro_limit)
         self._replaced = True
         self._steps.meter.forget()
 
     def _is_done(self) -> bool:
-        assert self._loader is not None
         limit = self._spec.max_steps
         return self._loader.done or (limit is not None and self.step_count >= limit)
 
@@ -362,7 +360,6 @@ class Job(JobProtocol):
 
     def scalars(self) -> dict[str, Any]:
         """The job's own part of the train state, beside tensors and optimizer settings."""
-        assert self._loader is not None
         return self._steps.to_json() | {
             "position": self._loader.position.to_json(),
             "global_batch_size": self._global_batch,
@@ -371,7 +368,6 @@ class Job(JobProtocol):
 
     def adopt(self, scalars: Mapping[str, Any]) -> None:
         """The tensors are in place; take these with them."""
-        assert self._loader is not None
         self._steps.from_json(scalars)
         self._loader.position = type(self._loader.position).from_json(scalars["position"])
         self._global_batch = int(scalars["global_batch_size"])
@@ -388,7 +384,6 @@ class Job(JobProtocol):
 
     def _take(self, scalars: Mapping[str, Any]) -> None:
         """Adopt a checkpoint's scalars. Raises `SpecError` if their position is of other data."""
-        assert self._loader is not None
         self.adopt(scalars)
         self._loader.place(self._loader.position, 0, 1, self._global_batch, self._micro_limit)
 
@@ -406,12 +401,12 @@ class Job(JobProtocol):
             self._global_batch = size
 
     def _fraction(self) -> float:
-        if self._loader is None:
+        if not self.took_batches:
             return 0.0
         return fraction_done(self._loader, self.step_count, self._spec.max_steps)
 
     def _publish(self, *, force: bool = False) -> None:
-        if self.rank != 0 or self._loader is None or not (force or self._reporter.is_due()):
+        if self.rank != 0 or not (force or self._reporter.is_due()):
             return
         self._reporter.tell(
             self._steps,
