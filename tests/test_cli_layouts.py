@@ -332,6 +332,26 @@ def test_a_script_keeps_its_own_optimizers_rules_and_its_epochs(tmp_path: Path) 
     assert max(batches) > 4 * 8
 
 
+def test_a_script_may_report_its_learning_rate_and_read_everything_of_its_job(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "reports.py"
+    path.write_text(
+        "import torch\n"
+        "def train(job):\n"
+        "    model = job.model(lambda: torch.nn.Sequential(torch.nn.Linear(4, 4)))\n"
+        "    job.optimizer(torch.optim.SGD, lr=0.1, schedule=lambda done: 1 - done)\n"
+        "    data = torch.utils.data.TensorDataset(torch.randn(64, 4))\n"
+        "    for (x,) in job.batches(data, batch_size=8):\n"
+        "        job.step(model(x).square().mean())\n"
+        "        job.report(lr=job.lr, epoch=job.epoch, first=job.is_leading)\n"
+    )
+    result = supple(f"{path} --max-workers 1 --json")
+    assert result.exit_code == 0, result.stderr
+    (row,) = json.loads(result.stdout)["rows"]
+    assert row["batch"]["lr"] == 0.1
+
+
 def test_a_script_whose_layers_are_called_twice_cannot_be_cut(tmp_path: Path) -> None:
     path = tmp_path / "twice.py"
     path.write_text(

@@ -62,6 +62,20 @@ def test_another_optimizer_keeps_what_it_keeps(tmp_path: Path) -> None:
     assert json.loads(supple(str(script), "--json").stdout) == found["adam"]
 
 
+def test_a_script_may_report_its_learning_rate_and_read_everything_of_its_job(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "tiny.py"
+    script.write_text(TINY)
+    plain = supple(str(script), "--json")
+    script.write_text(
+        f"{TINY}        job.report(lr=job.lr, epoch=job.epoch, first=job.is_leading)\n"
+    )
+    reporting = supple(str(script), "--json")
+    assert reporting.exit_code == 0, reporting.stderr
+    assert json.loads(reporting.stdout) == json.loads(plain.stdout)
+
+
 def test_where_nothing_fits_it_fails_and_says_what_to_do(tmp_path: Path) -> None:
     script = tmp_path / "tiny.py"
     script.write_text(TINY)

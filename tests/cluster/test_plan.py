@@ -111,6 +111,18 @@ def train(job):
 
 def stream(job):
     run(job, Stream())
+
+def reports(job):
+    model = job.model(lambda: torch.nn.Linear(1, 1))
+    job.optimizer(torch.optim.SGD, lr=1e-3, schedule=lambda done: 1 - done)
+    for (x,) in job.batches(TensorDataset(torch.ones(8, 1)), batch_size=4):
+        job.step(model(x).square().mean())
+        job.report(lr=job.lr, epoch=job.epoch, first=job.is_leading, size=job.micro_batch_size)
+
+def leaves(job):
+    model = job.model(lambda: torch.nn.Linear(1, 1))
+    job.optimizer(torch.optim.SGD, lr=1e-3)
+    next(job.batches(TensorDataset(torch.ones(8, 1)), batch_size=4))
 """
 
 
@@ -144,3 +156,19 @@ def test_a_dataset_without_a_length_is_told_to_give_one(tmp_path: Path) -> None:
     result = planned_alone(tmp_path, "stream")
     assert result.returncode == 2
     assert "a method __len__ that returns its number of samples" in result.stderr
+
+
+def test_a_script_may_report_its_learning_rate_and_read_everything_of_its_job(
+    tmp_path: Path,
+) -> None:
+    result = planned_alone(tmp_path, "reports")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["rows"][0]["batch"]["lr"] == 1e-3
+
+
+def test_a_script_that_leaves_its_loop_before_all_is_measured_is_told_to_go_on(
+    tmp_path: Path,
+) -> None:
+    result = planned_alone(tmp_path, "leaves")
+    assert result.returncode == 1
+    assert "was left before all was measured: let it go on" in result.stderr

@@ -14,7 +14,8 @@ import supple
 from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import CheckpointFailed, CheckpointSaved, JobId, SaveCheckpoint, WorkerId
 from supple.train.checkpoint.store import CheckpointStore
-from supple.train.job import Job, TrainingError
+from supple.train.job import Job
+from supple.train.step.engine import TrainingError
 from tests.train.world import World
 
 NUM_SAMPLES, BATCH = 90, 10

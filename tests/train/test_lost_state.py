@@ -15,8 +15,9 @@ from torch.utils.data import TensorDataset
 from supple.core.types import CheckpointFailed, WorkerStopped
 from supple.train.checkpoint.store import CheckpointStore
 from supple.train.generation.group import form
-from supple.train.job import Job, TrainingError
+from supple.train.job import Job
 from supple.train.state import TrainState, _buckets, _encode, _pack
+from supple.train.step.engine import TrainingError
 from tests.train.ranks import rendezvous
 from tests.train.world import World
 

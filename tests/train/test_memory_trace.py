@@ -1,6 +1,6 @@
 """A trace without computing against what the same step really allocates on this machine."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
-from supple.train.data.loader import make_loader
+from supple.train.data.loader import MicroBatch
 from supple.train.probes.memory_trace import TracedJob, TraceFailed, trace_memory
-from supple.train.script import load
+from supple.train.probes.stand_in import StandIn
+from supple.train.recipe import Recipe
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-class Measured(BaseException):
-    pass
 
 
 def num_bytes(tensors: Any) -> int:
@@ -26,37 +23,21 @@ def num_bytes(tensors: Any) -> int:
 
 
 class RealStep:
-    """Looks like a `Job`; takes a step to warm up, and one under torch's profiler."""
+    """An instrument: takes a step to warm up, and one under torch's profiler."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.peak_bytes = 0
 
-    def model(self, build: Any) -> torch.nn.Module:
-        self.built = build()
-        return self.built
-
-    def optimizer(self, cls: Any, *, lr: float, schedule: Any = None, **options: Any) -> Any:
-        self.made = cls(self.built.parameters(), lr=lr, **options)
-        return self.made
-
-    def report(self, **_: Any) -> None:
-        return
-
-    def batches(self, dataset: Any, *, batch_size: int, **options: Any) -> Iterator[Any]:
-        loader = make_loader(
-            dataset,
-            epochs=1,
-            shuffle=True,
-            seed=0,
-            collate_fn=options.get("collate_fn"),
-            num_workers=0,
-        )
+    def micro_batches(self, recipe: Recipe) -> Generator[MicroBatch, None, None]:
+        self.optimizer = recipe.optimizer
+        loader = recipe.batches.loader(recipe.seed)
         loader.place(loader.position, 0, 1, self.size, self.size)
-        batch = next(iter(loader.feed())).data
+        batch = next(iter(loader.feed()))
         yield batch
-        gradients = [param.grad for param in self.built.parameters()]
-        held = num_bytes([self.built.state_dict(), gradients, dict(self.made.state), batch])
+        gradients = [param.grad for param in recipe.model.parameters()]
+        states = [recipe.model.state_dict(), dict(recipe.optimizer.state)]
+        held = num_bytes([states, gradients, batch.data])
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             yield batch
         results = seen.profiler.kineto_results  # type: ignore[union-attr]
@@ -65,19 +46,17 @@ class RealStep:
         for event in sorted(events, key=lambda event: event.start_ns()):
             now += event.nbytes()
             self.peak_bytes = max(self.peak_bytes, held + now)
-        raise Measured
 
-    def step(self, loss: torch.Tensor, **_: Any) -> bool:
+    def step(self, loss: torch.Tensor, micro: MicroBatch, clip_norm: float | None) -> bool:
         loss.backward()
-        self.made.step()
-        self.made.zero_grad(set_to_none=False)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
         return True
 
 
 def really(script: Path, size: int) -> int:
     step = RealStep(size)
-    with pytest.raises(Measured):
-        load(str(script), "train")(step)
+    assert StandIn(step).run(str(script), "train") == ""
     return step.peak_bytes
 
 

@@ -18,8 +18,9 @@ from supple.core.training.memory import MemoryMeasurement
 from supple.train.checkpoint.store import CheckpointError
 from supple.train.generation.group import form
 from supple.train.generation.rendezvous import Address, Rendezvous
-from supple.train.probes.probe import Probe, ProbeComplete, ProbeReport, ProbeSize
-from supple.train.script import check, load, user_traceback, without_a_command_line
+from supple.train.probes.probe import Probe, ProbeReport, ProbeSize
+from supple.train.probes.stand_in import StandIn
+from supple.train.script import check, user_traceback
 from supple.train.step.engine import TrainingError
 
 MOST_MEASURED = 4
@@ -76,24 +77,16 @@ class ProbeBody:
         probe = Probe(
             phases,
             group,
-            seed=0,
             num_steps=_STEPS,
             num_noise_steps=num_noise_steps,
             step_budget_s=_STEP_BUDGET_S,
         )
         try:
-            with without_a_command_line(self._script):
-                load(self._script, self._function)(probe)
-        except ProbeComplete:
-            assert probe.report_made is not None
-            return probe.report_made
+            job = StandIn(probe, rank=rank, world_size=size)
+            return job.run(self._script, self._function) or probe.report_made
         except BaseException as error:
             complete = isinstance(error, (TrainingError, SpecError, CheckpointError))
             return str(error) if complete else user_traceback(error, whole=verbose)
-        return (
-            f"{self._function}(job) in {self._script} returned without taking a batch: loop over "
-            "job.batches(...) and call job.step(loss) for each."
-        )
 
 
 def measure(

@@ -32,11 +32,12 @@ from supple.core.types import (
 from supple.train.checkpoint.fence import Barrier, Writer
 from supple.train.checkpoint.store import CheckpointError, CheckpointRefused, CheckpointStore
 from supple.train.generation.mailbox import Mailbox
-from supple.train.generation.member import Identity, LeaveLoop
+from supple.train.generation.member import Elastic, Identity, LeaveLoop
 from supple.train.generation.rendezvous import Address
-from supple.train.job import Elastic, Job, TrainingError
+from supple.train.job import Job
 from supple.train.ledger import Ledger
 from supple.train.logfile import LogFile
+from supple.train.recipe import no_batch_taken
 from supple.train.script import (
     load,
     memory_advice,
@@ -44,6 +45,7 @@ from supple.train.script import (
     user_traceback,
     without_a_command_line,
 )
+from supple.train.step.engine import TrainingError
 
 _COMPLETE = (TrainingError, CheckpointError, SpecError)
 """Errors whose text is all a user needs."""
@@ -177,10 +179,7 @@ class WorkerBody:
                     function(job)
                 job.leave_loop()
                 if not job.took_batches:
-                    raise TrainingError(
-                        f"{spec.function}(job) in {spec.script} returned without taking a batch: "
-                        "loop over job.batches(...) and call job.step(loss) for each."
-                    )
+                    raise TrainingError(no_batch_taken(spec.script, spec.function))
             except LeaveLoop:
                 return None
             except BaseException as error:

@@ -1,4 +1,4 @@
-"""`Job`: what the user's training function is handed. Five calls; the rest is ordinary PyTorch.
+"""`Job`: what the training function is handed to be trained; see `supple.train.job_protocol`.
 
 The function runs from top to bottom on every worker. A worker that joins later runs it up to its
 first batch, rehearses one step on it (so that everything is imported, allocated and warm), throws
@@ -16,23 +16,23 @@ from torch.optim import Optimizer
 from supple.core.job.order import micro_batches, mix, rank_shards, share
 from supple.core.spec import TrainSpec
 from supple.core.types import Doing, Progress
-from supple.train.arguments import check_batches, check_rate
 from supple.train.checkpoint.saver import Saver
 from supple.train.checkpoint.store import CheckpointStore
-from supple.train.data.loader import Loader, MicroBatch, fraction_done, make_loader
+from supple.train.data.loader import Loader, fraction_done
 from supple.train.generation.activity import Activity
 from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.generation.member import Elastic, LeaveLoop, Membership
+from supple.train.job_protocol import JobProtocol, Schedule
 from supple.train.ledger import Ledger
-from supple.train.rehearsal import Rehearsal, check_kept
+from supple.train.recipe import Batches, Hand, Recipe
+from supple.train.rehearsal import Rehearsal
 from supple.train.reporter import Reporter
 from supple.train.state import TrainState
-from supple.train.step.engine import StepEngine, TrainingError
-from supple.train.step.rate import LearningRate, constant
+from supple.train.step.engine import StepEngine
 
 
 @final
-class Job:
+class Job(JobProtocol):
     """One training job, seen from one of its workers.
 
     Without `elastic` it is a single worker: `python script.py` for debugging.
@@ -56,10 +56,10 @@ class Job:
         self._ledger = ledger
         listeners = [elastic.mailbox.publish] if elastic else []
         self._reporter = Reporter(*listeners, *([observe] if observe else []))
-        self._model: nn.Module | None = None
-        self._optimizer: Optimizer | None = None
-        self._kept: dict[str, Any] = {}
-        self._loader: Loader | None = None
+        self._recipe = Recipe(self._spec.seed, self._spec.lr_rule)
+        self._hand = Hand()
+        self._loader: Loader  # and what else there is once batches were taken
+        self._state: TrainState
         self._micro_limit = 0
         self._global_batch = 0
         self._workers_of_nodes: tuple[int, ...] = (1,)
@@ -67,53 +67,20 @@ class Job:
         self._has_state = False
         self._rehearsing = False
         self._in_loop = self._in_step = self._is_called = False
-        self._micro: MicroBatch | None = None
-        self._last_size = 0
         self._replaced = False
 
     # -- the user's five lines -------------------------------------------------------------
 
     def model(self, build: Callable[[], nn.Module]) -> nn.Module:
-        """The model that `build()` makes, with the same initial weights on every worker."""
-        if self._model is not None:
-            raise TrainingError("job.model was called twice: a job trains one model.")
-        torch.manual_seed(self._spec.seed)
-        self._model = build()
-        return self._model
+        return self._recipe.build_model(build)
 
     def optimizer(
-        self,
-        cls: Callable[..., Optimizer],
-        *,
-        lr: float,
-        schedule: Callable[[float], float] | None = None,
-        **options: Any,
+        self, cls: Callable[..., Optimizer], *, lr: float, schedule: Schedule = None, **options: Any
     ) -> Optimizer:
-        """`cls(model.parameters(), lr=lr, **options)`.
-
-        `lr` is the learning rate tuned at the `batch_size` given to `batches`; it is scaled when
-        the global batch changes, and multiplied by `schedule(fraction of the run done, 0 to 1)`.
-        """
-        if self._model is None:
-            raise TrainingError("job.optimizer was called before job.model: swap the two lines.")
-        params = [param for param in self._model.parameters() if param.requires_grad]
-        if not params:
-            raise TrainingError("the model has no parameter that requires a gradient.")
-        check_rate(lr)
-        lr = float(lr)
-        self._optimizer = cls(params, lr=lr, **options)
-        self._rate = LearningRate(self._spec.lr_rule, type(self._optimizer).__name__)
-        self._rate.base_lr = lr
-        self._rate.schedule = schedule or constant
-        return self._optimizer
+        return self._recipe.make_optimizer(cls, lr, schedule, options)
 
     def keep(self, name: str, thing: Any) -> None:
-        """Let `thing` (with `state_dict` and `load_state_dict`) travel with the train state.
-
-        Call it before `batches`. What the loop's first turn does to it is undone, as for the model.
-        """
-        check_kept(name, thing, self._kept, in_loop=self._loader is not None)
-        self._kept[name] = thing
+        self._recipe.keep(name, thing)
 
     def batches(
         self,
@@ -126,28 +93,12 @@ class Job:
         num_workers: int = 0,
         micro_batch_size: int | None = None,
     ) -> Iterator[Any]:
-        """This worker's micro-batches, in order, until all epochs are done.
-
-        `batch_size` is the global batch: all workers together. A map-style dataset, or a list of
-        iterable shards. `micro_batch_size` caps what one worker computes at once (default:
-        `batch_size`, which is known to fit). Every iteration must call `job.step`.
-        """
-        if self._model is None or self._optimizer is None:
-            raise TrainingError("job.batches was called before job.model and job.optimizer.")
-        if self._loader is not None:
-            raise TrainingError("job.batches was called twice: a job has one training loop.")
-        check_batches(batch_size=batch_size, epochs=epochs, micro_batch_size=micro_batch_size)
-        self._loader = make_loader(
-            dataset,
-            epochs=epochs,
-            shuffle=shuffle,
-            seed=self._spec.seed,
-            collate_fn=collate_fn,
-            num_workers=num_workers,
-        )
-        self._rate.base_batch = self._global_batch = int(batch_size)
+        recipe, sizes = self._recipe, (num_workers, micro_batch_size)
+        asked = Batches(dataset, batch_size, epochs, shuffle, collate_fn, *sizes)
+        self._loader = recipe.take_batches(asked)
+        self._global_batch = int(batch_size)
         self._micro_limit = micro_batch_size or batch_size
-        self._state = TrainState(self._model, self._optimizer, self._kept)
+        self._state = TrainState(recipe.model, recipe.optimizer, recipe.kept)
         yield from self._rehearse()
         if self._membership is None:
             self.begin(self._spec.resume)
@@ -169,18 +120,7 @@ class Job:
         self._activity.enter("after")
 
     def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
-        """Backward, and on the last micro-batch of a step: reduce, update, count.
-
-        True if a step was committed by this call: applied, or left out by `--on-non-finite skip`.
-        `clip_norm` bounds the gradient's norm over the whole global batch.
-        """
-        micro = self._micro
-        if micro is None:
-            raise TrainingError(
-                "job.step was called without a batch: call it once for every batch that "
-                "job.batches yields."
-            )
-        self._micro = None
+        micro = self._hand.take()
         if self._rehearsing:
             loss.backward()
             self._state.optimizer.step()
@@ -196,7 +136,6 @@ class Job:
         return committed
 
     def report(self, **metrics: Tensor | float) -> None:
-        """Numbers to show beside the progress: the last value of each is kept."""
         if not self._rehearsing:
             self._reporter.note(metrics)
 
@@ -212,18 +151,15 @@ class Job:
 
     @property
     def generation(self) -> int:
-        """The generation this worker is in: 0 before the first, and without a controller."""
         return 0 if self._membership is None else self._membership.generation
 
     @property
     def is_leading(self) -> bool:
-        """Is this rank 0 of a running group, past its rehearsal?"""
         return self._has_state and self.rank == 0
 
     @property
     def micro_batch_size(self) -> int:
-        """Samples in the last micro-batch that was handed out; 0 before the first."""
-        return self._last_size
+        return self._hand.size
 
     @property
     def activity(self) -> tuple[Doing, float]:
@@ -238,21 +174,19 @@ class Job:
 
     @property
     def took_batches(self) -> bool:
-        return self._loader is not None
+        return self._recipe.took_batches
 
     @property
     def step_count(self) -> int:
-        """Committed steps."""
         return 0 if self._engine is None else self._engine.step
 
     @property
     def epoch(self) -> int:
-        return 0 if self._loader is None else self._loader.epoch
+        return self._loader.epoch if self.took_batches else 0
 
     @property
     def lr(self) -> float:
-        """The learning rate of the step in flight."""
-        return self._rate.at(self.step_count, self._fraction())
+        return self._recipe.rate.at(self.step_count, self._fraction())
 
     # -- one step --------------------------------------------------------------------------
 
@@ -273,13 +207,7 @@ class Job:
                 self._ledger.read(
                     self.generation, self.step_count, self.epoch, self.rank, micro.ids
                 )
-            self._micro, self._last_size = micro, micro.num_samples
-            yield micro.data
-            if self._micro is not None:
-                raise TrainingError(
-                    "a batch was taken and job.step(loss) was not called for it: every batch "
-                    "that job.batches yields must be stepped, or it would not count."
-                )
+            yield from self._hand.give(micro)
             if self._replaced:
                 return
             self._activity.enter("data")
@@ -325,7 +253,6 @@ class Job:
 
     def _rehearse(self) -> Iterator[Any]:
         """One step on a real batch, whose effects are thrown away."""
-        assert self._model is not None and self._optimizer is not None and self._loader is not None
         rehearsal = Rehearsal(self._state)
         size = 1 if self._elastic is None else self._elastic.rehearsal_size
         _, rehearsed = share(self._global_batch, size, 0)
@@ -333,15 +260,12 @@ class Job:
         self._activity.enter("data")
         micro = next(iter(self._loader.feed()))
         self._activity.enter("script")
-        self._rehearsing, self._micro, self._last_size = True, micro, micro.num_samples
-        yield micro.data
-        if self._micro is not None:
-            raise TrainingError(
-                "the loop took a batch and did not call job.step(loss): nothing would be learned."
-            )
+        self._rehearsing = True
+        yield from self._hand.give(micro)
         self._rehearsing = False
+        recipe, changed = self._recipe, rehearsal.undo()
         self._engine = StepEngine(
-            self._spec, self._model, self._optimizer, self._loader, self._rate, rehearsal.undo()
+            self._spec, recipe.model, recipe.optimizer, self._loader, recipe.rate, changed
         )
 
     def leave_loop(self) -> None:
@@ -383,20 +307,18 @@ class Job:
             self._in_loop = False
             raise
         self._workers_of_nodes = agreed.workers_of_nodes
-        self._set_global_batch(agreed.global_batch_size or self._rate.base_batch)
+        self._set_global_batch(agreed.global_batch_size or self._recipe.rate.base_batch)
         self._place()
         if not self._spec.reproducible:
             torch.manual_seed(mix(self._spec.seed, self.generation, self.rank))
 
     def _place(self) -> None:
-        assert self._loader is not None
         place = self._loader.position, self.rank, self.world_size
         self._loader.place(*place, self._global_batch, self._micro_limit)
         self._replaced = True
         self._steps.meter.forget()
 
     def _is_done(self) -> bool:
-        assert self._loader is not None
         limit = self._spec.max_steps
         return self._loader.done or (limit is not None and self.step_count >= limit)
 
@@ -440,20 +362,18 @@ class Job:
 
     def scalars(self) -> dict[str, Any]:
         """The job's own part of the train state, beside tensors and optimizer settings."""
-        assert self._loader is not None
         return self._steps.to_json() | {
             "position": self._loader.position.to_json(),
             "global_batch_size": self._global_batch,
-            "rate": self._rate.to_json(),
+            "rate": self._recipe.rate.to_json(),
         }
 
     def adopt(self, scalars: Mapping[str, Any]) -> None:
         """The tensors are in place; take these with them."""
-        assert self._loader is not None
         self._steps.from_json(scalars)
         self._loader.position = type(self._loader.position).from_json(scalars["position"])
         self._global_batch = int(scalars["global_batch_size"])
-        self._rate.from_json(scalars["rate"])
+        self._recipe.rate.from_json(scalars["rate"])
         self._has_state = True
 
     def begin(self, restore: str | None) -> None:
@@ -466,7 +386,6 @@ class Job:
 
     def _take(self, scalars: Mapping[str, Any]) -> None:
         """Adopt a checkpoint's scalars. Raises `SpecError` if their position is of other data."""
-        assert self._loader is not None
         self.adopt(scalars)
         self._loader.place(self._loader.position, 0, 1, self._global_batch, self._micro_limit)
 
@@ -480,21 +399,21 @@ class Job:
     def _set_global_batch(self, size: int) -> None:
         if size != self._global_batch:
             noise_scale = self._steps.noise.noise_scale
-            self._rate.change_batch(size, step=self.step_count, noise_scale=noise_scale)
+            self._recipe.rate.change_batch(size, step=self.step_count, noise_scale=noise_scale)
             self._global_batch = size
 
     def _fraction(self) -> float:
-        if self._loader is None:
+        if not self.took_batches:
             return 0.0
         return fraction_done(self._loader, self.step_count, self._spec.max_steps)
 
     def _publish(self, *, force: bool = False) -> None:
-        if self.rank != 0 or self._loader is None or not (force or self._reporter.is_due()):
+        if self.rank != 0 or not (force or self._reporter.is_due()):
             return
         self._reporter.tell(
             self._steps,
             self._loader,
-            self._rate,
+            self._recipe.rate,
             generation=self.generation,
             workers_of_nodes=self._workers_of_nodes,
             global_batch_size=self._global_batch,

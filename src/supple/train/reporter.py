@@ -30,10 +30,7 @@ class Reporter:
 
     def note(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Show these beside the progress: the last value of each is kept."""
-        self._metrics |= {
-            name: value.detach() if isinstance(value, Tensor) else float(value)
-            for name, value in metrics.items()
-        }
+        self._metrics |= numbers(metrics)
 
     def is_due(self) -> bool:
         """Has it been long enough since the last time?"""
@@ -85,3 +82,11 @@ class Reporter:
         )
         for listener in self._listeners:
             listener(progress)
+
+
+def numbers(metrics: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
+    """The metrics of `job.report` without their graphs; raises for what is no number."""
+    return {
+        name: value.detach() if isinstance(value, Tensor) else float(value)
+        for name, value in metrics.items()
+    }

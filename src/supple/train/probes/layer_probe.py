@@ -1,20 +1,18 @@
 """Measures a model layer by layer on one worker, for planning where to cut it into stages."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from supple.core.layouts.stages import MeasuredLayer
 from supple.core.training.memory import TracedMemory
-from supple.train.arguments import check_batches, check_rate
-from supple.train.data.loader import make_loader
-from supple.train.script import run
+from supple.train.data.loader import MicroBatch
+from supple.train.probes.stand_in import StandIn
+from supple.train.recipe import Recipe
 from supple.train.step.engine import TrainingError
 
 _WARM_UP, _STEPS = 2, 7
@@ -33,23 +31,15 @@ class LayerReport:
     optimizer_name: str
 
 
-class _Complete(BaseException):
-    """Unwinds the user's function when everything is measured. Not an error."""
-
-
 def measure_layers(script: str, function: str, traces: Sequence[TracedMemory]) -> LayerReport:
     """Forward times of every layer at the script's batch and at half of it; the backward pass,
     which is timed as a whole, is divided among the layers like the forward pass. A layer is a child
     of the model, or of a `ModuleList` or `Sequential` in it. `traces` (largest first) tell the
     bytes. Raises `TrainingError` for a model that calls a layer twice."""
-    probe = _LayerProbe()
-    try:
-        run(script, function, probe)
-    except _Complete:
-        return probe.report_made(traces)
-    raise TrainingError(
-        f"{function}(job) in {script} returned without taking a batch: loop over job.batches(...)."
-    )
+    probe = LayerProbe()
+    if problem := StandIn(probe).run(script, function):
+        raise TrainingError(problem)
+    return probe.report_made(traces)
 
 
 @dataclass(slots=True)
@@ -62,10 +52,8 @@ class _Seen:
 
 
 @final
-class _LayerProbe:
-    """Looks like a `Job` to a training function."""
-
-    rank, world_size, generation, step_count, epoch = 0, 1, 0, 0, 0
+class LayerProbe:
+    """An instrument: times the layers of the model, which are given one batch again and again."""
 
     def __init__(self) -> None:
         self._layers: list[nn.Module] = []
@@ -75,61 +63,32 @@ class _LayerProbe:
         self._sizes: list[int] = []
         self._backward_s: dict[int, list[float]] = {}
 
-    def model(self, build: Callable[[], nn.Module]) -> nn.Module:
-        torch.manual_seed(0)
-        self._model = build()
-        self._layers = _layers(self._model)
+    def micro_batches(self, recipe: Recipe) -> Generator[MicroBatch, None, None]:
+        asked, self._recipe = recipe.batches, recipe
+        loader = replace(asked, num_workers=0).loader(recipe.seed)
+        known = loader.samples_total
+        self._total = known or asked.batch_size
+        largest = min(
+            asked.micro_batch_size or asked.batch_size,
+            known // asked.epochs if known else asked.batch_size,
+        )
+        self._epochs = asked.epochs if known else 1
+        self._sizes = sorted({largest, max(1, largest // 2)}, reverse=True)
+        self._layers = _layers(recipe.model)
         for layer in self._layers:
             self._seen[id(layer)] = _Seen()
             layer.register_forward_pre_hook(self._enter)
             layer.register_forward_hook(self._leave)
-        return self._model
-
-    def optimizer(
-        self, cls: Callable[..., Optimizer], *, lr: float, schedule: Any = None, **options: Any
-    ) -> Optimizer:
-        check_rate(lr)
-        params = [param for param in self._model.parameters() if param.requires_grad]
-        self._optimizer, self._lr = cls(params, lr=lr, **options), lr
-        return self._optimizer
-
-    def keep(self, name: str, thing: Any) -> None:
-        return
-
-    def report(self, **metrics: Any) -> None:
-        return
-
-    def batches(
-        self,
-        dataset: Any,
-        *,
-        batch_size: int,
-        epochs: int = 1,
-        shuffle: bool = True,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        num_workers: int = 0,
-        micro_batch_size: int | None = None,
-    ) -> Iterator[Any]:
-        check_batches(batch_size=batch_size, epochs=epochs, micro_batch_size=micro_batch_size)
-        loader = make_loader(
-            dataset, epochs=epochs, shuffle=shuffle, seed=0, collate_fn=collate_fn, num_workers=0
-        )
-        known = loader.samples_total
-        self._batch_size, self._total = batch_size, known or batch_size
-        largest = min(micro_batch_size or batch_size, known // epochs if known else batch_size)
-        self._epochs = epochs if known else 1
-        self._sizes = sorted({largest, max(1, largest // 2)}, reverse=True)
         for size in self._sizes:
             self._size = size
             loader.place(loader.position, 0, 1, size, size)
-            batch = next(iter(loader.feed())).data
+            batch = next(iter(loader.feed()))
             for step in range(_WARM_UP + _STEPS):
                 self._keeps = step >= _WARM_UP
                 self._order = []
                 yield batch
-        raise _Complete
 
-    def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
+    def step(self, loss: Tensor, micro: MicroBatch, clip_norm: float | None) -> bool:
         called = len(set(self._order))
         if called < len(self._order) or not called:
             raise TrainingError(
@@ -140,8 +99,8 @@ class _LayerProbe:
         loss.backward()
         if self._keeps:
             self._backward_s.setdefault(self._size, []).append(time.perf_counter() - began)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._recipe.optimizer.step()
+        self._recipe.optimizer.zero_grad()
         return True
 
     def report_made(self, traces: Sequence[TracedMemory]) -> LayerReport:
@@ -152,7 +111,7 @@ class _LayerProbe:
         back = {size: _median(self._backward_s[size]) / whole[size] for size in self._sizes}
         outputs = sum(seen.output_bytes for seen in self._seen.values()) or 1
         per_sample = (first.peak_bytes - first.state_bytes) / first.micro_batch_size
-        num_parameters = sum(param.numel() for param in self._model.parameters())
+        num_parameters = sum(param.numel() for param in self._recipe.model.parameters())
         # What is used without being called, as a bare weight, goes with the first layer.
         called = sum(param.numel() for layer in by_id.values() for param in layer.parameters())
         extra = num_parameters - called
@@ -173,13 +132,14 @@ class _LayerProbe:
                     activation_bytes_per_sample=per_sample * seen.output_bytes / outputs,
                 )
             )
+        recipe = self._recipe
         return LayerReport(
             layers=tuple(found),
-            base_batch_size=self._batch_size,
-            base_lr=self._lr,
+            base_batch_size=recipe.batches.batch_size,
+            base_lr=recipe.rate.base_lr,
             total_samples=self._total,
             epochs=self._epochs,
-            optimizer_name=type(self._optimizer).__name__,
+            optimizer_name=type(recipe.optimizer).__name__,
         )
 
     def _forward(self, key: int, size: int) -> float:

@@ -5,8 +5,8 @@ A model far larger than this machine can be traced, on a machine without an acce
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -26,9 +26,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from supple.core.spec import SpecError
 from supple.core.training.memory import TracedMemory
-from supple.train.arguments import check_batches, check_rate
-from supple.train.data.loader import Loader, MicroBatch, make_loader
-from supple.train.script import run, user_traceback
+from supple.train.data.loader import Loader, MicroBatch
+from supple.train.probes.stand_in import StandIn
+from supple.train.recipe import Recipe
+from supple.train.script import user_traceback
 from supple.train.step.engine import TrainingError
 
 _TORCHS_OWN_LOG = logging.getLogger("torch._subclasses.fake_tensor")
@@ -46,10 +47,6 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "sgd": (SGD, {}),
 }
 """What may stand in for a script's own. torch's Adafactor reads values, so it cannot be traced."""
-
-
-class _TraceComplete(BaseException):
-    """Unwinds the user's function when everything is traced. Not an error."""
 
 
 class TraceFailed(Exception):
@@ -83,7 +80,7 @@ def trace_memory(
     `optimizer`, a key of `OPTIMIZERS`, replaces the script's. `verbose` leaves tracebacks whole.
     Raises `SpecError` before any work, `TraceFailed` if the script cannot be traced at its own
     micro-batch."""
-    tracer = _Tracer(recompute, optimizer)
+    tracer = MemoryTracer(recompute, optimizer)
     untraced: list[tuple[int, str]] = []
     num_found = 0
     while (tracer.pending or not tracer.found) and (
@@ -92,7 +89,7 @@ def trace_memory(
         if not tracer.found:
             raise TraceFailed(problem)
         # A loop that was left after some batches goes on from the top, as long as it finds a size.
-        if problem is not _LEFT or len(tracer.found) == num_found:
+        if _NEEDED not in problem or len(tracer.found) == num_found:
             untraced.append((tracer.pending.pop(0), problem.splitlines()[-1]))
         num_found = len(tracer.found)
     return TracedJob(
@@ -103,22 +100,17 @@ def trace_memory(
     )
 
 
-_LEFT = (
-    f"the loop over job.batches(...) was left before the {_STEPS} batches that a trace takes: let "
-    "it go on for as long as there are batches"
-)
+_NEEDED = f"the {_STEPS} batches that a trace takes"
 
 
-def _attempt(tracer: "_Tracer", script: str, function: str, verbose: bool) -> str:
+def _attempt(tracer: "MemoryTracer", script: str, function: str, verbose: bool) -> str:
     """Trace what is pending; why it could not all be, or nothing."""
-    problem = ""
+    job = StandIn(tracer, build=tracer.build, make=tracer.make)
     before = _TORCHS_OWN_LOG.level
     if not verbose:  # it logs what it raises, and we tell that
         _TORCHS_OWN_LOG.setLevel(logging.CRITICAL)
     try:
-        run(script, function, tracer)
-    except _TraceComplete:
-        pass
+        problem = job.run(script, function, _NEEDED)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         problem = (
             f"{script} reads a tensor's value while it trains ({error}), and a trace computes no "
@@ -131,21 +123,12 @@ def _attempt(tracer: "_Tracer", script: str, function: str, verbose: bool) -> st
         problem = f"{script} failed while it was traced:\n{user_traceback(error, whole=verbose)}"
     finally:
         _TORCHS_OWN_LOG.setLevel(before)
-    if tracer.found and not tracer.pending:
-        return ""
-    if not problem and not tracer.pending:
-        return (
-            f"{function}(job) in {script} returned without taking a batch: loop over "
-            "job.batches(...)."
-        )
-    return problem or _LEFT
+    return problem if tracer.pending or not tracer.found else ""
 
 
 @final
-class _Tracer:
-    """Looks like a `Job` to a training function."""
-
-    rank, world_size, generation, step_count, epoch, lr = 0, 1, 0, 0, 0, 0.0
+class MemoryTracer:
+    """An instrument: counts the bytes of two steps at each of several sizes, on fake tensors."""
 
     def __init__(self, recompute: bool, optimizer: str | None) -> None:
         self.found: list[TracedMemory] = []
@@ -156,11 +139,9 @@ class _Tracer:
         self._instead = None if optimizer is None else OPTIMIZERS[optimizer]
         self._recompute = recompute
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._model: nn.Module | None = None
-        self._optimizer: Optimizer | None = None
-        self._stepped = True
 
-    def model(self, build: Callable[[], nn.Module]) -> nn.Module:
+    def build(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """The script's model, without data."""
         with self._fake:
             model = build()
         if self._recompute:
@@ -170,103 +151,69 @@ class _Tracer:
                 checkpoint_wrapper_fn=lambda m: checkpoint_wrapper(m, preserve_rng_state=False),
                 check_fn=lambda module: id(module) in blocks,
             )
-        self._model = model
         return model
 
-    def optimizer(
-        self, cls: Callable[..., Optimizer], *, lr: float, schedule: Any = None, **options: Any
+    def make(
+        self, cls: Callable[..., Optimizer], params: Iterable[Tensor], lr: float, **options: Any
     ) -> Optimizer:
-        if self._model is None:
-            raise TrainingError("job.optimizer was called before job.model: swap the two lines.")
-        check_rate(lr)
+        """The script's optimizer, or what was asked for in its place."""
         if self._instead is not None:
             cls, options = self._instead
         with self._fake:
-            params = [param for param in self._model.parameters() if param.requires_grad]
-            self._optimizer = cls(params, lr=lr, **options)
-        return self._optimizer
+            return cls(params, lr=lr, **options)
 
-    def keep(self, name: str, thing: Any) -> None:
-        return
-
-    def report(self, **metrics: Any) -> None:
-        return
-
-    def batches(
-        self,
-        dataset: Any,
-        *,
-        batch_size: int,
-        epochs: int = 1,
-        shuffle: bool = True,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        num_workers: int = 0,
-        micro_batch_size: int | None = None,
-    ) -> Iterator[Any]:
-        model, optimizer = self._model, self._optimizer
-        if model is None or optimizer is None:
-            raise TrainingError("job.batches was called before job.model and job.optimizer.")
-        check_batches(batch_size=batch_size, epochs=epochs, micro_batch_size=micro_batch_size)
-        loader = make_loader(
-            dataset, epochs=1, shuffle=shuffle, seed=0, collate_fn=collate_fn, num_workers=0
-        )
+    def micro_batches(self, recipe: Recipe) -> Generator[MicroBatch, None, None]:
+        asked, self._optimizer = recipe.batches, recipe.optimizer
+        loader = replace(asked, epochs=1, num_workers=0).loader(recipe.seed)
         if not self.found:
-            self.batch_size, self.dataset_size = batch_size, loader.samples_total
-            self.pending = _sizes(micro_batch_size or batch_size, self.dataset_size)
+            self.batch_size, self.dataset_size = asked.batch_size, loader.samples_total
+            self.pending = _sizes(asked.micro_batch_size or asked.batch_size, self.dataset_size)
         while self.pending:
             batch = _first(loader, self.pending[0])
             tracker = MemTracker()
             with self._fake:
-                tracker.track_external(model, optimizer)
+                tracker.track_external(recipe.model, recipe.optimizer)
                 with tracker:
                     for _ in range(_STEPS):
                         tracker.reset_mod_stats()
-                        self._stepped = False
                         data = pytree.tree_map_only(Tensor, self._fake.from_tensor, batch.data)
-                        yield data
-                        if not self._stepped:
-                            raise TrainingError("the loop took a batch and did not call job.step.")
+                        yield replace(batch, data=data)
             if batch.num_samples < self.pending[0]:
                 self.dataset_size = batch.num_samples  # iterable data that ended
             self.pending.pop(0)
             if batch.num_samples not in {trace.micro_batch_size for trace in self.found}:
-                self.found.append(self._account(batch.num_samples, tracker))
+                self.found.append(_account(recipe, batch.num_samples, tracker))
                 self.pending = self.pending or _larger(self.found, self.dataset_size)
-        raise _TraceComplete
 
-    def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
-        assert self._optimizer is not None
+    def step(self, loss: Tensor, micro: MicroBatch, clip_norm: float | None) -> bool:
         loss.backward()
         self._optimizer.step()
         # Ours keeps its gradients, as views of flat buckets.
         self._optimizer.zero_grad(set_to_none=False)
-        self._stepped = True
         return True
 
-    def _account(self, size: int, tracker: MemTracker) -> TracedMemory:
-        model, optimizer = self._model, self._optimizer
-        assert model is not None and optimizer is not None
-        peak = sum(
-            parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values() if parts
-        )
-        params = list(model.parameters())
-        blocks = _blocks(model)
-        return TracedMemory(
-            micro_batch_size=size,
-            peak_bytes=peak,
-            parameter_bytes=_bytes(params),
-            gradient_bytes=_bytes([param for param in params if param.requires_grad]),
-            optimizer_bytes=_bytes(
-                value
-                for state in optimizer.state.values()
-                for value in state.values()
-                if isinstance(value, Tensor)
-            ),
-            largest_block_bytes=max(
-                (_bytes(module.parameters()) for module in model.modules() if id(module) in blocks),
-                default=_bytes(params),
-            ),
-        )
+
+def _account(recipe: Recipe, size: int, tracker: MemTracker) -> TracedMemory:
+    model, optimizer = recipe.model, recipe.optimizer
+    peak = sum(parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values() if parts)
+    params = list(model.parameters())
+    blocks = _blocks(model)
+    return TracedMemory(
+        micro_batch_size=size,
+        peak_bytes=peak,
+        parameter_bytes=_bytes(params),
+        gradient_bytes=_bytes([param for param in params if param.requires_grad]),
+        optimizer_bytes=_bytes(
+            value
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ),
+        largest_block_bytes=max(
+            (_bytes(module.parameters()) for module in model.modules() if id(module) in blocks),
+            default=_bytes(params),
+        ),
+    )
 
 
 def _sizes(largest: int, dataset_size: int | None) -> list[int]:

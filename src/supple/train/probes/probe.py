@@ -1,25 +1,23 @@
-"""`Probe`: handed to the user's training function in place of `Job`, it measures a few steps of
-each of several sizes and ends the function. The same step engine does the work, so it measures
-what `supple train` will run. Nothing is written and nothing is kept.
+"""`Probe`: measures a few steps of each of several sizes of a script. The same step engine does the
+work, so it measures what `supple train` will run.
 """
 
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from supple.core.spec import TrainSpec
-from supple.train.arguments import check_batches, check_rate
-from supple.train.data.loader import Loader, make_loader
+from supple.train.data.loader import Loader, MicroBatch
 from supple.train.generation.group import Group
-from supple.train.step.engine import StepEngine, TrainingError
+from supple.train.recipe import Recipe
+from supple.train.step.engine import StepEngine
 from supple.train.step.meter import StepTimes
 from supple.train.step.rate import LearningRate
 
@@ -28,10 +26,6 @@ _NOISE_EVERY, _NEVER = 2, sys.maxsize
 _ENDLESS = sys.maxsize
 """Epochs of the probe's loader: one that ends would stop the processes that fetch its samples."""
 _MESSAGE_BYTES = (4_096, 65_536, 524_288, 4_194_304, 16_777_216, 67_108_864)
-
-
-class ProbeComplete(BaseException):
-    """Unwinds the user's training function when everything is measured. Not an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,172 +85,104 @@ class ProbeReport:
 
 @final
 class Probe:
-    """Looks like a `Job` to a training function. A phase has `num_noise_steps` for the noise scale,
-    whose norms may take longer than the step itself, or a warm-up, and then `num_steps` that are
-    timed; one of a single worker has fewer of both where they take longer than `step_budget_s` in
-    the mean."""
+    """An instrument: times steps, alone or as one rank of `group`. A phase has `num_noise_steps`
+    for the noise scale, whose norms may take longer than the step itself, or a warm-up, and then
+    `num_steps` that are timed; one of a single worker has fewer of both where they take longer than
+    `step_budget_s` in the mean."""
+
+    report_made: ProbeReport
+    """Of a complete measurement."""
 
     def __init__(
         self,
         phases: Sequence[ProbeSize],
         group: Group | None,
         *,
-        seed: int,
         num_steps: int,
         num_noise_steps: int,
         step_budget_s: float,
     ) -> None:
         self._phases = phases
         self._group = group
-        self._seed = seed
         self._num_steps = num_steps
         self._num_noise_steps = num_noise_steps
         self._step_budget_s = step_budget_s
         self._began = time.monotonic()
         self._first_step_s = 0.0
-        self._model: nn.Module | None = None
-        self._optimizer: Optimizer | None = None
-        self._pending: tuple[Tensor] | None = None
-        self._micro: Any = None
-        self._base_lr = 0.0
-        self.report_made: ProbeReport | None = None
-        self.rank = 0 if group is None else group.rank
-        self.world_size = 1 if group is None else group.size
-        self.generation = self.step_count = self.epoch = 0
 
-    def model(self, build: Callable[[], nn.Module]) -> nn.Module:
-        torch.manual_seed(self._seed)
-        self._model = build()
-        return self._model
-
-    def optimizer(
-        self,
-        cls: Callable[..., Optimizer],
-        *,
-        lr: float,
-        schedule: Callable[[float], float] | None = None,
-        **options: Any,
-    ) -> Optimizer:
-        if self._model is None:
-            raise TrainingError("job.optimizer was called before job.model: swap the two lines.")
-        check_rate(lr)
-        params = [param for param in self._model.parameters() if param.requires_grad]
-        self._optimizer = cls(params, lr=lr, **options)
-        self._base_lr = lr
-        return self._optimizer
-
-    def keep(self, name: str, thing: Any) -> None:
-        return
-
-    def report(self, **metrics: Any) -> None:
-        return
-
-    def batches(
-        self,
-        dataset: Any,
-        *,
-        batch_size: int,
-        epochs: int = 1,
-        shuffle: bool = True,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        num_workers: int = 0,
-        micro_batch_size: int | None = None,
-    ) -> Iterator[Any]:
-        if self._model is None or self._optimizer is None:
-            raise TrainingError("job.batches was called before job.model and job.optimizer.")
-        check_batches(batch_size=batch_size, epochs=epochs, micro_batch_size=micro_batch_size)
-        loader = make_loader(
-            dataset,
-            epochs=_ENDLESS,
-            shuffle=shuffle,
-            seed=self._seed,
-            collate_fn=collate_fn,
-            num_workers=num_workers,
-        )
+    def micro_batches(self, recipe: Recipe) -> Generator[MicroBatch, None, None]:
+        asked, optimizer = recipe.batches, recipe.optimizer
+        loader = replace(asked, epochs=_ENDLESS).loader(recipe.seed)
         start = loader.position
         total = loader.samples_total
-        size = batch_size if total is None else max(1, total // _ENDLESS)
-        batch = min(batch_size, size)
-        largest = micro_batch_size or batch
-        rate = LearningRate("auto", type(self._optimizer).__name__)
-        rate.base_lr, rate.base_batch = self._base_lr, batch
-        engine = self._engine = StepEngine(
-            TrainSpec(name="probe", script=""),
-            self._model,
-            self._optimizer,
-            loader,
-            rate,
-            [],
-        )
+        size = asked.batch_size if total is None else max(1, total // _ENDLESS)
+        batch = min(asked.batch_size, size)
+        rate = LearningRate("auto", type(optimizer).__name__)  # no schedule: it may begin with 0
+        rate.base_lr, rate.base_batch = recipe.rate.base_lr, batch
+        spec = TrainSpec(name="probe", script="")
+        engine = self._engine = StepEngine(spec, recipe.model, optimizer, loader, rate, [])
         results: list[ProbeResult] = []
         for phase in () if total is None else self._phases:
-            micro, whole = phase.cut(batch, largest)
-            batches = _FullBatches(loader, start, size, micro, whole)
-            _reset_peak()
-            if self._num_noise_steps:
-                engine.measure_noise(_NOISE_EVERY)
-                least = min(_FEWEST_NOISE_STEPS, self._num_noise_steps)
-                yield from self._take(batches, self._num_noise_steps, least=least)
-            engine.measure_noise(_NEVER)
-            if not self._num_noise_steps:
-                yield from self._take(batches, _WARM_UP, least=_WARM_UP)
-            engine.meter.forget()
-            num_timed = yield from self._take(batches, self._num_steps, least=1)
-            times = engine.meter.medians()
-            assert times is not None
-            results.append(
-                ProbeResult(
-                    micro_batch_size=micro,
-                    num_accumulation_steps=-(-whole // micro),
-                    times=times,
-                    peak_bytes=_peak_bytes(),
-                    num_steps=num_timed,
-                )
-            )
-        params = [param for group in self._optimizer.param_groups for param in group["params"]]
+            micro, whole = phase.cut(batch, asked.micro_batch_size or batch)
+            full = _FullBatches(loader, start, size, micro, whole)
+            results.append((yield from self._measure(full, micro, whole)))
         self.report_made = ProbeReport(
             phases=tuple(results),
             collectives=self._time_collectives(),
             noise_scale=engine.noise.noise_scale,
-            gradient_bytes=sum(param.numel() * param.element_size() for param in params),
+            gradient_bytes=engine.gradient_bytes,
             dataset_size=None if total is None else size,
-            epochs=epochs,
-            batch_size=batch_size,
+            epochs=asked.epochs,
+            batch_size=asked.batch_size,
             base_batch_size=batch,
-            largest_micro_batch=micro_batch_size,
-            base_lr=self._base_lr,
-            optimizer_name=type(self._optimizer).__name__,
+            largest_micro_batch=asked.micro_batch_size,
+            base_lr=rate.base_lr,
+            optimizer_name=engine.optimizer_name,
             first_step_s=self._first_step_s,
         )
-        raise ProbeComplete
 
-    def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
-        micro, self._micro = self._micro, None
-        if micro is None:
-            raise TrainingError("job.step was called without a batch from job.batches.")
+    def step(self, loss: Tensor, micro: MicroBatch, clip_norm: float | None) -> bool:
         self._engine.backward(loss, micro, self._group, lambda: False)
         if micro.is_last:
             self._engine.commit(clip_norm, 0.0)
         return micro.is_last
 
+    def _measure(
+        self, batches: "_FullBatches", micro: int, whole: int
+    ) -> Generator[MicroBatch, None, ProbeResult]:
+        """One phase: steps of `whole` samples in micro-batches of `micro`."""
+        engine = self._engine
+        _reset_peak()
+        if self._num_noise_steps:
+            engine.measure_noise(_NOISE_EVERY)
+            least = min(_FEWEST_NOISE_STEPS, self._num_noise_steps)
+            yield from self._take(batches, self._num_noise_steps, least=least)
+        engine.measure_noise(_NEVER)
+        if not self._num_noise_steps:
+            yield from self._take(batches, _WARM_UP, least=_WARM_UP)
+        engine.meter.forget()
+        num_timed = yield from self._take(batches, self._num_steps, least=1)
+        times = engine.meter.medians()
+        assert times is not None
+        return ProbeResult(
+            micro_batch_size=micro,
+            num_accumulation_steps=-(-whole // micro),
+            times=times,
+            peak_bytes=_peak_bytes(),
+            num_steps=num_timed,
+        )
+
     def _take(
         self, batches: "_FullBatches", num_steps: int, *, least: int
-    ) -> Generator[Any, None, int]:
+    ) -> Generator[MicroBatch, None, int]:
         """Hand out the micro-batches of so many steps; how many they were."""
         began = time.monotonic()
         for done in range(num_steps):
             late = time.monotonic() - began > self._step_budget_s * num_steps
-            if late and self.world_size == 1 and done >= least:
+            if late and self._group is None and done >= least:
                 return done
             batches.turn()
-            for piece in self._engine.micro_batches(alone=True):
-                self._micro = piece
-                yield piece.data
-                if self._micro is not None:
-                    raise TrainingError(
-                        "the loop took a batch and did not call job.step(loss): nothing "
-                        "would be learned."
-                    )
+            yield from self._engine.micro_batches(alone=True)
             self._first_step_s = self._first_step_s or time.monotonic() - self._began
         return num_steps
 

@@ -1,0 +1,126 @@
+"""`StandIn`: handed to a training function in place of a `Job`, to measure the script.
+
+It records what the script states and refuses what a job refuses. What its loop is given, and what
+a step of it does, is up to an instrument: the timing of `supple plan`, the memory trace of
+`supple memory`, the layers of `supple layouts`. Nothing is written and nothing is kept.
+"""
+
+import operator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from functools import partial
+from typing import Any, Protocol, final
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from supple.train.data.loader import MicroBatch
+from supple.train.job_protocol import JobProtocol, Schedule
+from supple.train.recipe import Batches, Hand, Recipe, no_batch_taken
+from supple.train.reporter import numbers
+from supple.train.script import run
+
+
+class Instrument(Protocol):
+    """What measures a script's loop."""
+
+    def micro_batches(self, recipe: Recipe) -> Generator[MicroBatch, None, None]:
+        """What the loop is given, each stepped before the next is asked for; when they end, the
+        measurement is complete. Called when the loop begins, closed where the script leaves it."""
+        ...
+
+    def step(self, loss: Tensor, micro: MicroBatch, clip_norm: float | None) -> bool:
+        """The script has computed the loss of `micro`. True if that completes an optimizer step."""
+        ...
+
+
+class MeasurementComplete(BaseException):
+    """Unwinds the user's training function when everything is measured. Not an error."""
+
+
+@final
+class StandIn:
+    """One run of a script, up to the end of its measurement.
+
+    It stays at the run's beginning, in epoch 0, and as its steps are thrown away it never leads.
+    `build(f)` makes the model of the script's factory, and `make(cls, params, lr=..., ...)` its
+    optimizer.
+    """
+
+    def __init__(
+        self,
+        instrument: Instrument,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        build: Callable[..., Any] = operator.call,
+        make: Callable[..., Any] = operator.call,
+    ) -> None:
+        self._instrument = instrument
+        self.rank, self.world_size = rank, world_size
+        self.generation = self.epoch = self.step_count = 0
+        self.is_leading = False
+        self._build, self._make = build, make
+        self._recipe = Recipe(seed=0)
+        self._hand = Hand()
+
+    def run(self, script: str, function: str, needed: str = "all was measured") -> str:
+        """Call the training function; why it did not come to the end of its measurement, or
+        nothing. Raises what the script raises, and `TrainingError` or `SpecError` as a job does."""
+        job: JobProtocol = self
+        try:
+            run(script, function, job)
+        except MeasurementComplete:
+            return ""
+        if not self._recipe.took_batches:
+            return no_batch_taken(script, function)
+        return (
+            f"the loop over job.batches(...) was left before {needed}: let it go on for as long as "
+            "there are batches"
+        )
+
+    def model(self, build: Callable[[], nn.Module]) -> nn.Module:
+        return self._recipe.build_model(partial(self._build, build))
+
+    def optimizer(
+        self, cls: Callable[..., Optimizer], *, lr: float, schedule: Schedule = None, **options: Any
+    ) -> Optimizer:
+        return self._recipe.make_optimizer(partial(self._make, cls), lr, schedule, options)
+
+    def keep(self, name: str, thing: Any) -> None:
+        self._recipe.keep(name, thing)
+
+    def batches(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int,
+        epochs: int = 1,
+        shuffle: bool = True,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+        micro_batch_size: int | None = None,
+    ) -> Iterator[Any]:
+        sizes = num_workers, micro_batch_size
+        asked = Batches(dataset, batch_size, epochs, shuffle, collate_fn, *sizes)
+        self._recipe.take_batches(asked)
+        with closing(self._instrument.micro_batches(self._recipe)) as given:
+            for micro in given:
+                yield from self._hand.give(micro)
+        raise MeasurementComplete
+
+    def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
+        committed = self._instrument.step(loss, self._hand.take(), clip_norm)
+        self.step_count += committed
+        return committed
+
+    def report(self, **metrics: Tensor | float) -> None:
+        numbers(metrics)
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self._hand.size
+
+    @property
+    def lr(self) -> float:
+        return self._recipe.rate.at(self.step_count, 0.0)

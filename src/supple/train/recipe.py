@@ -1,0 +1,177 @@
+"""What a script tells its job: the model, the optimizer, what to keep, and the batches.
+
+Validated here, before any work, alike for `Job` and for what stands in for one.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from supple.core.spec import LrRule, SpecError, is_count
+from supple.train.data.loader import Loader, MicroBatch, make_loader
+from supple.train.job_protocol import Schedule
+from supple.train.rehearsal import check_kept
+from supple.train.step.engine import TrainingError
+from supple.train.step.rate import LearningRate, constant
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """The arguments of `job.batches`."""
+
+    dataset: Any
+    batch_size: int
+    epochs: int
+    shuffle: bool
+    collate_fn: Callable[[list[Any]], Any] | None
+    num_workers: int
+    micro_batch_size: int | None
+
+    def loader(self, seed: int) -> Loader:
+        """A loader for them. Raises `SpecError` unless sizes are whole numbers from 1, and for data
+        that cannot be cut into batches."""
+        given = {"batch_size": self.batch_size, "epochs": self.epochs}
+        if self.micro_batch_size is not None:
+            given["micro_batch_size"] = self.micro_batch_size
+        wrong = [name for name, number in given.items() if not is_count(number)]
+        if wrong:
+            asked = ", ".join(f"{name}={number!r}" for name, number in given.items())
+            raise SpecError(
+                f"job.batches({asked}): {' and '.join(wrong)} must be a whole number of at least "
+                "1, since training takes whole samples, and all of them once in every epoch. "
+                "Change it in the script."
+            )
+        return make_loader(
+            self.dataset,
+            epochs=self.epochs,
+            shuffle=self.shuffle,
+            seed=seed,
+            collate_fn=self.collate_fn,
+            num_workers=self.num_workers,
+        )
+
+
+@final
+class Recipe:
+    """Records what a script asks to be trained; each method raises for what cannot be."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    batches: Batches
+
+    def __init__(self, seed: int, lr_rule: LrRule = "auto") -> None:
+        self.seed = seed
+        self.kept: dict[str, Any] = {}
+        self._lr_rule: LrRule = lr_rule
+        self._stated: set[str] = set()
+        """Which of the others there are by now."""
+
+    def build_model(self, build: Callable[[], nn.Module]) -> nn.Module:
+        if "model" in self._stated:
+            raise TrainingError("job.model was called twice: a job trains one model.")
+        torch.manual_seed(self.seed)
+        self.model = build()
+        self._stated.add("model")
+        return self.model
+
+    def make_optimizer(
+        self, cls: Callable[..., Optimizer], lr: Any, schedule: Schedule, options: Mapping[str, Any]
+    ) -> Optimizer:
+        if "model" not in self._stated:
+            raise TrainingError("job.optimizer was called before job.model: swap the two lines.")
+        params = [param for param in self.model.parameters() if param.requires_grad]
+        if not params:
+            raise TrainingError("the model has no parameter that requires a gradient.")
+        _check_rate(lr)
+        self.optimizer = cls(params, lr=float(lr), **options)
+        self._rate = LearningRate(self._lr_rule, type(self.optimizer).__name__)
+        self._rate.base_lr = float(lr)
+        self._rate.schedule = schedule or constant
+        self._stated.add("optimizer")
+        return self.optimizer
+
+    def keep(self, name: str, thing: Any) -> None:
+        check_kept(name, thing, self.kept, in_loop=self.took_batches)
+        self.kept[name] = thing
+
+    def take_batches(self, batches: Batches) -> Loader:
+        """The loop begins: a loader for what it asks."""
+        if "optimizer" not in self._stated:
+            raise TrainingError("job.batches was called before job.model and job.optimizer.")
+        if self.took_batches:
+            raise TrainingError("job.batches was called twice: a job has one training loop.")
+        loader = batches.loader(self.seed)
+        self.batches = batches
+        self.rate.base_batch = int(batches.batch_size)
+        self._stated.add("batches")
+        return loader
+
+    @property
+    def took_batches(self) -> bool:
+        """Has the loop begun?"""
+        return "batches" in self._stated
+
+    @property
+    def rate(self) -> LearningRate:
+        if "optimizer" not in self._stated:
+            raise TrainingError("job.lr was read before job.optimizer gave one: swap the lines.")
+        return self._rate
+
+
+@final
+class Hand:
+    """The micro-batch that the script has in hand: it must be stepped before the next one."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        """Samples in the last one that was handed out; 0 before the first."""
+        self._micro: MicroBatch | None = None
+        self._unstepped = (
+            "the loop took a batch and did not call job.step(loss): nothing would be learned."
+        )
+
+    def give(self, micro: MicroBatch) -> Iterator[Any]:
+        """Hand out its data. Raises `TrainingError` if the script comes back without a step."""
+        self._micro, self.size = micro, micro.num_samples
+        yield micro.data
+        if self._micro is not None:
+            raise TrainingError(self._unstepped)
+        self._unstepped = (
+            "a batch was taken and job.step(loss) was not called for it: every batch that "
+            "job.batches yields must be stepped, or it would not count."
+        )
+
+    def take(self) -> MicroBatch:
+        """It is stepped now. Raises `TrainingError` if there is none."""
+        micro, self._micro = self._micro, None
+        if micro is None:
+            raise TrainingError(
+                "job.step was called without a batch: call it once for every batch that "
+                "job.batches yields."
+            )
+        return micro
+
+
+def no_batch_taken(script: str, function: str) -> str:
+    """What is wrong with a training function that returned without entering its loop."""
+    return (
+        f"{function}(job) in {script} returned without taking a batch: loop over job.batches(...) "
+        "and call job.step(loss) for each."
+    )
+
+
+def _check_rate(lr: Any) -> None:
+    try:
+        rate = math.nan if isinstance(lr, str) else float(lr)
+    except (TypeError, ValueError, OverflowError):
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise SpecError(
+            f"job.optimizer(lr={lr!r}): a learning rate must be above 0 and finite, or nothing is "
+            "learned. Give the one that was tuned at batch_size."
+        )
