@@ -24,13 +24,8 @@ from benchmarks.serving_traces import SYNTHETIC, Floats
 from supple.core.service.autoscaler import ScalerState, ServiceView, scale
 from supple.core.service.latency import LatencyProfile
 from supple.core.service.peer_policies import PEERS, policies
-from supple.core.service.simulator import (
-    Scenario,
-    ServingRun,
-    SupplePolicy,
-    simulate,
-    with_failures,
-)
+from supple.core.service.scenario import Scenario, with_failures
+from supple.core.service.simulator import ServingRun, SupplePolicy, simulate
 from supple.core.service.spec import Slo
 from supple.inputs.arrivals import read_trace
 

@@ -14,7 +14,8 @@ import typer
 from supple.cli.errors import messages
 from supple.core.service.latency import LatencyPoint, LatencyProfile, ProfileError
 from supple.core.service.peer_policies import PEERS, policies
-from supple.core.service.simulator import Scenario, ServingRun, simulate, with_failures
+from supple.core.service.scenario import Scenario, with_failures
+from supple.core.service.simulator import ServingRun, simulate
 from supple.core.service.spec import (
     MAX_BATCH,
     latency_text,
