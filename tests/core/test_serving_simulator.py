@@ -115,6 +115,15 @@ def test_a_batch_is_formed_to_the_deadline_of_its_most_urgent_request() -> None:
     assert run.refused.tolist() == [False, False, False, False, True]
 
 
+@pytest.mark.parametrize(("within_s", "refused"), [(8.0, True), (8.5, False)])
+def test_a_queue_plans_with_the_time_of_nine_batches_in_ten(within_s: float, refused: bool) -> None:
+    """Of a log-normal time whose p99 is three times its median of 2 s, p90 is 3.66 s; two batches
+    end by 7.33 s."""
+    made = scenario([0.0, 0.01], profile=batched(2.0, 0.0, spread=3.0), initial_replicas=1)
+    run = simulate(replace(made, slo=Slo(share=0.9, within_s=within_s)), Script((0.0, 1)))
+    assert run.refused.tolist() == [False, refused]
+
+
 def test_a_request_goes_to_the_replica_with_the_fewest_in_hand() -> None:
     made = scenario([0.0, 0.1, 0.2, 2.05, 2.06], initial_replicas=2)
     run = simulate(made, Script((0.0, 2)))
@@ -138,9 +147,10 @@ def test_a_full_waiting_room_refuses() -> None:
 
 
 def test_of_replicas_too_many_the_newest_leave_and_answer_what_they_have() -> None:
-    made = scenario([0.5, 0.6, 0.7, 0.8, 60.0], initial_replicas=2)
+    made = scenario([0.5, 0.6, 0.7, 0.8, 1.5, 1.6, 60.0], initial_replicas=2)
     run = simulate(made, Script((0.0, 2), (1.0, 1)))
-    assert run.latencies_s.tolist() == pytest.approx([2.0, 2.0, 3.8, 3.8, 2.0])
+    # The two that came later found one replica, which had time for one of them.
+    assert run.latencies_s.tolist() == pytest.approx([2.0, 2.0, 3.8, 3.8, 5.0, math.inf, 2.0])
     assert run.replica_hours * 3600 == pytest.approx(60.0 + 4.6)
 
 

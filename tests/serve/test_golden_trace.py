@@ -24,13 +24,13 @@ PER_SECOND: Final = (
     "121052010202200311303200401012031231210010403103100014130222"
 )
 """Requests that came in each of 360 seconds, to the base 36: a slow wave, and a burst of 40 s."""
-DECISIONS: Final = ((0, 2), (1, 4), (92, 3), (151, 9), (152, 16), (153, 20))
+DECISIONS: Final = ((0, 2), (152, 8), (251, 7), (312, 4))
 """Second of the trace, replicas from then on."""
-NUM_REFUSED, NUM_RETRIED = 108, 1
+NUM_REFUSED, NUM_RETRIED = 103, 1
 PROFILE: Final = LatencyProfile(
     points=tuple(
         LatencyPoint(batch_size=size, p50_s=time_s, p99_s=time_s)
-        for size, time_s in ((1, 1.0), (4, 1.6))
+        for size, time_s in ((1, 0.6), (4, 1.0))
     ),
     startup_s=8.0,
 )
