@@ -7,7 +7,7 @@ who would be late; a request goes to the replica with the fewest in hand; where 
 waits in the ingress, before its deadline begins; one whose replica died is asked again; of replicas
 too many those that start leave first, then the newest, once they have answered what they have.
 
-Left out: the ways between client, ingress and replica, the seconds until the ingress knows of a
+Left out: the ways between client, ingress and replica, the moment until the ingress knows of a
 change, and how replicas learn the times of their batches, which they know here from the start.
 """
 
