@@ -72,7 +72,6 @@ def supple_host(services: list[dict[str, Any]]) -> dict[str, str]:
             min_replicas=constant or 1,
             max_replicas=constant or MOST,
             initial_replicas=constant or INITIAL,
-            max_batch_size=asked["max_batch"],
             cpus_per_replica=_CPUS,
         )
         specs.append(spec)

@@ -42,7 +42,8 @@ from benchmarks import serve_hosts
 from benchmarks.machine import report
 from supple.core.service.latency import LatencyPoint, LatencyProfile
 from supple.core.service.peer_policies import StaticPolicy
-from supple.core.service.simulator import Floats, Policy, Scenario, SupplePolicy, simulate
+from supple.core.service.scenario import Floats, Scenario
+from supple.core.service.simulator import Policy, SupplePolicy, simulate
 from supple.core.service.spec import Slo
 from supple.inputs.arrivals import read_trace
 from supple.load import generator as load
@@ -299,7 +300,6 @@ def simulated_attainment(
         initial_replicas=service.constant or serve_hosts.INITIAL,
         tick_s=_TICK_S,
         startup_spread=max(1.0, max(observed, default=1.0) / startup_s),
-        refuse_late=True,
     )
     policy: Policy = SupplePolicy() if service.constant is None else StaticPolicy(service.constant)
     return simulate(scenario, policy).slo_attainment

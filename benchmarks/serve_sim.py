@@ -24,13 +24,8 @@ from benchmarks.serving_traces import SYNTHETIC, Floats
 from supple.core.service.autoscaler import ScalerState, ServiceView, scale
 from supple.core.service.latency import LatencyProfile
 from supple.core.service.peer_policies import PEERS, policies
-from supple.core.service.simulator import (
-    Scenario,
-    ServingRun,
-    SupplePolicy,
-    simulate,
-    with_failures,
-)
+from supple.core.service.scenario import Scenario, with_failures
+from supple.core.service.simulator import ServingRun, SupplePolicy, simulate
 from supple.core.service.spec import Slo
 from supple.inputs.arrivals import read_trace
 
@@ -82,7 +77,8 @@ def show(cell: Cell) -> None:
         worse = name in AGAINST and cell.worse_than(name)
         print(
             f"{cell.trace:<28} {cell.seed:>4} {cell.cold_start_s:>5.0f} {name:<18} "
-            f"{run.slo_attainment:>9.3%} {run.latency_s(0.99):>8.2f} {run.replica_hours:>8.2f} "
+            f"{run.slo_attainment:>9.3%} {run.num_refused:>7} {run.num_late:>6} "
+            f"{run.latency_s(0.99):>8.2f} {run.replica_hours:>8.2f} "
             f"{run.num_scale_events:>7}" + ("   better than supple on both" if worse else "")
         )
     sys.stdout.flush()
@@ -117,8 +113,8 @@ def main() -> None:
     parser.add_argument("--only", help="one trace by name")
     chosen = parser.parse_args()
     print(
-        f"{'trace':<28} {'seed':>4} {'cold':>5} {'policy':<18} {'in time':>9} {'p99 s':>8} "
-        f"{'hours':>8} {'changes':>7}"
+        f"{'trace':<28} {'seed':>4} {'cold':>5} {'policy':<18} {'in time':>9} "
+        f"{'refused':>7} {'late':>6} {'p99 s':>8} {'hours':>8} {'changes':>7}"
     )
     cells: list[Cell] = []
     metrics: dict[str, float] = {}

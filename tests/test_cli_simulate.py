@@ -96,3 +96,13 @@ def test_nonsense_is_refused_with_one_message(arguments: tuple[str, ...], said: 
 def test_a_service_is_one_time_or_times_of_batches() -> None:
     assert parse_service("20ms", startup_s=1.0).seconds(1) == pytest.approx(0.02)
     assert parse_service("1=20ms,16=50ms", startup_s=1.0).largest_batch == 16
+
+
+def test_refused_and_late_requests_are_told_apart() -> None:
+    found = simulated(
+        "trace.csv", *PROMISE, "--replicas", "1:2", "--initial", "1", "--policy", "static", "--json"
+    )
+    policy = json.loads(found.stdout)["policies"]["static"]
+    assert policy["refused"] > 300 and policy["late"] == 0
+    assert policy["slo_attainment"] == pytest.approx(1 - policy["refused"] / 600)
+    assert policy["p99_s"] <= 6.0

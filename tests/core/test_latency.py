@@ -20,7 +20,8 @@ from supple.core.service.latency import (
     slack_s,
 )
 from supple.core.service.peer_policies import StaticPolicy
-from supple.core.service.simulator import Scenario, simulate
+from supple.core.service.scenario import Scenario
+from supple.core.service.simulator import simulate
 from supple.core.service.spec import Slo
 
 
@@ -124,12 +125,12 @@ def test_attainment_and_quantile_are_each_others_inverse() -> None:
 
 def simulated(profile: LatencyProfile, rate: float, replicas: int, batch: int) -> np.ndarray:
     random = np.random.default_rng(7)
-    number = 40_000
+    number = 20_000
     arrivals = np.cumsum(random.exponential(1.0 / rate, number))
     scenario = Scenario(
         arrivals_s=arrivals,
         profile=profile,
-        slo=Slo(share=0.99, within_s=1.0),
+        slo=Slo(share=0.99, within_s=1e4),  # so that nobody is refused
         max_batch_size=batch,
         initial_replicas=replicas,
         tick_s=1e4,
@@ -138,17 +139,17 @@ def simulated(profile: LatencyProfile, rate: float, replicas: int, batch: int) -
 
 
 @pytest.mark.parametrize(
-    ("rate", "replicas", "within"),
-    [(0.5, 1, 0.25), (0.8, 1, 0.25), (4.0, 6, 0.25), (11.0, 13, 0.25), (26.0, 30, 0.25)],
+    ("rate", "replicas"), [(0.5, 1), (0.8, 1), (4.0, 6), (11.0, 13), (26.0, 30)]
 )
-def test_the_tail_of_deterministic_service_is_that_of_the_simulated_queue(
-    rate: float, replicas: int, within: float
+def test_the_tail_of_deterministic_service_is_that_of_the_simulated_queues(
+    rate: float, replicas: int
 ) -> None:
+    """The model has one queue; replicas with one each, chosen by least connections, are near it."""
     found = latency(
         ONE, rate_per_s=rate, dispersion=1.0, num_replicas=replicas, max_batch_size=1
     ).quantile(0.99)
     truth = float(np.quantile(simulated(ONE, rate, replicas, 1), 0.99))
-    assert found == pytest.approx(truth, rel=within)
+    assert found == pytest.approx(truth, rel=0.1)
 
 
 @pytest.mark.parametrize(("rate", "replicas"), [(50.0, 1), (200.0, 1), (500.0, 1), (900.0, 2)])
@@ -190,23 +191,17 @@ def test_too_few_allowed_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("within_s", "most", "share", "batch"),
-    [
-        (0.2, 32, 0.5, 32),
-        (0.2, 4, 0.5, 4),
-        (0.05, 32, 0.5, 4),
-        (0.05, 32, 0.9, 8),
-        (0.012, 32, 0.9, 1),
-    ],
+    ("within_s", "most", "batch"),
+    [(0.2, 32, 32), (0.2, 4, 4), (0.05, 32, 4), (0.012, 32, 1)],
 )
-def test_the_batch_leaves_its_part_of_the_promise_to_the_queue(
-    within_s: float, most: int, share: float, batch: int
+def test_the_batch_leaves_half_of_the_promise_to_the_queue(
+    within_s: float, most: int, batch: int
 ) -> None:
-    assert best_batch(BATCHED, within_s=within_s, most=most, share=share) == batch
+    assert best_batch(BATCHED, within_s=within_s, most=most) == batch
 
 
 def test_a_model_without_batches_gets_none() -> None:
-    assert best_batch(ONE, within_s=100.0, most=32, share=0.5) == 1
+    assert best_batch(ONE, within_s=100.0, most=32) == 1
 
 
 def test_the_slack_is_what_the_batches_leave() -> None:

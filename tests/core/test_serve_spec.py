@@ -88,7 +88,6 @@ def test_impossible_replica_counts_are_refused(text: str) -> None:
         ({"name": "../x"}, "not usable as a folder"),
         ({"target": " "}, "no model was named"),
         ({"min_replicas": 5, "max_replicas": 2}, "above MAX"),
-        ({"max_batch_size": 0}, "--max-batch is 0"),
         ({"port": 70_000}, "--port is 70000"),
         ({"grpc_port": -1}, "--grpc-port is -1"),
         ({"port": 9000, "grpc_port": 9000}, "one port serves one protocol"),

@@ -26,7 +26,13 @@ from supple.cli.options import (
     Weights,
 )
 from supple.control.socket import ask, refuse_second
-from supple.core.service.spec import ServeSpec, parse_replicas, parse_slo, refuse_impossible
+from supple.core.service.spec import (
+    MAX_WAITING,
+    ServeSpec,
+    parse_replicas,
+    parse_slo,
+    refuse_impossible,
+)
 from supple.core.spec import SpecError, parse_count, parse_duration, parse_money
 from supple.serve.models.faults import ModelFault
 from supple.serve.models.model import check_target, declared
@@ -77,7 +83,7 @@ def serve(
         bool, typer.Option("--follow", help="Swap in what the run of --weights saves next.")
     ] = False,
     max_body: Annotated[int, typer.Option(help="Largest request of REST or gRPC, in MiB.")] = 16,
-    max_waiting: Annotated[int, typer.Option(help="Requests a replica holds.")] = 10_000,
+    max_waiting: Annotated[int, typer.Option(help="Requests a replica holds.")] = MAX_WAITING,
     idle: Idle = "5m",
     retry: Annotated[
         bool,

@@ -27,7 +27,8 @@ from supple.cli.options import (
 from supple.core.service import simulator
 from supple.core.service.latency import LatencyPoint, LatencyProfile, ProfileError
 from supple.core.service.peer_policies import PEERS, policies
-from supple.core.service.simulator import Scenario, ServingRun, with_failures
+from supple.core.service.scenario import Scenario, with_failures
+from supple.core.service.simulator import ServingRun
 from supple.core.service.spec import (
     MAX_BATCH,
     latency_text,
@@ -58,7 +59,8 @@ def choose() -> None:
     "  supple simulate serve trace.csv --slo p99=200ms --service 1=20ms,16=60ms --max-batch 16 "
     "--plot serve.png\n\n"
     "The others: Ray Serve's policy with its defaults and tuned by hand, Knative's, the fewest "
-    "constant replicas that keep the promise, and a clairvoyant that knows the trace.",
+    "constant replicas that keep the promise, and a clairvoyant that knows the trace. All have the "
+    "replicas, queues and routing of Supple: requests that would be late are refused (429).",
 )
 def serve(
     trace: Annotated[Path, typer.Argument(help=f"A CSV file with a column {COLUMN}.")],
@@ -68,7 +70,7 @@ def serve(
     ],
     cold_start: Annotated[str, typer.Option(help="From asking for a replica to its use.")] = "30s",
     replicas: Replicas = "1:100",
-    max_batch: Annotated[str, typer.Option(help="Most requests in one prediction.")] = "1",
+    max_batch: Annotated[str, typer.Option(help="The model's max_batch: most at once.")] = "1",
     initial: Initial = None,
     failure_every: Annotated[
         str | None, typer.Option(help="A replica dies so often on average, at random times.")
@@ -193,11 +195,13 @@ def to_json(scenario: Scenario, runs: Mapping[str, ServingRun]) -> dict[str, Any
 
 
 def figures(scenario: Scenario, run: ServingRun) -> dict[str, float | None]:
-    """What one policy came to; None where a quantile was never answered."""
+    """What one policy came to; quantiles are of the answered, None where nobody was."""
     p50_s, p99_s = (run.latency_s(share) for share in (0.5, 0.99))
     price = scenario.price_per_hour
     return {
         "slo_attainment": run.slo_attainment,
+        "refused": float(run.num_refused),
+        "late": float(run.num_late),
         "p50_s": p50_s if math.isfinite(p50_s) else None,
         "p99_s": p99_s if math.isfinite(p99_s) else None,
         "replica_hours": run.replica_hours,
@@ -215,8 +219,8 @@ def _show(trace: Path, scenario: Scenario, runs: Mapping[str, ServingRun]) -> No
         f"cold start {scenario.profile.startup_s:g}s"
     )
     priced = scenario.price_per_hour is not None
-    head = ("policy", "in time", "p50", "p99", "hours", "changes", "retried")
-    typer.echo("{:<18} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8}".format(*head) + "    cost" * priced)
+    head = ("in time", "refused", "late", "p50", "p99", "hours", "changes", "retried")
+    typer.echo(f"{'policy':<18}" + "".join(f" {name:>8}" for name in head) + "    cost" * priced)
     for name, run in runs.items():
         found = figures(scenario, run)
         times = [
@@ -224,7 +228,8 @@ def _show(trace: Path, scenario: Scenario, runs: Mapping[str, ServingRun]) -> No
             for key in ("p50_s", "p99_s")
         ]
         line = (
-            f"{name:<18} {run.slo_attainment:>8.2%} {times[0]:>8} {times[1]:>8} "
+            f"{name:<18} {run.slo_attainment:>8.2%} {run.num_refused:>8} {run.num_late:>8} "
+            f"{times[0]:>8} {times[1]:>8} "
             f"{run.replica_hours:>8.2f} {run.num_scale_events:>8} {run.num_retried:>8}"
         )
         typer.echo(line + (f" {found['cost']:>7.2f}" if priced else ""))

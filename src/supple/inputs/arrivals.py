@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from supple.core.service.simulator import Floats
+from supple.core.service.scenario import Floats
 from supple.core.spec import SpecError
 
 COLUMN = "arrival_s"

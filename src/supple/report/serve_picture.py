@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from supple.core.service.simulator import Floats, Scenario, ServingRun
+from supple.core.service.scenario import Floats, Scenario
+from supple.core.service.simulator import ServingRun
 
 _INK, _QUIET = "#1f2933", "#9aa5b1"
 _COLOURS = {
@@ -101,7 +102,6 @@ def attained(scenario: Scenario, run: ServingRun) -> tuple[Floats, Floats]:
     edges = np.linspace(0.0, max(float(arrivals[-1]), 1.0), _NUM_SPANS + 1)
     edges[-1] += 1e-6
     every = np.histogram(arrivals, bins=edges)[0].astype(np.float64)
-    in_time = run.latencies_s <= scenario.slo.within_s + 1e-9
-    good = np.histogram(arrivals[in_time], bins=edges)[0]
+    good = np.histogram(arrivals[run.in_time], bins=edges)[0]
     share = np.divide(good, every, out=np.full(len(every), np.nan), where=every > 0)
     return 0.5 * (edges[1:] + edges[:-1]), share

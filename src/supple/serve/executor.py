@@ -23,7 +23,14 @@ from itertools import count
 from typing import Final, final
 
 from supple.core.service.latency import LatencyProfile
-from supple.core.service.queue import DEFAULT_PRIORITY, DeadlineQueue, Refusal, Ticket
+from supple.core.service.queue import (
+    DEFAULT_PRIORITY,
+    DeadlineQueue,
+    Refusal,
+    Ticket,
+    deadline_at,
+)
+from supple.core.service.spec import MAX_WAITING
 from supple.serve.attempts import Attempts
 from supple.serve.batch import Answer, run_batch
 from supple.serve.models.answers import Outputs
@@ -44,8 +51,6 @@ _SUSPECT_S: Final = 5.0
 _SUSPECT_TIMES: Final = 100.0
 """A request that was lost with its replica may take so many times the usual, and at least so
 long, when it is computed alone."""
-_PLANNED_SHARE: Final = 0.9
-"""Of the promise, what the queue plans with; the rest is for reading and writing the request."""
 
 
 @final
@@ -70,7 +75,7 @@ class Executor:
         *,
         timeout_s: float,
         within_s: float = math.inf,
-        max_waiting: int = 10_000,
+        max_waiting: int = MAX_WAITING,
         profile: LatencyProfile | None = None,
         on_batch: Callable[[int, float], None] | None = None,
         inline_s: float = INLINE_S,
@@ -141,7 +146,7 @@ class Executor:
         number = next(self._numbers)
         ticket = Ticket(
             number=number,
-            deadline_s=now + _PLANNED_SHARE * allowed_s,
+            deadline_s=deadline_at(now, allowed_s),
             rows=rows,
             priority=priority,
             kind=serial if suspect else _kind(inputs) if self.model.shares else number,

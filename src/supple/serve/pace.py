@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from typing import Final, final
 
 from supple.core.service.latency import LatencyPoint, LatencyProfile
+from supple.core.service.queue import PLANNED_QUANTILE
 from supple.serve.stopwatch import Stopwatch
 
 _LAST: Final = 128
 _RENEW_EVERY: Final = 16
-_TAIL: Final = 0.9
-"""The quantile that is planned with: a plan is several batches, so that their sum is rarer."""
 _UNKNOWN = LatencyProfile.constant(1e-6, startup_s=0.0)
 """Of a model that never ran: nobody is refused."""
 
@@ -68,7 +67,7 @@ class Pace:
         shape = LatencyProfile(points=tuple(self._stopwatch.points()), startup_s=0.0)
         paces = sorted(took_s / shape.seconds(rows) for rows, took_s in self._last)
         middle = paces[len(paces) // 2]
-        tail = paces[round(_TAIL * (len(paces) - 1))]
+        tail = paces[round(PLANNED_QUANTILE * (len(paces) - 1))]
         self._profile = LatencyProfile(
             points=tuple(
                 LatencyPoint(

@@ -53,7 +53,7 @@ class SloPolicy:
         slo: str,
         predict: str | None = None,
         startup: str | None = None,
-        max_batch_size: int = 1,
+        max_batch_size: int | None = None,
         idle: str = "300s",
         price_per_hour: float | None = None,
         budget_per_hour: float | None = None,
@@ -63,7 +63,8 @@ class SloPolicy:
         """`predict` is the time of one prediction of a replica that is not Supple's, `startup` from
         asking for a replica to its first answer (otherwise it is watched); `profile` is a measured
         one: {"points": [[batch, p50_s, p99_s], ...], "startup_s": ...}, believed until replicas
-        tell their own. Raises `SpecError` for nonsense."""
+        tell their own; `max_batch_size` is the most a replica takes at once, if that is less than
+        the largest batch measured. Raises `SpecError` for nonsense."""
         self._slo = parse_slo(slo)
         self._idle_s = parse_latency(idle, what="idle", plain_seconds=True)
         self._max_batch_size = max_batch_size
@@ -143,7 +144,7 @@ class SloPolicy:
             starting_for_s=tuple(now - began for began in self._starting),
             min_replicas=context.capacity_adjusted_min_replicas,
             max_replicas=context.capacity_adjusted_max_replicas,
-            max_batch_size=self._max_batch_size,
+            max_batch_size=self._max_batch_size or profile.largest_batch,
             idle_s=self._idle_s,
             price_per_hour=self._price_per_hour,
             budget_per_hour=self._budget_per_hour,

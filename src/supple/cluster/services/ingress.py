@@ -25,6 +25,7 @@ from supple.cluster.ray_folder import RayFolder
 from supple.cluster.services import grpc_servers
 from supple.cluster.services.haproxy import EDITED, SILENCE_S, edits, max_connections
 from supple.cluster.starting import start_ray, to_its_end
+from supple.core.service.routing import BALANCE
 from supple.core.service.spec import ServeSpec, is_loopback
 from supple.core.spec import SpecError
 from supple.serve.again import AskAgain
@@ -128,6 +129,7 @@ def environment(spec: ServeSpec, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": BALANCE,
         "RAY_SERVE_HAPROXY_RETRY_ON": retry_on,
         "RAY_SERVE_HAPROXY_RETRIES": str(_RETRIES),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(held_bytes),

@@ -15,6 +15,7 @@ from ray import serve
 from ray._private import worker as ray_worker
 
 from supple.cluster.services.scrape import metrics_pages
+from supple.core.service.spec import MAX_WAITING
 from supple.serve.attempts import Attempts
 from supple.serve.executor import Executor
 from supple.serve.grpc_surface import GrpcSurface
@@ -54,7 +55,7 @@ class Deployment:
     predict_timeout_s: float = 30.0
     within_s: float = math.inf
     """The promise: who cannot be answered in it is refused."""
-    max_waiting: int = 10_000
+    max_waiting: int = MAX_WAITING
     weights: str | None = None
     """What `load(weights)` is handed; None: it takes nothing."""
     source: bytes | None = None

@@ -38,7 +38,6 @@ def deployment_of(
     arguments: dict[str, Any] = {
         "slo": str(spec.slo),
         "idle": f"{spec.idle_s:g}s",
-        "max_batch_size": spec.max_batch_size,
         "price_per_hour": spec.price_per_hour,
         "budget_per_hour": spec.budget_per_hour,
     }

@@ -1,1 +1,1 @@
-"""One service: latency, forecast, queue, autoscaler, and their simulator."""
+"""One service: latency, forecast, queue, routing, autoscaler, and their simulator."""

@@ -1,6 +1,7 @@
-"""One service: what it sees now, and how many replicas with which batch it should have next.
+"""One service: what it sees now, and how many replicas it should have next.
 
-`scale` is the only place a replica count is chosen. It is pure: the clock, the counters and what
+`scale` is the only place a replica count is chosen; which batches they run, their queues decide,
+request by request (`core.service.queue`). It is pure: the clock, the counters and what
 it remembers are handed in, and the same inputs give the same decision.
 """
 
@@ -10,8 +11,6 @@ from typing import final
 
 from supple.core.service.forecast import BIN_S, Demand, Forecast, forecast
 from supple.core.service.latency import (
-    LARGEST_SHARE,
-    PLANNED_SHARE,
     LatencyProfile,
     best_batch,
     fewest_replicas,
@@ -30,9 +29,10 @@ class ServiceView:
     """Its `startup_s` is the cold start the scaler plans for."""
     slo: Slo
     num_arrived: int
-    """All requests since the service began, refused ones included: a counter, never a rate."""
+    """All requests since the service began, refused ones included, and one that was asked again as
+    often as it was: a counter, never a rate."""
     num_waiting: int = 0
-    """In queues, in no replica's hands."""
+    """In the ingress, and in the queues of replicas."""
     num_running: int = 0
     num_ready: int = 0
     """Replicas that answer."""
@@ -41,6 +41,8 @@ class ServiceView:
     min_replicas: int = 1
     max_replicas: int = 100
     max_batch_size: int = 64
+    """The most a replica takes at once; capacity is planned with less, so that there is room to
+    wait."""
     idle_s: float = 300.0
     """Time without a request after which a service with `min_replicas=0` has none."""
     price_per_hour: float | None = None
@@ -50,14 +52,10 @@ class ServiceView:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleDecision:
-    """The number of replicas to have, ready and starting together, and how they batch."""
+    """The number of replicas to have, ready and starting together."""
 
     service: str
     num_replicas: int
-    max_batch_size: int
-    """The most a free replica may take at once; capacity is planned with smaller batches."""
-    batch_wait_s: float
-    """Longest wait of a request for company; 0: a free replica takes what there is."""
     reason: str
     rate_per_s: float = 0.0
     """Load planned for: the quantile at the horizon."""
@@ -106,10 +104,7 @@ def scale(
     """What to have from now on, and what to remember. Call it about once a second; any interval
     works. `now` is in seconds on a clock that never goes back."""
     profile, slo = service.profile, service.slo
-    batch, largest_batch = (
-        best_batch(profile, within_s=slo.within_s, most=service.max_batch_size, share=share)
-        for share in (PLANNED_SHARE, LARGEST_SHARE)
-    )
+    batch = best_batch(profile, within_s=slo.within_s, most=service.max_batch_size)
     slack = slack_s(profile, batch_size=batch, within_s=slo.within_s)
     horizon = profile.startup_s + REACTION_S
     miss = USED_MISSES * (1.0 - slo.share)
@@ -140,8 +135,6 @@ def scale(
     decision = ScaleDecision(
         service=service.name,
         num_replicas=target,
-        max_batch_size=largest_batch,
-        batch_wait_s=0.0,
         reason=_reason(service, load, need, current, target, limit),
         rate_per_s=load.needed_per_s,
         feasible=need.in_time and need.count <= _ceiling(service),

@@ -14,9 +14,9 @@ import numpy as np
 from supple.core.spec import is_count
 from supple.core.types import ParallelLayout
 
-PLANNED_SHARE, LARGEST_SHARE = 0.5, 0.9
-"""A batch, and the one it finds half done, may take this part of the promised time: where capacity
-is planned, so that the queue has the rest; and at most, when more has gathered."""
+BATCH_SHARE = 0.5
+"""A batch that capacity is planned with, and the one it finds half done, may take this part of the
+promised time; the queue has the rest. When more has gathered, replicas run larger ones."""
 
 _Z99 = 2.3263478740408408
 """Of the standard normal: its 99 % quantile."""
@@ -286,13 +286,13 @@ def slack_s(profile: LatencyProfile, *, batch_size: int, within_s: float) -> flo
     return max(0.0, within_s - profile.tail_s(batch_size) - found)
 
 
-def best_batch(profile: LatencyProfile, *, within_s: float, most: int, share: float) -> int:
+def best_batch(profile: LatencyProfile, *, within_s: float, most: int) -> int:
     """Of the powers of two measured, at most `most`, the batch with the highest capacity that takes
-    at most this `share` of the promised time; else 1."""
+    at most `BATCH_SHARE` of the promised time; else 1."""
     best, size = 1, 2
     while size <= min(most, profile.largest_batch):
         room = slack_s(profile, batch_size=size, within_s=within_s)
-        if room >= (1.0 - share) * within_s and (
+        if room >= (1.0 - BATCH_SHARE) * within_s and (
             profile.capacity_per_s(size) > profile.capacity_per_s(best)
         ):
             best = size

@@ -1,27 +1,29 @@
 """How others choose a replica count, from their published formulas and defaults, to compare with.
 
 Ray Serve (`serve/autoscaling_policy.py`), Knative's pod autoscaler, the best constant count, and
-a clairvoyant. They decide on what a service shows at every simulated tick, one request at a time
-per replica; routing, proxies and their own measuring delays are left out, which flatters them.
+a clairvoyant. They decide on what a service shows at every simulated tick. Their services are
+Supple's (`simulator`), which refuse who would be late; with queues of their own, which answer late,
+those that scale on requests in hand would see longer queues and ask for more. Their proxies and
+measuring delays are left out, which flatters them.
 """
 
 import math
+from bisect import bisect_left
 from collections import deque
 from typing import final
 
 import numpy as np
 
 from supple.core.service.autoscaler import ScaleDecision, ServiceView
-from supple.core.service.forecast import needed_rates, share_quantile
-from supple.core.service.simulator import Policy, Scenario, SupplePolicy
+from supple.core.service.queue import DEADLINE_SHARE
+from supple.core.service.scenario import Scenario
+from supple.core.service.simulator import Policy, SupplePolicy
 
 
 def _decision(service: ServiceView, count: int, reason: str) -> ScaleDecision:
     return ScaleDecision(
         service=service.name,
         num_replicas=min(max(count, service.min_replicas), service.max_replicas),
-        max_batch_size=service.max_batch_size,
-        batch_wait_s=0.0,
         reason=reason,
     )
 
@@ -158,15 +160,25 @@ class ClairvoyantPolicy:
 
 
 def static_count(scenario: Scenario) -> int:
-    """The fewest constant replicas that keep the scenario's promise, by the fluid queue."""
+    """The fewest constant replicas that keep the scenario's promise, by a fluid queue from which
+    what would be late is refused."""
     profile, size = scenario.profile, scenario.max_batch_size
-    counts = np.histogram(
-        scenario.arrivals_s, bins=np.arange(math.ceil(float(scenario.arrivals_s[-1])) + 2.0)
-    )[0].astype(np.float64)
-    slack_s = max(scenario.slo.within_s - profile.tail_s(size), 0.0)
-    needed = share_quantile(needed_rates(counts, slack_s), counts, scenario.slo.share)
-    count = math.ceil(needed / profile.capacity_per_s(size))
-    return min(max(count, scenario.min_replicas, 1), scenario.max_replicas)
+    seconds = np.arange(math.ceil(float(scenario.arrivals_s[-1])) + 2.0)
+    counts: list[int] = np.histogram(scenario.arrivals_s, bins=seconds)[0].tolist()
+    slack_s = max(DEADLINE_SHARE * scenario.slo.within_s - profile.tail_s(size), 0.0)
+    allowed = (1.0 - scenario.slo.share) * len(scenario.arrivals_s)
+
+    def keeps(count: int) -> bool:
+        capacity = count * profile.capacity_per_s(size)
+        waiting = refused = 0.0
+        for arrived in counts:
+            waiting = max(0.0, waiting + arrived - capacity)
+            late = max(0.0, waiting - capacity * slack_s)
+            waiting, refused = waiting - late, refused + late
+        return refused <= allowed
+
+    choices = range(max(scenario.min_replicas, 1), scenario.max_replicas)
+    return choices.start + bisect_left(choices, True, key=keeps)
 
 
 PEERS = (*("supple", "ray_serve_default", "ray_serve_tuned", "knative", "static", "clairvoyant"),)

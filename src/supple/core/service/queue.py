@@ -1,13 +1,15 @@
 """The queue of one replica: requests in the order of their deadlines, batches formed to them.
 
 `DeadlineQueue` keeps a plan: what is answered when, if nothing else comes and every batch takes
-the 99 % quantile of the profile. A request is taken in if the plan answers it in time and breaks no
-promise already given; otherwise it is refused at once, with the seconds after which it would be
-taken in. A batch grows while its most urgent request stays in time; nobody waits for company.
-Where time was lost and not all can be answered, requests that force small batches go first if that
-loses fewer (Nexus' early drop, SOSP 2019, section 4.3).
+the tail of the profile (replicas put their `PLANNED_QUANTILE` there, not the 99 % quantile). A
+request is taken in if the plan answers it in time and breaks no promise already given; otherwise it
+is refused at once, with the seconds after which it would be taken in. A batch grows while its most
+urgent request stays in time; nobody waits for company. Where time was lost and not all can be
+answered, requests that force small batches go first if that loses fewer (Nexus' early drop, SOSP
+2019, section 4.3).
 
 The shell tells every event with its time: `offer`, `take` when the model is free, `done`, `cancel`.
+A replica is one shell (`serve.executor`), the simulator the other.
 """
 
 from bisect import bisect_left, insort
@@ -22,9 +24,19 @@ from supple.core.service.spec import latency_text
 FIRST_PRIORITY: Final = 1
 DEFAULT_PRIORITY: Final = 5
 LAST_PRIORITY: Final = 9
+DEADLINE_SHARE: Final = 0.9
+"""Of the promise, what the queue plans with; the rest is for reading and writing the request."""
+PLANNED_QUANTILE: Final = 0.9
+"""Of a batch's time, what the queue plans with: a plan is several batches, so that their sum is
+rarer."""
 _SHORTEST_RETRY_S: Final = 1e-3
 _ROUNDING_S: Final = 1e-9
 """What sums of seconds may be off by."""
+
+
+def deadline_at(now: float, within_s: float) -> float:
+    """The deadline of a request that reaches its replica `now` and allows `within_s` seconds."""
+    return now + DEADLINE_SHARE * within_s
 
 
 @final
@@ -61,6 +73,9 @@ class NextBatch:
 
     batch: tuple[Ticket, ...]
     refused: tuple[Refusal, ...]
+
+
+_NOBODY: Final = NextBatch(batch=(), refused=())
 
 
 @final
@@ -164,10 +179,12 @@ class DeadlineQueue:
     def take(self, now: float) -> NextBatch:
         """The batch to run now and who is refused for lack of time. The model counts as busy until
         `done` if the batch is not empty."""
+        if not self._order:
+            return _NOBODY
         tickets = self.waiting
-        if not tickets:
-            return NextBatch(batch=(), refused=())
-        lost = self._lost(tickets, now)
+        # One alone keeps the model at work, late or not.
+        alone = len(tickets) == 1 and tickets[0].deadline_s > now
+        lost = [] if alone else self._lost(tickets, now)
         if len(lost) == len(tickets):
             # All are late: whoever has most time left, if anybody has, keeps the model at work.
             alive = [t for t in tickets if t.deadline_s > now]

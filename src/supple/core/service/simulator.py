@@ -1,31 +1,44 @@
-"""A service replayed over a trace in simulated time: the policy that runs in production, discrete
-events, start-up times, failures. An hour of a few requests a second takes about a second.
+"""A service replayed over a trace in simulated time: the policy, the queue and the routing that run
+in production, discrete events, start-up times, failures. An hour of a few requests a second takes
+about a second.
 
-One queue in order of arrival; a free replica takes what waits, up to the decided batch. A new
-replica answers after its start-up; one too many leaves when it has answered (starting ones are
-cancelled first, then free ones). A request whose replica died goes back to the head of the queue.
+As in production: every replica has a `DeadlineQueue`, which forms its batches and refuses at once
+who would be late; a request goes to the replica with the fewest in hand; where none is ready it
+waits in the ingress, before its deadline begins; one whose replica died is asked again; of replicas
+too many those that start leave first, then the newest, once they have answered what they have.
+
+Left out: the ways between client, ingress and replica, the moment until the ingress knows of a
+change, and how replicas learn the times of their batches, which they know here from the start.
 """
 
 import heapq
 import math
 from collections import deque
-from dataclasses import dataclass, field, replace
-from typing import Protocol, final
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Final, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
 
 from supple.core.service.autoscaler import ScaleDecision, ScalerState, ServiceView, scale
-from supple.core.service.latency import LatencyProfile
+from supple.core.service.latency import LatencyPoint, LatencyProfile
+from supple.core.service.queue import (
+    PLANNED_QUANTILE,
+    DeadlineQueue,
+    Refusal,
+    Ticket,
+    deadline_at,
+)
+from supple.core.service.routing import LeastConnections
+from supple.core.service.scenario import Floats, Scenario
 from supple.core.service.spec import Slo
-from supple.core.spec import SpecError
 
-Floats = npt.NDArray[np.float64]
-
-_AFTER_TRACE_S = 3600.0
+_AFTER_TRACE_S: Final = 3600.0
 """Simulated time after the last arrival in which requests may still be answered."""
-_Z99 = 2.3263478740408408
+_Z99: Final = NormalDist().inv_cdf(0.99)
 _READY, _DONE, _FAILED = 0, 1, 2
+_ANSWERED, _REFUSED = 1, 2
 
 
 class Policy(Protocol):
@@ -44,54 +57,6 @@ class SupplePolicy:
     def decide(self, service: ServiceView, now: float) -> ScaleDecision:
         decision, self.state = scale(service, self.state, now)
         return decision
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scenario:
-    """What is simulated. Times in seconds."""
-
-    arrivals_s: Floats
-    """Sorted, from 0."""
-    profile: LatencyProfile
-    slo: Slo
-    min_replicas: int = 1
-    max_replicas: int = 100
-    max_batch_size: int = 1
-    initial_replicas: int | None = None
-    """Ready at the start; None: what the first minute needs at 70 % utilisation, since a trace is
-    a piece of a longer day."""
-    tick_s: float = 1.0
-    startup_spread: float = 1.0
-    """p99 over p50 of start-up times."""
-    failures_s: tuple[float, ...] = ()
-    """When a replica, drawn at random, dies."""
-    idle_s: float = 300.0
-    refuse_late: bool = False
-    """A request that could not be answered in time any more is refused when its turn comes, as
-    Supple's replicas do; otherwise it is answered late."""
-    price_per_hour: float | None = None
-    budget_per_hour: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        arrivals = self.arrivals_s
-        if len(arrivals) == 0:
-            raise SpecError(
-                "the trace has no request: nothing can be simulated. Give one with at least one."
-            )
-        if not np.isfinite(arrivals).all() or (np.diff(arrivals) < 0).any() or arrivals[0] < 0:
-            raise SpecError(
-                "the trace's arrivals must be finite seconds from 0 on, in increasing order."
-            )
-
-    def starting_count(self) -> int:
-        """The replicas that are ready when the trace begins."""
-        if self.initial_replicas is not None:
-            return self.initial_replicas
-        span = min(60.0, max(float(self.arrivals_s[-1]), 1.0))
-        rate = float((self.arrivals_s <= span).sum()) / span
-        needed = math.ceil(rate / self.profile.capacity_per_s(self.max_batch_size) / 0.7)
-        return min(max(needed, self.min_replicas, 1), self.max_replicas)
 
 
 @final
@@ -114,34 +79,53 @@ class ServingRun:
     """What came of a scenario under one policy."""
 
     latencies_s: Floats
-    """Per request, from its arrival; inf where it was never answered."""
+    """Per request, from its arrival; inf where it was not answered."""
+    refused: npt.NDArray[np.bool_]
+    """Per request: whether a replica refused it (429), for it would have been late."""
     slo: Slo
     replica_hours: float
     """Up to the last arrival, starting replicas included."""
     num_scale_events: int
     """Ticks at which the policy changed its mind."""
     num_retried: int
+    """Times a request was asked again, for its replica died."""
     timeline: Timeline
     decisions: tuple[tuple[float, ScaleDecision], ...]
     """The first, and every one that changed the count."""
 
     @property
+    def in_time(self) -> npt.NDArray[np.bool_]:
+        """Per request: whether it was answered within the promise."""
+        return self.latencies_s <= self.slo.within_s + 1e-9
+
+    @property
     def slo_attainment(self) -> float:
-        return float((self.latencies_s <= self.slo.within_s + 1e-9).mean())
+        """The share of all requests, refused ones included, that was answered in time."""
+        return float(self.in_time.mean())
+
+    @property
+    def num_refused(self) -> int:
+        return int(self.refused.sum())
+
+    @property
+    def num_late(self) -> int:
+        """Requests that were answered after the promise."""
+        return int((np.isfinite(self.latencies_s) & ~self.in_time).sum())
 
     def latency_s(self, share: float) -> float:
-        """The seconds within which this share of the requests was answered."""
-        return float(np.quantile(self.latencies_s, share, method="higher"))
+        """The seconds within which this share of the answered was answered; inf without any."""
+        answered = self.latencies_s[np.isfinite(self.latencies_s)]
+        return float(np.quantile(answered, share, method="higher")) if len(answered) else math.inf
 
 
 @final
 @dataclass(slots=True, eq=False)
 class _Replica:
+    queue: DeadlineQueue
     started_s: float
-    ready_s: float
     ready: bool = False
     leaving: bool = False
-    requests: list[int] = field(default_factory=list[int])
+    running: tuple[Ticket, ...] = ()
 
 
 def simulate(scenario: Scenario, policy: Policy) -> ServingRun:
@@ -156,26 +140,23 @@ class _Simulation:
         self.random = np.random.default_rng(scenario.seed)
         self.arrivals: list[float] = scenario.arrivals_s.tolist()
         self.last_s = self.arrivals[-1]
+        self.within_s = scenario.slo.within_s
+        self.ended = bytearray(len(self.arrivals))
         self.finished_s = [math.inf] * len(self.arrivals)
-        self.waiting: deque[int] = deque()
+        self.held: deque[int] = deque()
+        """Requests in the ingress, which knows of no replica."""
+        self.routes = LeastConnections()
         self.replicas: dict[int, _Replica] = {}
-        self.free: list[int] = []
         self.events: list[tuple[float, int, int, int]] = []
-        self.num_arrived = 0
-        self.num_made = 0
-        self.num_events = 0
-        self.num_retried = 0
-        self.batch_size = 1
+        self.num_arrived = self.num_sent = self.num_open = 0
+        self.num_made = self.num_events = self.num_retried = self.num_changes = 0
         self.wanted = scenario.starting_count()
         self.replica_s = 0.0
         self.rows: list[tuple[float, int, int, int, int, int]] = []
         self.decisions: list[tuple[float, ScaleDecision]] = []
-        self.num_changes = 0
         profile, self.deviation = scenario.profile, math.log(scenario.profile.spread) / _Z99
+        self.learnt = _learnt(profile)
         self.fixed_s, self.item_s = profile.fixed_s, profile.item_s
-        self.last_chance_s: float | None = None
-        if scenario.refuse_late:
-            self.last_chance_s = max(0.0, scenario.slo.within_s - profile.tail_s(1))
 
     def run(self) -> ServingRun:
         scenario = self.scenario
@@ -190,23 +171,21 @@ class _Simulation:
             arrival = arrivals[self.num_arrived] if self.num_arrived < count else math.inf
             event = events[0][0] if events else math.inf
             now = min(arrival, event, next_tick)
-            if now > give_up_s or (self.num_arrived == count and self.is_quiet()):
+            if now > give_up_s or (self.num_arrived == count and not self.num_open):
                 break
             if event <= now:
                 _, _, kind, replica = heapq.heappop(events)
                 self.happen(now, kind, replica)
+                if self.held and not (events and events[0][0] <= now):
+                    self.release(now)
             elif arrival <= now:
-                self.waiting.append(self.num_arrived)
                 self.num_arrived += 1
-                if self.free:
-                    self.serve(now)
+                self.num_open += 1
+                self.send(now, self.num_arrived - 1)
             else:
                 self.tick(now)
                 next_tick += scenario.tick_s
         return self.result()
-
-    def is_quiet(self) -> bool:
-        return not self.waiting and not any(r.requests for r in self.replicas.values())
 
     def schedule(self, at: float, kind: int, replica: int) -> None:
         self.num_events += 1
@@ -221,79 +200,110 @@ class _Simulation:
             return
         if kind == _READY:
             replica.ready = True
-        else:
-            for request in replica.requests:
-                self.finished_s[request] = now
-            replica.requests = []
-        if replica.leaving:
-            self.end(now, number)
-        else:
-            self.free.append(number)
-            self.serve(now)
+            self.routes.add(number)
+            return
+        for ticket in replica.running:
+            self.end(ticket.number, _ANSWERED)
+            self.finished_s[ticket.number] = now
+        self.routes.change(number, -len(replica.running))
+        replica.running = ()
+        replica.queue.done()
+        self.serve(now, number, replica)
+        if replica.leaving and not replica.running:
+            self.remove(now, number)
 
-    def serve(self, now: float) -> None:
-        """Every free replica takes its batch, while requests wait."""
-        while self.free:
-            if self.last_chance_s is not None:
-                self.refuse(now - self.last_chance_s)
-            if not self.waiting:
-                return
-            number = self.free.pop()
-            size = min(len(self.waiting), self.batch_size)
-            self.replicas[number].requests = [self.waiting.popleft() for _ in range(size)]
-            seconds = self.fixed_s + self.item_s * size
+    def send(self, now: float, request: int) -> None:
+        """To a replica's queue, or to the ingress' own where there is none."""
+        number = self.routes.least()
+        if number is None:
+            self.held.append(request)
+            return
+        self.num_sent += 1
+        self.routes.change(number, 1)
+        replica = self.replicas[number]
+        ticket = Ticket(number=request, deadline_s=deadline_at(now, self.within_s))
+        refused = replica.queue.offer(ticket, now)
+        if refused:
+            self.refuse(number, refused)
+        if not replica.running:
+            self.serve(now, number, replica)
+
+    def release(self, now: float) -> None:
+        """Who waits in the ingress is sent on, if there is a replica by now."""
+        while self.held and self.routes.least() is not None:
+            self.send(now, self.held.popleft())
+
+    def serve(self, now: float, number: int, replica: _Replica) -> None:
+        """A free replica takes the next batch of its queue."""
+        turn = replica.queue.take(now)
+        replica.running = turn.batch
+        if turn.refused:
+            self.refuse(number, turn.refused)
+        if turn.batch:
+            seconds = self.fixed_s + self.item_s * len(turn.batch)
             if self.deviation:
                 seconds *= math.exp(self.deviation * self.random.standard_normal())
             self.schedule(now + seconds, _DONE, number)
 
-    def refuse(self, arrived_before_s: float) -> None:
-        """Who arrived before then is too late, and stays unanswered."""
-        while self.waiting and self.arrivals[self.waiting[0]] < arrived_before_s:
-            self.waiting.popleft()
+    def refuse(self, number: int, refusals: tuple[Refusal, ...]) -> None:
+        for refusal in refusals:
+            self.end(refusal.number, _REFUSED)
+        self.routes.change(number, -len(refusals))
+
+    def end(self, request: int, how: int) -> None:
+        assert not self.ended[request], f"request {request} ends a second time"
+        self.ended[request] = how
+        self.num_open -= 1
 
     def start(self, now: float, *, startup_s: float | None = None) -> None:
+        scenario = self.scenario
         if startup_s is None:
-            startup_s = self.scenario.profile.startup_s
-            if self.scenario.startup_spread > 1.0:
-                deviation = math.log(self.scenario.startup_spread) / _Z99
+            startup_s = scenario.profile.startup_s
+            if scenario.startup_spread > 1.0:
+                deviation = math.log(scenario.startup_spread) / _Z99
                 startup_s *= math.exp(deviation * self.random.standard_normal())
         number = self.num_made = self.num_made + 1
-        self.replicas[number] = _Replica(started_s=now, ready_s=now + startup_s)
+        queue = DeadlineQueue(
+            self.learnt, max_batch_size=scenario.max_batch_size, max_waiting=scenario.max_waiting
+        )
+        self.replicas[number] = _Replica(queue=queue, started_s=now)
         if startup_s <= 0.0:
             self.happen(now, _READY, number)
+            self.release(now)
         else:
             self.schedule(now + startup_s, _READY, number)
 
-    def end(self, now: float, number: int) -> None:
+    def remove(self, now: float, number: int) -> _Replica:
         """The replica is gone; its time is paid up to the end of the trace."""
         replica = self.replicas.pop(number)
-        if number in self.free:
-            self.free.remove(number)
+        self.routes.remove(number)
         self.replica_s += max(0.0, min(now, self.last_s) - replica.started_s)
+        return replica
 
     def fail(self, now: float) -> None:
+        """A replica dies, and the ingress asks others for what it had."""
         ready = [number for number, replica in self.replicas.items() if replica.ready]
         if not ready:
             return
-        number = ready[int(self.random.integers(len(ready)))]
-        requests = self.replicas[number].requests
-        self.num_retried += len(requests)
-        self.waiting.extendleft(reversed(requests))
-        self.end(now, number)
-        self.serve(now)
+        dead = self.remove(now, ready[int(self.random.integers(len(ready)))])
+        again = sorted(ticket.number for ticket in (*dead.running, *dead.queue.waiting))
+        self.num_retried += len(again)
+        for request in again:
+            self.send(now, request)
 
     def tick(self, now: float) -> None:
         staying = [replica for replica in self.replicas.values() if not replica.leaving]
         starting = tuple(now - replica.started_s for replica in staying if not replica.ready)
         ready = len(staying) - len(starting)
+        waiting = len(self.held) + sum(len(replica.queue) for replica in self.replicas.values())
         scenario = self.scenario
         view = ServiceView(
             name="simulated",
             profile=scenario.profile,
             slo=scenario.slo,
-            num_arrived=self.num_arrived,
-            num_waiting=len(self.waiting),
-            num_running=sum(len(replica.requests) for replica in self.replicas.values()),
+            num_arrived=self.num_sent + len(self.held),
+            num_waiting=waiting,
+            num_running=self.num_open - waiting,
             num_ready=ready,
             starting_for_s=starting,
             min_replicas=scenario.min_replicas,
@@ -308,10 +318,8 @@ class _Simulation:
         if changed or not self.decisions:
             self.decisions.append((now, decision))
         self.num_changes += changed and now <= self.last_s
-        self.wanted, self.batch_size = decision.num_replicas, decision.max_batch_size
-        self.rows.append(
-            (now, self.num_arrived, ready, len(starting), self.wanted, len(self.waiting))
-        )
+        self.wanted = decision.num_replicas
+        self.rows.append((now, self.num_arrived, ready, len(starting), self.wanted, waiting))
         self.reconcile(now, len(staying))
 
     def reconcile(self, now: float, staying: int) -> None:
@@ -322,20 +330,23 @@ class _Simulation:
             return
         order = sorted(
             (number for number, replica in self.replicas.items() if not replica.leaving),
-            key=lambda n: (self.replicas[n].ready, bool(self.replicas[n].requests), -n),
+            key=lambda n: (self.replicas[n].ready, -n),
         )
         for number in order[:surplus]:
-            if self.replicas[number].requests:
-                self.replicas[number].leaving = True
+            replica = self.replicas[number]
+            if replica.running:
+                replica.leaving = True
+                self.routes.remove(number)
             else:
-                self.end(now, number)
+                self.remove(now, number)
 
     def result(self) -> ServingRun:
         for number in tuple(self.replicas):
-            self.end(self.last_s, number)
+            self.remove(self.last_s, number)
         table = np.array(self.rows, dtype=np.float64).T
         return ServingRun(
             latencies_s=np.array(self.finished_s) - self.scenario.arrivals_s,
+            refused=np.frombuffer(self.ended, dtype=np.uint8) == _REFUSED,
             slo=self.scenario.slo,
             replica_hours=self.replica_s / 3600.0,
             num_scale_events=self.num_changes,
@@ -352,10 +363,13 @@ class _Simulation:
         )
 
 
-def with_failures(scenario: Scenario, *, mean_between_s: float) -> Scenario:
-    """The same scenario in which one of all replicas dies every `mean_between_s` on average, at
-    random times drawn from the scenario's seed."""
-    end_s = float(scenario.arrivals_s[-1])
-    random = np.random.default_rng([scenario.seed, 1])
-    at = np.sort(random.uniform(0.0, end_s, random.poisson(end_s / mean_between_s)))
-    return replace(scenario, failures_s=tuple(at.tolist()))
+def _learnt(profile: LatencyProfile) -> LatencyProfile:
+    """What a replica plans with once it has seen batches whose times are log-normal as here:
+    `PLANNED_QUANTILE` of them in place of the 99 % quantile."""
+    spread = profile.spread ** (NormalDist().inv_cdf(PLANNED_QUANTILE) / _Z99)
+    seconds = {size: profile.seconds(size) for size in (1, profile.largest_batch)}
+    points = [
+        LatencyPoint(batch_size=size, p50_s=p50_s, p99_s=spread * p50_s)
+        for size, p50_s in seconds.items()
+    ]
+    return LatencyProfile(points=tuple(points), startup_s=0.0)

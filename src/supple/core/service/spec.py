@@ -17,6 +17,8 @@ from supple.core.types import ParallelLayout
 MAX_REPLICAS = 65_536
 """More than any pool known; a larger count is a typing error."""
 MAX_BATCH = 65_536
+MAX_WAITING = 10_000
+"""Requests that wait in one replica, unless somebody says otherwise."""
 
 _SMALL_UNIT_S = {"ms": 1e-3, "us": 1e-6}
 _SLO = re.compile(r"p(\d+(?:\.\d+)?)=(.+)")
@@ -156,8 +158,6 @@ class ServeSpec:
     max_replicas: int = 100
     initial_replicas: int | None = None
     """To begin with; None: `min_replicas`, at least one."""
-    max_batch_size: int = 64
-    """A limit; the batch really used follows the profile and the promise."""
     host: str = "127.0.0.1"
     port: int = 8000
     """REST and metrics; 0: any free port."""
@@ -168,8 +168,8 @@ class ServeSpec:
     insecure: bool = False
     """Allows a `host` that others can reach without a token."""
     max_body_bytes: int = 64 * 2**20
-    max_waiting: int = 10_000
-    """Requests that may wait; one more is refused."""
+    max_waiting: int = MAX_WAITING
+    """Requests that may wait in one replica; one more is refused."""
     retry_safe: bool = True
     """A request whose replica died may be sent again."""
     idle_s: float = 300.0
@@ -209,7 +209,6 @@ class ServeSpec:
 
     def _refuse_numbers(self) -> None:
         for what, value, least, most in (
-            ("--max-batch", self.max_batch_size, 1, MAX_BATCH),
             ("--port", self.port, 0, 65_535),
             ("--grpc-port", self.grpc_port or 0, 0, 65_535),
             ("--max-body", self.max_body_bytes, 1, 2**40),
