@@ -8,7 +8,8 @@ for where the newest checkpoint is already of that step.
 
 from collections.abc import Iterable, Mapping
 
-from supple.core.job.membership import JobState, Phase, Turn, Verdict, VerdictKind, WorkerView
+from supple.core.job.membership import JobState, Phase, Turn, Verdict, VerdictKind
+from supple.core.job.roster import WorkerView
 from supple.core.types import (
     CheckpointFailed,
     CheckpointSaved,
@@ -68,17 +69,16 @@ def drain(turn: Turn) -> None:
     it holds; and saves from its other thread, where it only waits for data."""
     state, verdict = turn.state, turn.state.verdict
     assert verdict is not None, "our bug: a job drains for good without a verdict"
-    busy = [w for w in state.present if not state.workers[w].stopped]
-    if not busy or all(view.step < 0 for view in state.workers.values()):
+    workers = state.workers
+    if not workers.num("busy") or all(view.step < 0 for _, view in workers.in_any_order()):
         save_or_end(turn)
         return
-    held_up = any(state.workers[w].said for w in state.training)
-    late = is_late(turn)
-    if state.training and state.aborted_at is None:
-        if late or held_up:
+    late, training = is_late(turn), workers.num("training")
+    if training and state.aborted_at is None:
+        if late or workers.num("held up"):
             turn.abort()
         return
-    if state.training:
+    if training:
         assert state.aborted_at is not None
         late = turn.now - state.aborted_at >= GIVE_UP_S
     if not late or _rank_0_is_saving(turn):
@@ -260,7 +260,7 @@ def on_left(turn: Turn, event: LoopLeft) -> None:
 def finish_when_all_have(turn: Turn) -> None:
     """All have left their loops, at the end of the data or before: wait for their functions."""
     state = turn.state
-    if state.training or not all(v.finished for v in state.workers.values() if not v.can_join):
+    if state.workers.num("training") or state.workers.num("after"):
         return
     left = {w: v for w, v in state.workers.items() if v.left_at is not None}
     steps = sorted({view.step for view in left.values()})
@@ -283,10 +283,12 @@ def look_at_those_who_stay(turn: Turn) -> None:
     """Some members have left their loops early: the others must do so at the same step, or they
     wait for them for ever."""
     state = turn.state
+    if not state.workers.num("left") or not state.workers.num("training"):
+        return
+    if state.verdict is not None or state.aborted_at is not None:
+        return
     left = {w: v for w, v in state.workers.items() if v.left_at is not None}
     staying = {w: state.workers[w] for w in state.training}
-    if not left or not staying or state.verdict is not None or state.aborted_at is not None:
-        return
     step = max(view.step for view in left.values())
     joiners = _joiners(state)
     deciding = {w: v for w, v in staying.items() if w not in joiners}
@@ -332,6 +334,5 @@ def _left_alone(
 
 def by_rank(state: JobState, workers: Iterable[WorkerId]) -> str:
     """Workers in words; members by their rank."""
-    return ", ".join(
-        f"rank {state.members.index(w)} ({w})" if w in state.members else w for w in workers
-    )
+    ranks = {worker_id: rank for rank, worker_id in enumerate(state.members)}
+    return ", ".join(f"rank {ranks[w]} ({w})" if w in ranks else w for w in workers)

@@ -5,17 +5,17 @@ that make the world follow.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, final
 
+from supple.core.job.roster import Roster, WorkerView, changed, ordinal
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     AbortGeneration,
     Action,
     AnnounceGeneration,
     Decision,
-    Doing,
     FailJob,
     FinishJob,
     FormGroup,
@@ -50,52 +50,6 @@ class Phase(Enum):
         return self in (Phase.FINISHED, Phase.FAILED)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerView:
-    """What the controller knows of one worker."""
-
-    status: WorkerStatus
-    heard_at: float
-    """When it, or its node for it, last gave a sign of life."""
-    answered_at: float
-    """When its interpreter last did."""
-    said_unanswered: bool = False
-    """That it does not answer was told since then."""
-    node_id: str = ""
-    ready_at: float = 0.0
-    step: int = -1
-    """Committed steps it last told of at the end of a step or a forming; -1: no state."""
-    joined_step: int | None = None
-    """The step at which it first became a member."""
-    proven: bool = False
-    """It took part in enough committed steps to say that it did start."""
-    stopped: bool = False
-    """It left its loop and waits for a generation."""
-    formed: bool = False
-    finished: bool = False
-    leaving: bool = False
-    """Its platform will take it."""
-    left_at: float | None = None
-    """When its script left the loop early, at `step`."""
-    doing: Doing | None = None
-    since: float = 0.0
-    """When it began that."""
-    doing_s: float = 0.0
-    """For how long it did that when it last said so: who cannot say it is not stuck."""
-    said: bool = False
-    """That it takes long has been said."""
-
-    @property
-    def can_join(self) -> bool:
-        """Its training function is still in its loop."""
-        return not self.finished and self.left_at is None
-
-    @property
-    def is_training(self) -> bool:
-        """A member that is stepping, or should be."""
-        return self.status is WorkerStatus.MEMBER and self.can_join and not self.stopped
-
-
 VerdictKind = Literal["finished", "stopped", "failed"]
 
 
@@ -108,7 +62,7 @@ class Verdict:
     at: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class JobState:
     """Everything a decision about this job's lifecycle depends on."""
 
@@ -116,7 +70,7 @@ class JobState:
     spec: TrainSpec
     phase: Phase = Phase.STARTING
     generation: int = 0
-    workers: Mapping[WorkerId, WorkerView] = field(default_factory=dict[WorkerId, WorkerView])
+    workers: Roster = field(default_factory=Roster)
     members: tuple[WorkerId, ...] = ()
     """Of the current generation, in rank order; those lost since are no longer in `workers`."""
     desired: int = 1
@@ -173,6 +127,8 @@ class JobState:
     @property
     def present(self) -> tuple[WorkerId, ...]:
         """Members that have not been lost, in rank order."""
+        if self.workers.num("present") == len(self.members):
+            return self.members
         return tuple(
             w
             for w in self.members
@@ -182,15 +138,15 @@ class JobState:
     @property
     def training(self) -> tuple[WorkerId, ...]:
         """Members that are still in their loops, in rank order."""
+        if self.workers.num("training") == 0:
+            return ()
         return tuple(w for w in self.present if self.workers[w].is_training)
 
     @property
     def is_ending(self) -> bool:
         """Nobody new is needed: the job has its verdict, or the first member has left its loop."""
         return (
-            self.verdict is not None
-            or self.ending
-            or any(view.left_at is not None for view in self.workers.values())
+            self.verdict is not None or self.ending or self.workers.num("left") > 0
         )
 
     @property
@@ -205,6 +161,15 @@ class JobState:
         return tuple(sorted(found, key=lambda w: self.workers[w].step < 0))
 
     @property
+    def newcomers(self) -> tuple[WorkerId, ...]:
+        """Those standing by that may be in the next generation."""
+        return tuple(
+            w
+            for w in self.standing_by
+            if self.workers[w].can_join and not self.workers[w].leaving
+        )
+
+    @property
     def starting(self) -> tuple[WorkerId, ...]:
         """Expected to stand by one day, oldest first."""
         return tuple(
@@ -214,11 +179,16 @@ class JobState:
     @property
     def joinable(self) -> tuple[WorkerId, ...]:
         """Who may be in the next generation: members in rank order, then those standing by."""
-        return tuple(
-            w
-            for w in (*self.present, *self.standing_by)
-            if self.workers[w].can_join and not self.workers[w].leaving
+        members = self.present
+        return (
+            *(w for w in members if self.workers[w].can_join and not self.workers[w].leaving),
+            *self.newcomers,
         )
+
+    @property
+    def has_enough(self) -> bool:
+        """Could the next generation have MIN workers?"""
+        return self.workers.num("able") >= self.spec.min_workers
 
     @property
     def next_members(self) -> tuple[WorkerId, ...]:
@@ -231,25 +201,28 @@ class JobState:
         taken by its platform: the next shrink lets it go, when others have the state too. Without
         MIN others, those about to be taken stay as long as they can.
         """
+        if not self.has_enough:
+            return ()
         order = [w for w in (*self.present, *self.standing_by) if self.workers[w].can_join]
-        pool = list(self.joinable)
+        pool = [w for w in order if not self.workers[w].leaving]
         if len(pool) < self.spec.min_workers:
             pool += [w for w in order if self.workers[w].leaving]
-        if len(pool) < self.spec.min_workers:
-            return ()
         chosen = pool[: self.desired]
         newest = max(order, key=lambda w: self.workers[w].step)
         if self.workers[newest].step > max(self.workers[w].step for w in chosen):
             if not self.workers[newest].leaving:
                 chosen = chosen[: self.desired - 1]
             chosen.append(newest)
-        return self._node_by_node([w for w in order if w in chosen])
+        taken = frozenset(chosen)
+        return self._node_by_node(w for w in order if w in taken)
 
     @property
     def holders(self) -> tuple[WorkerId, ...]:
         """Stopped workers that hold train state, the newest state first."""
         views = self.workers
-        found = [w for w, v in views.items() if v.step >= 0 and v.stopped and v.can_join]
+        every = views.in_any_order()
+        found = [w for w, v in every if v.step >= 0 and v.stopped and v.can_join]
+        found.sort(key=ordinal)
         found.sort(key=lambda w: (-views[w].step, views[w].status is WorkerStatus.RAISED))
         return tuple(found)
 
@@ -260,13 +233,8 @@ class JobState:
         return tuple(worker_id for there in nodes.values() for worker_id in there)
 
     def _with_status(self, status: WorkerStatus) -> list[WorkerId]:
-        found = [w for w, view in self.workers.items() if view.status is status]
+        found = [w for w, view in self.workers.in_any_order() if view.status is status]
         return sorted(found, key=ordinal)
-
-
-def ordinal(worker_id: WorkerId) -> int:
-    """The how-manieth worker of its job this is, from 0."""
-    return int(worker_id[1:])
 
 
 @final
@@ -274,9 +242,33 @@ class Turn:
     """One call of `step`: the state as it becomes, and the actions so far."""
 
     def __init__(self, state: JobState, now: float) -> None:
-        self.state = state
+        self._state = state
+        self.workers = state.workers
+        """What is known of the workers by now: as in `state`, and cheaper to read and to change."""
         self.now = now
         self.actions: list[Action] = []
+
+    @property
+    def state(self) -> JobState:
+        if self._state.workers is not self.workers:
+            self._state = changed(self._state, {"workers": self.workers})
+        return self._state
+
+    @property
+    def spec(self) -> TrainSpec:
+        return self._state.spec
+
+    @property
+    def longest(self) -> Mapping[str, float]:
+        return self._state.longest
+
+    @property
+    def phase(self) -> Phase:
+        return self._state.phase
+
+    @property
+    def generation(self) -> int:
+        return self._state.generation
 
     def settle(self, rules: Mapping[Phase, Callable[["Turn"], None]]) -> None:
         """Apply the rule of the phase until it changes nothing."""
@@ -287,15 +279,19 @@ class Turn:
                 return
 
     def set(self, **changes: Any) -> None:
-        self.state = replace(self.state, **changes)
+        self._state = changed(self.state, changes)
 
     def see(self, worker_id: WorkerId, **changes: Any) -> None:
         """Change what is known of one worker."""
-        view = replace(self.state.workers[worker_id], **changes)
-        self.set(workers={**self.state.workers, worker_id: view})
+        self.workers = self.workers.seen(worker_id, changes)
+
+    def see_all(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> None:
+        """Change what is known of many workers."""
+        if changes:
+            self.workers = self.workers.all_seen(changes)
 
     def forget(self, worker_id: WorkerId) -> None:
-        self.set(workers={w: v for w, v in self.state.workers.items() if w != worker_id})
+        self.workers = self.workers.without(worker_id)
 
     def act(self, action: type[Action], **fields: Any) -> None:
         fields = {"generation": self.state.generation, **fields}
@@ -309,10 +305,8 @@ class Turn:
     def ask_for_one(self) -> None:
         worker_id = WorkerId(f"w{self.state.num_started}")
         view = WorkerView(status=WorkerStatus.STARTING, heard_at=self.now, answered_at=self.now)
-        self.set(
-            workers={**self.state.workers, worker_id: view},
-            num_started=self.state.num_started + 1,
-        )
+        self.workers = self.workers.added(worker_id, view)
+        self.set(num_started=self.state.num_started + 1)
         self.act(StartWorker, worker_id=worker_id)
 
     def let_go(self, worker_id: WorkerId, reason: str) -> None:
@@ -331,10 +325,11 @@ class Turn:
     def abort(self) -> None:
         """The step in flight is lost: make everybody who is still in it leave it."""
         state = self.state
-        blocked = tuple(w for w in state.present if not state.workers[w].stopped)
-        self.set(phase=Phase.DRAINING)
+        if state.phase is not Phase.DRAINING:
+            self.set(phase=Phase.DRAINING)
         if state.aborted_at is None:
             self.set(aborted_at=self.now)
+            blocked = tuple(w for w in state.present if not state.workers[w].stopped)
             if blocked:
                 self.act(AbortGeneration, members=blocked)
 
@@ -342,19 +337,15 @@ class Turn:
         """Tell the next generation to form. Who is not in it is kept until that runs: it may be
         the only one left with the state."""
         before, members = self.state, tuple(chosen)
-        workers = dict(before.workers)
-        for worker_id, view in before.workers.items():
-            if worker_id in members:
-                workers[worker_id] = replace(
-                    view, status=WorkerStatus.MEMBER, stopped=False, formed=False
-                )
-            elif view.status is WorkerStatus.MEMBER:
-                workers[worker_id] = replace(view, status=WorkerStatus.STANDBY)
+        joins = {"status": WorkerStatus.MEMBER, "stopped": False, "formed": False}
+        changes: dict[WorkerId, Mapping[str, Any]] = dict.fromkeys(members, joins)
+        for worker_id in before.present:
+            changes.setdefault(worker_id, {"status": WorkerStatus.STANDBY})
+        self.see_all(changes)
         self.set(
             phase=Phase.FORMING,
             generation=before.generation + 1,
             members=members,
-            workers=workers,
             batch_in_force=before.batch_wanted,
             aborted_at=None,
             raised=before.raised if before.ending else frozenset[WorkerId](),
