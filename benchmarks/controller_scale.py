@@ -10,8 +10,7 @@ what is measured is the lifecycle's CPU time, which other programs of the machin
 import statistics
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +31,11 @@ from supple.core.types import (
     GroupFormed,
     Heartbeat,
     JobId,
+    NodeReported,
     StartWorker,
     TargetChanged,
     Ticked,
+    WorkerEvent,
     WorkerId,
     WorkerLost,
     WorkerReady,
@@ -60,31 +61,47 @@ class Job:
             name=_JOB, script="train.py", min_workers=1, max_workers=2 * size, max_failures=100
         )
         self.now, self.spent_s, self.step = 100.0, 0.0, 0
-        self.formed_at_s = 0.0
-        """`spent_s` when the last generation had been told to form."""
-        self._answers: deque[Event] = deque()
+        self._answers: list[WorkerEvent] = []
         began = time.thread_time()
         self.state, actions = lifecycle.start(spec, _JOB, self.now, restore=None, initial=size)
         self.spent_s += time.thread_time() - began
         self._answer(actions)
 
-    def tell(self, event: Event) -> None:
-        began = time.thread_time()
-        self.state, actions = lifecycle.step(self.state, event, self.now)
+    def tell(self, events: Sequence[Event]) -> None:
+        state, now, every = self.state, self.now, list[Action]()
+        began = time.thread_time()  # which takes as long as many an event
+        for event in events:
+            state, actions = lifecycle.step(state, event, now)
+            every += actions
         self.spent_s += time.thread_time() - began
-        self._answer(actions)
+        self.state = state
+        self._answer(every)
 
     def settle(self) -> None:
         """Until nobody has anything to answer any more."""
         while self._answers:
-            self.answer_one()
+            self.answer()
 
-    def answer_one(self) -> None:
-        self.tell(self._answers.popleft())
+    def answer(self) -> None:
+        """Who was asked something answers."""
+        answers, self._answers = self._answers, []
+        self.report(answers)
+
+    def report(self, events: Iterable[WorkerEvent]) -> None:
+        """What workers tell at one time, in one event of each node, as backends do."""
+        of_node: dict[str, list[WorkerEvent]] = {}
+        for event in events:
+            of_node.setdefault(_node(event.worker_id), []).append(event)
+        self.tell(
+            [
+                NodeReported(job_id=_JOB, generation=0, node_id=node_id, events=tuple(told))
+                for node_id, told in of_node.items()
+            ]
+        )
 
     def tick(self) -> None:
         self.now += 1 / _TICKS_PER_S
-        self.tell(Ticked(job_id=_JOB, generation=0))
+        self.tell([Ticked(job_id=_JOB, generation=0)])
 
     def beats(self) -> list[Heartbeat]:
         """One of every worker, a step further than the last."""
@@ -105,20 +122,19 @@ class Job:
         """A second of training."""
         for index in range(_TICKS_PER_S):
             if index % (_TICKS_PER_S // _BEATS_PER_S) == 0:
-                for beat in self.beats():
-                    self.tell(beat)
+                self.report(self.beats())
             self.tick()
 
     def lose(self, worker_ids: Iterable[WorkerId]) -> None:
         """These have died."""
-        for worker_id in worker_ids:
-            self.tell(
-                WorkerLost(job_id=_JOB, generation=0, worker_id=worker_id, cause="died", detail="")
-            )
+        self.report(
+            WorkerLost(job_id=_JOB, generation=0, worker_id=worker_id, cause="died")
+            for worker_id in worker_ids
+        )
 
     def resize(self, num_workers: int) -> None:
         self.tell(
-            TargetChanged(job_id=_JOB, generation=0, num_workers=num_workers, reason="asked for")
+            [TargetChanged(job_id=_JOB, generation=0, num_workers=num_workers, reason="asked for")]
         )
 
     def _answer(self, actions: Iterable[Action]) -> None:
@@ -128,16 +144,18 @@ class Job:
                 case StartWorker():
                     self._say(WorkerReady, action.worker_id, 0, node_id=_node(action.worker_id))
                 case FormGroup():
-                    self.formed_at_s = self.spent_s
                     for worker_id in action.members:
                         self._say(GroupFormed, worker_id, generation, step=self.step)
                 case AnnounceGeneration() | AbortGeneration():
+                    error = "Connection closed by peer" * isinstance(action, AbortGeneration)
                     for worker_id in action.members:
-                        self._say(WorkerStopped, worker_id, generation, step=self.step)
+                        self._say(
+                            WorkerStopped, worker_id, generation, step=self.step, error=error
+                        )
                 case _:
                     pass
 
-    def _say(self, kind: type[Event], worker_id: WorkerId, generation: int, **said: object) -> None:
+    def _say(self, kind: type[WorkerEvent], worker_id: WorkerId, generation: int, **said: object) -> None:
         fields = {"job_id": _JOB, "generation": generation, "worker_id": worker_id, **said}
         self._answers.append(kind(**fields))  # type: ignore[arg-type]
 
@@ -172,8 +190,7 @@ def _steps(job: Job) -> dict[str, float]:
         second_s.append(job.spent_s - before_s)
     for _ in range(_STEPS // 2):
         beats, before_s = job.beats(), job.spent_s
-        for beat in beats:
-            job.tell(beat)
+        job.tell(beats)
         beat_s.append((job.spent_s - before_s) / len(beats))
         before_s = job.spent_s
         job.tick()
@@ -193,8 +210,8 @@ def _deaths(job: Job) -> dict[str, float]:
         job.lose(job.state.members[size // 2 : size // 2 + _NODE])
         generation = job.state.generation
         while job.state.generation == generation:
-            job.answer_one()
-        decided_s.append(job.formed_at_s - before_s)
+            job.answer()
+        decided_s.append(job.spent_s - before_s)
         job.settle()
         _check(job, size)
         back_s.append(job.spent_s - before_s)

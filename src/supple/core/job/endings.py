@@ -134,16 +134,19 @@ def save_or_end(turn: Turn) -> None:
     end(turn, verdict.reason)
 
 
-def save_before_forming(turn: Turn) -> bool:
-    """Nobody in the next generation would hold state, but one whose script raised does: let it save
-    first. False: there is no such."""
-    state = turn.state
-    if any(state.workers[w].step >= 0 for w in state.next_members):
-        return False
-    holder = _who_saves(state)
+def form_or_save(turn: Turn, *, why: tuple[str, str] | None = None) -> None:
+    """The next generation; where nobody in it would hold state, but one whose script raised does,
+    that one saves first. `why`: the decision that it carries out, if it is another now."""
+    state, members = turn.state, turn.state.next_members
+    holder = None
+    if all(state.workers[w].step < 0 for w in members):
+        holder = _who_saves(state)
     if holder is not None:
         turn.save(holder)
-    return holder is not None
+        return
+    if why is not None:
+        turn.set(why=why)
+    turn.form(members)
 
 
 def _who_saves(state: JobState) -> WorkerId | None:

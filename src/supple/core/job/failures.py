@@ -31,9 +31,9 @@ _CAUSE: dict[LossCause, str] = {
 
 def advance(turn: Turn, worker_id: WorkerId, committed: int) -> None:
     """A member has committed so many steps."""
-    if committed > turn.state.step:
-        progress = committed > turn.state.struck_step
-        turn.set(step=committed, strikes=0 if progress else turn.state.strikes)
+    if committed > turn.job.step:
+        progress = committed > turn.job.struck_step
+        turn.set(step=committed, strikes=0 if progress else turn.job.strikes)
     view = turn.workers[worker_id]
     joined = view.joined_step
     if not view.proven and joined is not None and committed - joined >= PROVEN_STEPS:
@@ -107,7 +107,7 @@ def _blame_the_script(turn: Turn, worker_id: WorkerId, *, broke: bool) -> None:
 
 def strike(turn: Turn) -> None:
     """The generation broke. Counted once, and forgotten with the next committed step."""
-    state = turn.state
+    state = turn.job
     if state.struck_generation != state.generation:
         turn.set(
             strikes=state.strikes + 1,

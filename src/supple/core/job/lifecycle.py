@@ -19,6 +19,7 @@ from supple.core.job.endings import (
     conclude,
     drain,
     finish_when_all_have,
+    form_or_save,
     is_late,
     look_at_those_who_stay,
     on_finished,
@@ -26,7 +27,6 @@ from supple.core.job.endings import (
     on_save_failed,
     on_saved,
     on_stop,
-    save_before_forming,
     save_or_end,
     saving,
 )
@@ -129,7 +129,7 @@ def _on_stopped(turn: Turn, event: WorkerStopped) -> None:
         return
     heard(turn, event, stopped=True, step=event.step)
     advance(turn, event.worker_id, event.step)
-    phase = turn.phase
+    phase = turn.job.phase
     if phase is Phase.SAVING:
         return
     if phase is not Phase.DRAINING:
@@ -145,7 +145,7 @@ def _on_formed(turn: Turn, event: GroupFormed) -> None:
         heard(turn, event)
         return
     heard(turn, event, formed=True, step=event.step)
-    state = turn.state
+    state = turn.job
     if state.restore is not None and state.restore_step < 0:
         turn.set(restore_step=event.step)
 
@@ -169,7 +169,7 @@ def _on_heartbeat(turn: Turn, event: Heartbeat) -> None:
     view, changes = turn.workers[event.worker_id], dict[str, Any]()
     if event.doing is not None:
         changes = noted(turn, view, event.doing, event.since_s)
-    steps = turn.phase in (Phase.RUNNING, Phase.DRAINING)
+    steps = turn.job.phase in (Phase.RUNNING, Phase.DRAINING)
     is_stepping = steps and view.is_training and _is_current(turn, event)
     if is_stepping and event.step > view.step:
         changes["step"] = event.step
@@ -183,7 +183,7 @@ def _is_current(
 ) -> bool:
     """From a member of this generation, of this generation."""
     is_member = turn.workers[event.worker_id].status is WorkerStatus.MEMBER
-    return is_member and event.generation == turn.generation
+    return is_member and event.generation == turn.job.generation
 
 
 def _on_lost(turn: Turn, event: WorkerLost) -> None:
@@ -333,8 +333,7 @@ def _draining(turn: Turn) -> None:
     elif is_hopeless(turn):
         save_or_end(turn)
     elif state.has_enough:
-        if not save_before_forming(turn):
-            turn.form(state.next_members)
+        form_or_save(turn)
     else:
         turn.set(phase=Phase.WAITING)
         left, least = turn.workers.num("joinable"), state.spec.min_workers
@@ -361,9 +360,8 @@ def _waiting(turn: Turn) -> None:
         save_or_end(turn)
         return
     _ask_for_missing(turn)
-    if turn.state.has_enough and not save_before_forming(turn):
-        turn.set(why=("regrow", "enough workers again"))
-        turn.form(turn.state.next_members)
+    if turn.state.has_enough:
+        form_or_save(turn, why=("regrow", "enough workers again"))
 
 
 def _over(_turn: Turn) -> None:
@@ -396,7 +394,7 @@ def _let_go_surplus(turn: Turn) -> None:
     if turn.workers.num("unwanted"):
         for worker_id, view in turn.workers.items():
             if view.status is WorkerStatus.RAISED:
-                if turn.phase is Phase.RUNNING:
+                if turn.job.phase is Phase.RUNNING:
                     turn.let_go(worker_id, "raised in the script")
             elif view.leaving and view.status is not WorkerStatus.MEMBER:
                 turn.let_go(worker_id, "taken by the platform")

@@ -138,8 +138,9 @@ class JobState:
     @property
     def training(self) -> tuple[WorkerId, ...]:
         """Members that are still in their loops, in rank order."""
-        if self.workers.num("training") == 0:
-            return ()
+        num = self.workers.num("training")
+        if num in (0, self.workers.num("present")):
+            return self.present if num else ()
         return tuple(w for w in self.present if self.workers[w].is_training)
 
     @property
@@ -203,18 +204,23 @@ class JobState:
         """
         if not self.has_enough:
             return ()
-        order = [w for w in (*self.present, *self.standing_by) if self.workers[w].can_join]
-        pool = [w for w in order if not self.workers[w].leaving]
+        views = dict(self.workers.in_any_order())
+        order = [w for w in (*self.present, *self.standing_by) if views[w].can_join]
+        pool = [w for w in order if not views[w].leaving]
         if len(pool) < self.spec.min_workers:
-            pool += [w for w in order if self.workers[w].leaving]
+            pool += [w for w in order if views[w].leaving]
         chosen = pool[: self.desired]
-        newest = max(order, key=lambda w: self.workers[w].step)
-        if self.workers[newest].step > max(self.workers[w].step for w in chosen):
-            if not self.workers[newest].leaving:
+        newest = max(order, key=lambda w: views[w].step)
+        if views[newest].step > max(views[w].step for w in chosen):
+            if not views[newest].leaving:
                 chosen = chosen[: self.desired - 1]
             chosen.append(newest)
         taken = frozenset(chosen)
-        return self._node_by_node(w for w in order if w in taken)
+        nodes: dict[str, list[WorkerId]] = {}
+        for worker_id in order:
+            if worker_id in taken:
+                nodes.setdefault(views[worker_id].node_id, []).append(worker_id)
+        return tuple(worker_id for there in nodes.values() for worker_id in there)
 
     @property
     def holders(self) -> tuple[WorkerId, ...]:
@@ -226,12 +232,6 @@ class JobState:
         found.sort(key=lambda w: (-views[w].step, views[w].status is WorkerStatus.RAISED))
         return tuple(found)
 
-    def _node_by_node(self, order: Iterable[WorkerId]) -> tuple[WorkerId, ...]:
-        nodes: dict[str, list[WorkerId]] = {}
-        for worker_id in order:
-            nodes.setdefault(self.workers[worker_id].node_id, []).append(worker_id)
-        return tuple(worker_id for there in nodes.values() for worker_id in there)
-
     def _with_status(self, status: WorkerStatus) -> list[WorkerId]:
         found = [w for w, view in self.workers.in_any_order() if view.status is status]
         return sorted(found, key=ordinal)
@@ -242,33 +242,19 @@ class Turn:
     """One call of `step`: the state as it becomes, and the actions so far."""
 
     def __init__(self, state: JobState, now: float) -> None:
-        self._state = state
+        self.job = state
+        """The state but for its workers, who may have changed since."""
         self.workers = state.workers
-        """What is known of the workers by now: as in `state`, and cheaper to read and to change."""
+        """What is known of the workers by now."""
         self.now = now
         self.actions: list[Action] = []
 
     @property
     def state(self) -> JobState:
-        if self._state.workers is not self.workers:
-            self._state = changed(self._state, {"workers": self.workers})
-        return self._state
-
-    @property
-    def spec(self) -> TrainSpec:
-        return self._state.spec
-
-    @property
-    def longest(self) -> Mapping[str, float]:
-        return self._state.longest
-
-    @property
-    def phase(self) -> Phase:
-        return self._state.phase
-
-    @property
-    def generation(self) -> int:
-        return self._state.generation
+        """Both: a copy, where workers have changed."""
+        if self.job.workers is not self.workers:
+            self.job = changed(self.job, {"workers": self.workers})
+        return self.job
 
     def settle(self, rules: Mapping[Phase, Callable[["Turn"], None]]) -> None:
         """Apply the rule of the phase until it changes nothing."""
@@ -279,7 +265,7 @@ class Turn:
                 return
 
     def set(self, **changes: Any) -> None:
-        self._state = changed(self.state, changes)
+        self.job = changed(self.job, changes)
 
     def see(self, worker_id: WorkerId, **changes: Any) -> None:
         """Change what is known of one worker."""
@@ -294,8 +280,8 @@ class Turn:
         self.workers = self.workers.without(worker_id)
 
     def act(self, action: type[Action], **fields: Any) -> None:
-        fields = {"generation": self.state.generation, **fields}
-        self.actions.append(action(job_id=self.state.job_id, **fields))
+        fields = {"generation": self.job.generation, **fields}
+        self.actions.append(action(job_id=self.job.job_id, **fields))
 
     def decide(self, kind: str, num_workers: int, reason: str) -> None:
         self.act(Decision, kind=kind, num_workers=num_workers, reason=reason)
@@ -324,11 +310,11 @@ class Turn:
 
     def abort(self) -> None:
         """The step in flight is lost: make everybody who is still in it leave it."""
-        state = self.state
-        if state.phase is not Phase.DRAINING:
+        if self.job.phase is not Phase.DRAINING:
             self.set(phase=Phase.DRAINING)
-        if state.aborted_at is None:
+        if self.job.aborted_at is None:
             self.set(aborted_at=self.now)
+            state = self.state
             blocked = tuple(w for w in state.present if not state.workers[w].stopped)
             if blocked:
                 self.act(AbortGeneration, members=blocked)

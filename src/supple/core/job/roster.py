@@ -126,6 +126,11 @@ def _marks_of(view: WorkerView | None) -> frozenset[Mark]:
     )
 
 
+@cache
+def _differences(had: frozenset[Mark], has: frozenset[Mark]) -> tuple[tuple[Mark, int], ...]:
+    return (*((mark, -1) for mark in had - has), *((mark, 1) for mark in has - had))
+
+
 _COUNTED = frozenset(("status", "stopped", "formed", "finished", "left_at", "leaving", "said"))
 """Fields that counts depend on."""
 
@@ -192,16 +197,18 @@ class Roster(Mapping[WorkerId, WorkerView]):
 
     def all_seen(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> "Roster":
         """With some fields of many workers changed."""
-        counts = Counter[Mark](self._counts)
-        with self._views.mutate() as views:
+        moved = Counter[tuple[frozenset[Mark], frozenset[Mark]]]()
+        with self._views.mutate() as draft:
             for worker_id, fields in changes.items():
                 before = self._views[worker_id]
-                views[worker_id] = view = changed(before, fields)
-                had, has = _marks_of(before), _marks_of(view)
-                if had is not has:
-                    counts.subtract(had)
-                    counts.update(has)
-            return Roster(views.finish(), counts)
+                draft[worker_id] = view = changed(before, fields)
+                moved[_marks_of(before), _marks_of(view)] += 1
+            views = draft.finish()
+        counts = dict(self._counts)
+        for (had, has), num in moved.items():
+            for mark, by in _differences(had, has):
+                counts[mark] = counts.get(mark, 0) + num * by
+        return Roster(views, counts)
 
     def _counted(
         self, views: Map[WorkerId, WorkerView], before: WorkerView | None, view: WorkerView | None
@@ -210,10 +217,8 @@ class Roster(Mapping[WorkerId, WorkerView]):
         if had is has:
             return Roster(views, self._counts, self._first_ready_at)
         counts = dict(self._counts)
-        for mark in had - has:
-            counts[mark] -= 1
-        for mark in has - had:
-            counts[mark] = counts.get(mark, 0) + 1
+        for mark, by in _differences(had, has):
+            counts[mark] = counts.get(mark, 0) + by
         first_ready_at = self._first_ready_at
         if "newcomer" in had and before is not None and before.ready_at == first_ready_at:
             first_ready_at = None

@@ -29,7 +29,7 @@ def heard(turn: Turn, event: WorkerEvent, **changes: Any) -> None:
     others since then: they get time to come back, too."""
     worker_id, now = event.worker_id, turn.now
     before = turn.workers[worker_id]
-    allowed_s = turn.spec.heartbeat_timeout_s
+    allowed_s = turn.job.spec.heartbeat_timeout_s
     if now - before.heard_at > allowed_s and before.status is not WorkerStatus.STARTING:
         turn.see_all(
             {
@@ -59,7 +59,7 @@ def forgive(turn: Turn, asleep_s: float) -> None:
 
 def end_the_silent(turn: Turn) -> None:
     """Kill who was silent for too long, and say of whom it is not known whether it still works."""
-    spec, now = turn.spec, turn.now
+    spec, now = turn.job.spec, turn.now
     silent_s = min(START_TIMEOUT_S, spec.heartbeat_timeout_s, spec.unresponsive_timeout_s)
     unanswered_s = min(SAID_AFTER_S, spec.unresponsive_timeout_s)
     quiet = [
@@ -78,7 +78,7 @@ def end_the_silent(turn: Turn) -> None:
 
 def _look_at(turn: Turn, worker_id: WorkerId, others: Sequence[tuple[float, WorkerId]]) -> None:
     """One that was quiet for long. `others`: who holds the newest state and was heard lately."""
-    spec, view = turn.spec, turn.workers[worker_id]
+    spec, view = turn.job.spec, turn.workers[worker_id]
     silent_s, unanswered_s = turn.now - view.heard_at, turn.now - view.answered_at
     allowed_s, rule = _allowed(turn, worker_id, others)
     starting = view.status is WorkerStatus.STARTING
@@ -123,7 +123,7 @@ def _allowed(
 ) -> tuple[float, str]:
     """How long it may be silent, in s, and the rule: who alone holds the train state is not given
     up as soon as one whose place another takes."""
-    spec, view = turn.spec, turn.workers[worker_id]
+    spec, view = turn.job.spec, turn.workers[worker_id]
     if view.status is WorkerStatus.STARTING:
         return START_TIMEOUT_S, "while it starts"
     held = any(step >= view.step for step, other in others if other != worker_id)
@@ -135,7 +135,7 @@ def _allowed(
 def _two_newest_heard(turn: Turn) -> list[tuple[float, WorkerId]]:
     """Who was heard lately and holds the newest state, with its step; two of them, for one may be
     the one that is asked about. Who has formed its group holds whatever anybody holds."""
-    lately_s = turn.spec.heartbeat_timeout_s / 2
+    lately_s = turn.job.spec.heartbeat_timeout_s / 2
     return nlargest(
         2,
         (

@@ -44,7 +44,7 @@ def noted(turn: Turn, view: WorkerView, doing: Doing, since_s: float) -> dict[st
     since = turn.now - since_s
     if view.doing == doing and since < view.since + _NEW_STRETCH_S:
         return {"doing_s": turn.now - view.since}
-    longest_s = turn.longest
+    longest_s = turn.job.longest
     if view.doing in _OF_THE_WORKER and view.doing_s > longest_s.get(view.doing, 1.0):
         turn.set(longest={**longest_s, view.doing: view.doing_s})
     changes = {"doing": doing, "since": since, "doing_s": since_s}
@@ -57,8 +57,11 @@ def watch(turn: Turn) -> None:
     state = turn.state
     match state.phase:
         case Phase.RUNNING | Phase.DRAINING:
-            _look_at_each(turn)
-            _look_at_all(turn)
+            least_s = min(SAID_AFTER_S, state.spec.stall_timeout_s)
+            every = turn.workers.in_any_order()
+            if long := {worker_id for worker_id, view in every if view.doing_s >= least_s}:
+                _look_at_each(turn, [w for w in state.present if w in long])
+                _look_at_all(turn)
         case Phase.FORMING:
             late = [w for w in state.present if not state.workers[w].formed]
             _say(turn, late, f"; generation {state.generation} begins when all have formed it")
@@ -92,15 +95,14 @@ def activities_in_words(state: JobState) -> dict[str, str]:
     }
 
 
-def _look_at_each(turn: Turn) -> None:
+def _look_at_each(turn: Turn, long: Sequence[WorkerId]) -> None:
     """Members that have been at one thing for long."""
     state, workers = turn.state, turn.workers
-    least_s = min(SAID_AFTER_S, state.spec.stall_timeout_s)
-    long = {w: workers[w] for w in state.present if workers[w].doing_s >= least_s}
-    late = {w for w, view in long.items() if view.doing in _OF_THE_WORKER and view.is_training}
+    late = {w for w in long if workers[w].doing in _OF_THE_WORKER and workers[w].is_training}
     waiting = [w for w in state.present if _waits(workers[w])] if late else []
     who_waits = f"; {by_rank(state, waiting)} cannot go on without it" if waiting else ""
-    for worker_id, view in long.items():
+    for worker_id in long:
+        view = workers[worker_id]
         if worker_id in late:
             _look_at(turn, worker_id, waiting, who_waits)
         elif view.doing == "after" and not view.finished:
