@@ -209,13 +209,7 @@ class Heartbeat(Event):
 
 
 WorkerEvent = (
-    WorkerReady
-    | WorkerStopped
-    | GroupFormed
-    | WorkerLost
-    | LoopLeft
-    | WorkerFinished
-    | Heartbeat
+    WorkerReady | WorkerStopped | GroupFormed | WorkerLost | LoopLeft | WorkerFinished | Heartbeat
 )
 """What one worker tells, or is told of it."""
 

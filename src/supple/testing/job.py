@@ -128,7 +128,7 @@ class ScriptedJob:
         assert self.outcome is not None
         restore = self.state.restore
         durable = 0 if restore is None else self.backend.world.checkpoints[restore].step
-        held = [w.step for w in alive if not before.workers[w.worker_id].is_training]
+        held = [w.step for w in alive if not before.workers.is_training(w.worker_id)]
         is_saved = max(held, default=-1) <= durable
         if self.outcome.saved and not is_saved:
             raise self._violation(f"steps {held} were held, step {durable} is saved")

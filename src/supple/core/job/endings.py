@@ -18,6 +18,7 @@ from supple.core.types import (
     StopRequested,
     WorkerFinished,
     WorkerId,
+    WorkerStatus,
 )
 
 STOP_GRACE_S = 10.0
@@ -70,12 +71,13 @@ def drain(turn: Turn) -> None:
     state, verdict = turn.state, turn.state.verdict
     assert verdict is not None, "our bug: a job drains for good without a verdict"
     workers = state.workers
-    if not workers.num("busy") or all(view.step < 0 for _, view in workers.in_any_order()):
+    if not workers.num_busy or all(view.step < 0 for view in workers.views.values()):
         save_or_end(turn)
         return
-    late, training = is_late(turn), workers.num("training")
+    late, training = is_late(turn), workers.num_training
     if training and state.aborted_at is None:
-        if late or workers.num("held up"):
+        held_up = workers.num("said") and any(workers[w].said for w in state.training)
+        if late or held_up:
             turn.abort()
         return
     if training:
@@ -238,7 +240,7 @@ def _why_not(state: JobState, newest: int) -> str:
     holders = [w for w, view in state.workers.items() if view.step == newest]
     if not holders:
         return "nobody who held it is left."
-    if any(state.workers[w].is_training for w in holders):
+    if any(map(state.workers.is_training, holders)):
         return f"{', '.join(holders)} did not stop."
     return f"{', '.join(holders)}, which held it, could not be asked any more."
 
@@ -249,7 +251,10 @@ def _why_not(state: JobState, newest: int) -> str:
 def on_finished(turn: Turn, event: WorkerFinished) -> None:
     """The training function of a member returned."""
     view = turn.state.workers[event.worker_id]
-    turn.see(event.worker_id, finished=True, formed=True, stopped=True, step=event.step)
+    turn.see(event.worker_id, finished=True, step=event.step)
+    if view.status is WorkerStatus.MEMBER:
+        turn.own_workers().stop(event.worker_id)
+        turn.own_workers().form(event.worker_id)
     if view.left_at is None:
         turn.set(step=max(turn.state.step, event.step), ending=True)
 
@@ -263,7 +268,7 @@ def on_left(turn: Turn, event: LoopLeft) -> None:
 def finish_when_all_have(turn: Turn) -> None:
     """All have left their loops, at the end of the data or before: wait for their functions."""
     state = turn.state
-    if state.workers.num("training") or state.workers.num("after"):
+    if state.workers.num_training or state.workers.num("after"):
         return
     left = {w: v for w, v in state.workers.items() if v.left_at is not None}
     steps = sorted({view.step for view in left.values()})
@@ -286,7 +291,7 @@ def look_at_those_who_stay(turn: Turn) -> None:
     """Some members have left their loops early: the others must do so at the same step, or they
     wait for them for ever."""
     state = turn.state
-    if not state.workers.num("left") or not state.workers.num("training"):
+    if not state.workers.num("left") or not state.workers.num_training:
         return
     if state.verdict is not None or state.aborted_at is not None:
         return

@@ -34,7 +34,7 @@ def advance(turn: Turn, worker_id: WorkerId, committed: int) -> None:
     if committed > turn.job.step:
         progress = committed > turn.job.struck_step
         turn.set(step=committed, strikes=0 if progress else turn.job.strikes)
-    view = turn.workers[worker_id]
+    view = turn.workers.views[worker_id]
     joined = view.joined_step
     if not view.proven and joined is not None and committed - joined >= PROVEN_STEPS:
         turn.see(worker_id, proven=True)
@@ -47,7 +47,7 @@ def lose(turn: Turn, worker_id: WorkerId, cause: LossCause, detail: str, step: i
     state = turn.state
     view = state.workers[worker_id]
     if cause == "raised" and step >= 0:
-        turn.see(worker_id, status=WorkerStatus.RAISED, stopped=True, step=step, left_at=None)
+        turn.see(worker_id, status=WorkerStatus.RAISED, step=step, left_at=None)
         advance(turn, worker_id, step)
     else:
         turn.forget(worker_id)

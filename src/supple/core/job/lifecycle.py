@@ -106,7 +106,7 @@ def step(state: JobState, event: Event, now: float) -> tuple[JobState, tuple[Act
     turn = Turn(state, now)
     for one in event.events if isinstance(event, NodeReported) else (event,):
         worker_id = getattr(one, "worker_id", None)
-        if worker_id is None or worker_id in turn.workers:
+        if worker_id is None or worker_id in turn.workers.views:
             _ON_EVENT[type(one)](turn, one)
     turn.settle(_RULES)
     return turn.state, tuple(turn.actions)
@@ -118,16 +118,18 @@ def step(state: JobState, event: Event, now: float) -> tuple[JobState, tuple[Act
 def _on_ready(turn: Turn, event: WorkerReady) -> None:
     if turn.workers[event.worker_id].status is WorkerStatus.STARTING:
         standby = WorkerStatus.STANDBY
-        heard(turn, event, status=standby, ready_at=turn.now, node_id=event.node_id)
+        node_id = event.node_id
+        heard(turn, event, {"status": standby, "ready_at": turn.now, "node_id": node_id})
     else:
         heard(turn, event)
 
 
 def _on_stopped(turn: Turn, event: WorkerStopped) -> None:
-    if not _is_current(turn, event) or turn.workers[event.worker_id].stopped:
+    if not _is_current(turn, event) or event.worker_id in turn.workers.stopped:
         heard(turn, event)
         return
-    heard(turn, event, stopped=True, step=event.step)
+    heard(turn, event, {"step": event.step})
+    turn.own_workers().stop(event.worker_id)
     advance(turn, event.worker_id, event.step)
     phase = turn.job.phase
     if phase is Phase.SAVING:
@@ -144,7 +146,8 @@ def _on_formed(turn: Turn, event: GroupFormed) -> None:
     if not _is_current(turn, event):
         heard(turn, event)
         return
-    heard(turn, event, formed=True, step=event.step)
+    heard(turn, event, {"step": event.step})
+    turn.own_workers().form(event.worker_id)
     state = turn.job
     if state.restore is not None and state.restore_step < 0:
         turn.set(restore_step=event.step)
@@ -166,14 +169,18 @@ def _on_left(turn: Turn, event: LoopLeft) -> None:
 
 
 def _on_heartbeat(turn: Turn, event: Heartbeat) -> None:
-    view, changes = turn.workers[event.worker_id], dict[str, Any]()
+    view = turn.workers.views[event.worker_id]
+    changes: dict[str, Any] = {}
     if event.doing is not None:
         changes = noted(turn, view, event.doing, event.since_s)
-    steps = turn.job.phase in (Phase.RUNNING, Phase.DRAINING)
-    is_stepping = steps and view.is_training and _is_current(turn, event)
+    is_stepping = (
+        turn.job.phase in (Phase.RUNNING, Phase.DRAINING)
+        and event.generation == turn.job.generation
+        and turn.workers.is_training(event.worker_id)
+    )
     if is_stepping and event.step > view.step:
         changes["step"] = event.step
-    heard(turn, event, **changes)
+    heard(turn, event, changes)
     if is_stepping:
         advance(turn, event.worker_id, event.step)
 
@@ -182,7 +189,7 @@ def _is_current(
     turn: Turn, event: WorkerStopped | GroupFormed | WorkerFinished | LoopLeft | Heartbeat
 ) -> bool:
     """From a member of this generation, of this generation."""
-    is_member = turn.workers[event.worker_id].status is WorkerStatus.MEMBER
+    is_member = turn.workers.views[event.worker_id].status is WorkerStatus.MEMBER
     return is_member and event.generation == turn.job.generation
 
 
@@ -321,7 +328,7 @@ def _draining(turn: Turn) -> None:
     state = turn.state
     if state.verdict is not None:
         drain(turn)
-    elif turn.workers.num("training"):
+    elif turn.workers.num_training:
         look_at_those_who_stay(turn)
         _ask_for_missing(turn)
     elif state.is_ending:
@@ -344,7 +351,7 @@ def _draining(turn: Turn) -> None:
 def _forming(turn: Turn) -> None:
     state, workers = turn.state, turn.workers
     _ask_for_missing(turn)
-    if workers.num("present") == len(state.members) and not workers.num("unformed"):
+    if workers.num("present") == len(state.members) and workers.all_formed:
         step_now = max(workers[w].step for w in state.members)
         new = [w for w in state.members if workers[w].joined_step is None]
         turn.see_all({worker_id: {"joined_step": step_now} for worker_id in new})
@@ -392,7 +399,7 @@ def _ask_for_missing(turn: Turn) -> None:
 def _let_go_surplus(turn: Turn) -> None:
     """Let go of those that are not wanted: never of a member."""
     if turn.workers.num("unwanted"):
-        for worker_id, view in turn.workers.items():
+        for worker_id, view in turn.state.workers.items():
             if view.status is WorkerStatus.RAISED:
                 if turn.job.phase is Phase.RUNNING:
                     turn.let_go(worker_id, "raised in the script")

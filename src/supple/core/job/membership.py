@@ -129,26 +129,25 @@ class JobState:
         """Members that have not been lost, in rank order."""
         if self.workers.num("present") == len(self.members):
             return self.members
+        views = self.workers.views
         return tuple(
-            w
-            for w in self.members
-            if w in self.workers and self.workers[w].status is WorkerStatus.MEMBER
+            w for w in self.members if w in views and views[w].status is WorkerStatus.MEMBER
         )
 
     @property
     def training(self) -> tuple[WorkerId, ...]:
         """Members that are still in their loops, in rank order."""
-        num = self.workers.num("training")
-        if num in (0, self.workers.num("present")):
-            return self.present if num else ()
-        return tuple(w for w in self.present if self.workers[w].is_training)
+        workers = self.workers
+        if not workers.num_training:
+            return ()
+        if not workers.stopped and not workers.gone_on:
+            return self.present
+        return tuple(w for w in self.present if workers.is_training(w))
 
     @property
     def is_ending(self) -> bool:
         """Nobody new is needed: the job has its verdict, or the first member has left its loop."""
-        return (
-            self.verdict is not None or self.ending or self.workers.num("left") > 0
-        )
+        return self.verdict is not None or self.ending or self.workers.num("left") > 0
 
     @property
     def durable_step(self) -> int:
@@ -158,6 +157,8 @@ class JobState:
     @property
     def standing_by(self) -> tuple[WorkerId, ...]:
         """Ready and in no generation: those that still hold state first, then the oldest."""
+        if not self.workers.num("standby"):
+            return ()
         found = self._with_status(WorkerStatus.STANDBY)
         return tuple(sorted(found, key=lambda w: self.workers[w].step < 0))
 
@@ -165,14 +166,14 @@ class JobState:
     def newcomers(self) -> tuple[WorkerId, ...]:
         """Those standing by that may be in the next generation."""
         return tuple(
-            w
-            for w in self.standing_by
-            if self.workers[w].can_join and not self.workers[w].leaving
+            w for w in self.standing_by if self.workers[w].can_join and not self.workers[w].leaving
         )
 
     @property
     def starting(self) -> tuple[WorkerId, ...]:
         """Expected to stand by one day, oldest first."""
+        if not self.workers.num("starting"):
+            return ()
         return tuple(
             w for w in self._with_status(WorkerStatus.STARTING) if not self.workers[w].leaving
         )
@@ -204,36 +205,45 @@ class JobState:
         """
         if not self.has_enough:
             return ()
-        views = dict(self.workers.in_any_order())
-        order = [w for w in (*self.present, *self.standing_by) if views[w].can_join]
-        pool = [w for w in order if not views[w].leaving]
+        views, num = self.workers.views, self.workers.num
+        able = [(w, views[w]) for w in (*self.present, *self.standing_by)]
+        if num("able") < len(able):
+            able = [one for one in able if one[1].can_join]
+        pool = able if num("joinable") == len(able) else [one for one in able if not one[1].leaving]
         if len(pool) < self.spec.min_workers:
-            pool += [w for w in order if views[w].leaving]
+            pool = pool + [one for one in able if one[1].leaving]
         chosen = pool[: self.desired]
-        newest = max(order, key=lambda w: views[w].step)
-        if views[newest].step > max(views[w].step for w in chosen):
-            if not views[newest].leaving:
+        newest = max(able, key=lambda one: one[1].step)
+        if newest[1].step > max(view.step for _, view in chosen):
+            if not newest[1].leaving:
                 chosen = chosen[: self.desired - 1]
             chosen.append(newest)
-        taken = frozenset(chosen)
+        if len(chosen) < len(able):
+            taken = frozenset(worker_id for worker_id, _ in chosen)
+            able = [one for one in able if one[0] in taken]
         nodes: dict[str, list[WorkerId]] = {}
-        for worker_id in order:
-            if worker_id in taken:
-                nodes.setdefault(views[worker_id].node_id, []).append(worker_id)
+        for worker_id, view in able:
+            nodes.setdefault(view.node_id, []).append(worker_id)
         return tuple(worker_id for there in nodes.values() for worker_id in there)
 
     @property
     def holders(self) -> tuple[WorkerId, ...]:
         """Stopped workers that hold train state, the newest state first."""
-        views = self.workers
-        every = views.in_any_order()
-        found = [w for w, v in every if v.step >= 0 and v.stopped and v.can_join]
-        found.sort(key=ordinal)
-        found.sort(key=lambda w: (-views[w].step, views[w].status is WorkerStatus.RAISED))
+        views, stopped = self.workers.views, self.workers.stopped
+        found = [
+            w
+            for w, view in views.items()
+            if view.step >= 0
+            and view.can_join
+            and (w in stopped or view.status is not WorkerStatus.MEMBER)
+        ]
+        found.sort(
+            key=lambda w: (-views[w].step, views[w].status is WorkerStatus.RAISED, ordinal(w))
+        )
         return tuple(found)
 
     def _with_status(self, status: WorkerStatus) -> list[WorkerId]:
-        found = [w for w, view in self.workers.in_any_order() if view.status is status]
+        found = [w for w, view in self.workers.views.items() if view.status is status]
         return sorted(found, key=ordinal)
 
 
@@ -245,16 +255,22 @@ class Turn:
         self.job = state
         """The state but for its workers, who may have changed since."""
         self.workers = state.workers
-        """What is known of the workers by now."""
+        """What is known of the workers by now; it may change with the next move."""
         self.now = now
         self.actions: list[Action] = []
 
     @property
     def state(self) -> JobState:
-        """Both: a copy, where workers have changed."""
+        """Both, as they are now: a copy, where workers have changed."""
         if self.job.workers is not self.workers:
             self.job = changed(self.job, {"workers": self.workers})
         return self.job
+
+    def own_workers(self) -> Roster:
+        """What is known of the workers, to be changed: no state holds it."""
+        if self.job.workers is self.workers:
+            self.workers = self.workers.copy()
+        return self.workers
 
     def settle(self, rules: Mapping[Phase, Callable[["Turn"], None]]) -> None:
         """Apply the rule of the phase until it changes nothing."""
@@ -269,15 +285,15 @@ class Turn:
 
     def see(self, worker_id: WorkerId, **changes: Any) -> None:
         """Change what is known of one worker."""
-        self.workers = self.workers.seen(worker_id, changes)
+        self.own_workers().see(worker_id, changes)
 
     def see_all(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> None:
         """Change what is known of many workers."""
         if changes:
-            self.workers = self.workers.all_seen(changes)
+            self.own_workers().see_all(changes)
 
     def forget(self, worker_id: WorkerId) -> None:
-        self.workers = self.workers.without(worker_id)
+        self.own_workers().remove(worker_id)
 
     def act(self, action: type[Action], **fields: Any) -> None:
         fields = {"generation": self.job.generation, **fields}
@@ -291,7 +307,7 @@ class Turn:
     def ask_for_one(self) -> None:
         worker_id = WorkerId(f"w{self.state.num_started}")
         view = WorkerView(status=WorkerStatus.STARTING, heard_at=self.now, answered_at=self.now)
-        self.workers = self.workers.added(worker_id, view)
+        self.own_workers().add(worker_id, view)
         self.set(num_started=self.state.num_started + 1)
         self.act(StartWorker, worker_id=worker_id)
 
@@ -315,7 +331,7 @@ class Turn:
         if self.job.aborted_at is None:
             self.set(aborted_at=self.now)
             state = self.state
-            blocked = tuple(w for w in state.present if not state.workers[w].stopped)
+            blocked = tuple(w for w in state.present if w not in state.workers.stopped)
             if blocked:
                 self.act(AbortGeneration, members=blocked)
 
@@ -323,11 +339,7 @@ class Turn:
         """Tell the next generation to form. Who is not in it is kept until that runs: it may be
         the only one left with the state."""
         before, members = self.state, tuple(chosen)
-        joins = {"status": WorkerStatus.MEMBER, "stopped": False, "formed": False}
-        changes: dict[WorkerId, Mapping[str, Any]] = dict.fromkeys(members, joins)
-        for worker_id in before.present:
-            changes.setdefault(worker_id, {"status": WorkerStatus.STANDBY})
-        self.see_all(changes)
+        self.own_workers().begin(members)
         self.set(
             phase=Phase.FORMING,
             generation=before.generation + 1,

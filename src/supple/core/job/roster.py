@@ -5,7 +5,7 @@ another `Roster` at a cost that does not grow with their number (a hash trie sha
 same), the old one stays as it was, and what rules ask at every event is counted, not searched for.
 """
 
-from collections import Counter
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -35,9 +35,6 @@ class WorkerView:
     """The step at which it first became a member."""
     proven: bool = False
     """It took part in enough committed steps to say that it did start."""
-    stopped: bool = False
-    """It left its loop and waits for a generation."""
-    formed: bool = False
     finished: bool = False
     leaving: bool = False
     """Its platform will take it."""
@@ -56,58 +53,41 @@ class WorkerView:
         """Its training function is still in its loop."""
         return not self.finished and self.left_at is None
 
-    @property
-    def is_training(self) -> bool:
-        """A member that is stepping, or should be."""
-        return self.status is WorkerStatus.MEMBER and self.can_join and not self.stopped
-
 
 Mark = Literal[
     "starting",  # expected to stand by one day
+    "standby",
     "newcomer",  # stands by, and may join
     "able",  # a member, or stands by, and still in its loop
     "joinable",  # and its platform will not take it
     "present",  # a member
     "taken",  # a member that its platform will take
-    "training",  # a member that is stepping, or should be
-    "held up",  # and that takes long, which has been said
-    "busy",  # a member that has not stopped
-    "unformed",  # a member that has not formed its group
     "left",  # its script left the loop early
     "after",  # and its training function still runs
     "unwanted",  # no member, and none any more
+    "said",  # takes long, which has been said
 ]
 """What rules ask about workers; a worker has several."""
 
 
 @cache
 def _marks(
-    status: WorkerStatus,
-    stopped: bool,
-    formed: bool,
-    finished: bool,
-    left: bool,
-    leaving: bool,
-    said: bool,
+    status: WorkerStatus, finished: bool, left: bool, leaving: bool, said: bool
 ) -> frozenset[Mark]:
     member, standby = status is WorkerStatus.MEMBER, status is WorkerStatus.STANDBY
-    can_join = not finished and not left
-    training = member and can_join and not stopped
-    able = (member or standby) and can_join
+    able = (member or standby) and not finished and not left
     has: dict[Mark, bool] = {
         "starting": status is WorkerStatus.STARTING and not leaving,
+        "standby": standby,
         "newcomer": standby and able and not leaving,
         "able": able,
         "joinable": able and not leaving,
         "present": member,
         "taken": member and leaving,
-        "training": training,
-        "held up": training and said,
-        "busy": member and not stopped,
-        "unformed": member and not formed,
         "left": left,
         "after": left and not finished,
         "unwanted": status is WorkerStatus.RAISED or (leaving and not member),
+        "said": said,
     }
     return frozenset(mark for mark, is_so in has.items() if is_so)
 
@@ -115,123 +95,173 @@ def _marks(
 def _marks_of(view: WorkerView | None) -> frozenset[Mark]:
     if view is None:
         return frozenset()
-    return _marks(
-        view.status,
-        view.stopped,
-        view.formed,
-        view.finished,
-        view.left_at is not None,
-        view.leaving,
-        view.said,
-    )
+    left = view.left_at is not None
+    return _marks(view.status, view.finished, left, view.leaving, view.said)
 
 
-@cache
-def _differences(had: frozenset[Mark], has: frozenset[Mark]) -> tuple[tuple[Mark, int], ...]:
-    return (*((mark, -1) for mark in had - has), *((mark, 1) for mark in has - had))
-
-
-_COUNTED = frozenset(("status", "stopped", "formed", "finished", "left_at", "leaving", "said"))
-"""Fields that counts depend on."""
+_MARKING = frozenset(("status", "finished", "left_at", "leaving", "said"))
+"""The fields that marks are made of."""
+_NOBODY: Map[WorkerId, None] = Map()
 
 
 @final
 class Roster(Mapping[WorkerId, WorkerView]):
-    """What is known of each worker; iterates over the oldest first."""
+    """What is known of each worker; iterates over the oldest first.
 
-    __slots__ = ("_counts", "_first_ready_at", "_views")
+    It can be changed, and must not be once a `JobState` holds it: a `Turn` changes its own copy.
+    """
 
-    def __init__(
-        self,
-        views: Map[WorkerId, WorkerView] | None = None,
-        counts: Mapping[Mark, int] | None = None,
-        first_ready_at: float | None = None,
-    ) -> None:
-        self._views: Map[WorkerId, WorkerView] = Map() if views is None else views
-        self._counts: Mapping[Mark, int] = {} if counts is None else counts
-        self._first_ready_at = first_ready_at
-        """None: to be searched for."""
+    __slots__ = ("_counts", "_first_ready_at", "formed", "gone_on", "stopped", "views")
+
+    def __init__(self) -> None:
+        self.views: Map[WorkerId, WorkerView] = Map()
+        """The same in no particular order: it differs between processes."""
+        self.stopped = _NOBODY
+        """Members that left their loop and wait for a generation."""
+        self.gone_on = _NOBODY
+        """Others that are past their loop."""
+        self.formed = _NOBODY
+        """Members that have the group of their generation, and the train state."""
+        self._counts: dict[Mark, int] = {}
+        self._first_ready_at = math.inf
+
+    def copy(self) -> "Roster":
+        """Another, with the same in it; at the same cost for any number of workers."""
+        copy = Roster.__new__(Roster)
+        copy.views = self.views
+        copy.stopped = self.stopped
+        copy.gone_on = self.gone_on
+        copy.formed = self.formed
+        copy._counts = self._counts.copy()
+        copy._first_ready_at = self._first_ready_at
+        return copy
 
     def __getitem__(self, worker_id: WorkerId) -> WorkerView:
-        return self._views[worker_id]
+        return self.views[worker_id]
 
     def __contains__(self, worker_id: object) -> bool:
-        return worker_id in self._views
+        return worker_id in self.views
 
     def __iter__(self) -> Iterator[WorkerId]:
-        return iter(sorted(self._views, key=ordinal))
+        return iter(sorted(self.views, key=ordinal))
 
     def __len__(self) -> int:
-        return len(self._views)
+        return len(self.views)
+
+    # -- what rules ask ----------------------------------------------------------------------------
 
     def num(self, mark: Mark) -> int:
         """How many have this mark."""
         return self._counts.get(mark, 0)
 
-    def in_any_order(self) -> Iterable[tuple[WorkerId, WorkerView]]:
-        """All of them, for what does not depend on the order: that differs between processes."""
-        return self._views.items()
+    @property
+    def num_training(self) -> int:
+        """Members that are stepping, or should be."""
+        return self.num("present") - len(self.stopped) - len(self.gone_on)
+
+    @property
+    def num_busy(self) -> int:
+        """Members that have not stopped."""
+        return self.num("present") - len(self.stopped)
+
+    @property
+    def all_formed(self) -> bool:
+        """Has every member its group?"""
+        return len(self.formed) == self.num("present")
+
+    def is_training(self, worker_id: WorkerId) -> bool:
+        """Is it a member that is stepping, or should be?"""
+        return (
+            self.views[worker_id].status is WorkerStatus.MEMBER
+            and worker_id not in self.stopped
+            and worker_id not in self.gone_on
+        )
 
     @property
     def first_ready_at(self) -> float:
-        """When the first of the newcomers became ready; there must be one."""
-        if self._first_ready_at is None:
-            found = (view.ready_at for view in self._views.values() if _is_newcomer(view))
-            self._first_ready_at = min(found)
+        """When the first of the newcomers became ready; infinity without any."""
+        if self._first_ready_at == -math.inf:
+            newcomers = (v for v in self.views.values() if "newcomer" in _marks_of(v))
+            self._first_ready_at = min((view.ready_at for view in newcomers), default=math.inf)
         return self._first_ready_at
 
-    def seen(self, worker_id: WorkerId, changes: Mapping[str, Any]) -> "Roster":
-        """With some fields of one worker changed."""
-        before = self._views[worker_id]
+    # -- changes -----------------------------------------------------------------------------------
+
+    def see(self, worker_id: WorkerId, changes: Mapping[str, Any]) -> None:
+        """Some fields of one worker change."""
+        before = self.views[worker_id]
         view = changed(before, changes)
-        views = self._views.set(worker_id, view)
-        if _COUNTED.isdisjoint(changes):
-            return Roster(views, self._counts, self._first_ready_at)
-        return self._counted(views, before, view)
+        self.views = self.views.set(worker_id, view)
+        if not _MARKING.isdisjoint(changes):
+            self._mark(worker_id, before, view)
 
-    def added(self, worker_id: WorkerId, view: WorkerView) -> "Roster":
-        return self._counted(self._views.set(worker_id, view), None, view)
-
-    def without(self, worker_id: WorkerId) -> "Roster":
-        return self._counted(self._views.delete(worker_id), self._views[worker_id], None)
-
-    def all_seen(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> "Roster":
-        """With some fields of many workers changed."""
-        moved = Counter[tuple[frozenset[Mark], frozenset[Mark]]]()
-        with self._views.mutate() as draft:
+    def see_all(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> None:
+        """Some fields of many workers change."""
+        before = self.views
+        with before.mutate() as draft:
             for worker_id, fields in changes.items():
-                before = self._views[worker_id]
-                draft[worker_id] = view = changed(before, fields)
-                moved[_marks_of(before), _marks_of(view)] += 1
-            views = draft.finish()
-        counts = dict(self._counts)
-        for (had, has), num in moved.items():
-            for mark, by in _differences(had, has):
-                counts[mark] = counts.get(mark, 0) + num * by
-        return Roster(views, counts)
+                draft[worker_id] = changed(before[worker_id], fields)
+            self.views = draft.finish()
+        for worker_id, fields in changes.items():
+            if not _MARKING.isdisjoint(fields):
+                self._mark(worker_id, before[worker_id], self.views[worker_id])
 
-    def _counted(
-        self, views: Map[WorkerId, WorkerView], before: WorkerView | None, view: WorkerView | None
-    ) -> "Roster":
+    def add(self, worker_id: WorkerId, view: WorkerView) -> None:
+        self.views = self.views.set(worker_id, view)
+        self._mark(worker_id, None, view)
+
+    def remove(self, worker_id: WorkerId) -> None:
+        before = self.views[worker_id]
+        self.views = self.views.delete(worker_id)
+        self._mark(worker_id, before, None)
+
+    def stop(self, worker_id: WorkerId) -> None:
+        """A member has stopped."""
+        self.stopped = self.stopped.set(worker_id, None)
+        if worker_id in self.gone_on:
+            self.gone_on = self.gone_on.delete(worker_id)
+
+    def form(self, worker_id: WorkerId) -> None:
+        """A member has formed its group."""
+        self.formed = self.formed.set(worker_id, None)
+
+    def begin(self, members: Iterable[WorkerId]) -> None:
+        """A generation of these members begins; no other is a member of anything any more."""
+        self.stopped = self.gone_on = self.formed = _NOBODY
+        chosen, views = frozenset(members), self.views
+        changes: dict[WorkerId, Mapping[str, Any]] = {}
+        for worker_id in chosen:
+            if views[worker_id].status is not WorkerStatus.MEMBER:
+                changes[worker_id] = {"status": WorkerStatus.MEMBER}
+        if self.num("present") + len(changes) > len(chosen):
+            for worker_id, view in views.items():
+                if view.status is WorkerStatus.MEMBER and worker_id not in chosen:
+                    changes[worker_id] = {"status": WorkerStatus.STANDBY}
+        self.see_all(changes)
+
+    def _mark(
+        self, worker_id: WorkerId, before: WorkerView | None, view: WorkerView | None
+    ) -> None:
+        """Keep what is counted, and who has stopped, in step with a change."""
         had, has = _marks_of(before), _marks_of(view)
         if had is has:
-            return Roster(views, self._counts, self._first_ready_at)
-        counts = dict(self._counts)
-        for mark, by in _differences(had, has):
-            counts[mark] = counts.get(mark, 0) + by
-        first_ready_at = self._first_ready_at
-        if "newcomer" in had and before is not None and before.ready_at == first_ready_at:
-            first_ready_at = None
-        elif "newcomer" in has and view is not None:
-            if self.num("newcomer") == 0:
-                first_ready_at = view.ready_at
-            elif first_ready_at is not None:
-                first_ready_at = min(first_ready_at, view.ready_at)
-        return Roster(views, counts, first_ready_at)
-
-
-def _is_newcomer(view: WorkerView) -> bool:
-    return "newcomer" in _marks_of(view)
+            return
+        for mark in had - has:
+            self._counts[mark] -= 1
+        for mark in has - had:
+            self._counts[mark] = self.num(mark) + 1
+        if before is not None and "newcomer" in had and "newcomer" not in has:
+            if before.ready_at == self._first_ready_at:
+                self._first_ready_at = -math.inf  # it has to be searched for
+        elif view is not None and "newcomer" in has:
+            self._first_ready_at = min(view.ready_at, self._first_ready_at)
+        if "present" not in has and "present" in had:
+            self.stopped, self.gone_on, self.formed = (
+                some.delete(worker_id) if worker_id in some else some
+                for some in (self.stopped, self.gone_on, self.formed)
+            )
+        elif "present" in has and "able" not in has and worker_id not in self.stopped:
+            self.gone_on = self.gone_on.set(worker_id, None)
 
 
 def ordinal(worker_id: WorkerId) -> int:

@@ -7,9 +7,9 @@ backend asks the worker's node as well what its process is doing: one that runs 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from heapq import nlargest
-from typing import Any
+from typing import Any, Final
 
 from supple.core.job.endings import by_rank
 from supple.core.job.failures import lose
@@ -22,26 +22,29 @@ START_TIMEOUT_S = 120.0
 SAID_AFTER_S = 10.0
 """An interpreter that has not answered for so long is told of."""
 
+_NOTHING: Final[Mapping[str, Any]] = {}
 
-def heard(turn: Turn, event: WorkerEvent, **changes: Any) -> None:
+
+def heard(turn: Turn, event: WorkerEvent, changes: Mapping[str, Any] = _NOTHING) -> None:
     """An event came from this worker, or from its node in its place, and makes these changes to
     what is known of it. If it was away for longer than is allowed, what kept it may have kept
     others since then: they get time to come back, too."""
     worker_id, now = event.worker_id, turn.now
-    before = turn.workers[worker_id]
+    before = turn.workers.views[worker_id]
     allowed_s = turn.job.spec.heartbeat_timeout_s
     if now - before.heard_at > allowed_s and before.status is not WorkerStatus.STARTING:
         turn.see_all(
             {
                 other: {"heard_at": max(view.heard_at, now - allowed_s / 2)}
-                for other, view in turn.workers.in_any_order()
+                for other, view in turn.workers.views.items()
                 if abs(view.heard_at - before.heard_at) <= allowed_s
             }
         )
     if isinstance(event, Heartbeat) and not event.is_answer:
-        turn.see(worker_id, heard_at=now, **changes)
+        seen = {**changes, "heard_at": now}
     else:
-        turn.see(worker_id, heard_at=now, answered_at=now, said_unanswered=False, **changes)
+        seen = {**changes, "heard_at": now, "answered_at": now, "said_unanswered": False}
+    turn.own_workers().see(worker_id, seen)
 
 
 def forgive(turn: Turn, asleep_s: float) -> None:
@@ -52,7 +55,7 @@ def forgive(turn: Turn, asleep_s: float) -> None:
                 "heard_at": min(turn.now, view.heard_at + asleep_s),
                 "answered_at": min(turn.now, view.answered_at + asleep_s),
             }
-            for worker_id, view in turn.workers.in_any_order()
+            for worker_id, view in turn.workers.views.items()
         }
     )
 
@@ -64,7 +67,7 @@ def end_the_silent(turn: Turn) -> None:
     unanswered_s = min(SAID_AFTER_S, spec.unresponsive_timeout_s)
     quiet = [
         worker_id
-        for worker_id, view in turn.workers.in_any_order()
+        for worker_id, view in turn.workers.views.items()
         if now - view.heard_at > silent_s or now - view.answered_at > unanswered_s
     ]
     if not quiet:
@@ -139,8 +142,8 @@ def _two_newest_heard(turn: Turn) -> list[tuple[float, WorkerId]]:
     return nlargest(
         2,
         (
-            (math.inf if view.formed else view.step, worker_id)
-            for worker_id, view in turn.workers.in_any_order()
+            (math.inf if worker_id in turn.workers.formed else view.step, worker_id)
+            for worker_id, view in turn.workers.views.items()
             if turn.now - view.heard_at <= lately_s
         ),
     )

@@ -12,7 +12,7 @@ from typing import Any
 from supple.core.job.endings import by_rank, conclude
 from supple.core.job.failures import lose, strike
 from supple.core.job.membership import JobState, Phase, Turn
-from supple.core.job.roster import WorkerView
+from supple.core.job.roster import Roster, WorkerView
 from supple.core.types import Doing, KillWorker, WorkerId
 
 SAID_AFTER_S = 10.0
@@ -58,12 +58,12 @@ def watch(turn: Turn) -> None:
     match state.phase:
         case Phase.RUNNING | Phase.DRAINING:
             least_s = min(SAID_AFTER_S, state.spec.stall_timeout_s)
-            every = turn.workers.in_any_order()
+            every = turn.workers.views.items()
             if long := {worker_id for worker_id, view in every if view.doing_s >= least_s}:
                 _look_at_each(turn, [w for w in state.present if w in long])
                 _look_at_all(turn)
         case Phase.FORMING:
-            late = [w for w in state.present if not state.workers[w].formed]
+            late = [w for w in state.present if w not in state.workers.formed]
             _say(turn, late, f"; generation {state.generation} begins when all have formed it")
         case Phase.SAVING if state.saver in state.workers:
             if turn.now - state.saving_since >= SAID_AFTER_S:
@@ -97,9 +97,9 @@ def activities_in_words(state: JobState) -> dict[str, str]:
 
 def _look_at_each(turn: Turn, long: Sequence[WorkerId]) -> None:
     """Members that have been at one thing for long."""
-    state, workers = turn.state, turn.workers
-    late = {w for w in long if workers[w].doing in _OF_THE_WORKER and workers[w].is_training}
-    waiting = [w for w in state.present if _waits(workers[w])] if late else []
+    state, workers = turn.state, turn.state.workers
+    late = {w for w in long if workers[w].doing in _OF_THE_WORKER and workers.is_training(w)}
+    waiting = [w for w in state.present if _waits(workers, w)] if late else []
     who_waits = f"; {by_rank(state, waiting)} cannot go on without it" if waiting else ""
     for worker_id in long:
         view = workers[worker_id]
@@ -134,7 +134,7 @@ def _look_at(turn: Turn, worker_id: WorkerId, waiting: Sequence[WorkerId], who_w
 def _look_at_all(turn: Turn) -> None:
     """Nobody waits for anybody in particular: all fetch data for too long, or wait in a circle."""
     state, spec = turn.state, turn.state.spec
-    num_training = state.workers.num("training")
+    num_training = state.workers.num_training
     if not num_training or num_training < state.workers.num("present") or state.verdict is not None:
         return
     views = [state.workers[w] for w in state.training]
@@ -159,8 +159,9 @@ def _look_at_all(turn: Turn) -> None:
             turn.abort()
 
 
-def _waits(view: WorkerView) -> bool:
-    return not view.is_training or view.doing in ("waiting", "fence")
+def _waits(workers: Roster, worker_id: WorkerId) -> bool:
+    resting = not workers.is_training(worker_id)
+    return resting or workers[worker_id].doing in ("waiting", "fence")
 
 
 def _limit_s(state: JobState, view: WorkerView) -> float:
