@@ -149,13 +149,13 @@ class Job:
                 case AnnounceGeneration() | AbortGeneration():
                     error = "Connection closed by peer" * isinstance(action, AbortGeneration)
                     for worker_id in action.members:
-                        self._say(
-                            WorkerStopped, worker_id, generation, step=self.step, error=error
-                        )
+                        self._say(WorkerStopped, worker_id, generation, step=self.step, error=error)
                 case _:
                     pass
 
-    def _say(self, kind: type[WorkerEvent], worker_id: WorkerId, generation: int, **said: object) -> None:
+    def _say(
+        self, kind: type[WorkerEvent], worker_id: WorkerId, generation: int, **said: object
+    ) -> None:
         fields = {"job_id": _JOB, "generation": generation, "worker_id": worker_id, **said}
         self._answers.append(kind(**fields))  # type: ignore[arg-type]
 

@@ -24,6 +24,7 @@ from supple.core.types import (
     GroupFormed,
     Heartbeat,
     JobId,
+    NodeReported,
     PreemptionNoticed,
     Progress,
     StopRequested,
@@ -180,6 +181,10 @@ class Controller:
         now = self._clock.now()
         match event:
             case Heartbeat() | Ticked():
+                return
+            case NodeReported():
+                for one in event.events:
+                    self._note(one)
                 return
             case WorkerStopped():
                 self._pause_began = self._pause_began or now

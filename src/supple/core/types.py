@@ -220,7 +220,7 @@ class NodeReported(Event):
     decided about any of it; of one worker it is in order."""
 
     node_id: str
-    events: tuple[WorkerEvent, ...]
+    events: tuple[Event, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
