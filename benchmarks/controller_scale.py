@@ -1,4 +1,4 @@
-"""What the controller computes for one job of 8, 64, 512 and 4,096 workers, eight of them on a node.
+"""What the controller computes for a job of 8, 64, 512 and 4,096 workers, eight of them on a node.
 
     python benchmarks/controller_scale.py [SIZE ...]
 

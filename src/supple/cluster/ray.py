@@ -277,7 +277,7 @@ class RayBackend(Backend):
                     await asyncio.wait({end}, timeout=_POLL_S / 2)
                     continue
                 for event in report.events:
-                    self._tell(worker, event)
+                    self._reports.tell(worker.node_id, event)
                 stays = report.generation == worker.generation == self._generation
                 if stays and report.step > worker.step:
                     self._calm.set()

@@ -290,9 +290,8 @@ def _starting(turn: Turn) -> None:
     _let_go_surplus(turn)
     _ask_for_missing(turn)
     state, workers = turn.state, turn.workers
-    if workers.num("joinable") >= state.spec.min_workers:
-        if not workers.num("starting") or turn.now - workers.first_ready_at >= START_GRACE_S:
-            turn.form(state.next_members)
+    if workers.num("joinable") >= state.spec.min_workers and _waited(turn, START_GRACE_S):
+        turn.form(state.next_members)
 
 
 def _running(turn: Turn) -> None:
@@ -314,7 +313,7 @@ def _running(turn: Turn) -> None:
     elif size > state.desired:
         turn.announce("shrink", state.desired_reason)
     elif size < goal:
-        if not workers.num("starting") or turn.now - workers.first_ready_at >= GROW_GRACE_S:
+        if _waited(turn, GROW_GRACE_S):
             ready = f"{', '.join(state.newcomers)} ready"
             if goal <= state.full_size:
                 turn.announce("regrow", f"{ready}, in place of what was lost")
@@ -385,6 +384,11 @@ _RULES: dict[Phase, Callable[[Turn], None]] = {
     Phase.FINISHED: _over,
     Phase.FAILED: _over,
 }
+
+
+def _waited(turn: Turn, grace_s: float) -> bool:
+    """Have those that are ready waited long enough for those that are not?"""
+    return not turn.workers.num("starting") or turn.now - turn.workers.first_ready_at >= grace_s
 
 
 def _ask_for_missing(turn: Turn) -> None:
