@@ -302,6 +302,19 @@ class Turn:
     def decide(self, kind: str, num_workers: int, reason: str) -> None:
         self.act(Decision, kind=kind, num_workers=num_workers, reason=reason)
 
+    def spare_the_lost(self) -> None:
+        """What one event of a report has asked of workers is for those that the rest of it has
+        left."""
+        views, asked = self.workers.views, self.actions
+        self.actions = []
+        for action in asked:
+            if isinstance(action, AbortGeneration):
+                members = tuple(w for w in action.members if w in views)
+                if members:
+                    self.act(AbortGeneration, generation=action.generation, members=members)
+            elif not isinstance(action, SaveCheckpoint) or action.worker_id in views:
+                self.actions.append(action)
+
     # -- workers ---------------------------------------------------------------------------------
 
     def ask_for_one(self) -> None:
