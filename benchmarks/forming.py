@@ -1,5 +1,5 @@
 """What it takes a generation of n workers to find and reach each other: today, and as designed in
-`docs/decisions/0019-forming-at-4096.md`. Numbers alone: no worker runs.
+`docs/decisions/0020-forming-at-4096.md`. Numbers alone: no worker runs.
 
 Every queue is served in order: the controller's connections and bytes, each worker's own pairs.
 What is assumed was measured on two cores (30 November 2026) or is said to be assumed.

@@ -30,10 +30,10 @@ class NodeReports:
         """A heartbeat is put within `GATHER_S`; anything else at once, with what was gathered."""
         self._gathered.setdefault(node_id, []).append(event)
         if not isinstance(event, Heartbeat):
-            self._report(node_id)
+            self.report(node_id)
         elif node_id not in self._due:
             loop = asyncio.get_running_loop()
-            self._due[node_id] = loop.call_later(GATHER_S, self._report, node_id)
+            self._due[node_id] = loop.call_later(GATHER_S, self.report, node_id)
 
     def forget(self, worker_id: WorkerId) -> None:
         """Nothing more of this worker is to be told."""
@@ -49,7 +49,8 @@ class NodeReports:
         self._due.clear()
         self._gathered.clear()
 
-    def _report(self, node_id: str) -> None:
+    def report(self, node_id: str) -> None:
+        """Put what was gathered of this node."""
         if due := self._due.pop(node_id, None):
             due.cancel()
         if told := self._gathered.pop(node_id, None):

@@ -318,6 +318,7 @@ class RayBackend(Backend):
                 break
             self._beat(worker_id, worker, "queued", time.monotonic() - began)
         try:
+            self._reports.report(worker.node_id)  # what it told while it had no node
             worker.pid, worker.node_id = greeting.result()
             worker.sight = self._sights.of(worker.pid, worker.node_id)
         except (RayError, psutil.NoSuchProcess) as error:

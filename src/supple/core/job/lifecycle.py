@@ -106,7 +106,7 @@ def step(state: JobState, event: Event, now: float) -> tuple[JobState, tuple[Act
     turn = Turn(state, now)
     for one in event.events if isinstance(event, NodeReported) else (event,):
         worker_id = getattr(one, "worker_id", None)
-        if turn.job.phase.is_over:
+        if turn.job is not state and turn.job.phase.is_over:
             break
         if worker_id is None or worker_id in turn.workers.views:
             _ON_EVENT[type(one)](turn, one)

@@ -272,15 +272,17 @@ def ordinal(worker_id: WorkerId) -> int:
 
 
 Record = TypeVar("Record")
+_new, _set = object.__new__, object.__setattr__
 
 
 def changed(record: Record, changes: Mapping[str, Any]) -> Record:
     """A frozen dataclass with some fields changed, as `dataclasses.replace` makes it in ten times
     the time: it would be most of what a heartbeat costs."""
-    fields: dict[str, Any] = {**record.__dict__, **changes}
-    if len(fields) != len(record.__dict__):
+    before = record.__dict__
+    fields: dict[str, Any] = {**before, **changes}
+    if len(fields) != len(before):
         unknown = ", ".join(sorted(fields.keys() - record.__dict__.keys()))
         raise TypeError(f"our bug: {type(record).__name__} has no field {unknown}")
-    copy = object.__new__(type(record))
-    object.__setattr__(copy, "__dict__", fields)
+    copy = _new(type(record))
+    _set(copy, "__dict__", fields)
     return copy

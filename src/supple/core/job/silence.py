@@ -7,7 +7,7 @@ backend asks the worker's node as well what its process is doing: one that runs 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from heapq import nlargest
 from typing import Any, Final
 
@@ -22,10 +22,10 @@ START_TIMEOUT_S = 120.0
 SAID_AFTER_S = 10.0
 """An interpreter that has not answered for so long is told of."""
 
-_NOTHING: Final[Mapping[str, Any]] = {}
+_NOTHING: Final[dict[str, Any]] = {}
 
 
-def heard(turn: Turn, event: WorkerEvent, changes: Mapping[str, Any] = _NOTHING) -> None:
+def heard(turn: Turn, event: WorkerEvent, changes: dict[str, Any] = _NOTHING) -> None:
     """An event came from this worker, or from its node in its place, and makes these changes to
     what is known of it. If it was away for longer than is allowed, what kept it may have kept
     others since then: they get time to come back, too."""
@@ -41,10 +41,10 @@ def heard(turn: Turn, event: WorkerEvent, changes: Mapping[str, Any] = _NOTHING)
             }
         )
     if isinstance(event, Heartbeat) and not event.is_answer:
-        seen = {**changes, "heard_at": now}
+        turn.own_workers().see(worker_id, changes | {"heard_at": now})
     else:
-        seen = {**changes, "heard_at": now, "answered_at": now, "said_unanswered": False}
-    turn.own_workers().see(worker_id, seen)
+        signs = {"heard_at": now, "answered_at": now, "said_unanswered": False}
+        turn.own_workers().see(worker_id, changes | signs)
 
 
 def forgive(turn: Turn, asleep_s: float) -> None:
