@@ -137,6 +137,20 @@ def test_a_generation_begins_with_nobody_stopped_and_nobody_formed() -> None:
     assert (now.num_training, now.num_busy, now.all_formed) == (2, 2, False)
 
 
+@pytest.mark.parametrize("change", [{"status": WorkerStatus.RAISED}, None])
+def test_of_who_is_a_member_no_more_nothing_of_its_generation_is_left(change: Any) -> None:
+    now = roster(MEMBER, MEMBER)
+    now.form(worker(0))
+    now.stop(worker(0))
+    if change is None:
+        now.remove(worker(0))
+    else:
+        now.see(worker(0), change)
+    assert (now.num_training, now.num_busy, now.all_formed) == (1, 1, False)
+    now.form(worker(1))
+    assert now.all_formed
+
+
 def test_the_oldest_comes_first_whatever_the_process_hashes() -> None:
     """Python hashes text differently in every process, and the map underneath goes by hashes."""
     source = "from tests.core.test_roster import roster, MEMBER\nprint(*roster(*[MEMBER] * 40))\n"
