@@ -71,7 +71,8 @@ def roster(*statuses: WorkerStatus) -> Roster:
 
 def move(roster: Roster, kind: str, who: Any, changes: Any, at: float) -> None:
     if kind == "begin":
-        roster.begin(w for w in map(worker, who) if w in roster and roster[w].can_join)
+        members = [w for w, view in roster.items() if view.status is MEMBER]
+        roster.begin([w for w in map(worker, who) if w in roster and roster[w].can_join], members)
         return
     worker_id = worker(who)
     if worker_id not in roster:
@@ -121,7 +122,7 @@ def test_a_copy_changes_alone() -> None:
     after.see(worker(0), {"step": 7})
     after.stop(worker(1))
     after.remove(worker(2))
-    after.begin([worker(0)])
+    after.begin([worker(0)], [worker(0), worker(1)])
     assert before[worker(0)].step == -1
     assert (before.num("present"), before.num_busy, len(before)) == (2, 2, 3)
     assert (after.num("present"), after.num_busy, len(after)) == (1, 1, 2)
@@ -132,7 +133,7 @@ def test_a_generation_begins_with_nobody_stopped_and_nobody_formed() -> None:
     for number in (0, 1):
         now.form(worker(number))
         now.stop(worker(number))
-    now.begin([worker(1), worker(2)])
+    now.begin([worker(1), worker(2)], [worker(0), worker(1)])
     assert [now[worker(number)].status for number in range(3)] == [STANDBY, MEMBER, MEMBER]
     assert (now.num_training, now.num_busy, now.all_formed) == (2, 2, False)
 

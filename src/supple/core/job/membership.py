@@ -7,6 +7,7 @@ that make the world follow.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import itemgetter
 from typing import Any, Literal, final
 
 from supple.core.job.roster import Roster, WorkerView, changed, ordinal
@@ -205,25 +206,28 @@ class JobState:
         """
         if not self.has_enough:
             return ()
-        views, num = self.workers.views, self.workers.num
-        able = [(w, views[w]) for w in (*self.present, *self.standing_by)]
-        if num("able") < len(able):
-            able = [one for one in able if one[1].can_join]
-        pool = able if num("joinable") == len(able) else [one for one in able if not one[1].leaving]
+        views = self.workers.views
+        able = [  # each view is looked at once: thousands of them are in no cache
+            (w, view.step, view.node_id, view.leaving)
+            for w in (*self.members, *self.standing_by)
+            if (view := views.get(w)) is not None
+            and view.status is not WorkerStatus.RAISED
+            and view.can_join
+        ]
+        pool = [one for one in able if not one[3]]
         if len(pool) < self.spec.min_workers:
-            pool = pool + [one for one in able if one[1].leaving]
+            pool += [one for one in able if one[3]]
         chosen = pool[: self.desired]
-        newest = max(able, key=lambda one: one[1].step)
-        if newest[1].step > max(view.step for _, view in chosen):
-            if not newest[1].leaving:
+        newest = max(able, key=itemgetter(1))
+        if newest[1] > max(step for _, step, _, _ in chosen):
+            if not newest[3]:
                 chosen = chosen[: self.desired - 1]
             chosen.append(newest)
-        if len(chosen) < len(able):
-            taken = frozenset(worker_id for worker_id, _ in chosen)
-            able = [one for one in able if one[0] in taken]
+        taken = frozenset(worker_id for worker_id, _, _, _ in chosen)
         nodes: dict[str, list[WorkerId]] = {}
-        for worker_id, view in able:
-            nodes.setdefault(view.node_id, []).append(worker_id)
+        for worker_id, _, node_id, _ in able:
+            if worker_id in taken:
+                nodes.setdefault(node_id, []).append(worker_id)
         return tuple(worker_id for there in nodes.values() for worker_id in there)
 
     @property
@@ -352,7 +356,7 @@ class Turn:
         """Tell the next generation to form. Who is not in it is kept until that runs: it may be
         the only one left with the state."""
         before, members = self.state, tuple(chosen)
-        self.own_workers().begin(members)
+        self.own_workers().begin(members, before.members)
         self.set(
             phase=Phase.FORMING,
             generation=before.generation + 1,

@@ -224,18 +224,17 @@ class Roster(Mapping[WorkerId, WorkerView]):
         """A member has formed its group."""
         self.formed = self.formed.set(worker_id, None)
 
-    def begin(self, members: Iterable[WorkerId]) -> None:
-        """A generation of these members begins; no other is a member of anything any more."""
+    def begin(self, members: Iterable[WorkerId], before: Iterable[WorkerId]) -> None:
+        """A generation of `members` begins after that of `before`, who stand by if they are still
+        there and not in it."""
         self.stopped, self.gone_on, self.formed = _NOBODY, _NOBODY, _NOBODY
-        chosen, views = frozenset(members), self.views
-        changes: dict[WorkerId, Mapping[str, Any]] = {}
-        for worker_id in chosen:
-            if views[worker_id].status is not WorkerStatus.MEMBER:
-                changes[worker_id] = {"status": WorkerStatus.MEMBER}
-        if self.num("present") + len(changes) > len(chosen):
-            for worker_id, view in views.items():
-                if view.status is WorkerStatus.MEMBER and worker_id not in chosen:
-                    changes[worker_id] = {"status": WorkerStatus.STANDBY}
+        now, then = frozenset(members), frozenset(before)
+        changes: dict[WorkerId, Mapping[str, Any]]
+        changes = {w: {"status": WorkerStatus.MEMBER} for w in now - then}
+        for worker_id in then - now:
+            view = self.views.get(worker_id)
+            if view is not None and view.status is WorkerStatus.MEMBER:
+                changes[worker_id] = {"status": WorkerStatus.STANDBY}
         self.see_all(changes)
 
     def _mark(
