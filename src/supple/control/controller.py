@@ -24,6 +24,7 @@ from supple.core.types import (
     FinishJob,
     Heartbeat,
     JobId,
+    NodeReported,
     PreemptionNoticed,
     Progress,
     ProgressMade,
@@ -186,9 +187,15 @@ class Controller:
                     await self._backend.execute(action)
 
     def _show(self, event: Event) -> None:
-        if not isinstance(event, Heartbeat | Ticked | ProgressMade):
-            for observer in self._observers:
-                observer.happened(event)
+        match event:
+            case Heartbeat() | Ticked() | ProgressMade():
+                return
+            case NodeReported():
+                for one in event.events:
+                    self._show(one)
+            case _:
+                for observer in self._observers:
+                    observer.happened(event)
 
     async def _next_event(self, background: Sequence[asyncio.Future[None]]) -> Event:
         """Raises what a background task raised: without it the job would wait for ever."""

@@ -30,6 +30,7 @@ from supple.core.types import (
     GroupFormed,
     Infeasible,
     JobId,
+    NodeReported,
     Noticed,
     Progress,
     ProgressMade,
@@ -130,6 +131,12 @@ def advise(state: AdvisorState, event: Event, now: float) -> tuple[AdvisorState,
     """The state after `event`, and what to ask the lifecycle for. Total: any event has an
     answer."""
     match event:
+        case NodeReported():
+            wishes: tuple[Event, ...] = ()
+            for one in event.events:
+                state, more = advise(state, one, now)
+                wishes += more
+            return state, wishes
         case WorkerStopped():
             return replace(state, stopped_since=state.stopped_since or now), ()
         case GroupFormed():
