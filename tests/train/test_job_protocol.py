@@ -338,9 +338,9 @@ def test_an_instrument_is_closed_at_once_where_the_script_leaves_or_does_not_ste
     prepared(job)
     with closing(job.batches(DATA, batch_size=8)) as loop:  # type: ignore[type-var]
         next(loop)
-        with pytest.raises(TrainingError):
+        with pytest.raises(TrainingError) as refused:
             next(loop)
-        assert unstepped.closed
+        assert unstepped.closed and refused.tb, "also while the traceback keeps the loop's frames"
 
 
 def test_a_stand_in_tells_the_rank_that_it_was_given() -> None:
