@@ -142,6 +142,7 @@ def test_the_walk_lets_pure_code_be(source: str) -> None:
     assert impurities(source) == []
 
 
+@pytest.mark.slow
 def test_importing_supple_and_all_of_core_loads_neither_torch_nor_ray() -> None:
     probe = (
         "import importlib, sys\n"

@@ -22,6 +22,7 @@ from supple.core.service.peer_policies import (
 from supple.core.service.simulator import Scenario, SupplePolicy, simulate, with_failures
 from supple.core.service.spec import Slo
 from supple.core.spec import SpecError
+from tests.examples import examples
 
 SLO = Slo(share=0.99, within_s=6.0)
 
@@ -107,7 +108,7 @@ def test_the_requests_of_a_replica_that_dies_are_answered_by_another() -> None:
     assert run.latencies_s.tolist() == pytest.approx([13.0, 2.0])
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(
     seed=st.integers(0, 10_000),
     counts=st.lists(st.integers(0, 9), min_size=1, max_size=10),
@@ -137,6 +138,7 @@ def test_a_trace_that_is_none_is_refused(arrivals: list[float]) -> None:
         scenario(arrivals)
 
 
+@pytest.mark.slow
 def test_supple_keeps_the_promise_where_others_pay_more_or_break_it() -> None:
     """Half an hour of calm, half an hour of twice as much: the claim of the benchmark in small."""
     arrivals = np.concatenate((poisson(4.0, 1200.0), 1200.0 + poisson(8.0, 1200.0, 1)))

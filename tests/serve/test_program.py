@@ -28,6 +28,7 @@ def saved(folder: Path, rows: int, *, dynamic: bool) -> str:
     return path
 
 
+@pytest.mark.slow
 def test_a_saved_program_says_its_inputs_and_answers_any_batch(tmp_path: Path) -> None:
     path = saved(tmp_path, 2, dynamic=True)
     assert check_target(path) == (path, "")

@@ -17,6 +17,7 @@ from supple.core.job.ledger import prove
 from supple.core.job.order import Position
 from supple.core.spec import SpecError
 from supple.train.data.loader import Loader, make_loader
+from tests.examples import examples
 from tests.train.histories import Abandon, Commit, Happening, Resize, Run, Tear, happenings
 
 
@@ -50,7 +51,8 @@ def ids(loader: Loader) -> list[list[int | str]]:
 # --- exactly once --------------------------------------------------------------------------------
 
 
-@settings(derandomize=True, deadline=None, max_examples=150)
+@pytest.mark.slow
+@settings(max_examples=examples(60))
 @given(
     st.integers(1, 90),
     st.integers(1, 3),
@@ -91,6 +93,7 @@ ROUGH: list[Happening] = [
 ]
 
 
+@pytest.mark.slow
 def test_worker_processes_lose_and_double_nothing_in_a_rough_history() -> None:
     def make() -> Loader:
         return make_loader(Numbers(120), epochs=2, shuffle=True, seed=5, num_workers=1)
