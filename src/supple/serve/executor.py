@@ -45,7 +45,7 @@ _SUSPECT_TIMES: Final = 100.0
 """A request that was lost with its replica may take so many times the usual, and at least so
 long, when it is computed alone."""
 _PLANNED_SHARE: Final = 0.9
-"""Of the promise, what the queue plans with; the rest is for reading and writing the request."""
+"""Share of the promised latency that the queue plans with; the rest is for reading and writing."""
 
 
 @final
@@ -206,7 +206,7 @@ class Executor:
         self.stuck = f"{hung}; this replica is replaced"
         alone = len(self._running) == 1
         for call in self._running:
-            # Of several, one hangs: which, is known when each is computed alone elsewhere.
+            # In a batch, one request hangs: another replica computes each alone and finds which.
             if alone or call.serial is None:
                 before = ", after it was lost with a replica before" if call.suspect else ""
                 self._fail(call, Refused(f"{hung}, the longest it may take{before}", 504))

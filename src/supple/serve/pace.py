@@ -16,7 +16,7 @@ _RENEW_EVERY: Final = 16
 _TAIL: Final = 0.9
 """The quantile that is planned with: a plan is several batches, so that their sum is rarer."""
 _UNKNOWN = LatencyProfile.constant(1e-6, startup_s=0.0)
-"""Of a model that never ran: nobody is refused."""
+"""Profile of a model that never ran: no request is refused."""
 
 
 @final

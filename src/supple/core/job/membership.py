@@ -118,7 +118,7 @@ class JobState:
     generation: int = 0
     workers: Mapping[WorkerId, WorkerView] = field(default_factory=dict[WorkerId, WorkerView])
     members: tuple[WorkerId, ...] = ()
-    """Of the current generation, in rank order; those lost since are no longer in `workers`."""
+    """Members of the current generation in rank order; lost ones are no longer in `workers`."""
     desired: int = 1
     desired_reason: str = ""
     aborted_at: float | None = None
@@ -265,7 +265,7 @@ class JobState:
 
 
 def ordinal(worker_id: WorkerId) -> int:
-    """The how-manieth worker of its job this is, from 0."""
+    """The worker's index in its job, from 0."""
     return int(worker_id[1:])
 
 

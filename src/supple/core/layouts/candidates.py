@@ -28,7 +28,7 @@ class LayoutJob:
     model: Model
     times: LayoutModel
     memory_bytes: float
-    """Of one accelerator."""
+    """Memory of one accelerator."""
     base_batch_size: int
     """In sequences."""
     base_lr: float
@@ -41,7 +41,7 @@ class LayoutJob:
     samples: SamplesModel | None = None
     """From previous runs of the task, in sequences: trusted before the noise scale."""
     optimizer: str = "adam"
-    """Of a transformer: a key of `layout_memory.OPTIMIZER_BYTES`. Layers were measured with one,
+    """For a transformer, a key of `layout_memory.OPTIMIZER_BYTES`. Layers were measured with one,
     whose name says its family."""
     tuned: tuple[TunedRate, ...] = ()
     """Learning rates of those runs: trusted before the family's rule."""

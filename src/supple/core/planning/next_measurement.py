@@ -124,7 +124,7 @@ def _candidates(job: JobModel, target: int) -> list[int]:
 
 
 def _half_width(job: JobModel, row: Plan, also: Plan | None = None) -> float:
-    """Of the row's step time, as a fraction of it, if `also` were measured too."""
+    """Half-width of the row's step time, relative, if `also` were measured too."""
     extra = [] if also is None else [_shape(also)]
     return job.step_time.half_width(*_shape(row), also=extra)
 

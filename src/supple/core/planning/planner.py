@@ -28,7 +28,7 @@ from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, P
 from supple.core.words import in_words
 
 _MEMORY_SHARE = 0.92
-"""Of a device's memory that a plan may use."""
+"""Share of a device's memory that a plan may use."""
 _MAX_ACCUMULATION = 256
 """Micro-batches of a step up to which a batch is grown; the user's own batch is cut into as many
 as memory needs."""
