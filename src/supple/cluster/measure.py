@@ -35,7 +35,7 @@ Counts are measured in turn and then once more, so that the drift shows in the i
 _STEPS, _NOISE_STEPS = 6, 12
 """Timed steps of a phase; untimed steps before the first one of one worker, for its noise scale."""
 _STEP_BUDGET_S = 0.25
-"""Mean time of a step; a phase of one worker whose steps take longer has fewer of them."""
+"""Mean step time up to which a phase has all its steps; slower single workers have fewer."""
 _ALONE = (
     ProbeSize(divide_by=1),
     ProbeSize(divide_by=2, num_accumulation_steps=1),
