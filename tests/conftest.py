@@ -1,6 +1,8 @@
 """Settings of the whole test run: properties, one thread, no telemetry, what a test may take."""
 
+import importlib
 import os
+import sys
 from collections.abc import Generator
 
 import pytest
@@ -24,6 +26,12 @@ settings.register_profile(
 settings.load_profile("supple")
 
 _BEGAN = pytest.StashKey[Beginning]()
+
+
+def pytest_collection_finish() -> None:
+    """Import what torch imports when the first optimizer is made, so that no test is charged."""
+    if "torch" in sys.modules:
+        importlib.import_module("torch._dynamo")
 
 
 @pytest.hookimpl(wrapper=True)

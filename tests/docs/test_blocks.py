@@ -64,6 +64,7 @@ def test_code_stands_in_fences_where_it_is_found(page: Path) -> None:
     assert re.findall(r"\n\n {4}(?:supple|make|python|pip) .*", outside) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=name)
 def test_a_python_block_runs(block: Block) -> None:
     assert not block.not_run, "Python blocks are run, all of them"
@@ -75,6 +76,7 @@ def test_a_python_block_runs(block: Block) -> None:
         assert served.predict(torch.zeros(3, 64))["digit"].shape == (3,)
 
 
+@pytest.mark.slow
 def test_the_ten_lines_train() -> None:
     (block,) = (b for b in BLOCKS if b.page == "README.md" and b.language == "python")
     sizes: list[int] = []
