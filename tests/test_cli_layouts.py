@@ -337,6 +337,7 @@ def test_a_script_keeps_its_own_optimizers_rules_and_its_epochs(tmp_path: Path) 
     assert max(batches) > 4 * 8
 
 
+@pytest.mark.slow
 def test_a_script_whose_layers_are_called_twice_cannot_be_cut(tmp_path: Path) -> None:
     path = tmp_path / "twice.py"
     path.write_text(

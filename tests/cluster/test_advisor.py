@@ -87,6 +87,7 @@ def test_a_count_that_a_person_or_a_schedule_chose_is_left_alone() -> None:
     assert not asked(Advisor(spec(max_workers=1)))
 
 
+@pytest.mark.slow
 def test_an_adaptive_batch_is_asked_for_where_the_count_is_fixed() -> None:
     given = spec(min_workers=4, batch="adaptive")
     waiting = {"num_workers": 4, "sync_time_s": 0.15, "gradient_bytes": 40_000_000}

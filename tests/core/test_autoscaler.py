@@ -104,6 +104,7 @@ def test_a_constant_load_is_never_answered_by_a_limit_cycle(
     assert wanted[-1] <= math.ceil(2.0 * rate) + 3 + 0.3 * rate
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(40))
 @given(
     load=st.lists(st.integers(0, 10_000), min_size=1, max_size=60),

@@ -133,6 +133,7 @@ def test_rows_of_one_session_are_no_more_evidence_than_one() -> None:
     assert once == pytest.approx(often)
 
 
+@pytest.mark.slow
 @settings(max_examples=examples(60))
 @given(
     st.lists(

@@ -192,6 +192,7 @@ def test_a_cap_is_kept_and_stands_in_the_table() -> None:
     assert [row.num_workers for row in table(thrice, max_workers=48).rows] == [2, 4, 8, 16, 32, 48]
 
 
+@pytest.mark.slow
 def test_counts_double_up_to_a_cap_far_beyond_the_largest_without_one() -> None:
     found = table(max_workers=65_536)
     counts = [row.num_workers for row in found.rows]

@@ -93,6 +93,7 @@ def test_twenty_runs_teach_a_machine_that_is_not_the_catalogues() -> None:
     assert max(after) < 0.05 < max(before)
 
 
+@pytest.mark.slow
 def test_four_of_five_intervals_hold_the_truth() -> None:
     held: list[bool] = []
     for seed in range(10):
@@ -333,6 +334,7 @@ def test_two_measured_runs_have_the_errors_of_both() -> None:
     assert model.ratio(run(1), run(2)).source == "measured"
 
 
+@pytest.mark.slow
 def test_four_of_five_ratios_of_two_runs_hold_the_truth() -> None:
     held: list[bool] = []
     for seed in range(10):

@@ -205,6 +205,7 @@ def fed_by_shard(num_workers: int, num_ranks: int, history: list[Happening]) -> 
     return {(step, shard): data.tolist() for step, shard, data in run.data}
 
 
+@pytest.mark.slow
 def test_logical_shards_get_the_same_data_from_any_ranks_in_any_history() -> None:
     reference = fed_by_shard(0, 1, [])
     assert len(reference) == 2 * 3 * 5
@@ -214,6 +215,7 @@ def test_logical_shards_get_the_same_data_from_any_ranks_in_any_history() -> Non
     assert fed_by_shard(0, 3, [Abandon(1), Commit(1), Resize((2, 0), 1, 8)]) == reference
 
 
+@pytest.mark.slow
 def test_logical_shards_get_the_same_data_from_worker_processes() -> None:
     assert fed_by_shard(1, 2, [Commit(2), Abandon(1)]) == fed_by_shard(0, 1, [])
 

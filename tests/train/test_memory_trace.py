@@ -144,6 +144,7 @@ def test_a_script_that_cannot_be_traced_says_why(tmp_path: Path, body: str, word
         trace_memory(write(tmp_path, body), "train")
 
 
+@pytest.mark.slow
 def test_nothing_fake_is_left_behind_after_a_failure(tmp_path: Path) -> None:
     with pytest.raises(TraceFailed):
         trace_memory(write(tmp_path, "print(model(x).sum().item())"), "train")
