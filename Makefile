@@ -4,12 +4,22 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test lint types contract unit venv clean
+.PHONY: demo check test nightly lint types contract quick unit mutants venv clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
+# Everything that is neither slow nor on Ray, side by side: two cores have it done in 90 seconds.
+check: $(VENV)/.installed
+	$(MAKE) --no-print-directory -j2 --output-sync lint types contract quick
+
+# All of it, and what CI runs.
 test: lint types contract unit
+
+# For hours at night: twenty times the examples, others each time; then mutations of core/.
+nightly: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n 2 -m hypothesis --hypothesis-profile nightly --timeout 3600
+	$(MAKE) --no-print-directory mutants
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -21,8 +31,19 @@ types: $(VENV)/.installed
 contract: $(VENV)/.installed
 	$(BIN)/lint-imports
 
+quick: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n 2 -m "not ray and not slow"
+
+# Ray's workers and their deadlines want the cores to themselves.
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 -m "not ray"
+	$(BIN)/python -m pytest -q -m ray
+
+# MUTATE='supple.core.job.stalls*' for one module; `.venv/bin/mutmut show NAME` shows a survivor.
+mutants: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-nightly.txt
+	$(BIN)/mutmut run $(MUTATE)
+	$(BIN)/mutmut results
 
 venv: $(VENV)/.installed
 
@@ -32,10 +53,10 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	  echo "Supple needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	  "Name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.lock)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output supple-runs
+	rm -rf $(VENV) demo-output supple-runs mutants

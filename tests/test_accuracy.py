@@ -109,6 +109,7 @@ def test_the_page_keeps_its_text_and_gets_the_figures(tmp_path: Path) -> None:
     assert "| `nodes2_mape` | 0.2 | 1.5 | ≤ 0.15 **not met** |" in text
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_for_tasks_with_points(tmp_path: Path) -> None:
     draw([score("one", True)], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["one.png"]

@@ -115,6 +115,7 @@ def test_recipes_that_agree_leave_no_floor() -> None:
     assert found.law_worst == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_handful_of_repeated_recipes_is_needed_for_a_floor(tmp_path: Path) -> None:
     runs = [Run(batch_size=size, samples=needed(size)) for size in (64, 128, 256)]
     assert floor({"made_up": runs}, [0.1] * (FEWEST_PAIRS - 1)) is None

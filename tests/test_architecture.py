@@ -142,6 +142,7 @@ def test_the_walk_lets_pure_code_be(source: str) -> None:
     assert impurities(source) == []
 
 
+@pytest.mark.slow
 def test_importing_supple_and_all_of_core_loads_neither_torch_nor_ray() -> None:
     probe = (
         "import importlib, sys\n"
@@ -169,6 +170,7 @@ def test_the_layers_of_the_import_contract_leave_no_file_or_folder_out() -> None
         assert "ignore_imports" not in found
 
 
+@pytest.mark.slow
 def test_the_import_contract_holds() -> None:
     done = subprocess.run(
         [Path(sys.executable).with_name("lint-imports"), "--no-cache"],

@@ -270,6 +270,7 @@ def test_the_help_of_train_documents_its_exit_codes() -> None:
     assert "0 finished" in words and "1 failed" in words and "2 refused" in words
 
 
+@pytest.mark.slow
 def test_refusing_imports_neither_torch_nor_ray() -> None:
     program = (
         "import sys\n"

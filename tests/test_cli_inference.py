@@ -46,6 +46,7 @@ def test_the_help_says_what_the_columns_are_and_its_example_has_a_sensible_answe
         assert chosen["num_accelerators"] <= 64 and chosen["chance"] >= 0.9
 
 
+@pytest.mark.slow
 def test_json_has_the_same_as_data_and_a_picture_is_drawn(tmp_path: Path) -> None:
     result = supple(f"{EIGHT} --rate 20 --json --plot {tmp_path / 'rows.png'}")
     data = json.loads(result.stdout)

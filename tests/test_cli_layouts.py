@@ -27,6 +27,7 @@ def test_the_table_has_layouts_and_one_row_is_recommended() -> None:
         assert words in result.stdout
 
 
+@pytest.mark.slow
 def test_json_has_the_same_as_data_and_a_picture_is_drawn(tmp_path: Path) -> None:
     result = supple(f"{SEVEN} --json --plot {tmp_path / 'plan.png'}")
     data = json.loads(result.stdout)
@@ -67,6 +68,7 @@ def test_attention_keeps_no_scores_unless_it_is_said_to() -> None:
     assert "scaled_dot_product_attention (default)" in told
 
 
+@pytest.mark.slow
 def test_it_says_what_to_measure_first_and_by_how_much_that_narrows(tmp_path: Path) -> None:
     data = json.loads(supple(f"{SEVEN} --json").stdout)
     told = re.fullmatch(
@@ -109,6 +111,7 @@ def test_a_row_that_ran_is_in_the_table_as_it_ran(tmp_path: Path) -> None:
     assert row["time_to_end_s"]["value"] == pytest.approx(52.0 * math.ceil(1_000_000 / 512))
 
 
+@pytest.mark.slow
 def test_the_unit_of_speed_ups_is_named_where_it_is_not_one_worker() -> None:
     told = supple(SEVEN).stdout
     assert "speed-up: 2 workers, the fewest here that the job fits on, count as 2" in told
@@ -116,6 +119,7 @@ def test_the_unit_of_speed_ups_is_named_where_it_is_not_one_worker() -> None:
     assert "speed-up:" not in supple(f"{SEVEN} --memory 700").stdout
 
 
+@pytest.mark.slow
 def test_probes_are_worth_a_larger_batch(tmp_path: Path) -> None:
     path = tmp_path / "probes.csv"
     path.write_text("batch_size,samples\n512,1000\n2048,1050\n")
@@ -125,6 +129,7 @@ def test_probes_are_worth_a_larger_batch(tmp_path: Path) -> None:
     assert max(row["batch"]["global_batch_size"] for row in rows) > 512
 
 
+@pytest.mark.slow
 def test_one_run_and_a_noise_scale_are_worth_a_larger_batch_together(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("batch_size,samples_to_target\n512,1000000\n")
@@ -152,6 +157,7 @@ def test_a_default_rate_gives_way_to_what_previous_runs_found_and_a_given_one_do
     assert "is 0.0003 as given, but the best of the previous runs there was 0.1" in given.stderr
 
 
+@pytest.mark.slow
 def test_what_a_fixed_batch_does_not_use_is_said(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("batch_size,samples_to_target\n512,1000000\n2048,1100000\n")
@@ -300,6 +306,7 @@ def test_the_help_names_every_accelerator_and_has_an_example() -> None:
 GPT = Path(__file__).resolve().parent.parent / "examples" / "gpt.py"
 
 
+@pytest.mark.slow
 def test_a_script_is_planned_by_its_measured_layers() -> None:
     result = supple(f"{GPT} --max-workers 8 --json")
     assert result.exit_code == 0, result.stderr
@@ -310,6 +317,7 @@ def test_a_script_is_planned_by_its_measured_layers() -> None:
     assert "times are those of this machine's processor" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_script_keeps_its_own_optimizers_rules_and_its_epochs(tmp_path: Path) -> None:
     """SGD may grow a batch beyond the four times that Adam may; 3 epochs of 2 steps."""
     path = tmp_path / "own.py"
@@ -352,6 +360,7 @@ def test_a_script_may_report_its_learning_rate_and_read_everything_of_its_job(
     assert row["batch"]["lr"] == 0.1
 
 
+@pytest.mark.slow
 def test_a_script_whose_layers_are_called_twice_cannot_be_cut(tmp_path: Path) -> None:
     path = tmp_path / "twice.py"
     path.write_text(

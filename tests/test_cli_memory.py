@@ -16,6 +16,7 @@ def supple(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["memory", *arguments])
 
 
+@pytest.mark.slow
 def test_the_table_says_what_fits_and_that_nothing_ran() -> None:
     result = supple(GPT, "--memory", "80")
     assert result.exit_code == 0, result.output
@@ -25,6 +26,7 @@ def test_the_table_says_what_fits_and_that_nothing_ran() -> None:
     assert "\x1b" not in result.stdout
 
 
+@pytest.mark.slow
 def test_json_has_a_row_for_every_choice_and_more_memory_never_fits_less() -> None:
     small, large = (json.loads(supple(GPT, "--json", "--memory", gb).stdout) for gb in ("2", "8"))
     assert len(small["rows"]) == len(large["rows"]) == 12
@@ -47,6 +49,7 @@ def train(job):
 """
 
 
+@pytest.mark.slow
 def test_another_optimizer_keeps_what_it_keeps(tmp_path: Path) -> None:
     script = tmp_path / "tiny.py"
     script.write_text(TINY)
@@ -76,6 +79,7 @@ def test_a_script_may_report_its_learning_rate_and_read_everything_of_its_job(
     assert json.loads(reporting.stdout) == json.loads(plain.stdout)
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_it_fails_and_says_what_to_do(tmp_path: Path) -> None:
     script = tmp_path / "tiny.py"
     script.write_text(TINY)
@@ -99,6 +103,7 @@ def test_where_nothing_fits_it_fails_and_says_what_to_do(tmp_path: Path) -> None
     assert json.loads(supple(tiny, "--json").stdout)["infeasible"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gb", "words"),
     [
@@ -121,6 +126,7 @@ def test_what_the_jobs_batch_needs_is_said_with_the_least_change(
     assert words in supple(str(script), "--memory", gb).stdout
 
 
+@pytest.mark.slow
 def test_no_more_samples_fit_than_the_data_has_and_far_ones_are_marked(tmp_path: Path) -> None:
     script = tmp_path / "tiny.py"
     script.write_text(TINY.replace("zeros(64", "zeros(900"))
@@ -131,6 +137,7 @@ def test_no_more_samples_fit_than_the_data_has_and_far_ones_are_marked(tmp_path:
     assert row["whole_batch_fits"]
 
 
+@pytest.mark.slow
 def test_rows_that_say_the_same_are_one_and_small_sizes_and_guesses_are_short(
     tmp_path: Path,
 ) -> None:

@@ -89,6 +89,7 @@ def test_no_more_workers_are_measured_than_may_be_used(
     assert machine.most == [most]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("machine")
 def test_the_rate_of_the_script_is_kept_and_a_history_that_contradicts_it_is_quoted() -> None:
     rows = ("512,1000000,0.1", "1024,1010000,0.2", "4096,1050000,0.8")
@@ -102,6 +103,7 @@ def test_the_rate_of_the_script_is_kept_and_a_history_that_contradicts_it_is_quo
     assert "was 0.1" not in supple(*history(*rows), "--lr-rule", "linear").stderr
 
 
+@pytest.mark.slow
 def test_a_history_that_agrees_with_the_script_is_not_quoted(machine: Machine) -> None:
     machine.found = FOUND | {"base_lr": 0.1}
     result = supple(*history("512,1000000,0.1", "1024,1010000,0.2"))

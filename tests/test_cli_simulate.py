@@ -59,6 +59,7 @@ def test_a_service_may_start_from_nothing() -> None:
     assert json.loads(result.stdout)["policies"]["supple"]["slo_attainment"] > 0.99
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn() -> None:
     result = simulated("trace.csv", *PROMISE, "--plot", "serve.png")
     assert result.exit_code == 0, result.output

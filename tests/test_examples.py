@@ -28,6 +28,7 @@ def test_an_example_is_short_and_names_the_three_commands(example: str) -> None:
         assert f"{command} examples/{example}" in source
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("example", STATED)
 def test_an_example_reaches_its_result_under_plain_python(example: str) -> None:

@@ -169,6 +169,7 @@ def test_an_interrupt_ends_the_run_with_what_is_known() -> None:
     assert outcomes.status.tolist() == [200, 0]
 
 
+@pytest.mark.slow
 def test_the_command_asks_a_model_for_what_it_takes_and_reports(tmp_path: Path) -> None:
     bodies: list[dict[str, Any]] = []
 

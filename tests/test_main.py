@@ -29,6 +29,7 @@ def supple(arguments: str, **options: object) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("arguments", ["--help", "status", "status --json", LAYOUTS])
 def test_an_answer_that_cannot_be_written_is_one_line_and_a_failure(arguments: str) -> None:
@@ -41,6 +42,7 @@ def test_an_answer_that_cannot_be_written_is_one_line_and_a_failure(arguments: s
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["--help", LAYOUTS])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_went_away_ends_it_without_a_word(arguments: str, unbuffered: str) -> None:
@@ -52,6 +54,7 @@ def test_a_reader_that_went_away_ends_it_without_a_word(arguments: str, unbuffer
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.slow
 def test_a_closed_stdout_is_nobody_to_tell() -> None:
     done = supple("status", preexec_fn=lambda: os.close(1))
     assert (done.returncode, done.stderr) == (0, "")
@@ -71,6 +74,7 @@ sys.meta_path.insert(0, Finder())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["typer", "supple.cli.app", "supple.cli.output"])
 @pytest.mark.parametrize("in_exec", [False, True])
 def test_ctrl_c_while_modules_load_is_one_line(tmp_path: Path, name: str, in_exec: bool) -> None:

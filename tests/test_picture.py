@@ -111,6 +111,7 @@ def is_picture(path: Path) -> bool:
     return path.read_bytes().startswith(PNG) and path.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_plan_is_drawn_with_and_without_a_price(tmp_path: Path) -> None:
     for price in (2.5, None):
         target = tmp_path / f"plan-{price}.png"
@@ -118,6 +119,7 @@ def test_a_plan_is_drawn_with_and_without_a_price(tmp_path: Path) -> None:
         assert is_picture(target)
 
 
+@pytest.mark.slow
 def test_a_plan_of_one_row_is_drawn_with_its_deadline(tmp_path: Path) -> None:
     single = PlanTable(rows=(row(1),), recommended=0, reason="1 worker: the only one.")
     target = tmp_path / "plan.png"
@@ -125,6 +127,7 @@ def test_a_plan_of_one_row_is_drawn_with_its_deadline(tmp_path: Path) -> None:
     assert is_picture(target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "named", "lines"),
     [
@@ -148,6 +151,7 @@ def test_a_limit_is_named_in_the_legend_and_drawn_where_it_is_in_the_picture(
     assert drawn.count("stroke: #d64545") == 2 * lines
 
 
+@pytest.mark.slow
 def test_a_run_is_drawn_from_its_event_log(tmp_path: Path) -> None:
     target = tmp_path / "run.png"
     assert draw_run(write_log(tmp_path, *records()), target)
@@ -166,6 +170,7 @@ def test_only_the_newest_run_of_a_log_is_drawn(tmp_path: Path) -> None:
     assert not draw_run(log, tmp_path / "run.png")
 
 
+@pytest.mark.slow
 def test_a_reason_with_dollars_and_newlines_is_drawn_as_it_is(tmp_path: Path) -> None:
     odd = [*records(), formed(17.0, 4, 2), decision(17.0, 4, "regrow", "costs $5 or $\\frac\n" * 9)]
     assert draw_run(write_log(tmp_path, *odd), tmp_path / "run.png")

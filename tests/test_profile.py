@@ -89,6 +89,7 @@ def test_a_length_is_answered_with_what_was_measured_at_least_as_long(
     assert stored().profile(length).seconds(1) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_stored_and_known_until_its_file_changes(model: Path) -> None:
     arguments = ["profile", "app.py:Model", "--seconds", "1ms", "--lengths", "2,8", "--json"]
     first = CliRunner().invoke(app, [*arguments, "--plot", "profile.png"])
@@ -107,6 +108,7 @@ def test_a_model_is_measured_stored_and_known_until_its_file_changes(model: Path
     assert not json.loads(CliRunner().invoke(app, arguments).stdout)["reused"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "code", "words"),
     [
@@ -130,6 +132,7 @@ def test_lengths_that_are_none_are_refused(model: Path, text: str) -> None:
     assert result.exit_code == 2 and "--lengths" in result.stderr
 
 
+@pytest.mark.slow
 def test_traffic_refreshes_the_sizes_it_had(model: Path) -> None:
     target = "app.py:Model"
     live = (LatencyPoint(batch_size=4, p50_s=0.5, p99_s=0.6, num_samples=9),)
@@ -145,6 +148,7 @@ def test_traffic_refreshes_the_sizes_it_had(model: Path) -> None:
     assert [p for p in now if p.batch_size != 4] == [p for p in was if p.batch_size != 4]
 
 
+@pytest.mark.slow
 def test_traffic_does_not_say_how_long_its_inputs_were(model: Path) -> None:
     arguments = ["profile", "app.py:Model", "--seconds", "1ms", "--lengths", "2,8"]
     assert CliRunner().invoke(app, arguments).exit_code == 0

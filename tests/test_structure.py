@@ -1,4 +1,4 @@
-"""The tree of the README is the tree of the source, and no folder of it is a heap."""
+"""The tree of docs/structure.md is the tree of the source, and no folder of it is a heap."""
 
 import re
 from pathlib import Path
@@ -13,14 +13,31 @@ def folders(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if (path / "__init__.py").exists()}
 
 
-def test_the_readme_names_every_folder_of_the_source_and_no_other() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = readme.partition("src/supple/\n")[2].partition("```")[0].partition("\ndocs/")[0]
+def test_the_page_names_every_folder_of_the_source_and_no_other() -> None:
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    tree = page.partition("src/supple/\n")[2].partition("```")[0].partition("\ndocs/")[0]
     # The names before the words: a run of `name/` right behind the lines of the tree.
     heads = [re.match(r"[├└│─ ]*((?:\w+/ *)+)", line) for line in tree.splitlines()]
     named = {name for head in heads if head for name in re.findall(r"\w+(?=/)", head[1])}
     there = folders(SOURCE).union(*(folders(SOURCE / name) for name in folders(SOURCE)))
     assert named == there
+
+
+def test_the_tree_names_every_folder_beside_the_source_with_its_examples() -> None:
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    beside = page.partition("\ndocs/")[2].partition("```")[0]
+    assert re.findall(r"^(\w+)/", "docs/" + beside, re.M) == [
+        *("docs", "examples", "benchmarks", "tests")
+    ]
+    for name in re.findall(r"\w+\.py", beside):
+        assert (ROOT / "examples" / name).is_file()
+
+
+def test_a_newcomer_reads_one_page() -> None:
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    assert len(page.split()) <= 800
+    assert "docs/structure.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "docs/structure.md" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_no_file_lies_loose_and_no_folder_has_too_many() -> None:

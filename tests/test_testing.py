@@ -19,6 +19,7 @@ SPEC = TrainSpec(name="job", script="train.py", min_workers=1, max_workers=4)
 JOB = JobId("job")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_a_run_with_every_kind_of_fault_finishes(seed: int) -> None:
     faults = (
@@ -39,6 +40,7 @@ def test_a_run_with_every_kind_of_fault_finishes(seed: int) -> None:
     assert {"start", "grow", "recover", "shrink", "batch", "finish"} <= kinds
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run() -> None:
     def history(seed: int) -> list[str]:
         faults = FaultScript().kill(rank=0, step=9).resize(to=3, at=5.0)

@@ -109,6 +109,7 @@ def test_a_socket_left_behind_by_a_killed_job_is_in_nobodys_way(name: str) -> No
     assert not path.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_turns", range(6))
 def test_who_connects_while_the_job_stops_leaks_nothing(name: str, num_turns: int) -> None:
     async def run() -> None:

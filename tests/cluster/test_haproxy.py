@@ -278,6 +278,7 @@ def test_an_answer_may_take_longer_than_a_client_may_be_silent(served: Ingress) 
     assert status(served.answer(request(path="/slow"))) == 200
 
 
+@pytest.mark.slow
 def test_thousands_that_do_not_finish_their_heads_stop_nobody(served: Ingress) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -97,6 +97,7 @@ def next_record(process: Started) -> str:
     return next(line for line in process.stdout if not line.startswith("{"))
 
 
+@pytest.mark.slow
 def test_of_two_jobs_begun_at_once_one_trains_and_one_is_refused_and_moves_nothing(
     tmp_path: Path, name: str, started: list[Started]
 ) -> None:
@@ -139,6 +140,7 @@ def test_the_same_folder_under_another_name_is_refused(tmp_path: Path, name: str
     assert f"process {os.getpid()}" in str(refused.value) and "--run-dir" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_killed_holder_leaves_no_lock(tmp_path: Path, name: str, started: list[Started]) -> None:
     script = tmp_path / "train.py"
     script.write_text("def train(job):\n    pass\n")
@@ -154,6 +156,7 @@ def test_a_killed_holder_leaves_no_lock(tmp_path: Path, name: str, started: list
         assert warning == ""
 
 
+@pytest.mark.slow
 def test_a_lock_is_never_held_twice_while_others_end(
     tmp_path: Path, name: str, started: list[Started]
 ) -> None:

@@ -18,6 +18,7 @@ from supple.core.training.throughput import StepTimeModel, fit
 from supple.core.types import Plan
 from tests.core.test_planner import job, planned, table
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
+from tests.examples import examples
 
 KNEE = Objective()
 ADAPTIVE = Limits(max_workers=8, batch="adaptive")
@@ -220,7 +221,8 @@ def test_between_the_two_shares_a_job_keeps_what_it_has() -> None:
     assert at(4) == 4
 
 
-@settings(max_examples=40)
+@pytest.mark.slow
+@settings(max_examples=examples(40))
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(0, 10**8), st.floats(0.0, 1e4))
 def test_what_does_not_pay_back_today_does_not_pay_back_with_less_left(
     current: int, target: int, remaining: int, cost_s: float
@@ -233,6 +235,7 @@ def test_what_does_not_pay_back_today_does_not_pay_back_with_less_left(
         assert worth(remaining // 2, cost_s / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_the_scatter_of_measurements_does_not_send_a_job_to_and_fro(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -306,7 +309,8 @@ def test_a_batch_is_kept_with_the_reason(words: str, changes: dict[str, object])
     assert words in reason
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=examples(60))
 @given(st.floats(0.0, 1e7), st.integers(256, 1024))
 def test_following_the_advice_comes_to_rest(noise_scale: float, start: int) -> None:
     seen = [start]

@@ -14,6 +14,7 @@ from supple.core.service.latency import LatencyPoint, LatencyProfile
 from supple.core.service.scenario import Scenario
 from supple.core.service.simulator import SupplePolicy, simulate
 from supple.core.service.spec import Slo
+from tests.examples import examples
 
 SLO = Slo(share=0.99, within_s=6.0)
 
@@ -73,7 +74,8 @@ def test_a_steady_load_gets_its_busy_replicas_and_a_little_room() -> None:
     assert decisions[-1].feasible
 
 
-@settings(max_examples=10)
+@pytest.mark.slow
+@settings(max_examples=examples(10))
 @given(
     cold_start_s=st.floats(1.0, 300.0),
     rate=st.floats(0.2, 8.0),
@@ -103,7 +105,8 @@ def test_a_constant_load_is_never_answered_by_a_limit_cycle(
     assert wanted[-1] <= math.ceil(2.0 * rate) + 3 + 0.3 * rate
 
 
-@settings(max_examples=40)
+@pytest.mark.slow
+@settings(max_examples=examples(40))
 @given(
     load=st.lists(st.integers(0, 10_000), min_size=1, max_size=60),
     waiting=st.integers(0, 10**6),
@@ -132,7 +135,8 @@ def test_the_target_is_within_its_limits_whatever_is_seen(
         assert decision.reason
 
 
-@settings(max_examples=8)
+@pytest.mark.slow
+@settings(max_examples=examples(8))
 @given(rate=st.floats(0.5, 15.0), seed=st.integers(0, 1000))
 def test_never_below_what_the_promise_needs_when_it_is_feasible(rate: float, seed: int) -> None:
     """Poisson arrivals at a constant rate, replicas enough at the start: the promise is kept."""
@@ -166,6 +170,7 @@ def test_a_backlog_alone_is_not_taken_for_a_rate() -> None:
     assert decisions[-1].num_replicas == calm.num_replicas
 
 
+@pytest.mark.slow
 def test_a_load_that_falls_lets_replicas_go_after_a_while_and_says_so() -> None:
     decisions, _ = after([10.0] * 900 + [2.0] * 2400, view(num_ready=24))
     high = decisions[899].num_replicas
@@ -230,6 +235,7 @@ def test_a_counter_that_begins_anew_is_no_negative_load() -> None:
     assert state.num_arrived == 5
 
 
+@pytest.mark.slow
 def test_calls_at_any_interval_lead_to_about_the_same_count() -> None:
     def settled(every_s: float) -> int:
         state, decision = ScalerState(), None
@@ -242,6 +248,7 @@ def test_calls_at_any_interval_lead_to_about_the_same_count() -> None:
     assert all(abs(settled(every_s) - settled(1.0)) <= 1 for every_s in (0.1, 0.7, 3.0, 10.0))
 
 
+@pytest.mark.slow
 def test_a_model_that_batches_gets_fewer_replicas() -> None:
     points = tuple(
         LatencyPoint(batch_size=size, p50_s=0.02 + 0.001 * size, p99_s=0.022 + 0.001 * size)

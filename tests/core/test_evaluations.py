@@ -5,7 +5,7 @@ import random
 from statistics import fmean, pvariance
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from supple.core.training.evaluations import SEED_SCATTER, counted, rounding_variance
@@ -41,7 +41,6 @@ def test_without_evaluations_the_level_is_the_answer() -> None:
     assert rounding_variance(123.4, 0.0, 5) == 0.0
 
 
-@settings(deadline=None)
 @given(st.floats(1e-3, 1e3), st.floats(1.0, 1.5), st.floats(1e-3, 1e3))
 def test_a_later_crossing_is_never_counted_earlier(
     level: float, growth: float, every: float

@@ -124,6 +124,7 @@ def followed(counts: np.ndarray, horizon_s: float = 30.0) -> tuple[np.ndarray, n
     return needed_rates(counts.astype(float), 4.0)[lag:], np.array(forecasts)[:-lag]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_forecast_nearly_always_covers_what_is_needed_when_its_time_comes(seed: int) -> None:
     random = np.random.default_rng(seed)

@@ -65,6 +65,7 @@ def test_sgd_follows_the_adascale_gain() -> None:
     assert rate("sgd", 4, 1e-9) == pytest.approx(1.0, rel=1e-3)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(["adam", "lars", "lamb"]), st.integers(2, 256), st.none() | noise)
 def test_adam_lars_and_lamb_are_never_scaled_linearly(
     family: str, ratio: int, phi: float | None

@@ -19,6 +19,7 @@ from supple.core.llm.decoding import (
 )
 from supple.core.llm.inference import InferenceModel, ServingMeasurement, fit_inference
 from supple.core.types import Estimate
+from tests.examples import examples
 
 H100, B200 = DEVICES["h100"], DEVICES["b200"]
 CHAT = Workload(name="chat", prompt_tokens=300)
@@ -77,7 +78,7 @@ def test_without_measurements_the_numbers_are_assumed_and_wide() -> None:
     assert found.high / found.low > 2.5
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.integers(1, 2000), st.integers(1, 2000))
 def test_more_requests_at_once_never_wait_less(one: int, other: int) -> None:
     few, many = sorted((one, other))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from supple.core.fitting.estimates import Z80
 from supple.core.fitting.grouped_fit import GroupedFit, fit_groups, unfitted
+from tests.examples import examples
 
 Array = npt.NDArray[np.float64]
 SPREAD = np.array([1.0])
@@ -106,6 +107,7 @@ def held_of_new_groups(scale: float, num_groups: int, num_kinds: int) -> float:
     return float(np.mean(held))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.7, 1.0, 1.5])
 @pytest.mark.parametrize(("num_groups", "num_kinds"), [(6, 4), (12, 2), (20, 1)])
 def test_intervals_hold_80_percent_of_groups_never_seen(
@@ -131,7 +133,8 @@ def test_rows_of_one_session_are_no_more_evidence_than_one() -> None:
     assert once == pytest.approx(often)
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=examples(60))
 @given(
     st.lists(
         st.tuples(

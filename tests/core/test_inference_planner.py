@@ -21,6 +21,7 @@ from supple.core.llm.inference_planner import (
 )
 from supple.core.spec import MAX_WORKERS
 from supple.core.types import Infeasible
+from tests.examples import examples
 
 EIGHT = Decoder(family="a", num_parameters=8e9, num_activated=8e9)
 JOB = InferenceJob(
@@ -61,7 +62,7 @@ def measured(num_devices: int, concurrency: int, factor: float = 1.0) -> Serving
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(
     itl_s=st.floats(0.005, 0.5),
     rate=st.one_of(st.none(), st.floats(0.01, 1000.0)),

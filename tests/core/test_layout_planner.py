@@ -31,6 +31,7 @@ from supple.core.training.goodput import family_of
 from supple.core.training.samples import Run, fit_samples
 from supple.core.types import Infeasible, ParallelLayout, Plan
 from supple.core.words import in_digits
+from tests.examples import examples
 
 SEVEN_BILLION = Transformer(
     hidden_size=4096, num_layers=32, num_heads=32, seq_length=2048, vocab_size=51200
@@ -196,6 +197,7 @@ def test_a_layout_is_named_by_its_degrees_from_the_inside_out() -> None:
     assert describe(ParallelLayout()) == "one"
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_keeps_less_fits_on_fewer_and_has_its_own_learning_rates() -> None:
     light = job_of(optimizer="sgd-momentum", noise_scale=1e6)
     assert table(light).rows[0].num_workers < table(job_of(memory_bytes=60e9)).rows[0].num_workers
@@ -222,6 +224,7 @@ def test_a_cap_is_kept_and_stands_in_the_table() -> None:
     assert [row.num_workers for row in table(thrice, max_workers=48).rows] == [2, 4, 8, 16, 32, 48]
 
 
+@pytest.mark.slow
 def test_counts_double_up_to_a_cap_far_beyond_the_largest_without_one() -> None:
     found = table(max_workers=65_536)
     counts = [row.num_workers for row in found.rows]
@@ -253,6 +256,7 @@ def test_the_fewest_workers_that_fit_are_as_fast_as_themselves_by_definition() -
     assert (one.num_workers, one.speedup.value, one.speedup.source) == (1, 1.0, "exact")
 
 
+@pytest.mark.slow
 def test_speed_ups_hold_the_doubt_about_the_row_that_sets_the_unit() -> None:
     """Of two rows of one fit: what makes both slow divides out, so the width is neither the later
     row's own nor both together."""
@@ -275,6 +279,7 @@ def test_a_least_count_and_a_larger_batch_change_nothing_about_the_unit_of_speed
         assert row.speedup.value == pytest.approx(2 * row.goodput.value / unit.goodput.value)
 
 
+@pytest.mark.slow
 def test_the_speed_of_the_fewest_that_fit_is_not_called_that_of_one_worker() -> None:
     found = table()
     count, unit = found.choice.num_workers, found.rows[0].num_workers
@@ -289,6 +294,7 @@ def test_the_speed_of_the_fewest_that_fit_is_not_called_that_of_one_worker() -> 
         assert isinstance(asked, PlanTable) and asked.unit == 2
 
 
+@pytest.mark.slow
 def test_training_takes_whole_steps_in_every_epoch() -> None:
     def steps(**fields: object) -> float:
         row = table(job_of(**fields)).choice  # type: ignore[arg-type]
@@ -363,6 +369,7 @@ def test_a_count_on_which_nothing_fits_though_fewer_do_is_said_to_be_left_out() 
     assert told.endswith(" 3 workers are left out: no layout of them fits into the memory.")
 
 
+@pytest.mark.slow
 def test_a_table_that_ends_where_nobody_capped_it_says_that_more_can_be_looked_at() -> None:
     edge = "the largest count looked at; --max-workers N looks further"
     big = job_of(base_batch_size=65_536)
@@ -434,7 +441,7 @@ def test_layers_have_tensor_ranks_where_they_say_how_many_collectives_that_takes
     assert degrees(shared) == {1, 2, 4, 8}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(st.sampled_from([8, 12, 48]), st.sampled_from([24, 512]), st.booleans())
 def test_every_run_of_a_count_uses_all_of_it_and_makes_the_batch(
     count: int, batch: int, measured: bool

@@ -23,6 +23,7 @@ from supple.core.layouts.model import (
 from supple.core.layouts.stages import MeasuredLayer
 from supple.core.spec import SpecError
 from supple.core.types import ParallelLayout
+from tests.examples import examples
 
 GPT = Transformer(hidden_size=2048, num_layers=24, num_heads=16, seq_length=1024, vocab_size=51200)
 
@@ -92,6 +93,7 @@ def test_twenty_runs_teach_a_machine_that_is_not_the_catalogues() -> None:
     assert max(after) < 0.05 < max(before)
 
 
+@pytest.mark.slow
 def test_four_of_five_intervals_hold_the_truth() -> None:
     held: list[bool] = []
     for seed in range(10):
@@ -191,7 +193,7 @@ def test_gathers_hide_behind_arithmetic_that_takes_longer() -> None:
     assert more[1] < more[0] < 1.01 * more[1]
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(60))
 @given(
     st.sampled_from([1, 2, 4, 8, 16]),
     st.sampled_from([1, 2, 8, 64]),
@@ -332,6 +334,7 @@ def test_two_measured_runs_have_the_errors_of_both() -> None:
     assert model.ratio(run(1), run(2)).source == "measured"
 
 
+@pytest.mark.slow
 def test_four_of_five_ratios_of_two_runs_hold_the_truth() -> None:
     held: list[bool] = []
     for seed in range(10):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supple.core.job.ledger import LedgerError, LedgerReport, prove, shard_ids
+from tests.examples import examples
 
 Record = dict
 
@@ -209,7 +210,7 @@ def test_a_generation_that_did_not_read_from_its_start_proves_nothing(start: int
         proved([*records, begin(2, start)])
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(max_examples=examples(60))
 @given(st.integers(1, 30), st.lists(st.booleans(), max_size=60), st.data())
 def test_any_planted_loss_or_double_is_found(
     size: int, aborts: list[bool], data: st.DataObject

@@ -18,8 +18,9 @@ from supple.core.job.lifecycle import Phase
 from supple.core.spec import TrainSpec
 from supple.core.types import FailJob, KillWorker, LossCause, WorkerId
 from supple.testing import ScriptedBackend, ScriptedJob, TrainedState
+from tests.examples import examples
 
-pytestmark = pytest.mark.timeout(500)  # some thirty seconds, on a machine that is not busy
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 SOMEONE = st.integers(0, 63)
 MOVE = st.sampled_from(["arrive", "work", "work", "work", "torn", "poll", "hear", "hear"])
@@ -243,9 +244,5 @@ class AnyHistory(RuleBasedStateMachine):
 
 TestAnyHistory: Any = pytest.mark.timeout(400)(AnyHistory.TestCase)
 TestAnyHistory.settings = settings(
-    derandomize=True,
-    deadline=None,
-    max_examples=150,
-    stateful_step_count=40,
-    suppress_health_check=list(HealthCheck),
+    max_examples=examples(60), stateful_step_count=40, suppress_health_check=list(HealthCheck)
 )

@@ -59,6 +59,7 @@ def test_nothing_fits_below_the_fixed_part() -> None:
     assert fit_memory(line(1000, 10, 8, 16)).largest_micro_batch(900) == 0
 
 
+@pytest.mark.slow
 @given(measured, st.integers(1, 10**12))
 def test_no_size_that_fits_is_larger_than_the_largest(
     pairs: list[tuple[int, int]], limit_bytes: int

@@ -21,8 +21,9 @@ from supple.core.job.order import (
     rank_shards,
     share,
 )
+from tests.examples import examples
 
-exact = settings(derandomize=True, deadline=None, max_examples=200)
+exact = settings(max_examples=examples(80))
 
 
 def whole_epoch(size: int, *, seed: int = 7, epoch: int = 0, shuffle: bool = True) -> list[int]:
@@ -39,6 +40,7 @@ def test_an_epoch_holds_every_sample_once(size: int, seed: int, epoch: int) -> N
     assert sorted(whole_epoch(size, seed=seed, epoch=epoch)) == list(range(size))
 
 
+@pytest.mark.slow
 @exact
 @given(st.integers(1, 500), st.integers(0, 9), st.data())
 def test_any_part_of_an_epoch_is_the_same_as_that_part_of_the_whole(
@@ -96,6 +98,7 @@ def test_without_shuffle_the_order_is_that_of_the_dataset_in_every_epoch() -> No
         assert whole_epoch(10, epoch=epoch, shuffle=False) == list(range(10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [6, 37, 100])
 def test_every_sample_is_about_equally_often_at_every_place(size: int) -> None:
     num_epochs = 4000
@@ -238,6 +241,7 @@ def shard_positions(draw: st.DrawFn) -> ShardPosition:
     )
 
 
+@pytest.mark.slow
 @exact
 @given(shard_positions(), st.integers(1, 9))
 def test_every_shard_with_samples_left_has_exactly_one_owner(
@@ -249,6 +253,7 @@ def test_every_shard_with_samples_left_has_exactly_one_owner(
     assert sorted(shard for shards in assignment for shard in shards) == live
 
 
+@pytest.mark.slow
 @exact
 @given(shard_positions(), st.integers(1, 9))
 def test_no_rank_is_idle_while_another_has_two_shards(position: ShardPosition, world: int) -> None:
@@ -256,6 +261,7 @@ def test_no_rank_is_idle_while_another_has_two_shards(position: ShardPosition, w
     assert min(counts) > 0 or max(counts) <= 1
 
 
+@pytest.mark.slow
 @exact
 @given(shard_positions(), st.integers(1, 9))
 def test_a_shard_leaves_its_owner_only_for_a_rank_that_had_none(
@@ -269,6 +275,7 @@ def test_a_shard_leaves_its_owner_only_for_a_rank_that_had_none(
             assert list(shards) == moved
 
 
+@pytest.mark.slow
 @exact
 @given(shard_positions(), st.integers(1, 9))
 def test_an_assignment_stays_while_no_shard_ends(position: ShardPosition, world: int) -> None:

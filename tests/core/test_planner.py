@@ -21,6 +21,7 @@ from supple.core.training.samples import Run, fit_samples
 from supple.core.training.throughput import StepTimeModel, fit
 from supple.core.types import Estimate, Infeasible, Plan
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
+from tests.examples import examples
 
 _OF_THE_COST = {"step_time", "memory_model", "device_memory_bytes", "largest_micro_batch"}
 
@@ -272,7 +273,8 @@ def test_an_adaptive_batch_grows_with_the_count_and_its_rate_follows() -> None:
     assert grown.rows[-1].efficiency.value < 1.0
 
 
-@settings(max_examples=40)
+@pytest.mark.slow
+@settings(max_examples=examples(40))
 @given(st.integers(1, 5000), st.integers(1, 200), st.floats(1.0, 1e6))
 def test_every_number_is_finite_and_inside_its_interval(
     base_batch: int, epochs: int, phi: float
@@ -304,7 +306,8 @@ def test_previous_runs_are_trusted_before_the_noise_scale() -> None:
     assert grown.efficiency.low < grown.efficiency.value < grown.efficiency.high
 
 
-@settings(max_examples=40)
+@pytest.mark.slow
+@settings(max_examples=examples(40))
 @given(st.integers(1, 100_000), st.integers(1, 64), st.sampled_from(["fixed", "adaptive"]))
 def test_no_row_needs_more_memory_than_a_worker_has(
     base_batch: int, count: int, batch: str

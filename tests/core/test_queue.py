@@ -289,6 +289,7 @@ def arrivals(*, priorities: int = 9, kinds: int = 2, leaving: bool = True) -> st
 profiles = st.builds(affine, st.floats(0.01, 1.0), st.floats(0.01, 0.3), spread=st.floats(1.0, 2.0))
 
 
+@pytest.mark.slow
 @given(arrivals(), profiles, st.lists(st.floats(0.1, 5.0), min_size=1, max_size=5))
 def test_every_request_is_answered_exactly_once_whatever_the_model_does(
     coming: list[Arrival], profile: LatencyProfile, paces: list[float]
@@ -299,6 +300,7 @@ def test_every_request_is_answered_exactly_once_whatever_the_model_does(
     assert set.union(*groups) == set(range(len(coming)))
 
 
+@pytest.mark.slow
 @given(
     arrivals(priorities=1, kinds=1),
     profiles,
@@ -316,6 +318,7 @@ def test_who_was_taken_in_is_answered_in_time_if_the_model_is_as_fast_as_its_pro
         assert at_s == came[number + 1]  # at once, never after a wait
 
 
+@pytest.mark.slow
 @given(arrivals(priorities=1, kinds=1, leaving=False), profiles)
 def test_whoever_comes_back_after_the_time_told_is_taken_in(
     coming: list[Arrival], profile: LatencyProfile

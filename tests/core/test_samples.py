@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from supple.core.fitting.estimates import Z80
 from supple.core.training.samples import Run, SamplesModel, fit_samples
+from tests.examples import examples
 
 
 def curve(batch: float) -> float:
@@ -344,7 +345,8 @@ history = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.slow
+@settings(max_examples=examples(25))
 @given(history, st.randoms(use_true_random=False))
 def test_the_order_of_the_runs_does_not_matter(seen: list[Run], random: Random) -> None:
     assert asked(random.sample(seen, len(seen))) == asked(seen)
@@ -358,7 +360,7 @@ def asked(seen: list[Run]) -> tuple[object, ...]:
     return model.why, model.predict(256.0), model.predict(256.0, 0.15), model.efficiency(16, 2048)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=examples(20))
 @given(st.floats(1e-3, 1e6), st.floats(1e-2, 1e4))
 def test_units_do_not_matter(samples_unit: float, batch_unit: float) -> None:
     seen = runs(100, 400, 1600)
@@ -379,7 +381,7 @@ def test_where_no_two_runs_agree_all_are_kept() -> None:
     assert 0.0 < found.predict(103.0).low < found.predict(103.0).high < math.inf
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.lists(st.tuples(st.floats(1, 1e6), st.floats(1, 1e9)), min_size=2, max_size=8))
 def test_contradictory_runs_give_a_finite_answer_or_are_refused(
     history: list[tuple[float, float]],

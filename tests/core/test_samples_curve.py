@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supple.core.training.samples_curve import Mixture, Point, posterior
+from tests.examples import examples
 
 
 def point(batch: float, samples: float, lr: float | None = None) -> Point:
@@ -41,7 +42,7 @@ def test_quantiles_between_two_far_parts_are_found() -> None:
     assert middle == pytest.approx(100.0, abs=0.01) and high == pytest.approx(100.0, abs=0.01)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(
     st.lists(
         st.tuples(st.floats(-50, 50), st.floats(1e-6, 10), st.floats(1e-3, 1)),

@@ -25,6 +25,7 @@ from supple.core.service.scenario import Scenario, with_failures
 from supple.core.service.simulator import SupplePolicy, simulate
 from supple.core.service.spec import Slo
 from supple.core.spec import SpecError
+from tests.examples import examples
 
 SLO = Slo(share=0.99, within_s=6.0)
 
@@ -167,7 +168,7 @@ def test_what_a_dead_replica_had_counts_as_arrived_again() -> None:
     assert [view.num_arrived for view in script.seen[:4]] == [1, 1, 2, 2]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(
     seed=st.integers(0, 10_000),
     counts=st.lists(st.integers(0, 9), min_size=1, max_size=10),
@@ -237,6 +238,7 @@ def test_a_trace_that_is_none_is_refused(arrivals: list[float]) -> None:
         scenario(arrivals)
 
 
+@pytest.mark.slow
 def test_supple_keeps_the_promise_where_others_pay_more_or_break_it() -> None:
     """Half an hour of calm, half an hour of twice as much: the claim of the benchmark in small."""
     arrivals = np.concatenate((poisson(4.0, 1200.0), 1200.0 + poisson(8.0, 1200.0, 1)))

@@ -122,6 +122,46 @@ def test_who_alone_holds_the_weights_before_the_first_step_is_waited_for() -> No
     assert job.tick(60.0) == []
 
 
+def test_who_alone_holds_the_state_and_is_silent_is_said_once_to_be_waited_for() -> None:
+    job = running(1)
+    job.tick(40.0)
+    said = [d for d in job.decisions if "no sign of life" in d.reason]
+    assert [(d.kind, d.num_workers, d.reason) for d in said] == [
+        (
+            "keep",
+            1,
+            "rank 0 (w0) has given no sign of life for 10 s: its process is stopped or cannot be "
+            "reached. Nobody who answers holds the state it has, so it is waited for, 600 s at "
+            "most (--unresponsive-timeout)",
+        )
+    ]
+
+
+def test_a_worker_that_starts_is_silent_and_nothing_is_said_of_it() -> None:
+    job = running(1)
+    job.target(2)
+    job.tick(60.0, hearing="w0")
+    assert [d.reason for d in job.decisions if "no sign of life" in d.reason] == []
+
+
+def test_the_reason_of_a_kill_has_the_silence_and_the_option_that_allows_it() -> None:
+    job = running(2)
+    assert job.tick(4.0, hearing="w0") == []
+    reason = (
+        "no heartbeat for 4.2 s, its process is stopped or cannot be reached (allowed: 4 s, "
+        "--heartbeat-timeout)"
+    )
+    assert job.tick(0.25, hearing="w0")[0] == job.kill("w1", reason)
+
+
+def test_who_was_away_with_another_gets_half_the_time_out_from_its_return() -> None:
+    job = running(3)
+    job.tick(12.0)
+    assert job.tick(2.25, hearing="w1") == [], "w1 is back after 0.25 s; the others have 2 s left"
+    killed = [a.worker_id for a in job.tick(0.25, hearing="w1") if isinstance(a, KillWorker)]
+    assert killed == ["w0", "w2"]
+
+
 # --- what everything runs on ------------------------------------------------------------------
 
 

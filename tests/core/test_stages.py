@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supple.core.layouts.stages import MeasuredLayer, split, stage_s
+from tests.examples import examples
 
 
 def layer(
@@ -29,7 +30,8 @@ def best_by_trying(costs: list[float], num_stages: int) -> float:
     return min(max(sum(costs[a:b]) for a, b in pairwise([0, *cuts, len(costs)])) for cuts in ways)
 
 
-@settings(max_examples=200)
+@pytest.mark.slow
+@settings(max_examples=examples(80))
 @given(st.data())
 def test_no_other_cut_has_a_faster_slowest_stage(data: st.DataObject) -> None:
     costs = data.draw(st.lists(st.integers(1, 20).map(float), min_size=1, max_size=8))

@@ -1,5 +1,7 @@
 """Who holds the others up: said once within ten seconds, and shed after --stall-timeout."""
 
+import pytest
+
 from supple.core.job.lifecycle import Phase
 from supple.core.types import FailJob, KillWorker
 from tests.core.job_driver import Driver, running
@@ -68,6 +70,7 @@ def test_what_took_long_before_may_take_long_again() -> None:
     assert len(said(job)) == 1
 
 
+@pytest.mark.slow
 def test_ten_times_as_long_as_it_ever_took_is_too_long() -> None:
     job = running(2)
     job.beat("w0", 10, doing="waiting")

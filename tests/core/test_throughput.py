@@ -16,6 +16,7 @@ from supple.core.hardware import INTERCONNECTS, lookup
 from supple.core.spec import SpecError
 from supple.core.training.measurements import CollectiveMeasurement, StepMeasurement
 from supple.core.training.throughput import StepTimeModel, fit
+from tests.examples import examples
 
 GRADIENT_BYTES = 34_000_000
 
@@ -120,7 +121,7 @@ def scaled(step: StepMeasurement, scale: float) -> StepMeasurement:
     return replace(step, **{name: scale * getattr(step, name) for name in parts})
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.floats(0.01, 100.0))
 def test_a_slower_clock_scales_the_prediction(scale: float) -> None:
     plain, slow = model_of(*ALONE), model_of(*[scaled(step, scale) for step in ALONE])

@@ -15,6 +15,7 @@ from supple.core.training.step_form import Shape, step_time
 from supple.core.training.throughput import StepTimeModel, fit
 from supple.core.types import Estimate
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured, model_of, true_time
+from tests.examples import examples
 
 FEW = ((1, 8), (1, 16), (1, 32), (1, 64), (2, 16), (2, 64))
 """(workers, micro-batch) of six measurements."""
@@ -55,7 +56,8 @@ def steps(draw: st.DrawFn) -> StepMeasurement:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=examples(25))
 @given(st.lists(steps(), min_size=1, max_size=6), st.integers(1, 4096), st.integers(1, 512))
 def test_every_prediction_is_positive_finite_and_inside_its_interval_whatever_was_measured(
     seen: list[StepMeasurement], workers: int, size: int
@@ -76,7 +78,8 @@ def test_every_prediction_is_positive_finite_and_inside_its_interval_whatever_wa
         assert 0 < found.low <= found.value <= found.high < math.inf
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=examples(25))
 @given(
     st.lists(st.tuples(st.integers(1, 16), st.sampled_from([8, 32, 64])), max_size=4),
     st.floats(0.5, 2.0),
@@ -124,6 +127,7 @@ def test_every_doubling_beyond_what_was_measured_adds_doubt() -> None:
     assert widths[-1] >= math.exp(2 * 1.28 * 4 * 0.05)
 
 
+@pytest.mark.slow
 def test_four_of_five_intervals_hold_the_truth() -> None:
     """On a machine that has the model's form, the doubt about the form is idle: so more of them
     hold, but they must be narrow enough to plan with."""
@@ -140,6 +144,7 @@ def test_four_of_five_intervals_hold_the_truth() -> None:
     assert np.median(halves) <= 0.12 and max(halves) <= 0.3
 
 
+@pytest.mark.slow
 def test_four_of_five_timings_at_another_batch_fall_into_their_interval() -> None:
     rng = np.random.default_rng(3)
     held: list[bool] = []
@@ -176,7 +181,8 @@ def test_few_measurements_look_closer_to_the_form_than_others_will_be() -> None:
 # --- of the ratio of two step times ------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=examples(25))
 @given(*(st.tuples(st.integers(1, 16), st.sampled_from([8, 24, 32]), st.integers(1, 2)),) * 2)
 def test_a_ratio_is_that_of_the_predictions_and_its_doubt_that_of_both_at_most(
     one: tuple[int, int, int], other: tuple[int, int, int]
@@ -229,6 +235,7 @@ def test_what_a_count_hides_is_alike_at_all_its_batches() -> None:
     assert half(model.ratio((64, 8, 1), (64, 16, 1))) < doubt < half(model.predict(64, 8))
 
 
+@pytest.mark.slow
 def test_four_of_five_ratios_hold_the_truth() -> None:
     rng = np.random.default_rng(11)
     held: list[bool] = []

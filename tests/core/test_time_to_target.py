@@ -14,6 +14,7 @@ from supple.core.training.time_to_target import (
     fit_time_to_target,
     most_workers,
 )
+from tests.examples import examples
 
 
 def samples(batch: float) -> float:
@@ -88,7 +89,8 @@ def test_one_known_size_is_exact_there_and_a_guess_elsewhere() -> None:
     assert "batch 256 alone" in model.why
 
 
-@settings(deadline=None, max_examples=20)
+@pytest.mark.slow
+@settings(max_examples=examples(20))
 @given(st.floats(1e-3, 1e6))
 def test_the_unit_of_samples_does_not_matter(unit: float) -> None:
     seen = finished(4, 8, 16)
@@ -98,7 +100,8 @@ def test_the_unit_of_samples_does_not_matter(unit: float) -> None:
     assert scaled.high == pytest.approx(plain.high, rel=1e-3)
 
 
-@settings(deadline=None, max_examples=20)
+@pytest.mark.slow
+@settings(max_examples=examples(20))
 @given(st.permutations(finished(2, 4, 8, 16)))
 def test_the_order_of_the_runs_does_not_matter(seen: list[FinishedRun]) -> None:
     found = fit_time_to_target(seen).predict(64, 4096.0)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from supple.core.training.training_time import TimedRun, fit_training_time
 from supple.core.types import Estimate
+from tests.examples import examples
 
 
 def seconds(workers: int, batch: float, samples: float) -> float:
@@ -82,7 +83,8 @@ def test_one_absurd_run_hardly_bends_the_others() -> None:
     assert found.value == pytest.approx(plain.value, rel=0.25)
 
 
-@settings(deadline=None, max_examples=25)
+@pytest.mark.slow
+@settings(max_examples=examples(12))
 @given(
     st.lists(
         st.tuples(st.integers(1, 4096), st.floats(1, 1e5), st.floats(1, 1e6)),
@@ -140,7 +142,8 @@ def test_two_runs_that_contradict_each_other_promise_little() -> None:
     assert found.high / found.low > 100
 
 
-@settings(deadline=None, max_examples=15)
+@pytest.mark.slow
+@settings(max_examples=examples(15))
 @given(
     st.lists(
         st.tuples(st.integers(8, 10), st.sampled_from([1024.0, 2048.0]), st.floats(50, 500)),

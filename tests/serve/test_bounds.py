@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from supple.serve.protocol import grpc as oip
 from supple.serve.protocol.rest import Refused, RequestLimits, decode_request
+from tests.examples import examples
 from tests.serve.test_surface import Service
 
 LIMITS = RequestLimits()
@@ -127,7 +128,8 @@ def bodies(draw: st.DrawFn) -> tuple[bytes, int | None]:
     return body, draw(st.sampled_from([None, None, len(head), 0, len(body) + 1]))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.slow
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.too_slow])
 @given(sent=bodies())
 def test_any_body_is_answered_or_refused_and_costs_little(
     asked: Asked, sent: tuple[bytes, int | None]

@@ -28,6 +28,7 @@ def saved(folder: Path, rows: int, *, dynamic: bool) -> str:
     return path
 
 
+@pytest.mark.slow
 def test_a_saved_program_says_its_inputs_and_answers_any_batch(tmp_path: Path) -> None:
     path = saved(tmp_path, 2, dynamic=True)
     assert check_target(path) == (path, "")
@@ -39,10 +40,12 @@ def test_a_saved_program_says_its_inputs_and_answers_any_batch(tmp_path: Path) -
     assert (outputs["output"] == 5).all() and outputs["output_1"].tolist() == [18.0] * 5
 
 
+@pytest.mark.slow
 def test_a_program_for_one_row_is_served_row_by_row(tmp_path: Path) -> None:
     assert load_model(saved(tmp_path, 1, dynamic=False)).max_batch == 1
 
 
+@pytest.mark.slow
 def test_a_program_for_one_batch_size_is_refused_with_what_to_write(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"exactly 4 rows. Export with dynamic_shapes"):
         load_model(saved(tmp_path, 4, dynamic=False))

@@ -22,6 +22,7 @@ from supple.serve.protocol.rest import (
     encode_response,
     to_bytes,
 )
+from tests.examples import examples
 
 LIMITS = RequestLimits(max_body_bytes=100_000, max_elements=10_000)
 NUMERIC = [d for d in DATATYPES if d.kind != "O"]
@@ -53,6 +54,7 @@ def same(left: Array, right: Array) -> bool:
     return left.dtype == right.dtype and left.shape == right.shape and bool((left == right).all())
 
 
+@pytest.mark.slow
 @given(named)
 def test_what_is_sent_as_binary_comes_back_as_it_was(inputs: dict[str, Array]) -> None:
     tensors, raws = [], []
@@ -72,6 +74,7 @@ def test_what_is_sent_as_binary_comes_back_as_it_was(inputs: dict[str, Array]) -
     assert all(same(request.inputs[name], array) for name, array in inputs.items())
 
 
+@pytest.mark.slow
 @given(named)
 def test_an_answer_in_json_holds_the_numbers_that_were_computed(outputs: dict[str, Array]) -> None:
     outputs = {name: a for name, a in outputs.items() if a.dtype.kind != "O"}
@@ -84,7 +87,7 @@ def test_an_answer_in_json_holds_the_numbers_that_were_computed(outputs: dict[st
         assert request is not None and same(request.inputs[name], array)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(80))
 @given(st.binary(max_size=200), st.none() | st.integers(-5, 300))
 def test_any_bytes_are_a_request_or_refused(body: bytes, json_bytes: int | None) -> None:
     with pytest.raises(Refused):
@@ -112,7 +115,8 @@ tensors = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=500)
+@pytest.mark.slow
+@settings(max_examples=examples(80))
 @given(
     st.fixed_dictionaries(
         {},
@@ -133,7 +137,7 @@ def test_any_json_is_a_request_or_refused(document: Any, tail: bytes) -> None:
             assert all(isinstance(array, np.ndarray) for array in request.inputs.values())
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(80))
 @given(st.sampled_from(oip.METHODS), st.binary(max_size=100))
 def test_any_grpc_bytes_are_a_request_or_refused(method: str, wire: bytes) -> None:
     with contextlib.suppress(Refused):

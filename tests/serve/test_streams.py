@@ -171,6 +171,7 @@ def test_what_a_stream_awaits_is_cancelled_when_its_client_has_left() -> None:
     asyncio.run(go())
 
 
+@pytest.mark.slow
 def test_what_a_stream_raises_after_its_client_has_left_is_not_logged() -> None:
     go_on, logged = threading.Event(), []
 

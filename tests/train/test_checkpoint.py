@@ -187,6 +187,7 @@ def test_what_a_dead_process_left_half_written_is_ignored_and_then_removed(tmp_p
     assert steps_in(tmp_path) == [1, 2]
 
 
+@pytest.mark.slow
 @given(
     saves=st.lists(st.tuples(st.integers(0, 50), st.booleans()), max_size=8),
     keep=st.integers(1, 3),
@@ -220,6 +221,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(CheckpointStore(tmp_path_factory.mktemp("intact")), 1)
 
 
+@pytest.mark.slow
 @given(data=st.data(), name=st.sampled_from(["state.pt", "manifest.json"]))
 def test_any_flipped_bit_is_found(intact: Path, data: st.DataObject, name: str) -> None:
     file = intact / name
@@ -495,6 +497,7 @@ def test_a_save_while_one_is_being_written_is_refused_and_a_later_one_is_not(
 # Killed
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_file_operation_of_a_save_leaves_a_good_one(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.train.crashes", str(tmp_path)],

@@ -320,6 +320,7 @@ def test_a_step_in_which_shards_run_dry_learns_from_the_mean_of_the_samples_that
         torch.testing.assert_close(weights(model), weight[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_reproducible_weights_have_the_same_bits_for_any_history(
     worlds: list[World], epochs: int

@@ -29,6 +29,7 @@ def train(job):
 """
 
 
+@pytest.mark.slow
 def test_layers_come_in_the_order_of_their_calls_with_their_sizes(tmp_path: Path) -> None:
     path = tmp_path / "stack.py"
     path.write_text(STACK)
@@ -43,6 +44,7 @@ def test_layers_come_in_the_order_of_their_calls_with_their_sizes(tmp_path: Path
     assert states == pytest.approx(traces[0].state_bytes)
 
 
+@pytest.mark.slow
 def test_the_layers_of_the_gpt_are_its_embedding_blocks_norm_and_head() -> None:
     script = str(EXAMPLES / "gpt.py")
     report = measure_layers(script, "train", trace_memory(script, "train").traces)

@@ -240,6 +240,7 @@ def test_a_state_that_an_update_was_torn_in_is_not_offered(worlds: list[World]) 
     assert not any(isinstance(event, LoopLeft) for event in world.mailboxes["a"].collect(0.0)[0])
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_in_its_dataset_is_saved_from_another_thread(
     worlds: list[World], tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from supple.core.job.ledger import prove
 from supple.core.job.order import Position
 from supple.core.spec import SpecError
 from supple.train.data.loader import Loader, make_loader
+from tests.examples import examples
 from tests.train.histories import Abandon, Commit, Happening, Resize, Run, Tear, happenings
 
 
@@ -50,7 +51,8 @@ def ids(loader: Loader) -> list[list[int | str]]:
 # --- exactly once --------------------------------------------------------------------------------
 
 
-@settings(derandomize=True, deadline=None, max_examples=150)
+@pytest.mark.slow
+@settings(max_examples=examples(60))
 @given(
     st.integers(1, 90),
     st.integers(1, 3),
@@ -91,6 +93,7 @@ ROUGH: list[Happening] = [
 ]
 
 
+@pytest.mark.slow
 def test_worker_processes_lose_and_double_nothing_in_a_rough_history() -> None:
     def make() -> Loader:
         return make_loader(Numbers(120), epochs=2, shuffle=True, seed=5, num_workers=1)
@@ -202,6 +205,7 @@ def fed_by_shard(num_workers: int, num_ranks: int, history: list[Happening]) -> 
     return {(step, shard): data.tolist() for step, shard, data in run.data}
 
 
+@pytest.mark.slow
 def test_logical_shards_get_the_same_data_from_any_ranks_in_any_history() -> None:
     reference = fed_by_shard(0, 1, [])
     assert len(reference) == 2 * 3 * 5
@@ -211,6 +215,7 @@ def test_logical_shards_get_the_same_data_from_any_ranks_in_any_history() -> Non
     assert fed_by_shard(0, 3, [Abandon(1), Commit(1), Resize((2, 0), 1, 8)]) == reference
 
 
+@pytest.mark.slow
 def test_logical_shards_get_the_same_data_from_worker_processes() -> None:
     assert fed_by_shard(1, 2, [Commit(2), Abandon(1)]) == fed_by_shard(0, 1, [])
 

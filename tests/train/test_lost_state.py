@@ -113,6 +113,7 @@ def alone(worlds: list[World], name: str, **spec: Any) -> list[torch.Tensor]:
     return training.of(world.jobs["a"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize("how", ["aborted", "left"])
 def test_a_break_while_others_compute_costs_the_step_in_flight_alone(
@@ -215,6 +216,7 @@ def trained_elsewhere() -> TrainState:
     return TrainState(model, optimizer, {"average": average})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restored", [False, True])
 def test_a_joiner_whose_only_source_died_half_way_begins_whole(
     worlds: list[World], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, restored: bool

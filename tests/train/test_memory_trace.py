@@ -60,6 +60,7 @@ def really(script: Path, size: int) -> int:
     return step.peak_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "convnet", "gpt"])
 def test_the_trace_is_what_the_step_allocates_within_five_per_cent(name: str) -> None:
     script = EXAMPLES / f"{name}.py"
@@ -67,6 +68,7 @@ def test_the_trace_is_what_the_step_allocates_within_five_per_cent(name: str) ->
         assert trace.peak_bytes == pytest.approx(really(script, trace.micro_batch_size), rel=0.05)
 
 
+@pytest.mark.slow
 def test_recomputation_keeps_less_of_a_transformer_and_the_same_states() -> None:
     script = str(EXAMPLES / "gpt.py")
     kept = trace_memory(script, "train").traces[0]
@@ -97,6 +99,7 @@ def write(tmp_path: Path, body: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_model_of_640_gigabytes_of_states_is_traced_here(tmp_path: Path) -> None:
     script = write(tmp_path, "job.step(F.mse_loss(model(x), y))")
     trace = trace_memory(script, "train").traces[0]
@@ -106,6 +109,7 @@ def test_a_model_of_640_gigabytes_of_states_is_traced_here(tmp_path: Path) -> No
     assert trace.peak_bytes > trace.state_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -119,6 +123,7 @@ def test_a_script_that_cannot_be_traced_says_why(tmp_path: Path, body: str, word
         trace_memory(write(tmp_path, body), "train")
 
 
+@pytest.mark.slow
 def test_nothing_fake_is_left_behind_after_a_failure(tmp_path: Path) -> None:
     with pytest.raises(TraceFailed):
         trace_memory(write(tmp_path, "print(model(x).sum().item())"), "train")
@@ -170,6 +175,7 @@ def test_a_batch_of_one_is_traced_at_its_double_too(tmp_path: Path) -> None:
     assert sizes(trace_memory(job_of(tmp_path, batch=1, samples=1), "train")) == [1]
 
 
+@pytest.mark.slow
 def test_where_the_optimizer_has_the_peak_larger_sizes_are_traced(tmp_path: Path) -> None:
     """Of 4,000 outputs Adam's own buffers are larger than what a few samples need."""
     wide = {"outputs": 4000, "optimizer": "AdamW", "batch": 8}

@@ -77,6 +77,7 @@ def test_a_new_plan_waits_for_one_fetch_and_not_for_all_that_was_asked_for(
     assert dataset.given.nonzero().flatten().tolist() == [0, 1, 2, 3, *waited_for]
 
 
+@pytest.mark.slow
 def test_nothing_of_an_old_plan_is_handed_out() -> None:
     fetching = prefetcher(Numbers(), num_workers=2)
     for plan in range(30):
@@ -138,6 +139,7 @@ def test_fetching_here_without_a_seed_leaves_the_generators_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_a_cycle", [False, True])
 def test_the_processes_end_when_nobody_holds_the_prefetcher(in_a_cycle: bool) -> None:
     fetching: Prefetcher | None = prefetcher(Numbers())
@@ -179,6 +181,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")
 def test_the_processes_of_a_killed_worker_end_with_it_whatever_they_do() -> None:
     parent = subprocess.Popen([sys.executable, "-c", _PARENT], stdout=subprocess.PIPE, text=True)

@@ -93,6 +93,7 @@ def test_the_schedule_multiplies_what_the_rule_gives() -> None:
     assert made.at(10**6, 0.75) == pytest.approx(2e-3 * 0.25)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(1, 4096), st.integers(1, 300)), max_size=5), st.data())
 def test_a_rate_that_was_saved_goes_on_as_the_one_that_was_not(
     changes: list[tuple[int, int]], data: st.DataObject

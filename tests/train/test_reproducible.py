@@ -13,6 +13,7 @@ from torch import nn
 from supple.core.job.order import share
 from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.step.reproducible import TreeReducer, merge, partial_nodes
+from tests.examples import examples
 from tests.train.ranks import run_ranks
 
 torch.manual_seed(11)
@@ -45,7 +46,8 @@ def test_shards_beyond_a_power_of_two_move_up_unchanged() -> None:
     assert whole_tree(5) == "(((0+1)+(2+3))+4)"
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=examples(80))
 @given(st.integers(1, 40), st.data())
 def test_the_tree_is_the_same_for_any_number_of_ranks_in_any_order(
     num_shards: int, data: st.DataObject

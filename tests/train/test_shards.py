@@ -14,6 +14,7 @@ from supple.core.job.order import ShardPosition
 from supple.core.spec import SpecError
 from supple.train.data.loader import Loader, make_loader
 from supple.train.data.shards import ShardLoader
+from tests.examples import examples
 from tests.train.histories import Abandon, Commit, Happening, Resize, Run, Tear, happenings
 
 
@@ -61,7 +62,8 @@ def step(loader: Loader) -> list[str]:
 # --- exactly once --------------------------------------------------------------------------------
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@pytest.mark.slow
+@settings(max_examples=examples(80))
 @given(
     st.lists(st.integers(0, 25), min_size=1, max_size=8).filter(any),
     st.integers(1, 3),

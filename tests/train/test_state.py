@@ -11,6 +11,7 @@ from torch import nn
 from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.rehearsal import Rehearsal
 from supple.train.state import TrainState, _buckets, _encode, _pack, share_state
+from tests.examples import examples
 from tests.train.ranks import run_ranks
 
 
@@ -170,7 +171,8 @@ def test_a_payload_does_not_follow_what_the_users_object_becomes() -> None:
     assert torch.equal(payload["description"]["kept"]["average"]["weight"], before)
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=examples(80))
 @given(st.lists(st.integers(0, 200_000_000), max_size=30))
 def test_every_byte_is_in_exactly_one_message(sizes: list[int]) -> None:
     covered: dict[int, int] = dict.fromkeys(range(len(sizes)), 0)

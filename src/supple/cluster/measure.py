@@ -29,9 +29,9 @@ _ROUNDS = 2
 """What a step takes drifts with what else the machine does, by far more than steps in a row differ.
 Counts are measured in turn and then once more, so that the drift shows in the interval."""
 _STEPS, _NOISE_STEPS = 6, 12
-"""Of a phase: timed; before them, of one worker's in the first round, for the noise scale."""
+"""Timed steps of a phase; untimed steps before the first one of one worker, for its noise scale."""
 _STEP_BUDGET_S = 0.25
-"""Of a step in the mean: a phase of one worker whose steps take longer has fewer of them."""
+"""Mean step time up to which a phase has all its steps; slower single workers have fewer."""
 _ALONE = (
     ProbeSize(divide_by=1),
     ProbeSize(divide_by=2, num_accumulation_steps=1),

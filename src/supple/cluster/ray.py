@@ -392,7 +392,7 @@ class RayBackend(Backend):
                 task.cancel()
 
     def _let_ray_kill(self, worker: _Worker) -> None:
-        # Of a lost cluster the call would wait for a GCS that does not answer.
+        # If the cluster is lost, the call would wait for a GCS that does not answer.
         if worker.actor is not None and not self._cluster.is_lost:
             with contextlib.suppress(RayError):
                 ray.kill(worker.actor)

@@ -24,7 +24,7 @@ _MOST_TOKENS = 1e8
 _MOST_TOKENS_PER_S = 1e9
 _MOST_MS = 3.6e6
 _LEAST_SHARE = 1e-4
-"""Of the parameters, activated per token: the sparsest mixtures published use a two-thousandth."""
+"""Least share of parameters active per token: the sparsest published mixture has 1/2,000."""
 
 
 def served_model(

@@ -147,9 +147,9 @@ class LoadReport:
     """The share of `num_requests` that was answered within the promise."""
     slo_goodput_per_s: float | None
     latency: Mapping[str, float | None]
-    """Of the answered; None without one."""
+    """Latencies of the answered requests, by quantile; None without one."""
     refusal: Mapping[str, float | None]
-    """Of the refused."""
+    """The same of the refused requests."""
     lag: Mapping[str, float | None]
     """How late the generator was to send; far below the promise, or the run says nothing."""
     statuses: Mapping[str, int]

@@ -211,7 +211,7 @@ class Executor:
         self.stuck = f"{hung}; this replica is replaced"
         alone = len(self._running) == 1
         for call in self._running:
-            # Of several, one hangs: which, is known when each is computed alone elsewhere.
+            # In a batch, one request hangs: another replica computes each alone and finds which.
             if alone or call.serial is None:
                 before = ", after it was lost with a replica before" if call.suspect else ""
                 self._fail(call, Refused(f"{hung}, the longest it may take{before}", 504))

@@ -15,7 +15,7 @@ from supple.serve.stopwatch import Stopwatch
 _LAST: Final = 128
 _RENEW_EVERY: Final = 16
 _UNKNOWN = LatencyProfile.constant(1e-6, startup_s=0.0)
-"""Of a model that never ran: nobody is refused."""
+"""Profile of a model that never ran: no request is refused."""
 
 
 @final

@@ -20,7 +20,7 @@ from supple.serve.protocol.rest import Array, Refused
 _MOST: Final = 64
 """Streams of one replica at a time: each has a thread."""
 _OF_ONE_CLIENT: Final = 0.75
-"""Of them, what one address may have open."""
+"""Share of these streams that one address may have open."""
 CLIENT: Final = b"x-supple-client"
 """The header in which the ingress tells a client's address."""
 _RETRY_AFTER_S: Final = 1.0
@@ -28,7 +28,7 @@ _RETRY_AFTER_S: Final = 1.0
 
 PART_TIMEOUT_S: Final = 30.0
 _HUNG: Final = 0.5
-"""Of the most streams, what may hang before the replica is given up."""
+"""Share of these streams that may hang before the replica is given up."""
 
 
 @final
@@ -156,7 +156,7 @@ class Streams:
 
 
 def _look_at_error(following: "asyncio.Future[Any]") -> None:
-    """Of a part that nobody waits for any more asyncio would log the error, and what it quotes."""
+    """Retrieve the error of an abandoned part; asyncio would log it, and what it quotes."""
     if not following.cancelled():
         following.exception()
 

@@ -21,11 +21,11 @@ SILENCE_S: Final = 30
 """Time between two parts of a body; and for the whole, where it fits the ingress' buffer."""
 MOST_CONNECTIONS: Final = 30_000
 _OF_FILES: Final = 0.6
-"""Of the files a process may open, connections of clients; the rest are those to replicas."""
+"""Share of a process' open files for connections of clients; the rest are to replicas."""
 _OF_ONE_CLIENT: Final = 0.75
-"""Of all connections, what one address may have open."""
+"""Share of all connections that one address may have open."""
 _KEPT_BYTES: Final = 64 * 1024 * 1024
-"""Of buffers that a thread keeps for the next request."""
+"""Bytes of buffers that a thread keeps for the next request."""
 _HEALTH: Final = ("/v2/health/live", "/v2/health/ready", "/-/healthz")
 _GRPC_HEALTH: Final = (
     *(f"/{SERVICE}/{name}" for name in ("ServerLive", "ServerReady")),

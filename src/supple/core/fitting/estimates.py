@@ -24,7 +24,7 @@ def exact(value: float) -> Estimate:
 def contradiction(
     seen: Iterable[tuple[Hashable, float]],
 ) -> tuple[Hashable, float, float] | None:
-    """Of what was measured of each thing, positive numbers: the first thing with two more than
+    """Find contradicting measurements: the first thing with two positive numbers more than
     `IMPOSSIBLE` times apart, and these, the later one last; None where no two are."""
     found: dict[Hashable, list[float]] = {}
     for thing, value in seen:

@@ -121,7 +121,7 @@ class _Measured:
         self.num_parameters = len(spread)
         offsets = np.full(len(true) * where.shape[1], _SESSION)
         self.spread = np.concatenate([spread, offsets])
-        """Of the priors, those of the offsets among them."""
+        """Spread of the priors, those of the offsets among them."""
 
     def errors(self, y: _Array) -> _Array:
         """(figures, rows), bounded in their pull; 0 where nothing was measured."""
@@ -130,7 +130,7 @@ class _Measured:
         return np.where(self.known, _robust((plain - self.true) / self.scatter)[0], 0.0)
 
     def num_sessions(self, among: npt.NDArray[np.bool_]) -> int:
-        """Of the rows `among`."""
+        """Number of sessions among the rows `among`."""
         return int(np.count_nonzero(self.where[among].any(axis=0)))
 
     def cost(self, y: _Array) -> float:
@@ -178,7 +178,7 @@ def _members(sessions: Sequence[str], names: Sequence[str]) -> _Array:
 
 
 def _offsets(offsets: _Array, where: _Array) -> _Array:
-    """Of every (figure, row)."""
+    """Offset of every (figure, row)."""
     if not where.shape[1]:
         return np.zeros((1, len(where)))
     return offsets.reshape(-1, where.shape[1]) @ where.T

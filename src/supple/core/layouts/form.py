@@ -197,7 +197,7 @@ class Sizes:
     """What the parameters multiply: one number (or a row of stages) per run."""
 
     flops: Any
-    """Of the slowest stage, the head apart."""
+    """FLOPs of the slowest stage, without the head."""
     masked_flops: Any
     """What a causal mask spares of them."""
     traffic: Any
@@ -217,7 +217,7 @@ class Sizes:
     shards: Any
     """Data ranks over which each replica's parameters are cut."""
     parameters: Any
-    """Of the fullest stage, before they are."""
+    """Parameters of the fullest stage, before they are cut."""
     tp_across: Any
     shards_across: Any
     dp_across: Any
@@ -227,7 +227,7 @@ class Sizes:
     rings: Any
     """The same of replicas."""
     doublings: Any
-    """Of the workers."""
+    """Doublings of the number of workers."""
 
     @staticmethod
     def of(runs: Sequence[LayoutRun], workers_per_node: int, cards_per_node: int) -> "Sizes":

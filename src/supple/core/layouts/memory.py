@@ -38,7 +38,7 @@ OPTIMIZER_BYTES = {
 """A parameter's weights in fp32, and what the optimizer keeps of it: two moments; two of 8 bits
 (Dettmers et al. 2022); a row's and a column's share of one (Shazeer and Stern 2018); one; none."""
 _LAYERS_SHARE = 8.0
-"""Of a measured layer's parameter, its weight and its gradient, in fp32 at most."""
+"""Bytes of a measured layer's parameter: its weight and its gradient, in fp32 at most."""
 _GROUP_BYTES = 2**29
 """The buffers of one more communicator. `RUNTIME_BYTES` counts one, that of the replicas; a layout
 has up to two more, of tensor and of pipeline ranks. Both are charged to every layout, so that this
@@ -63,7 +63,7 @@ class MemoryParts:
 
 
 def num_parameters(model: Transformer) -> int:
-    """Of the layers (four h^2 of attention, eight of the feed-forward part, norms and biases) and
+    """Parameters of the layers (four h^2 of attention, eight of the MLP, norms and biases) and
     of the embedding, which the head shares."""
     h = model.hidden_size
     return model.num_layers * (12 * h * h + 13 * h) + (model.vocab_size + model.seq_length) * h

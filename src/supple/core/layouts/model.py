@@ -100,7 +100,7 @@ class LayoutModel:
 
     @property
     def most_workers(self) -> int:
-        """Of any measured run; 0 without measurements."""
+        """The largest number of workers in any measured run; 0 without measurements."""
         return max((row.run.layout.world_size for row in self.measured), default=0)
 
     def predict(self, run: LayoutRun) -> Estimate:
@@ -150,7 +150,7 @@ class LayoutModel:
         return _about(over.value / under.value, variance, less_certain(under.source, over.source))
 
     def half_width(self, run: LayoutRun, *, also: Sequence[LayoutRun] = ()) -> float:
-        """Of the 80 % interval of a run, as a fraction, if those of `also` were measured too; what
+        """Relative half-width of a run's 80 % interval if the runs `also` were measured too; what
         comes out of them need not be known (linear regression)."""
         seen = self._seen()
         if run in seen or run in also:

@@ -341,7 +341,7 @@ def _common(x: _Array) -> dict[str, _Array]:
 
 
 def _token_bytes(p: Mapping[str, _Array], rows: Rows) -> _Array:
-    """Of the cache."""
+    """Bytes of the cache per token."""
     experts = np.where(rows.activated < rows.parameters, p["cache_experts"], 1.0)
     return p["cache"] * rows.layers * experts
 

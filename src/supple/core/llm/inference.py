@@ -35,8 +35,8 @@ from supple.core.types import Estimate, Source
 from supple.core.words import in_digits
 
 _SCATTERS = (0.2, 0.2, 0.4, 0.1)
-"""Of one row's logarithms, by figure. What is only there to tell parameters apart counts for less;
-the sequences that ran at once are an average over thousands of steps."""
+"""Scatter of one row's logarithms, by figure. What is only there to tell parameters apart counts
+for less; the sequences that ran at once are an average over thousands of steps."""
 TOKENS_REPEAT, ITL_REPEAT = 0.03, 0.1
 """Standard deviations of the logarithms of a repeat of one configuration. Two of the public rows
 were measured twice: tokens per second differ by 3 and 4 %, the percentile by 4 and 22 %."""
@@ -46,7 +46,7 @@ were measured twice: tokens per second differ by 3 and 4 %, the percentile by 4 
 class ServingMeasurement:
     run: DecodingRun
     tokens_per_s: float
-    """Of the whole copy, prompts not counted."""
+    """Tokens per second of the whole copy, prompts not counted."""
     itl_p90_s: float
     """90th percentile of the time between two tokens of a request."""
     itl_p50_s: float | None = None
@@ -99,8 +99,8 @@ class InferenceModel:
         ]
 
     def cache_room(self, runs: Sequence[DecodingRun]) -> list[tuple[float, float]]:
-        """Of every run the bytes left beside its weights, below 0 where these do not fit, and those
-        that the cache of one request takes."""
+        """Bytes left beside the weights of each run, below 0 where they do not fit, and bytes that
+        the cache of one request takes."""
         rows = Rows(runs, self._groups)
         taken = request_bytes(self._fit.x[None, : len(self._fit.loose)], rows)[0]
         return list(zip(rows.left.tolist(), taken.tolist(), strict=True))

@@ -62,9 +62,9 @@ class InferenceJob:
     max_devices: int = 8
     """Accelerators of a copy: those of a node."""
     max_accelerators: int = MAX_WORKERS
-    """Of all copies; more than any pool known unless it is given."""
+    """Accelerators of all copies; by default more than any known pool has."""
     price_per_hour: float | None = None
-    """Of one accelerator."""
+    """Price of one accelerator."""
 
     def __post_init__(self) -> None:
         for what, value in (
@@ -91,11 +91,11 @@ class InferenceRow:
     """One way to run a copy."""
 
     num_devices: int
-    """Of one copy, tensor parallel."""
+    """Accelerators of one copy, tensor parallel."""
     concurrency: int
     """Requests a copy works on at a time."""
     tokens_per_s: Estimate
-    """Of one copy."""
+    """Tokens per second of one copy."""
     itl_p90_s: Estimate
     chance: float | None
     """That `itl_s` is kept; None where nothing is promised."""

@@ -19,7 +19,7 @@ BATCH_SHARE = 0.5
 promised time; the queue has the rest. When more has gathered, replicas run larger ones."""
 
 _Z99 = 2.3263478740408408
-"""Of the standard normal: its 99 % quantile."""
+"""The 99 % quantile of the standard normal distribution."""
 _SQRT_2 = math.sqrt(2.0)
 _BISECTIONS = 60
 
@@ -132,8 +132,8 @@ def _scale_of(column: np.ndarray) -> float:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """Of one request: normal seconds in a batch, plus, with `wait_probability`, an exponential
-    wait in the queue. All zero probability of an answer where `stable` is false."""
+    """Latency of one request: normal seconds in a batch, plus, with `wait_probability`, an
+    exponential wait in the queue. All zero probability of an answer where `stable` is false."""
 
     stable: bool
     utilisation: float
@@ -287,7 +287,7 @@ def slack_s(profile: LatencyProfile, *, batch_size: int, within_s: float) -> flo
 
 
 def best_batch(profile: LatencyProfile, *, within_s: float, most: int) -> int:
-    """Of the powers of two measured, at most `most`, the batch with the highest capacity that takes
+    """The batch size (a measured power of two, at most `most`) with the highest capacity that takes
     at most `BATCH_SHARE` of the promised time; else 1."""
     best, size = 1, 2
     while size <= min(most, profile.largest_batch):

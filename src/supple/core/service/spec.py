@@ -175,13 +175,13 @@ class ServeSpec:
     idle_s: float = 300.0
     """Time without a request after which a service with `min_replicas=0` has none."""
     address: str | None = None
-    """Of a Ray cluster; None: this machine alone."""
+    """Address of a Ray cluster; None: this machine alone."""
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """Devices one replica spans."""
     price_per_hour: float | None = None
-    """Of one replica."""
+    """Price of one replica."""
     budget_per_hour: float | None = None
     """Most the service may cost; money, so it needs a price."""
 

@@ -39,9 +39,9 @@ def counted(level: float, every: float) -> float:
 
 
 def rounding_variance(level: float, every: float, num_runs: int) -> float:
-    """Of the mean of `num_runs` counted runs, less half an interval, about `level`: what rounding
-    alone does. Seeds average it out as far as they end at different evaluations; the rest, the
-    variance of a saw-tooth blurred by the scatter, they share."""
+    """Variance of the mean of `num_runs` counted runs, less half an interval, about `level`: what
+    rounding alone does. Seeds average it out as far as they end at different evaluations; the rest,
+    the variance of a saw-tooth blurred by the scatter, they share."""
     if every == 0.0:
         return 0.0
     order = np.arange(1.0, 1.0 + _HARMONICS)

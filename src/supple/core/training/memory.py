@@ -16,7 +16,7 @@ from supple.core.spec import is_count
 from supple.core.types import Estimate
 
 _MARGIN = 0.05
-"""Of the bytes, and of the growth away from what was measured: allocator fragmentation is 3-8 %
+"""Margin on the bytes, and on the growth beyond what was measured: allocator fragmentation is 3-8 %
 in the literature."""
 
 

@@ -206,8 +206,8 @@ def _absurd(points: Sequence[Point]) -> list[Point]:
 
 
 def refuse_contradictions(points: Sequence[Point]) -> None:
-    """Of one point a batch size, all of runs or all of probes: raises `ValueError` where so few are
-    known that nobody can say which of two is wrong."""
+    """Raise `ValueError` where two points contradict each other and so few are known that nobody
+    can say which is wrong. `points` has one per batch size, all of runs or all of probes."""
     known = sorted((p for p in points if p.beyond is None), key=lambda p: p.batch)
     if len(known) >= _ENOUGH_TO_DOUBT:
         return

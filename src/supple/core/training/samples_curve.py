@@ -62,9 +62,9 @@ class Point:
     value: float
     """log of the samples."""
     variance: float
-    """Of that, as far as it is known; scatter comes on top."""
+    """Variance of that logarithm, as far as it is known; scatter comes on top."""
     is_probe: bool
-    """Of short probes only the ratios count: they have a level of their own."""
+    """True for a short probe: only ratios count, because probes have a level of their own."""
     beyond: float | None = None
     """Set where fewer than half of the runs reached the target: it is further than this."""
 

@@ -64,7 +64,7 @@ measured at one, it is known in part at the others."""
 _ROUGHLY = 1e-4
 """Relative precision of a first solution, where another starts from it."""
 _A_MAJORITY = 3
-"""Of fewer measurements an absurd one is not outvoted."""
+"""With fewer measurements, an outlier is not outvoted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +144,7 @@ class StepTimeModel:
         *,
         also: Sequence[tuple[int, int, int]] = (),
     ) -> float:
-        """Of the interval that `predict` gives, as a fraction, if those of `also` (workers,
+        """Relative half-width of the interval of `predict` if those of `also` (workers,
         micro-batch, accumulation) were measured too. Their times need not be known: in a linear
         model only what is measured narrows the interval, not what comes out."""
         asked = self._asked(num_workers, micro_batch_size, num_accumulation_steps)

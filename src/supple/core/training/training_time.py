@@ -166,7 +166,7 @@ def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
     found = _optimize.least_squares(at, prior, jac=slope, x_scale=_WIDTH, max_nfev=60)
     jacobian: _Vector = found.jac
     covariance = np.linalg.pinv(jacobian.T @ jacobian)
-    # Runs that contradict each other, or the form, are no better foretold than they are explained.
+    # Where runs contradict each other, or the form, the interval is as wide as the fit's residuals.
     off = np.log(_times(found.x[:, None, None], shape))[0] - observed
     misfit = float(np.sum((off / scatter) ** 2)) / len(runs)
     return TrainingTimeModel(

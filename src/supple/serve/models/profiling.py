@@ -43,7 +43,7 @@ class StoredProfile:
     memory_bytes: int
     """Peak of the process, and of its GPU if it used one."""
     lengths: tuple[tuple[int, tuple[LatencyPoint, ...]], ...]
-    """Of inputs with a dim of any length, ascending; one entry where there is none."""
+    """Points by input length, ascending; one entry where no dim has an open length."""
 
     def profile(self, length: int | None = None) -> LatencyProfile:
         """At the shortest measured length that is at least `length`; without one, at the longest:

@@ -66,7 +66,7 @@ class RequestLimits:
     max_tensors: int = 64
     """Inputs, and outputs asked for."""
     max_parameters: int = 256
-    """Of the request, and of each tensor."""
+    """Parameters of the request, and of each tensor."""
     max_dims: int = 16
     max_elements: int = 8 * 1024 * 1024
     """Per tensor."""
@@ -102,7 +102,7 @@ class InferRequest:
     request_id: str = ""
     outputs: tuple[WantedOutput, ...] = ()
     binary_output: bool = False
-    """Of the outputs that were not named one by one."""
+    """The default for outputs that are not named one by one."""
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 STATE, MANIFEST = "state.pt", "manifest.json"
 _MANIFEST_BYTES = 256 * 1024 * 1024
 _MOST = 2**62
-"""Of steps and of bytes, with room to count on in 64 bits."""
+"""Largest number of steps or bytes, with room to count on in 64 bits."""
 
 _SAFE = frozenset(
     {torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype, torch.device}

@@ -27,7 +27,7 @@ _c10d: Any = torch.distributed
 _NONCE_BYTES: Final = 32
 _PROOF_BYTES: Final = 32
 _MOST_BYTES: Final = 64 * 1024
-"""Of what one member writes."""
+"""The longest message of one member."""
 _MOST_ANSWER_BYTES: Final = 256 * 1024 * 1024
 _MOST_STRANGERS: Final = 64
 """Connections that have proved nothing yet; with more the oldest is closed."""
