@@ -32,7 +32,7 @@ ALLOWED = {
         "numbers",
     ),
     *("operator", "re", "statistics", "string", "struct", "textwrap", "types", "typing"),
-    *("numpy", "scipy", "supple"),
+    *("numpy", "scipy", "immutables", "supple"),
 }
 """What core may import; one more pure module of the standard library may be added."""
 TOUCHES = {"open", "print", "input", "exec", "eval", "__import__", "breakpoint"}

@@ -80,8 +80,12 @@ class Driver:
         return self.decisions[-1].kind
 
     def send(self, event: type[Event], **fields: Any) -> list[Action]:
-        fields = {"job_id": JOB, "generation": self.state.generation, **fields}
-        self.state, actions = lifecycle.step(self.state, event(**fields), self.now)
+        return self.send_one(
+            event(**{"job_id": JOB, "generation": self.state.generation, **fields})
+        )
+
+    def send_one(self, event: Event) -> list[Action]:
+        self.state, actions = lifecycle.step(self.state, event, self.now)
         return self._keep(actions)
 
     def _keep(self, actions: tuple[Action, ...]) -> list[Action]:

@@ -155,3 +155,10 @@ def test_workers_that_were_away_together_are_all_waited_for_when_the_first_is_ba
     job.tick(12.0)
     assert job.tick(1.75, hearing="w1") == []
     assert job.tick(20.0, hearing="w0 w1 w2") == []
+
+
+def test_who_alone_holds_the_state_is_no_other_to_itself() -> None:
+    """Also where it was heard lately, as a very long --heartbeat-timeout has it."""
+    job = running(1, heartbeat_timeout_s=100.0, unresponsive_timeout_s=12.0)
+    assert job.tick(12.0) == []
+    assert job.tick(0.25)[0].reason.startswith("no heartbeat for 12.2 s")

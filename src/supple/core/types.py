@@ -208,6 +208,21 @@ class Heartbeat(Event):
     """For how long."""
 
 
+WorkerEvent = (
+    WorkerReady | WorkerStopped | GroupFormed | WorkerLost | LoopLeft | WorkerFinished | Heartbeat
+)
+"""What one worker tells, or is told of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReported(Event):
+    """What the workers of a node told since its last report. All of it happened before anything is
+    decided about any of it; of one worker it is in order."""
+
+    node_id: str
+    events: tuple[Event, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetChanged(Event):
     """Someone wants another number of workers: the planner, a schedule, a person."""

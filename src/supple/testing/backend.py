@@ -25,6 +25,7 @@ from supple.core.types import (
     JobId,
     KillWorker,
     LossCause,
+    NodeReported,
     PreemptionNoticed,
     SaveCheckpoint,
     StartWorker,
@@ -121,10 +122,13 @@ class ScriptedBackend(Backend):
                 if worker.step < 0 or worker.step <= before.get(worker.worker_id, 0):
                     self.work(worker.worker_id, lucky=self._random.random() < 0.9)
             self._strike_by_step()
+            told: dict[str, list[Event]] = {}
             for worker in self._shuffled():
                 world.poll(worker, self.clock.now())
-                while worker.wire:
-                    self.hear(worker.worker_id)
+                told.setdefault(worker.node_id, []).extend(worker.wire)
+                worker.wire.clear()
+            for node_id, events in told.items():
+                self._report(node_id, events)
         self.clock.advance(ROUND_S)
 
     def _shuffled(self) -> list[SimulatedWorker]:
@@ -273,9 +277,15 @@ class ScriptedBackend(Backend):
             raise self.violation(f"{busy} had not stopped")
 
     def _tell(self, event: Event) -> None:
-        if not isinstance(event, Heartbeat):
-            self.note(event)
+        for one in event.events if isinstance(event, NodeReported) else (event,):
+            if not isinstance(one, Heartbeat):
+                self.note(one)
         self._listener(event)
+
+    def _report(self, node_id: str, events: Iterable[Event]) -> None:
+        told = tuple(events)
+        if told:
+            self._tell(NodeReported(job_id=self.job_id, generation=0, node_id=node_id, events=told))
 
     def note(self, what: Event | Action) -> None:
         """Write it into the history."""

@@ -17,6 +17,7 @@ from supple.core.types import (
     FailJob,
     FinishJob,
     FormGroup,
+    NodeReported,
     StopWorker,
     Ticked,
     WorkerId,
@@ -89,10 +90,11 @@ class ScriptedJob:
     def send(self, event: Event) -> None:
         """The lifecycle is told of `event`, and what it answers is done."""
         backend, before = self.backend, self.state
-        if isinstance(event, WorkerLost) and event.cause == "raised":
-            self._raised.add(event.worker_id)
-        elif isinstance(event, WorkerLost):
-            backend.known.discard(event.worker_id)
+        for one in event.events if isinstance(event, NodeReported) else (event,):
+            if isinstance(one, WorkerLost) and one.cause == "raised":
+                self._raised.add(one.worker_id)
+            elif isinstance(one, WorkerLost):
+                backend.known.discard(one.worker_id)
         alive = [w for w in backend.world.awake if w.worker_id in backend.known]
         self.state, actions = lifecycle.step(before, event, backend.clock.now())
         if before.phase.is_over and (self.state is not before or actions):
@@ -128,7 +130,7 @@ class ScriptedJob:
         assert self.outcome is not None
         restore = self.state.restore
         durable = 0 if restore is None else self.backend.world.checkpoints[restore].step
-        held = [w.step for w in alive if not before.workers[w.worker_id].is_training]
+        held = [w.step for w in alive if not before.workers.is_training(w.worker_id)]
         is_saved = max(held, default=-1) <= durable
         if self.outcome.saved and not is_saved:
             raise self._violation(f"steps {held} were held, step {durable} is saved")

@@ -8,7 +8,8 @@ for where the newest checkpoint is already of that step.
 
 from collections.abc import Iterable, Mapping
 
-from supple.core.job.membership import JobState, Phase, Turn, Verdict, VerdictKind, WorkerView
+from supple.core.job.membership import JobState, Phase, Turn, Verdict, VerdictKind
+from supple.core.job.roster import WorkerView
 from supple.core.types import (
     CheckpointFailed,
     CheckpointSaved,
@@ -17,6 +18,7 @@ from supple.core.types import (
     StopRequested,
     WorkerFinished,
     WorkerId,
+    WorkerStatus,
 )
 
 STOP_GRACE_S = 10.0
@@ -68,17 +70,17 @@ def drain(turn: Turn) -> None:
     it holds; and saves from its other thread, where it only waits for data."""
     state, verdict = turn.state, turn.state.verdict
     assert verdict is not None, "our bug: a job drains for good without a verdict"
-    busy = [w for w in state.present if not state.workers[w].stopped]
-    if not busy or all(view.step < 0 for view in state.workers.values()):
+    workers = state.workers
+    if not workers.num_busy or all(view.step < 0 for view in workers.views.values()):
         save_or_end(turn)
         return
-    held_up = any(state.workers[w].said for w in state.training)
-    late = is_late(turn)
-    if state.training and state.aborted_at is None:
+    late, training = is_late(turn), workers.num_training
+    if training and state.aborted_at is None:
+        held_up = workers.num("said") and any(workers[w].said for w in state.training)
         if late or held_up:
             turn.abort()
         return
-    if state.training:
+    if training:
         assert state.aborted_at is not None
         late = turn.now - state.aborted_at >= GIVE_UP_S
     if not late or _rank_0_is_saving(turn):
@@ -134,16 +136,19 @@ def save_or_end(turn: Turn) -> None:
     end(turn, verdict.reason)
 
 
-def save_before_forming(turn: Turn) -> bool:
-    """Nobody in the next generation would hold state, but one whose script raised does: let it save
-    first. False: there is no such."""
-    state = turn.state
-    if any(state.workers[w].step >= 0 for w in state.next_members):
-        return False
-    holder = _who_saves(state)
+def form_or_save(turn: Turn, *, why: tuple[str, str] | None = None) -> None:
+    """The next generation; where nobody in it would hold state, but one whose script raised does,
+    that one saves first. `why`: the decision that it carries out, if it is another now."""
+    state, members = turn.state, turn.state.next_members
+    holder = None
+    if all(state.workers[w].step < 0 for w in members):
+        holder = _who_saves(state)
     if holder is not None:
         turn.save(holder)
-    return holder is not None
+        return
+    if why is not None:
+        turn.set(why=why)
+    turn.form(members)
 
 
 def _who_saves(state: JobState) -> WorkerId | None:
@@ -235,7 +240,7 @@ def _why_not(state: JobState, newest: int) -> str:
     holders = [w for w, view in state.workers.items() if view.step == newest]
     if not holders:
         return "nobody who held it is left."
-    if any(state.workers[w].is_training for w in holders):
+    if any(map(state.workers.is_training, holders)):
         return f"{', '.join(holders)} did not stop."
     return f"{', '.join(holders)}, which held it, could not be asked any more."
 
@@ -246,7 +251,10 @@ def _why_not(state: JobState, newest: int) -> str:
 def on_finished(turn: Turn, event: WorkerFinished) -> None:
     """The training function of a member returned."""
     view = turn.state.workers[event.worker_id]
-    turn.see(event.worker_id, finished=True, formed=True, stopped=True, step=event.step)
+    turn.see(event.worker_id, finished=True, step=event.step)
+    if view.status is WorkerStatus.MEMBER:
+        turn.own_workers().stop(event.worker_id)
+        turn.own_workers().form(event.worker_id)
     if view.left_at is None:
         turn.set(step=max(turn.state.step, event.step), ending=True)
 
@@ -260,7 +268,7 @@ def on_left(turn: Turn, event: LoopLeft) -> None:
 def finish_when_all_have(turn: Turn) -> None:
     """All have left their loops, at the end of the data or before: wait for their functions."""
     state = turn.state
-    if state.training or not all(v.finished for v in state.workers.values() if not v.can_join):
+    if state.workers.num_training or state.workers.num("after"):
         return
     left = {w: v for w, v in state.workers.items() if v.left_at is not None}
     steps = sorted({view.step for view in left.values()})
@@ -283,10 +291,12 @@ def look_at_those_who_stay(turn: Turn) -> None:
     """Some members have left their loops early: the others must do so at the same step, or they
     wait for them for ever."""
     state = turn.state
+    if not state.workers.num("left") or not state.workers.num_training:
+        return
+    if state.verdict is not None or state.aborted_at is not None:
+        return
     left = {w: v for w, v in state.workers.items() if v.left_at is not None}
     staying = {w: state.workers[w] for w in state.training}
-    if not left or not staying or state.verdict is not None or state.aborted_at is not None:
-        return
     step = max(view.step for view in left.values())
     joiners = _joiners(state)
     deciding = {w: v for w, v in staying.items() if w not in joiners}
@@ -332,6 +342,5 @@ def _left_alone(
 
 def by_rank(state: JobState, workers: Iterable[WorkerId]) -> str:
     """Workers in words; members by their rank."""
-    return ", ".join(
-        f"rank {state.members.index(w)} ({w})" if w in state.members else w for w in workers
-    )
+    ranks = {worker_id: rank for rank, worker_id in enumerate(state.members)}
+    return ", ".join(f"rank {ranks[w]} ({w})" if w in ranks else w for w in workers)

@@ -7,7 +7,8 @@ a job goes on with whom it has and tries again ever more rarely; with too few, i
 """
 
 from supple.core.job.endings import conclude
-from supple.core.job.membership import JobState, Phase, Turn, ordinal
+from supple.core.job.membership import JobState, Phase, Turn
+from supple.core.job.roster import ordinal
 from supple.core.types import LossCause, StopWorker, WorkerId, WorkerStatus
 from supple.core.words import in_words
 
@@ -30,10 +31,10 @@ _CAUSE: dict[LossCause, str] = {
 
 def advance(turn: Turn, worker_id: WorkerId, committed: int) -> None:
     """A member has committed so many steps."""
-    if committed > turn.state.step:
-        progress = committed > turn.state.struck_step
-        turn.set(step=committed, strikes=0 if progress else turn.state.strikes)
-    view = turn.state.workers[worker_id]
+    if committed > turn.job.step:
+        progress = committed > turn.job.struck_step
+        turn.set(step=committed, strikes=0 if progress else turn.job.strikes)
+    view = turn.workers.views[worker_id]
     joined = view.joined_step
     if not view.proven and joined is not None and committed - joined >= PROVEN_STEPS:
         turn.see(worker_id, proven=True)
@@ -46,7 +47,7 @@ def lose(turn: Turn, worker_id: WorkerId, cause: LossCause, detail: str, step: i
     state = turn.state
     view = state.workers[worker_id]
     if cause == "raised" and step >= 0:
-        turn.see(worker_id, status=WorkerStatus.RAISED, stopped=True, step=step, left_at=None)
+        turn.see(worker_id, status=WorkerStatus.RAISED, step=step, left_at=None)
         advance(turn, worker_id, step)
     else:
         turn.forget(worker_id)
@@ -63,13 +64,13 @@ def lose(turn: Turn, worker_id: WorkerId, cause: LossCause, detail: str, step: i
     at_rest = state.phase in (Phase.WAITING, Phase.SAVING)
     broke = view.status is WorkerStatus.MEMBER and worker_id in state.members and not at_rest
     if broke:
-        others = len(turn.state.members) - len(turn.state.present) > 1
+        others = len(turn.state.members) - turn.workers.num("present") > 1
         turn.set(why=("recover", f"{state.why[1]}, {told}" if others else told))
         turn.abort()
     if cause == "preempted":
         return
     if not broke:
-        turn.decide("keep", len(turn.state.present), f"{told} ({view.status.value})")
+        turn.decide("keep", turn.workers.num("present"), f"{told} ({view.status.value})")
     if cause == "raised":
         _blame_the_script(turn, worker_id, broke=broke)
     if turn.state.verdict is not None:
@@ -94,7 +95,9 @@ def _blame_the_script(turn: Turn, worker_id: WorkerId, *, broke: bool) -> None:
             raised_step=max(state.step, state.raised_step),
         )
         at = f"after step {state.step}"
-        if not state.ending and set(state.members) <= turn.state.raised:
+        raised = turn.state.raised
+        everyone = len(raised) >= len(state.members) and raised.issuperset(state.members)
+        if not state.ending and everyone:
             conclude(turn, "failed", f"the script raised on every worker {at}")
         elif not state.ending and turn.state.num_raised >= limit:
             times = "once" if limit == 1 else f"{limit} times"
@@ -104,7 +107,7 @@ def _blame_the_script(turn: Turn, worker_id: WorkerId, *, broke: bool) -> None:
 
 def strike(turn: Turn) -> None:
     """The generation broke. Counted once, and forgotten with the next committed step."""
-    state = turn.state
+    state = turn.job
     if state.struck_generation != state.generation:
         turn.set(
             strikes=state.strikes + 1,
@@ -121,8 +124,9 @@ def _back_off(turn: Turn) -> None:
         return
     wait_s = BACK_OFF_S * 2.0 ** min(excess - 1, BACK_OFF_DOUBLINGS)
     turn.set(retry_at=turn.now + wait_s)
-    reason = f"{_in_a_row(state)}; going on with {in_words(len(state.joinable))}, the next "
-    turn.decide("keep", len(state.joinable), f"{reason}attempt to replace it in {wait_s:g} s")
+    left = turn.workers.num("joinable")
+    reason = f"{_in_a_row(state)}; going on with {in_words(left)}, the next "
+    turn.decide("keep", left, f"{reason}attempt to replace it in {wait_s:g} s")
 
 
 def is_hopeless(turn: Turn) -> bool:
@@ -131,10 +135,12 @@ def is_hopeless(turn: Turn) -> bool:
     state = turn.state
     if max(state.failed_starts, state.strikes) <= state.spec.max_failures:
         return False
-    if not state.next_members:
-        left, least = len(state.joinable), state.spec.min_workers
+    if not state.has_enough:
+        left, least = state.workers.num("joinable"), state.spec.min_workers
         conclude(turn, "failed", f"{_in_a_row(state)}; {in_words(left)} left, MIN is {least}")
-    elif state.strikes > state.spec.max_failures and state.present == state.members:
+    elif state.strikes > state.spec.max_failures and len(state.members) == (
+        state.workers.num("present")
+    ):
         reason = (
             f"{_in_a_row(state)}, though no worker was lost ({state.why[1]}): check that the "
             "workers' nodes can reach each other"

@@ -19,6 +19,7 @@ from supple.core.job.endings import (
     conclude,
     drain,
     finish_when_all_have,
+    form_or_save,
     is_late,
     look_at_those_who_stay,
     on_finished,
@@ -26,14 +27,13 @@ from supple.core.job.endings import (
     on_save_failed,
     on_saved,
     on_stop,
-    save_before_forming,
     save_or_end,
     saving,
 )
 from supple.core.job.failures import advance, in_short, is_hopeless, lose, strike
 from supple.core.job.membership import JobState, Phase, Turn
 from supple.core.job.silence import end_the_silent, forgive, heard
-from supple.core.job.stalls import note, watch
+from supple.core.job.stalls import noted, watch
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     Action,
@@ -48,6 +48,7 @@ from supple.core.types import (
     Heartbeat,
     JobId,
     LoopLeft,
+    NodeReported,
     Noticed,
     PreemptionNoticed,
     StopRequested,
@@ -103,12 +104,14 @@ def step(state: JobState, event: Event, now: float) -> tuple[JobState, tuple[Act
     if state.phase.is_over or event.job_id != state.job_id:
         return state, ()
     turn = Turn(state, now)
-    worker_id = getattr(event, "worker_id", None)
-    if worker_id is not None:
-        if worker_id not in state.workers:
-            return state, ()
-        heard(turn, worker_id, event)
-    _ON_EVENT[type(event)](turn, event)
+    for one in event.events if isinstance(event, NodeReported) else (event,):
+        worker_id = getattr(one, "worker_id", None)
+        if turn.job is not state and turn.job.phase.is_over:
+            break
+        if worker_id is None or worker_id in turn.workers.views:
+            _ON_EVENT[type(one)](turn, one)
+    if isinstance(event, NodeReported):
+        turn.spare_the_lost()
     turn.settle(_RULES)
     return turn.state, tuple(turn.actions)
 
@@ -117,70 +120,85 @@ def step(state: JobState, event: Event, now: float) -> tuple[JobState, tuple[Act
 
 
 def _on_ready(turn: Turn, event: WorkerReady) -> None:
-    if turn.state.workers[event.worker_id].status is WorkerStatus.STARTING:
-        turn.see(
-            event.worker_id,
-            status=WorkerStatus.STANDBY,
-            ready_at=turn.now,
-            node_id=event.node_id,
-        )
+    if turn.workers[event.worker_id].status is WorkerStatus.STARTING:
+        standby = WorkerStatus.STANDBY
+        node_id = event.node_id
+        heard(turn, event, {"status": standby, "ready_at": turn.now, "node_id": node_id})
+    else:
+        heard(turn, event)
 
 
 def _on_stopped(turn: Turn, event: WorkerStopped) -> None:
-    state = turn.state
-    if not _is_current(state, event) or state.workers[event.worker_id].stopped:
+    if not _is_current(turn, event) or event.worker_id in turn.workers.stopped:
+        heard(turn, event)
         return
-    turn.see(event.worker_id, stopped=True, step=event.step)
+    heard(turn, event, {"step": event.step})
+    turn.own_workers().stop(event.worker_id)
     advance(turn, event.worker_id, event.step)
-    if state.phase is Phase.SAVING:
+    phase = turn.job.phase
+    if phase is Phase.SAVING:
         return
-    if state.phase is not Phase.DRAINING:
+    if phase is not Phase.DRAINING:
         reason = f"{event.worker_id}: {in_short(event.error) or 'it stopped unasked'}"
         turn.set(why=("recover", reason))
         strike(turn)
-    if event.error or state.phase is not Phase.DRAINING:
+    if event.error or phase is not Phase.DRAINING:
         turn.abort()
 
 
 def _on_formed(turn: Turn, event: GroupFormed) -> None:
-    state = turn.state
-    if _is_current(state, event):
-        turn.see(event.worker_id, formed=True, step=event.step)
-        if state.restore is not None and state.restore_step < 0:
-            turn.set(restore_step=event.step)
+    if not _is_current(turn, event):
+        heard(turn, event)
+        return
+    heard(turn, event, {"step": event.step})
+    turn.own_workers().form(event.worker_id)
+    state = turn.job
+    if state.restore is not None and state.restore_step < 0:
+        turn.set(restore_step=event.step)
 
 
 def _on_finished(turn: Turn, event: WorkerFinished) -> None:
-    view = turn.state.workers[event.worker_id]
-    if _is_current(turn.state, event) or view.left_at is not None:
+    heard(turn, event)
+    view = turn.workers[event.worker_id]
+    if _is_current(turn, event) or view.left_at is not None:
         on_finished(turn, event)
     elif view.status is WorkerStatus.STARTING:
         lose(turn, event.worker_id, "raised", RETURNED_EARLY)
 
 
 def _on_left(turn: Turn, event: LoopLeft) -> None:
-    if _is_current(turn.state, event):
+    heard(turn, event)
+    if _is_current(turn, event):
         on_left(turn, event)
 
 
 def _on_heartbeat(turn: Turn, event: Heartbeat) -> None:
+    view = turn.workers.views[event.worker_id]
+    changes: dict[str, Any] = {}
     if event.doing is not None:
-        note(turn, event.worker_id, event.doing, event.since_s)
-    state = turn.state
-    phase_steps = state.phase in (Phase.RUNNING, Phase.DRAINING)
-    if phase_steps and _is_current(state, event) and state.workers[event.worker_id].is_training:
+        changes = noted(turn, view, event.doing, event.since_s)
+    is_stepping = (
+        turn.job.phase in (Phase.RUNNING, Phase.DRAINING)
+        and event.generation == turn.job.generation
+        and turn.workers.is_training(event.worker_id)
+    )
+    if is_stepping and event.step > view.step:
+        changes["step"] = event.step
+    heard(turn, event, changes)
+    if is_stepping:
         advance(turn, event.worker_id, event.step)
-        if event.step > state.workers[event.worker_id].step:
-            turn.see(event.worker_id, step=event.step)
 
 
 def _is_current(
-    state: JobState, event: WorkerStopped | GroupFormed | WorkerFinished | LoopLeft | Heartbeat
+    turn: Turn, event: WorkerStopped | GroupFormed | WorkerFinished | LoopLeft | Heartbeat
 ) -> bool:
-    return event.generation == state.generation and event.worker_id in state.present
+    """From a member of this generation, of this generation."""
+    is_member = turn.workers.views[event.worker_id].status is WorkerStatus.MEMBER
+    return is_member and event.generation == turn.job.generation
 
 
 def _on_lost(turn: Turn, event: WorkerLost) -> None:
+    heard(turn, event)
     lose(turn, event.worker_id, event.cause, event.detail, event.step)
 
 
@@ -191,7 +209,7 @@ def _on_target(turn: Turn, event: TargetChanged) -> None:
     if desired != event.num_workers:
         reason += f" ({event.num_workers} is outside {spec.min_workers}:{spec.max_workers})"
     if state.is_ending:
-        turn.decide("keep", len(state.present), f"the job is ending; {reason}")
+        turn.decide("keep", turn.workers.num("present"), f"the job is ending; {reason}")
     elif desired == state.desired:
         turn.decide("keep", desired, f"{in_words(desired)} already wanted; {reason}")
     else:
@@ -207,13 +225,12 @@ def _on_batch(turn: Turn, event: BatchChanged) -> None:
 
 
 def _on_preemption(turn: Turn, event: PreemptionNoticed) -> None:
-    named = [worker_id for worker_id in event.worker_ids if worker_id in turn.state.workers]
-    for worker_id in named:
-        turn.see(worker_id, leaving=True)
+    named = [worker_id for worker_id in event.worker_ids if worker_id in turn.workers]
+    turn.see_all({worker_id: {"leaving": True} for worker_id in named})
     if named:
         left_s = max(0.0, event.deadline - turn.now)
         reason = f"{', '.join(named)} will be taken by the platform in {left_s:.0f} s"
-        turn.decide("shrink", len(turn.state.joinable), reason)
+        turn.decide("shrink", turn.workers.num("joinable"), reason)
 
 
 def _on_passed_over(turn: Turn, event: CheckpointPassedOver) -> None:
@@ -232,7 +249,7 @@ def _on_cluster_lost(turn: Turn, event: ClusterLost) -> None:
 
 
 def _on_noticed(turn: Turn, event: Noticed) -> None:
-    turn.decide("keep", len(turn.state.present), event.text)
+    turn.decide("keep", turn.workers.num("present"), event.text)
 
 
 def _on_tick(turn: Turn, _event: Ticked) -> None:
@@ -276,11 +293,9 @@ def _starting(turn: Turn) -> None:
         return
     _let_go_surplus(turn)
     _ask_for_missing(turn)
-    state = turn.state
-    if len(state.joinable) >= state.spec.min_workers:
-        waited_s = turn.now - min(state.workers[w].ready_at for w in state.joinable)
-        if not state.starting or waited_s >= START_GRACE_S:
-            turn.form(state.next_members)
+    state, workers = turn.state, turn.workers
+    if workers.num("joinable") >= state.spec.min_workers and _waited(turn, START_GRACE_S):
+        turn.form(state.next_members)
 
 
 def _running(turn: Turn) -> None:
@@ -293,18 +308,17 @@ def _running(turn: Turn) -> None:
         return
     _let_go_surplus(turn)
     _ask_for_missing(turn)
-    state = turn.state
-    newcomers = [w for w in state.joinable if w not in state.members]
-    taken = [w for w in state.present if state.workers[w].leaving]
-    size, goal = len(state.present), min(state.desired, len(state.present) + len(newcomers))
-    if taken and len(state.joinable) >= state.spec.min_workers:
+    state, workers = turn.state, turn.workers
+    size = workers.num("present")
+    goal = min(state.desired, size + workers.num("newcomer"))
+    if workers.num("taken") and workers.num("joinable") >= state.spec.min_workers:
+        taken = [w for w in state.present if workers[w].leaving]
         turn.announce("shrink", f"{', '.join(taken)} will be taken by the platform")
     elif size > state.desired:
         turn.announce("shrink", state.desired_reason)
     elif size < goal:
-        waited_s = turn.now - min(state.workers[w].ready_at for w in newcomers)
-        if not state.starting or waited_s >= GROW_GRACE_S:
-            ready = f"{', '.join(newcomers)} ready"
+        if _waited(turn, GROW_GRACE_S):
+            ready = f"{', '.join(state.newcomers)} ready"
             if goal <= state.full_size:
                 turn.announce("regrow", f"{ready}, in place of what was lost")
             else:
@@ -317,7 +331,7 @@ def _draining(turn: Turn) -> None:
     state = turn.state
     if state.verdict is not None:
         drain(turn)
-    elif state.training:
+    elif turn.workers.num_training:
         look_at_those_who_stay(turn)
         _ask_for_missing(turn)
     elif state.is_ending:
@@ -328,25 +342,22 @@ def _draining(turn: Turn) -> None:
             finish_when_all_have(turn)
     elif is_hopeless(turn):
         save_or_end(turn)
-    elif state.next_members:
-        if not save_before_forming(turn):
-            turn.form(state.next_members)
+    elif state.has_enough:
+        form_or_save(turn)
     else:
         turn.set(phase=Phase.WAITING)
-        left, least = len(state.joinable), state.spec.min_workers
+        left, least = turn.workers.num("joinable"), state.spec.min_workers
         reason = f"{state.why[1]}; {left} of at least {in_words(least)} left: waiting for others"
         turn.decide("wait", left, reason)
 
 
 def _forming(turn: Turn) -> None:
-    state = turn.state
+    state, workers = turn.state, turn.workers
     _ask_for_missing(turn)
-    views = [state.workers[w] for w in state.present]
-    if len(views) == len(state.members) and all(view.formed for view in views):
-        step_now = max(view.step for view in views)
-        for worker_id in state.members:
-            if state.workers[worker_id].joined_step is None:
-                turn.see(worker_id, joined_step=step_now)
+    if workers.num("present") == len(state.members) and workers.all_formed:
+        step_now = max(workers[w].step for w in state.members)
+        new = [w for w in state.members if workers[w].joined_step is None]
+        turn.see_all({worker_id: {"joined_step": step_now} for worker_id in new})
         turn.set(
             phase=Phase.RUNNING, step=step_now, full_size=max(state.full_size, len(state.members))
         )
@@ -359,9 +370,8 @@ def _waiting(turn: Turn) -> None:
         save_or_end(turn)
         return
     _ask_for_missing(turn)
-    if turn.state.next_members and not save_before_forming(turn):
-        turn.set(why=("regrow", "enough workers again"))
-        turn.form(turn.state.next_members)
+    if turn.state.has_enough:
+        form_or_save(turn, why=("regrow", "enough workers again"))
 
 
 def _over(_turn: Turn) -> None:
@@ -380,25 +390,32 @@ _RULES: dict[Phase, Callable[[Turn], None]] = {
 }
 
 
+def _waited(turn: Turn, grace_s: float) -> bool:
+    """Have those that are ready waited long enough for those that are not?"""
+    return not turn.workers.num("starting") or turn.now - turn.workers.first_ready_at >= grace_s
+
+
 def _ask_for_missing(turn: Turn) -> None:
     """Start as many workers as are wanted and neither there nor on their way."""
-    state = turn.state
+    state, workers = turn.state, turn.workers
     if turn.now < state.retry_at or state.is_ending:
         return
-    for _ in range(state.desired - len(state.joinable) - len(state.starting)):
+    for _ in range(state.desired - workers.num("joinable") - workers.num("starting")):
         turn.ask_for_one()
 
 
 def _let_go_surplus(turn: Turn) -> None:
     """Let go of those that are not wanted: never of a member."""
-    for worker_id, view in turn.state.workers.items():
-        if view.status is WorkerStatus.RAISED:
-            if turn.state.phase is Phase.RUNNING:
-                turn.let_go(worker_id, "raised in the script")
-        elif view.leaving and view.status is not WorkerStatus.MEMBER:
-            turn.let_go(worker_id, "taken by the platform")
-    state = turn.state
-    newcomers = [w for w in state.joinable if w not in state.members]
-    surplus = len(state.joinable) + len(state.starting) - state.desired
-    for worker_id in [*reversed(state.starting), *reversed(newcomers)][: max(0, surplus)]:
-        turn.let_go(worker_id, "no longer wanted")
+    if turn.workers.num("unwanted"):
+        for worker_id, view in turn.state.workers.items():
+            if view.status is WorkerStatus.RAISED:
+                if turn.job.phase is Phase.RUNNING:
+                    turn.let_go(worker_id, "raised in the script")
+            elif view.leaving and view.status is not WorkerStatus.MEMBER:
+                turn.let_go(worker_id, "taken by the platform")
+    workers = turn.workers
+    surplus = workers.num("joinable") + workers.num("starting") - turn.state.desired
+    if surplus > 0:
+        state = turn.state
+        for worker_id in [*reversed(state.starting), *reversed(state.newcomers)][:surplus]:
+            turn.let_go(worker_id, "no longer wanted")

@@ -5,17 +5,18 @@ that make the world follow.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
+from operator import itemgetter
 from typing import Any, Literal, final
 
+from supple.core.job.roster import Roster, WorkerView, changed, ordinal
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     AbortGeneration,
     Action,
     AnnounceGeneration,
     Decision,
-    Doing,
     FailJob,
     FinishJob,
     FormGroup,
@@ -50,52 +51,6 @@ class Phase(Enum):
         return self in (Phase.FINISHED, Phase.FAILED)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerView:
-    """What the controller knows of one worker."""
-
-    status: WorkerStatus
-    heard_at: float
-    """When it, or its node for it, last gave a sign of life."""
-    answered_at: float
-    """When its interpreter last did."""
-    said_unanswered: bool = False
-    """That it does not answer was told since then."""
-    node_id: str = ""
-    ready_at: float = 0.0
-    step: int = -1
-    """Committed steps it last told of at the end of a step or a forming; -1: no state."""
-    joined_step: int | None = None
-    """The step at which it first became a member."""
-    proven: bool = False
-    """It took part in enough committed steps to say that it did start."""
-    stopped: bool = False
-    """It left its loop and waits for a generation."""
-    formed: bool = False
-    finished: bool = False
-    leaving: bool = False
-    """Its platform will take it."""
-    left_at: float | None = None
-    """When its script left the loop early, at `step`."""
-    doing: Doing | None = None
-    since: float = 0.0
-    """When it began that."""
-    doing_s: float = 0.0
-    """For how long it did that when it last said so: who cannot say it is not stuck."""
-    said: bool = False
-    """That it takes long has been said."""
-
-    @property
-    def can_join(self) -> bool:
-        """Its training function is still in its loop."""
-        return not self.finished and self.left_at is None
-
-    @property
-    def is_training(self) -> bool:
-        """A member that is stepping, or should be."""
-        return self.status is WorkerStatus.MEMBER and self.can_join and not self.stopped
-
-
 VerdictKind = Literal["finished", "stopped", "failed"]
 
 
@@ -108,7 +63,7 @@ class Verdict:
     at: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class JobState:
     """Everything a decision about this job's lifecycle depends on."""
 
@@ -116,7 +71,7 @@ class JobState:
     spec: TrainSpec
     phase: Phase = Phase.STARTING
     generation: int = 0
-    workers: Mapping[WorkerId, WorkerView] = field(default_factory=dict[WorkerId, WorkerView])
+    workers: Roster = field(default_factory=Roster)
     members: tuple[WorkerId, ...] = ()
     """Of the current generation, in rank order; those lost since are no longer in `workers`."""
     desired: int = 1
@@ -173,25 +128,27 @@ class JobState:
     @property
     def present(self) -> tuple[WorkerId, ...]:
         """Members that have not been lost, in rank order."""
+        if self.workers.num("present") == len(self.members):
+            return self.members
+        views = self.workers.views
         return tuple(
-            w
-            for w in self.members
-            if w in self.workers and self.workers[w].status is WorkerStatus.MEMBER
+            w for w in self.members if w in views and views[w].status is WorkerStatus.MEMBER
         )
 
     @property
     def training(self) -> tuple[WorkerId, ...]:
         """Members that are still in their loops, in rank order."""
-        return tuple(w for w in self.present if self.workers[w].is_training)
+        workers = self.workers
+        if not workers.num_training:
+            return ()
+        if not workers.stopped and not workers.gone_on:
+            return self.present
+        return tuple(w for w in self.present if workers.is_training(w))
 
     @property
     def is_ending(self) -> bool:
         """Nobody new is needed: the job has its verdict, or the first member has left its loop."""
-        return (
-            self.verdict is not None
-            or self.ending
-            or any(view.left_at is not None for view in self.workers.values())
-        )
+        return self.verdict is not None or self.ending or self.workers.num("left") > 0
 
     @property
     def durable_step(self) -> int:
@@ -201,12 +158,23 @@ class JobState:
     @property
     def standing_by(self) -> tuple[WorkerId, ...]:
         """Ready and in no generation: those that still hold state first, then the oldest."""
+        if not self.workers.num("standby"):
+            return ()
         found = self._with_status(WorkerStatus.STANDBY)
         return tuple(sorted(found, key=lambda w: self.workers[w].step < 0))
 
     @property
+    def newcomers(self) -> tuple[WorkerId, ...]:
+        """Those standing by that may be in the next generation."""
+        return tuple(
+            w for w in self.standing_by if self.workers[w].can_join and not self.workers[w].leaving
+        )
+
+    @property
     def starting(self) -> tuple[WorkerId, ...]:
         """Expected to stand by one day, oldest first."""
+        if not self.workers.num("starting"):
+            return ()
         return tuple(
             w for w in self._with_status(WorkerStatus.STARTING) if not self.workers[w].leaving
         )
@@ -214,11 +182,16 @@ class JobState:
     @property
     def joinable(self) -> tuple[WorkerId, ...]:
         """Who may be in the next generation: members in rank order, then those standing by."""
-        return tuple(
-            w
-            for w in (*self.present, *self.standing_by)
-            if self.workers[w].can_join and not self.workers[w].leaving
+        members = self.present
+        return (
+            *(w for w in members if self.workers[w].can_join and not self.workers[w].leaving),
+            *self.newcomers,
         )
+
+    @property
+    def has_enough(self) -> bool:
+        """Could the next generation have MIN workers?"""
+        return self.workers.num("able") >= self.spec.min_workers
 
     @property
     def next_members(self) -> tuple[WorkerId, ...]:
@@ -231,42 +204,51 @@ class JobState:
         taken by its platform: the next shrink lets it go, when others have the state too. Without
         MIN others, those about to be taken stay as long as they can.
         """
-        order = [w for w in (*self.present, *self.standing_by) if self.workers[w].can_join]
-        pool = list(self.joinable)
-        if len(pool) < self.spec.min_workers:
-            pool += [w for w in order if self.workers[w].leaving]
-        if len(pool) < self.spec.min_workers:
+        if not self.has_enough:
             return ()
+        views = self.workers.views
+        able = [  # each view is looked at once: thousands of them are in no cache
+            (w, view.step, view.node_id, view.leaving)
+            for w in (*self.members, *self.standing_by)
+            if (view := views.get(w)) is not None
+            and view.status is not WorkerStatus.RAISED
+            and view.can_join
+        ]
+        pool = [one for one in able if not one[3]]
+        if len(pool) < self.spec.min_workers:
+            pool += [one for one in able if one[3]]
         chosen = pool[: self.desired]
-        newest = max(order, key=lambda w: self.workers[w].step)
-        if self.workers[newest].step > max(self.workers[w].step for w in chosen):
-            if not self.workers[newest].leaving:
+        newest = max(able, key=itemgetter(1))
+        if newest[1] > max(step for _, step, _, _ in chosen):
+            if not newest[3]:
                 chosen = chosen[: self.desired - 1]
             chosen.append(newest)
-        return self._node_by_node([w for w in order if w in chosen])
+        taken = frozenset(worker_id for worker_id, _, _, _ in chosen)
+        nodes: dict[str, list[WorkerId]] = {}
+        for worker_id, _, node_id, _ in able:
+            if worker_id in taken:
+                nodes.setdefault(node_id, []).append(worker_id)
+        return tuple(worker_id for there in nodes.values() for worker_id in there)
 
     @property
     def holders(self) -> tuple[WorkerId, ...]:
         """Stopped workers that hold train state, the newest state first."""
-        views = self.workers
-        found = [w for w, v in views.items() if v.step >= 0 and v.stopped and v.can_join]
-        found.sort(key=lambda w: (-views[w].step, views[w].status is WorkerStatus.RAISED))
+        views, stopped = self.workers.views, self.workers.stopped
+        found = [
+            w
+            for w, view in views.items()
+            if view.step >= 0
+            and view.can_join
+            and (w in stopped or view.status is not WorkerStatus.MEMBER)
+        ]
+        found.sort(
+            key=lambda w: (-views[w].step, views[w].status is WorkerStatus.RAISED, ordinal(w))
+        )
         return tuple(found)
 
-    def _node_by_node(self, order: Iterable[WorkerId]) -> tuple[WorkerId, ...]:
-        nodes: dict[str, list[WorkerId]] = {}
-        for worker_id in order:
-            nodes.setdefault(self.workers[worker_id].node_id, []).append(worker_id)
-        return tuple(worker_id for there in nodes.values() for worker_id in there)
-
     def _with_status(self, status: WorkerStatus) -> list[WorkerId]:
-        found = [w for w, view in self.workers.items() if view.status is status]
+        found = [w for w, view in self.workers.views.items() if view.status is status]
         return sorted(found, key=ordinal)
-
-
-def ordinal(worker_id: WorkerId) -> int:
-    """The how-manieth worker of its job this is, from 0."""
-    return int(worker_id[1:])
 
 
 @final
@@ -274,9 +256,25 @@ class Turn:
     """One call of `step`: the state as it becomes, and the actions so far."""
 
     def __init__(self, state: JobState, now: float) -> None:
-        self.state = state
+        self.job = state
+        """The state but for its workers, who may have changed since."""
+        self.workers = state.workers
+        """What is known of the workers by now; it may change with the next move."""
         self.now = now
         self.actions: list[Action] = []
+
+    @property
+    def state(self) -> JobState:
+        """Both, as they are now: a copy, where workers have changed."""
+        if self.job.workers is not self.workers:
+            self.job = changed(self.job, {"workers": self.workers})
+        return self.job
+
+    def own_workers(self) -> Roster:
+        """What is known of the workers, to be changed: no state holds it."""
+        if self.job.workers is self.workers:
+            self.workers = self.workers.copy()
+        return self.workers
 
     def settle(self, rules: Mapping[Phase, Callable[["Turn"], None]]) -> None:
         """Apply the rule of the phase until it changes nothing."""
@@ -287,32 +285,47 @@ class Turn:
                 return
 
     def set(self, **changes: Any) -> None:
-        self.state = replace(self.state, **changes)
+        self.job = changed(self.job, changes)
 
     def see(self, worker_id: WorkerId, **changes: Any) -> None:
         """Change what is known of one worker."""
-        view = replace(self.state.workers[worker_id], **changes)
-        self.set(workers={**self.state.workers, worker_id: view})
+        self.own_workers().see(worker_id, changes)
+
+    def see_all(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> None:
+        """Change what is known of many workers."""
+        if changes:
+            self.own_workers().see_all(changes)
 
     def forget(self, worker_id: WorkerId) -> None:
-        self.set(workers={w: v for w, v in self.state.workers.items() if w != worker_id})
+        self.own_workers().remove(worker_id)
 
     def act(self, action: type[Action], **fields: Any) -> None:
-        fields = {"generation": self.state.generation, **fields}
-        self.actions.append(action(job_id=self.state.job_id, **fields))
+        fields = {"generation": self.job.generation, **fields}
+        self.actions.append(action(job_id=self.job.job_id, **fields))
 
     def decide(self, kind: str, num_workers: int, reason: str) -> None:
         self.act(Decision, kind=kind, num_workers=num_workers, reason=reason)
+
+    def spare_the_lost(self) -> None:
+        """What one event of a report has asked of workers is for those that the rest of it has
+        left."""
+        views, asked = self.workers.views, self.actions
+        self.actions = []
+        for action in asked:
+            if isinstance(action, AbortGeneration):
+                members = tuple(w for w in action.members if w in views)
+                if members:
+                    self.act(AbortGeneration, generation=action.generation, members=members)
+            elif not isinstance(action, SaveCheckpoint) or action.worker_id in views:
+                self.actions.append(action)
 
     # -- workers ---------------------------------------------------------------------------------
 
     def ask_for_one(self) -> None:
         worker_id = WorkerId(f"w{self.state.num_started}")
         view = WorkerView(status=WorkerStatus.STARTING, heard_at=self.now, answered_at=self.now)
-        self.set(
-            workers={**self.state.workers, worker_id: view},
-            num_started=self.state.num_started + 1,
-        )
+        self.own_workers().add(worker_id, view)
+        self.set(num_started=self.state.num_started + 1)
         self.act(StartWorker, worker_id=worker_id)
 
     def let_go(self, worker_id: WorkerId, reason: str) -> None:
@@ -330,11 +343,12 @@ class Turn:
 
     def abort(self) -> None:
         """The step in flight is lost: make everybody who is still in it leave it."""
-        state = self.state
-        blocked = tuple(w for w in state.present if not state.workers[w].stopped)
-        self.set(phase=Phase.DRAINING)
-        if state.aborted_at is None:
+        if self.job.phase is not Phase.DRAINING:
+            self.set(phase=Phase.DRAINING)
+        if self.job.aborted_at is None:
             self.set(aborted_at=self.now)
+            state = self.state
+            blocked = tuple(w for w in state.present if w not in state.workers.stopped)
             if blocked:
                 self.act(AbortGeneration, members=blocked)
 
@@ -342,19 +356,11 @@ class Turn:
         """Tell the next generation to form. Who is not in it is kept until that runs: it may be
         the only one left with the state."""
         before, members = self.state, tuple(chosen)
-        workers = dict(before.workers)
-        for worker_id, view in before.workers.items():
-            if worker_id in members:
-                workers[worker_id] = replace(
-                    view, status=WorkerStatus.MEMBER, stopped=False, formed=False
-                )
-            elif view.status is WorkerStatus.MEMBER:
-                workers[worker_id] = replace(view, status=WorkerStatus.STANDBY)
+        self.own_workers().begin(members, before.members)
         self.set(
             phase=Phase.FORMING,
             generation=before.generation + 1,
             members=members,
-            workers=workers,
             batch_in_force=before.batch_wanted,
             aborted_at=None,
             raised=before.raised if before.ending else frozenset[WorkerId](),

@@ -6,11 +6,13 @@ others wait for it is replaced; in the script's own code it may take ten times a
 may evaluate there. Nobody is shed who alone holds the newest state.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from supple.core.job.endings import by_rank, conclude
 from supple.core.job.failures import lose, strike
-from supple.core.job.membership import JobState, Phase, Turn, WorkerView
+from supple.core.job.membership import JobState, Phase, Turn
+from supple.core.job.roster import Roster, WorkerView
 from supple.core.types import Doing, KillWorker, WorkerId
 
 SAID_AFTER_S = 10.0
@@ -37,16 +39,16 @@ _OF_THE_WORKER: tuple[Doing, ...] = ("data", "script", "backward", "update")
 """What a member does while others may have to wait for it."""
 
 
-def note(turn: Turn, worker_id: WorkerId, doing: Doing, since_s: float) -> None:
-    """A worker said what it does, and for how long."""
-    state = turn.state
-    view, since = state.workers[worker_id], turn.now - since_s
+def noted(turn: Turn, view: WorkerView, doing: Doing, since_s: float) -> dict[str, Any]:
+    """A worker said what it does, and for how long: what that changes in what is known of it."""
+    since = turn.now - since_s
     if view.doing == doing and since < view.since + _NEW_STRETCH_S:
-        turn.see(worker_id, doing_s=turn.now - view.since)
-        return
-    if view.doing in _OF_THE_WORKER and view.doing_s > state.longest.get(view.doing, 1.0):
-        turn.set(longest={**state.longest, view.doing: view.doing_s})
-    turn.see(worker_id, doing=doing, since=since, doing_s=since_s, said=False)
+        return {"doing_s": turn.now - view.since}
+    longest_s = turn.job.longest
+    if view.doing in _OF_THE_WORKER and view.doing_s > longest_s.get(view.doing, 1.0):
+        turn.set(longest={**longest_s, view.doing: view.doing_s})
+    changes = {"doing": doing, "since": since, "doing_s": since_s}
+    return changes | {"said": False} if view.said else changes
 
 
 def watch(turn: Turn) -> None:
@@ -55,15 +57,13 @@ def watch(turn: Turn) -> None:
     state = turn.state
     match state.phase:
         case Phase.RUNNING | Phase.DRAINING:
-            for worker_id in state.present:
-                view = turn.state.workers.get(worker_id)
-                if view is not None and view.doing in _OF_THE_WORKER and view.is_training:
-                    _look_at(turn, worker_id, view)
-                elif view is not None and view.doing == "after" and not view.finished:
-                    _say(turn, [worker_id])
-            _look_at_all(turn)
+            least_s = min(SAID_AFTER_S, state.spec.stall_timeout_s)
+            every = turn.workers.views.items()
+            if long := {worker_id for worker_id, view in every if view.doing_s >= least_s}:
+                _look_at_each(turn, [w for w in state.present if w in long])
+                _look_at_all(turn)
         case Phase.FORMING:
-            late = [w for w in state.present if not state.workers[w].formed]
+            late = [w for w in state.present if w not in state.workers.formed]
             _say(turn, late, f"; generation {state.generation} begins when all have formed it")
         case Phase.SAVING if state.saver in state.workers:
             if turn.now - state.saving_since >= SAID_AFTER_S:
@@ -95,27 +95,37 @@ def activities_in_words(state: JobState) -> dict[str, str]:
     }
 
 
-def _look_at(turn: Turn, worker_id: WorkerId, view: WorkerView) -> None:
-    """A member is elsewhere than in its collective."""
-    state, spec = turn.state, turn.state.spec
-    waiting = [w for w in state.present if w != worker_id and _waits(state.workers[w])]
-    for_s, limit_s = view.doing_s, _limit_s(state, view)
+def _look_at_each(turn: Turn, long: Sequence[WorkerId]) -> None:
+    """Members that have been at one thing for long."""
+    state, workers = turn.state, turn.state.workers
+    late = {w for w in long if workers[w].doing in _OF_THE_WORKER and workers.is_training(w)}
+    waiting = [w for w in state.present if _waits(workers, w)] if late else []
     who_waits = f"; {by_rank(state, waiting)} cannot go on without it" if waiting else ""
+    for worker_id in long:
+        view = workers[worker_id]
+        if worker_id in late:
+            _look_at(turn, worker_id, waiting, who_waits)
+        elif view.doing == "after" and not view.finished:
+            _say(turn, [worker_id])
+
+
+def _look_at(turn: Turn, worker_id: WorkerId, waiting: Sequence[WorkerId], who_waits: str) -> None:
+    """A member is elsewhere than in its collective."""
+    state, view = turn.state, turn.workers[worker_id]
+    for_s, limit_s = view.doing_s, _limit_s(state, view)
     if state.verdict is not None:
         if view.doing != "data":
             who_waits += "; its state cannot be saved from there"
     elif waiting:
         who_waits += f"; it is replaced after {limit_s:.0f} s (--stall-timeout)"
     _say(turn, [worker_id], who_waits)
+    if for_s < limit_s or state.verdict is not None:
+        return
     holders = [w for w in waiting if state.workers[w].can_join]
-    if (
-        for_s >= limit_s
-        and state.verdict is None
-        and any(state.workers[w].step >= view.step for w in holders)
-    ):
+    if any(state.workers[w].step >= view.step for w in holders):
         reason = (
             f"it had been {_words(view)} for {for_s:.0f} s while {by_rank(state, holders)} waited "
-            f"(--stall-timeout {spec.stall_timeout_s:g}s)"
+            f"(--stall-timeout {state.spec.stall_timeout_s:g}s)"
         )
         turn.act(KillWorker, worker_id=worker_id, reason=reason)
         lose(turn, worker_id, "stuck", reason)
@@ -124,11 +134,12 @@ def _look_at(turn: Turn, worker_id: WorkerId, view: WorkerView) -> None:
 def _look_at_all(turn: Turn) -> None:
     """Nobody waits for anybody in particular: all fetch data for too long, or wait in a circle."""
     state, spec = turn.state, turn.state.spec
-    views = [state.workers[w] for w in state.training]
-    if not views or len(views) < len(state.present) or state.verdict is not None:
+    num_training = state.workers.num_training
+    if not num_training or num_training < state.workers.num("present") or state.verdict is not None:
         return
-    least_s = min(view.doing_s for view in views)
+    views = [state.workers[w] for w in state.training]
     if all(view.doing == "data" for view in views):
+        least_s = min(view.doing_s for view in views)
         limit_s = max(_limit_s(state, view) for view in views)
         if least_s >= limit_s:
             conclude(
@@ -140,6 +151,7 @@ def _look_at_all(turn: Turn) -> None:
             turn.abort()
     elif state.aborted_at is None and all(v.doing in ("waiting", "fence") for v in views):
         _say(turn, state.training, ": nothing arrives from the others")
+        least_s = min(view.doing_s for view in views)
         if least_s >= spec.stall_timeout_s:
             reason = f"all ranks waited for each other for {least_s:.0f} s"
             turn.set(why=("recover", reason))
@@ -147,8 +159,9 @@ def _look_at_all(turn: Turn) -> None:
             turn.abort()
 
 
-def _waits(view: WorkerView) -> bool:
-    return not view.is_training or view.doing in ("waiting", "fence")
+def _waits(workers: Roster, worker_id: WorkerId) -> bool:
+    resting = not workers.is_training(worker_id)
+    return resting or workers[worker_id].doing in ("waiting", "fence")
 
 
 def _limit_s(state: JobState, view: WorkerView) -> float:
@@ -171,12 +184,11 @@ def _say(turn: Turn, workers: Iterable[WorkerId | None], more: str = "") -> None
     )
     if late_s is None:
         return
-    for worker_id in found:
-        turn.see(worker_id, said=True)
+    turn.see_all({worker_id: {"said": True} for worker_id in found})
     doing = {_words(view): None for view in found.values()}
     have = "has" if len(found) == 1 else "have"
     reason = f"{by_rank(state, found)} {have} been {' or '.join(doing)} for {late_s:.0f} s{more}"
-    turn.decide("keep", len(state.present), reason)
+    turn.decide("keep", state.workers.num("present"), reason)
 
 
 def _words(view: WorkerView) -> str:

@@ -1,0 +1,287 @@
+"""The workers of one job as its controller sees them, and how many of them are in each state.
+
+A job may have thousands of workers, and each tells something twice a second. So a change gives
+another `Roster` at a cost that does not grow with their number (a hash trie shares what is the
+same), the old one stays as it was, and what rules ask at every event is counted, not searched for.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar, final
+
+from immutables import Map
+
+from supple.core.types import Doing, WorkerId, WorkerStatus
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerView:
+    """What the controller knows of one worker."""
+
+    status: WorkerStatus
+    heard_at: float
+    """When it, or its node for it, last gave a sign of life."""
+    answered_at: float
+    """When its interpreter last did."""
+    said_unanswered: bool = False
+    """That it does not answer was told since then."""
+    node_id: str = ""
+    ready_at: float = 0.0
+    step: int = -1
+    """Committed steps it last told of at the end of a step or a forming; -1: no state."""
+    joined_step: int | None = None
+    """The step at which it first became a member."""
+    proven: bool = False
+    """It took part in enough committed steps to say that it did start."""
+    finished: bool = False
+    leaving: bool = False
+    """Its platform will take it."""
+    left_at: float | None = None
+    """When its script left the loop early, at `step`."""
+    doing: Doing | None = None
+    since: float = 0.0
+    """When it began that."""
+    doing_s: float = 0.0
+    """For how long it did that when it last said so: who cannot say it is not stuck."""
+    said: bool = False
+    """That it takes long has been said."""
+
+    @property
+    def can_join(self) -> bool:
+        """Its training function is still in its loop."""
+        return not self.finished and self.left_at is None
+
+
+Mark = Literal[
+    "starting",  # expected to stand by one day
+    "standby",
+    "newcomer",  # stands by, and may join
+    "able",  # a member, or stands by, and still in its loop
+    "joinable",  # and its platform will not take it
+    "present",  # a member
+    "taken",  # a member that its platform will take
+    "left",  # its script left the loop early
+    "after",  # and its training function still runs
+    "unwanted",  # no member, and none any more
+    "said",  # takes long, which has been said
+]
+"""What rules ask about workers; a worker has several."""
+
+
+@cache
+def _marks(
+    status: WorkerStatus, finished: bool, left: bool, leaving: bool, said: bool
+) -> frozenset[Mark]:
+    member, standby = status is WorkerStatus.MEMBER, status is WorkerStatus.STANDBY
+    able = (member or standby) and not finished and not left
+    has: dict[Mark, bool] = {
+        "starting": status is WorkerStatus.STARTING and not leaving,
+        "standby": standby,
+        "newcomer": standby and able and not leaving,
+        "able": able,
+        "joinable": able and not leaving,
+        "present": member,
+        "taken": member and leaving,
+        "left": left,
+        "after": left and not finished,
+        "unwanted": status is WorkerStatus.RAISED or (leaving and not member),
+        "said": said,
+    }
+    return frozenset(mark for mark, is_so in has.items() if is_so)
+
+
+def _marks_of(view: WorkerView | None) -> frozenset[Mark]:
+    if view is None:
+        return frozenset()
+    left = view.left_at is not None
+    return _marks(view.status, view.finished, left, view.leaving, view.said)
+
+
+_MARKING = frozenset(("status", "finished", "left_at", "leaving", "said"))
+"""The fields that marks are made of."""
+_NOBODY: Map[WorkerId, None] = Map()
+
+
+@final
+class Roster(Mapping[WorkerId, WorkerView]):
+    """What is known of each worker; iterates over the oldest first.
+
+    It can be changed, and must not be once a `JobState` holds it: a `Turn` changes its own copy.
+    """
+
+    __slots__ = ("_counts", "_first_ready_at", "formed", "gone_on", "stopped", "views")
+
+    def __init__(self) -> None:
+        self.views: Map[WorkerId, WorkerView] = Map()
+        """The same in no particular order: it differs between processes."""
+        self.stopped: Map[WorkerId, None] = _NOBODY
+        """Members that left their loop and wait for a generation."""
+        self.gone_on: Map[WorkerId, None] = _NOBODY
+        """Others that are past their loop."""
+        self.formed: Map[WorkerId, None] = _NOBODY
+        """Members that have the group of their generation, and the train state."""
+        self._counts: dict[Mark, int] = {}
+        self._first_ready_at = math.inf
+
+    def copy(self) -> "Roster":
+        """Another, with the same in it; at the same cost for any number of workers."""
+        copy = Roster.__new__(Roster)
+        copy.views = self.views
+        copy.stopped = self.stopped
+        copy.gone_on = self.gone_on
+        copy.formed = self.formed
+        copy._counts = self._counts.copy()
+        copy._first_ready_at = self._first_ready_at
+        return copy
+
+    def __getitem__(self, worker_id: WorkerId) -> WorkerView:
+        return self.views[worker_id]
+
+    def __contains__(self, worker_id: object) -> bool:
+        return worker_id in self.views
+
+    def __iter__(self) -> Iterator[WorkerId]:
+        return iter(sorted(self.views, key=ordinal))
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    # -- what rules ask ----------------------------------------------------------------------------
+
+    def num(self, mark: Mark) -> int:
+        """How many have this mark."""
+        return self._counts.get(mark, 0)
+
+    @property
+    def num_training(self) -> int:
+        """Members that are stepping, or should be."""
+        return self.num("present") - len(self.stopped) - len(self.gone_on)
+
+    @property
+    def num_busy(self) -> int:
+        """Members that have not stopped."""
+        return self.num("present") - len(self.stopped)
+
+    @property
+    def all_formed(self) -> bool:
+        """Has every member its group?"""
+        return len(self.formed) == self.num("present")
+
+    def is_training(self, worker_id: WorkerId) -> bool:
+        """Is it a member that is stepping, or should be?"""
+        return (
+            self.views[worker_id].status is WorkerStatus.MEMBER
+            and worker_id not in self.stopped
+            and worker_id not in self.gone_on
+        )
+
+    @property
+    def first_ready_at(self) -> float:
+        """When the first of the newcomers became ready; infinity without any."""
+        if self._first_ready_at == -math.inf:
+            newcomers = (v for v in self.views.values() if "newcomer" in _marks_of(v))
+            self._first_ready_at = min((view.ready_at for view in newcomers), default=math.inf)
+        return self._first_ready_at
+
+    # -- changes -----------------------------------------------------------------------------------
+
+    def see(self, worker_id: WorkerId, changes: Mapping[str, Any]) -> None:
+        """Some fields of one worker change."""
+        before = self.views[worker_id]
+        view = changed(before, changes)
+        self.views = self.views.set(worker_id, view)
+        if not _MARKING.isdisjoint(changes):
+            self._mark(worker_id, before, view)
+
+    def see_all(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> None:
+        """Some fields of many workers change."""
+        before = self.views
+        with before.mutate() as draft:
+            for worker_id, fields in changes.items():
+                draft[worker_id] = changed(before[worker_id], fields)
+            self.views = draft.finish()
+        for worker_id, fields in changes.items():
+            if not _MARKING.isdisjoint(fields):
+                self._mark(worker_id, before[worker_id], self.views[worker_id])
+
+    def add(self, worker_id: WorkerId, view: WorkerView) -> None:
+        self.views = self.views.set(worker_id, view)
+        self._mark(worker_id, None, view)
+
+    def remove(self, worker_id: WorkerId) -> None:
+        before = self.views[worker_id]
+        self.views = self.views.delete(worker_id)
+        self._mark(worker_id, before, None)
+
+    def stop(self, worker_id: WorkerId) -> None:
+        """A member has stopped."""
+        self.stopped = self.stopped.set(worker_id, None)
+        self.gone_on = _without(self.gone_on, worker_id)
+
+    def form(self, worker_id: WorkerId) -> None:
+        """A member has formed its group."""
+        self.formed = self.formed.set(worker_id, None)
+
+    def begin(self, members: Iterable[WorkerId], before: Iterable[WorkerId]) -> None:
+        """A generation of `members` begins after that of `before`, who stand by if they are still
+        there and not in it."""
+        self.stopped, self.gone_on, self.formed = _NOBODY, _NOBODY, _NOBODY
+        now, then = frozenset(members), frozenset(before)
+        changes: dict[WorkerId, Mapping[str, Any]]
+        changes = {w: {"status": WorkerStatus.MEMBER} for w in now - then}
+        for worker_id in then - now:
+            view = self.views.get(worker_id)
+            if view is not None and view.status is WorkerStatus.MEMBER:
+                changes[worker_id] = {"status": WorkerStatus.STANDBY}
+        self.see_all(changes)
+
+    def _mark(
+        self, worker_id: WorkerId, before: WorkerView | None, view: WorkerView | None
+    ) -> None:
+        """Keep what is counted, and who has stopped, in step with a change."""
+        had, has = _marks_of(before), _marks_of(view)
+        if had is has:
+            return
+        for mark in had - has:
+            self._counts[mark] -= 1
+        for mark in has - had:
+            self._counts[mark] = self.num(mark) + 1
+        if before is not None and "newcomer" in had and "newcomer" not in has:
+            if before.ready_at == self._first_ready_at:
+                self._first_ready_at = -math.inf  # it has to be searched for
+        elif view is not None and "newcomer" in has:
+            self._first_ready_at = min(view.ready_at, self._first_ready_at)
+        if "present" not in has and "present" in had:
+            self.stopped = _without(self.stopped, worker_id)
+            self.gone_on = _without(self.gone_on, worker_id)
+            self.formed = _without(self.formed, worker_id)
+        elif "present" in has and "able" not in has and worker_id not in self.stopped:
+            self.gone_on = self.gone_on.set(worker_id, None)
+
+
+def _without(some: Map[WorkerId, None], worker_id: WorkerId) -> Map[WorkerId, None]:
+    return some.delete(worker_id) if worker_id in some else some
+
+
+def ordinal(worker_id: WorkerId) -> int:
+    """The how-manieth worker of its job this is, from 0."""
+    return int(worker_id[1:])
+
+
+Record = TypeVar("Record")
+_new, _set = object.__new__, object.__setattr__
+
+
+def changed(record: Record, changes: Mapping[str, Any]) -> Record:
+    """A frozen dataclass with some fields changed, as `dataclasses.replace` makes it in ten times
+    the time: it would be most of what a heartbeat costs."""
+    before = record.__dict__
+    fields: dict[str, Any] = {**before, **changes}
+    if len(fields) != len(before):
+        unknown = ", ".join(sorted(fields.keys() - record.__dict__.keys()))
+        raise TypeError(f"our bug: {type(record).__name__} has no field {unknown}")
+    copy = _new(type(record))
+    _set(copy, "__dict__", fields)
+    return copy
