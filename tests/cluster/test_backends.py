@@ -31,6 +31,7 @@ from supple.core.types import (
     Heartbeat,
     JobId,
     KillWorker,
+    NodeReported,
     SaveCheckpoint,
     StartWorker,
     StopWorker,
@@ -123,7 +124,7 @@ class Company:
 
     async def listen(self) -> None:
         async for event in self.backend.events():
-            self.heard.append(event)
+            self.heard += event.events if isinstance(event, NodeReported) else (event,)
             self._more.set()
 
     async def do(self, action: type[Action], *, generation: int = 0, **values: Any) -> None:

@@ -25,6 +25,7 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorErro
 from supple.cluster.cluster_watch import ClusterWatch
 from supple.cluster.fencing import FenceKeeper
 from supple.cluster.life import Life, Sight, Sights
+from supple.cluster.node_reports import NodeReports
 from supple.cluster.ray_folder import RayFolder
 from supple.cluster.starting import start_ray, to_its_end
 from supple.cluster.worker import Report, WorkerBody, WorkerSetup
@@ -149,6 +150,7 @@ class RayBackend(Backend):
         self._rendezvous = Rendezvous(self._host or ray.util.get_node_ip_address(), spec.port)
         self._workers: dict[WorkerId, _Worker] = {}
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._reports = NodeReports(self._job_id, self._queue.put_nowait)
         self._fence_keeper = FenceKeeper(Path(run_path) / "checkpoints", self._notice)
         self._cluster = ClusterWatch(self._job_id, self._queue.put_nowait, lambda: self.nodes)
         self._watching: asyncio.Task[None] | None = None
@@ -205,6 +207,7 @@ class RayBackend(Backend):
             self._watching.cancel()
         for worker_id in list(self._workers):
             self._kill(worker_id)
+        self._reports.close()
         await self._know_workers()
         self._sights.close()
         await self._fence_keeper.close()
@@ -274,7 +277,7 @@ class RayBackend(Backend):
                     await asyncio.wait({end}, timeout=_POLL_S / 2)
                     continue
                 for event in report.events:
-                    self._queue.put_nowait(event)
+                    self._reports.tell(worker.node_id, event)
                 stays = report.generation == worker.generation == self._generation
                 if stays and report.step > worker.step:
                     self._calm.set()
@@ -315,6 +318,7 @@ class RayBackend(Backend):
                 break
             self._beat(worker_id, worker, "queued", time.monotonic() - began)
         try:
+            self._reports.report(worker.node_id)  # what it told while it had no node
             worker.pid, worker.node_id = greeting.result()
             worker.sight = self._sights.of(worker.pid, worker.node_id)
         except (RayError, psutil.NoSuchProcess) as error:
@@ -332,17 +336,16 @@ class RayBackend(Backend):
         self, worker_id: WorkerId, worker: _Worker, doing: Doing | None, since_s: float = 0.0
     ) -> None:
         """`doing` is what the worker answered, None if its node answered in its place."""
-        self._queue.put_nowait(
-            Heartbeat(
-                job_id=self._job_id,
-                generation=worker.generation,
-                worker_id=worker_id,
-                step=worker.step,
-                is_answer=doing is not None,
-                doing=doing,
-                since_s=since_s,
-            )
+        beat = Heartbeat(
+            job_id=self._job_id,
+            generation=worker.generation,
+            worker_id=worker_id,
+            step=worker.step,
+            is_answer=doing is not None,
+            doing=doing,
+            since_s=since_s,
         )
+        self._reports.tell(worker.node_id, beat)
 
     async def _lose(
         self, worker_id: WorkerId, worker: _Worker, cause: LossCause, error: Exception
@@ -352,15 +355,14 @@ class RayBackend(Backend):
         # Its process may live on, and what it started may hold its place in the cluster.
         self._let_ray_kill(worker)
         await self._know_workers()
-        self._queue.put_nowait(
-            WorkerLost(
-                job_id=self._job_id,
-                generation=0,
-                worker_id=worker_id,
-                cause=cause,
-                detail=_in_one_line(error) if self._verbose else cause_in_words(error),
-            )
+        lost = WorkerLost(
+            job_id=self._job_id,
+            generation=0,
+            worker_id=worker_id,
+            cause=cause,
+            detail=_in_one_line(error) if self._verbose else cause_in_words(error),
         )
+        self._reports.tell(worker.node_id, lost)
 
     def _let_go(self, worker_id: WorkerId) -> None:
         worker = self._workers.get(worker_id)
@@ -381,6 +383,7 @@ class RayBackend(Backend):
         if worker is None:
             return
         worker.leaving = True
+        self._reports.forget(worker_id)
         self._let_ray_kill(worker)
         if worker.sight is not None:
             worker.sight.kill()

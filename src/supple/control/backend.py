@@ -19,7 +19,8 @@ class Backend(Protocol):
         ...
 
     def events(self) -> AsyncIterator[Event]:
-        """What happens, in order for each worker; called once. A worker that was started sends
+        """What happens, in order for each worker; called once. What the workers of a node told at
+        about one time may come together, as `NodeReported`. A worker that was started sends
         heartbeats and is told of by `WorkerLost` once, if its process ends unasked; after
         `KillWorker` nothing new comes of it. A generator that waits for ever: it is cancelled."""
         ...
