@@ -11,6 +11,7 @@ from typing import Any, Literal, final
 
 from supple.control.advisor import Advisor
 from supple.control.backend import Backend, Clock, Observer
+from supple.control.garbage import rare_collections
 from supple.control.socket import ControlServer
 from supple.core.job import lifecycle, stalls
 from supple.core.job.lifecycle import JobState, Phase
@@ -24,6 +25,7 @@ from supple.core.types import (
     GroupFormed,
     Heartbeat,
     JobId,
+    NodeReported,
     PreemptionNoticed,
     Progress,
     StopRequested,
@@ -125,6 +127,10 @@ class Controller:
 
     async def run(self) -> Outcome:
         """Until the job has finished, was stopped, or failed."""
+        with rare_collections():
+            return await self._run()
+
+    async def _run(self) -> Outcome:
         control = ControlServer(self._spec.name, self.answer)
         await control.start()
         background = [
@@ -180,6 +186,10 @@ class Controller:
         now = self._clock.now()
         match event:
             case Heartbeat() | Ticked():
+                return
+            case NodeReported():
+                for one in event.events:
+                    self._note(one)
                 return
             case WorkerStopped():
                 self._pause_began = self._pause_began or now
