@@ -19,7 +19,9 @@ from supple.core.types import (
     Event,
     FormGroup,
     GroupFormed,
+    Heartbeat,
     JobId,
+    NodeReported,
     Progress,
     SaveCheckpoint,
     StartWorker,
@@ -159,6 +161,19 @@ def test_a_job_ends_when_its_workers_have_finished(tmp_path: Path) -> None:
     assert outcome.status == "finished"
     assert "7 steps" in outcome.reason
     assert isinstance(backend.done[-1], StopWorker)
+
+
+def test_who_watches_is_told_of_each_event_of_a_report_but_of_no_heartbeat(tmp_path: Path) -> None:
+    async def finish(_: Controller, backend: ObligingBackend, witness: Witness) -> None:
+        await witness.until(formed(1))
+        fields = {"job_id": backend.job_id, "generation": 1, "worker_id": backend.members[0]}
+        told = (Heartbeat(step=7, **fields), WorkerFinished(step=7, **fields))
+        backend.tell(NodeReported, node_id="n", events=told)
+
+    outcome, _, witness, _ = play(tmp_path, finish)
+    assert "7 steps" in outcome.reason
+    assert [type(thing) for thing in witness.seen].count(WorkerFinished) == 1
+    assert not any(isinstance(thing, NodeReported | Heartbeat) for thing in witness.seen)
 
 
 def test_a_resize_from_another_terminal_is_carried_out_and_said(tmp_path: Path) -> None:

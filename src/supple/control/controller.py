@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 from supple.control.backend import Backend, Clock, Observer
+from supple.control.garbage import rare_collections
 from supple.control.socket import ControlServer
 from supple.core.job import advisor, lifecycle, stalls
 from supple.core.job.advisor import AdvisorState
@@ -125,6 +126,10 @@ class Controller:
 
     async def run(self) -> Outcome:
         """Until the job has finished, was stopped, or failed."""
+        with rare_collections():
+            return await self._run()
+
+    async def _run(self) -> Outcome:
         control = ControlServer(self._spec.name, self.answer)
         await control.start()
         background = [
