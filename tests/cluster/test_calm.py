@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from supple.cluster.node_reports import NodeReports
 from supple.cluster.ray import RayBackend, _Worker
 from supple.cluster.worker import Report
 from supple.core.spec import TrainSpec
@@ -116,6 +117,7 @@ def test_it_is_a_step_of_the_newest_generation_that_calms(
         made._follow = RayBackend._follow.__get__(made)
         made._queue = asyncio.Queue()
         made._job_id = JobId("job")
+        made._reports = NodeReports(made._job_id, lambda _: None)
         worker = _Worker(generation=generation, step=10)
 
         class Sight:

@@ -152,6 +152,7 @@ def test_of_who_is_a_member_no_more_nothing_of_its_generation_is_left(change: An
     assert now.all_formed
 
 
+@pytest.mark.slow
 def test_the_oldest_comes_first_whatever_the_process_hashes() -> None:
     """Python hashes text differently in every process, and the map underneath goes by hashes."""
     source = "from tests.core.test_roster import roster, MEMBER\nprint(*roster(*[MEMBER] * 40))\n"

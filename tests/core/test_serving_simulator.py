@@ -203,7 +203,7 @@ def test_every_request_ends_once_under_any_scaling_and_any_failures(
     assert (runs[1].latencies_s == run.latencies_s).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20))
 @given(seed=st.integers(0, 10_000), batch=st.integers(1, 4), load=st.floats(0.5, 8.0))
 def test_whom_a_replica_takes_in_is_in_time_where_batches_take_what_is_planned(
     seed: int, batch: int, load: float
@@ -221,7 +221,7 @@ def test_whom_a_replica_takes_in_is_in_time_where_batches_take_what_is_planned(
     assert (run.latencies_s[run.in_time] <= DEADLINE_SHARE * SLO.within_s + 1e-9).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20))
 @given(seed=st.integers(0, 10_000), rate=st.floats(0.2, 3.0))
 def test_a_dead_replicas_requests_are_asked_again_and_none_is_lost(seed: int, rate: float) -> None:
     """With time enough nobody is refused: all are answered, though every replica dies often."""

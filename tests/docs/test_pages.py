@@ -75,6 +75,7 @@ def test_a_journey_goes_through_files_and_names_that_exist(journey: str) -> None
             assert re.search(defined, found[0].read_text(encoding="utf-8"), re.M), (path, part)
 
 
+@pytest.mark.slow
 def test_every_promise_names_tests_that_exist() -> None:
     rows = re.findall(r"^\| (.*) \| (.*) \|$", text_of("docs/promises.md"), re.M)[1:]
     assert len(rows) > 15

@@ -431,7 +431,7 @@ class Progress:
     """Exposed: waiting for gradients of others."""
     data_time_s: float
     micro_batch_size: int
-    """Of rank 0, its largest, and how many it had in the last step."""
+    """Samples of the largest micro-batch of rank 0 in a full step, and how many it has."""
     num_accumulation_steps: int
     num_nodes: int
     most_per_node: int

@@ -74,7 +74,7 @@ class JobState:
     generation: int = 0
     workers: Roster = field(default_factory=Roster)
     members: tuple[WorkerId, ...] = ()
-    """Of the current generation, in rank order; those lost since are no longer in `workers`."""
+    """Members of the current generation in rank order; lost ones are no longer in `workers`."""
     desired: int = 1
     desired_reason: str = ""
     aborted_at: float | None = None

@@ -266,7 +266,7 @@ def _without(some: Map[WorkerId, None], worker_id: WorkerId) -> Map[WorkerId, No
 
 
 def ordinal(worker_id: WorkerId) -> int:
-    """The how-manieth worker of its job this is, from 0."""
+    """The worker's index in its job, from 0."""
     return int(worker_id[1:])
 
 

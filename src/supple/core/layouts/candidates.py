@@ -26,10 +26,10 @@ class LayoutSpace:
     model: Model
     times: LayoutModel
     memory_bytes: float
-    """Of one accelerator."""
+    """Memory of one accelerator."""
     optimizer: str = "adam"
-    """Of a transformer: a key of `supple.core.layouts.memory.OPTIMIZER_BYTES`. Layers were measured
-    with one, whose name says its family."""
+    """For a transformer, a key of `supple.core.layouts.memory.OPTIMIZER_BYTES`. Layers were
+    measured with one, whose name says its family."""
 
     def __post_init__(self) -> None:
         check_layers(self.model)

@@ -14,7 +14,7 @@ from supple.core.types import Estimate, Infeasible, ParallelLayout, Plan
 from supple.core.words import in_words
 
 _MEMORY_SHARE = 0.92
-"""Of a device's memory that a plan may use."""
+"""The share of a device's memory that a plan may use."""
 _MAX_ACCUMULATION = 256
 """Micro-batches of a step up to which a batch is grown; the script's own batch is cut into as many
 as memory needs."""

@@ -25,10 +25,10 @@ FIRST_PRIORITY: Final = 1
 DEFAULT_PRIORITY: Final = 5
 LAST_PRIORITY: Final = 9
 DEADLINE_SHARE: Final = 0.9
-"""Of the promise, what the queue plans with; the rest is for reading and writing the request."""
+"""Share of the promised latency that the queue plans with; the rest is for reading and writing."""
 PLANNED_QUANTILE: Final = 0.9
-"""Of a batch's time, what the queue plans with: a plan is several batches, so that their sum is
-rarer."""
+"""The quantile of a batch's time that the queue plans with: a plan is several batches, so that
+their sum is rarer."""
 _SHORTEST_RETRY_S: Final = 1e-3
 _ROUNDING_S: Final = 1e-9
 """What sums of seconds may be off by."""

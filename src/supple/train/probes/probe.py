@@ -91,7 +91,7 @@ class Probe:
     `step_budget_s` in the mean."""
 
     report_made: ProbeReport
-    """Of a complete measurement."""
+    """The report of a complete measurement."""
 
     def __init__(
         self,
