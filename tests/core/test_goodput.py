@@ -1,7 +1,6 @@
 """What a batch is worth, and its learning rate."""
 
 import math
-from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supple.core.training.goodput import (
-    best_global_batch,
     efficiency,
     expected_efficiency,
     family_of,
@@ -102,31 +100,6 @@ def test_the_expected_efficiency_of_the_base_batch_is_known() -> None:
     assert (found.low, found.value, found.high) == (1.0, 1.0, 1.0)
 
 
-def test_the_best_batch_grows_with_the_noise_scale() -> None:
-    def throughput(batch: int) -> float:
-        return batch / (1.0 + batch / 1000.0)
-
-    small, large = (
-        best_global_batch(
-            efficiency=partial(efficiency, phi, 32),
-            base_batch=32,
-            largest=4096,
-            throughput=throughput,
-        )
-        for phi in (10, 10_000)
-    )
-    assert 32 <= small < large <= 4096
-
-
-def test_no_batch_but_the_base_is_tried_where_none_may_be_larger() -> None:
-    assert (
-        best_global_batch(
-            efficiency=lambda _: 1.0, base_batch=32, largest=16, throughput=lambda _: 1.0
-        )
-        == 32
-    )
-
-
 def test_adam_stops_at_the_noise_scale_and_says_so() -> None:
     assert rate("adam", 4, 200.0) == pytest.approx(math.sqrt(2.0))
     assert rate("adam", 4, 10.0) == 1.0
@@ -162,24 +135,6 @@ def test_a_larger_jump_warms_up_no_shorter(one: float, other: float) -> None:
 def test_a_learning_rate_falls_at_once() -> None:
     assert warmup_steps(0.5) == 0
     assert warmup_steps(2.0) == 40
-
-
-@pytest.mark.parametrize("num_candidates", [2, 16, 50])
-def test_the_best_batch_may_be_the_last_doubling_without_more_accumulation(
-    num_candidates: int,
-) -> None:
-    def throughput(batch: int) -> float:
-        return batch / math.ceil(batch / 32)
-
-    for noise_scale in (20.0, 1e3, 1e6):
-        found = best_global_batch(
-            efficiency=partial(efficiency, noise_scale, 16),
-            base_batch=16,
-            largest=63,
-            throughput=throughput,
-            num_candidates=num_candidates,
-        )
-        assert found == 32
 
 
 def test_the_worth_of_a_batch_says_what_it_rests_on() -> None:
@@ -237,13 +192,6 @@ def test_a_learning_rate_without_meaning_is_refused(base_lr: float, batch: int, 
 def test_a_warm_up_by_no_factor_is_refused(factor: float) -> None:
     with pytest.raises(ValueError, match="it must be positive"):
         warmup_steps(factor)
-
-
-@pytest.mark.parametrize("odd", [{"base_batch": 0}, {"num_candidates": 1}, {"largest": math.inf}])
-def test_the_best_of_no_batches_is_refused(odd: dict[str, float]) -> None:
-    asked: dict[str, Any] = {"base_batch": 64, "largest": 512, "num_candidates": 16} | odd
-    with pytest.raises(ValueError, match="at least 1 and 2"):
-        best_global_batch(efficiency=float, throughput=float, **asked)
 
 
 def test_a_family_or_a_rule_that_there_is_not_is_refused() -> None:

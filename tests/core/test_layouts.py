@@ -450,14 +450,6 @@ def test_attention_that_keeps_no_scores_moves_none_through_the_memory() -> None:
     assert full - flash == pytest.approx(moved, rel=0.02)
 
 
-def test_the_fastest_of_several_layouts_is_found() -> None:
-    slow, fast = run(pp=4, num=1, micro_batch=8), run(dp=4, num=1, micro_batch=2)
-    assert UNMEASURED.fastest([slow, fast]) == fast
-    with pytest.raises(ValueError, match="hand in at least 1"):
-        UNMEASURED.fastest([])
-    assert UNMEASURED.predict_all([]) == []
-
-
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from supple.core.hardware import lookup
 from supple.core.planning.choice import PlanTable, choose
 from supple.core.planning.data_parallel import DataParallel
-from supple.core.planning.planner import counts_within, plan, rate_at, row_for
+from supple.core.planning.planner import batches_for, counts_within, plan, rate_at, row_for
 from supple.core.planning.view import JobView
 from supple.core.spec import KNEE_SHARE, LARGEST_COUNT, Limits, Objective
 from supple.core.training.learning_rate import TunedRate
@@ -91,7 +91,7 @@ def test_counts_are_every_doubling_up_to_the_cap_and_the_limits_own(a: int, b: i
         assert found == sorted(set(found)) and found[0] == least and found[-1] <= end
         powers = [2**power for power in range(18) if least <= 2**power <= end]
         assert set(found) == {least, *powers} | ({cap} if cap else set())
-        assert all(after <= 2 * before for before, after in itertools.pairwise(found))
+        assert all(after <= 2 * before for before, after in itertools.itertools.pairwise(found))
 
 
 def test_a_cap_far_beyond_the_largest_count_without_one_leaves_no_gap() -> None:
@@ -120,6 +120,24 @@ def test_a_batch_that_may_grow_has_a_sample_for_every_worker() -> None:
     assert [row.num_workers for row in found.rows][-1] == 256
     assert all(row.batch.global_batch_size >= row.num_workers for row in found.rows)
     assert "Counts above 384 are left out" in found.reason
+
+
+@given(st.integers(1, 5000), st.integers(1, 400), st.sampled_from(["sgd", "adam"]))
+def test_batches_looked_at_are_quarters_of_doublings_from_the_scripts_own_to_the_largest(
+    base: int, count: int, family: str
+) -> None:
+    view = job(base_batch_size=base, optimizer_family=family)
+    assert batches_for(view, Limits(), count) == [base]
+    found = batches_for(view, Limits(batch="adaptive"), count)
+    most = min(base * (4 if family == "adam" else 64), view.dataset_size)
+    assert found == sorted(set(found)) and found[0] == base and found[-1] == max(base, most)
+    assert {base << power for power in range(7) if base << power <= most} <= set(found)
+    assert count in found or not base < count <= most
+    assert all(
+        after <= max(before + 1, 1.51 * before) for before, after in itertools.pairwise(found)
+    )
+    blind = job(base_batch_size=base, noise_scale=None)
+    assert batches_for(blind, Limits(batch="adaptive"), count) == [base], "worth nothing is known"
 
 
 def test_a_least_count_without_a_sample_for_every_worker_is_refused() -> None:

@@ -96,7 +96,7 @@ ROUGH: list[Happening] = [
 @pytest.mark.slow
 def test_worker_processes_lose_and_double_nothing_in_a_rough_history() -> None:
     def make() -> Loader:
-        return make_loader(Numbers(120), epochs=2, shuffle=True, seed=5, num_workers=1)
+        return make_loader(Numbers(120), epochs=2, shuffle=True, seed=5, num_loader_processes=1)
 
     run = Run(make, num_ranks=2).play(ROUGH)
     report = prove(run.records, expected=range(120), num_epochs=2)
@@ -107,7 +107,7 @@ def test_worker_processes_lose_and_double_nothing_in_a_rough_history() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_the_data_handed_out_is_that_of_the_samples_named(num_workers: int) -> None:
-    loader = loader_of(Numbers(30), epochs=2, num_workers=num_workers)
+    loader = loader_of(Numbers(30), epochs=2, num_loader_processes=num_workers)
     num_steps = 0
     while not loader.done:
         for micro in loader.feed():
@@ -120,7 +120,7 @@ def test_the_data_handed_out_is_that_of_the_samples_named(num_workers: int) -> N
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_feeding_again_without_a_commit_gives_the_same_samples(num_workers: int) -> None:
-    loader = loader_of(Numbers(50), num_workers=num_workers)
+    loader = loader_of(Numbers(50), num_loader_processes=num_workers)
     first = ids(loader)
     assert ids(loader) == first
     next(iter(loader.feed()))  # half a step
@@ -164,7 +164,7 @@ def test_a_batch_larger_than_the_dataset_is_one_step_an_epoch() -> None:
 
 def test_a_rank_without_a_share_is_handed_nothing() -> None:
     for num_workers in (0, 1):
-        loader = loader_of(Numbers(9), num_workers=num_workers)
+        loader = loader_of(Numbers(9), num_loader_processes=num_workers)
         loader.place(loader.position, 2, 3, 2, 2)
         num_steps = 0
         while not loader.done:
@@ -199,7 +199,9 @@ class Noisy(Dataset[Any]):
 
 def fed_by_shard(num_workers: int, num_ranks: int, history: list[Happening]) -> dict:
     def make() -> Loader:
-        return make_loader(Noisy(), epochs=2, shuffle=True, seed=1, num_workers=num_workers)
+        return make_loader(
+            Noisy(), epochs=2, shuffle=True, seed=1, num_loader_processes=num_workers
+        )
 
     run = Run(make, num_ranks=num_ranks, num_logical_shards=5).play(history)
     return {(step, shard): data.tolist() for step, shard, data in run.data}
@@ -221,7 +223,7 @@ def test_logical_shards_get_the_same_data_from_worker_processes() -> None:
 
 
 def test_switching_to_logical_shards_drops_what_was_fetched_for_micro_batches() -> None:
-    loader = loader_of(Numbers(40), num_workers=1)
+    loader = loader_of(Numbers(40), num_loader_processes=1)
     plain = [index for part in ids(loader) for index in part]
     shards = list(loader.feed_shards(3))
     assert [micro.shard_id for micro in shards] == [0, 1, 2]
@@ -239,7 +241,7 @@ class Pids(Numbers):
 
 
 def test_worker_processes_live_through_every_placement() -> None:
-    loader = loader_of(Pids(400), num_workers=1)
+    loader = loader_of(Pids(400), num_loader_processes=1)
     seen: set[int] = set()
     for world_size in (1, 3, 2, 6, 1):
         loader.place(loader.position, 0, world_size, 24, 4)
@@ -259,7 +261,7 @@ class Broken(Numbers):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_error_of_the_dataset_is_raised_where_its_batch_is_due(num_workers: int) -> None:
-    loader = loader_of(Broken(16), shuffle=False, num_workers=num_workers)
+    loader = loader_of(Broken(16), shuffle=False, num_loader_processes=num_workers)
     feed = loader.feed()
     assert next(feed).ids == [0, 1, 2, 3]
     with pytest.raises(RuntimeError, match="sample 6 is not readable"):
@@ -267,7 +269,7 @@ def test_an_error_of_the_dataset_is_raised_where_its_batch_is_due(num_workers: i
 
 
 def test_worker_processes_end_with_the_last_step() -> None:
-    loader = loader_of(Pids(8), num_workers=1)
+    loader = loader_of(Pids(8), num_loader_processes=1)
     (pid,) = {int(pid) for data in fed(loader) for pid in data[1]}
     assert pid in {child.pid for child in multiprocessing.active_children()}
     loader.commit([])
@@ -312,7 +314,7 @@ def test_every_way_of_fetching_gives_the_same_batches() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_collate_fn_gets_the_samples_of_a_micro_batch(num_workers: int) -> None:
-    loader = loader_of(Numbers(8), shuffle=False, collate_fn=list, num_workers=num_workers)
+    loader = loader_of(Numbers(8), shuffle=False, collate_fn=list, num_loader_processes=num_workers)
     assert fed(loader)[0] == [(0, 0), (1, 1), (2, 4), (3, 9)]
 
 

@@ -280,7 +280,7 @@ def test_a_position_of_other_shards_is_refused() -> None:
     ("use", "message"),
     [
         (
-            lambda: make_loader(shards(4), epochs=1, shuffle=True, seed=0, num_workers=2),
+            lambda: make_loader(shards(4), epochs=1, shuffle=True, seed=0, num_loader_processes=2),
             "workers=2",
         ),
         (lambda: loader_of(shards(4)).feed_shards(8), "8 logical shards"),

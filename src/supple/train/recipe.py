@@ -29,7 +29,7 @@ class Batches:
     epochs: int
     shuffle: bool
     collate_fn: Callable[[list[Any]], Any] | None
-    num_workers: int
+    num_loader_processes: int
     micro_batch_size: int | None
 
     def loader(self, seed: int) -> Loader:
@@ -52,7 +52,7 @@ class Batches:
             shuffle=self.shuffle,
             seed=seed,
             collate_fn=self.collate_fn,
-            num_workers=self.num_workers,
+            num_loader_processes=self.num_loader_processes,
         )
 
 

@@ -198,12 +198,6 @@ class LayoutModel:
         )
         return np.exp(logs), slopes
 
-    def fastest(self, runs: Sequence[LayoutRun]) -> LayoutRun:
-        """The run predicted to take the least time; `ValueError` for none."""
-        if not runs:
-            raise ValueError("the fastest of 0 layouts was asked for: hand in at least 1.")
-        return min(zip(self.predict_all(runs), runs, strict=True), key=lambda e: e[0].value)[1]
-
 
 def _about(value: float, variance: float, source: Source) -> Estimate:
     """With the 80 % interval of a logarithm of this variance."""

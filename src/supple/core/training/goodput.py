@@ -7,7 +7,6 @@ learning-rate rule holds for which optimizer, and how far, was checked on public
 """
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -196,41 +195,6 @@ def warmup_steps(factor: float) -> int:
     if factor <= 1.0:
         return 0
     return round(min(_WARM_UP_STEPS_MAX, _WARM_UP_STEPS_PER_FACTOR * factor))
-
-
-def best_global_batch(
-    *,
-    efficiency: Callable[[int], float],
-    base_batch: int,
-    largest: int,
-    throughput: Callable[[int], float],
-    num_candidates: int = 50,
-) -> int:
-    """The batch from `base_batch` to `largest` with the highest goodput, throughput x efficiency
-    (Pollux's search over a geometric grid). `throughput(batch)` is in samples per second,
-    `efficiency(batch)` relative to the base batch.
-
-    The doublings of the base are candidates too: those are the sizes that workers share evenly, and
-    the largest that need no more accumulation. Raises `ValueError` for a base batch below 1, a
-    largest that is not finite, and fewer than 2 candidates."""
-    if base_batch < 1 or num_candidates < 2 or not math.isfinite(largest):
-        raise ValueError(
-            f"the best batch was asked for with base_batch={base_batch}, largest={largest}, "
-            f"num_candidates={num_candidates}: the batches must be finite, the base and the "
-            "candidates at least 1 and 2. Give the script's batch, and sizes to choose among."
-        )
-    if largest <= base_batch:
-        return base_batch
-    growth = (largest / base_batch) ** (1.0 / (num_candidates - 1))
-    candidates = {round(base_batch * growth**index) for index in range(num_candidates)}
-    candidates |= {
-        base_batch << doublings for doublings in range(int(largest // base_batch).bit_length())
-    }
-
-    def goodput(batch: int) -> float:
-        return throughput(batch) * efficiency(batch)
-
-    return max(sorted(candidates | {base_batch, largest}), key=goodput)
 
 
 def _check(noise_scale: float | None, *batches: float) -> None:

@@ -102,13 +102,13 @@ def make_loader(
     shuffle: bool,
     seed: int,
     collate_fn: Callable[[list[Any]], Any] | None = None,
-    num_workers: int = 0,
+    num_loader_processes: int = 0,
     device: torch.device | None = None,
 ) -> Loader:
     """A loader for a map dataset (`__len__` and `__getitem__`), for a list of iterable shards
     (iterables or functions that return one), or for a single iterable as the only shard.
 
-    Raises `SpecError` for anything else, for no data, and for `num_workers` with shards.
+    Raises `SpecError` for anything else, for no data, and for `num_loader_processes` with shards.
     """
     if isinstance(dataset, DataLoader):
         raise SpecError(
@@ -123,12 +123,12 @@ def make_loader(
             shuffle=shuffle,
             seed=seed,
             collate_fn=collate_fn,
-            num_workers=num_workers,
+            num_loader_processes=num_loader_processes,
             device=device,
         )
-    if num_workers > 0:
+    if num_loader_processes > 0:
         raise SpecError(
-            f"num_workers={num_workers} with iterable shards: they are read in the training "
+            f"num_workers={num_loader_processes} with iterable shards: they are read in the training "
             "process, because a shard cannot tell its position. Leave num_workers at 0, or give "
             "a dataset with __len__ and __getitem__."
         )

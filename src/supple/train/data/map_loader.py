@@ -118,7 +118,7 @@ class _Plan:
 class MapLoader:
     """See `supple.train.data.loader.Loader` for what every method guarantees.
 
-    `dataset` has `__len__` and `__getitem__` (and perhaps `__getitems__`). With `num_workers`,
+    `dataset` has `__len__` and `__getitem__` (and perhaps `__getitems__`). With `num_loader_processes`,
     samples are fetched ahead in that many processes, except for a plain `TensorDataset`, whose
     batches are cheaper to index than to send. Random augmentation in such a process depends on
     the seed and on the samples, not on the process.
@@ -134,7 +134,7 @@ class MapLoader:
         shuffle: bool,
         seed: int,
         collate_fn: Callable[[list[Any]], Any] | None = None,
-        num_workers: int = 0,
+        num_loader_processes: int = 0,
         device: torch.device | None = None,
     ) -> None:
         self._source = Source(dataset=dataset, collate_fn=collate_fn)
@@ -158,9 +158,9 @@ class MapLoader:
         self._prefetcher: Prefetcher | None = None
         self._prefetched: tuple[Position, _Plan] | None = None
         """The step, and how it is cut, whose first micro-batch the prefetcher gives next."""
-        if num_workers > 0 and not self._source.is_in_memory:
+        if num_loader_processes > 0 and not self._source.is_in_memory:
             pin = device is not None and device.type == "cuda"
-            self._prefetcher = Prefetcher(self._source, num_workers, pin_memory=pin)
+            self._prefetcher = Prefetcher(self._source, num_loader_processes, pin_memory=pin)
 
     def place(
         self,

@@ -74,19 +74,19 @@ class Source:
 
 @final
 class Prefetcher:
-    """Fetches the tasks of the current plan, in order, in `num_workers` processes."""
+    """Fetches the tasks of the current plan, in order, in `num_loader_processes` processes."""
 
-    def __init__(self, source: Source, num_workers: int, *, pin_memory: bool) -> None:
+    def __init__(self, source: Source, num_loader_processes: int, *, pin_memory: bool) -> None:
         self._plan = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._queue = _Queue(self._plan)
         self._loader: DataLoader[Any] = DataLoader(
             _Numbered(source, self._plan),
             sampler=self._queue,  # pyright: ignore[reportArgumentType]
             batch_size=None,
-            num_workers=num_workers,
+            num_workers=num_loader_processes,
             collate_fn=_unchanged,
             pin_memory=pin_memory,
-            worker_init_fn=_EndWithParent() if num_workers > 0 else None,
+            worker_init_fn=_EndWithParent() if num_loader_processes > 0 else None,
             generator=torch.Generator().manual_seed(0),
             # What a script defines is found again only by a process that is a copy of this one.
             multiprocessing_context="fork" if sys.platform == "linux" else None,

@@ -65,7 +65,7 @@ class LayerProbe:
 
     def micro_batches(self, recipe: Recipe) -> Generator[MicroBatch, None, None]:
         asked, self._recipe = recipe.batches, recipe
-        loader = replace(asked, num_workers=0).loader(recipe.seed)
+        loader = replace(asked, num_loader_processes=0).loader(recipe.seed)
         known = loader.samples_total
         self._total = known or asked.batch_size
         largest = min(

@@ -164,7 +164,7 @@ class MemoryTracer:
 
     def micro_batches(self, recipe: Recipe) -> Generator[MicroBatch, None, None]:
         asked, self._optimizer = recipe.batches, recipe.optimizer
-        loader = replace(asked, epochs=1, num_workers=0).loader(recipe.seed)
+        loader = replace(asked, epochs=1, num_loader_processes=0).loader(recipe.seed)
         if not self.found:
             self.batch_size, self.dataset_size = asked.batch_size, loader.samples_total
             self.pending = _sizes(asked.micro_batch_size or asked.batch_size, self.dataset_size)
