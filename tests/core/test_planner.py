@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -26,15 +27,19 @@ from tests.examples import examples
 _OF_THE_COST = {"step_time", "memory_model", "device_memory_bytes", "largest_micro_batch"}
 
 
-def job(**changes: Any) -> JobView:
-    """A job measured on one and two workers; `changes` of its view, or of the cost of its step."""
-    model = fit(
+@cache
+def measured_on_two() -> StepTimeModel:
+    return fit(
         [*ALONE, measured(2, 32)],
         gradient_bytes=GRADIENT_BYTES,
         link=lookup("infiniband-200"),
         local_link=lookup("loopback"),
         workers_per_node=64,
     )
+
+
+def job(**changes: Any) -> JobView:
+    """A job measured on one and two workers; `changes` of its view, or of the cost of its step."""
     of_the_cost = {name: value for name, value in changes.items() if name in _OF_THE_COST}
     fields: dict[str, Any] = {
         "noise_scale": 500.0,
@@ -46,7 +51,7 @@ def job(**changes: Any) -> JobView:
         "optimizer_family": "adam",
     } | {name: value for name, value in changes.items() if name not in _OF_THE_COST}
     cost: dict[str, Any] = {
-        "step_time": model,
+        "step_time": measured_on_two(),
         "script_batch_size": fields["base_batch_size"],
     } | of_the_cost
     return JobView(cost=DataParallel(**cost), **fields)
@@ -91,7 +96,7 @@ def test_counts_are_every_doubling_up_to_the_cap_and_the_limits_own(a: int, b: i
         assert found == sorted(set(found)) and found[0] == least and found[-1] <= end
         powers = [2**power for power in range(18) if least <= 2**power <= end]
         assert set(found) == {least, *powers} | ({cap} if cap else set())
-        assert all(after <= 2 * before for before, after in itertools.itertools.pairwise(found))
+        assert all(after <= 2 * before for before, after in itertools.pairwise(found))
 
 
 def test_a_cap_far_beyond_the_largest_count_without_one_leaves_no_gap() -> None:

@@ -128,9 +128,9 @@ def make_loader(
         )
     if num_loader_processes > 0:
         raise SpecError(
-            f"num_workers={num_loader_processes} with iterable shards: they are read in the training "
-            "process, because a shard cannot tell its position. Leave num_workers at 0, or give "
-            "a dataset with __len__ and __getitem__."
+            f"num_workers={num_loader_processes} with iterable shards: they are read in the "
+            "training process, because a shard cannot tell its position. Leave num_workers at 0, "
+            "or give a dataset with __len__ and __getitem__."
         )
     return ShardLoader(
         shards, epochs=epochs, shuffle=shuffle, seed=seed, collate_fn=collate_fn, device=device

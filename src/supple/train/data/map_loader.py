@@ -118,10 +118,10 @@ class _Plan:
 class MapLoader:
     """See `supple.train.data.loader.Loader` for what every method guarantees.
 
-    `dataset` has `__len__` and `__getitem__` (and perhaps `__getitems__`). With `num_loader_processes`,
-    samples are fetched ahead in that many processes, except for a plain `TensorDataset`, whose
-    batches are cheaper to index than to send. Random augmentation in such a process depends on
-    the seed and on the samples, not on the process.
+    `dataset` has `__len__` and `__getitem__` (and perhaps `__getitems__`). With
+    `num_loader_processes`, samples are fetched ahead in that many processes, except for a plain
+    `TensorDataset`, whose batches are cheaper to index than to send. Random augmentation in such a
+    process depends on the seed and on the samples, not on the process.
     """
 
     num_stats = 0
