@@ -142,7 +142,7 @@ class Load:
     async def grpc_client(self, index: int) -> None:
         """The same over gRPC, on one channel, with no retry of its own."""
         chooser = random.Random(-1 - index)
-        options = [("grpc.enable_retries", 0)]
+        options: list[tuple[str, int]] = []
         async with grpc.aio.insecure_channel(f"127.0.0.1:{self.grpc_port}", options) as channel:
             call: Any = channel.unary_unary(
                 f"/{oip.SERVICE}/ModelInfer",
