@@ -27,6 +27,7 @@ def progress(step: int, **changes: Any) -> Progress:
         "sync_time_s": 0.125,
         "micro_batch_size": 1,
         "num_accumulation_steps": 1,
+        "largest_micro_batch": 1,
         "num_nodes": 1,
         "most_per_node": 1,
         "data_time_s": 0.0,

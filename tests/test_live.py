@@ -55,6 +55,7 @@ def made_progress(**changes: Any) -> Progress:
         "sync_time_s": 0.0,
         "micro_batch_size": 1,
         "num_accumulation_steps": 1,
+        "largest_micro_batch": 1,
         "num_nodes": 1,
         "most_per_node": 1,
         "data_time_s": 0.0,

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supple.core.hardware import lookup
-from supple.core.job.advice import Advice, better_batch, better_count, remainder, should_resize
+from supple.core.job.advice import Advice, better_batch, better_count, rows_left, should_resize
 from supple.core.planning.planner import plan
 from supple.core.spec import Limits, Objective
 from supple.core.training.goodput import MAX_ADAM_RATIO
 from supple.core.training.measurements import StepMeasurement
 from supple.core.training.throughput import StepTimeModel, fit
 from supple.core.types import Plan
-from tests.core.test_planner import job, planned, table
+from tests.core.test_planner import job, table
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
 from tests.examples import examples
 
@@ -54,8 +54,7 @@ def ask(
 
 
 def is_worth(current: int, target: int, remaining: int, cost_s: float) -> tuple[bool, str]:
-    rest = remainder(job(), remaining)
-    now, then = planned(rest, Limits(), current), planned(rest, Limits(), target)
+    now, then = (rows_left(job(), Limits(), [n], remaining)[0] for n in (current, target))
     return should_resize(now, then, resize_cost_s=cost_s)
 
 
@@ -115,10 +114,11 @@ def test_a_count_without_a_sample_for_each_worker_is_left_for_one_that_has() -> 
     assert found.value == 4 and "no sample for each of 8" in found.reason
 
 
-def rows_left(remaining: int, most: int) -> dict[int, Plan]:
+def expected(remaining: int, most: int) -> dict[int, Plan]:
     """What is predicted of the rest on 1, 2, 4, ... workers, all of which were measured."""
-    rest = remainder(job(step_time=known(most)), remaining)
-    return {1 << n: planned(rest, Limits(), 1 << n) for n in range(most.bit_length())}
+    counts = [1 << power for power in range(most.bit_length())]
+    rows = rows_left(job(step_time=known(most)), Limits(), counts, remaining)
+    return {row.num_workers: row for row in rows}
 
 
 def known(most: int) -> StepTimeModel:
@@ -133,15 +133,15 @@ def known(most: int) -> StepTimeModel:
 
 
 def test_a_deadline_that_the_count_held_would_miss_asks_for_the_fewest_that_keep_it() -> None:
-    rows = rows_left(10**7, 8)
+    rows = expected(10**7, 8)
     deadline = Objective(deadline_s=rows[4].time_to_end_s.high * 1.01)
     found = ask(1, 10**7, 0.2, objective=deadline, step_time=known(8))
-    assert found.value == 4 and found.is_feasible
+    assert found.value == 4 and found.objection == ""
     assert f"{deadline.deadline_s:.0f} s to the deadline" in found.reason
 
 
 def test_a_deadline_kept_with_time_to_spare_gives_workers_back_and_a_narrow_one_does_not() -> None:
-    rows = rows_left(10**7, 8)
+    rows = expected(10**7, 8)
 
     def at_four(seconds: float) -> int:
         objective = Objective(deadline_s=seconds)
@@ -154,16 +154,16 @@ def test_a_deadline_kept_with_time_to_spare_gives_workers_back_and_a_narrow_one_
 
 def test_a_deadline_that_nothing_keeps_is_said_and_the_fastest_count_is_taken() -> None:
     found = ask(2, 10**7, 0.2, objective=Objective(deadline_s=1.0), step_time=known(8))
-    rows = rows_left(10**7, 8)
-    fastest = min(rows.values(), key=lambda row: row.time_to_end_s.high).num_workers
+    rows = expected(10**7, 8)
+    fastest = min(rows.values(), key=lambda row: row.time_to_end_s.value).num_workers
     assert found.value == fastest > 2
-    assert not found.is_feasible and "the end within 1.0 s: the fastest is" in found.objection
+    assert found.objection and "the end within 1.0 s: the fastest is" in found.objection
 
 
 def test_a_deadline_that_counts_not_measured_yet_may_keep_is_no_objection() -> None:
     large = job(step_time=known(2), base_batch_size=2048)
-    rest = remainder(large, 10**7)
-    four, eight = (planned(rest, Limits(), count).time_to_end_s.high for count in (4, 8))
+    rows = rows_left(large, Limits(), [4, 8], 10**7)
+    four, eight = (row.time_to_end_s.high for row in rows)
     assert eight < four
 
     def at_two(seconds: float) -> Advice:
@@ -178,17 +178,26 @@ def test_a_deadline_that_counts_not_measured_yet_may_keep_is_no_objection() -> N
 
     late, never = at_two(eight * 1.01), at_two(1.0)
     assert late.value == never.value == 4, "twice what was measured, for now"
-    assert late.is_feasible and not never.is_feasible
+    assert late.objection == "" and never.objection
+
+
+def test_a_deadline_that_only_another_count_keeps_is_worth_any_pause() -> None:
+    """The resize costs more than it saves, and the deadline is kept all the same."""
+    rows = expected(10**7, 8)
+    deadline = Objective(deadline_s=rows[4].time_to_end_s.high * 1.01)
+    saved_s = rows[1].time_to_end_s.value - rows[4].time_to_end_s.value
+    found = ask(1, 10**7, 2 * saved_s, objective=deadline, step_time=known(8))
+    assert found.value == 4 and "the resize costs" in found.reason
 
 
 def test_a_budget_takes_the_fastest_count_within_what_is_left_of_it() -> None:
-    rows = rows_left(10**7, 8)
+    rows = expected(10**7, 8)
     enough = Objective(budget=rows[2].accelerator_hours.high * 1.01)
     assert rows[4].accelerator_hours.high > enough.budget  # type: ignore[operator]
     found = ask(1, 10**7, 0.2, objective=enough, step_time=known(8))
     assert found.value == 2 and "what is left of the budget" in found.reason
     poor = ask(4, 10**7, 0.2, objective=Objective(budget=1e-6), step_time=known(8))
-    assert poor.value == 1 and "for a budget of" in poor.objection
+    assert poor.value == 1 and poor.objection and "for a budget of" in poor.objection
 
 
 def test_between_the_two_shares_a_job_keeps_what_it_has() -> None:

@@ -106,8 +106,9 @@ def _run(spec: TrainSpec, folder: Path, resume: str | None, as_json: bool, verbo
 
 
 def _known(spec: TrainSpec, live: LiveLine) -> ScriptMeasurements | None:
-    """What `supple plan` measured of this script here, where the planner decides the count."""
-    if spec.schedule or spec.min_workers == spec.max_workers:
+    """What `supple plan` measured of this script here, where the planner decides the count; nothing
+    for a cluster, whose machines are others, and where steps are made in logical shards."""
+    if spec.schedule or spec.min_workers == spec.max_workers or spec.address or spec.reproducible:
         return None
     earlier = kept(spec.script, spec.function)
     if earlier is not None:

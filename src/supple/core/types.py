@@ -433,6 +433,8 @@ class Progress:
     micro_batch_size: int
     """Samples of the largest micro-batch of rank 0 in a full step, and how many it has."""
     num_accumulation_steps: int
+    largest_micro_batch: int
+    """What one worker of the run computes at most at once."""
     num_nodes: int
     most_per_node: int
     """Workers on the fullest node."""

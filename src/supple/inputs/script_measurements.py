@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from platformdirs import user_cache_path
 
 from supple.core.planning.measured import ScriptMeasurements
@@ -90,7 +91,8 @@ def _machine() -> dict[str, Any]:
     return {
         "name": platform.node(),
         "processor": platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": len(psutil.Process().cpu_affinity() or range(os.cpu_count() or 1)),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
         "torch": version("torch"),
         "supple": version("supple"),
     }

@@ -418,6 +418,7 @@ class Job(JobProtocol):
             workers_of_nodes=self._workers_of_nodes,
             global_batch_size=self._global_batch,
             micro_batches=self._cut(),
+            largest_micro_batch=self._micro_limit,
             lr=self.lr,
         )
 

@@ -46,6 +46,7 @@ class Reporter:
         workers_of_nodes: Sequence[int],
         global_batch_size: int,
         micro_batches: Sequence[int],
+        largest_micro_batch: int,
         lr: float,
     ) -> None:
         self._told = time.monotonic()
@@ -69,6 +70,7 @@ class Reporter:
             data_time_s=times.data_s,
             micro_batch_size=max(micro_batches),
             num_accumulation_steps=len(micro_batches),
+            largest_micro_batch=largest_micro_batch,
             num_nodes=len(workers_of_nodes),
             most_per_node=max(workers_of_nodes),
             noise_scale=phi,

@@ -126,8 +126,8 @@ def plan(
             what = f"{path} failed while it was measured:\n" if raised else ""
             _tell(f"supple: {what}{error}")
             raise typer.Exit(FAILED) from None
-        keep(found, path, function)
         job = job_view(found, interconnect=interconnect, workers_per_node=per_node, lr_rule=rule)
+        keep(found, path, function)
         if known is not None and limits.batch == "adaptive":
             job = _with_known(job, known)
         table = make_plan(job, limits, objective)

@@ -5,13 +5,15 @@ it costs, measured, and small differences change nothing, so that the scatter of
 not move a job back and forth.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from supple.core.fitting.estimates import exact, over, times
 from supple.core.planning.choice import choose, knee
 from supple.core.planning.planner import WORTH_A_BATCH, row_for, times_faster
 from supple.core.planning.view import JobView
 from supple.core.spec import KNEE_RULE, LARGEST_COUNT, Limits, Objective
-from supple.core.types import Infeasible, Plan
+from supple.core.types import Estimate, Infeasible, Plan
 from supple.core.words import in_words
 
 _GROWTH_AT_ONCE = 2
@@ -19,6 +21,9 @@ _GROWTH_AT_ONCE = 2
 this many times its batch: a prediction is checked before the next one rests on it."""
 _SLACK = 1.1
 """A job with a deadline gives workers back only where it would still end so many times sooner."""
+_MARGIN = 0.9
+"""With an objective, a count that is not needed to keep it must take at most this share of the time
+(or, where the objective is kept, of the accelerator-hours) to be gone to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +32,9 @@ class Advice:
 
     value: int
     reason: str
-    objection: str = ""
-    """Why the deadline or the budget cannot be met any more; empty where it can."""
-
-    @property
-    def is_feasible(self) -> bool:
-        return not self.objection
+    objection: str | None = None
+    """Why the deadline or the budget cannot be met any more; empty where it can, None where that
+    was not looked at."""
 
 
 def should_resize(now: Plan, then: Plan, *, resize_cost_s: float) -> tuple[bool, str]:
@@ -86,8 +88,7 @@ def better_count(
     measured = max((*job.cost.measured_workers, current_workers))
     ceiling = max(current_workers, min(most, measured * _GROWTH_AT_ONCE))
     ladder = _ladder(limits.min_workers, current_workers, ceiling)
-    rest = remainder(job, remaining_samples)
-    rows = tuple(row for count in ladder if (row := row_for(rest, limits, count)) is not None)
+    rows = rows_left(job, limits, ladder, remaining_samples)
     now = next((row for row in rows if row.num_workers == current_workers), None)
     if not rows:
         return Advice(value=current_workers, reason=f"keep {in_words(current_workers)}")
@@ -95,56 +96,93 @@ def better_count(
         target = rows[-1].num_workers
         idle = f"a batch of {job.base_batch_size} has no sample for each of {current_workers}"
         return Advice(value=target, reason=f"{in_words(target)}: {idle}")
-    then, rule, objection = _target(rows, now, limits, objective, resize_cost_s)
-    if objection and ceiling < most:  # counts that nothing near was measured of may do
-        further = _ladder(limits.min_workers, current_workers, most)
-        beyond = (row_for(rest, limits, count) for count in further)
-        every = tuple(row for row in beyond if row is not None)
-        objection = _target(every, now, limits, objective, resize_cost_s)[2]
+    if objective.deadline_s is None and objective.budget is None:
+        then = rows[knee(rows, held=current_workers)]
+        if then is now:
+            reason = f"keep {in_words(current_workers)}: {KNEE_RULE}"
+            return Advice(value=current_workers, reason=reason, objection="")
+        worth, why = should_resize(now, then, resize_cost_s=resize_cost_s)
+        value = then.num_workers if worth else current_workers
+        return Advice(value=value, reason=why, objection="")
+    further = _ladder(limits.min_workers, current_workers, most)
+    objection = _objection(rows_left(job, limits, further, remaining_samples), limits, objective)
+    then, rule = _target(rows, now, limits, objective, resize_cost_s)
     if then is now:
         reason = f"keep {in_words(current_workers)}: {rule}"
         return Advice(value=current_workers, reason=reason, objection=objection)
-    must = objective.deadline_s is not None and now.time_to_end_s.high > objective.deadline_s
     worth, why = should_resize(now, then, resize_cost_s=resize_cost_s)
-    must = must and then.time_to_end_s.high + resize_cost_s < now.time_to_end_s.high
+    must = not _keeps(now, objective) and _keeps(then, objective)
     value = then.num_workers if worth or must else current_workers
-    if rule and value != current_workers:
-        why = f"{rule}: {why}"
-    return Advice(value=value, reason=why, objection=objection)
+    return Advice(value=value, reason=f"{rule}: {why}", objection=objection)
 
 
-def remainder(job: JobView, remaining_samples: int) -> JobView:
-    """What is left of a job that runs: its samples as one epoch, and no start."""
-    return replace(
-        job,
-        dataset_size=max(1, remaining_samples),
-        epochs=1,
-        startup_s=0.0,
-        startup_range_s=None,
-    )
+def rows_left(
+    job: JobView, limits: Limits, counts: Sequence[int], remaining_samples: int
+) -> tuple[Plan, ...]:
+    """Rows of what is left to do: so many samples at each count's own rate, whatever a batch is
+    worth, for a run goes over its data as often as it was told to."""
+    found = (row_for(job, limits, count) for count in counts)
+    return tuple(_left(row, limits, remaining_samples) for row in found if row is not None)
+
+
+def _left(row: Plan, limits: Limits, remaining_samples: int) -> Plan:
+    time = over(max(1, remaining_samples), row.samples_per_s)
+    hours = times(time, exact(row.num_workers / 3600.0))
+    price = limits.price_per_hour
+    cost = None if price is None else times(hours, exact(price))
+    return replace(row, time_to_end_s=time, accelerator_hours=hours, cost=cost)
+
+
+def _spent(row: Plan) -> Estimate:
+    return row.accelerator_hours if row.cost is None else row.cost
+
+
+def _keeps(row: Plan, objective: Objective) -> bool:
+    """Whether the row keeps the objective with 90 % certainty."""
+    if objective.deadline_s is not None:
+        return row.time_to_end_s.high <= objective.deadline_s
+    return objective.budget is None or _spent(row).high <= objective.budget
+
+
+def _objection(rows: tuple[Plan, ...], limits: Limits, objective: Objective) -> str:
+    """Why no row keeps the objective, not even as expected; empty where one may."""
+    expected = [
+        row.time_to_end_s.value if objective.deadline_s is not None else _spent(row).value
+        for row in rows
+    ]
+    if min(expected) <= (objective.deadline_s or objective.budget or 0.0):
+        return ""
+    found = choose(rows, limits, objective)
+    return str(found) if isinstance(found, Infeasible) else ""
 
 
 def _target(
     rows: tuple[Plan, ...], now: Plan, limits: Limits, objective: Objective, cost_s: float
-) -> tuple[Plan, str, str]:
-    """(the row to go to, the rule that says so, why the objective cannot be met or "")."""
-    if objective.deadline_s is None and objective.budget is None:
-        target = rows[knee(rows, held=now.num_workers)]
-        return target, KNEE_RULE if target is now else "", ""
+) -> tuple[Plan, str]:
+    """(the row to go to, the rule that says so): another one than `now` only where that does not
+    keep the objective and the other does, or where the other is better by a margin."""
     found = choose(rows, limits, objective)
+    left_s = objective.deadline_s
+    if left_s is not None and not isinstance(found, Infeasible):
+        choice, rule = found.choice, f"{left_s:.0f} s to the deadline"
+        if not _keeps(now, objective):
+            return choice, rule
+        is_cheaper = (
+            choice.accelerator_hours.value <= _MARGIN * now.accelerator_hours.value
+            and choice.time_to_end_s.high * _SLACK + cost_s <= left_s
+        )
+        return (choice if is_cheaper else now), rule
+    if left_s is not None:
+        best = min(rows, key=lambda row: row.time_to_end_s.value)
+        is_better = best.time_to_end_s.value <= _MARGIN * now.time_to_end_s.value
+        return (best if is_better else now), "the fastest, for the deadline"
     if isinstance(found, Infeasible):
-        if objective.deadline_s is not None:
-            best = min(rows, key=lambda row: row.time_to_end_s.high)
-            return best, "the fastest, for the deadline", str(found)
-        best = min(rows, key=lambda row: row.accelerator_hours.high)
-        return best, "the cheapest, for the budget", str(found)
-    choice = found.choice
-    if objective.deadline_s is not None:
-        left_s, rule = objective.deadline_s, f"{objective.deadline_s:.0f} s to the deadline"
-        keeps = now.time_to_end_s.high <= left_s
-        late = choice.time_to_end_s.high * _SLACK + cost_s > left_s
-        return (now if keeps and late else choice), rule, ""
-    return choice, "the fastest within what is left of the budget", ""
+        best = min(rows, key=lambda row: _spent(row).value)
+        is_better = _spent(best).value <= _MARGIN * _spent(now).value
+        return (best if is_better else now), "the cheapest, for the budget"
+    choice, rule = found.choice, "the fastest within what is left of the budget"
+    is_better = choice.time_to_end_s.value <= _MARGIN * now.time_to_end_s.value
+    return (choice if is_better or not _keeps(now, objective) else now), rule
 
 
 def _ladder(least: int, current: int, most: int) -> list[int]:

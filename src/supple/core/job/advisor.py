@@ -44,6 +44,8 @@ from supple.core.words import in_words
 _EVERY_S = 5.0
 _MIN_STEPS = 20
 """Steps of one generation before its step time is believed."""
+_LOOKS = 3
+"""Looks in a row that find the objective lost, or found again, before that is said."""
 _UNMEASURED_PAUSE_S = 1.0
 """What a resize is taken to cost before the first was measured."""
 
@@ -66,6 +68,8 @@ class AdvisorState:
     )
     """The newest of this run for every configuration."""
     pause_s: float = _UNMEASURED_PAUSE_S
+    formed: int = 0
+    """The newest generation of which a member has formed."""
     running_since: float | None = None
     stopped_since: float | None = None
     """When the first worker stopped for a generation that has not formed yet."""
@@ -74,11 +78,15 @@ class AdvisorState:
     first_step: int = 0
     wanted: tuple[int, int] | None = None
     """(generation, count) of the last request: it stands until a generation answers it."""
+    held: int = 0
+    """Workers that are there, or on their way."""
     worker_s: float = 0.0
     """Worker-seconds used so far."""
-    counted_at: float | None = None
+    counted_at: float = 0.0
     is_feasible: bool = True
-    """Whether the deadline or the budget could be kept when that was last looked at."""
+    """Whether the deadline or the budget can be kept, as far as was said."""
+    looks: int = 0
+    """Looks in a row that found the opposite."""
 
 
 def start(
@@ -92,23 +100,33 @@ def start(
         may_resize=may_resize,
         due=tuple(entry for entry in spec.schedule if entry[0] > 0),
         started_at=now,
+        counted_at=now,
         earlier=known.steps if known else (),
         collectives=known.collectives if known else (),
     )
+    count, reason = _beginning(state, known)
+    return replace(state, held=count), count, reason
+
+
+def _beginning(state: AdvisorState, known: ScriptMeasurements | None) -> tuple[int, str]:
+    spec = state.spec
     first = [count for at_s, count in spec.schedule if at_s == 0.0]
     if first:
-        return state, first[0], "the schedule says so"
-    if may_resize and known is not None and spec.objective is not None:
-        view = job_view(
-            known,
-            interconnect=spec.interconnect,
-            workers_per_node=spec.workers_per_node or spec.max_workers,
-            lr_rule=spec.lr_rule,
-        )
+        return first[0], "the schedule says so"
+    if state.may_resize and known is not None and spec.objective is not None:
+        try:
+            view = job_view(
+                known,
+                interconnect=spec.interconnect,
+                workers_per_node=spec.workers_per_node or spec.max_workers,
+                lr_rule=spec.lr_rule,
+            )
+        except ContradictoryMeasurements:
+            return spec.min_workers, "what `supple plan` measured contradicts itself"
         count, why = _first_count(view, _limits(spec), spec.objective)
         if count is not None:
-            return state, count, f"by what `supple plan` measured, {why}"
-    return state, spec.min_workers, ""
+            return count, f"by what `supple plan` measured, {why}"
+    return spec.min_workers, ""
 
 
 def _first_count(view: JobView, limits: Limits, objective: Objective) -> tuple[int | None, str]:
@@ -138,26 +156,29 @@ def advise(state: AdvisorState, event: Event, now: float) -> tuple[AdvisorState,
                 wishes += more
             return state, wishes
         case WorkerStopped():
+            if event.generation < state.formed:
+                return state, ()  # it was late to say so
             return replace(state, stopped_since=state.stopped_since or now), ()
         case GroupFormed():
-            return _formed(state, now), ()
+            return _formed(state, event.generation, now), ()
         case Ticked():
             return _on_schedule(state, now)
         case ResizeAsked():
             wish = _wish(state, event.num_workers, event.reason)
-            return replace(state, may_resize=False), (wish,)
+            held = max(state.held, event.num_workers)
+            return replace(state, may_resize=False, held=held), (wish,)
         case ProgressMade():
             return _on_progress(state, event.progress, now)
         case _:
             return state, ()
 
 
-def _formed(state: AdvisorState, now: float) -> AdvisorState:
+def _formed(state: AdvisorState, generation: int, now: float) -> AdvisorState:
     began = state.stopped_since
     return replace(
         state,
+        formed=max(state.formed, generation),
         running_since=now if state.running_since is None else state.running_since,
-        counted_at=now if state.counted_at is None else state.counted_at,
         pause_s=state.pause_s if began is None else now - began,
         stopped_since=None,
     )
@@ -176,26 +197,54 @@ def _on_progress(
     state: AdvisorState, progress: Progress, now: float
 ) -> tuple[AdvisorState, tuple[Event, ...]]:
     """Note the measurement; at times, ask for another count, or else for another batch."""
-    held_s = 0.0 if state.counted_at is None else now - state.counted_at
-    state = replace(state, worker_s=state.worker_s + held_s * progress.num_workers, counted_at=now)
+    used_s = (now - state.counted_at) * max(progress.num_workers, state.held)
+    state = replace(state, worker_s=state.worker_s + used_s, counted_at=now)
     if progress.generation != state.generation:
-        return replace(state, generation=progress.generation, first_step=progress.step), ()
+        first = progress.step
+        state = replace(state, generation=progress.generation, first_step=first, wanted=None)
+        return replace(state, held=progress.num_workers), ()
     decides = state.may_resize or state.spec.batch == "adaptive"
     if not decides or progress.step - state.first_step < _MIN_STEPS or progress.step_time_s <= 0:
         return state, ()
-    newest = _measurement(progress)
+    newest = _measurement(state.spec, progress)
     measured = {**state.measured, configuration(newest): newest}
     state = replace(state, measured=measured)
-    if now - state.asked_at < _EVERY_S or progress.samples_total is None:
+    if now - state.asked_at < _EVERY_S:
         return state, ()
     state = replace(state, asked_at=now)
+    remaining = _remaining(state.spec, progress)
+    if remaining is None:
+        return _say_unknown(state)
+    if remaining <= 0:
+        return state, ()
     try:
-        view = _view(state, progress, progress.samples_total)
-    except ContradictoryMeasurements:
+        view = _view(state, progress, remaining)
+    except ValueError:
         # The machine was busy for a while: what is newest counts, and is asked again.
         only = {configuration(newest): newest}
         return replace(state, measured=only, earlier=(), collectives=()), ()
-    return _ask(state, view, progress, progress.samples_total - progress.samples_done, now)
+    return _ask(state, view, progress, remaining, now)
+
+
+def _remaining(spec: TrainSpec, progress: Progress) -> int | None:
+    """Samples left: of the data, or of --max-steps where that comes first; None: unknown."""
+    left: list[int] = []
+    if progress.samples_total is not None:
+        left.append(progress.samples_total - progress.samples_done)
+    if spec.max_steps is not None:
+        left.append((spec.max_steps - progress.step) * progress.global_batch_size)
+    return min(left, default=None)
+
+
+def _say_unknown(state: AdvisorState) -> tuple[AdvisorState, tuple[Event, ...]]:
+    if state.spec.objective is None or not state.is_feasible:
+        return state, ()
+    text = (
+        "the length of the data is not known before it was read once, so whether the objective can "
+        "be met is not known either: the count stays. Give --max-steps, or shards with a length"
+    )
+    notice = Noticed(job_id=JobId(state.spec.name), generation=0, text=text)
+    return replace(state, is_feasible=False), (notice,)
 
 
 def _ask(
@@ -213,13 +262,12 @@ def _ask(
             remaining_samples=remaining,
             resize_cost_s=state.pause_s,
         )
-        if found.is_feasible != state.is_feasible:
-            state = replace(state, is_feasible=found.is_feasible)
-            text = _feasibility(found, state, now)
-            told = (Noticed(job_id=job_id, generation=0, text=text),)
+        state, told = _note_feasibility(state, found, now)
         wanted = (progress.generation, found.value)
-        if found.value != progress.num_workers and wanted != state.wanted:
-            state = replace(state, wanted=wanted)
+        standing = progress.num_workers if state.wanted is None else state.wanted[1]
+        if found.value != standing:
+            held = max(progress.num_workers, found.value)
+            state = replace(state, wanted=wanted, held=held)
             return state, (*told, _wish(state, found.value, found.reason))
     batch = better_batch(
         view,
@@ -237,17 +285,26 @@ def _ask(
     return state, (*told, change)
 
 
-def _feasibility(found: Advice, state: AdvisorState, now: float) -> str:
-    if found.is_feasible:
-        return f"the objective can be met again: {found.reason}"
+def _note_feasibility(
+    state: AdvisorState, found: Advice, now: float
+) -> tuple[AdvisorState, tuple[Event, ...]]:
+    """Say that the objective is lost, or can be met again, when several looks agree."""
+    if found.objection is None or (not found.objection) == state.is_feasible:
+        return replace(state, looks=0), ()
+    if state.looks + 1 < _LOOKS:
+        return replace(state, looks=state.looks + 1), ()
     asked, spent_s = state.spec.objective or Objective(), now - state.started_at
-    if asked.deadline_s is not None and spent_s >= asked.deadline_s:
-        late_s = spent_s - asked.deadline_s
-        return (
-            f"the deadline of {asked.deadline_s:g} s passed {late_s:.0f} s ago: training goes on "
-            "as fast as it can"
+    if not found.objection:
+        text = f"the objective can be met again: {found.reason}"
+    elif asked.deadline_s is not None and spent_s >= asked.deadline_s:
+        text = (
+            f"the deadline of {asked.deadline_s:g} s passed {spent_s - asked.deadline_s:.0f} s "
+            "ago: training goes on as fast as it can"
         )
-    return f"the objective can no longer be met: {found.objection}"
+    else:
+        text = f"the objective can no longer be met: {found.objection}"
+    notice = Noticed(job_id=JobId(state.spec.name), generation=0, text=text)
+    return replace(state, is_feasible=not found.objection, looks=0), (notice,)
 
 
 def _objective_left(state: AdvisorState, now: float) -> Objective:
@@ -278,7 +335,7 @@ def _limits(spec: TrainSpec) -> Limits:
     )
 
 
-def _view(state: AdvisorState, progress: Progress, samples_total: int) -> JobView:
+def _view(state: AdvisorState, progress: Progress, remaining: int) -> JobView:
     spec = state.spec
     earlier = [step for step in state.earlier if configuration(step) not in state.measured]
     per_node = spec.workers_per_node or spec.max_workers
@@ -295,9 +352,10 @@ def _view(state: AdvisorState, progress: Progress, samples_total: int) -> JobVie
                 workers_per_node=per_node,
             ),
             script_batch_size=progress.base_batch_size,
+            largest_micro_batch=progress.largest_micro_batch,
         ),
         noise_scale=progress.noise_scale,
-        dataset_size=max(1, samples_total // progress.num_epochs),
+        dataset_size=max(1, (progress.samples_total or remaining) // progress.num_epochs),
         epochs=progress.num_epochs,
         base_batch_size=progress.base_batch_size,
         base_lr=progress.base_lr,
@@ -306,13 +364,19 @@ def _view(state: AdvisorState, progress: Progress, samples_total: int) -> JobVie
     )
 
 
-def _measurement(progress: Progress) -> StepMeasurement:
+def _measurement(spec: TrainSpec, progress: Progress) -> StepMeasurement:
+    micro, accumulation = progress.micro_batch_size, progress.num_accumulation_steps
+    if spec.reproducible:
+        # Logical shards keep their size at any count; the planner cuts by the largest micro-batch.
+        share = -(-progress.global_batch_size // progress.num_workers)
+        accumulation = -(-share // progress.largest_micro_batch)
+        micro = -(-share // accumulation)
     return StepMeasurement(
         num_workers=progress.num_workers,
         num_nodes=progress.num_nodes,
         most_per_node=progress.most_per_node,
-        micro_batch_size=progress.micro_batch_size,
-        num_accumulation_steps=progress.num_accumulation_steps,
+        micro_batch_size=micro,
+        num_accumulation_steps=accumulation,
         forward_s=progress.forward_time_s,
         backward_s=progress.backward_time_s,
         optimizer_s=progress.optimizer_time_s,
