@@ -417,6 +417,14 @@ def test_a_budget_in_money_is_compared_with_money(price: float | None, is_kept: 
     assert state.is_feasible == is_kept
 
 
+def test_what_was_spent_in_money_is_taken_off_a_budget_in_money() -> None:
+    """Four workers for an hour at 5 an hour have used all of 20; the rest would cost 4 more."""
+    given = spec(max_workers=4, price_per_hour=5.0, objective=Objective(budget=20.0))
+    state, _ = told(begun(given), progress(0, num_workers=4), 3600.0)
+    state, _ = asked(state, generation=36, samples_total=1_000_000)
+    assert not state.is_feasible
+
+
 def test_a_request_that_does_not_pay_any_more_is_taken_back() -> None:
     state, (event,) = asked(begun(spec()), generation=1)
     assert isinstance(event, TargetChanged) and event.num_workers == 2
