@@ -326,7 +326,7 @@ def test_an_instrument_is_handed_all_that_the_script_stated() -> None:
     asked = recipe.batches
     assert (asked.dataset, asked.collate_fn) == (DATA, stack)
     assert (asked.batch_size, asked.epochs, asked.micro_batch_size) == (8, 2, 4)
-    assert (asked.shuffle, asked.num_workers) == (False, 0)
+    assert (asked.shuffle, asked.num_loader_processes) == (False, 0)
     assert recorder.given == [(4, 1.0)]
 
 
