@@ -141,7 +141,7 @@ class Load:
 
     async def grpc_client(self, index: int) -> None:
         """The same over gRPC, on one channel as gRPC makes it: what HAProxy refuses unprocessed
-        (REFUSED_STREAM) is sent again by the channel itself."""
+        (REFUSED_STREAM) is sent again by the channel itself, once."""
         chooser = random.Random(-1 - index)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{self.grpc_port}") as channel:
             call: Any = channel.unary_unary(
