@@ -270,6 +270,15 @@ def test_a_job_whose_objective_the_plan_cannot_keep_begins_with_what_comes_neare
     assert initial == 1 and "the cheapest, for the end for a budget of" in why
 
 
+@pytest.mark.parametrize("step_time_s", [-1.0, math.nan, 1e9])
+def test_a_kept_measurement_that_cannot_be_ends_no_job_before_it_begins(step_time_s: float) -> None:
+    odd = replace(MEASURED.steps[0], step_time_s=step_time_s)
+    damaged = replace(MEASURED, steps=(odd, *MEASURED.steps[1:]))
+    given = spec(max_workers=8, workers_per_node=8, objective=Objective())
+    _, initial, why = start(given, 0.0, damaged)
+    assert initial == 1 and "or is damaged" in why
+
+
 def test_a_deadline_that_has_passed_is_said() -> None:
     state = formed_at(begun(spec(max_workers=2, objective=Objective(deadline_s=90.0))), 0.0)
     _, events = asked(state, num_workers=2, step_time_s=20.0)

@@ -19,7 +19,6 @@ from supple.core.spec import Limits, Objective, TrainSpec
 from supple.core.training.goodput import family_of
 from supple.core.training.measurements import (
     CollectiveMeasurement,
-    ContradictoryMeasurements,
     StepMeasurement,
     configuration,
 )
@@ -121,8 +120,8 @@ def _beginning(state: AdvisorState, known: ScriptMeasurements | None) -> tuple[i
                 workers_per_node=spec.workers_per_node or spec.max_workers,
                 lr_rule=spec.lr_rule,
             )
-        except ContradictoryMeasurements:
-            return spec.min_workers, "what `supple plan` measured contradicts itself"
+        except ValueError:
+            return spec.min_workers, "what `supple plan` measured contradicts itself, or is damaged"
         count, why = _first_count(view, _limits(spec), spec.objective)
         if count is not None:
             return count, f"by what `supple plan` measured, {why}"
