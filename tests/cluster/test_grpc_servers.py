@@ -2,7 +2,7 @@
 
 import asyncio
 import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +11,15 @@ import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray Serve's own
+    from ray.serve._private.grpc_util import gRPCGenericServer
     from ray.serve._private.proxy_request_response import ResponseStatus
 
-    from supple.cluster.services.grpc_servers import asking_again
+    from supple.cluster.services.grpc_servers import (
+        add_servicer,
+        asking_again,
+        stopping_when_quiet,
+    )
+    from supple.serve.protocol.grpc import SERVICE
 
 OK = ResponseStatus(code=grpc.StatusCode.OK)
 NUMBERED = (("x-supple-serial", "1"),)
@@ -92,3 +98,63 @@ def test_without_a_number_or_where_it_must_not_be_repeated_it_is_asked_once(
 def test_a_stream_is_passed_on_as_it_comes() -> None:
     proxy = Proxy((b"part", DIED), (b"part", OK))
     assert asked(proxy, stream=True) == [b"part", DIED]
+
+
+QUIET_S = 0.5
+
+
+def stopped(scenario: Callable[[Any, Callable[[], Awaitable[bytes]]], Awaitable[None]]) -> None:
+    """Run `scenario` on a server of Ray's that stops when quiet, and a call of it that takes a
+    moment and is answered with `b"done"`."""
+
+    def factory(*, service_method: str, streaming_type: Any) -> Any:
+        async def answer(_request: bytes, _context: Any) -> bytes:
+            await asyncio.sleep(0.05)
+            return b"done"
+
+        return answer
+
+    async def go() -> None:
+        server = stopping_when_quiet(gRPCGenericServer, QUIET_S)(factory)
+        port = server.add_insecure_port("127.0.0.1:0")
+        add_servicer(None, server)
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            await scenario(server, channel.unary_unary(f"/{SERVICE}/ServerLive"))
+        await server.stop(0.0)
+
+    asyncio.run(go())
+
+
+def test_calls_that_come_while_a_server_stops_are_answered() -> None:
+    async def scenario(server: Any, call: Any) -> None:
+        await call(b"")
+        stopping = asyncio.create_task(server.stop(30.0))
+        answers = [await call(b"") for _ in range(20)]  # one after another, longer than QUIET_S
+        assert answers == [b"done"] * 20 and not stopping.done()
+        await stopping
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call(b"")
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+    stopped(scenario)
+
+
+def test_a_server_that_nobody_calls_stops_at_once() -> None:
+    async def scenario(server: Any, call: Any) -> None:
+        async with asyncio.timeout(QUIET_S / 2):
+            await server.stop(30.0)
+
+    stopped(scenario)
+
+
+def test_a_server_that_is_called_for_ever_stops_within_its_grace() -> None:
+    async def scenario(server: Any, call: Any) -> None:
+        await call(b"")
+        stopping = asyncio.create_task(server.stop(2 * QUIET_S))
+        with pytest.raises(grpc.aio.AioRpcError):
+            while True:
+                await call(b"")
+        await stopping
+
+    stopped(scenario)

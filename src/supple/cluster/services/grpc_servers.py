@@ -1,11 +1,15 @@
 """What is changed in the gRPC servers of Ray Serve, which it has no settings for: the methods they
-know, where they listen, how large a message may be, and requests whose replica dies.
+know, where they listen, how large a message may be, when they stop, and requests whose replica
+dies.
 
 The counterpart of `supple.serve.again` for gRPC: where no replica can be reached, the ingress hands
 requests to Ray's proxy, which waits for one; if that replica dies too, it is asked again.
 """
 
 import asyncio
+import functools
+import inspect
+import math
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -19,6 +23,8 @@ from supple.serve.attempts import SERIAL
 from supple.serve.protocol.grpc import METHODS, SERVICE
 
 _PAUSE_S: Final = 0.25
+_QUIET_S: Final = 1.0
+"""Without a call for so long, nobody sends any more to a replica that leaves."""
 _OWN_ERRORS: Final = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE)
 """What the proxy says when a replica died or there is none. Replicas of ours never let a call fail:
 their refusals are answers."""
@@ -67,6 +73,51 @@ def asking_again(plain: Any, patience_s: float, *, pause_s: float = _PAUSE_S) ->
 
     proxy_request.asks_again = True  # type: ignore[attr-defined]
     return proxy_request
+
+
+def stop_when_quiet(quiet_s: float = _QUIET_S) -> None:
+    """Let Ray's gRPC servers of replicas stop only after `quiet_s` seconds without a call, within
+    the time Ray gives them. A server that stops cancels what arrives, and a process of HAProxy that
+    was replaced sends calls to a replica that has left until its clients have moved."""
+    from ray.serve._private import grpc_util
+
+    plain: Any = grpc_util.gRPCGenericServer
+    if not getattr(plain, "stops_when_quiet", False):
+        grpc_util.gRPCGenericServer = stopping_when_quiet(plain, quiet_s)  # type: ignore[misc]
+
+
+def stopping_when_quiet(plain: Any, quiet_s: float) -> Any:
+    """A class like `plain`, Ray's gRPC server, that stops as `stop_when_quiet` says."""
+
+    class Server(plain):
+        stops_when_quiet = True
+
+        def __init__(self, service_handler_factory: Any, **named: Any) -> None:
+            self._called_s = -math.inf
+
+            def noting_calls(service_method: str, **named: Any) -> Any:
+                handler = service_handler_factory(service_method=service_method, **named)
+                if f"/{SERVICE}/" not in service_method or not inspect.iscoroutinefunction(handler):
+                    return handler  # HAProxy's health checks never end; the protocol has no streams
+
+                @functools.wraps(handler)
+                async def noted(*arguments: Any) -> Any:
+                    self._called_s = time.monotonic()
+                    return await handler(*arguments)
+
+                return noted
+
+            super().__init__(noting_calls, **named)
+
+        async def stop(self, grace: float | None) -> None:
+            now_s = time.monotonic()
+            end_s = now_s + (grace or 0.0)
+            while (quiet_at_s := self._called_s + quiet_s) > now_s and now_s < end_s:
+                await asyncio.sleep(min(quiet_at_s, end_s) - now_s)
+                now_s = time.monotonic()
+            await super().stop(None if grace is None else max(0.0, end_s - now_s))
+
+    return Server
 
 
 def limit_messages(most_bytes: int) -> None:
