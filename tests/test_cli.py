@@ -27,12 +27,14 @@ from supple.control.socket import ControlServer
 from supple.core.spec import KNEE_RULE, Objective, SpecError, TrainSpec
 from supple.report.eventlog import last_run
 from supple.report.live import Tally
+from tests.described import toml
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    *("train", "plan", "layouts", "memory", "resize", "preempt", "stop", "status", "doctor"),
-    *("serve", "update", "load", "profile", "simulate"),
+    *("train", "plan", "resize", "preempt", "stop", "status", "doctor"),
+    *("serve", "update", "load", "simulate"),
 )
+SMALL = {"hidden": "64", "layers": "2", "heads": "2", "samples": "99", "batch_size": "9"}
 GOOD = "def train(job):\n    pass\n"
 JOB = f"cli-test-{os.getpid()}"
 
@@ -48,9 +50,16 @@ def in_a_folder_with_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "two.py": "def train(job, more):\n    pass\n",
         "broken.py": "def train(job:\n",
         "nul.py": "x = 1\0\n",
+        "small.toml": toml("train", SMALL) + toml("serve", {"parameters": "8B"}),
+        "broken.toml": "[train\n",
+        "empty.toml": "",
+        "typo.toml": "[train]\nhiden = 64\n",
+        "flat.toml": "train = 3\n",
+        "runs.csv": "num_workers,minutes\n8,400\n16,210\n",
     }.items():
         Path(name).write_text(source)
     Path("folder.py").mkdir()
+    Path("folder.toml").mkdir()
     Path("pictures.png").mkdir()
     Path("pictures").mkdir()
     Path("a_file").write_text("")
@@ -138,16 +147,28 @@ REFUSALS: dict[str, tuple[str, list[str]]] = {
     "plan good.py --plot pictures.png": ("pictures.png is a folder", ["pictures.png/pictures.png"]),
     "plan good.py --plot pictures": ("pictures is a folder", ["Give a file"]),
     f"plan good.py --plot {'x' * 300}.png": ("cannot be written: File name too long", []),
-    "layouts --hidden 64 --layers 2 --heads 2 --samples 99 --batch-size 9 --plot pictures.png": (
-        "--plot pictures.png is a folder",
-        [],
-    ),
-    "inference --parameters 8B --plot pictures.png": ("--plot pictures.png is a folder", []),
+    "plan small.toml:train --plot pictures.png": ("--plot pictures.png is a folder", []),
+    "plan small.toml:serve --plot pictures.png": ("--plot pictures.png is a folder", []),
+    "plan runs.csv --plot pictures.png": ("--plot pictures.png is a folder", []),
+    "plan good.py --accelerator h100 --plot pictures.png": ("pictures.png is a folder", []),
+    # a description of a model
+    "plan small.toml": ("has [train] and [serve]", ["small.toml:train or small.toml:serve"]),
+    "plan small.toml:tune": ("[tune] was asked for", ["[train], to train it"]),
+    "plan broken.toml": ("is not valid TOML", ["line 1"]),
+    "plan empty.toml": ("the file has neither", ["[train]"]),
+    "plan typo.toml": ("a key 'hiden' that is not known", ["Do you mean hidden?"]),
+    "plan flat.toml": ("train is no table", ["Write [train]"]),
+    "plan folder.toml": ("cannot be read: Is a directory", []),
+    # an option of another subject
+    "plan good.py --itl 30ms": ("--itl is for a language model to serve", ["Leave it out"]),
+    "plan good.py --local-link pcie3": ("--local-link is for a script on an accelerator", []),
+    "plan model.py:Model --deadline 2h": ("--deadline is for a script, measured here", []),
+    "plan runs.csv --accelerator h100": ("runs.csv is finished runs, a .csv", []),
+    "plan model.py:Model --rate 5": ("--rate 5 was given without --slo", ["p99=100ms"]),
+    "plan model.py:Model --rate 0 --slo p99=1s": ("--rate is 0 requests a second", []),
     "load http://x --rate 1 --plot pictures.png": ("--plot pictures.png is a folder", []),
     "simulate serve a.csv --slo p99=1s --service 1s --plot pictures.png": ("is a folder", []),
-    "profile model.py:Model --plot pictures.png": ("--plot pictures.png is a folder", []),
-    "profile model.py:Model --out pictures.png": ("--out pictures.png is a folder", []),
-    "profile model.py:Model --out nowhere/p.json": ("no folder nowhere", ["Make it first"]),
+    "plan model.py:Model --plot pictures.png": ("--plot pictures.png is a folder", []),
     # what is on the disk
     "train good.py --resume": ("no good checkpoint", ["Start without --resume"]),
     "train good.py --resume latest": ("no good checkpoint", ["--name"]),
@@ -202,7 +223,7 @@ def test_an_empty_number_is_no_number(option: str) -> None:
     assert f"{option} is '': not a whole number" in supple("plan", "good.py", option, "").stderr
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "layouts", "memory"])
+@pytest.mark.parametrize("command", ["train", "plan"])
 def test_an_empty_path_is_no_script(command: str) -> None:
     result = supple(command, "", *(("--name", "x") if command == "train" else ()))
     assert (result.exit_code, result.stdout) == (2, "")
@@ -242,8 +263,8 @@ def test_every_command_helps_with_an_example(command: str) -> None:
 
 
 def test_the_help_lists_every_command_in_one_whole_line() -> None:
-    listed = supple("--help").stdout.partition("Commands:\n")[2].splitlines()[: len(COMMANDS) + 2]
-    assert {line.split()[0] for line in listed} == {*COMMANDS, "minutes", "inference"}
+    listed = supple("--help").stdout.partition("Commands:\n")[2].splitlines()[: len(COMMANDS)]
+    assert {line.split()[0] for line in listed} == set(COMMANDS)
     assert all(line.endswith(".") and not line.endswith("...") for line in listed)
 
 

@@ -1,4 +1,4 @@
-"""`supple layouts` as a person uses it."""
+"""`supple plan model.toml`, a transformer to train, and `supple plan SCRIPT --accelerator`."""
 
 import json
 import math
@@ -12,12 +12,14 @@ from typer.testing import CliRunner
 from supple.cli.app import app
 from supple.core.hardware import INTERCONNECTS
 from supple.core.layouts.model import DEVICES
+from tests.described import described
 
 SEVEN = "--hidden 4096 --layers 32 --heads 32 --samples 1M --batch-size 512"
 
 
 def supple(arguments: str) -> Result:
-    return CliRunner().invoke(app, ["layouts", *arguments.split()])
+    """Sizes go into a file's [train], the rest are options."""
+    return CliRunner().invoke(app, described("train", arguments))
 
 
 def test_the_table_has_layouts_and_one_row_is_recommended() -> None:
@@ -64,8 +66,6 @@ def test_attention_keeps_no_scores_unless_it_is_said_to() -> None:
 
     assert steps("") == steps("--attention flash")
     assert steps("")[-1] < steps("--attention full")[-1]
-    told = " ".join(supple("--help").output.split())
-    assert "scaled_dot_product_attention (default)" in told
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_what_a_fixed_batch_does_not_use_is_said(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     path.write_text("batch_size,samples_to_target\n512,1000000\n2048,1100000\n")
     result = supple(f"{SEVEN} --history {path} --noise-scale 500 --json")
-    assert "--history, --noise-scale: not used, the batch is fixed" in result.stderr
+    assert "--history, the noise scale: not used, the batch is fixed" in result.stderr
     assert json.loads(result.stdout) == json.loads(supple(f"{SEVEN} --json").stdout)
 
 
@@ -178,47 +178,43 @@ def test_a_fixed_batch_too_has_the_learning_rate_that_previous_runs_found(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (SEVEN.replace("--heads 32", "--heads 30"), "does not divide into --heads 30"),
-        (SEVEN.replace("--layers 32", "--layers 0"), "--layers is 0"),
-        (SEVEN.replace("1M", "many"), "--samples 'many'"),
-        (SEVEN.replace("1M", "nan"), "--samples 'nan'"),
-        (f"{SEVEN} --batch-size 1.5", "--batch-size '1.5': give a whole number"),
-        (f"{SEVEN} --batch-size 0", "--batch-size '0': give a whole number"),
+        (SEVEN.replace("--heads 32", "--heads 30"), "hidden 4096 does not divide into 30 heads"),
+        (SEVEN.replace("--layers 32", "--layers 0"), "[train]: layers is 0: it must be at least 1"),
+        (SEVEN.replace("1M", "many"), "samples is 'many': give a whole number"),
+        (SEVEN.replace("1M", "nan"), "samples is nan: give a whole number"),
+        (f"{SEVEN} --batch-size 1.5", "batch_size is 1.5: give a whole number"),
+        (f"{SEVEN} --batch-size 0", "batch_size is 0: it must be at least 1"),
+        (f"{SEVEN} --hidden true", "hidden is 'true': give a whole number"),
         (f"{SEVEN} --budget 1M", "--budget is '1M': not a number"),
         (f"{SEVEN} --accelerator abacus", "Known: t4, v100"),
         (f"{SEVEN} --interconnect rope", "supple: --interconnect rope"),
         (f"{SEVEN} --local-link NVlink-H10", "--local-link NVlink-H10: unknown. Known: loopback"),
         (f"{SEVEN} --batch-size 2000000", "a batch of 2000000 of 1000000 samples in all"),
-        (f"{SEVEN} --attention none", "--attention none: unknown. Known: flash, full."),
-        ("absent.py --attention full", "SCRIPT and --attention were both given"),
+        (f"{SEVEN} --attention none", "attention none: unknown. Known: flash, full."),
         (f"{SEVEN} --optimizer prayer", "Known: adam, adam-8bit"),
         (f"{SEVEN} --memory -3", "--memory is -3"),
-        (
-            f"{SEVEN} --memory 1e7",
-            "--memory is 1e7: it must be above 0 and at most",
-        ),
-        (f"{SEVEN} --lr 1e10", "--lr is 1e+10: it must be above 0 and at most 1,000."),
-        (f"{SEVEN} --noise-scale 1e30", "--noise-scale is 1e+30"),
+        (f"{SEVEN} --memory 1e7", "--memory is 1e7: it must be above 0 and at most"),
+        (f"{SEVEN} --lr 1e10", "lr is 1e+10: it must be above 0 and at most 1,000."),
+        (f"{SEVEN} --noise-scale 1e30", "noise_scale is 1e+30"),
         (
             f"{SEVEN} --workers-per-node {10**21}",
             "--workers-per-node is 1000000000000000000000: it must be between 1 and",
         ),
-        (f"{SEVEN} --layers 65536", "--layers is 65536: it must be at most 10,000."),
-        (f"{SEVEN} --hidden {10**9}", "--hidden is 1000000000: it must be at most 1,000,000."),
-        (f"{SEVEN} --heads {10**9}", "--heads is 1000000000"),
-        (f"{SEVEN} --seq {10**10}", "--seq is 10000000000"),
-        (f"{SEVEN} --vocab 0", "--vocab is 0: it must be at least 1."),
-        (f"{SEVEN} --lr nan", "--lr is nan"),
-        (f"{SEVEN} --batch adaptive", "without --noise-scale, --probes and --history"),
+        (f"{SEVEN} --layers 65536", "layers is 65536: it must be at least 1 and at most 10,000."),
+        (f"{SEVEN} --hidden {10**9}", "hidden is 1000000000: it must be at least 1 and at most"),
+        (f"{SEVEN} --heads {10**9}", "heads is 1000000000"),
+        (f"{SEVEN} --seq {10**10}", "seq is 10000000000"),
+        (f"{SEVEN} --vocab 0", "vocab is 0: it must be at least 1"),
+        (f"{SEVEN} --lr nan", "lr is nan"),
+        (f"{SEVEN} --batch adaptive", "without --probes, --history and a noise scale"),
         (f"{SEVEN} --deadline 2h --budget 5", "choose the one"),
         (f"{SEVEN} --measured absent.csv", "absent.csv"),
-        (SEVEN.replace("--heads 32 --samples 1M", ""), "--heads, --samples missing"),
-        (f"absent.py {SEVEN}", "SCRIPT and --hidden, --layers, --heads were both given"),
-        ("absent.py --seq 2048 --vocab 9", "SCRIPT and --seq, --vocab were both given"),
-        ("absent.py --optimizer adam", "SCRIPT and --optimizer were both given"),
-        ("absent.py --measured ran.csv", "SCRIPT and --measured were both given"),
-        ("absent.py --interconnect rope", "--interconnect rope"),
-        ("absent.py", "absent.py does not exist"),
+        (SEVEN.replace("--heads 32 --samples 1M", ""), "lacks heads (attention heads), samples"),
+        (f"{SEVEN} --slo p99=1s", "--slo is for a model to serve"),
+        ("absent.toml", "absent.toml cannot be read: No such file or directory"),
+        ("absent.py --accelerator h100 --measured ran.csv", "--measured was given, and absent.py"),
+        ("absent.py --accelerator h100 --interconnect rope", "--interconnect rope"),
+        ("absent.py --accelerator h100", "absent.py does not exist"),
     ],
 )
 def test_it_refuses_with_one_message(arguments: str, words: str) -> None:
@@ -296,10 +292,10 @@ def test_a_run_that_was_not_expected_to_fit_is_in_the_table_and_said(tmp_path: P
 
 def test_the_help_names_every_accelerator_and_has_an_example() -> None:
     told = " ".join(supple("--help").output.split())
-    assert "supple layouts --hidden" in told
+    assert "supple plan model.toml --itl" in told
     assert all(name in told for name in DEVICES)
     assert all(name in told for name in INTERCONNECTS)
-    assert "Cap; default: 4,096." in told
+    assert "Cap; default: 4,096, or" in told
     assert {device.local_link for device in DEVICES.values()} <= set(INTERCONNECTS)
 
 
@@ -308,7 +304,7 @@ GPT = Path(__file__).resolve().parent.parent / "examples" / "gpt.py"
 
 @pytest.mark.slow
 def test_a_script_is_planned_by_its_measured_layers() -> None:
-    result = supple(f"{GPT} --max-workers 8 --json")
+    result = supple(f"{GPT} --accelerator h100 --max-workers 8 --json")
     assert result.exit_code == 0, result.stderr
     rows = json.loads(result.stdout)["rows"]
     assert [row["num_workers"] for row in rows] == [1, 2, 4, 8]
@@ -330,14 +326,14 @@ def test_a_script_keeps_its_own_optimizers_rules_and_its_epochs(tmp_path: Path) 
         "    for (x,) in job.batches(data, batch_size=64, epochs=3):\n"
         "        job.step(model(x).square().mean())\n"
     )
-    (row,) = json.loads(supple(f"{path} --max-workers 1 --json").stdout)["rows"]
+    (row,) = json.loads(supple(f"{path} --accelerator h100 --max-workers 1 --json").stdout)["rows"]
     assert row["time_to_end_s"]["value"] == pytest.approx(6 * row["step_time_s"]["value"])
-    grown = supple(
-        f"{path} --max-workers 8 --batch-size 8 --batch adaptive --noise-scale 1e4 --samples 10k "
-        "--json"
-    )
-    batches = [row["batch"]["global_batch_size"] for row in json.loads(grown.stdout)["rows"]]
-    assert max(batches) > 4 * 8
+    path.write_text(path.read_text().replace("randn(65", "randn(4096").replace("size=64", "size=8"))
+    known = tmp_path / "runs.csv"
+    known.write_text("batch_size,samples_to_target\n8,10000\n512,10100\n")
+    asked = f"{path} --accelerator h100 --max-workers 8 --batch adaptive --history {known} --json"
+    rows = json.loads(supple(asked).stdout)["rows"]
+    assert max(row["batch"]["global_batch_size"] for row in rows) > 4 * 8
 
 
 def test_a_script_may_report_its_learning_rate_and_read_everything_of_its_job(
@@ -354,7 +350,7 @@ def test_a_script_may_report_its_learning_rate_and_read_everything_of_its_job(
         "        job.step(model(x).square().mean())\n"
         "        job.report(lr=job.lr, epoch=job.epoch, first=job.is_leading)\n"
     )
-    result = supple(f"{path} --max-workers 1 --json")
+    result = supple(f"{path} --accelerator h100 --max-workers 1 --json")
     assert result.exit_code == 0, result.stderr
     (row,) = json.loads(result.stdout)["rows"]
     assert row["batch"]["lr"] == 0.1
@@ -378,6 +374,9 @@ def test_a_script_whose_layers_are_called_twice_cannot_be_cut(tmp_path: Path) ->
         "    for (x,) in job.batches(data, batch_size=8):\n"
         "        job.step(model(x).square().mean())\n"
     )
-    result = supple(str(path))
-    assert result.exit_code == 1
+    result = supple(f"{path} --accelerator h100")
+    assert result.exit_code == 0, result.stderr
+    assert "fits at once" in result.stdout
     assert "1 layers of the model were called 2 times" in result.stderr
+    told = json.loads(supple(f"{path} --accelerator h100 --json").stdout)
+    assert "called 2 times" in told["infeasible"]["numbers"] and told["memory"]["rows"]

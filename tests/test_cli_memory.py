@@ -1,7 +1,8 @@
-"""`supple memory` as a person uses it."""
+"""`supple plan SCRIPT --memory`: the memory part of a plan for accelerators that are not here."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -13,7 +14,12 @@ GPT = str(Path(__file__).resolve().parent.parent / "examples" / "gpt.py")
 
 
 def supple(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["memory", *arguments])
+    options = () if "--memory" in arguments else ("--memory", "80")
+    return CliRunner().invoke(app, ["plan", *arguments, *options, "--max-workers", "1"])
+
+
+def memory(*arguments: str) -> dict[str, Any]:
+    return json.loads(supple(*arguments, "--json").stdout)["memory"]
 
 
 @pytest.mark.slow
@@ -28,7 +34,7 @@ def test_the_table_says_what_fits_and_that_nothing_ran() -> None:
 
 @pytest.mark.slow
 def test_json_has_a_row_for_every_choice_and_more_memory_never_fits_less() -> None:
-    small, large = (json.loads(supple(GPT, "--json", "--memory", gb).stdout) for gb in ("2", "8"))
+    small, large = (memory(GPT, "--memory", gb) for gb in ("2", "8"))
     assert len(small["rows"]) == len(large["rows"]) == 12
     for less, more in zip(small["rows"], large["rows"], strict=True):
         assert 0 < less["largest_micro_batch"] < more["largest_micro_batch"]
@@ -54,15 +60,14 @@ def test_another_optimizer_keeps_what_it_keeps(tmp_path: Path) -> None:
     script = tmp_path / "tiny.py"
     script.write_text(TINY)
     found = {
-        name: json.loads(supple(str(script), "--json", "--optimizer", name).stdout)
-        for name in ("adam", "sgd-momentum", "sgd")
+        name: memory(str(script), "--optimizer", name) for name in ("adam", "sgd-momentum", "sgd")
     }
     parameters = found["adam"]["parameter_bytes"]
     kept = {name: data["optimizer_bytes"] / parameters for name, data in found.items()}
     assert kept == pytest.approx({"adam": 2.0, "sgd-momentum": 1.0, "sgd": 0.0}, abs=0.01)
     traced = [data["rows"][0]["bytes"]["8"]["traced"] for data in found.values()]
     assert traced == sorted(traced, reverse=True)
-    assert json.loads(supple(str(script), "--json").stdout) == found["adam"]
+    assert memory(str(script)) == found["adam"]
 
 
 def test_a_script_may_report_its_learning_rate_and_read_everything_of_its_job(
@@ -70,13 +75,11 @@ def test_a_script_may_report_its_learning_rate_and_read_everything_of_its_job(
 ) -> None:
     script = tmp_path / "tiny.py"
     script.write_text(TINY)
-    plain = supple(str(script), "--json")
+    plain = memory(str(script))
     script.write_text(
         f"{TINY}        job.report(lr=job.lr, epoch=job.epoch, first=job.is_leading)\n"
     )
-    reporting = supple(str(script), "--json")
-    assert reporting.exit_code == 0, reporting.stderr
-    assert json.loads(reporting.stdout) == json.loads(plain.stdout)
+    assert memory(str(script)) == plain
 
 
 @pytest.mark.slow
@@ -92,15 +95,15 @@ def test_where_nothing_fits_it_fails_and_says_what_to_do(tmp_path: Path) -> None
         "one sample needs 1.62 GB",
         "the accelerator's runtime takes 1.61 GB of it",
         "activations kept",
-        f"supple layouts {tiny}",
+        "as layouts with tp or pp do",
     ):
         assert words in result.stderr
-    told = json.loads(supple(tiny, "--memory", "1.611", "--json").stdout)
+    told = memory(tiny, "--memory", "1.611")
     assert told["infeasible"]["rule"] == "a micro-batch and its share of the states must fit"
     runtime = supple(tiny, "--memory", "1").stderr
     assert "the accelerator's runtime alone takes 1.61 GB." in runtime
-    assert "supple layouts" not in runtime, "no cut of the layers makes room for it"
-    assert json.loads(supple(tiny, "--json").stdout)["infeasible"] is None
+    assert "layouts with tp" not in runtime, "no cut of the layers makes room for it"
+    assert memory(tiny)["infeasible"] is None
 
 
 @pytest.mark.slow
@@ -132,7 +135,7 @@ def test_no_more_samples_fit_than_the_data_has_and_far_ones_are_marked(tmp_path:
     script.write_text(TINY.replace("zeros(64", "zeros(900"))
     told = supple(str(script), "--optimizer", "sgd").stdout
     assert "all ?900" in told and "?: a guess, beyond 8 times the largest traced" in told
-    row = json.loads(supple(str(script), "--optimizer", "sgd", "--json").stdout)["rows"][0]
+    row = memory(str(script), "--optimizer", "sgd")["rows"][0]
     assert (row["largest_micro_batch"], row["limited_by"], row["guess"]) == (900, "dataset", True)
     assert row["whole_batch_fits"]
 

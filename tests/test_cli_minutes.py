@@ -1,4 +1,4 @@
-"""`supple minutes` as a person uses it."""
+"""`supple plan runs.csv`, finished runs."""
 
 import json
 from pathlib import Path
@@ -25,16 +25,18 @@ def written(folder: Path, text: str) -> Path:
 
 
 def supple(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["minutes", *map(str, arguments)])
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
 
 
 def test_the_table_has_what_ran_and_what_is_foretold(runs: Path) -> None:
     result = supple(runs)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:7]] == ["8", "16", "32", "64", "128", "256"]
-    assert [" ran " in line for line in lines[1:7]] == [True] * 3 + [False] * 3
-    assert "from runs of this task at 3 batch sizes" in lines[-1]
+    counts = [line.replace("→", "").split()[0] for line in lines[1:10]]
+    assert counts == ["8", "16", "32", "8", "16", "32", "64", "128", "256"]
+    assert [" ran " in line for line in lines[1:10]] == [True] * 3 + [False] * 6
+    assert "from runs of this task at 3 batch sizes" in lines[-3]
+    assert lines[-1].startswith("Recommended: ")
     assert "cost" not in lines[0]
 
 
@@ -43,9 +45,13 @@ def test_json_has_intervals_and_money(runs: Path) -> None:
     data = json.loads(result.stdout)
     assert data["batch_size"] == 4000.0
     first, second = data["rows"]
-    assert first["time_s"]["low"] < first["time_s"]["value"] < first["time_s"]["high"]
-    assert second["time_s"]["value"] < first["time_s"]["value"]
-    hours = first["time_s"]["value"] * 64 / 3600.0
+    assert (
+        first["time_to_end_s"]["low"]
+        < first["time_to_end_s"]["value"]
+        < first["time_to_end_s"]["high"]
+    )
+    assert second["time_to_end_s"]["value"] < first["time_to_end_s"]["value"]
+    hours = first["time_to_end_s"]["value"] * 64 / 3600.0
     assert first["accelerator_hours"]["value"] == pytest.approx(hours)
     assert first["cost"]["high"] == pytest.approx(3 * first["accelerator_hours"]["high"])
 
@@ -57,7 +63,10 @@ def test_a_history_of_other_sizes_moves_the_answer(runs: Path, tmp_path: Path) -
     plain, known = (
         json.loads(supple(runs, *asked, *more).stdout) for more in ((), ("--history", history))
     )
-    assert known["rows"][0]["time_s"]["value"] > 1.2 * plain["rows"][0]["time_s"]["value"]
+    assert (
+        known["rows"][0]["time_to_end_s"]["value"]
+        > 1.2 * plain["rows"][0]["time_to_end_s"]["value"]
+    )
     assert "512 to 8192" in known["samples"]
 
 
@@ -66,7 +75,8 @@ def test_more_workers_than_samples_of_a_batch_are_answered_with_what_that_takes(
 ) -> None:
     """As in MLPerf, where 2,048 accelerators train on a batch of 256."""
     result = supple(written(tmp_path, HEAD + "8,32,400,1000000\n"), "--counts", "16,64")
-    assert [line.split()[0] for line in result.stdout.splitlines()[1:4]] == ["8", "16", "64"]
+    lines = result.stdout.splitlines()[1:4]
+    assert [line.replace("→", "").split()[0] for line in lines] == ["8", "16", "64"]
     assert "Above 32 workers several share a sample of the batch: only a job" in result.stderr
     assert supple(written(tmp_path, HEAD + "8,32,400,1\n"), "--counts", "32").stderr == ""
     assert "Above 1 worker several" in supple(written(tmp_path, HEAD + "1,1,9,1\n")).stderr
@@ -119,7 +129,7 @@ def test_a_guess_about_other_batch_sizes_is_told_where_it_has_a_part(
     tmp_path: Path, rows: str, size: int, told: str
 ) -> None:
     path = written(tmp_path, "Num_Workers,Batch_Size,Minutes\n" + rows)
-    said = supple(path, "--batch-size", size).stdout.splitlines()[-1]
+    said = supple(path, "--batch-size", size).stdout.splitlines()[-3]
     assert told in said + "." and ("guess" in said) == ("as if" in told)
     assert json.loads(supple(path, "--batch-size", size, "--json").stdout)["samples"] in said
 
@@ -158,3 +168,35 @@ def test_it_refuses_with_one_message(
     assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert result.stdout == ""
+
+
+def test_a_deadline_and_a_budget_take_a_row_each_and_the_knee_without_them(runs: Path) -> None:
+    def recommended(*more: object) -> int:
+        data = json.loads(supple(runs, "--json", *more).stdout)
+        assert data["recommended"] in data["rows"]
+        return data["recommended"]["num_workers"]
+
+    rows = json.loads(supple(runs, "--json").stdout)["rows"]
+    within = [row for row in rows if row["time_to_end_s"]["high"] <= 3 * 3600]
+    cheapest = min(within, key=lambda row: row["accelerator_hours"]["value"])
+    assert recommended("--deadline", "3h") == cheapest["num_workers"] < rows[-1]["num_workers"]
+    budget = rows[1]["accelerator_hours"]["high"] * 1.0001
+    cheap = [row for row in rows if row["accelerator_hours"]["high"] <= budget]
+    fastest = min(cheap, key=lambda row: row["time_to_end_s"]["value"])
+    assert recommended("--budget", f"{budget:.9g}") == fastest["num_workers"]
+    assert rows[0]["speedup"]["value"] == 8 and recommended() >= 32
+
+
+def test_a_deadline_no_count_meets_is_told_with_its_numbers(runs: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "runs.png"
+    result = supple(runs, "--deadline", "1m", "--plot", picture)
+    assert result.exit_code == 1 and not picture.exists()
+    assert "the end within 60.0 s: the fastest is" in result.stderr
+    assert "infeasible" in json.loads(supple(runs, "--deadline", "1m", "--json").stdout)
+
+
+@pytest.mark.slow
+def test_a_picture_has_what_ran_and_what_is_predicted(runs: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "runs.png"
+    assert supple(runs, "--plot", picture).exit_code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")

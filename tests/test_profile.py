@@ -1,5 +1,6 @@
-"""`supple profile`: a real model measured in a process of its own, stored, and used again."""
+"""`supple plan app.py:Model`: a real model measured in a process of its own, and the answer."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,17 @@ from typer.testing import CliRunner
 from supple.cli.app import app
 from supple.core.service.latency import LatencyPoint
 from supple.core.spec import SpecError
-from supple.serve.models.profiling import StoredProfile, known, read, refresh, write
+from supple.serve.models import profiling
+from supple.serve.models.profiling import (
+    StoredProfile,
+    known,
+    machine,
+    place,
+    read,
+    refresh,
+    source_of,
+    write,
+)
 
 MODEL = """
 import numpy as np
@@ -62,6 +73,7 @@ def stored() -> StoredProfile:
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(profiling, "SECONDS_PER_BATCH", 0.001)
     path = tmp_path / "app.py"
     path.write_text(MODEL)
     return path
@@ -91,21 +103,23 @@ def test_a_length_is_answered_with_what_was_measured_at_least_as_long(
 
 @pytest.mark.slow
 def test_a_model_is_measured_stored_and_known_until_its_file_changes(model: Path) -> None:
-    arguments = ["profile", "app.py:Model", "--seconds", "1ms", "--lengths", "2,8", "--json"]
+    arguments = ["plan", "app.py:Model", "--lengths", "2,8", "--json"]
     first = CliRunner().invoke(app, [*arguments, "--plot", "profile.png"])
     assert first.exit_code == 0, first.output
-    found = json.loads(first.stdout)
+    data = json.loads(first.stdout)
+    found = data["profile"]
+    assert data["recommended"] in data["rows"]
     assert [length for length, _ in found["lengths"]] == [2, 8]
     assert [point["batch_size"] for point in found["lengths"][0][1]] == [1, 2, 4, 6]
     assert found["startup_s"] > 0 and found["memory_bytes"] > 2**20 and not found["reused"]
     assert (model.parent / "profile.png").read_bytes().startswith(b"\x89PNG")
     again = CliRunner().invoke(app, arguments)
-    assert json.loads(again.stdout) == found | {"reused": True}
+    assert json.loads(again.stdout)["profile"] == found | {"reused": True}
     table = CliRunner().invoke(app, arguments[:-1])
     for words in ("length 8", "per second", "a batch costs", "start-up"):
         assert words in table.stdout
     model.write_text(MODEL + "\n# changed\n")
-    assert not json.loads(CliRunner().invoke(app, arguments).stdout)["reused"]
+    assert not json.loads(CliRunner().invoke(app, arguments).stdout)["profile"]["reused"]
 
 
 @pytest.mark.slow
@@ -121,14 +135,14 @@ def test_a_model_is_measured_stored_and_known_until_its_file_changes(model: Path
 def test_a_model_that_cannot_be_measured_is_told(
     model: Path, name: str, code: int, words: str
 ) -> None:
-    result = CliRunner().invoke(app, ["profile", f"{model.name}:{name}", "--seconds", "1ms"])
+    result = CliRunner().invoke(app, ["plan", f"{model.name}:{name}"])
     assert result.exit_code == code and words in result.stderr, result.output
     assert not (model.parent / "supple-runs").exists()
 
 
 @pytest.mark.parametrize("text", ["0", "a", "", "4,-1"])
 def test_lengths_that_are_none_are_refused(model: Path, text: str) -> None:
-    result = CliRunner().invoke(app, ["profile", f"{model.name}:Model", "--lengths", text])
+    result = CliRunner().invoke(app, ["plan", f"{model.name}:Model", "--lengths", text])
     assert result.exit_code == 2 and "--lengths" in result.stderr
 
 
@@ -137,7 +151,7 @@ def test_traffic_refreshes_the_sizes_it_had(model: Path) -> None:
     target = "app.py:Model"
     live = (LatencyPoint(batch_size=4, p50_s=0.5, p99_s=0.6, num_samples=9),)
     assert known(target) is None and not refresh(target, live)
-    assert CliRunner().invoke(app, ["profile", target, "--seconds", "1ms"]).exit_code == 0
+    assert CliRunner().invoke(app, ["plan", target]).exit_code == 0
     before = known(target)
     assert before is not None and refresh(target, live)
     after = known(target)
@@ -150,13 +164,51 @@ def test_traffic_refreshes_the_sizes_it_had(model: Path) -> None:
 
 @pytest.mark.slow
 def test_traffic_does_not_say_how_long_its_inputs_were(model: Path) -> None:
-    arguments = ["profile", "app.py:Model", "--seconds", "1ms", "--lengths", "2,8"]
+    arguments = ["plan", "app.py:Model", "--lengths", "2,8"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert not refresh("app.py:Model", (LatencyPoint(batch_size=1, p50_s=1.0, p99_s=1.0),))
 
 
 def test_where_a_profile_cannot_be_stored_nothing_is_measured(model: Path) -> None:
     (model.parent / "supple-runs").write_text("no folder")
-    result = CliRunner().invoke(app, ["profile", "app.py:Model"])
+    result = CliRunner().invoke(app, ["plan", "app.py:Model"])
     assert result.exit_code == 2
     assert "there is no folder supple-runs" in result.stderr
+
+
+def test_a_promise_and_a_rate_are_answered_with_replicas(model: Path) -> None:
+    write(of_this_file(model), place("app.py:Model"))
+    result = CliRunner().invoke(
+        app, ["plan", "app.py:Model", "--slo", "p99=500ms", "--rate", "300", "--price", "2"]
+    )
+    assert result.exit_code == 0, result.output
+    for words in ("replicas", "in time", "per hour", "Recommended: ", "known from"):
+        assert words in result.output
+    data = json.loads(
+        CliRunner()
+        .invoke(app, ["plan", "app.py:Model", "--slo", "p99=500ms", "--rate", "300", "--json"])
+        .stdout
+    )
+    assert data["recommended"] in data["rows"] and data["profile"]["reused"]
+    assert data["recommended"]["attainment"] >= 0.99
+
+
+def test_a_promise_that_no_replica_keeps_is_refused_and_one_too_few_may_keep_an_answer(
+    model: Path,
+) -> None:
+    write(of_this_file(model), place("app.py:Model"))
+    refused = CliRunner().invoke(app, ["plan", "app.py:Model", "--slo", "p99=1ms", "--rate", "9"])
+    assert refused.exit_code == 2 and "no number of replicas changes that" in refused.stderr
+    few = ["plan", "app.py:Model", "--slo", "p99=500ms", "--rate", "9000", "--max-workers", "2"]
+    told = CliRunner().invoke(app, few)
+    assert told.exit_code == 1 and "2 replicas answer at most" in told.stderr
+
+
+def of_this_file(model: Path) -> StoredProfile:
+    """A profile that was measured of this file, here, at one length."""
+    return dataclasses.replace(
+        stored(),
+        source=source_of("app.py:Model"),
+        machine=machine(),
+        lengths=((1, stored().lengths[0][1]),),
+    )

@@ -17,7 +17,7 @@ from supple.cli.app import app
 from tests.cluster.runs import ROOT
 from tests.docs.blocks import BLOCKS, PAGES, Block, read
 
-LANGUAGES = {"bash", "python", "text"}
+LANGUAGES = {"bash", "python", "text", "toml"}
 
 
 def name(block: Block) -> str:
@@ -43,6 +43,9 @@ def in_a_folder_with_what_the_pages_name(tmp_path: Path, monkeypatch: pytest.Mon
     Path("docs").mkdir()
     for script in ("train.py", "app.py"):
         Path(script).write_text("def train(job):\n    pass\n")
+    for block in BLOCKS:
+        if block.language == "toml":
+            Path("model.toml").write_text(block.text)
     Path("runs.csv").write_text(
         "num_workers,batch_size,minutes,samples_to_target\n"
         "8,512,400,1000000\n16,1024,210,1030000\n32,2048,112,1100000\n"

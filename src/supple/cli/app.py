@@ -28,27 +28,7 @@ class Command:
 COMMANDS = {
     "plan": Command(
         module="supple.cli.planning.plan",
-        line="How many workers a script deserves, by measuring it here.",
-    ),
-    "layouts": Command(
-        module="supple.cli.planning.layouts",
-        line="Count, layout, batch and learning rate of a large model.",
-    ),
-    "memory": Command(
-        module="supple.cli.planning.memory",
-        line="What micro-batch fits an accelerator that is not here.",
-    ),
-    "minutes": Command(
-        module="supple.cli.planning.minutes",
-        line="Time to a target on other counts, from finished runs.",
-    ),
-    "inference": Command(
-        module="supple.cli.planning.inference",
-        line="Accelerators and copies that a language model needs.",
-    ),
-    "profile": Command(
-        module="supple.cli.planning.profile",
-        line="Measure a model's latency, start-up and memory.",
+        line="How many workers, accelerators or replicas, and why.",
     ),
     "train": Command(
         module="supple.cli.train",

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from supple.core.hardware import INTERCONNECTS
-from supple.core.spec import LARGEST_COUNT
+from supple.core.spec import LARGEST_COUNT, MAX_WORKERS
 
 Script = Annotated[str, typer.Argument(help="A Python file, or FILE:FUNCTION.")]
 Target = Annotated[
@@ -27,7 +27,9 @@ Address = Annotated[
     ),
 ]
 
-MaxWorkers = Annotated[str | None, typer.Option(help=f"Cap; default: {LARGEST_COUNT:,}.")]
+_CAP = f"Cap; default: {LARGEST_COUNT:,}, or {MAX_WORKERS:,} of what is served."
+MaxWorkers = Annotated[str | None, typer.Option(help=_CAP)]
+
 Deadline = Annotated[str | None, typer.Option(help="Latest end, from the start: 90s, 2h, 30d.")]
 Budget = Annotated[
     str | None, typer.Option(help="Money for the whole job, or accelerator-hours without --price.")
@@ -37,46 +39,51 @@ Price = Annotated[
     str | None, typer.Option(help="Money for an hour of one accelerator, or of one replica.")
 ]
 Batch = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="fixed: the batch that was given. adaptive: grows where that is faster, as far as "
-        "the noise scale or previous runs say that it is worth it."
+        help="fixed: the batch that was given (default). adaptive: grows where that is faster, as "
+        "far as the noise scale or previous runs say that it is worth it."
     ),
 ]
-BatchSize = Annotated[str | None, typer.Option(help="Global batch, in samples: 512, 4K.")]
+BatchSize = Annotated[
+    str | None,
+    typer.Option(help="Global batch, in samples: 512, 4K; default: that of the largest run."),
+]
 LrRule = Annotated[
-    str, typer.Option(help="auto (by optimizer), linear, sqrt, adascale or constant.")
+    str | None,
+    typer.Option(help="auto (by optimizer; default), linear, sqrt, adascale or constant."),
 ]
 Optimizer = Annotated[
     str | None,
     typer.Option(
-        help="adam, adam-8bit, adafactor, sgd-momentum or sgd; default: the script's, else adam."
+        help="adam, sgd-momentum or sgd, for accelerators that are not here; default: the script's."
     ),
 ]
 Accelerator = Annotated[
-    str, typer.Option(help="t4, v100, a10g, a100, a100-80, l4, l40s, h100, h200, b200 or mi300x.")
+    str | None,
+    typer.Option(
+        help="One that is not here: t4, v100, a10g, a100, a100-80, l4, l40s, h100, h200, b200 or "
+        "mi300x; default: h100, and for a script this machine."
+    ),
 ]
 MemorySize = Annotated[
     str | None,
-    typer.Option(
-        "--memory", help="GB of one accelerator, or 74.5GiB; default: its data sheet's, or 80."
-    ),
+    typer.Option("--memory", help="GB of one accelerator, or 74.5GiB; default: its data sheet's."),
 ]
 Interconnect = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Between nodes; cloud-… between virtual machines, …x8 with eight network cards a "
-        f"node. One of {', '.join(INTERCONNECTS)}."
+        f"node. One of {', '.join(INTERCONNECTS)}; default: ethernet-25, and infiniband-400x8 for "
+        "accelerators that are not here."
     ),
 ]
 WorkersPerNode = Annotated[
     str | None, typer.Option(help="Accelerators of a node; default: this machine's cores, or 8.")
 ]
-Layers = Annotated[
-    int | None, typer.Option(help="Equal decoder layers; default: what is usual at the size.")
-]
 Measured = Annotated[
-    Path | None, typer.Option(help="CSV of what was measured; its columns are below.")
+    Path | None,
+    typer.Option(help="CSV of what was measured of a model.toml; its columns: docs/planning.md."),
 ]
 History = Annotated[
     Path | None,

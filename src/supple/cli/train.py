@@ -23,8 +23,9 @@ from supple.cli.options import (
     Seed,
     Verbose,
 )
+from supple.cli.planning.subject import otherwise
 from supple.control.socket import refuse_second
-from supple.core.hardware import lookup
+from supple.core.hardware import DEFAULT_INTERCONNECT, lookup
 from supple.core.spec import (
     KNEE_RULE,
     Objective,
@@ -83,9 +84,9 @@ def train(
         bool,
         typer.Option("--knee", help=f"Begin where a plan does that was measured: at {KNEE_RULE}."),
     ] = False,
-    interconnect: Interconnect = "ethernet-25",
-    batch: Batch = "fixed",
-    lr_rule: LrRule = "auto",
+    interconnect: Interconnect = None,
+    batch: Batch = None,
+    lr_rule: LrRule = None,
     reproducible: Annotated[
         bool,
         typer.Option(
@@ -150,7 +151,8 @@ def train(
     with messages(verbose):
         low, high = parse_workers(workers)
         path, function = split_target(script)
-        lookup(interconnect)
+        link = otherwise(interconnect, DEFAULT_INTERCONNECT)
+        lookup(link)
         spec = TrainSpec(
             name=name or Path(path).stem,
             script=path,
@@ -158,8 +160,8 @@ def train(
             min_workers=low,
             max_workers=high,
             schedule=parse_schedule(schedule, minimum=low, maximum=high) if schedule else (),
-            batch=parse_batch(batch),
-            lr_rule=parse_rule(lr_rule),
+            batch=parse_batch(otherwise(batch, "fixed")),
+            lr_rule=parse_rule(otherwise(lr_rule, "auto")),
             reproducible=reproducible,
             num_logical_shards=logical_shards,
             seed=seed,
@@ -180,7 +182,7 @@ def train(
             max_steps=max_steps,
             price_per_hour=parse_money(price, what="--price") if price else None,
             objective=_objective(deadline, budget, knee),
-            interconnect=interconnect,
+            interconnect=link,
             workers_per_node=_workers_per_node(address),
         )
         check(path, function)

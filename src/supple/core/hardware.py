@@ -83,6 +83,10 @@ INTERCONNECTS: dict[str, Interconnect] = {
 }
 
 
+DEFAULT_INTERCONNECT = "ethernet-25"
+"""Between the nodes of machines like this one, where nobody says."""
+
+
 def lookup(name: str, *, what: str = "--interconnect") -> Interconnect:
     """The link of this name, capitals or not; `SpecError` with the valid names otherwise."""
     return INTERCONNECTS[parse_name(name, INTERCONNECTS, what=what)]

@@ -1,5 +1,5 @@
 """Reads previous runs of a task, and short probes, from CSV files: `--history` and `--probes` of
-`supple plan` and `supple layouts`."""
+`supple plan`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

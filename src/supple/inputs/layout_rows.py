@@ -1,4 +1,4 @@
-"""Reads iteration times of layouts from a CSV file: `--measured` of `supple layouts`."""
+"""Reads iteration times of layouts from a CSV file: `--measured` of `supple plan model.toml`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -1,18 +1,17 @@
-"""`supple memory`: what fits on an accelerator that is not here."""
+"""What micro-batch of a script fits an accelerator that is not here: the memory part of a plan.
+
+Traced with tensors that have shapes and no values: nothing is computed.
+"""
 
 import dataclasses
 import itertools
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
-import typer
 from rich.table import Table
 
-from supple.cli.errors import FAILED, messages, split_target
-from supple.cli.options import Json, MemorySize, Optimizer, Script, Verbose
 from supple.cli.output import console
-from supple.core.spec import SpecError
 from supple.core.training.memory import (
     FAR,
     FRAGMENTATION,
@@ -24,60 +23,52 @@ from supple.core.training.memory import (
     safe_bytes,
 )
 from supple.core.types import Infeasible
-from supple.inputs.rows import parse_gigabytes
-from supple.train.script import check
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch is imported by what traces, so that `--help` is immediate
     from supple.train.probes.memory_trace import TracedJob
 
-MEMORY_EPILOG = (
-    "Examples:\n\n  supple memory examples/gpt.py --memory 80\n\n"
-    "  supple memory train.py --memory 24 --optimizer sgd-momentum --json\n\n"
-    "Exit codes: 0 something fits; 1 nothing does, or the script cannot be traced; 2 refused "
-    "before any work."
-)
 _SHARDS = (1, 2, 4, 8, 16, 64)
 
 
-def memory(
-    script: Script,
-    memory_size: MemorySize = None,
-    optimizer: Optimizer = None,
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """What micro-batch of SCRIPT fits an accelerator, traced without one and without computing."""
-    with messages(verbose):
-        limit = parse_gigabytes(memory_size or "80", what="--memory")
-        path, function = split_target(script)
-        check(path, function)
-        from supple.train.probes.memory_trace import OPTIMIZERS, TraceFailed, trace_memory
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryTable:
+    """What fits, for every way to treat activations and every number of shards of the states."""
 
-        if optimizer is not None and optimizer not in OPTIMIZERS:
-            raise SpecError(f"--optimizer {optimizer}: unknown. Known: {', '.join(OPTIMIZERS)}.")
-        try:
-            traced = {
-                name: trace_memory(
-                    path, function, recompute=recompute, optimizer=optimizer, verbose=verbose
-                )
-                for name, recompute in (("kept", False), ("recomputed", True))
-            }
-        except TraceFailed as error:
-            typer.echo(f"supple: {error}", err=True)
-            raise typer.Exit(FAILED) from None
-        rows = [
-            _row(name, job, shards, limit) for name, job in traced.items() for shards in _SHARDS
-        ]
-        too_small = None if any(row.largest for row in rows) else _too_small(rows, script, limit)
-        if as_json:
-            typer.echo(json.dumps(_data(traced["kept"], rows, limit, too_small)))
-        else:
-            _show(traced["kept"], rows, limit)
-        if too_small is not None:
-            typer.echo(f"supple: {too_small}", err=True)
-            raise typer.Exit(FAILED)
+    job: "TracedJob"
+    """Traced with activations kept."""
+    rows: tuple["_Row", ...]
+    limit_bytes: float
+    too_small: Infeasible | None
+    """Why no row fits; None where one does."""
 
 
+def trace(
+    path: str, function: str, limit_bytes: float, *, optimizer: str | None, verbose: bool
+) -> MemoryTable:
+    """Trace the script with activations kept and with them computed again. Raises `TraceFailed`
+    where it cannot be traced."""
+    from supple.train.probes.memory_trace import trace_memory
+
+    traced = {
+        name: trace_memory(
+            path, function, recompute=recompute, optimizer=optimizer, verbose=verbose
+        )
+        for name, recompute in (("kept", False), ("recomputed", True))
+    }
+    rows = tuple(
+        _row(name, job, shards, limit_bytes) for name, job in traced.items() for shards in _SHARDS
+    )
+    fits = any(row.largest for row in rows)
+    return MemoryTable(
+        job=traced["kept"],
+        rows=rows,
+        limit_bytes=limit_bytes,
+        too_small=None if fits else _too_small(rows, path, limit_bytes),
+    )
+
+
+@final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
     """What fits where activations are kept or computed again, and `shards` hold the states."""
@@ -114,7 +105,7 @@ def _row(activations: str, job: "TracedJob", shards: int, limit: float) -> _Row:
     )
 
 
-def _too_small(rows: list[_Row], script: str, limit: float) -> Infeasible:
+def _too_small(rows: Sequence[_Row], script: str, limit: float) -> Infeasible:
     def least(row: _Row) -> float:
         return safe_bytes(row.traces, 1, shards=row.shards)
 
@@ -134,16 +125,16 @@ def _too_small(rows: list[_Row], script: str, limit: float) -> Infeasible:
         f"the accelerator's runtime takes {_size(RUNTIME_BYTES)} of it",
         rule="a micro-batch and its share of the states must fit",
         advice="Take an accelerator with more memory (--memory), or cut the layers themselves over "
-        f"several: `supple layouts {script}`.",
+        "several, as layouts with tp or pp do.",
     )
 
 
-def _data(
-    job: "TracedJob", rows: list[_Row], limit: float, too_small: Infeasible | None
-) -> dict[str, object]:
-    first = job.traces[0]
+def to_json(table: MemoryTable) -> dict[str, object]:
+    """The table as data: bytes, and samples."""
+    job, rows = table.job, table.rows
+    first, too_small = job.traces[0], table.too_small
     return {
-        "device_bytes": limit,
+        "device_bytes": table.limit_bytes,
         "parameter_bytes": first.parameter_bytes,
         "gradient_bytes": first.gradient_bytes,
         "optimizer_bytes": first.optimizer_bytes,
@@ -174,7 +165,9 @@ def _data(
     }
 
 
-def _show(job: "TracedJob", rows: list[_Row], limit: float) -> None:
+def show(table: MemoryTable) -> None:
+    """Print the table, what its marks mean, and what the script must change to fit."""
+    job, rows, limit = table.job, table.rows, table.limit_bytes
     first, out = job.traces[0], console()
 
     def say(text: str, style: str | None = None) -> None:
@@ -218,7 +211,7 @@ def _show(job: "TracedJob", rows: list[_Row], limit: float) -> None:
         say(f"\n{_advice(job, rows)}")
 
 
-def _lines(rows: list[_Row], sizes: list[int]) -> list[tuple[str, ...]]:
+def _lines(rows: Sequence[_Row], sizes: list[int]) -> list[tuple[str, ...]]:
     """The cells of every row; rows that say the same, of several shards or of both ways to treat
     activations, are one line."""
     found: dict[str, list[tuple[str, ...]]] = {}
@@ -254,7 +247,7 @@ def _in_a_step(job: "TracedJob") -> int:
     return job.batch_size if job.dataset_size is None else min(job.batch_size, job.dataset_size)
 
 
-def _advice(job: "TracedJob", rows: list[_Row]) -> str:
+def _advice(job: "TracedJob", rows: Sequence[_Row]) -> str:
     """What to do for the job's batch to fit, with as little change to the script as can be."""
     whole, as_it_is = _in_a_step(job), rows[0].largest
     if as_it_is >= whole:

@@ -1,16 +1,14 @@
-"""`supple plan`: measures a script here, and says how many workers it deserves."""
+"""`supple plan SUBJECT`: how many, for whatever it is asked about."""
 
-import json
-import os
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from supple.cli.errors import FAILED, messages, split_target
+from supple.cli.errors import messages
 from supple.cli.options import (
+    Accelerator,
     Batch,
+    BatchSize,
     Budget,
     Deadline,
     History,
@@ -18,155 +16,128 @@ from supple.cli.options import (
     Json,
     LrRule,
     MaxWorkers,
+    Measured,
+    MemorySize,
+    Optimizer,
     Plot,
     Price,
     Probes,
-    Script,
+    Rate,
+    SloToCheck,
     Verbose,
     WorkersPerNode,
 )
-from supple.cli.output import console
-from supple.core.hardware import lookup
-from supple.core.spec import (
-    KNEE_RULE,
-    MAX_WORKERS,
-    parse_count,
-    parse_limits,
-    parse_objective,
-    parse_rule,
-)
-from supple.core.types import Infeasible
-from supple.report.eventlog import to_plain
-from supple.train.script import check
-
-if TYPE_CHECKING:
-    from supple.core.planning.view import JobView
-    from supple.inputs.history import Known
+from supple.cli.planning.subject import Kind, Question, kind_of
+from supple.core.spec import KNEE_RULE
 
 PLAN_EPILOG = (
-    f"Without --deadline and --budget it recommends {KNEE_RULE}.\n\n"
-    "Every configuration is measured twice, some seconds apart. What was measured stands with the "
-    "interval of those repeats: another hour on a busy machine may lie outside of it.\n\n"
+    "SUBJECT is one of:\n\n"
+    "  train.py or train.py:function: a script, measured here for half a minute or longer. With "
+    "--accelerator or --memory it is planned for accelerators that are not here: what micro-batch "
+    "fits, then count, layout, batch and learning rate.\n\n"
+    "  model.toml: a transformer by its sizes, [train], or a language model, [serve]. Nothing is "
+    "run.\n\n"
+    "  app.py:Model or model.pt2: a model to serve, measured once. With --slo and --rate: how many "
+    "replicas.\n\n"
+    "  runs.csv: finished runs, a line each: num_workers,minutes and, if known, batch_size, "
+    "samples_to_target, reached. How long it takes on other counts.\n\n"
+    f"Without --deadline and --budget it recommends {KNEE_RULE}. JSON has `recommended`, one of "
+    "the `rows`, and `reason`; times are in seconds, intervals of 80 %. An option that means "
+    "nothing for SUBJECT is refused. More: docs/planning.md.\n\n"
+    "Every configuration of a script is measured twice, some seconds apart. What was measured "
+    "stands with the interval of those repeats: another hour on a busy machine may lie outside of "
+    "it.\n\n"
     "Examples:\n\n  supple plan examples/digits.py\n\n"
     "  supple plan train.py --deadline 2h --interconnect infiniband-200 --workers-per-node 8\n\n"
     "  supple plan train.py --budget 50 --price 2.50 --plot plan.png\n\n"
     "  supple plan train.py --batch adaptive --history runs.csv\n\n"
-    "  supple plan train.py --batch adaptive --probes two-branches.csv"
+    "  supple plan train.py --accelerator a100-80 --price 2.5\n\n"
+    "  supple plan model.toml --itl 30ms --rate 20\n\n"
+    "  supple plan app.py:Model --slo p99=100ms --rate 200\n\n"
+    "  supple plan runs.csv --counts 64,128\n\n"
+    "Exit codes: 0 planned; 1 no plan does what was asked, or SUBJECT failed; 2 refused."
 )
 
 
 def plan(
-    script: Script,
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUBJECT", help="A script, model.toml, FILE:CLASS or runs.csv; see below."
+        ),
+    ],
     max_workers: MaxWorkers = None,
     deadline: Deadline = None,
     budget: Budget = None,
     price: Price = None,
-    interconnect: Interconnect = "ethernet-25",
+    accelerator: Accelerator = None,
+    memory_size: MemorySize = None,
     workers_per_node: WorkersPerNode = None,
-    batch: Batch = "fixed",
-    lr_rule: LrRule = "auto",
+    interconnect: Interconnect = None,
+    local_link: Annotated[
+        str | None,
+        typer.Option(help="Inside a node, one of the same; default: that of its data sheet."),
+    ] = None,
+    batch: Batch = None,
+    lr_rule: LrRule = None,
+    optimizer: Optimizer = None,
     measure_workers: Annotated[
         str | None,
         typer.Option(help="Most workers to measure; default: 4, the cores or the cap if fewer."),
     ] = None,
+    measured: Measured = None,
     history: History = None,
     probes: Probes = None,
+    slo: SloToCheck = None,
+    rate: Rate = None,
+    itl: Annotated[
+        str | None,
+        typer.Option(help="Promise: nine of ten tokens within, with its unit: 30ms."),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Of inputs with a dim of any length: 16,64,256; default: 1."),
+    ] = None,
+    again: Annotated[
+        bool | None, typer.Option("--again", help="Measure though it is known already.")
+    ] = None,
+    counts: Annotated[
+        str | None,
+        typer.Option(help="Counts, with commas; default: the largest that ran, doubled thrice."),
+    ] = None,
+    batch_size: BatchSize = None,
     plot: Plot = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure SCRIPT for half a minute or longer; say how many workers it deserves, and why."""
+    """How many workers, accelerators or replicas SUBJECT deserves, and why."""
     with messages(verbose):
-        path, function = split_target(script)
-        limits = parse_limits(max_workers, price, batch)
-        objective = parse_objective(deadline, budget)
-        lookup(interconnect)
-        rule = parse_rule(lr_rule)
-        per_node = (
-            os.cpu_count() or 1
-            if workers_per_node is None
-            else parse_count(workers_per_node, what="--workers-per-node")
-        )
-        most = (
-            None
-            if measure_workers is None
-            else parse_count(measure_workers, what="--measure-workers")
-        )
-        known = None
-        if history is not None or probes is not None:
-            from supple.inputs.history import read_known
-
-            known = read_known(history, probes)
-        if limits.batch == "fixed":
-            given = {"--history": history, "--probes": probes}
-            unused = [name for name, value in given.items() if value is not None]
-            unused += ["--lr-rule"] if rule != "auto" else []
-            if unused:
-                _tell(f"{', '.join(unused)}: not used, the batch is fixed. --batch adaptive does.")
-        if plot is not None:
-            from supple.report.picture import check_picture
-
-            check_picture(plot)
-        check(path, function)
-        from supple.cluster.measure import MOST_MEASURED, ScriptFailed, measure
-        from supple.core.planning.measured import job_view
-        from supple.core.planning.next_measurement import what_to_measure_first
-        from supple.core.planning.planner import plan as make_plan
-        from supple.core.planning.planner import rate_at
-        from supple.core.training.learning_rate import contradiction
-        from supple.inputs.script_measurements import keep
-        from supple.report import plan_view
-
-        # More than may be used is not worth its time.
-        most = min(most or MOST_MEASURED, limits.max_workers or MAX_WORKERS)
-        try:
-            found = measure(path, function, max_local_workers=most, verbose=verbose, on_line=_tell)
-        except ScriptFailed as error:
-            raised = str(error).startswith("Traceback")  # else a message, complete in itself
-            what = f"{path} failed while it was measured:\n" if raised else ""
-            _tell(f"supple: {what}{error}")
-            raise typer.Exit(FAILED) from None
-        job = job_view(found, interconnect=interconnect, workers_per_node=per_node, lr_rule=rule)
-        keep(found, path, function)
-        if known is not None and limits.batch == "adaptive":
-            job = _with_known(job, known)
-        table = make_plan(job, limits, objective)
-        is_plan = not isinstance(table, Infeasible)
-        first = what_to_measure_first(table, job, limits) if is_plan else ""
-        if as_json:
-            typer.echo(json.dumps(to_plain(plan_view.to_json(table, measure_first=first))))
-        if isinstance(table, Infeasible):
-            _tell(f"supple: {table}")
-            if plot is not None:
-                _tell("no picture: there is no plan")
-            raise typer.Exit(FAILED)
-        if job.tuned:
-            family, at = job.optimizer_family, job.base_batch_size
-            if rule == "auto" and (odd := contradiction(job.tuned, job.base_lr, at, family)):
-                _tell(odd)
-            _tell(f"learning rate: {rate_at(job, table.choice.batch.global_batch_size)[1]}")
-        if not as_json:
-            plan_view.show(table, console(), measure_first=first)
-        if plot is not None:
-            from supple.report.picture import draw_plan
-
-            draw_plan(table, plot, title=Path(path).name, objective=objective)
-            _tell(f"picture {plot}")
+        _answer(Question(**locals()))
 
 
-def _with_known(job: "JobView", known: "Known") -> "JobView":
-    """The job with what earlier runs say. The noise scale of the first steps is smaller than that
-    of later ones, so it is asked only where no two batch sizes are known."""
-    if not known.compares_sizes and not job.noise_scale:
-        _tell(
-            f"{known.files}: one batch size only, and no noise scale could be measured: what "
-            "another is worth is not known. Add a run at a second size."
-        )
-        return replace(job, tuned=known.rates)
-    curve = known.curve(None if known.compares_sizes else job.noise_scale)
-    _tell(f"the worth of other batch sizes: {curve.why}")
-    return replace(job, samples=curve, tuned=known.rates)
+def _answer(question: Question) -> None:
+    kind, path, name = kind_of(question)
+    if kind is Kind.SCRIPT:
+        from supple.cli.planning.script import plan_script
 
+        plan_script(question, path, name or "train")
+    elif kind is Kind.ELSEWHERE:
+        from supple.cli.planning.elsewhere import plan_elsewhere
 
-def _tell(line: str) -> None:
-    typer.echo(line, err=True)
+        plan_elsewhere(question, path, name or "train")
+    elif kind is Kind.TRAINED:
+        from supple.cli.planning.layouts import plan_transformer
+
+        plan_transformer(question, path)
+    elif kind is Kind.LANGUAGE_MODEL:
+        from supple.cli.planning.language_model import plan_language_model
+
+        plan_language_model(question, path)
+    elif kind is Kind.SERVED:
+        from supple.cli.planning.served import plan_served
+
+        plan_served(question)
+    else:
+        from supple.cli.planning.runs import plan_finished
+
+        plan_finished(question, path)

@@ -22,7 +22,7 @@ class MeasuredLayer:
     num_collectives: int = 0
     """All-reduces of the output that the layer needs per micro-batch, forward and backward, where
     tensor ranks share it. A layer that says so may be cut over any number of them; 0: none is
-    known, and every tensor rank computes the whole layer. `supple layouts SCRIPT` knows of none."""
+    known, and every tensor rank computes the whole layer. `supple plan SCRIPT` knows of none."""
     state_bytes: float = 0.0
     """Parameters, gradients and the optimizer's state."""
     activation_bytes_per_sample: float = 0.0

@@ -1,10 +1,11 @@
-"""Which row of a plan to take: the cheapest that meets a deadline, the fastest within a budget, or
+"""Which row of a table to take: the cheapest that meets a deadline, the fastest within a budget, or
 the knee of the curve; and the reason in words.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from supple.core.spec import KNEE_RULE, KNEE_SHARE, LARGEST_COUNT, Limits, Objective
 from supple.core.types import Estimate, Infeasible, Plan
@@ -19,6 +20,31 @@ _DISAGREE = 2.0
 """The same of a measured one, from which its repeats are said to disagree."""
 _FEWEST = "the fewest here that the job fits on"
 _LARGEST = "the largest count looked at; --max-workers N looks further"
+
+
+class Outcome(Protocol):
+    """What a row must say of its number of workers."""
+
+    @property
+    def num_workers(self) -> int: ...
+    @property
+    def speedup(self) -> Estimate: ...
+    @property
+    def time_to_end_s(self) -> Estimate: ...
+    @property
+    def accelerator_hours(self) -> Estimate: ...
+    @property
+    def cost(self) -> Estimate | None:
+        """None where no price is known."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The index of the row to take, and the reason in words."""
+
+    recommended: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,21 +65,12 @@ class PlanTable:
 def choose(
     rows: tuple[Plan, ...], limits: Limits, objective: Objective, *, unit: int = 1
 ) -> PlanTable | Infeasible:
-    """The row to take, by the objective: the cheapest that meets the deadline, the fastest within
-    the budget, else the knee. Speed-ups are such that `unit` workers have `unit`. A step time that
-    is hardly known is said to be; where it says nothing, a knee is refused, but not what surely
-    meets a deadline or a budget."""
-    if objective.deadline_s is not None:
-        found = _for_deadline(rows, objective.deadline_s, limits)
-    elif objective.budget is not None:
-        found = _for_budget(rows, objective.budget, limits)
-    else:
-        index = knee(rows)
-        found = PlanTable(
-            rows=rows, recommended=index, reason=_knee_reason(rows, index, unit, limits)
-        )
-    if isinstance(found, Infeasible):
-        return found
+    """The row that `take` takes. A step time that is hardly known is said to be; where it says
+    nothing, a knee is refused, but not what surely meets a deadline or a budget."""
+    taken = take(rows, limits, objective, unit=unit)
+    if isinstance(taken, Infeasible):
+        return taken
+    found = PlanTable(rows=rows, recommended=taken.recommended, reason=taken.reason, unit=unit)
     step = found.choice.step_time_s
     ends = f"a step may take {in_digits(step.low)} s or {in_digits(step.high)} s"
     asked_for_a_limit = objective.deadline_s is not None or objective.budget is not None
@@ -69,7 +86,26 @@ def choose(
     doubt = _disagreement(compared)
     if not doubt and is_a_guess(found.choice):
         doubt = f" This is a guess: {ends}. Measure first."
-    return replace(found, reason=found.reason + doubt, unit=unit)
+    return replace(found, reason=found.reason + doubt)
+
+
+def take(
+    rows: Sequence[Outcome],
+    limits: Limits,
+    objective: Objective,
+    *,
+    unit: int = 1,
+    fewest: str = _FEWEST,
+) -> Choice | Infeasible:
+    """The row to take, by the objective: the cheapest that meets the deadline, the fastest within
+    the budget, else the knee. Speed-ups are such that `unit` workers have `unit`, which are
+    `fewest` in words."""
+    if objective.deadline_s is not None:
+        return _for_deadline(rows, objective.deadline_s, limits)
+    if objective.budget is not None:
+        return _for_budget(rows, objective.budget, limits)
+    index = knee(rows)
+    return Choice(recommended=index, reason=_knee_reason(rows, index, unit, fewest, limits))
 
 
 def is_a_guess(row: Plan) -> bool:
@@ -90,7 +126,7 @@ def _disagreement(rows: Sequence[Plan]) -> str:
     return ""
 
 
-def knee(rows: Sequence[Plan], *, held: int = 0) -> int:
+def knee(rows: Sequence[Outcome], *, held: int = 0) -> int:
     """See `KNEE_RULE`. Speeds are relative to one worker; a step down in speed ends the curve. Up
     to `held`, the count a job has now, `KEEP_SHARE` is enough."""
     best = 0
@@ -104,19 +140,21 @@ def knee(rows: Sequence[Plan], *, held: int = 0) -> int:
     return best
 
 
-def _ends_uncapped(rows: Sequence[Plan], limits: Limits) -> bool:
+def _ends_uncapped(rows: Sequence[Outcome], limits: Limits) -> bool:
     """Whether the table ends where plans do that nobody gave a cap."""
     return limits.max_workers is None and rows[-1].num_workers >= LARGEST_COUNT
 
 
-def _knee_reason(rows: Sequence[Plan], index: int, unit: int, limits: Limits) -> str:
+def _knee_reason(
+    rows: Sequence[Outcome], index: int, unit: int, fewest: str, limits: Limits
+) -> str:
     row = rows[index]
     head = in_words(row.num_workers)
     if row.num_workers != unit:
-        than = "one worker" if unit == 1 else f"{in_words(unit)}, {_FEWEST}"
+        than = "one worker" if unit == 1 else f"{in_words(unit)}, {fewest}"
         head += f": {in_digits(row.speedup.value / unit)} times the speed of {than}"
     elif unit > 1:
-        head += f", {_FEWEST}"
+        head += f", {fewest}"
     if index + 1 == len(rows):
         end = _LARGEST if _ends_uncapped(rows, limits) else "the largest count in the table"
         return f"{head}; it is {end}. Rule: {KNEE_RULE}."
@@ -133,7 +171,7 @@ def _knee_reason(rows: Sequence[Plan], index: int, unit: int, limits: Limits) ->
     )
 
 
-def _faster_beyond(rows: Sequence[Plan], index: int, unit: int) -> str:
+def _faster_beyond(rows: Sequence[Outcome], index: int, unit: int) -> str:
     """The fastest count beyond a dip of the curve, where the knee ends at the dip; "" for none."""
     row, after = rows[index], rows[index + 1]
     fastest = max(rows[index + 1 :], key=lambda row: row.speedup.value)
@@ -148,8 +186,8 @@ def _faster_beyond(rows: Sequence[Plan], index: int, unit: int) -> str:
 
 
 def _for_deadline(
-    rows: tuple[Plan, ...], deadline_s: float, limits: Limits
-) -> PlanTable | Infeasible:
+    rows: Sequence[Outcome], deadline_s: float, limits: Limits
+) -> Choice | Infeasible:
     good = [i for i, row in enumerate(rows) if row.time_to_end_s.high <= deadline_s]
     if not good:
         fastest = min(rows, key=lambda row: row.time_to_end_s.high)
@@ -167,8 +205,7 @@ def _for_deadline(
         )
     index = min(good, key=lambda i: rows[i].accelerator_hours.value)
     row = rows[index]
-    return PlanTable(
-        rows=rows,
+    return Choice(
         recommended=index,
         reason=f"{in_words(row.num_workers)}: ends in {_time(row.time_to_end_s.value)}, with 90 % "
         f"certainty within {_time(row.time_to_end_s.high)}; of all that meet the deadline of "
@@ -177,10 +214,10 @@ def _for_deadline(
     )
 
 
-def _for_budget(rows: tuple[Plan, ...], budget: float, limits: Limits) -> PlanTable | Infeasible:
+def _for_budget(rows: Sequence[Outcome], budget: float, limits: Limits) -> Choice | Infeasible:
     priced = limits.price_per_hour is not None
 
-    def cost(row: Plan) -> Estimate:
+    def cost(row: Outcome) -> Estimate:
         return row.cost if row.cost is not None else row.accelerator_hours
 
     def amount(number: str) -> str:
@@ -204,8 +241,7 @@ def _for_budget(rows: tuple[Plan, ...], budget: float, limits: Limits) -> PlanTa
     end = ""
     if index + 1 == len(rows) and _ends_uncapped(rows, limits):
         end = f" It is {_LARGEST}."
-    return PlanTable(
-        rows=rows,
+    return Choice(
         recommended=index,
         reason=f"{in_words(row.num_workers)}: the fastest within {limit}; ends in "
         f"{_time(row.time_to_end_s.value)} for {amount(in_digits(cost(row).value))}, with 90 % "

@@ -28,6 +28,8 @@ from supple.serve.models.model import ServedModel, check_target, load_model
 _FORMAT: Final = 1
 _MOST_SAMPLES: Final = 50
 _LEAST_SAMPLES: Final = 5
+SECONDS_PER_BATCH = 0.5
+"""To spend on each batch size."""
 
 
 @final
@@ -119,15 +121,13 @@ def read(path: Path) -> StoredProfile:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise SpecError(
             f"{path} is no stored profile ({type(error).__name__}: {error}). Measure one with "
-            "supple profile."
+            "supple plan."
         ) from None
     return profile
 
 
-def measure(
-    target: str, *, lengths: Sequence[int] = (1,), seconds_per_batch: float = 0.5
-) -> StoredProfile:
-    """Start a process, load the model in it and time its batches, `seconds_per_batch` for each.
+def measure(target: str, *, lengths: Sequence[int] = (1,)) -> StoredProfile:
+    """Start a process, load the model in it and time its batches, `SECONDS_PER_BATCH` for each.
 
     Raises `SpecError` for a model that cannot be measured and `ModelFault` for one that fails.
     """
@@ -137,7 +137,7 @@ def measure(
         "-m",
         "supple.serve.models.profiling",
         target,
-        str(seconds_per_batch),
+        str(SECONDS_PER_BATCH),
     ]
     began_s = time.monotonic()
     with (

@@ -2,7 +2,7 @@
 
 It records what the script states and refuses what a job refuses. What its loop is given, and what
 a step of it does, is up to an instrument: the timing of `supple plan`, the memory trace of
-`supple memory`, the layers of `supple layouts`. Nothing is written and nothing is kept.
+the memory and the layers of `supple plan --accelerator`. Nothing is written and nothing is kept.
 """
 
 import operator

@@ -1,136 +1,98 @@
-"""`supple inference`: a language model by its sizes; how many accelerators should serve it."""
+"""`supple plan model.toml`, [serve]: how many accelerators should serve a language model, by its
+sizes. Nothing is run."""
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from supple.cli.errors import FAILED, messages
-from supple.cli.options import Accelerator, Json, Layers, Measured, Plot, Price, Rate, Verbose
 from supple.cli.output import console
+from supple.cli.planning.answer import check_plot, no_plan, print_json, tell
+from supple.cli.planning.subject import Question, otherwise
 from supple.core.service.spec import parse_latency
 from supple.core.spec import MAX_WORKERS, SpecError, parse_count, parse_money, parse_name
 from supple.core.types import Estimate, Infeasible
 from supple.core.words import in_digits
+from supple.inputs.model_file import ModelTable, read_model
 from supple.inputs.served import check_tokens, read_served, served_model
-from supple.report.eventlog import to_plain
 
-if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
+if TYPE_CHECKING:  # numpy and scipy are imported by what plans, so that `--help` is immediate
     from supple.core.llm.inference_planner import InferenceJob, InferenceRow, InferenceTable
 
-INFERENCE_EPILOG = (
-    "Nothing is run: step times come from the sizes, data sheets, and whatever was measured, with "
-    "80 % intervals. Recommended is, among the rows that keep --itl, the one that serves --rate "
-    "with the fewest accelerators; without --rate, the most tokens per accelerator.\n\n"
-    "Columns: accelerators of one copy; requests it works on at a time; its tokens a second, and "
-    "per accelerator; the time within which nine of ten tokens come after the one before; with "
-    "--itl the chance that this keeps it, where 90 % count as kept (if no row has that, the best "
-    "chance is recommended, if at least even); with --rate the copies it needs, and their "
-    "accelerators; with --price money for a million tokens. A row that was itself measured shows "
-    "its measurement (●), as sure as a repeat would be.\n\n"
-    "JSON: `recommended` is one of the `rows`; times are in seconds.\n\n"
-    "Examples:\n\n  supple inference --parameters 8B --itl 30ms\n\n"
-    "  supple inference --parameters 30B --activated 3B --bits 8 --rate 20 --answer 800 "
-    "--itl 60ms --price 2.5\n\n"
-    "  supple inference --parameters 8B --itl 30ms --measured ran.csv --plot inference.png\n\n"
-    "Exit codes: 0 planned; 1 nothing keeps the promise; 2 refused."
-)
+_ACCELERATOR = "h100"
 _MOST_RATE, _MOST_DEVICES, _LONGEST_S = 1e6, 1_024, 3600.0
 _SHOWN = (1, 4, 16, 64, 256)
 
 
-def inference(
-    parameters: Annotated[str, typer.Option(help="Of the model: 8B, 235B, 350M.")],
-    activated: Annotated[
-        str | None, typer.Option(help="Per token, of a mixture of experts; default: all.")
-    ] = None,
-    bits: Annotated[int, typer.Option(help="Of a weight: 16, 8 or 4.")] = 16,
-    layers: Layers = None,
-    prompt: Annotated[float, typer.Option(help="Tokens of a prompt, on average.")] = 500,
-    answer: Annotated[float, typer.Option(help="Tokens of an answer, on average.")] = 300,
-    itl: Annotated[
-        str | None, typer.Option(help="Promise: nine of ten tokens within, with its unit: 30ms.")
-    ] = None,
-    rate: Rate = None,
-    accelerator: Accelerator = "h100",
-    devices: Annotated[int, typer.Option(help="Most accelerators of one copy: a node's.")] = 8,
-    max_accelerators: Annotated[
-        str | None, typer.Option(help="Of all copies; default: 65536.")
-    ] = None,
-    price: Price = None,
-    measured: Measured = None,
-    plot: Plot = None,
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Plan accelerators per copy, requests at a time and copies of a language model that nobody has
-    run here."""
-    with messages(verbose):
-        check_tokens(prompt, "--prompt")
-        check_tokens(answer, "--answer")
-        if rate is not None and not 0 < rate <= _MOST_RATE:
-            raise SpecError(
-                f"--rate is {rate:g} requests a second: it must be positive and at most "
-                f"{_MOST_RATE:,.0f}, more than any service known. Give what arrives on average."
-            )
-        if not 1 <= devices <= _MOST_DEVICES:
-            raise SpecError(
-                f"--devices is {devices}: it must be from 1 to {_MOST_DEVICES:,}, what a node or a "
-                "rack holds."
-            )
-        if plot is not None:
-            from supple.report.picture import check_picture
+def plan_language_model(question: Question, path: str) -> None:
+    """Plan accelerators per copy, requests at a time and copies. Nothing is run."""
+    job = _job(question, read_model(Path(path), "serve"))
+    check_plot(question.plot)
+    from supple.core.llm.inference import fit_inference
+    from supple.core.llm.inference_planner import measure_first, plan_inference, worth_measuring
 
-            check_picture(plot)
-        from supple.core.layouts.model import DEVICES
-        from supple.core.llm.decoding import Workload
-        from supple.core.llm.inference import fit_inference
-        from supple.core.llm.inference_planner import (
-            InferenceJob,
-            measure_first,
-            plan_inference,
-            worth_measuring,
-        )
+    known_runs = [] if question.measured is None else read_served(question.measured, job)
+    try:
+        fit = fit_inference(known_runs)
+    except ValueError as error:
+        raise SpecError(f"--measured {question.measured}: {error}") from None
+    table = plan_inference(fit, job)
+    wanted = None if isinstance(table, Infeasible) else worth_measuring(job, table)
+    first = "" if wanted is None else measure_first(wanted)
+    if question.as_json:
+        print_json(_to_json(table, first))
+    if isinstance(table, Infeasible):
+        raise no_plan(table, question.plot)
+    if not question.as_json:
+        _show(table, len(known_runs), wanted, first)
+    if question.plot is not None:
+        _draw(table, job, question.plot)
+        tell(f"picture {question.plot}")
 
-        job = InferenceJob(
-            model=served_model(
-                "asked", parameters, activated, bits, layers, lambda name: f"--{name}"
-            ),
-            device=DEVICES[parse_name(accelerator, DEVICES, what="--accelerator")],
-            workload=Workload(name="asked", prompt_tokens=prompt),
-            output_tokens=answer,
-            itl_s=None if itl is None else _promise(itl),
-            rate_per_s=rate,
-            max_devices=devices,
-            max_accelerators=(
-                parse_count(max_accelerators, what="--max-accelerators")
-                if max_accelerators is not None
-                else MAX_WORKERS
-            ),
-            price_per_hour=parse_money(price, what="--price") if price is not None else None,
+
+def _job(question: Question, described: ModelTable) -> "InferenceJob":
+    prompt, answer = described.number("prompt", 500.0), described.number("answer", 300.0)
+    bits, rate, devices = described.whole("bits", 16), question.rate, 8
+    parameters = described.text("parameters")
+    assert prompt and answer and bits is not None and parameters is not None
+    check_tokens(prompt, described.named("prompt"))
+    check_tokens(answer, described.named("answer"))
+    if rate is not None and not 0 < rate <= _MOST_RATE:
+        raise SpecError(
+            f"--rate is {rate:g} requests a second: it must be positive and at most "
+            f"{_MOST_RATE:,.0f}, more than any service known. Give what arrives on average."
         )
-        known_runs = [] if measured is None else read_served(measured, job)
-        try:
-            fit = fit_inference(known_runs)
-        except ValueError as error:
-            raise SpecError(f"--measured {measured}: {error}") from None
-        table = plan_inference(fit, job)
-        wanted = None if isinstance(table, Infeasible) else worth_measuring(job, table)
-        first = "" if wanted is None else measure_first(wanted)
-        if as_json:
-            typer.echo(json.dumps(to_plain(_to_json(table, first))))
-        if isinstance(table, Infeasible):
-            typer.echo(f"supple: {table}", err=True)
-            if plot is not None:
-                typer.echo("no picture: there is no plan", err=True)
-            raise typer.Exit(FAILED)
-        if not as_json:
-            _show(table, len(known_runs), wanted, first)
-        if plot is not None:
-            _draw(table, job, plot)
-            typer.echo(f"picture {plot}", err=True)
+    if question.workers_per_node is not None:
+        devices = parse_count(question.workers_per_node, what="--workers-per-node")
+        if devices > _MOST_DEVICES:
+            raise SpecError(
+                f"--workers-per-node is {devices}: a copy is inside a node, and none known has "
+                f"more than {_MOST_DEVICES:,}."
+            )
+    from supple.core.layouts.model import DEVICES
+    from supple.core.llm.decoding import Workload
+    from supple.core.llm.inference_planner import InferenceJob
+
+    most, name = question.max_workers, otherwise(question.accelerator, _ACCELERATOR)
+    return InferenceJob(
+        model=served_model(
+            "asked",
+            parameters,
+            described.text("activated"),
+            bits,
+            described.whole("layers"),
+            described.named,
+        ),
+        device=DEVICES[parse_name(name, DEVICES, what="--accelerator")],
+        workload=Workload(name="asked", prompt_tokens=prompt),
+        output_tokens=answer,
+        itl_s=None if question.itl is None else _promise(question.itl),
+        rate_per_s=rate,
+        max_devices=devices,
+        max_accelerators=MAX_WORKERS if most is None else parse_count(most, what="--max-workers"),
+        price_per_hour=None
+        if question.price is None
+        else parse_money(question.price, what="--price"),
+    )
 
 
 def _promise(text: str) -> float:

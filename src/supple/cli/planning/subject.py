@@ -1,0 +1,150 @@
+"""What `supple plan` is asked about, by its name, and which options it takes for that."""
+
+import ast
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TypeVar, final
+
+from supple.cli.errors import split_target
+from supple.core.spec import SpecError
+
+
+class Kind(Enum):
+    """A kind of subject, and what it is called."""
+
+    SCRIPT = "a script, measured here"
+    ELSEWHERE = "a script on an accelerator that is not here (--accelerator or --memory)"
+    TRAINED = "a transformer to train, [train] of a .toml"
+    LANGUAGE_MODEL = "a language model to serve, [serve] of a .toml"
+    SERVED = "a model to serve, FILE:CLASS or a .pt2"
+    RUNS = "finished runs, a .csv"
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What was asked, as it was typed; None for what was not."""
+
+    subject: str
+    max_workers: str | None
+    deadline: str | None
+    budget: str | None
+    price: str | None
+    interconnect: str | None
+    local_link: str | None
+    workers_per_node: str | None
+    accelerator: str | None
+    memory_size: str | None
+    optimizer: str | None
+    batch: str | None
+    lr_rule: str | None
+    measure_workers: str | None
+    measured: Path | None
+    history: Path | None
+    probes: Path | None
+    counts: str | None
+    batch_size: str | None
+    slo: str | None
+    rate: float | None
+    itl: str | None
+    lengths: str | None
+    again: bool | None
+    plot: Path | None
+    as_json: bool
+    verbose: bool
+
+
+_S, _E, _T, _L, _M, _R = (
+    Kind.SCRIPT,
+    Kind.ELSEWHERE,
+    Kind.TRAINED,
+    Kind.LANGUAGE_MODEL,
+    Kind.SERVED,
+    Kind.RUNS,
+)
+_FOR: dict[str, tuple[Kind, ...]] = {
+    "max_workers": (_S, _E, _T, _L, _M),
+    "deadline": (_S, _E, _T, _R),
+    "budget": (_S, _E, _T, _R),
+    "interconnect": (_S, _E, _T),
+    "local_link": (_E, _T),
+    "workers_per_node": (_S, _E, _T, _L),
+    "accelerator": (_E, _T, _L),
+    "memory_size": (_E, _T),
+    "optimizer": (_E,),
+    "batch": (_S, _E, _T),
+    "lr_rule": (_S,),
+    "measure_workers": (_S,),
+    "measured": (_T, _L),
+    "history": (_S, _E, _T, _R),
+    "probes": (_S, _E, _T),
+    "counts": (_R,),
+    "batch_size": (_R,),
+    "slo": (_M,),
+    "rate": (_L, _M),
+    "itl": (_L,),
+    "lengths": (_M,),
+    "again": (_M,),
+}
+"""The kinds that an option means something for; every kind for one that is not here."""
+_FLAGS = {"memory_size": "--memory"}
+T = TypeVar("T")
+
+
+def otherwise(value: T | None, default: T) -> T:
+    """`value`, or `default` where none was given. An empty text was given."""
+    return default if value is None else value
+
+
+def kind_of(question: Question) -> tuple[Kind, str, str]:
+    """The kind of the subject, its path, and the function, class or table in it ("" for the one
+    there is). Raises `SpecError` for options that mean nothing for it."""
+    path, name = (
+        split_target(question.subject)
+        if ":" in question.subject
+        else (
+            question.subject,
+            "",
+        )
+    )
+    kind = _kind(question, path, name)
+    for option, kinds in _FOR.items():
+        if getattr(question, option) is not None and kind not in kinds:
+            flag = _FLAGS.get(option, "--" + option.replace("_", "-"))
+            raise SpecError(
+                f"{flag} was given, and {question.subject} is {kind.value}: {flag} is for "
+                f"{'; or for '.join(each.value for each in kinds)}. Leave it out."
+            )
+    return kind, path, name
+
+
+def _kind(question: Question, path: str, name: str) -> Kind:
+    suffix = Path(path).suffix.lower()
+    if suffix == ".csv":
+        return Kind.RUNS
+    if suffix == ".toml":
+        return Kind.LANGUAGE_MODEL if _table(path, name) == "serve" else Kind.TRAINED
+    if suffix == ".pt2" or (name and _is_class(path, name)):
+        return Kind.SERVED
+    elsewhere = question.accelerator is not None or question.memory_size is not None
+    return Kind.ELSEWHERE if elsewhere else Kind.SCRIPT
+
+
+def _table(path: str, name: str) -> str:
+    from supple.inputs.model_file import table_of
+
+    return table_of(Path(path), name)
+
+
+def _is_class(path: str, name: str) -> bool:
+    """Whether the file defines a class of this name; where it defines nothing of this name, whether
+    it is written as one. A file that cannot be read has no class; whoever needs it says why."""
+    try:
+        tree = ast.parse(Path(path).read_bytes())
+    except (OSError, ValueError, SyntaxError):
+        return False
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return isinstance(node, ast.ClassDef)
+    return name[:1].isupper()

@@ -1,0 +1,144 @@
+"""How many replicas keep a latency promise at a rate of requests, and which batch size one should
+take."""
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+from supple.core.service.latency import LatencyProfile, best_batch, fewest_replicas, latency
+from supple.core.service.spec import Slo, latency_text
+from supple.core.types import Infeasible
+from supple.core.words import in_digits
+
+_POISSON = 1.0
+"""Index of dispersion of the arrivals: of independent callers."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaRow:
+    """What is predicted of `num_replicas` under the rate."""
+
+    num_replicas: int
+    batch_size: int
+    """The most requests in one prediction."""
+    utilisation: float
+    """The rate over what they can answer with full batches; 1 and more cannot be kept up with."""
+    latency_s: float | None
+    """The seconds within which the promised share is answered; None where the queue grows."""
+    attainment: float
+    """The share of the requests that is answered within the promised time."""
+    cost_per_hour: float | None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchRow:
+    """One replica that takes batches of `batch_size`."""
+
+    batch_size: int
+    p50_s: float
+    p99_s: float
+    requests_per_s: float
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaTable:
+    """Rows by count, or by batch size; the index of the recommended one, and the reason."""
+
+    rows: tuple[ReplicaRow, ...] | tuple[BatchRow, ...]
+    recommended: int
+    reason: str
+
+
+def plan_replicas(
+    profile: LatencyProfile,
+    slo: Slo,
+    *,
+    rate_per_s: float,
+    most: int,
+    price_per_hour: float | None = None,
+) -> ReplicaTable | Infeasible:
+    """The fewest replicas, at most `most`, that keep the promise while independent callers send
+    `rate_per_s` requests a second (Poisson), and rows to compare with."""
+    size = best_batch(profile, within_s=slo.within_s, most=profile.largest_batch)
+    needed = fewest_replicas(
+        profile,
+        rate_per_s=rate_per_s,
+        dispersion=_POISSON,
+        max_batch_size=size,
+        within_s=slo.within_s,
+        share=slo.share,
+        most=most,
+    )
+    if needed is None:
+        capacity = most * profile.capacity_per_s(size)
+        return Infeasible(
+            asked=f"{slo} at {in_digits(rate_per_s)} requests/s",
+            numbers=f"{most:,} replicas answer at most {in_digits(capacity)} requests/s in batches "
+            f"of {size}",
+            rule=f"{slo.share:.6g} of the requests must be answered within "
+            f"{latency_text(slo.within_s)}",
+            advice="Allow more replicas (--max-workers) or more time (--slo), or make the model "
+            "faster.",
+        )
+    counts = {1 << power for power in range(needed.bit_length())} | {needed, needed + 1}
+    ordered = sorted(count for count in counts if count <= most)
+
+    def row(count: int) -> ReplicaRow:
+        found = latency(
+            profile,
+            rate_per_s=rate_per_s,
+            dispersion=_POISSON,
+            num_replicas=count,
+            max_batch_size=size,
+        )
+        seconds = found.quantile(slo.share)
+        return ReplicaRow(
+            num_replicas=count,
+            batch_size=size,
+            utilisation=found.utilisation,
+            latency_s=None if math.isinf(seconds) else seconds,
+            attainment=found.attainment(slo.within_s),
+            cost_per_hour=None if price_per_hour is None else count * price_per_hour,
+        )
+
+    rows = tuple(map(row, ordered))
+    chosen = ordered.index(needed)
+    return ReplicaTable(
+        rows=rows,
+        recommended=chosen,
+        reason=f"{needed:,} replica{'s' * (needed != 1)} in batches of up to {size}: "
+        f"{rows[chosen].attainment:.4%} of the requests within {latency_text(slo.within_s)}, the "
+        f"fewest that keep {slo} at {in_digits(rate_per_s)} requests/s from independent callers. "
+        "Bursts need more: `supple simulate serve` replays a trace.",
+    )
+
+
+def plan_batch(profile: LatencyProfile, slo: Slo | None) -> ReplicaTable:
+    """The batch size for one replica: the highest capacity that leaves room to keep the promise, or
+    the highest of all where nothing is promised."""
+    rows = tuple(
+        BatchRow(
+            batch_size=point.batch_size,
+            p50_s=point.p50_s,
+            p99_s=point.p99_s,
+            requests_per_s=point.batch_size / point.p50_s,
+        )
+        for point in profile.points
+    )
+    if slo is None:
+        chosen = max(range(len(rows)), key=lambda index: rows[index].requests_per_s)
+        why = "the most requests a second; --slo says how long one may take"
+    else:
+        size = best_batch(profile, within_s=slo.within_s, most=profile.largest_batch)
+        chosen = next(i for i, row in enumerate(rows) if row.batch_size == size)
+        why = f"the most requests a second that leave room to keep {slo}"
+    row = rows[chosen]
+    return ReplicaTable(
+        rows=rows,
+        recommended=chosen,
+        reason=f"batches of {row.batch_size}: {in_digits(row.requests_per_s)} requests/s from one "
+        f"replica, {why}. --rate says how many replicas.",
+    )
