@@ -53,7 +53,11 @@ def load(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Load a service at a rate or with a trace, open-loop, and report latency and attainment."""
+    """Load a service at a rate or with a trace, open-loop, and report latency and attainment.
+
+    \f
+    Long, with many parameters: one for each option.
+    """
     with messages(verbose):
         if (rate is None) == (trace is None):
             raise SpecError("give either --rate, in requests a second, or --trace, a CSV.")

@@ -94,7 +94,11 @@ def serve(
     gpus_per_replica: Annotated[float, typer.Option(help="GPUs a replica reserves.")] = 0.0,
     verbose: Verbose = False,
 ) -> None:
-    """Serve TARGET to a latency promise: as many replicas as it needs, nothing dropped."""
+    """Serve TARGET to a latency promise: as many replicas as it needs, nothing dropped.
+
+    \f
+    Long, with many parameters: one for each option, and the field of the spec that it sets.
+    """
     with messages(verbose):
         low, high = parse_replicas(replicas)
         path, class_name = check_target(target)

@@ -92,21 +92,18 @@ def serve(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Replay TRACE under Supple's policy and others; print attainment and replica-hours."""
+    """Replay TRACE under Supple's policy and others; print attainment and replica-hours.
+
+    \f
+    Long, with many parameters: one for each option, and the field of the scenario that it sets.
+    """
     with messages(verbose):
         low, high = parse_replicas(replicas)
         profile = parse_service(service, startup_s=_cold_start(cold_start))
         promise = parse_slo(slo)
         refuse_impossible(promise, profile)
         batch = parse_count(max_batch, what="--max-batch")
-        if batch > MAX_BATCH:
-            raise SpecError(f"--max-batch is {batch}: it must be at most {MAX_BATCH}.")
-        if not 1.0 <= start_up_spread < 1000.0:
-            raise SpecError(
-                f"--start-up-spread is {start_up_spread:g}: p99 over p50 is at least 1, below 1000."
-            )
-        if seed < 0:
-            raise SpecError(f"--seed is {seed}: it must be at least 0.")
+        _check_numbers(batch, start_up_spread, seed)
         if hourly_budget and not price:
             raise SpecError(
                 f"--hourly-budget is {hourly_budget} and no price is known. Give --price."
@@ -153,6 +150,18 @@ def serve(
 
             draw_serving(scenario, runs, plot, title=trace.name)
             typer.echo(f"picture {plot}", err=True)
+
+
+def _check_numbers(max_batch: int, start_up_spread: float, seed: int) -> None:
+    """Raise `SpecError` for a number out of its range."""
+    if max_batch > MAX_BATCH:
+        raise SpecError(f"--max-batch is {max_batch}: it must be at most {MAX_BATCH}.")
+    if not 1.0 <= start_up_spread < 1000.0:
+        raise SpecError(
+            f"--start-up-spread is {start_up_spread:g}: p99 over p50 is at least 1, below 1000."
+        )
+    if seed < 0:
+        raise SpecError(f"--seed is {seed}: it must be at least 0.")
 
 
 def _cold_start(text: str) -> float:

@@ -147,7 +147,11 @@ def train(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train SCRIPT with a number of workers that changes while it runs."""
+    """Train SCRIPT with a number of workers that changes while it runs.
+
+    \f
+    Long, with many parameters: one for each option, and the field of the spec that it sets.
+    """
     with messages(verbose):
         low, high = parse_workers(workers)
         path, function = split_target(script)

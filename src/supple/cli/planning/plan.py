@@ -110,7 +110,11 @@ def plan(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """How many workers, accelerators or replicas SUBJECT deserves, and why."""
+    """How many workers, accelerators or replicas SUBJECT deserves, and why.
+
+    \f
+    Many parameters: one for each option.
+    """
     with messages(verbose):
         _answer(Question(**locals()))
 

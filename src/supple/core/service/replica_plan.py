@@ -73,16 +73,7 @@ def plan_replicas(
         most=most,
     )
     if needed is None:
-        capacity = most * profile.capacity_per_s(size)
-        return Infeasible(
-            asked=f"{slo} at {in_digits(rate_per_s)} requests/s",
-            numbers=f"{most:,} replicas answer at most {in_digits(capacity)} requests/s in batches "
-            f"of {size}",
-            rule=f"{slo.share:.6g} of the requests must be answered within "
-            f"{latency_text(slo.within_s)}",
-            advice="Allow more replicas (--max-workers) or more time (--slo), or make the model "
-            "faster.",
-        )
+        return _too_few(profile, slo, rate_per_s, most, size)
     counts = {1 << power for power in range(needed.bit_length())} | {needed, needed + 1}
     ordered = sorted(count for count in counts if count <= most)
 
@@ -113,6 +104,21 @@ def plan_replicas(
         f"{rows[chosen].attainment:.4%} of the requests within {latency_text(slo.within_s)}, the "
         f"fewest that keep {slo} at {in_digits(rate_per_s)} requests/s from independent callers. "
         "Bursts need more: `supple simulate serve` replays a trace.",
+    )
+
+
+def _too_few(
+    profile: LatencyProfile, slo: Slo, rate_per_s: float, most: int, batch_size: int
+) -> Infeasible:
+    capacity = most * profile.capacity_per_s(batch_size)
+    return Infeasible(
+        asked=f"{slo} at {in_digits(rate_per_s)} requests/s",
+        numbers=f"{most:,} replicas answer at most {in_digits(capacity)} requests/s in batches of "
+        f"{batch_size}",
+        rule=f"{slo.share:.6g} of the requests must be answered within "
+        f"{latency_text(slo.within_s)}",
+        advice="Allow more replicas (--max-workers) or more time (--slo), or make the model "
+        "faster.",
     )
 
 
