@@ -28,7 +28,7 @@ from supple.cluster.starting import start_ray, to_its_end
 from supple.core.service.routing import BALANCE
 from supple.core.service.spec import ServeSpec, is_loopback
 from supple.core.spec import SpecError
-from supple.serve.again import AskAgain
+from supple.serve.again import RetryMiddleware
 
 DRAIN_S: Final = 1.5
 """How long a replica that was told to stop still takes connections: the ingress needs a part of a
@@ -197,7 +197,7 @@ def prepare_process() -> list[Any]:
     grpc_servers.ask_again(_PATIENCE_S if retry else 0.0)
     if not retry:
         return []
-    return [Middleware(AskAgain, patience_s=_PATIENCE_S, most_held_bytes=MOST_HELD_BYTES)]  # type: ignore[arg-type]
+    return [Middleware(RetryMiddleware, patience_s=_PATIENCE_S, most_held_bytes=MOST_HELD_BYTES)]  # type: ignore[arg-type]
 
 
 def _answer_in_one_write() -> None:
