@@ -189,5 +189,5 @@ def test_replicas_that_do_not_come_up_in_time_are_given_up_and_the_old_go_on(
     command = [sys.executable, "-c", TIMED_OUT, str(file), "timed-out", loading(first)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "refused: its replicas have not come up within 41 s" in done.stdout, done.stdout
+    assert "refused: its replicas did not start within 41 s" in done.stdout, done.stdout
     assert "running: 1" in done.stdout, done.stdout
