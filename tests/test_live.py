@@ -276,7 +276,7 @@ def test_a_resumed_run_counts_only_its_own_steps() -> None:
 
 
 def test_a_run_that_never_began_says_so() -> None:
-    assert Tally(clock=Clock()).summary(2.0) == "no step was made in 0s"
+    assert Tally(clock=Clock()).summary(2.0) == "no step was completed in 0s"
 
 
 def test_durations_and_counts_read_as_people_write_them() -> None:

@@ -42,7 +42,7 @@ BROKEN = (
     (SOURCE + "def (", "is not valid Python: line 1", ()),
     ("import not_there\n" + SOURCE, "No module named 'not_there'", ()),
     (loading("1 / 0"), "division by zero", ()),
-    (loading("os._exit(3)"), "the process that tried it ended", ()),
+    (loading("os._exit(3)"), "the trial process ended", ()),
     (loading("time.sleep(1e6)"), "took more than 5 s", ("--start-timeout", "5s")),
     (SOURCE.replace("* self.factor", "> 0"), "output 'y' is bool", ()),
 )

@@ -42,8 +42,8 @@ def read_trace(path: Path) -> Floats:
         text = row[column].strip() if column < len(row) else ""
         if not _is_number(text):
             raise SpecError(
-                f"the trace {path}, line {line}: {text!r} is no time in seconds. Correct the line, "
-                "or delete it."
+                f"the trace {path}, line {line}: {text!r} is not a time in seconds. Correct the "
+                "line, or delete it."
             )
         arrivals.append(float(text))
     if not arrivals:

@@ -64,7 +64,7 @@ def read_probes(path: Path) -> list[Run]:
     A line has `batch_size` (global) and `samples`, the number the branch needed. Raises `SpecError`
     naming the file and the line."""
     rows = read_rows(
-        path, PROBE_COLUMNS, what="the probes", besides="nothing more; a branch a line"
+        path, PROBE_COLUMNS, what="the probes", besides="nothing more; one branch per line"
     )
     return [Run(batch_size=row.batch(), samples=row.number("samples")) for row in rows]
 
@@ -75,7 +75,10 @@ def read_history(path: Path) -> list[Run]:
 
     Raises `SpecError` naming the file and the line."""
     rows = read_rows(
-        path, COLUMNS, what="the history", besides=f"if known, {', '.join(OPTIONAL)}; a run a line"
+        path,
+        COLUMNS,
+        what="the history",
+        besides=f"if known, {', '.join(OPTIONAL)}; a run per line",
     )
     return [_run(row) for row in rows]
 

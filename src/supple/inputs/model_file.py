@@ -113,12 +113,12 @@ def read_model(path: Path, table: str) -> ModelTable:
     where = f"{path} [{table}]"
     known = _KEYS[table]
     if not isinstance(values, dict):
-        raise SpecError(f"{path}: {table} is no table. Write [{table}], and its keys below.")
+        raise SpecError(f"{path}: {table} is not a table. Write [{table}], and its keys below.")
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Do you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
-            raise SpecError(f"{where} has a key {key!r} that is not known. {hint}")
+            raise SpecError(f"{where} has an unknown key {key!r}. {hint}")
     missing = [f"{key} ({known[key]})" for key in _REQUIRED[table] if key not in values]
     if missing:
         raise SpecError(f"{where} lacks {', '.join(missing)}. Add what is missing.")
@@ -128,9 +128,9 @@ def read_model(path: Path, table: str) -> ModelTable:
 def _read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise SpecError(f"{path} is larger than {_MOST_BYTES} bytes: it describes no model.")
+            raise SpecError(f"{path} is larger than {_MOST_BYTES} bytes: it is no model file.")
         return tomllib.loads(path.read_text())
     except OSError as error:
-        raise SpecError(f"{path} cannot be read: {error.strerror}. Give another.") from None
+        raise SpecError(f"{path} cannot be read: {error.strerror}. Give another file.") from None
     except (ValueError, RecursionError) as error:  # tomllib's own error is a ValueError
         raise SpecError(f"{path} is not valid TOML: {error}. Correct it.") from None

@@ -98,8 +98,8 @@ def read_rows(path: Path, columns: Sequence[str], *, what: str, besides: str) ->
         )
     if not rows:
         raise SpecError(
-            f"{what} {path} has a header and no rows: there is nothing to learn from. Add a row "
-            "for each measurement."
+            f"{what} {path} has a header and no rows: at least one is needed. Add a row for each "
+            "measurement."
         )
     return [_row(head, cells, f"{what} {path}, line {line}") for line, cells in rows]
 
@@ -115,7 +115,7 @@ def _records(file: TextIO, where: str) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error as error:
             raise SpecError(
-                f"{where}, line {line}: this is no row of a CSV file ({error}). Check its quotes."
+                f"{where}, line {line}: not a valid CSV row ({error}). Check its quotes."
             ) from None
         cells = [cell.strip() for cell in cells]
         if any(cells):

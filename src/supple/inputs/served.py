@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--hel
 
 COLUMNS = ("accelerators", "concurrency", "tokens_per_s", "itl_p90_ms")
 OPTIONAL = "family, parameters, activated, bits, layers, prompt, answer, workload, accelerator"
-_OF_A_MODEL = ("family", "activated", "bits", "layers")
+_MODEL_COLUMNS = ("family", "activated", "bits", "layers")
 """Columns that need the column `parameters`."""
 
 # Largest valid values, above those of any known model, request or copy; beyond is a typing error.
@@ -44,7 +44,7 @@ def served_model(
     if used > total:
         raise SpecError(
             f"{named('activated')} {activated} is more than the {parameters} parameters: a token "
-            "uses at most all of them. Exchange the two."
+            "uses at most all of them. Swap the two."
         )
     if used < _LEAST_SHARE * total:
         raise SpecError(
@@ -54,8 +54,8 @@ def served_model(
         )
     if layers is not None and not 1 <= layers <= _MOST_LAYERS:
         raise SpecError(
-            f"{named('layers')} is {layers}: it must be from 1 to {_MOST_LAYERS:,}. Leave it out "
-            "where it is not known."
+            f"{named('layers')} is {layers}: it must be from 1 to {_MOST_LAYERS:,}. Omit it if it "
+            "is unknown."
         )
     return Decoder(
         family=family,
@@ -125,7 +125,7 @@ def _run(row: Row, job: "InferenceJob") -> "DecodingRun":
         return check_tokens(row.number(column), named(column)) if column in row else default
 
     model, device, load = job.model, job.device, job.workload
-    others = [column for column in _OF_A_MODEL if column in row]
+    others = [column for column in _MODEL_COLUMNS if column in row]
     if others and "parameters" not in row:
         raise row.refusal(
             f"{' and '.join(others)} without parameters: a row without parameters measures the "

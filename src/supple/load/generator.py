@@ -42,7 +42,7 @@ def poisson(*, rate_per_s: float, duration_s: float, seed: int) -> Times:
     if rate_per_s * duration_s > _MOST_REQUESTS:
         raise SpecError(
             f"--rate {rate_per_s:g} for {duration_s:g} s is {rate_per_s * duration_s:.3g} "
-            f"requests; at most {_MOST_REQUESTS:.3g} are sent in one run. Lower one of them."
+            f"requests; at most {_MOST_REQUESTS:.3g} are sent in one run. Lower one of the two."
         )
     random = np.random.default_rng(seed)
     count = random.poisson(rate_per_s * duration_s)

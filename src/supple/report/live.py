@@ -237,7 +237,7 @@ class Tally:
         self._count()
         elapsed = duration(self._clock() - self._began)
         if self._first_step is None:
-            return f"no step was made in {elapsed}"
+            return f"no step was completed in {elapsed}"
         low, high = min(self.sizes), max(self.sizes)
         hours = self._worker_s / 3600
         cost = "" if price_per_hour is None else f", cost {in_digits(hours * price_per_hour)}"

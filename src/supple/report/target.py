@@ -8,7 +8,7 @@ from supple.core.spec import SpecError
 def refuse_unwritable(path: Path, option: str) -> None:
     """Raise `SpecError` unless a file can be written at `path`, in an existing folder. An existing
     file is not changed."""
-    advice = "Give a file in a folder that may be written to."
+    advice = "Give a file in a writable folder."
     try:
         if path.is_dir():
             raise SpecError(
@@ -16,10 +16,10 @@ def refuse_unwritable(path: Path, option: str) -> None:
             )
         real = path.resolve()  # a link's target may be created and removed, but not the link
         if not real.parent.is_dir():
-            raise SpecError(f"{option} {path}: there is no folder {path.parent}. Make it first.")
+            raise SpecError(f"{option} {path}: there is no folder {path.parent}. Create it first.")
         is_new = not path.exists()
         if not is_new and not path.is_file():
-            raise SpecError(f"{option} {path} is no ordinary file. {advice}")
+            raise SpecError(f"{option} {path} is not a regular file. {advice}")
         real.open("ab").close()
         if is_new:
             real.unlink()

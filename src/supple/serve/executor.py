@@ -42,7 +42,7 @@ _RETRY_AFTER_S: Final = 1.0
 INLINE_S: Final = 5e-5
 """Calls faster than this run in the event loop, where they cannot time out: Ray's health check
 finds one that hangs."""
-_MOSTLY: Final = 0.7
+_FAST_SHARE: Final = 0.7
 """Share of recent calls (about the last ten) that must be faster than `INLINE_S`."""
 _MUCH_SLOWER: Final = 20.0
 """One call slower than this multiple of `INLINE_S` moves the next calls back to the thread."""
@@ -136,7 +136,7 @@ class Executor:
         if self.stuck is not None and serial is None:
             raise Refused(self.stuck, 503, _RETRY_AFTER_S)
         suspect = bool(self._attempts and serial and self._attempts.deaths(serial))
-        if self._fast >= _MOSTLY and not self._running and not self._calls and not suspect:
+        if self._fast >= _FAST_SHARE and not self._running and not self._calls and not suspect:
             return self._at_once(inputs, rows, serial)
         now = self._loop.time()
         allowed_s = self._within_s if within_s is None else within_s
@@ -211,8 +211,8 @@ class Executor:
         for call in self._running:
             # In a batch it is unknown which request hangs: another replica computes each alone.
             if alone or call.serial is None:
-                before = ", after it was lost with a replica before" if call.suspect else ""
-                self._fail(call, Refused(f"{hung}, the longest it may take{before}", 504))
+                before = "; a replica died while computing it before" if call.suspect else ""
+                self._fail(call, Refused(f"{hung}, the time limit{before}", 504))
                 self._note(Attempts.end, [call])
         for number, call in list(self._calls.items()):
             if call.serial is None:

@@ -58,7 +58,7 @@ class GrpcSurface:
         surface = self._surface
         live = method in ("ServerLive", "ServerReady")
         if not live and not surface.authorized(_metadata(context, b"authorization") or b""):
-            raise Refused("the authorization metadata has no bearer token that is known", 401)
+            raise Refused("the authorization metadata has no known bearer token", 401)
         parsed = oip.parse(method, wire, surface.settings.limits)
         make = oip.MESSAGES[f"{method}Response"]
         match method:

@@ -18,7 +18,7 @@ def openapi(model: ServedModel, version: str) -> dict[str, Any]:
     base = f"/v2/models/{model.name}"
     paths: dict[str, Any] = {}
     for path, what in _reads(base, version):
-        paths[path] = {"get": {"summary": what, "responses": {"200": {"description": "It is so."}}}}
+        paths[path] = {"get": {"summary": what, "responses": {"200": {"description": "OK."}}}}
     content = {"application/json": {"schema": _body(model), "example": example_body(model)}}
     calls = [(f"{base}/infer", "Infer."), (f"{base}/versions/{version}/infer", "Infer.")]
     if model.streams:
@@ -94,7 +94,7 @@ def _reads(base: str, version: str) -> list[tuple[str, str]]:
         (f"{base}/ready", "Whether the model answers requests."),
         (f"{base}/versions/{version}/ready", "The same, by version."),
         ("/metrics", "Prometheus metrics of all replicas, each with its label."),
-        ("/metrics/replica", "The same of the replica that answers."),
+        ("/metrics/replica", "The same for the replica that answers."),
         ("/openapi.json", "This interface."),
     ]
 

@@ -18,7 +18,7 @@ from supple.serve.protocol.rest import Array, Refused
 
 _MOST: Final = 64
 """Most concurrent streams of one replica; each has a thread."""
-_OF_ONE_CLIENT: Final = 0.75
+_CLIENT_SHARE: Final = 0.75
 """Share of these streams that one client address may have open."""
 CLIENT: Final = b"x-supple-client"
 """The header in which the ingress passes the client's address."""
@@ -87,8 +87,8 @@ class Streams:
         if len(self._hung) < max(1, int(_HUNG * self._most)):
             return None
         return (
-            f"{len(self._hung)} streams that nobody waits for have not come to the end of their "
-            f"part for {self._part_timeout_s:g} s; this replica is replaced"
+            f"{len(self._hung)} abandoned streams have not finished their part for "
+            f"{self._part_timeout_s:g} s; this replica is replaced"
         )
 
     async def parts(
@@ -107,10 +107,10 @@ class Streams:
                 503,
                 _RETRY_AFTER_S,
             )
-        if client is not None and self._open[client] >= max(1, int(_OF_ONE_CLIENT * self._most)):
+        if client is not None and self._open[client] >= max(1, int(_CLIENT_SHARE * self._most)):
             raise Refused(
-                f"{self._open[client]} streams of this client are open here, the most that one may "
-                "have; read them to their ends, or close them",
+                f"{self._open[client]} streams of this client are open here, the most allowed for "
+                "one; read them to the end, or close them",
                 429,
                 _RETRY_AFTER_S,
             )

@@ -211,7 +211,7 @@ class Surface:
         status = 500
         try:
             if not self.authorized(headers.get(b"authorization", b"")) and path not in _OPEN:
-                raise Refused("the Authorization header has no bearer token that is known", 401)
+                raise Refused("the Authorization header has no known bearer token", 401)
             if path in self._infer_paths:
                 status = await self._infer(scope, headers, receive, send)
             elif path in self._stream_paths:
@@ -292,7 +292,7 @@ class Surface:
             if path.startswith("/v2/models/") and len(parts) > 3:
                 versioned = len(parts) > 5 and parts[4] == "versions"
                 self.check_name(parts[3], parts[5] if versioned else "")
-            refuse(f"nothing is at {path[:200]}; GET /docs lists what is", 404)
+            refuse(f"no resource at {path[:200]}; GET /docs lists all of them", 404)
         if method not in ("GET", "HEAD"):
             refuse(f"{path} is read with GET, not {method}", 405)
         status, content, kind = found()
@@ -329,9 +329,9 @@ class Surface:
         if scope["method"] != "POST":
             refuse(f"{scope['path']} takes POST, not {scope['method']}", 405)
         if headers.get(b"content-encoding", b"identity") != b"identity":
-            refuse("compressed bodies are not taken; send it plain", 415)
+            refuse("compressed bodies are not accepted; send it uncompressed", 415)
         most = self.settings.limits.max_body_bytes
-        limit = f"and {most} are the most that are taken (--max-body)"
+        limit = f"and at most {most} are accepted (--max-body)"
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > most:
             refuse(f"the body has {int(length)} bytes, {limit}", 413)
@@ -354,7 +354,7 @@ class Surface:
                 if self._half_read_bytes > _MOST_HALF_READ * most:
                     raise Refused("too many large requests are being read; try again", 503, 1.0)
                 if self._now() > end_s:
-                    refuse(f"the body was not whole within {_BODY_S:g} s", 408)
+                    refuse(f"the body was not complete within {_BODY_S:g} s", 408)
                 chunks.append(chunk)
                 if not message.get("more_body", False):
                     return b"".join(chunks)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 import grpc
-from ray.serve._private import proxy as rays
+from ray.serve._private import proxy as ray_proxy
 
 from supple.serve.attempts import SERIAL
 from supple.serve.protocol.grpc import METHODS, SERVICE
@@ -38,9 +38,9 @@ def add_servicer(_servicer: Any, server: Any) -> None:
 def retry_in_proxy(patience_s: float) -> None:
     """Patch Ray's gRPC proxy to retry for `patience_s` seconds while no replica has answered, and
     to report the error without Ray's message, which names processes and addresses."""
-    plain: Any = rays.gRPCProxy.proxy_request
+    plain: Any = ray_proxy.gRPCProxy.proxy_request
     if not getattr(plain, "retries", False):
-        rays.gRPCProxy.proxy_request = retrying(plain, patience_s)
+        ray_proxy.gRPCProxy.proxy_request = retrying(plain, patience_s)
 
 
 def retrying(plain: Any, patience_s: float, *, pause_s: float = _PAUSE_S) -> Any:
@@ -94,19 +94,19 @@ def stopping_when_quiet(plain: Any, quiet_s: float) -> Any:
         def __init__(self, service_handler_factory: Any, **named: Any) -> None:
             self._called_s = -math.inf
 
-            def noting_calls(service_method: str, **named: Any) -> Any:
+            def with_call_times(service_method: str, **named: Any) -> Any:
                 handler = service_handler_factory(service_method=service_method, **named)
                 if f"/{SERVICE}/" not in service_method or not inspect.iscoroutinefunction(handler):
                     return handler  # HAProxy's health checks never end; the protocol has no streams
 
                 @functools.wraps(handler)
-                async def noted(*arguments: Any) -> Any:
+                async def timed(*arguments: Any) -> Any:
                     self._called_s = time.monotonic()
                     return await handler(*arguments)
 
-                return noted
+                return timed
 
-            super().__init__(noting_calls, **named)
+            super().__init__(with_call_times, **named)
 
         async def stop(self, grace: float | None) -> None:
             now_s = time.monotonic()

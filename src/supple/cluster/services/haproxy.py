@@ -19,9 +19,9 @@ HEAD_S: Final = 10
 SILENCE_S: Final = 30
 """Timeout between two parts of a body, and for all of it if it fits the ingress' buffer."""
 MOST_CONNECTIONS: Final = 30_000
-_OF_FILES: Final = 0.6
+_FILE_SHARE: Final = 0.6
 """Share of the open file limit for client connections; the rest is for replica connections."""
-_OF_ONE_CLIENT: Final = 0.75
+_CLIENT_SHARE: Final = 0.75
 """Share of all connections that one address may have open."""
 _KEPT_BYTES: Final = 64 * 1024 * 1024
 """Bytes of buffers that each thread keeps for the next requests."""
@@ -37,7 +37,7 @@ _RAYS_HEADERS: Final = (
 """Headers that Ray Serve interprets before the replica; a value that is not UTF-8 makes it fail."""
 EDITED: Final = "# edited by Supple"
 """First line of a changed configuration: it is not changed again when HAProxy is restarted."""
-NO_TOKEN: Final = "the Authorization header has no bearer token that is known"
+NO_TOKEN: Final = "the Authorization header has no known bearer token"
 
 
 def max_connections() -> int:
@@ -45,12 +45,12 @@ def max_connections() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
         return MOST_CONNECTIONS
-    return min(MOST_CONNECTIONS, int(_OF_FILES * hard))
+    return min(MOST_CONNECTIONS, int(_FILE_SHARE * hard))
 
 
-def max_connections_of_one() -> int:
+def max_connections_per_client() -> int:
     """Largest number of concurrent connections of one client address."""
-    return int(_OF_ONE_CLIENT * max_connections())
+    return int(_CLIENT_SHARE * max_connections())
 
 
 def edits(spec: ServeSpec) -> str:
@@ -102,7 +102,7 @@ def _address(host: str) -> str:
 def _connection_rules() -> Sequence[str]:
     return (
         "tcp-request connection track-sc0 src table supple_clients",
-        f"tcp-request connection reject if {{ sc0_conn_cur gt {max_connections_of_one()} }}",
+        f"tcp-request connection reject if {{ sc0_conn_cur gt {max_connections_per_client()} }}",
     )
 
 
@@ -128,7 +128,7 @@ def _http_rules(spec: ServeSpec) -> list[str]:
             _has_token(spec.token),
             _answer(401, NO_TOKEN, "hdr www-authenticate Bearer") + " unless is_open or has_token",
         ]
-    too_large = f"the body is too large: {spec.max_body_bytes} bytes are the most (--max-body)"
+    too_large = f"the body is too large: at most {spec.max_body_bytes} bytes (--max-body)"
     length = "{ req.hdr_val(content-length) gt " + f"{spec.max_body_bytes} }}"
     return [
         *rules,
@@ -146,13 +146,13 @@ def _grpc_rules(spec: ServeSpec) -> list[str]:
         rules += [
             f"acl is_open path {' '.join(_GRPC_HEALTH)}",
             _has_token(spec.token),
-            _status(16, "the authorization metadata has no bearer token that is known")
+            _status(16, "the authorization metadata has no known bearer token")
             + " unless is_open or has_token",
         ]
     return [
         *rules,
         # The size of a compressed message is unknown before it is decompressed.
-        _status(12, "compressed messages are not taken")
+        _status(12, "compressed messages are not accepted")
         + " if { req.hdr(grpc-encoding) -m found } !{ req.hdr(grpc-encoding) -m str identity }"
         + " or { req.hdr_cnt(grpc-encoding) gt 1 }",  # one `identity` would pass the test above
         f"http-request wait-for-body time {SILENCE_S}s",

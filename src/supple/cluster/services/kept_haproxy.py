@@ -105,7 +105,7 @@ class KeptHAProxy(haproxy.HAProxyApi):
                         return
                     self._proc = await self._start_and_wait_for_haproxy()
             except Exception:
-                haproxy.logger.exception("HAProxy ended, and does not start again yet.")
+                haproxy.logger.exception("HAProxy ended and failed to restart; trying again.")
                 await asyncio.sleep(_PAUSE_S)
             else:
                 self._watch()

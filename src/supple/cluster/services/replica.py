@@ -32,7 +32,7 @@ default of 5 ms it would wait that long each time while the event loop is busy."
 _REHEARSAL_S: Final = 1.0
 """Time a new replica spends on measuring its batches before it takes requests."""
 
-_LAST_WORDS_S: Final = 0.25
+_FINAL_SEND_S: Final = 0.25
 """Time to send the last answers before a process ends whose `predict` hangs."""
 
 
@@ -195,6 +195,6 @@ def _attempts(name: str) -> Attempts | None:
 
 
 def _end_soon() -> None:
-    """End this process, whose model hangs, after `_LAST_WORDS_S` to send the last answers. Ray
+    """End this process, whose model hangs, after `_FINAL_SEND_S` to send the last answers. Ray
     starts another one at once, and the ingress resends the requests that wait here."""
-    asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+    asyncio.get_running_loop().call_later(_FINAL_SEND_S, os._exit, 1)

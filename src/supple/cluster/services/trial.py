@@ -39,8 +39,8 @@ def tried(deployment: Deployment, before: Deployment, *, within_s: float) -> Ite
                 continue
             except (RayActorError, OutOfMemoryError):
                 raise ModelFault(
-                    "the process that tried it ended while it loaded the model or computed a "
-                    "batch of zeros: a crash, os._exit() or too little memory"
+                    "the trial process ended while it loaded the model or computed a batch of "
+                    "zeros: a crash, os._exit() or too little memory"
                 ) from None
             if why_not is not None:
                 raise ModelFault(why_not)

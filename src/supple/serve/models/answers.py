@@ -39,8 +39,8 @@ class AnswerCheck:
         self.shares = all(isinstance(named[name], list) for name in self._free)
         if not self.shares and len(rows) > 1:
             raise ModelFault(
-                "an output is declared with a -1 and came as one tensor for several requests: "
-                "return a list, a tensor for each row"
+                "an output is declared with a -1 and was returned as one tensor for several "
+                "requests: return a list with a tensor for each row"
             )
         found: list[Outputs | ModelFault] = [{} for _ in rows]
         for name, value in named.items():
@@ -84,8 +84,8 @@ class AnswerCheck:
         if isinstance(value, list):
             if len(value) != batch:
                 raise ModelFault(
-                    f"output {name!r} is a list of {len(value)} for a batch of {batch}: it holds a "
-                    "tensor for each row"
+                    f"output {name!r} is a list of {len(value)} for a batch of {batch}: it must "
+                    "have a tensor for each row"
                 )
             for start, end in bounds:
                 try:
@@ -115,7 +115,7 @@ class AnswerCheck:
         if array.shape[:1] != (rows,):
             raise ModelFault(
                 f"output {name!r} has shape {list(array.shape)} for a batch of {rows}: its first "
-                "dim must be the rows of the batch"
+                "dim must be the number of rows"
             )
         self._refuse_other(name, array)
 
@@ -173,7 +173,7 @@ def _tensor(name: str, value: Any, *, are_strings_checked: bool = True) -> Array
             array = array.astype(array.dtype.newbyteorder("="))
     except BaseException as error:
         raise ModelFault(
-            f"output {name!r} is a {type(value).__name__} that no array can be made of: "
+            f"output {name!r} is a {type(value).__name__}, which cannot be converted to an array: "
             f"{type(error).__name__}",
         ) from None
     if array.dtype.kind in "US":
@@ -198,7 +198,7 @@ def _strings(name: str, array: Array) -> Array:
     for index, item in enumerate(array.ravel()):
         if not isinstance(item, str | bytes):
             raise ModelFault(
-                f"output {name!r} is made of objects and holds a {type(item).__name__}; the "
+                f"output {name!r} is an array of objects with a {type(item).__name__}; the "
                 "protocol carries numbers, strings and bytes"
             )
         try:

@@ -143,7 +143,7 @@ def load_model(
         exec(compile(text, path, "exec"), module.__dict__)
         user: Any = getattr(module, class_name)()
     except BaseException as error:
-        raise ModelFault(f"{target} could not be made:\n{user_traceback(error)}") from None
+        raise ModelFault(f"{target} could not be created:\n{user_traceback(error)}") from None
     return ServedModel(user, name=name or Path(path).stem, weights=weights)
 
 
@@ -186,7 +186,7 @@ class ServedModel:
         try:
             user = type(self.user)()
         except BaseException as error:
-            raise ModelFault(f"could not be made anew:\n{user_traceback(error)}") from None
+            raise ModelFault(f"could not be created again:\n{user_traceback(error)}") from None
         fresh = ServedModel(user, name=self.name, weights=weights)
         if (fresh.inputs, fresh.outputs) != (self.inputs, self.outputs):
             raise ModelFault(f"with the weights {weights} the model declares other tensors")
@@ -240,7 +240,7 @@ class ServedModel:
         their numbers of rows. Raises `ModelFault` for an error in the whole batch, or in an unknown
         part of it; its message may quote any of the requests."""
         try:
-            answer = self._predict(self._handed(inputs))
+            answer = self._predict(self._as_argument(inputs))
         except BaseException as error:
             raise raised(f"predict() raised on a batch of {sum(rows)}", error) from None
         try:
@@ -258,7 +258,7 @@ class ServedModel:
         that one awaits."""
         parts: Any = None
         try:
-            parts = self.user.stream(self._handed(inputs))
+            parts = self.user.stream(self._as_argument(inputs))
             if hasattr(parts, "__anext__"):
                 parts = in_this_thread(parts, leaving or Leaving())
             for part in parts:
@@ -301,25 +301,25 @@ class ServedModel:
         finally:
             self._answers.allow_nan = before
 
-    def _handed(self, inputs: Mapping[str, Array]) -> Any:
-        handed: dict[str, Any] = dict(inputs)
+    def _as_argument(self, inputs: Mapping[str, Array]) -> Any:
+        arrays: dict[str, Any] = dict(inputs)
         if self._as_torch:
             import torch
 
-            handed = {
+            arrays = {
                 # An array may share memory with the request's body, which torch must not write to.
                 name: torch.from_numpy(array if array.flags.writeable else array.copy())
                 for name, array in inputs.items()
             }
-        return next(iter(handed.values())) if len(handed) == 1 else handed
+        return next(iter(arrays.values())) if len(arrays) == 1 else arrays
 
 
 def _method(user: Any, name: str, what: str) -> Callable[[Any], Any]:
     method = getattr(user, name, None)
     if not callable(method) or inspect.iscoroutinefunction(method):
         raise SpecError(
-            f"{what} needs a method {name}(self, batch), a plain one: it runs in a thread of its "
-            "own, so it may block."
+            f"{what} needs a method {name}(self, batch) that is not async: it runs in its own "
+            "thread, so it may block."
         )
     return method
 

@@ -41,8 +41,8 @@ class SavedProgram:
             name, value = str(node.name), node.meta["val"]
             if not isinstance(value, torch.Tensor) or value.ndim == 0:
                 raise SpecError(
-                    f"the input {name} of {path} is no tensor with a first dim for the "
-                    "batch. Export a forward() of tensors only."
+                    f"the input {name} of {path} is not a tensor with a first dim for the batch. "
+                    "Export a forward() of tensors only."
                 )
             rows = value.shape[0]
             if isinstance(rows, int):

@@ -159,7 +159,7 @@ def parse(method: str, wire: bytes, limits: RequestLimits) -> Any:
     try:
         return MESSAGES[f"{method}Request"].FromString(wire)
     except (message.DecodeError, ValueError):
-        refuse(f"the request is no inference.{method}Request")
+        refuse(f"the request is not an inference.{method}Request message")
 
 
 def _refuse_many_fields(wire: bytes, most: int) -> None:
@@ -179,7 +179,7 @@ def _refuse_many_fields(wire: bytes, most: int) -> None:
         elif tag & 7 in (1, 5):
             at += 8 if tag & 7 == 1 else 4
         else:
-            refuse("the request has a field of a kind that the protocol does not use")
+            refuse("the request has a field with a wire type that the protocol does not use")
 
 
 def _varint(wire: bytes, at: int) -> tuple[int, int]:
@@ -197,11 +197,11 @@ def _varint(wire: bytes, at: int) -> tuple[int, int]:
 def decode_infer(parsed: Any, limits: RequestLimits) -> InferRequest:
     """Convert a ModelInferRequest message. Raises only `Refused`."""
     if not 0 < len(parsed.inputs) <= limits.max_tensors:
-        refuse(f"{len(parsed.inputs)} inputs; 1 to {limits.max_tensors} are taken")
+        refuse(f"{len(parsed.inputs)} inputs; 1 to {limits.max_tensors} are accepted")
     if len(parsed.outputs) > limits.max_tensors:
-        refuse(f"{len(parsed.outputs)} outputs; at most {limits.max_tensors} are taken")
+        refuse(f"{len(parsed.outputs)} outputs; at most {limits.max_tensors} are accepted")
     if len(parsed.parameters) > limits.max_parameters:
-        refuse(f"{len(parsed.parameters)} parameters; at most {limits.max_parameters} are taken")
+        refuse(f"{len(parsed.parameters)} parameters; at most {limits.max_parameters} are accepted")
     raws = parsed.raw_input_contents
     if raws and len(raws) != len(parsed.inputs):
         refuse(f"{len(raws)} raw_input_contents for {len(parsed.inputs)} inputs")
@@ -209,13 +209,13 @@ def decode_infer(parsed: Any, limits: RequestLimits) -> InferRequest:
     for index, tensor in enumerate(parsed.inputs):
         name = tensor.name
         if not 0 < len(name) <= 256 or name in inputs:
-            refuse(f"input {name[:80]!r}: each has a name of its own, of 1 to 256 characters")
+            refuse(f"input {name[:80]!r}: names must be unique and have 1 to 256 characters")
         shape = checked_shape(name, list(tensor.shape[: limits.max_dims + 1]), limits)
         dtype = checked_dtype(name, tensor.datatype)
         refuse_many_strings(name, dtype, shape, limits)
         if raws:
             if tensor.HasField("contents"):
-                refuse(f"input {name!r} has contents besides raw_input_contents; send one")
+                refuse(f"input {name!r} has both contents and raw_input_contents; send one")
             inputs[name] = from_bytes(name, raws[index], tensor.datatype, shape)
         else:
             inputs[name] = _from_contents(name, tensor, dtype, shape)
@@ -235,7 +235,7 @@ def decode_infer(parsed: Any, limits: RequestLimits) -> InferRequest:
 def _from_contents(name: str, tensor: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     field = _CONTENTS.get(tensor.datatype)
     if field is None:
-        refuse(f"input {name!r}: {tensor.datatype} travels in raw_input_contents only")
+        refuse(f"input {name!r}: {tensor.datatype} must be sent in raw_input_contents")
     values = getattr(tensor.contents, field)
     count = math.prod(shape)
     if len(values) != count:
@@ -249,7 +249,7 @@ def _from_contents(name: str, tensor: Any, dtype: np.dtype[Any], shape: tuple[in
     try:
         return np.array(values, dtype=dtype).reshape(shape)
     except OverflowError:
-        refuse(f"input {name!r}: {field} holds values beyond {tensor.datatype}")
+        refuse(f"input {name!r}: {field} has values outside the range of {tensor.datatype}")
 
 
 def encode_infer(

@@ -39,7 +39,7 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 
 DATATYPES: Final[Mapping[np.dtype[Any], str]] = {dtype: name for name, dtype in DTYPES.items()}
 
-_TAKEN: Final[Mapping[str, frozenset[type]]] = {
+_JSON_TYPES: Final[Mapping[str, frozenset[type]]] = {
     "b": frozenset({bool}),
     "u": frozenset({bool, int}),
     "i": frozenset({bool, int}),
@@ -124,7 +124,7 @@ def decode_request(
     if not isinstance(tensors, list) or not tensors:
         refuse('the body has no "inputs", a list of at least one tensor')
     if len(tensors) > limits.max_tensors:
-        refuse(f"{len(tensors)} inputs; at most {limits.max_tensors} are taken")
+        refuse(f"{len(tensors)} inputs; at most {limits.max_tensors} are accepted")
     inputs: dict[str, Array] = {}
     for tensor in tensors:
         name, array, raw = _decode_tensor(tensor, raw, limits)
@@ -132,7 +132,7 @@ def decode_request(
             refuse(f"input {name!r} is given twice")
         inputs[name] = array
     if len(raw):
-        refuse(f"{len(raw)} bytes follow the last tensor; the binary_data_size of no input owns it")
+        refuse(f"{len(raw)} bytes follow the last tensor; no binary_data_size includes them")
     request_id = document.get("id", "")
     if not isinstance(request_id, str) or len(request_id) > 1024:
         refuse('"id" is a string of at most 1024 characters')
@@ -161,7 +161,7 @@ def _parse_json(text: bytes) -> dict[str, Any]:
     except ValueError as error:
         hint = ""
         if b"NaN" in text or b"Infinity" in text:
-            hint = "; NaN and infinities are no JSON numbers, send them as binary data"
+            hint = "; JSON has no NaN and no infinity, send them as binary data"
         refuse(f"the body is not JSON: {str(error)[:200]}{hint}")
     if not isinstance(document, dict):
         refuse("the body is JSON, but not an object with inputs")
@@ -188,7 +188,7 @@ def _parameters(owner: dict[str, Any], what: str, limits: RequestLimits) -> dict
     if not isinstance(found, dict):
         refuse(f'"parameters" of {what} is not an object')
     if len(found) > limits.max_parameters:
-        refuse(f"{len(found)} parameters of {what}; at most {limits.max_parameters} are taken")
+        refuse(f"{len(found)} parameters of {what}; at most {limits.max_parameters} are accepted")
     return found
 
 
@@ -228,7 +228,7 @@ def checked_shape(name: str, shape: object, limits: RequestLimits) -> tuple[int,
     if count > limits.max_elements:
         refuse(
             f"input {name!r}: shape {list(shape)} is {count} elements; at most "
-            f"{limits.max_elements} are taken"
+            f"{limits.max_elements} are accepted"
         )
     return tuple(shape)
 
@@ -239,7 +239,7 @@ def refuse_many_strings(
     """Raise `Refused` (413) for a BYTES tensor of more than `max_strings` elements."""
     if dtype.kind == "O" and (count := math.prod(shape)) > limits.max_strings:
         refuse(
-            f"input {name!r}: {count} elements of BYTES; at most {limits.max_strings} are taken",
+            f"input {name!r}: {count} elements of BYTES; at most {limits.max_strings} are accepted",
             413,
         )
 
@@ -267,8 +267,8 @@ def _from_json(
         except TypeError:
             pass  # nested, or wrong
     values, kinds = _flat(name, data, limits.max_dims)
-    if not kinds <= _TAKEN[dtype.kind]:
-        wrong = next(iter(kinds - _TAKEN[dtype.kind]))
+    if not kinds <= _JSON_TYPES[dtype.kind]:
+        wrong = next(iter(kinds - _JSON_TYPES[dtype.kind]))
         if dtype.kind == "O":
             refuse(f"input {name!r}: BYTES data holds strings, not {_SHOWN[wrong]}")
         refuse(f"input {name!r}: data holds {_SHOWN[wrong]} and does not fit in {DATATYPES[dtype]}")
@@ -288,7 +288,7 @@ def _floats(name: str, wide: Array, dtype: np.dtype[Any], shape: tuple[int, ...]
     with np.errstate(over="ignore"):
         narrow = wide.astype(dtype, copy=False)
     if not np.isfinite(narrow).all():
-        refuse(f"input {name!r}: data is beyond the range of {DATATYPES[dtype]}")
+        refuse(f"input {name!r}: data is outside the range of {DATATYPES[dtype]}")
     return narrow.reshape(shape)
 
 
@@ -344,7 +344,7 @@ def _split_strings(name: str, raw: bytes, count: int) -> list[bytes]:
     at = 0
     while at < len(raw):
         if len(found) == count:
-            refuse(f"input {name!r}: BYTES data goes on after {count} elements, all of its shape")
+            refuse(f"input {name!r}: BYTES data continues after the {count} elements of its shape")
         if at + 4 > len(raw):
             refuse(f"input {name!r}: BYTES data ends inside a length")
         (length,) = struct.unpack_from("<I", raw, at)
