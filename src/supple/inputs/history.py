@@ -74,12 +74,8 @@ def read_history(path: Path) -> list[Run]:
     `learning_rate`, and `reached`, 0 for a run stopped after these samples before the target.
 
     Raises `SpecError` naming the file and the line."""
-    rows = read_rows(
-        path,
-        COLUMNS,
-        what="the history",
-        besides=f"if known, {', '.join(OPTIONAL)}; a run per line",
-    )
+    besides = f"if known, {', '.join(OPTIONAL)}; one run per line"
+    rows = read_rows(path, COLUMNS, what="the history", besides=besides)
     return [_run(row) for row in rows]
 
 

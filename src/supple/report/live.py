@@ -29,8 +29,7 @@ from supple.core.types import (
 from supple.core.words import accelerator_hours, in_digits, in_words
 
 _PLAIN_EVERY_S = 5.0
-_BAR = 24
-"""Width of the progress bar in characters."""
+_BAR = 24  # width of the progress bar in characters
 _SHOWN_AT_THE_END = frozenset({"finish", "fail"})
 """Kinds of decisions that the summary at the end shows."""
 Parts = list[tuple[str, str]]

@@ -36,10 +36,8 @@ _KINDS = {
     "batch": "#7048e8",
     "keep": _QUIET,
 }
-_NUM_EXPLAINED = 10
-"""Number of changes listed below the picture."""
-_REASON_LENGTH = 118
-"""Characters of a reason that fit on a line."""
+_NUM_EXPLAINED = 10  # changes listed below the picture
+_REASON_LENGTH = 118  # characters of a reason that fit on a line
 _LOG_FROM = 3.0
 """Ratio of the largest to the smallest value above which an axis is logarithmic."""
 _DPI = 140

@@ -28,8 +28,7 @@ Form = Callable[[float], str]
 
 def show(table: PlanTable, console: Console, *, measure_first: str = "") -> None:
     """Print the table, the legend, the recommendation with its expected time and cost, and
-    `measure_first`. If the console is too narrow, the table is split into parts, one above the
-    other."""
+    `measure_first`. A table too wide for the console is split into parts, one above the other."""
     columns = _columns(table.rows)
     if _width(columns, _WIDE_GAP) <= console.width:
         console.print(_view(columns, table.recommended, gap=_WIDE_GAP))

@@ -12,10 +12,8 @@ from supple.core.service.latency import LatencyPoint, LatencyProfile
 from supple.core.service.queue import PLANNED_QUANTILE
 from supple.serve.stopwatch import Stopwatch
 
-_LAST: Final = 128
-"""Number of batches the current speed is computed from."""
-_RENEW_EVERY: Final = 16
-"""Number of batches between two updates of the profile."""
+_LAST: Final = 128  # batches the current speed is computed from
+_RENEW_EVERY: Final = 16  # batches between two updates of the profile
 _UNKNOWN = LatencyProfile.constant(1e-6, startup_s=0.0)
 """Profile of a model that has not run: so short that no request is refused."""
 

@@ -6,10 +6,8 @@ from typing import Final, final
 
 from supple.core.service.latency import LatencyPoint
 
-_SAMPLES: Final = 64
-"""Batches kept of each size."""
-_SIZES: Final = 24
-"""Batch sizes kept, the most recently seen."""
+_SAMPLES: Final = 64  # batches kept of each size
+_SIZES: Final = 24  # batch sizes kept, the most recently seen
 
 
 @final

@@ -44,8 +44,7 @@ EXTENSIONS: Final = ("binary_tensor_data", "generate_stream")
 _HEAD_LENGTH: Final = b"inference-header-content-length"
 _PROMETHEUS: Final = b"text/plain; version=0.0.4"
 _JSON: Final[tuple[bytes, bytes]] = (b"content-type", b"application/json")
-_LONGEST_US: Final = 3_600_000_000
-"""Largest `timeout` parameter: one hour, in microseconds."""
+_LONGEST_US: Final = 3_600_000_000  # largest `timeout` parameter: one hour in microseconds
 _BODY_S: Final = 300.0
 """Seconds to receive a body that is larger than the ingress buffer."""
 _MOST_HALF_READ: Final = 16

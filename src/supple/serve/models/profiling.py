@@ -27,8 +27,7 @@ from supple.serve.models.model import ServedModel, check_target, load_model
 
 _FORMAT: Final = 1
 _MOST_SAMPLES: Final = 50
-_LEAST_SAMPLES: Final = 5
-"""Least timed calls for each batch size, even beyond `SECONDS_PER_BATCH`."""
+_LEAST_SAMPLES: Final = 5  # timed calls for each batch size, even beyond `SECONDS_PER_BATCH`
 SECONDS_PER_BATCH = 0.5
 """Measuring time for each batch size."""
 

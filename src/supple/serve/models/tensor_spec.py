@@ -60,8 +60,7 @@ def parse_tensor(text: str, *, what: str) -> tuple[np.dtype[Any], tuple[int, ...
 
 
 def specs(user: Any, which: str, what: str) -> Iterator[TensorSpec]:
-    """Yield the declared `inputs` or `outputs` of `user`, whose class is named `what`. Raises
-    `SpecError`."""
+    """Parse the declared `inputs` or `outputs` (`which`) of `user`. Raises `SpecError`."""
     declared = getattr(user, which, None) or {}
     if not isinstance(declared, Mapping):
         raise SpecError(f'{which} of {what} must be a dict: {which} = {{"x": "float32[64]"}}.')
