@@ -153,11 +153,11 @@ REFUSALS: dict[str, tuple[str, list[str]]] = {
     "plan good.py --accelerator h100 --plot pictures.png": ("pictures.png is a folder", []),
     # a description of a model
     "plan small.toml": ("has [train] and [serve]", ["small.toml:train or small.toml:serve"]),
-    "plan small.toml:tune": ("[tune] was asked for", ["[train], to train it"]),
+    "plan small.toml:tune": ("[tune] was requested", ["[train], to train it"]),
     "plan broken.toml": ("is not valid TOML", ["line 1"]),
     "plan empty.toml": ("the file has neither", ["[train]"]),
-    "plan typo.toml": ("a key 'hiden' that is not known", ["Do you mean hidden?"]),
-    "plan flat.toml": ("train is no table", ["Write [train]"]),
+    "plan typo.toml": ("an unknown key 'hiden'", ["Do you mean hidden?"]),
+    "plan flat.toml": ("train is not a table", ["Write [train]"]),
     "plan folder.toml": ("cannot be read: Is a directory", []),
     # an option of another subject
     "plan good.py --itl 30ms": ("--itl is for a language model to serve", ["Leave it out"]),

@@ -148,7 +148,7 @@ def test_a_copy_that_may_not_have_the_accelerators_it_needs_is_an_answer() -> No
 
 REFUSALS = {
     "--parameters many": "give a number of parameters such as 350M or 8B",
-    "--parameters 8B --activated 9B": "Exchange the two",
+    "--parameters 8B --activated 9B": "Swap the two",
     "--parameters 8B --activated 1K": "a token uses more than one in 10,000, here 800,000",
     "--parameters 8B --bits 5": "[serve]: bits is 5",
     "--parameters 8B --layers 65000": "[serve]: layers is 65000: it must be from 1 to 1,000",

@@ -22,7 +22,7 @@ from supple.core.types import (
     WorkerLost,
 )
 from supple.core.words import in_words
-from supple.report.live import LiveLine, Tally, duration, how_far, with_what
+from supple.report.live import LiveLine, Tally, duration, progress_parts, speed_parts
 
 JOB = JobId("digits")
 
@@ -71,7 +71,7 @@ def made_progress(**changes: Any) -> Progress:
 
 
 def text_of(progress: Progress, max_steps: int | None = None) -> str:
-    parts = [*how_far("digits", progress, max_steps), ("  ", ""), *with_what(progress)]
+    parts = [*progress_parts("digits", progress, max_steps), ("  ", ""), *speed_parts(progress)]
     return "".join(text for text, _ in parts)
 
 
@@ -276,7 +276,7 @@ def test_a_resumed_run_counts_only_its_own_steps() -> None:
 
 
 def test_a_run_that_never_began_says_so() -> None:
-    assert Tally(clock=Clock()).summary(2.0) == "no step was made in 0s"
+    assert Tally(clock=Clock()).summary(2.0) == "no step was completed in 0s"
 
 
 def test_durations_and_counts_read_as_people_write_them() -> None:
@@ -293,7 +293,7 @@ def test_durations_and_counts_read_as_people_write_them() -> None:
 
 def test_skipped_steps_are_shown_while_it_trains_and_at_the_end() -> None:
     def text(**changes: Any) -> str:
-        return "".join(part for part, _ in with_what(made_progress(**changes)))
+        return "".join(part for part, _ in speed_parts(made_progress(**changes)))
 
     assert "skipped" not in text()
     assert "1 step skipped (not finite)" in text(skipped_steps=1)

@@ -276,7 +276,7 @@ def test_a_service_that_does_not_tell_has_no_count() -> None:
         (("http://h", "--rate", "1", "--slo", "fast"), "not a promise"),
         (("http://h", "--rate", "1", "--body", "nowhere"), "--body nowhere"),
         (("http://h", "--trace", "nowhere.csv"), "cannot be read"),
-        (("http://127.0.0.1:9/v2/models/m", "--rate", "1"), "does not tell what the model takes"),
+        (("http://127.0.0.1:9/v2/models/m", "--rate", "1"), "returns no inputs of the model"),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_sent(

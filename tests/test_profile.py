@@ -126,7 +126,7 @@ def test_a_model_is_measured_stored_and_known_until_its_file_changes(model: Path
 @pytest.mark.parametrize(
     ("name", "code", "words"),
     [
-        ("Silent", 2, "does not say what it takes"),
+        ("Silent", 2, "declares no inputs"),
         ("Broken", 1, "ValueError: no weights"),
         ("Ends", 1, "ended with 7"),
         ("Other", 2, "has no class Other"),

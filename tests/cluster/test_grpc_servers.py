@@ -16,7 +16,7 @@ with warnings.catch_warnings():
 
     from supple.cluster.services.grpc_servers import (
         add_servicer,
-        asking_again,
+        retrying,
         stopping_when_quiet,
     )
     from supple.serve.protocol.grpc import SERVICE
@@ -38,17 +38,17 @@ class Proxy:
 
     def __init__(self, *outcomes: tuple[bytes | None, ResponseStatus]) -> None:
         self.outcomes = list(outcomes)
-        self.num_asked = 0
+        self.num_sent = 0
 
     async def proxy_request(self, proxy_request: Any) -> AsyncIterator[Any]:
-        self.num_asked += 1
+        self.num_sent += 1
         message, status = self.outcomes.pop(0)
         if message is not None:
             yield message
         yield status
 
 
-def asked(
+def received(
     proxy: Proxy, *, metadata: Any = NUMBERED, patience_s: float = 60.0, stream: bool = False
 ) -> list[Any]:
     request = SimpleNamespace(
@@ -56,18 +56,18 @@ def asked(
         stream=stream,
         has_input_stream=False,
     )
-    again = asking_again(Proxy.proxy_request, patience_s, pause_s=0.0)
+    retry = retrying(Proxy.proxy_request, patience_s, pause_s=0.0)
 
     async def go() -> list[Any]:
-        return [message async for message in again(proxy, request)]
+        return [message async for message in retry(proxy, request)]
 
     return asyncio.run(go())
 
 
-def test_a_request_whose_replica_died_is_asked_again_until_one_answers() -> None:
+def test_a_request_whose_replica_died_is_sent_again_until_one_answers() -> None:
     proxy = Proxy((None, DIED), (None, NONE_THERE), (b"answer", OK), (b"another", OK))
-    assert asked(proxy) == [b"answer", OK]
-    assert proxy.num_asked == 3
+    assert received(proxy) == [b"answer", OK]
+    assert proxy.num_sent == 3
 
 
 @pytest.mark.parametrize(
@@ -78,26 +78,26 @@ def test_a_request_whose_replica_died_is_asked_again_until_one_answers() -> None
         grpc.StatusCode.RESOURCE_EXHAUSTED,
     ],
 )
-def test_a_client_that_left_or_may_not_ask_is_not_asked_for_again(code: grpc.StatusCode) -> None:
+def test_a_client_that_left_or_is_refused_is_not_retried(code: grpc.StatusCode) -> None:
     proxy = Proxy((None, failed(code)), (b"answer", OK))
-    (status,) = asked(proxy)
-    assert status.code is code and proxy.num_asked == 1
+    (status,) = received(proxy)
+    assert status.code is code and proxy.num_sent == 1
 
 
 @pytest.mark.parametrize("how", [{"metadata": None}, {"patience_s": 0.0}])
-def test_without_a_number_or_where_it_must_not_be_repeated_it_is_asked_once(
+def test_without_a_number_or_where_it_must_not_be_repeated_it_is_sent_once(
     how: dict[str, Any],
 ) -> None:
     proxy = Proxy((None, DIED), (b"answer", OK))
-    (status,) = asked(proxy, **how)
-    assert proxy.num_asked == 1
+    (status,) = received(proxy, **how)
+    assert proxy.num_sent == 1
     assert status.code is grpc.StatusCode.UNAVAILABLE
-    assert status.message == "no replica could answer; ask again later"
+    assert status.message == "no replica could answer; try again later"
 
 
 def test_a_stream_is_passed_on_as_it_comes() -> None:
     proxy = Proxy((b"part", DIED), (b"part", OK))
-    assert asked(proxy, stream=True) == [b"part", DIED]
+    assert received(proxy, stream=True) == [b"part", DIED]
 
 
 QUIET_S = 0.5

@@ -177,7 +177,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ingress]:
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ingress]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(haproxy, "max_connections_of_one", lambda: 20)
+        patch.setattr(haproxy, "max_connections_per_client", lambda: 20)
         made = Ingress(tmp_path_factory.mktemp("narrow"), retry_safe=False)
     yield made
     made.close()
@@ -245,7 +245,7 @@ def test_grpc_without_the_token_is_refused_before_its_message(served: Ingress) -
 
 def test_a_body_beyond_the_limit_is_refused_by_what_it_says_of_itself(served: Ingress) -> None:
     answer = served.answer(request(f"Content-Length: {MOST_BYTES + 1}", "Expect: 100-continue"))
-    assert status(answer) == 413 and f"{MOST_BYTES} bytes are the most" in told(answer)["error"]
+    assert status(answer) == 413 and f"at most {MOST_BYTES} bytes" in told(answer)["error"]
     assert status(served.answer(request(body=b" " * MOST_BYTES))) == 200
 
 
@@ -282,7 +282,7 @@ def test_an_answer_may_take_longer_than_a_client_may_be_silent(served: Ingress) 
 def test_thousands_that_do_not_finish_their_heads_stop_nobody(served: Ingress) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    num = min(4300, haproxy.max_connections_of_one() - 100)
+    num = min(4300, haproxy.max_connections_per_client() - 100)
     held: list[socket.socket] = []
     try:
         while len(held) < num:
@@ -431,4 +431,4 @@ def test_a_grpc_message_that_may_be_compressed_is_refused(
 ) -> None:
     answer = grpc_answer(narrow, *encodings)
     assert b"grpc-message" in answer
-    assert (b"compressed messages are not taken" in answer) is is_refused
+    assert (b"compressed messages are not accepted" in answer) is is_refused

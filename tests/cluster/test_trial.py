@@ -43,7 +43,7 @@ def test_nan_on_zeros_is_refused_where_the_version_that_runs_answers_with_number
 ) -> None:
     why = _Trial().why_not(nan, numbers)
     assert why is not None and "2 of 2 values that are NaN or infinite" in why
-    assert why.endswith("The version that runs answers them with numbers.")
+    assert why.endswith("The running version answers them with numbers.")
 
 
 def test_nan_on_zeros_is_taken_where_the_version_that_runs_has_it_too(

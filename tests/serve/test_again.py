@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from supple.serve.again import ANSWERED, App, AskAgain, Receive, Send
+from supple.serve.again import ANSWERED, App, Receive, RetryMiddleware, Send
 from supple.serve.attempts import SERIAL
 from tests.hurried import run_hurried
 
@@ -107,7 +107,7 @@ def asked(app: App, *messages: dict[str, Any], **settings: Any) -> tuple[list[An
 
     async def go() -> float:
         began_s = asyncio.get_running_loop().time()
-        again = AskAgain(app, **{"patience_s": 60.0, "most_held_bytes": 2_000} | settings)
+        again = RetryMiddleware(app, **{"patience_s": 60.0, "most_held_bytes": 2_000} | settings)
         await again({"type": "http", "headers": []}, receive, send)
         return asyncio.get_running_loop().time() - began_s
 
@@ -175,7 +175,7 @@ def test_what_is_no_request_is_handed_on_as_it_is() -> None:
     async def nothing(*_: Any) -> Any: ...
 
     scope = {"type": "lifespan"}
-    again = AskAgain(app, patience_s=60.0, most_held_bytes=2_000)
+    again = RetryMiddleware(app, patience_s=60.0, most_held_bytes=2_000)
     asyncio.run(again(scope, nothing, nothing))
     assert handed == [(scope, nothing, nothing)]
 
@@ -188,7 +188,7 @@ def posted(
             yield body[start : start + 1_000]
 
     async def go() -> httpx.Response:
-        app: Any = AskAgain(proxy, patience_s=patience_s, most_held_bytes=2_000, pause_s=0.0)
+        app: Any = RetryMiddleware(proxy, patience_s=patience_s, most_held_bytes=2_000, pause_s=0.0)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app)) as client:
             return await client.post("http://m/", content=chunks(), headers=headers)
 

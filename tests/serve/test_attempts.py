@@ -282,7 +282,7 @@ def test_a_suspect_that_hangs_is_given_up_by_the_pace_of_the_others(
 
     async def work(executor: Executor, user: Hangs, given_up: asyncio.Event) -> None:
         (hung,) = asked(executor, 13)
-        with pytest.raises(Refused, match=r"for 0.05 s .* lost with a replica before") as why:
+        with pytest.raises(Refused, match=r"for 0.05 s .* a replica died while computing") as why:
             await hung
         assert why.value.status == 504 and given_up.is_set()
 

@@ -225,7 +225,7 @@ def test_a_grpc_tensor_is_held_to_its_shape_before_an_array_is_made() -> None:
     assert oip.decode_infer(asked, LIMITS).inputs["x"].tolist() == [1, 2**64 - 1]
     tensor.datatype = "INT8"
     tensor.contents.int_contents[:] = [1, 200]
-    with pytest.raises(Refused, match="beyond INT8"):
+    with pytest.raises(Refused, match="outside the range of INT8"):
         oip.decode_infer(asked, LIMITS)
 
 

@@ -15,7 +15,7 @@ def test_a_line_a_second_is_written_and_says_how_many_were_not(
 ) -> None:
     clock = FakeClock()
     log = FaultLog(logging.getLogger("faults of the test"), now=clock.now)
-    fault = ModelFault("for the author", told="for the caller", where="where it was")
+    fault = ModelFault("for the author", for_client="for the caller", where="where it was")
     numbers = [log.number(fault)]
     for _ in range(2):
         clock.advance(0.25)
@@ -34,9 +34,9 @@ def test_a_line_a_second_is_written_and_says_how_many_were_not(
 
 def test_a_fault_that_says_no_more_is_told_to_everybody_alike() -> None:
     fault = ModelFault("the words")
-    assert (str(fault), fault.told, fault.where) == ("the words",) * 3
-    told = ModelFault("the words", told="less")
-    assert (str(told), told.told, told.where) == ("the words", "less", "less")
+    assert (str(fault), fault.for_client, fault.where) == ("the words",) * 3
+    fault = ModelFault("the words", for_client="less")
+    assert (str(fault), fault.for_client, fault.where) == ("the words", "less", "less")
 
 
 def deep(turns: int) -> None:
@@ -61,4 +61,4 @@ def test_of_an_import_that_fails_no_line_of_pythons_own_is_told() -> None:
     fault = raised("it cannot be imported", error.value)
     assert "<frozen importlib" not in str(fault) + fault.where
     assert str(fault).startswith("it cannot be imported:\n")
-    assert fault.told == "the model failed on this request"
+    assert fault.for_client == "the model failed on this request"

@@ -79,7 +79,7 @@ def test_an_inference_is_answered_and_counted() -> None:
 @pytest.mark.parametrize(
     ("message", "metadata", "code", "told"),
     [
-        (infer(1.0, 2.0), (), grpc.StatusCode.UNAUTHENTICATED, "no bearer token that is known"),
+        (infer(1.0, 2.0), (), grpc.StatusCode.UNAUTHENTICATED, "no known bearer token"),
         (infer(1.0, 2.0, name="other"), TOKEN, grpc.StatusCode.NOT_FOUND, "no model 'other'"),
         (infer(1.0), TOKEN, grpc.StatusCode.INVALID_ARGUMENT, "needs 2 elements"),
         (infer(-1.0, 2.0), TOKEN, grpc.StatusCode.INTERNAL, "the model failed on this request"),

@@ -267,7 +267,7 @@ def test_bytes_that_are_not_utf8_are_refused_in_json_and_sent_as_binary() -> Non
         return [b"\xff" + text.encode() for text in texts]
 
     refused = alone(answer, body("a"))
-    assert refused.status_code == 406 and "ask for binary_data" in refused.json()["error"]
+    assert refused.status_code == 406 and "set binary_data" in refused.json()["error"]
     sent = alone(answer, body("a", parameters={"binary_data_output": True}))
     assert sent.status_code == 200 and sent.content.endswith(b"\x02\0\0\0\xffa")
 
@@ -393,7 +393,7 @@ def test_a_model_that_pads_once_its_rows_were_lists_answers_each_at_its_own_leng
 def test_rows_of_one_request_that_differ_in_length_fail_it_alone() -> None:
     found, _ = together(Gated(ragged_arrays), body("2", "3"), body("4"), body("5", "5"))
     assert [r.status_code for r in found] == [500, 200, 200]
-    assert "send rows whose answers differ in length in requests of their own" in found[0].text
+    assert "send rows whose answers differ in length in separate requests" in found[0].text
     assert found[2].json()["outputs"][0]["shape"] == [2, 5]
 
 
@@ -413,5 +413,5 @@ def test_the_words_of_a_fault_are_for_the_author_and_its_place_for_the_log() -> 
     with pytest.raises(ModelFault) as fault:
         ServedModel(user, name="m").predict(request.inputs)
     assert SECRET in str(fault.value), "the author, at start and in a profile, reads all of it"
-    assert SECRET not in fault.value.told + fault.value.where
+    assert SECRET not in fault.value.for_client + fault.value.where
     assert "ValueError < " in fault.value.where and "in raises" in fault.value.where

@@ -157,12 +157,12 @@ def test_any_grpc_bytes_are_a_request_or_refused(method: str, wire: bytes) -> No
         (body_of(x(shape=[2, 2])), "needs 4 elements, data has 2"),
         (body_of(x(shape=[-1, 2])), "whole numbers from 0"),
         (body_of(x(shape=[True, 2])), "whole numbers from 0"),
-        (body_of(x(shape=[10_000, 10_000])), "at most 10000 are taken"),
+        (body_of(x(shape=[10_000, 10_000])), "at most 10000 are accepted"),
         (body_of(x(shape=[1] * 17)), "list of 1 to 16"),
         (body_of(x(datatype="FLOAT")), "none of BOOL, UINT8"),
         (body_of(x(data=["1", "2"])), "does not fit in FP32"),
         (body_of(x(data=[[1.0], [2.0, 3.0]])), "ragged"),
-        (body_of(x(data=[1.0, 1e300])), "beyond the range of FP32"),
+        (body_of(x(data=[1.0, 1e300])), "outside the range of FP32"),
         (body_of(x(datatype="UINT8", data=[1, 256])), "does not fit in UINT8"),
         (body_of(x(datatype="INT64", data=[1.5, 2.0])), "does not fit in INT64"),
         (body_of(x(datatype="BYTES", data=[1, 2])), "holds strings"),
@@ -225,7 +225,7 @@ def test_outputs_come_as_they_were_asked_for() -> None:
 
 def test_an_infinite_output_is_refused_in_json_and_sent_as_binary() -> None:
     outputs = {"y": np.asarray([np.inf])}
-    with pytest.raises(Refused, match="ask for binary_data"):
+    with pytest.raises(Refused, match="set binary_data"):
         encode_response(InferRequest(inputs={}), outputs, model="m", version="1")
     binary = InferRequest(inputs={}, binary_output=True)
     assert encode_response(binary, outputs, model="m", version="1")[1] is not None
@@ -256,7 +256,7 @@ def test_more_strings_than_the_limit_are_refused_before_one_of_them_is_made(
         lambda: oip.decode_infer(asked, limits),
         lambda: oip.decode_infer(asked_raw, limits),
     ):
-        with pytest.raises(Refused, match="6 elements of BYTES; at most 5 are taken") as refused:
+        with pytest.raises(Refused, match="6 elements of BYTES; at most 5 are accepted") as refused:
             decode()
         assert refused.value.status == 413
 

@@ -319,8 +319,8 @@ def test_another_model_or_version_than_the_one_that_is_served_is_named_and_refus
             for path, words in (
                 ("/v2/models/other/versions/1", "no model 'other' version '1'"),
                 ("/v2/models/m/versions/2", "no model 'm' version '2'"),
-                ("/v2/models/m/versions", "nothing is at"),
-                ("/v2/models", "nothing is at"),
+                ("/v2/models/m/versions", "no resource at"),
+                ("/v2/models", "no resource at"),
             ):
                 assert words in (await service.client.get(path)).json()["error"]
 
@@ -417,7 +417,7 @@ def test_a_body_that_is_not_whole_within_five_minutes_is_refused(
             found, _, document = await sent_in_parts(service, parts())
             assert found == status
             if status == 408:
-                assert document["error"] == "the body was not whole within 300 s"
+                assert document["error"] == "the body was not complete within 300 s"
 
     asyncio.run(go())
 

@@ -1,1 +1,1 @@
-"""Files that a person hands in: measurements, finished runs, traces."""
+"""Read the user's input files: measurements, finished runs, traces, model descriptions."""

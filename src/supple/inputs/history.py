@@ -1,4 +1,4 @@
-"""Reads previous runs of a task, and short probes, from CSV files: `--history` and `--probes` of
+"""Read previous runs of a task, and short probes, from CSV files: `--history` and `--probes` of
 `supple plan`."""
 
 from collections.abc import Sequence
@@ -24,19 +24,19 @@ _REACHED = {"1": True, "true": True, "yes": True, "0": False, "false": False, "n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """What the user handed over of earlier runs; make it with `read_known`, which looks at all of
-    it, so that bad files are refused before anything is measured."""
+    """Previous runs and probes. Create it with `read_known`, which validates the files, so that bad
+    ones are refused before anything is measured."""
 
     runs: tuple[Run, ...]
     probes: tuple[Run, ...]
     files: str
-    """Which files, in words."""
+    """The names of the files, for messages."""
     compares_sizes: bool
-    """Without that, `curve` needs a noise scale."""
+    """Whether the runs compare batch sizes; otherwise `curve` needs a noise scale."""
 
     def curve(self, noise_scale: float | None = None) -> SamplesModel:
-        """Samples to the target against batch size; from probes alone only ratios of them. Raises
-        `SpecError` for what no curve can be drawn through."""
+        """Fit samples to target against batch size; from probes alone only ratios are known. Raises
+        `SpecError` if no curve fits."""
         try:
             return fit_samples(self.runs, self.probes, noise_scale=noise_scale)
         except ValueError as error:
@@ -48,8 +48,8 @@ class Known:
 
 
 def read_known(history: Path | None, probes: Path | None) -> Known:
-    """The files of `--history` and `--probes`, each read once. Raises `SpecError` naming the file
-    and the line, and for runs that no noise scale would make a curve of."""
+    """Read the files of `--history` and `--probes`. Raises `SpecError` naming the file and the
+    line, also if no curve fits the runs for any noise scale."""
     runs = [] if history is None else read_history(history)
     branches = [] if probes is None else read_probes(probes)
     given = (("the history", history), ("the probes", probes))
@@ -60,29 +60,28 @@ def read_known(history: Path | None, probes: Path | None) -> Known:
 
 
 def read_probes(path: Path) -> list[Run]:
-    """Branches of one checkpoint, each at its own batch size until the same loss: a line has
-    `batch_size` (global) and `samples`, how many the branch took. Raises `SpecError` naming the
-    file and the line."""
+    """Read probes: branches of one checkpoint, each with its own batch size, run to the same loss.
+    A line has `batch_size` (global) and `samples`, the number the branch needed. Raises `SpecError`
+    naming the file and the line."""
     rows = read_rows(
-        path, PROBE_COLUMNS, what="the probes", besides="nothing more; a branch a line"
+        path, PROBE_COLUMNS, what="the probes", besides="nothing more; one branch per line"
     )
     return [Run(batch_size=row.batch(), samples=row.number("samples")) for row in rows]
 
 
 def read_history(path: Path) -> list[Run]:
-    """One run a line: `batch_size` (global) and `samples_to_target`; if there, `learning_rate`, and
-    `reached`, 0 for a run that was stopped after so many samples without reaching the target.
+    """Read previous runs. A line has `batch_size` (global) and `samples_to_target`; optionally
+    `learning_rate`, and `reached`, 0 for a run stopped after these samples before the target.
 
     Raises `SpecError` naming the file and the line."""
-    rows = read_rows(
-        path, COLUMNS, what="the history", besides=f"if known, {', '.join(OPTIONAL)}; a run a line"
-    )
+    besides = f"if known, {', '.join(OPTIONAL)}; one run per line"
+    rows = read_rows(path, COLUMNS, what="the history", besides=besides)
     return [_run(row) for row in rows]
 
 
 def best_rates(runs: Sequence[Run]) -> tuple[TunedRate, ...]:
-    """At every batch size, the learning rate that reached the target with the fewest samples in the
-    mean of its runs; of runs that say theirs, without those that contradict most others."""
+    """Return the learning rate with the fewest mean samples to target at each batch size, from runs
+    with a learning rate. Outliers, which contradict most other runs, are removed first."""
     usual = without_odd_repeats(runs, "runs")
     agreed = without_absurd(gathered(usual, is_probe=False))
     best = best_of_each_size([point for point in agreed if point.lr and point.beyond is None])
@@ -90,16 +89,15 @@ def best_rates(runs: Sequence[Run]) -> tuple[TunedRate, ...]:
 
 
 def reached(row: Row) -> bool:
-    """Whether the run of a line reached its target; where the line does not say, it did. Raises
-    `SpecError` for a cell that is neither yes nor no."""
-    told = row.text("reached").lower() if "reached" in row else "1"
-    if told not in _REACHED:
+    """Whether the run of a line reached its target; an empty cell means yes. Raises `SpecError` for
+    a cell that is neither yes nor no."""
+    cell = row.text("reached").lower() if "reached" in row else "1"
+    if cell not in _REACHED:
         raise row.refusal(
-            f"reached is {row.text('reached')!r}: it says whether a run reached the target",
-            "Give 1 for one that did and 0 for one that was stopped before (or yes and no, true "
-            "and false)",
+            f"reached is {row.text('reached')!r}: it must state whether the run reached the target",
+            "Give 1 if it did and 0 if it was stopped before (or yes and no, true and false)",
         )
-    return _REACHED[told]
+    return _REACHED[cell]
 
 
 def _run(row: Row) -> Run:

@@ -1,4 +1,4 @@
-"""Reads iteration times of layouts from a CSV file: `--measured` of `supple plan model.toml`."""
+"""Read iteration times of layouts from a CSV file: `--measured` of `supple plan model.toml`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +13,8 @@ COLUMNS = ("tp", "dp", "pp", "micro_batch_size", "global_batch_size", "iteration
 
 
 def read_layouts(path: Path, model: "Transformer") -> "list[tuple[Row, LayoutMeasurement]]":
-    """Every row, and what it measured. Raises `SpecError` for a file that cannot be read and for
-    rows that make no sense."""
+    """Return every row with its measurement. Raises `SpecError` for an unreadable file or invalid
+    rows."""
     from supple.core.layouts.model import LayoutMeasurement, LayoutRun
 
     rows = read_rows(
@@ -27,8 +27,8 @@ def read_layouts(path: Path, model: "Transformer") -> "list[tuple[Row, LayoutMea
         seconds = row.number("iteration_time_s")
         if batch % (dp * micro):
             raise row.refusal(
-                f"{dp} replicas of micro-batches of {micro} do not make {batch}: a batch is whole "
-                "micro-batches of every replica"
+                f"{dp} replicas with micro-batches of {micro} do not make {batch}: a batch is a "
+                "whole number of micro-batches of every replica"
             )
         shard = dp if _flag(row, "fsdp") else 1
         try:
@@ -46,7 +46,7 @@ def read_layouts(path: Path, model: "Transformer") -> "list[tuple[Row, LayoutMea
 
 
 def _flag(row: Row, name: str) -> bool:
-    """A column of 0 and 1; 0 where it is empty or not there."""
+    """Return a column of 0 and 1 as a bool; an empty or missing cell is 0."""
     text = row.text(name) if name in row else "0"
     if text not in ("0", "1"):
         raise row.refusal(f"{name} is {text!r}: it must be 0 or 1")

@@ -1,5 +1,5 @@
-"""A model by its sizes, in a TOML file: `[train]` a transformer to train, `[serve]` a language
-model to serve. What cannot be is refused by the file, the table and the key."""
+"""Read a model description from a TOML file: `[train]` is a transformer to train, `[serve]` a
+language model to serve. Messages name the file, the table and the key."""
 
 import difflib
 import math
@@ -44,17 +44,17 @@ _MOST_BYTES = 1 << 20
 @final
 @dataclass(frozen=True, slots=True)
 class ModelTable:
-    """One table of a file, whose keys are known."""
+    """One table of a model file, with validated keys."""
 
     where: str
     values: Mapping[str, Any]
 
     def named(self, key: str) -> str:
-        """What messages call it."""
+        """Return the name of a key for messages."""
         return f"{self.where}: {key}"
 
     def whole(self, key: str, default: int | None = None) -> int | None:
-        """A whole number, written as one or as an amount: 512, "4K"."""
+        """Return a whole number, written as one or as an amount: 512, "4K"."""
         if key not in self.values:
             return default
         value: Any = self.values[key]
@@ -78,7 +78,7 @@ class ModelTable:
         return float(value)
 
     def text(self, key: str, default: str | None = None) -> str | None:
-        """A word, or a number as it is written."""
+        """Return a string, or a number as it is written."""
         value = self.values.get(key, default)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
@@ -88,38 +88,37 @@ class ModelTable:
 
 
 def table_of(path: Path, name: str) -> str:
-    """ "train" or "serve": what `name` says, or the only one of the two that the file has. Raises
-    `SpecError` where that is not one."""
+    """Return the table to use, "train" or "serve": `name`, or by default the only one in the file.
+    Raises `SpecError` if it is missing or ambiguous."""
     tables = [key for key in _KEYS if key in _read(path)]
     if name in tables:
         return name
     if name or not tables:
         has = f"has {' and '.join(f'[{key}]' for key in tables)}" if tables else "has neither"
         raise SpecError(
-            f"{path}: {f'[{name}] was asked for, and ' if name else ''}the file {has}. Describe "
+            f"{path}: {f'[{name}] was requested, and ' if name else ''}the file {has}. Describe "
             "the model in [train], to train it, or [serve], to serve it."
         )
     if len(tables) > 1:
         raise SpecError(
-            f"{path} has [train] and [serve], and one can be planned at a time: ask for "
-            f"{path}:train or {path}:serve."
+            f"{path} has [train] and [serve], and one can be planned at a time: give {path}:train "
+            f"or {path}:serve."
         )
     return tables[0]
 
 
 def read_model(path: Path, table: str) -> ModelTable:
-    """The table `table` of the file, every key of which is known and none of which is missing.
-    Raises `SpecError` otherwise."""
+    """Read the table `table` of a model file. Raises `SpecError` for unknown or missing keys."""
     values = _read(path)[table]
     where = f"{path} [{table}]"
     known = _KEYS[table]
     if not isinstance(values, dict):
-        raise SpecError(f"{path}: {table} is no table. Write [{table}], and its keys below.")
+        raise SpecError(f"{path}: {table} is not a table. Write [{table}], and its keys below.")
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Do you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
-            raise SpecError(f"{where} has a key {key!r} that is not known. {hint}")
+            raise SpecError(f"{where} has an unknown key {key!r}. {hint}")
     missing = [f"{key} ({known[key]})" for key in _REQUIRED[table] if key not in values]
     if missing:
         raise SpecError(f"{where} lacks {', '.join(missing)}. Add what is missing.")
@@ -129,9 +128,9 @@ def read_model(path: Path, table: str) -> ModelTable:
 def _read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise SpecError(f"{path} is larger than {_MOST_BYTES} bytes: it describes no model.")
+            raise SpecError(f"{path} is larger than {_MOST_BYTES} bytes: it is no model file.")
         return tomllib.loads(path.read_text())
     except OSError as error:
-        raise SpecError(f"{path} cannot be read: {error.strerror}. Give another.") from None
+        raise SpecError(f"{path} cannot be read: {error.strerror}. Give another file.") from None
     except (ValueError, RecursionError) as error:  # tomllib's own error is a ValueError
         raise SpecError(f"{path} is not valid TOML: {error}. Correct it.") from None

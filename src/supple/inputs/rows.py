@@ -1,4 +1,4 @@
-"""Rows of measurements that a user hands over as a CSV file; amounts as a person writes them."""
+"""Read rows of measurements from a user's CSV file; parse amounts such as "10M" and "80GB"."""
 
 import csv
 import math
@@ -11,32 +11,32 @@ from supple.core.spec import MAX_WORKERS, SpecError
 
 _SCALES = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _MOST = 1e15
-"""More than anything that is counted or timed here; a larger number is a typing error."""
+"""Largest valid number, above any count or time used here; a larger one is a typing error."""
 _MOST_GIGABYTES = 10_000
-"""At least ten times what any accelerator has."""
+"""Largest valid accelerator memory in GB, over ten times that of any accelerator."""
 _LARGEST_BATCH = 10**12
-"""Samples, or tokens where those are counted."""
+"""Largest valid batch size, in samples or tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: its cells by column, without the spaces around them; an empty cell is not there."""
+    """One row: its nonempty cells by column, stripped of spaces."""
 
     where: str
-    """The file and the line it starts at, in words."""
+    """The file and its first line, for messages."""
     cells: Mapping[str, str]
 
     def __contains__(self, column: str) -> bool:
         return column in self.cells
 
     def text(self, column: str) -> str:
-        """Raises `SpecError` where the cell is empty."""
+        """Return a cell as text. Raises `SpecError` if it is empty."""
         if column not in self.cells:
             raise self.refusal(f"{column} is empty", "Fill it in, or delete the line")
         return self.cells[column]
 
     def number(self, column: str, *, most: float = _MOST) -> float:
-        """Above 0 and at most `most`; `SpecError` for any other cell."""
+        """Parse a number above 0 and at most `most`. Raises `SpecError`."""
         text = self.text(column)
         try:
             value = float(text)
@@ -49,31 +49,31 @@ class Row:
         return value
 
     def count(self, column: str, *, most: int = MAX_WORKERS) -> int:
-        """A whole number from 1 to `most`; `SpecError` for any other cell."""
+        """Parse a whole number from 1 to `most`. Raises `SpecError`."""
         value = self.number(column, most=most)
         if not value.is_integer():
             raise self.refusal(f"{column} is {self.cells[column]}: it must be a whole number")
         return int(value)
 
     def batch(self, column: str = "batch_size") -> int:
-        """A global batch size; `SpecError` for what is none."""
+        """Parse a global batch size. Raises `SpecError`."""
         return self.count(column, most=_LARGEST_BATCH)
 
-    def refusal(self, told: str, advice: str = "Correct the line, or delete it") -> SpecError:
-        """What is wrong with the row, with its line and what to do."""
-        return SpecError(f"{self.where}: {told.rstrip('.')}. {advice}.")
+    def refusal(self, reason: str, advice: str = "Correct the line, or delete it") -> SpecError:
+        """Return an error about this row, with the file, the line, and the advice."""
+        return SpecError(f"{self.where}: {reason.rstrip('.')}. {advice}.")
 
 
 def read_rows(path: Path, columns: Sequence[str], *, what: str, besides: str) -> list[Row]:
-    """The rows of a file that has at least one, with all `columns`, every cell below one of them;
-    `besides` says in words what else it may have. Columns are named in any case. Blank lines count
-    as lines, but are no rows. Raises `SpecError` for any other file, calling it `what`."""
+    """Read the rows of a CSV file with a header that has all `columns`, in upper or lower case;
+    `besides` describes the other columns in messages. Blank lines are skipped, but counted. Raises
+    `SpecError` for an invalid file, or one without rows, with `what` as its name."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             records = list(_records(file, f"{what} {path}"))
     except OSError as error:
-        told = error.strerror or str(error)
-        raise SpecError(f"{what} {path} cannot be read: {told}. Give a CSV file.") from None
+        reason = error.strerror or str(error)
+        raise SpecError(f"{what} {path} cannot be read: {reason}. Give a CSV file.") from None
     except UnicodeDecodeError:
         raise SpecError(
             f"{what} {path} cannot be read: it is not text in UTF-8. Save it as CSV in UTF-8."
@@ -93,19 +93,19 @@ def read_rows(path: Path, columns: Sequence[str], *, what: str, besides: str) ->
     twice = sorted({name for name in head if name and head.count(name) > 1})
     if twice:
         raise SpecError(
-            f"{what} {path} has more than one column {', '.join(twice)}: nobody can say which "
-            "counts. Delete one, or give it another name."
+            f"{what} {path} has more than one column {', '.join(twice)}: it is unclear which to "
+            "use. Delete one, or give it another name."
         )
     if not rows:
         raise SpecError(
-            f"{what} {path} has a header and no rows: there is nothing to learn from. Add a row "
-            "for each measurement."
+            f"{what} {path} has a header and no rows: at least one is needed. Add a row for each "
+            "measurement."
         )
     return [_row(head, cells, f"{what} {path}, line {line}") for line, cells in rows]
 
 
 def _records(file: TextIO, where: str) -> Iterator[tuple[int, list[str]]]:
-    """Every record that is not blank, and the line at which it starts."""
+    """Yield the first line and the cells of every record that is not blank."""
     reader = csv.reader(file, strict=True)
     while True:
         line = reader.line_num + 1
@@ -115,7 +115,7 @@ def _records(file: TextIO, where: str) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error as error:
             raise SpecError(
-                f"{where}, line {line}: this is no row of a CSV file ({error}). Check its quotes."
+                f"{where}, line {line}: not a valid CSV row ({error}). Check its quotes."
             ) from None
         cells = [cell.strip() for cell in cells]
         if any(cells):
@@ -124,19 +124,19 @@ def _records(file: TextIO, where: str) -> Iterator[tuple[int, list[str]]]:
 
 def _row(head: Sequence[str], cells: Sequence[str], where: str) -> Row:
     row = Row(where, {name: cell for name, cell in zip(head, cells, strict=False) if cell})
-    # Nothing is lost with the empty cells that spreadsheets write at the end.
+    # Empty cells at the end, as spreadsheets write them, are ignored.
     if len(cells) < len(head) or any(cells[len(head) :]):
         raise row.refusal(
             f"the row has {len(cells)} cell{'s' * (len(cells) != 1)} and the header {len(head)}: "
-            "nobody can say which belongs where. A decimal comma makes two cells of one; an empty "
-            "cell still takes its comma"
+            "it is unclear which cell belongs to which column. A decimal comma splits a cell in "
+            "two; an empty cell still needs its comma"
         )
     return row
 
 
 def parse_gigabytes(text: str, *, what: str) -> float:
-    """`"80"`, `"80GB"` or `"74.5 GiB"` as bytes, the unit in any case. Raises `SpecError` naming
-    `what` for anything else, and for more than any accelerator has."""
+    """Parse `"80"`, `"80GB"` or `"74.5 GiB"` as bytes, with the unit in upper or lower case. Raises
+    `SpecError` naming `what`, also for more than `_MOST_GIGABYTES`."""
     number, unit = text.strip().lower(), 1e9
     for name, size in (("gib", 2.0**30), ("gb", 1e9)):
         if number.endswith(name):
@@ -157,7 +157,7 @@ def parse_gigabytes(text: str, *, what: str) -> float:
 
 
 def parse_amount(text: str) -> float:
-    """`"10M"` as 10,000,000; NaN for what is no number."""
+    """Parse an amount such as `"10M"`, 10,000,000; NaN if it is no number."""
     scale = _SCALES.get(text[-1:].lower(), 1.0)
     try:
         return float(text if scale == 1.0 else text[:-1]) * scale

@@ -1,4 +1,4 @@
-"""What `supple plan` measured of a script, kept for `supple train` on the same machine."""
+"""Cache of the measurements of a script by `supple plan`, for `supple train` on this machine."""
 
 import dataclasses
 import hashlib
@@ -20,12 +20,12 @@ from supple.core.training.measurements import CollectiveMeasurement, StepMeasure
 from supple.core.training.memory import MemoryMeasurement
 
 _MOST_KEPT = 100
-"""Files; the oldest go."""
+"""Most files in the cache; the oldest are deleted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """Measurements and when they were made."""
+    """Cached measurements and their time."""
 
     found: ScriptMeasurements
     measured_at: float
@@ -33,13 +33,13 @@ class Kept:
 
     @property
     def when(self) -> str:
-        """Local date and time."""
+        """The local date and time of the measurement."""
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.measured_at))
 
 
 def keep(found: ScriptMeasurements, script: str, function: str) -> None:
-    """Keep what was measured of `script` as it is now, on this machine. A disk that cannot take it
-    is no error: nothing depends on it."""
+    """Cache the measurements of the current version of `script` on this machine. A write error is
+    ignored: the cache is optional."""
     path = _path(script, function)
     record = {
         "measured_at": time.time(),
@@ -60,8 +60,8 @@ def keep(found: ScriptMeasurements, script: str, function: str) -> None:
 
 
 def kept(script: str, function: str) -> Kept | None:
-    """What was kept of `script` as it is now, on this machine; None for nothing, and for a file
-    that is damaged or of another version."""
+    """Return the cached measurements of the current version of `script` on this machine; None if
+    there are none, or if the file is damaged or of another version."""
     try:
         record = json.loads(_path(script, function).read_text())
         return Kept(found=_from_json(record["found"]), measured_at=float(record["measured_at"]))
@@ -81,7 +81,8 @@ def _from_json(values: Mapping[str, Any]) -> ScriptMeasurements:
 
 
 def _path(script: str, function: str) -> Path:
-    """Named by the script's text, the function, the machine and the versions that matter."""
+    """Path of the cache file, from a hash of the script's text and path, function, machine and
+    versions."""
     digest = hashlib.sha256(Path(script).read_bytes())
     digest.update(json.dumps([os.path.abspath(script), function, _machine()]).encode())
     return user_cache_path("supple") / "measured" / f"{digest.hexdigest()[:32]}.json"

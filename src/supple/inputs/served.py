@@ -1,5 +1,5 @@
-"""What a user says of a served language model, in options or in rows of `--measured`: its sizes,
-the lengths of its requests, its accelerator. Nonsense is refused where it is said."""
+"""Validate the description of a served language model, from options or rows of `--measured`: its
+sizes, the lengths of its requests, its accelerator."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +15,10 @@ if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--hel
 
 COLUMNS = ("accelerators", "concurrency", "tokens_per_s", "itl_p90_ms")
 OPTIONAL = "family, parameters, activated, bits, layers, prompt, answer, workload, accelerator"
-_OF_A_MODEL = ("family", "activated", "bits", "layers")
-"""Columns that say nothing without `parameters`."""
+_MODEL_COLUMNS = ("family", "activated", "bits", "layers")
+"""Columns that need the column `parameters`."""
 
-# More than any model, request or copy known; beyond is a typing error.
+# Largest valid values, above those of any known model, request or copy; beyond is a typing error.
 _MOST_LAYERS = 1_000
 _MOST_TOKENS = 1e8
 _MOST_TOKENS_PER_S = 1e9
@@ -35,7 +35,8 @@ def served_model(
     layers: int | None,
     named: Callable[[str], str],
 ) -> "Decoder":
-    """The model of these sizes; `SpecError` for sizes no model has, calling them as `named`."""
+    """Return the model of these sizes. Raises `SpecError` for impossible sizes; `named` gives the
+    names for messages."""
     from supple.core.llm.decoding import Decoder
 
     total = _amount(parameters, named("parameters"))
@@ -43,7 +44,7 @@ def served_model(
     if used > total:
         raise SpecError(
             f"{named('activated')} {activated} is more than the {parameters} parameters: a token "
-            "uses at most all of them. Exchange the two."
+            "uses at most all of them. Swap the two."
         )
     if used < _LEAST_SHARE * total:
         raise SpecError(
@@ -53,8 +54,8 @@ def served_model(
         )
     if layers is not None and not 1 <= layers <= _MOST_LAYERS:
         raise SpecError(
-            f"{named('layers')} is {layers}: it must be from 1 to {_MOST_LAYERS:,}. Leave it out "
-            "where it is not known."
+            f"{named('layers')} is {layers}: it must be from 1 to {_MOST_LAYERS:,}. Omit it if it "
+            "is unknown."
         )
     return Decoder(
         family=family,
@@ -66,7 +67,7 @@ def served_model(
 
 
 def check_tokens(tokens: float, what: str) -> float:
-    """The mean length of a prompt or an answer; `SpecError` for one that no request has."""
+    """Validate the mean length of a prompt or an answer, in tokens. Raises `SpecError`."""
     if not 1 <= tokens <= _MOST_TOKENS:
         raise SpecError(
             f"{what} is {tokens:g} tokens: it must be at least 1 and at most {_MOST_TOKENS:,.0f}."
@@ -75,7 +76,7 @@ def check_tokens(tokens: float, what: str) -> float:
 
 
 def _amount(text: str, what: str) -> float:
-    """`"8B"` as 8e9."""
+    """Parse a number of parameters: `"8B"` is 8e9."""
     count = parse_amount(text)
     if not 1e3 <= count <= 1e15:
         raise SpecError(f"{what} {text!r}: give a number of parameters such as 350M or 8B.")
@@ -83,7 +84,7 @@ def _amount(text: str, what: str) -> float:
 
 
 def _weight_bytes(bits: int, what: str) -> float:
-    """With the scales that go with weights of few bits."""
+    """Return bytes per weight, including the quantization scales at 4 bits."""
     known = {16: 2.0, 8: 1.0, 4: 0.55}
     if bits not in known:
         raise SpecError(f"{what} is {bits}: weights are served in 16, 8 or 4.")
@@ -91,8 +92,8 @@ def _weight_bytes(bits: int, what: str) -> float:
 
 
 def read_served(path: Path, job: "InferenceJob") -> "list[ServingMeasurement]":
-    """What was measured. Rows without the optional columns are of the model, load and accelerator
-    asked about. Raises `SpecError` naming the file and the line."""
+    """Read the measurements of `--measured`. Optional columns default to the model, load and
+    accelerator of `job`. Raises `SpecError` naming the file and the line."""
     rows = read_rows(path, COLUMNS, what="--measured", besides=f"for other models also {OPTIONAL}")
     return [_measurement(row, job) for row in rows]
 
@@ -108,8 +109,8 @@ def _measurement(row: Row, job: "InferenceJob") -> "ServingMeasurement":
     )
     impossible = why_impossible(found)
     if impossible is not None:
-        told, advice = impossible
-        raise row.refusal(told, f"{advice}; correct the line, or delete it")
+        reason, advice = impossible
+        raise row.refusal(reason, f"{advice}; correct the line, or delete it")
     return found
 
 
@@ -124,11 +125,11 @@ def _run(row: Row, job: "InferenceJob") -> "DecodingRun":
         return check_tokens(row.number(column), named(column)) if column in row else default
 
     model, device, load = job.model, job.device, job.workload
-    others = [column for column in _OF_A_MODEL if column in row]
+    others = [column for column in _MODEL_COLUMNS if column in row]
     if others and "parameters" not in row:
         raise row.refusal(
-            f"{' and '.join(others)} without parameters: a row without parameters is of the model "
-            "asked about, which has its own",
+            f"{' and '.join(others)} without parameters: a row without parameters measures the "
+            "model being planned, which has its own",
             "Give the parameters too, or leave these cells empty",
         )
     if "parameters" in row:

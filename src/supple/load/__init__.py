@@ -1,1 +1,1 @@
-"""The load generator."""
+"""The load generator of `supple load`."""

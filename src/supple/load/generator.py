@@ -1,12 +1,12 @@
-"""An open-loop load generator: requests are sent when they are due, whatever became of the others.
+"""An open-loop load generator: requests are sent on schedule, independent of earlier answers.
 
-A closed loop waits for answers before it asks again, so that a service that stalls is asked less
-and its worst moments are missing from the figures (coordinated omission). Here latency counts from
-the *scheduled* time, nothing caps the requests in flight, refusals, errors and timeouts are misses,
-and how late the generator itself was is reported beside them.
+A closed loop waits for an answer before it sends the next request. A service that stalls then gets
+fewer requests, and its worst latencies are missing from the results (coordinated omission). Here
+latency counts from the *scheduled* time, the requests in flight are not limited, refusals, errors
+and timeouts miss the SLO, and the lag of the generator itself is reported too.
 
-aiohttp, not httpx: it is there with Ray already, and a request costs it a fraction of the processor
-time, which on one machine is taken from the service that is measured.
+aiohttp, not httpx: Ray installs it already, and it takes a fraction of the processor time per
+request, which on one machine competes with the measured service.
 """
 
 import asyncio
@@ -31,18 +31,18 @@ Times = np.ndarray[Any, np.dtype[np.float64]]
 
 TIMED_OUT: Final = -1
 BROKEN: Final = -2
-"""Outcomes beside the HTTP statuses: no answer in time; no connection, or one that broke."""
+"""Outcomes besides HTTP statuses: no answer in time; connection refused or broken."""
 REFUSALS: Final = (429, 503)
 _MOST_REQUESTS: Final = 50_000_000
 _QUANTILES: Final = {"p50_s": 0.5, "p90_s": 0.9, "p99_s": 0.99, "p999_s": 0.999, "max_s": 1.0}
 
 
 def poisson(*, rate_per_s: float, duration_s: float, seed: int) -> Times:
-    """When requests of a Poisson process of this rate are due, in seconds from the start."""
+    """Return the scheduled times of a Poisson process, sorted, in seconds from the start."""
     if rate_per_s * duration_s > _MOST_REQUESTS:
         raise SpecError(
             f"--rate {rate_per_s:g} for {duration_s:g} s is {rate_per_s * duration_s:.3g} "
-            f"requests; at most {_MOST_REQUESTS:.3g} are sent in one run. Lower one of them."
+            f"requests; at most {_MOST_REQUESTS:.3g} are sent in one run. Lower one of the two."
         )
     random = np.random.default_rng(seed)
     count = random.poisson(rate_per_s * duration_s)
@@ -50,8 +50,8 @@ def poisson(*, rate_per_s: float, duration_s: float, seed: int) -> Times:
 
 
 def replay(path: Path, *, speed: float, duration_s: float | None = None) -> Times:
-    """The arrivals of a trace, `speed` times as fast, of the first `duration_s` seconds of the run.
-    Raises `SpecError`."""
+    """Return the scheduled times of a trace, `speed` times as fast, up to `duration_s` seconds of
+    the run. Raises `SpecError`."""
     due = read_trace(path) / speed
     return due if duration_s is None else due[due <= duration_s]
 
@@ -59,7 +59,7 @@ def replay(path: Path, *, speed: float, duration_s: float | None = None) -> Time
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The request that is sent again and again."""
+    """The request that the generator repeats."""
 
     url: str
     method: str = "GET"
@@ -68,8 +68,8 @@ class Target:
 
 
 async def find_target(url: str, *, body: bytes | None, token: str | None) -> Target:
-    """What to send to `url`: `body` if one is given; to a model of the Open Inference Protocol one
-    row of zeros as it declares them; a GET to anything else. Raises `SpecError`."""
+    """Choose the request for `url`: POST `body` if given; one row of zeros for the declared inputs
+    of a model of the Open Inference Protocol; GET for any other URL. Raises `SpecError`."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     model_url = url.rstrip("/").removesuffix("/infer")
     is_model = model_url.rpartition("/")[0].endswith(("/v2/models", "/versions"))
@@ -82,13 +82,12 @@ async def find_target(url: str, *, body: bytes | None, token: str | None) -> Tar
         return Target(url=url, headers=headers)
     try:
         async with aiohttp.ClientSession() as session, session.get(model_url, headers=headers) as r:
-            told = await r.json(content_type=None)
-            declared = told["inputs"]
-            inputs = [_zeros(tensor) for tensor in declared]
+            metadata = await r.json(content_type=None)
+            inputs = [_zeros(tensor) for tensor in metadata["inputs"]]
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError) as error:
         raise SpecError(
-            f"{model_url} does not tell what the model takes ({type(error).__name__}: {error}). "
-            "Check the URL, or give a request with --body FILE."
+            f"{model_url} returns no inputs of the model ({type(error).__name__}: {error}). Check "
+            "the URL, or give a request with --body FILE."
         ) from None
     if not inputs:
         raise SpecError(f"the model at {model_url} declares no inputs. Give a request with --body.")
@@ -106,20 +105,20 @@ def _zeros(tensor: Mapping[str, Any]) -> dict[str, Any]:
 
 @final
 class Outcomes:
-    """What became of every request, in the order in which they were due."""
+    """The outcome of every request, in scheduled order; arrays have shape [requests]."""
 
     def __init__(self, due_s: Times) -> None:
         self.due_s = due_s
         self.sent_s = np.full(len(due_s), np.nan)
         self.latency_s = np.full(len(due_s), np.nan)
-        """From when it was due to the end of its answer; NaN while there is none."""
+        """Seconds from the scheduled time to the end of the answer; NaN while there is none."""
         self.status = np.zeros(len(due_s), np.int16)
-        """HTTP's, `TIMED_OUT`, `BROKEN`, or 0: not known."""
+        """HTTP status, `TIMED_OUT`, `BROKEN`, or 0: unknown."""
         self.num_sent = 0
         self.num_ended = 0
 
     def record(self, index: int, sent_s: float, end_s: float, status: int) -> None:
-        """One request ended; times are seconds from the start of the run."""
+        """Record the end of one request; times are seconds from the start of the run."""
         self.sent_s[index] = sent_s
         self.latency_s[index] = end_s - self.due_s[index]
         self.status[index] = status
@@ -129,36 +128,36 @@ class Outcomes:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """The figures of one run. Latencies are seconds from the scheduled time."""
+    """Results of one load run. Latencies are seconds from the scheduled time."""
 
     num_requests: int
-    """That ended, in whatever way."""
+    """Requests that ended, with any outcome."""
     num_answered: int
     num_refused: int
     num_errors: int
     num_timeouts: int
     num_unknown: int
-    """In flight or not sent when the run was interrupted; in no other figure."""
+    """Requests in flight or not sent when the run was interrupted; not counted elsewhere."""
     duration_s: float
     asked_per_s: float
     answered_per_s: float
     slo: str | None
     slo_attainment: float | None
-    """The share of `num_requests` that was answered within the promise."""
+    """Share of `num_requests` that was answered within the SLO's latency."""
     slo_goodput_per_s: float | None
     latency: Mapping[str, float | None]
-    """Latencies of the answered requests, by quantile; None without one."""
+    """Latencies of the answered requests, by quantile; None without any."""
     refusal: Mapping[str, float | None]
-    """The same of the refused requests."""
+    """Latencies of the refused requests, by quantile; None without any."""
     lag: Mapping[str, float | None]
-    """How late the generator was to send; far below the promise, or the run says nothing."""
+    """Delays of sending, by quantile. A lag near the SLO's latency makes the run invalid."""
     statuses: Mapping[str, int]
     replica_s: float | None = None
-    """Replicas times seconds that the service held meanwhile; None if it does not tell."""
+    """Replica-seconds of the service during the run; None if unknown."""
 
 
 def report(outcomes: Outcomes, slo: Slo | None, *, replica_s: float | None = None) -> LoadReport:
-    """The figures of `outcomes`."""
+    """Compute the results of a run from its `outcomes`."""
     status = outcomes.status
     ended = status != 0
     answered = (status >= 200) & (status < 300)
@@ -212,7 +211,7 @@ async def run(
     stop: asyncio.Event | None = None,
     on_second: Callable[[float, Outcomes], None] | None = None,
 ) -> Outcomes:
-    """Send a request at each of `due_s`, and return once all have ended or `stop` is set."""
+    """Send a request at each time in `due_s`; return when all have ended or `stop` is set."""
     loop = asyncio.get_running_loop()
     outcomes = Outcomes(due_s)
     stop = stop or asyncio.Event()
@@ -277,7 +276,7 @@ def run_until_interrupted(
     timeout_s: float,
     on_second: Callable[[float, Outcomes], None],
 ) -> Outcomes:
-    """`run` in a loop of its own; Ctrl-C ends it early, with what is known by then."""
+    """Call `run` in a new event loop; Ctrl-C ends it early with the outcomes so far."""
 
     async def go() -> Outcomes:
         stop = asyncio.Event()
@@ -290,7 +289,7 @@ def run_until_interrupted(
 
 
 def lines(found: LoadReport) -> Sequence[str]:
-    """The report for people."""
+    """Format the results as lines of text."""
     count = found.num_requests
     text = [
         f"requests   {count} in {found.duration_s:.1f} s, {found.asked_per_s:.1f} a second",
@@ -322,8 +321,8 @@ def _row(quantiles: Mapping[str, float | None], count: int) -> str:
     for name, share in _QUANTILES.items():
         seconds = quantiles[name]
         label = {"p999_s": "p99.9"}.get(name, name.removesuffix("_s"))
-        told = "-" if seconds is None else f"{seconds * 1e3:.1f}ms"
-        # A quantile of fewer than a hundred samples beyond it is a guess, and marked so.
+        value = "-" if seconds is None else f"{seconds * 1e3:.1f}ms"
+        # "~" marks a quantile as uncertain: fewer than a hundred samples lie beyond it.
         few = share < 1.0 and count * (1.0 - share) < 100
-        cells.append(f"{label} {'~' if few and seconds is not None else ''}{told}")
+        cells.append(f"{label} {'~' if few and seconds is not None else ''}{value}")
     return "  ".join(cells)

@@ -1,7 +1,7 @@
-"""What a service of this machine held while it was loaded: its replicas, asked for once a second.
+"""Count the replica-seconds of a local service during a load run, by polling it once a second.
 
-`supple serve` answers on the local socket of its name, as it does for `supple status`; what is not
-served so has no count.
+The number of replicas comes from the control socket of `supple serve`, as for `supple status`.
+Services started in another way have no count.
 """
 
 import threading
@@ -17,7 +17,7 @@ _EVERY_S: Final = 1.0
 
 
 def service_of(url: str) -> str | None:
-    """The name of the service behind a model's URL on this machine; None for any other URL."""
+    """Return the name of the local service in a model's URL; None for any other URL."""
     parts = urlsplit(url)
     path = parts.path.split("/")
     here = parts.hostname in ("127.0.0.1", "::1", "localhost")
@@ -26,8 +26,8 @@ def service_of(url: str) -> str | None:
 
 @final
 class ReplicaSeconds:
-    """Running replicas times seconds, from entering the block to leaving it. Replicas that are
-    still starting are not in it."""
+    """Context manager that integrates the number of running replicas over the time in the block.
+    Replicas that are still starting do not count."""
 
     def __init__(self, service: str | None, *, every_s: float = _EVERY_S) -> None:
         self._service = service
@@ -38,7 +38,7 @@ class ReplicaSeconds:
 
     @property
     def total(self) -> float | None:
-        """What was counted; None if the service never told."""
+        """Replica-seconds so far; None if the service never answered."""
         return self._total
 
     def __enter__(self) -> Self:
@@ -63,14 +63,14 @@ class ReplicaSeconds:
         if self._service is None:
             return None
         try:
-            told = ask(self._service, {"ask": "status"})
+            status = ask(self._service, {"ask": "status"})
         except SpecError:
             return None
-        return len(told["members"]) if told.get("phase") == "serving" else None
+        return len(status["members"]) if status.get("phase") == "serving" else None
 
 
 def _stopwatch() -> Callable[[], float]:
-    """Seconds since it was last asked."""
+    """Return a function that returns the seconds since its last call."""
     last_s = time.monotonic()
 
     def lap() -> float:

@@ -1,1 +1,1 @@
-"""What a person looks at: live lines, tables, pictures, the event log, TensorBoard."""
+"""Output for users: live lines, tables, pictures, the event log, TensorBoard."""

@@ -1,4 +1,4 @@
-"""TensorBoard event files of a run: workers, batch, learning rate, speed, the script's metrics."""
+"""Write TensorBoard event files: workers, batch, learning rate, speed, the script's metrics."""
 
 import os
 import socket
@@ -13,15 +13,15 @@ from torch.utils.tensorboard import summary
 from supple.core.types import Action, Decision, Event, Progress
 from supple.train.logfile import LogFile, Lost
 
-_Record: Any = cast(Any, event_pb2).Event  # protobuf makes it when it is imported
+_Record: Any = cast(Any, event_pb2).Event  # protobuf creates the class at import
 
 
 @final
 class Curves:
     """An observer that writes scalars against committed steps. Use it as a context manager.
 
-    Every record goes to the file at once, in one piece: torch's own writer keeps a thread, which
-    answers a full disk with a traceback.
+    Every record is written at once, in one piece. torch's own writer has a thread, which prints a
+    traceback if the disk is full.
     """
 
     def __init__(self, folder: Path, lost: Lost) -> None:
@@ -44,8 +44,8 @@ class Curves:
         return
 
     def decided(self, decision: Decision) -> None:
-        told = _plain(f"{decision.kind}: {decision.reason}")
-        self._put(summary=summary.text("decision", told), step=self._step)
+        text = _plain(f"{decision.kind}: {decision.reason}")
+        self._put(summary=summary.text("decision", text), step=self._step)
 
     def printed(self, line: str) -> None:
         return
@@ -74,7 +74,7 @@ class Curves:
 
 @final
 class _Bytes:
-    """What tensorboard takes for a file."""
+    """Adapter from `LogFile` to the file interface of TensorBoard's record writer."""
 
     def __init__(self, file: LogFile) -> None:
         self._file = file
@@ -84,5 +84,5 @@ class _Bytes:
 
 
 def _plain(text: str) -> str:
-    """`text` as protobuf can hold it: what a script prints or raises may be no valid Unicode."""
+    """Escape what protobuf cannot hold: a script may print or raise invalid Unicode."""
     return text.encode(errors="backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""What this machine offers to Supple, and what is missing."""
+"""Check this machine for Supple: versions, memory, disk, accelerators, networking, Ray."""
 
 import os
 import platform
@@ -27,7 +27,7 @@ _USAGE = "RAY_USAGE_STATS_ENABLED"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing looked at, and, where it is not ok, what to do about it."""
+    """Result of one check; `advice` is empty if it passed."""
 
     what: str
     found: str
@@ -39,8 +39,8 @@ class Finding:
 
 
 def examine(*, with_ray: bool) -> Iterator[Finding]:
-    """Look at versions, cores, memory, disk, accelerators, telemetry, whether a process group
-    works and (`with_ray`, which takes some seconds) whether Ray starts; each as it is known."""
+    """Yield the result of each check when it is done: versions, cores, memory, disk, accelerators,
+    telemetry, a process group and, `with_ray`, the start of Ray, which takes some seconds."""
     yield Finding(what="supple", found=__version__)
     yield Finding(what="python", found=platform.python_version())
     yield Finding(what="torch", found=torch.__version__)
@@ -100,7 +100,7 @@ def _telemetry() -> Finding:
 
 
 def _group() -> Finding:
-    """Can a group of one form and reduce? Finds a missing gloo or a blocked loopback."""
+    """Form a process group of one and reduce; it fails without gloo or if loopback is blocked."""
     try:
         meeting = Rendezvous("127.0.0.1")
         group = form(
@@ -127,7 +127,7 @@ def _ray() -> Finding:
         return Finding(
             what="ray starts",
             found=f"no: {type(error).__name__}: {error}",
-            advice="Look into those logs, and see that no other Ray holds its ports (`ray stop`).",
+            advice="Read those logs, and check that no other Ray uses its ports (`ray stop`).",
         )
     return Finding(
         what="ray starts", found=f"with {len(nodes)} node in {time.monotonic() - began:.1f} s"

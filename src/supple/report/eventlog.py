@@ -1,11 +1,11 @@
-"""The event log: everything that happened in a run, one JSON object a line.
+"""The event log: everything that happened in a run, one JSON object per line.
 
 `t` is seconds since the start, `time` the wall clock, `kind` one of begin, event, action, decision,
-progress, print, end, and `type` the name of the noun (of `supple.core.types`; `TrainSpec` at the
-beginning, `Outcome` at the end), whose fields follow. A decision's own kind is `decision_kind`. A
-number that is not finite is null, because JSON has no word for it.
+progress, print, end, and `type` the class name (in `supple.core.types`; `TrainSpec` for begin,
+`Outcome` for end); the fields of the class follow. A decision's own kind is `decision_kind`. NaN
+and infinity are null, because JSON has no such numbers.
 
-A file may hold several runs, one after the other; each opens with a `begin` record.
+A file may contain several runs in sequence; each starts with a `begin` record.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from supple.train.logfile import Lost, append
 
 
 class Lines(Protocol):
-    """Where records go."""
+    """A text file or stream for records."""
 
     def write(self, text: str, /) -> int: ...
 
@@ -33,8 +33,8 @@ class Lines(Protocol):
 
 @final
 class EventLog:
-    """An observer that writes to open text files, a line at a time. That they may end (a full disk,
-    a reader that left) without ending the training is for them: see `supple.train.logfile`."""
+    """An observer that writes records to open text files, line by line. The files must not raise on
+    a full disk or a closed reader, which would end the training: see `supple.train.logfile`."""
 
     def __init__(self, *files: Lines, clock: Callable[[], float] = time.monotonic) -> None:
         self._files = list(files)
@@ -42,11 +42,11 @@ class EventLog:
         self._began = clock()
 
     def began(self, spec: TrainSpec) -> None:
-        """The first record of a run: what was asked for."""
+        """Write the first record of a run, its `TrainSpec`."""
         self._write("begin", spec)
 
     def ended(self, outcome: Any) -> None:
-        """The last record of a run: its `supple.control.controller.Outcome`."""
+        """Write the last record of a run, its `supple.control.controller.Outcome`."""
         self._write("end", outcome)
 
     def happened(self, event: Event) -> None:
@@ -86,18 +86,18 @@ class EventLog:
 
 @final
 class LedgerLog:
-    """The controller's part of the ledger: where generations began, from which step on a worker's
-    part is incomplete, and where the run ended.
+    """The controller's part of the ledger: the first step of each generation, the step from which a
+    worker's part is incomplete, and the last step of the run.
 
-    A record that cannot be written is tried again with the next one. So there is no end without
-    everything before it, and without an end nothing is proven.
+    A record that cannot be written is retried with the next one, so an end record implies that all
+    earlier records are there. Without an end record the ledger proves nothing.
     """
 
     def __init__(self, path: Path, lost: Lost) -> None:
         self._path = path
         self._lost = lost
         self._unwritten = b""
-        self._is_told = False
+        self._is_reported = False
         self._written = 0
         self._step = 0
 
@@ -125,7 +125,7 @@ class LedgerLog:
         return
 
     def close(self) -> None:
-        """The run has ended: say how many steps were committed."""
+        """Write the end record, with the number of committed steps."""
         self._put("end", step=self._step)
 
     def _is_a_workers(self, path: Path) -> bool:
@@ -138,16 +138,16 @@ class LedgerLog:
             with self._path.open("ab", buffering=0) as file:
                 append(file.fileno(), self._unwritten)
         except OSError as error:
-            if not self._is_told:
-                self._is_told = True
+            if not self._is_reported:
+                self._is_reported = True
                 self._lost(str(self._path), error.strerror or type(error).__name__)
         else:
             self._unwritten = b""
 
 
 def last_run(log: Path) -> list[dict[str, Any]]:
-    """The records of the newest run in an event log, in order. A line cut short (by a full disk)
-    is left out."""
+    """Return the records of the newest run in an event log, in order. A truncated line (from a full
+    disk) is skipped."""
     records: list[dict[str, Any]] = []
     for line in log.read_text(encoding="utf-8").splitlines():
         try:
@@ -161,8 +161,8 @@ def last_run(log: Path) -> list[dict[str, Any]]:
 
 
 def to_plain(value: Any) -> Any:
-    """`value` in JSON's own types: tuples as lists, dataclasses as objects, enums by value, and
-    infinities and NaN as None."""
+    """Convert `value` to JSON types: tuples to lists, dataclasses to objects, enums to values,
+    and infinities and NaN to None."""
     match value:
         case Enum():
             return value.value

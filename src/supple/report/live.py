@@ -1,5 +1,5 @@
-"""What a person sees while a job trains: three live lines in a terminal, plain lines in a pipe, and
-at the end how it went."""
+"""Progress output of a training job: three live lines in a terminal, plain lines in a pipe, and a
+summary at the end."""
 
 import time
 from collections.abc import Callable
@@ -29,18 +29,19 @@ from supple.core.types import (
 from supple.core.words import accelerator_hours, in_digits, in_words
 
 _PLAIN_EVERY_S = 5.0
-_BAR = 24
-_TOLD_AT_THE_END = frozenset({"finish", "fail"})
+_BAR = 24  # width of the progress bar in characters
+_SHOWN_AT_THE_END = frozenset({"finish", "fail"})
+"""Kinds of decisions that the summary at the end shows."""
 Parts = list[tuple[str, str]]
 """(text, style) pairs."""
 
 
 @final
 class LiveLine:
-    """An observer for people. Use it as a context manager.
+    """An observer that prints progress and decisions. Use it as a context manager.
 
-    In a terminal the last lines are live and what was decided scrolls by above them; elsewhere
-    there is a plain line for every decision and one for progress every 5 s, without escape codes.
+    In a terminal the last lines are live and decisions scroll above them. Otherwise it prints a
+    plain line for every decision and one for progress every 5 s, without escape codes.
     """
 
     def __init__(
@@ -77,11 +78,11 @@ class LiveLine:
     def happened(self, event: Event) -> None:
         match event:
             case CheckpointSaved():
-                self._say(f"saved step {event.step}: {event.path}", "dim")
+                self._print(f"saved step {event.step}: {event.path}", "dim")
             case CheckpointFailed():
-                self._say(f"NOT saved, step {event.step}: {event.error}", "bold red")
+                self._print(f"NOT saved, step {event.step}: {event.error}", "bold red")
             case WorkerLost():
-                self._say(f"lost {event.worker_id} ({event.cause})", "red")
+                self._print(f"lost {event.worker_id} ({event.cause})", "red")
             case _:
                 return
 
@@ -90,21 +91,21 @@ class LiveLine:
 
     def decided(self, decision: Decision) -> None:
         self._decision = f"{decision.kind}: {decision.reason}"
-        if decision.kind not in _TOLD_AT_THE_END:
-            self._say(self._decision, "bold")
+        if decision.kind not in _SHOWN_AT_THE_END:
+            self._print(self._decision, "bold")
 
     def printed(self, line: str) -> None:
-        self._say(line, "")
+        self._print(line, "")
 
     def progressed(self, progress: Progress) -> None:
         self._progress = progress
         now = self._clock()
         if self._live is None and now >= self._plain_due:
             self._plain_due = now + _PLAIN_EVERY_S
-            parts = [*how_far(self._name, progress, self._max_steps), ("  ", "")]
-            self._say("".join(part for part, _ in parts + with_what(progress)), "")
+            parts = [*progress_parts(self._name, progress, self._max_steps), ("  ", "")]
+            self._print("".join(part for part, _ in parts + speed_parts(progress)), "")
 
-    def _say(self, text: str, style: str) -> None:
+    def _print(self, text: str, style: str) -> None:
         stamp = f"{self._clock() - self._began:7.1f}s  "
         self._console.print(Text.assemble((stamp, "dim"), (text, style)), soft_wrap=True)
 
@@ -112,18 +113,18 @@ class LiveLine:
         lines: list[Parts] = [[(self._name, "bold")]]
         if self._progress is not None:
             lines = [
-                how_far(self._name, self._progress, self._max_steps),
-                [("├ ", "dim"), *with_what(self._progress)],
+                progress_parts(self._name, self._progress, self._max_steps),
+                [("├ ", "dim"), *speed_parts(self._progress)],
             ]
         lines.append([(f"└ {self._decision}", "dim")])
         return Group(*(_one_line(parts) for parts in lines))
 
 
-def how_far(name: str, progress: Progress, max_steps: int | None) -> Parts:
-    """How far, how long still, and what it learns, in styled parts.
+def progress_parts(name: str, progress: Progress, max_steps: int | None) -> Parts:
+    """Format the progress bar, time left, epoch, step and reported metrics as styled parts.
 
-    The share done is of all samples, or of `max_steps` where that end comes first; where neither
-    end is known there is no bar.
+    The bar shows the share done of all samples or of `max_steps`, whichever is larger. If both
+    totals are unknown, there is no bar.
     """
     rate = _samples_per_s(progress)
     ends: list[tuple[float, float]] = []
@@ -147,8 +148,8 @@ def how_far(name: str, progress: Progress, max_steps: int | None) -> Parts:
     return parts + [(f"  {name} {value:.4g}", "bold") for name, value in progress.metrics.items()]
 
 
-def with_what(progress: Progress) -> Parts:
-    """With how many workers, which batch and learning rate, and how fast, in styled parts."""
+def speed_parts(progress: Progress) -> Parts:
+    """Format workers, generation, batch, learning rate, samples/s and goodput as styled parts."""
     rate = _samples_per_s(progress)
     parts: Parts = [
         (in_words(progress.num_workers), "cyan"),
@@ -170,7 +171,7 @@ def _samples_per_s(progress: Progress) -> float:
 
 @final
 class Tally:
-    """An observer that counts what a run came to: steps, samples, time, resizes, recoveries."""
+    """An observer that counts steps, worker time, resizes and recoveries of a run."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -231,11 +232,11 @@ class Tally:
         return
 
     def summary(self, price_per_hour: float | None) -> str:
-        """What the run came to, in a line or two."""
+        """Summarize the run in a line or two: steps, time, workers, accelerator-hours, cost."""
         self._count()
         elapsed = duration(self._clock() - self._began)
         if self._first_step is None:
-            return f"no step was made in {elapsed}"
+            return f"no step was completed in {elapsed}"
         low, high = min(self.sizes), max(self.sizes)
         hours = self._worker_s / 3600
         cost = "" if price_per_hour is None else f", cost {in_digits(hours * price_per_hour)}"
@@ -260,7 +261,8 @@ class Tally:
         self.sizes.add(len(members))
 
     def _lost(self, worker_id: WorkerId) -> None:
-        """It was lost unasked: a recovery, if it is a member or was about to be one."""
+        """Record an unplanned loss; the next group is a recovery if the worker was a member, or
+        about to become one."""
         if any(worker_id in members for members in (self._members, *self._forming.values())):
             self._lost_members = True
 
@@ -276,19 +278,19 @@ class Tally:
 
 @final
 class Losses:
-    """An observer that tells of every file that could not be written: at once, and at the end what
-    is incomplete. Each file once."""
+    """An observer that reports each file that could not be written once: immediately, through
+    `report`, and in the summary at the end."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
-        self._told: dict[str, str] = {}
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._lost: dict[str, str] = {}
 
     def happened(self, event: Event) -> None:
-        if isinstance(event, FileLost) and event.path not in self._told:
-            self._told[event.path] = f"{event.path} from step {event.step:,} on: {event.error}"
-            self._tell(
+        if isinstance(event, FileLost) and event.path not in self._lost:
+            self._lost[event.path] = f"{event.path} from step {event.step:,} on: {event.error}"
+            self._report(
                 f"supple: {event.path} cannot be written any more, from step {event.step:,} on: "
-                f"{event.error}. Training goes on without it: mend that before the next run."
+                f"{event.error}. Training continues without it: fix this before the next run."
             )
 
     def acted(self, action: Action) -> None:
@@ -304,12 +306,12 @@ class Losses:
         return
 
     def summary(self) -> list[str]:
-        """A line for every file that is incomplete."""
-        return [f"  incomplete   {told}" for told in self._told.values()]
+        """Return a line for each incomplete file."""
+        return [f"  incomplete   {text}" for text in self._lost.values()]
 
 
 def duration(seconds: float) -> str:
-    """`75.0` as "1m15s", days from 48 hours on."""
+    """Format seconds: `75.0` as "1m15s", with days from 48 hours on."""
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
     if hours >= 48:

@@ -1,4 +1,4 @@
-"""The picture of a load run: what was asked and answered over time, and every latency."""
+"""Draw a load run: requests and answers per second over time, and every latency."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ _MOST_POINTS = 20_000
 
 
 def draw_load(outcomes: Outcomes, path: Path, *, title: str, slo: Slo | None) -> None:
-    """Draw into `path`: above, requests a second by what became of them; below, the latency of each
-    against the time it was due, those without an answer as crosses."""
+    """Draw into `path`: above, requests per second by outcome; below, latency against scheduled
+    time, with crosses for requests without an answer."""
     ended = outcomes.status != 0
     good = (outcomes.status >= 200) & (outcomes.status < 300)
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -23,7 +23,7 @@ def draw_load(outcomes: Outcomes, path: Path, *, title: str, slo: Slo | None) ->
     width_s = max(last_s / 120, 1e-3)
     edges = np.arange(0.0, last_s + width_s, width_s)
     for mask, color, label in (
-        (ended, _QUIET, "asked"),
+        (ended, _QUIET, "all"),
         (good, _ACCENT, "answered"),
         (ended & ~good, _WARN, "refused or failed"),
     ):

@@ -1,4 +1,4 @@
-"""Pictures of a run and of a plan, for whoever would rather look than read."""
+"""Draw pictures of a training run and of a plan."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,10 +36,10 @@ _KINDS = {
     "batch": "#7048e8",
     "keep": _QUIET,
 }
-_NUM_EXPLAINED = 10
-_REASON_LENGTH = 118
+_NUM_EXPLAINED = 10  # changes listed below the picture
+_REASON_LENGTH = 118  # characters of a reason that fit on a line
 _LOG_FROM = 3.0
-"""Range of a value (largest over smallest) from which its axis is logarithmic."""
+"""Ratio of the largest to the smallest value above which an axis is logarithmic."""
 _DPI = 140
 _FORMATS = (".png", ".svg", ".pdf")
 _ROUND_TIMES_S = (
@@ -52,7 +52,7 @@ _ROUND_TIMES_S = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """The group changed to `num_workers` (0: too few, waiting) at `t`, because of a decision."""
+    """A change of the group to `num_workers` (0: waiting for workers) at `t` seconds."""
 
     t: float
     num_workers: int
@@ -61,8 +61,8 @@ class Change:
 
 
 def changes(records: Sequence[dict[str, Any]]) -> list[Change]:
-    """What the group went through, from the records of one run: each new generation with the
-    decision that is logged next to its forming, and each wait for workers."""
+    """Return the changes of the group from the records of one run: each new generation with the
+    decision that is logged next to it, and each wait for workers."""
     found: list[Change] = []
     formed: dict[str, Any] | None = None
     for record in records:
@@ -80,9 +80,9 @@ def changes(records: Sequence[dict[str, Any]]) -> list[Change]:
 
 
 def draw_run(log: Path, target: Path) -> bool:
-    """Draw workers, speed and reported metrics against time, every change of the group numbered
-    and explained, from the newest run in an event log. False (and no picture) if that run never
-    made progress."""
+    """Draw the newest run in an event log: workers, speed and reported metrics against time, with a
+    numbered list of the changes of the group. Return False, without a picture, if the run has too
+    little progress."""
     records = last_run(log)
     progress = [record for record in records if record["kind"] == "progress"]
     happened = changes(records)
@@ -134,7 +134,7 @@ def _draw_workers(axes: Axes, happened: Sequence[Change], end: float) -> None:
     axes.set_ylim(0, top * 1.3 + 0.2)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     for number, change in enumerate(happened[:_NUM_EXPLAINED], start=1):
-        # Neighbours alternate in height, so that changes in quick succession stay readable.
+        # Alternating heights keep close changes readable.
         height = top * (1.2 if number % 2 else 1.1) + 0.1
         axes.text(
             change.t,
@@ -193,10 +193,10 @@ def _headline(
 
 
 def check_picture(plot: Path) -> None:
-    """Raise `SpecError` unless a picture can be drawn into `plot`, which is left as it is."""
+    """Raise `SpecError` unless a picture can be written to `plot`; the file is not changed."""
     if plot.suffix.lower() not in _FORMATS and not plot.is_dir():
         raise SpecError(
-            f"--plot {plot}: what picture that should be is not known from its name. End it in "
+            f"--plot {plot}: the name shows no known picture format. End it in "
             f"{', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}."
         )
     refuse_unwritable(plot, "--plot")
@@ -205,8 +205,8 @@ def check_picture(plot: Path) -> None:
 def draw_plan(
     table: PlanTable, target: Path, *, title: str, objective: Objective | None = None
 ) -> None:
-    """Draw time and cost (accelerator-hours without a price) against the number of workers with
-    their 80 % intervals, what `objective` asks for, and the recommended row."""
+    """Draw time and cost (accelerator-hours without a price) against the number of workers, with
+    80 % intervals, the deadline and budget of `objective`, and the recommended row."""
     objective = objective or Objective()
     rows = table.rows
     priced = rows[0].cost is not None
@@ -310,12 +310,12 @@ def _draw_curve(
     _tidy(axes)
 
 
-def _draw_limit(axes: Axes, limit: float, told: str) -> Line2D:
-    """A line that the legend names; where an axis that begins at 0 ends below it, the words alone,
-    so that the curve stays readable."""
+def _draw_limit(axes: Axes, limit: float, label: str) -> Line2D:
+    """Draw a horizontal limit with a legend entry; only the entry if a linear axis ends below the
+    limit, so that the curve stays readable."""
     if axes.get_yscale() == "log" or limit <= axes.get_ylim()[1]:
-        return axes.axhline(limit, color=_WARN, lw=1.2, ls="--", label=told)
-    (nothing,) = axes.plot([], [], ls="", label=f"{told}, above the picture")
+        return axes.axhline(limit, color=_WARN, lw=1.2, ls="--", label=label)
+    (nothing,) = axes.plot([], [], ls="", label=f"{label}, above the picture")
     return nothing
 
 

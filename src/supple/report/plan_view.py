@@ -1,4 +1,4 @@
-"""A plan as a person reads it (a table and a sentence) and as a program does (JSON)."""
+"""Print a plan as a table with a recommendation, or convert it to JSON."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -27,9 +27,8 @@ Form = Callable[[float], str]
 
 
 def show(table: PlanTable, console: Console, *, measure_first: str = "") -> None:
-    """Print the table, the legend, the recommendation with what is expected of it, and what to
-    measure first. Where the console is too narrow for all columns, the table comes in parts, one
-    above the other."""
+    """Print the table, the legend, the recommendation with its expected time and cost, and
+    `measure_first`. A table too wide for the console is split into parts, one above the other."""
     columns = _columns(table.rows)
     if _width(columns, _WIDE_GAP) <= console.width:
         console.print(_view(columns, table.recommended, gap=_WIDE_GAP))
@@ -46,8 +45,8 @@ def show(table: PlanTable, console: Console, *, measure_first: str = "") -> None
 
 
 def to_json(table: PlanTable | Infeasible, *, measure_first: str = "") -> dict[str, Any]:
-    """The same as data: rows with every estimate as {value, low, high, source}, times in seconds,
-    memory in bytes, and the recommended row; or `infeasible` with the four parts of why not."""
+    """Convert a plan to JSON: all rows, with estimates as {value, low, high, source}, times in
+    seconds, memory in bytes, and the recommended row; or `infeasible` with the four-part reason."""
     if isinstance(table, Infeasible):
         return {"infeasible": dataclasses.asdict(table)}
     rows = [dataclasses.asdict(row) for row in table.rows]
@@ -61,7 +60,7 @@ def to_json(table: PlanTable | Infeasible, *, measure_first: str = "") -> dict[s
 
 
 def _columns(rows: Sequence[Plan]) -> dict[str, list[str]]:
-    """Cells by heading, from left to right."""
+    """Return the cells of each column by heading, from left to right."""
     cells = {
         "workers": [str(row.num_workers) for row in rows],
         "micro": [str(row.batch.micro_batch_size) for row in rows],
@@ -87,13 +86,14 @@ def _columns(rows: Sequence[Plan]) -> dict[str, list[str]]:
 
 
 def _width(columns: dict[str, list[str]], gap: int) -> int:
-    """Characters of the table with these columns, the arrow's before them."""
+    """Width in characters of a table with these columns, including the arrow's column."""
     widest = [max(map(len, (head, *cells))) for head, cells in columns.items()]
     return 1 + sum(gap + width for width in widest) + gap
 
 
 def _parts(columns: dict[str, list[str]], width: int) -> list[dict[str, list[str]]]:
-    """All columns in tables of at most `width` (or two columns), each from the workers on."""
+    """Split the columns into tables of at most `width` (or two columns); each starts with the
+    workers."""
     parts: list[dict[str, list[str]]] = [{_FIRST: columns[_FIRST]}]
     for head, cells in columns.items():
         if head == _FIRST:
@@ -127,7 +127,7 @@ def _range(estimate: Estimate, form: Form) -> str:
 
 
 def _range_in(estimate: Estimate, unit_for: Callable[[float], tuple[float, str]]) -> str:
-    """The interval with one unit for both ends, that of the high one; "?" for what is not known."""
+    """Format an interval with the unit of its upper end; "?" if it is unknown."""
     if not estimate.high:
         return "?"
     scale, unit = unit_for(estimate.high)
@@ -135,7 +135,7 @@ def _range_in(estimate: Estimate, unit_for: Callable[[float], tuple[float, str]]
 
 
 def _expected(row: Plan) -> str:
-    """What the intervals of a row are around."""
+    """Format the expected values of a row; the table has the intervals."""
     scale, unit = _step_unit(row.step_time_s.value)
     cost = "" if row.cost is None else f", cost {in_digits(row.cost.value)}"
     return (

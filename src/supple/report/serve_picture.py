@@ -1,4 +1,4 @@
-"""A picture of a simulated service: its load, its replicas, and how many answers came in time."""
+"""Draw a simulated service: load, replicas, and the share of requests answered in time."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,14 +27,14 @@ _LABELS = {
     "clairvoyant": "clairvoyant",
 }
 _NUM_SPANS = 60
-"""Stretches of time over which attainment is told."""
+"""Number of time intervals for which SLO attainment is plotted."""
 _DPI = 140
 
 
 def draw_serving(
     scenario: Scenario, runs: Mapping[str, ServingRun], target: Path, *, title: str
 ) -> None:
-    """Write the picture of these runs of one scenario to `target`."""
+    """Draw the runs of one scenario, by autoscaler, into `target`."""
     end_s = max(float(scenario.arrivals_s[-1]), 1.0)
     figure = Figure(figsize=(11, 8.5), layout="constrained")
     load, replicas, met = figure.subplots(3, 1, sharex=True, height_ratios=(2, 3, 2))
@@ -96,8 +96,8 @@ def draw_serving(
 
 
 def attained(scenario: Scenario, run: ServingRun) -> tuple[Floats, Floats]:
-    """(middles in seconds, share of the requests arriving about then that were in time), nan where
-    none arrived."""
+    """Return SLO attainment over time: the middles of `_NUM_SPANS` intervals in seconds, and the
+    share of the requests arriving in each that was answered in time (NaN without requests)."""
     arrivals = scenario.arrivals_s
     edges = np.linspace(0.0, max(float(arrivals[-1]), 1.0), _NUM_SPANS + 1)
     edges[-1] += 1e-6

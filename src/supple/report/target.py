@@ -1,4 +1,4 @@
-"""Where a picture or another file of results is to be written, checked before the work."""
+"""Check that an output file can be written, before the work starts."""
 
 from pathlib import Path
 
@@ -6,20 +6,20 @@ from supple.core.spec import SpecError
 
 
 def refuse_unwritable(path: Path, option: str) -> None:
-    """Raise `SpecError` unless a file can be written at `path`, whose folder exists. Leaves what is
-    there as it is."""
-    advice = "Give a file in a folder that may be written to."
+    """Raise `SpecError` unless a file can be written at `path`, in an existing folder. An existing
+    file is not changed."""
+    advice = "Give a file in a writable folder."
     try:
         if path.is_dir():
             raise SpecError(
                 f"{option} {path} is a folder. Give a file, such as {path / path.name}."
             )
-        real = path.resolve()  # what a link names is made and removed, never the link
+        real = path.resolve()  # a link's target may be created and removed, but not the link
         if not real.parent.is_dir():
-            raise SpecError(f"{option} {path}: there is no folder {path.parent}. Make it first.")
+            raise SpecError(f"{option} {path}: there is no folder {path.parent}. Create it first.")
         is_new = not path.exists()
         if not is_new and not path.is_file():
-            raise SpecError(f"{option} {path} is no ordinary file. {advice}")
+            raise SpecError(f"{option} {path} is not a regular file. {advice}")
         real.open("ab").close()
         if is_new:
             real.unlink()

@@ -1,1 +1,1 @@
-"""A model behind a protocol: its loading, its requests, its surface. No Ray."""
+"""Serve a model: load it, decode and batch requests, answer over HTTP and gRPC. No Ray."""

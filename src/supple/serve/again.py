@@ -1,9 +1,9 @@
-"""Requests that wait in the ingress for a replica, and are asked again if theirs dies meanwhile.
+"""ASGI middleware of the proxy that resends a request when its replica dies.
 
-Where no replica can be reached, the ingress hands requests to a proxy that waits for one. If that
-replica dies too, the proxy answers with an error of its own; this middleware of it asks again. An
-answer that a replica gave, whatever it says, is passed on: it carries `ANSWERED`. Every time of
-asking carries the serial number of the first, so that replicas know what was tried before.
+If no replica can be reached, the ingress passes requests to a proxy, which waits for a replica. If
+that replica dies too, the proxy returns an error of its own; this middleware then sends the request
+again. A response of a replica has the header `ANSWERED` and is always passed on. All attempts carry
+the same serial number, so that replicas can count the earlier ones.
 """
 
 import asyncio
@@ -20,13 +20,15 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Mapping[str, Any], Receive, Send], Awaitable[None]]
 
 ANSWERED: Final = (b"x-supple", b"1")
-"""The header of every answer of a replica."""
+"""The header of every response of a replica."""
 _OWN_ERRORS: Final = frozenset({500, 502, 503, 504})
 
 
 @final
-class AskAgain:
-    """`app`, asked again for `patience_s` seconds while its errors are its own."""
+class RetryMiddleware:
+    """Middleware that retries `app` for `patience_s` seconds while no replica has answered.
+
+    A body of more than `most_held_bytes` is not held, and its request is sent once."""
 
     def __init__(
         self, app: App, *, patience_s: float, most_held_bytes: int, pause_s: float = 0.25
@@ -76,8 +78,8 @@ def _numbered(scope: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @final
 class _Attempt:
-    """One time of asking: the held request is replayed, an error of the app's own swallowed. So is
-    no answer at all, which a server in front would make an error of its own."""
+    """One attempt: the held request is replayed, and an error of the app itself is dropped. An app
+    that sends no response is also retried; the server in front would make an error of it."""
 
     def __init__(self, held: list[Message], receive: Receive, send: Send, *, last: bool) -> None:
         self._messages = iter(held)
@@ -85,9 +87,9 @@ class _Attempt:
         self._send = send
         self._last = last
         self.answered = False
-        """The client has a part of an answer."""
+        """A part of the response was sent to the client."""
         self.left = False
-        """The client wants none any more."""
+        """The client has disconnected."""
 
     async def receive(self) -> Message:
         for message in self._messages:

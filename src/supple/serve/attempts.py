@@ -1,13 +1,12 @@
-"""Which requests were being computed when a replica died: what kills its replica is not tried a
-third time, and not in company a second time.
+"""Table of the requests being computed, to find those that kill their replica. Such a request is
+retried once, alone in its batch.
 
-The ingress gives every request a serial number and sends it again when its replica dies. Each
-replica notes in a table, which all replicas of one machine share, the numbers it computes and takes
-them off again. A number that is there when it comes a second time was left by a replica that died
-over it. Requests that only waited are not noted: to lose one's replica while another's request is
-computed says nothing.
+The ingress gives every request a serial number, and sends it again when its replica dies. A replica
+writes the numbers it computes to a table shared by all replicas of the machine, and removes them
+afterwards. If a number is already there when its request arrives, a replica died while computing
+it. Waiting requests are not recorded, because they cannot cause a death.
 
-The table is memory of a file: a note costs about a microsecond, and outlives the process.
+The table is a memory-mapped file: a write takes about a microsecond and outlives the process.
 """
 
 import mmap
@@ -19,12 +18,11 @@ from typing import Final, final
 from supple.serve.protocol.rest import Refused
 
 SERIAL: Final = b"x-supple-serial"
-"""The header, or gRPC metadata, in which the ingress writes the number; a client's own is
-replaced."""
+"""The HTTP header, or gRPC metadata key, of the serial number. The ingress replaces a client's."""
 MOST_DEATHS: Final = 2
-"""So many replicas may die over one request."""
+"""Number of replica deaths after which a request is refused."""
 _ENTRY: Final = struct.Struct("<QBB6x")
-"""Serial number, replicas that died over it, whether it is computed now."""
+"""Serial number, number of replica deaths, whether it is being computed (1) or not (0)."""
 _SLOTS: Final = 65_536
 _PROBES: Final = 8
 _ALL_FREE: Final = bytes(_PROBES * _ENTRY.size)
@@ -32,10 +30,10 @@ _ALL_FREE: Final = bytes(_PROBES * _ENTRY.size)
 
 @final
 class Attempts:
-    """The table in the file at `path`, made if it is not there."""
+    """The table of attempts in the file at `path`, which is created if it is missing."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `OSError` if there can be none."""
+        """Raises `OSError` if the file cannot be created or mapped."""
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             os.ftruncate(handle, _SLOTS * _ENTRY.size)
@@ -44,7 +42,7 @@ class Attempts:
             os.close(handle)
 
     def refuse_deadly(self, serial: int) -> None:
-        """Raise `Refused` (500) if as many replicas died over the request as may."""
+        """Raise `Refused` (500) if `MOST_DEATHS` replicas died while computing the request."""
         if (deaths := self.deaths(serial)) >= MOST_DEATHS:
             self.end(serial)
             raise Refused(
@@ -53,12 +51,12 @@ class Attempts:
             )
 
     def deaths(self, serial: int) -> int:
-        """Replicas that died while they computed the request, which is computed nowhere now."""
+        """Number of replicas that died while computing the request. Call it before `begin`."""
         found, deaths, active = _ENTRY.unpack_from(self._table, self._at(serial))
         return deaths + active if found == serial else 0
 
     def begin(self, serial: int) -> None:
-        """The request is computed from now on."""
+        """Record that the request is being computed."""
         at = self._at(serial)
         found, deaths, active = _ENTRY.unpack_from(self._table, at)
         if found != serial:
@@ -66,21 +64,20 @@ class Attempts:
         _ENTRY.pack_into(self._table, at, serial, min(deaths + active, 255), 1)
 
     def pause(self, serial: int) -> None:
-        """It is not computed for a while, or not here; who died over it is remembered."""
+        """Record that the request is not being computed now; its number of deaths is kept."""
         at = self._at(serial)
         found, deaths, _ = _ENTRY.unpack_from(self._table, at)
         if found == serial:
             _ENTRY.pack_into(self._table, at, serial if deaths else 0, deaths, 0)
 
     def end(self, serial: int) -> None:
-        """It has its answer."""
+        """Remove the request: it has its answer."""
         at = self._at(serial)
         if _ENTRY.unpack_from(self._table, at)[0] == serial:
             _ENTRY.pack_into(self._table, at, 0, 0, 0)
 
     def _at(self, serial: int) -> int:
-        """Where the request is noted, or else would be: in a free place, or that of one that was
-        never asked again."""
+        """Offset of the request's entry; without one, of a free entry, or of the one to replace."""
         first = serial % (_SLOTS - _PROBES) * _ENTRY.size
         places = self._table[first : first + _PROBES * _ENTRY.size]
         if places == _ALL_FREE:
@@ -93,7 +90,7 @@ class Attempts:
 
 
 def parse_serial(text: bytes) -> int | None:
-    """The number in the header's value, which is a UUID; None if it is none."""
+    """Return the number in the header's value, a UUID; None if the value is invalid."""
     try:
         return int(text.replace(b"-", b"")[:16], 16) or None
     except ValueError:

@@ -1,7 +1,7 @@
-"""Several requests in one call of the model, each with an answer of its own.
+"""Run several requests in one call of the model, and isolate the request that makes it fail.
 
-If the call fails, halves of the batch are tried, and their halves: the one request that is at fault
-is alone in the end, after twice the logarithm of the batch in calls, and the others are answered.
+If the call fails, the two halves of the batch are tried, then their halves. A single bad request is
+found after about 2 log2(batch size) calls, and the others are answered.
 """
 
 import math
@@ -24,11 +24,11 @@ Answer = Outputs | ModelFault | Refused
 def run_batch(
     model: ServedModel, requests: Sequence[Mapping[str, Array]], *, within_s: float = math.inf
 ) -> tuple[list[Answer], bool]:
-    """The answer to each request, and whether one call gave them all. The requests must be of one
-    kind: same names, types, and shapes of a row.
+    """Return the answer to each request, and whether one call computed all. The requests must have
+    the same tensor names, types, and shapes of a row.
 
-    A fault is about its own request alone. No part of a failed batch is begun after `within_s`:
-    its requests are `Refused` (503). Those of a model that is not `retry_safe` are computed once.
+    A fault concerns one request only. No part of a failed batch starts after `within_s` seconds:
+    its requests are `Refused` (503). A model that is not `retry_safe` computes each request once.
     """
     answers = _attempt(model, requests)
     if not isinstance(answers, ModelFault):
@@ -36,8 +36,8 @@ def run_batch(
     if len(requests) == 1:
         return [answers], True
     if not model.retry_safe:
-        told = f"{FAILED}, or on another one in its batch; it may not be computed twice"
-        return [ModelFault(told, where=answers.where) for _ in requests], True
+        message = f"{FAILED}, or on another one in its batch; it may not be computed twice"
+        return [ModelFault(message, where=answers.where) for _ in requests], True
     return _halves(model, requests, time.monotonic() + within_s), False
 
 
@@ -57,13 +57,13 @@ def _attempt(
 def _halves(
     model: ServedModel, requests: Sequence[Mapping[str, Array]], end_s: float
 ) -> list[Answer]:
-    """The answers to requests whose batch failed."""
+    """Compute the two halves of a failed batch separately."""
     middle = len(requests) // 2
     answers: list[Answer] = []
     for half in (requests[:middle], requests[middle:]):
         if time.monotonic() >= end_s:
-            told = "another request of its batch failed, and there was no time left for this one"
-            answers += [Refused(told, 503, _RETRY_AFTER_S) for _ in half]
+            reason = "another request of its batch failed, and there was no time left for this one"
+            answers += [Refused(reason, 503, _RETRY_AFTER_S) for _ in half]
             continue
         found = _attempt(model, half)
         if not isinstance(found, ModelFault):

@@ -1,15 +1,14 @@
-"""One model, one call at a time: requests wait in a deadline queue, each gets its rows of a batch's
-answer.
+"""The executor of one replica: requests wait in a deadline queue and are computed in batches.
 
-Who is answered when and who is refused is `core.queue`'s to say; this file brings it the clock, the
-requests and what batches really take. Calls are made in a thread, and in the event loop where they
-are faster than the way there. A fault in a batch of several is looked for in each alone, so that
-one bad request does not fail its neighbours. A request over which a replica died before is computed
-in no company, so that it takes nobody along.
+`core.service.queue` decides the order and the refusals; this file supplies the clock, the requests
+and the measured batch times. The model runs one call at a time, in a thread; very fast calls run in
+the event loop, because the switch to the thread would take longer. If a batch fails, its requests
+are tried separately, so that a bad request does not fail the others. A request during which a
+replica died before (a suspect) is computed alone.
 
-A `predict` that does not return is given up after `timeout_s`, and with it the process, for its
-thread cannot be ended: the executor is `stuck`. Requests that the ingress sends again when their
-replica dies are left to it, and find another replica. The one that hangs alone is answered.
+A `predict` that does not return within `timeout_s` makes the executor `stuck`. Its thread cannot be
+ended, so the process must end. Requests that the ingress resends are left without an answer here,
+and go to another replica. A request that hangs alone in its batch gets an error.
 """
 
 import asyncio
@@ -41,16 +40,15 @@ from supple.serve.protocol.rest import Array, Refused
 
 _RETRY_AFTER_S: Final = 1.0
 INLINE_S: Final = 5e-5
-"""A call faster than this is made in the event loop: to hand it to a thread costs more. The loop
-cannot give up on it, so that one which hangs all the same is found by Ray's health check."""
-_MOSTLY: Final = 0.7
-"""Share of the last ten calls or so that must have been so fast."""
+"""Calls faster than this run in the event loop, where they cannot time out: Ray's health check
+finds one that hangs."""
+_FAST_SHARE: Final = 0.7
+"""Share of recent calls (about the last ten) that must be faster than `INLINE_S`."""
 _MUCH_SLOWER: Final = 20.0
-"""One call so many times slower goes back to the thread at once."""
+"""One call slower than this multiple of `INLINE_S` moves the next calls back to the thread."""
 _SUSPECT_S: Final = 5.0
 _SUSPECT_TIMES: Final = 100.0
-"""A request that was lost with its replica may take so many times the usual, and at least so
-long, when it is computed alone."""
+"""Time limit of a suspect: this multiple of the usual batch time, at least `_SUSPECT_S` seconds."""
 
 
 @final
@@ -60,14 +58,14 @@ class _Call:
     rows: int
     answer: asyncio.Future[Outputs]
     serial: int | None = None
-    """By which the ingress sends it again if this process ends."""
+    """Serial number of a request that the ingress resends if this process ends."""
     suspect: bool = False
-    """A replica died over it before."""
+    """A replica died while computing it before."""
 
 
 @final
 class Executor:
-    """Runs a model for concurrent requests. Make and use it inside one event loop."""
+    """Runs a model for concurrent requests. Create and use it inside one event loop."""
 
     def __init__(
         self,
@@ -82,16 +80,16 @@ class Executor:
         attempts: Attempts | None = None,
         on_stuck: Callable[[], object] | None = None,
     ) -> None:
-        """`within_s` is the promise: who cannot be answered within it is refused. `profile` is what
-        is known of the model's time; it is learnt from the batches anyway. `on_batch` is told the
-        rows and seconds of every batch that ran. Calls that have long been faster than `inline_s`
-        are made in the event loop. `attempts` is where is noted what is computed. `on_stuck` is
-        called once, after whoever is not sent again was answered: it ends the process."""
+        """`within_s` is the promised latency: a request that would miss it is refused. `profile` is
+        the initial latency profile; measured batches replace it. `on_batch` receives the rows and
+        seconds of every batch. Once calls take less than `inline_s`, they run in the event loop.
+        `attempts` records the requests being computed. `on_stuck` is called once, after the
+        requests that are not resent were answered; it should end the process."""
         self.model = model
-        """Runs the batches; another may take its place at any time, between two of them."""
+        """The model that runs the batches; it may be replaced at any time, between two batches."""
         self.on_batch = on_batch
         self.stuck: str | None = None
-        """Why no further request can be answered here; None while all is well."""
+        """The reason why no more requests can be answered here; None in normal operation."""
         self._timeout_s = timeout_s
         self._within_s = within_s
         self._loop = asyncio.get_running_loop()
@@ -101,11 +99,11 @@ class Executor:
         )
         self._numbers = count()
         self._calls: dict[int, _Call] = {}
-        """Those that wait, by number."""
+        """Waiting calls by ticket number."""
         self._running: Sequence[_Call] = ()
         self._began_s = 0.0
         self._fast = 0.0
-        """Share of calls that took less than `inline_s`, the last ones counting most."""
+        """Share of calls that took less than `inline_s`, an exponential average over about ten."""
         self._inline_s = inline_s
         self._attempts = attempts
         self._on_stuck = on_stuck
@@ -120,7 +118,7 @@ class Executor:
 
     @property
     def profile(self) -> LatencyProfile:
-        """What batches take at present, waking the thread and the event loop included."""
+        """The current latency profile of batches, including the switch to the thread and back."""
         return self._pace.profile()
 
     async def submit(
@@ -132,13 +130,13 @@ class Executor:
         within_s: float | None = None,
         serial: int | None = None,
     ) -> Outputs:
-        """The outputs for one checked request, which allows `within_s` seconds, or what is promised
-        to all. `serial` is the number of one that is sent again if this process ends. Raises
-        `ModelFault`, or `Refused` (429, 503, 504)."""
+        """Return the outputs for one validated request. `within_s` is its own latency limit, None:
+        that of the service. `serial` is its serial number if it is resent when this process ends.
+        Raises `ModelFault`, or `Refused` (429, 503, 504)."""
         if self.stuck is not None and serial is None:
             raise Refused(self.stuck, 503, _RETRY_AFTER_S)
         suspect = bool(self._attempts and serial and self._attempts.deaths(serial))
-        if self._fast >= _MOSTLY and not self._running and not self._calls and not suspect:
+        if self._fast >= _FAST_SHARE and not self._running and not self._calls and not suspect:
             return self._at_once(inputs, rows, serial)
         now = self._loop.time()
         allowed_s = self._within_s if within_s is None else within_s
@@ -164,11 +162,11 @@ class Executor:
             self._calls.pop(ticket.number, None)
 
     def close(self) -> None:
-        """End the thread once its batch is done."""
+        """End the thread after its current batch."""
         self._batches.put(None)
 
     def _at_once(self, inputs: Mapping[str, Array], rows: int, serial: int | None) -> Outputs:
-        """The answer to a request that nobody is before, computed in the event loop."""
+        """Compute one request in the event loop; no other request may be waiting or running."""
         if self._attempts is not None and serial is not None:
             self._attempts.begin(serial)
         ((result,), took_s, _) = self._run([inputs])
@@ -198,8 +196,8 @@ class Executor:
             self._fail(call, Refused(refusal.reason, 429, refusal.retry_after_s))
 
     def _limit_s(self, batch: Sequence[_Call]) -> float:
-        """How long the batch may take. Others wait behind a suspect that hangs: it gets many times
-        what such batches take, where that is known."""
+        """Time limit of the batch. Other requests wait behind a suspect that hangs, so its limit is
+        shorter, if the usual batch time is known."""
         if not batch[0].suspect or not self._pace.is_known:
             return self._timeout_s
         usual_s = self.profile.tail_s(batch[0].rows)
@@ -211,10 +209,10 @@ class Executor:
         self.stuck = f"{hung}; this replica is replaced"
         alone = len(self._running) == 1
         for call in self._running:
-            # In a batch, one request hangs: another replica computes each alone and finds which.
+            # In a batch it is unknown which request hangs: another replica computes each alone.
             if alone or call.serial is None:
-                before = ", after it was lost with a replica before" if call.suspect else ""
-                self._fail(call, Refused(f"{hung}, the longest it may take{before}", 504))
+                before = "; a replica died while computing it before" if call.suspect else ""
+                self._fail(call, Refused(f"{hung}, the time limit{before}", 504))
                 self._note(Attempts.end, [call])
         for number, call in list(self._calls.items()):
             if call.serial is None:
@@ -238,11 +236,11 @@ class Executor:
             results, took_s, at_once = self._run([call.inputs for call in batch])
             try:
                 self._loop.call_soon_threadsafe(self._finish, batch, results, took_s, at_once)
-            except RuntimeError:  # the loop is closed: nobody waits for an answer
+            except RuntimeError:  # the loop is closed: no request waits for an answer
                 return
 
     def _run(self, requests: Sequence[Mapping[str, Array]]) -> tuple[list[Answer], float, bool]:
-        """The answers, how long the model took for them, and whether in one call."""
+        """Return the answers, the seconds the model took, and whether it was called only once."""
         results: list[Answer] = []
         at_once = True
         began_s = time.perf_counter()
@@ -256,12 +254,12 @@ class Executor:
     def _finish(
         self, batch: Sequence[_Call], results: Sequence[Answer], took_s: float, at_once: bool
     ) -> None:
-        """The thread has run a batch."""
+        """Start the next batch, and set the answers of `batch`, which the thread has run."""
         if self._watch is not None:
             self._watch.cancel()
         self._note(Attempts.end, batch)
         rows = sum(call.rows for call in batch)
-        if at_once:  # what a failed batch takes in parts is not what a batch takes
+        if at_once:  # the time of a failed batch, retried in parts, is no batch time
             self._account(rows, took_s, self._loop.time() - self._began_s)
         self._queue.done()
         self._launch()  # first, so that the thread works while the answers are written
@@ -276,7 +274,7 @@ class Executor:
                 call.answer.set_result(result)
 
     def _account(self, rows: int, took_s: float, whole_s: float) -> None:
-        """A batch took the model `took_s`, and with the way to its thread and back `whole_s`."""
+        """Record the time of a batch: `took_s` in the model, `whole_s` with the thread switches."""
         self._fast = 0.9 * self._fast + 0.1 * (took_s < self._inline_s)
         if took_s > _MUCH_SLOWER * self._inline_s:
             self._fast = 0.0
@@ -285,5 +283,5 @@ class Executor:
 
 
 def _kind(inputs: Mapping[str, Array]) -> Hashable:
-    """Requests of one kind may share a batch."""
+    """Key of requests that may share a batch: tensor names, dtypes, and shapes of a row."""
     return tuple((name, a.dtype, a.shape[1:]) for name, a in sorted(inputs.items()))

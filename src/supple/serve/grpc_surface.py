@@ -1,6 +1,6 @@
 """The gRPC surface of one replica: the same checks, counts and answers as over HTTP.
 
-Messages are bytes here: whoever listens hands them over as they came, with the call's context.
+A message is passed as the bytes that arrived, together with the context of the call.
 """
 
 import time
@@ -28,15 +28,15 @@ _STATUS: Final[Mapping[int, grpc.StatusCode]] = {
 
 @final
 class GrpcSurface:
-    """One model's gRPC interface, on top of its HTTP interface `surface`."""
+    """gRPC interface of one model, on top of its HTTP interface `surface`."""
 
     def __init__(self, surface: Surface, meters: Meters) -> None:
         self._surface = surface
         self._meters = meters
 
     async def call(self, method: str, wire: bytes, context: Any) -> bytes:
-        """The answer to the message `wire` of `method`; empty, and said in `context`, if it is
-        refused."""
+        """Return the response to the message `wire` of `method`. If the request is refused, the
+        response is empty, and `context` gets the status and the reason."""
         began_s = time.perf_counter()
         status = 500
         self._meters.num_arrived += method == "ModelInfer"
@@ -58,8 +58,8 @@ class GrpcSurface:
         surface = self._surface
         live = method in ("ServerLive", "ServerReady")
         if not live and not surface.authorized(_metadata(context, b"authorization") or b""):
-            raise Refused("the authorization metadata has no bearer token that is known", 401)
-        asked = oip.parse(method, wire, surface.settings.limits)
+            raise Refused("the authorization metadata has no known bearer token", 401)
+        parsed = oip.parse(method, wire, surface.settings.limits)
         make = oip.MESSAGES[f"{method}Response"]
         match method:
             case "ServerLive":
@@ -67,17 +67,17 @@ class GrpcSurface:
             case "ServerReady":
                 return make(ready=surface.stuck is None)
             case "ModelReady":
-                surface.check_name(asked.name, asked.version)
+                surface.check_name(parsed.name, parsed.version)
                 return make(ready=surface.stuck is None)
             case "ServerMetadata":
                 return make(**surface.server_metadata())
             case "ModelMetadata":
-                surface.check_name(asked.name, asked.version)
+                surface.check_name(parsed.name, parsed.version)
                 return make(**surface.model_metadata())
             case _:
-                surface.check_name(asked.model_name, asked.model_version)
-                with surface.noted(_metadata(context, SERIAL)) as serial:
-                    request = oip.decode_infer(asked, surface.settings.limits)
+                surface.check_name(parsed.model_name, parsed.model_version)
+                with surface.recorded(_metadata(context, SERIAL)) as serial:
+                    request = oip.decode_infer(parsed, surface.settings.limits)
                 outputs = await surface.infer(request, serial)
                 return oip.encode_infer(
                     request, outputs, model=surface.name, version=surface.settings.version

@@ -1,7 +1,6 @@
-"""What a replica counts of itself, in Prometheus' text format.
+"""Metrics of one replica in Prometheus' text format.
 
-Every series carries the model's name and the replica's, so that the pages of all replicas can be
-put one after another.
+Every series has the labels `model` and `replica`, so that the pages of all replicas can be merged.
 """
 
 from collections import defaultdict
@@ -36,7 +35,7 @@ class Histogram:
         self._sum += value
 
     def lines(self, name: str, labels: str) -> Iterator[str]:
-        """The samples of this histogram; `labels` has no braces."""
+        """Yield the lines of this histogram; `labels` is without braces."""
         totals = list(accumulate(self._counts))
         for bound, total in zip((*self._bounds, "+Inf"), totals, strict=True):
             yield f'{name}_bucket{{{labels},le="{bound}"}} {total}'
@@ -46,34 +45,34 @@ class Histogram:
 
 @final
 class Meters:
-    """The counters of one replica."""
+    """The counters and histograms of one replica."""
 
     def __init__(self, *, model: str, replica: str) -> None:
         self._labels = f'model="{model}",replica="{replica}"'
         self._requests: dict[int, int] = defaultdict(int)
         self.num_arrived = 0
-        """Inference requests that came so far."""
+        """Number of inference requests received so far."""
         self._latency = Histogram(LATENCY_BUCKETS_S)
         self._predict = Histogram(LATENCY_BUCKETS_S)
         self._batch = Histogram(BATCH_BUCKETS)
         self._waiting: Callable[[], int] = lambda: 0
 
     def watch_waiting(self, num_waiting: Callable[[], int]) -> None:
-        """Show what `num_waiting()` returns as the length of the queue."""
+        """Use `num_waiting()` as the length of the queue."""
         self._waiting = num_waiting
 
     def answered(self, status: int, took_s: float) -> None:
-        """Count one inference request that was answered."""
+        """Record the HTTP status and the duration of one inference request."""
         self._requests[status] += 1
         self._latency.observe(took_s)
 
     def batch(self, rows: int, took_s: float) -> None:
-        """Count one call of the model."""
+        """Record the rows and the duration of one call of the model."""
         self._batch.observe(rows)
         self._predict.observe(took_s)
 
     def text(self) -> bytes:
-        """The page."""
+        """Return the metrics page."""
         return ("\n".join(self._page()) + "\n").encode()
 
     def _page(self) -> Iterator[str]:
@@ -100,7 +99,7 @@ class Meters:
 
 
 def merge(pages: Sequence[bytes]) -> bytes:
-    """The pages of several replicas as one: the lines of a metric together, as the format wants."""
+    """Merge the pages of several replicas; the format requires a metric's lines to be adjacent."""
     comments: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     for text in pages:

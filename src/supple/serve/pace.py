@@ -1,7 +1,7 @@
-"""What the next batch will take, learnt from the batches that ran.
+"""Predict the time of the next batch from the batches that ran.
 
-The shape, seconds against rows, is the medians of every size seen; how fast the machine is just now
-and how much that varies are the last batches compared with that shape, whatever their sizes.
+The curve of seconds against rows is the median of each batch size seen. The current speed and its
+spread are the ratios of the last batches, of any size, to that curve.
 """
 
 from collections import deque
@@ -12,18 +12,18 @@ from supple.core.service.latency import LatencyPoint, LatencyProfile
 from supple.core.service.queue import PLANNED_QUANTILE
 from supple.serve.stopwatch import Stopwatch
 
-_LAST: Final = 128
-_RENEW_EVERY: Final = 16
+_LAST: Final = 128  # batches the current speed is computed from
+_RENEW_EVERY: Final = 16  # batches between two updates of the profile
 _UNKNOWN = LatencyProfile.constant(1e-6, startup_s=0.0)
-"""Profile of a model that never ran: no request is refused."""
+"""Profile of a model that has not run: so short that no request is refused."""
 
 
 @final
 class Pace:
-    """A profile that follows the batches. Two sizes of it span all: 1 and the largest seen."""
+    """A latency profile updated by the batches, with two points: batch size 1 and the largest."""
 
     def __init__(self, points: Sequence[LatencyPoint] = ()) -> None:
-        """`points` are believed until as many batches of a size have run."""
+        """`points` are earlier measurements; new batches of the same size outweigh them."""
         self._stopwatch = Stopwatch()
         self._last: deque[tuple[int, float]] = deque(maxlen=_LAST)
         self._seen: set[int] = set()
@@ -38,14 +38,14 @@ class Pace:
             self._renew()
 
     def record(self, rows: int, took_s: float) -> bool:
-        """One batch of `rows` took so long; whether `profile` is another one now. The first batch
-        of a size counts only while nothing else is known: it may have compiled or allocated."""
+        """Record the time of one batch; return whether `profile` changed. The first batch of a size
+        is ignored unless it is the very first: it may have compiled or allocated."""
         first = rows not in self._seen
         self._seen.add(rows)
         if first and self._last:
             return False
         self._stopwatch.record(rows, took_s)
-        # An event loop may count whole milliseconds, and a profile of nothing is none.
+        # An event loop's clock may have whole milliseconds, and a profile must be positive.
         self._last.append((rows, max(took_s, 1e-4)))
         self._num_new += 1
         if len(self._last) > _RENEW_EVERY and self._num_new < _RENEW_EVERY:
@@ -55,11 +55,11 @@ class Pace:
 
     @property
     def is_known(self) -> bool:
-        """Whether any batch ran, or was told of."""
+        """Whether any batch was recorded, or points were given."""
         return bool(self._last)
 
     def profile(self) -> LatencyProfile:
-        """Its median and its tail at the speed of the last batches."""
+        """The median and the tail quantile at the speed of the last batches."""
         return self._profile
 
     def _renew(self) -> None:

@@ -1,6 +1,6 @@
-"""What the surface says of itself: its OpenAPI document, and a page for people.
+"""The OpenAPI document of a service, and an HTML page with the same content.
 
-The page needs no script and no other host, so it opens where there is no network.
+The page needs no script and no other host, so it works without a network.
 """
 
 import html
@@ -14,11 +14,11 @@ _ERROR = {"description": 'Refused: {"error": "why"}.'}
 
 
 def openapi(model: ServedModel, version: str) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of a service."""
+    """Return the OpenAPI 3.1 document of a service."""
     base = f"/v2/models/{model.name}"
     paths: dict[str, Any] = {}
     for path, what in _reads(base, version):
-        paths[path] = {"get": {"summary": what, "responses": {"200": {"description": "It is so."}}}}
+        paths[path] = {"get": {"summary": what, "responses": {"200": {"description": "OK."}}}}
     content = {"application/json": {"schema": _body(model), "example": example_body(model)}}
     calls = [(f"{base}/infer", "Infer."), (f"{base}/versions/{version}/infer", "Infer.")]
     if model.streams:
@@ -47,7 +47,7 @@ def openapi(model: ServedModel, version: str) -> dict[str, Any]:
 
 
 def example_body(model: ServedModel) -> dict[str, Any]:
-    """A request the model would take; of one row of zeros, or one number if it declares nothing."""
+    """Return a valid request: one row of zeros, or one number if no inputs are declared."""
     inputs = [
         {
             "name": name,
@@ -61,7 +61,7 @@ def example_body(model: ServedModel) -> dict[str, Any]:
 
 
 def page(model: ServedModel, version: str) -> bytes:
-    """The same for people."""
+    """Return the HTML page of a service: paths, inputs, outputs and an example request."""
     base = f"/v2/models/{model.name}"
     rows = [("GET", path, what) for path, what in _reads(base, version)]
     rows.append(("POST", f"{base}/infer", "Infer."))
@@ -94,7 +94,7 @@ def _reads(base: str, version: str) -> list[tuple[str, str]]:
         (f"{base}/ready", "Whether the model answers requests."),
         (f"{base}/versions/{version}/ready", "The same, by version."),
         ("/metrics", "Prometheus metrics of all replicas, each with its label."),
-        ("/metrics/replica", "The same of the replica that answers."),
+        ("/metrics/replica", "The same for the replica that answers."),
         ("/openapi.json", "This interface."),
     ]
 

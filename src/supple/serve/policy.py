@@ -1,15 +1,15 @@
-"""The autoscaler as a policy of Ray Serve: one line in anyone's `autoscaling_config`.
+"""The autoscaler as an autoscaling policy of Ray Serve, to name in any `autoscaling_config`.
 
     "policy": {
         "policy_function": "supple.serve.policy:SloPolicy",
         "policy_kwargs": {"slo": "p99=100ms", "predict": "20ms", "startup": "10s"},
     }
 
-What it needs to know of the load it reads from the context Ray Serve hands it: replicas of Supple
-report their arrivals and measured batches; of anyone else's it counts arrivals by conservation
-(what was finished, at `predict` each, and by how much the ongoing requests grew). Set
-`look_back_period_s` to 2, `upscale_delay_s` and `downscale_delay_s` to 0: the policy smooths.
-This file imports no Ray: a policy is a callable.
+The policy reads the load from the context of Ray Serve. Supple's replicas report their arrivals and
+measured batches. For other replicas, arrivals are estimated: the growth of the ongoing requests
+plus the requests finished meanwhile, at `predict` each. Set `look_back_period_s` to 2, and
+`upscale_delay_s` and `downscale_delay_s` to 0: the policy smooths. This file imports no Ray: a
+policy is a callable.
 """
 
 import logging
@@ -26,12 +26,12 @@ NUM_WAITING: Final = "supple_num_waiting"
 _P50, _P99 = "supple_p50_s_", "supple_p99_s_"
 DECIDE_EVERY_S: Final = 0.5
 _STARTUP_S: Final = 5.0
-"""Believed until a replica has been seen to start."""
+"""Assumed start-up time of a replica until one has been measured, in seconds."""
 _LOG = logging.getLogger("ray.serve")
 
 
 def reported(points: Sequence[LatencyPoint]) -> dict[str, float]:
-    """Measured batches as the flat numbers a replica may report to Ray Serve."""
+    """Convert measured batches to the flat dict of numbers that Ray Serve lets replicas report."""
     return {
         key: value
         for point in points
@@ -44,8 +44,8 @@ def reported(points: Sequence[LatencyPoint]) -> dict[str, float]:
 
 @final
 class SloPolicy:
-    """Decides replicas by `core.autoscaler.scale`. Ray Serve makes one per deployment and calls it
-    about ten times a second, from one thread."""
+    """Autoscaling policy for a latency SLO, by `core.service.autoscaler.scale`. Ray Serve creates
+    one per deployment and calls it about ten times a second, from one thread."""
 
     def __init__(
         self,
@@ -60,11 +60,11 @@ class SloPolicy:
         profile: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`predict` is the time of one prediction of a replica that is not Supple's, `startup` from
-        asking for a replica to its first answer (otherwise it is watched); `profile` is a measured
-        one: {"points": [[batch, p50_s, p99_s], ...], "startup_s": ...}, believed until replicas
-        tell their own; `max_batch_size` is the most a replica takes at once, if that is less than
-        the largest batch measured. Raises `SpecError` for nonsense."""
+        """`predict` is the time of one prediction, for replicas that do not report it. `startup` is
+        the time from the request for a replica to its first answer; by default it is measured.
+        `profile` is a measured latency profile, {"points": [[batch, p50_s, p99_s], ...],
+        "startup_s": ...}, used until replicas report theirs. `max_batch_size` limits a batch below
+        the largest one measured. Raises `SpecError` for invalid values."""
         self._slo = parse_slo(slo)
         self._idle_s = parse_latency(idle, what="idle", plain_seconds=True)
         self._max_batch_size = max_batch_size
@@ -89,10 +89,10 @@ class SloPolicy:
         self._state = ScalerState()
         self._decided_at = -1e9
         self.decision: ScaleDecision | None = None
-        """The last one; None before the first."""
+        """The last decision; None before the first."""
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        """(replicas to have, what Ray Serve should keep: the reason in words)."""
+        """Return the target number of replicas, and the reason as state for Ray Serve to keep."""
         now = self._clock()
         self._watch_starts(context, now)
         if self.decision is None or now - self._decided_at >= DECIDE_EVERY_S:
@@ -119,7 +119,7 @@ class SloPolicy:
         reports = _latest(context.raw_metrics)
         points = measured(reports) or self._points
         if not points:
-            return None  # nothing is known of the model yet: its first replica is starting
+            return None  # the model is not measured yet: its first replica is starting
         startup_s = self._seen_startup_s if self._startup_s is None else self._startup_s
         profile = LatencyProfile(points=points, startup_s=startup_s)
         ongoing = context.total_num_requests
@@ -153,7 +153,7 @@ class SloPolicy:
 
 @final
 class _Arrivals:
-    """All requests a service ever got, from what can be seen of it: never smaller than before."""
+    """Total number of requests a service has received; it never decreases."""
 
     def __init__(self) -> None:
         self._total = 0.0
@@ -162,14 +162,15 @@ class _Arrivals:
         self._ongoing = 0.0
 
     def counted(self, by_replica: Mapping[Any, float], queued: float) -> int:
-        """From the counters of the replicas there are now, and from what waits before them."""
+        """The total from the counters of the current replicas and the requests queued outside."""
         for replica, count in by_replica.items():
             self._total += max(0.0, count - self._by_replica.get(replica, 0.0))
         self._by_replica = dict(by_replica)
         return round(self._total + queued)
 
     def conserved(self, now: float, ongoing: float, num_replicas: int, service_s: float) -> int:
-        """Arrivals are departures plus growth; a busy replica finishes one every `service_s`."""
+        """The total estimated as departures plus growth of the ongoing requests, assuming that a
+        busy replica finishes one request every `service_s` seconds."""
         if self._at is not None:
             finished = min(self._ongoing, num_replicas) * (now - self._at) / service_s
             self._total += max(0.0, finished + ongoing - self._ongoing)
@@ -187,7 +188,7 @@ def _latest(raw: Mapping[str, Mapping[Any, Sequence[Any]]] | None) -> dict[str, 
 
 
 def measured(reports: Mapping[str, Mapping[Any, float]]) -> tuple[LatencyPoint, ...]:
-    """The inverse of `reported`, over the replicas: their medians, batch size by batch size."""
+    """Return the median over the replicas at each batch size, the inverse of `reported`."""
     points: list[LatencyPoint] = []
     for name, by_replica in reports.items():
         size = name.removeprefix(_P50)

@@ -1,4 +1,4 @@
-"""How long the model takes for a batch of each size, measured on the batches it really runs."""
+"""Measure the time of a batch at each batch size, from the batches a replica runs."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -6,19 +6,19 @@ from typing import Final, final
 
 from supple.core.service.latency import LatencyPoint
 
-_SAMPLES: Final = 64
-_SIZES: Final = 24
+_SAMPLES: Final = 64  # batches kept of each size
+_SIZES: Final = 24  # batch sizes kept, the most recently seen
 
 
 @final
 class Stopwatch:
-    """The last seconds of every batch size seen; of the sizes, those seen most lately."""
+    """The durations of recent batches, by batch size."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, deque[float]] = {}
 
     def record(self, rows: int, took_s: float) -> None:
-        """One batch of `rows` took `took_s`."""
+        """Record that one batch of `rows` took `took_s`."""
         seconds = self._seconds.pop(rows, None)
         if seconds is None:
             seconds = deque[float](maxlen=_SAMPLES)
@@ -28,8 +28,8 @@ class Stopwatch:
         self._seconds[rows] = seconds
 
     def points(self) -> Sequence[LatencyPoint]:
-        """Median and 99 % quantile of each size, smallest first. A size seen once is left out
-        while another was seen more often: its one sample may be a first call's."""
+        """Median and 99 % quantile of each size, smallest first. A size seen only once is left out
+        if another was seen more often: its only sample may be the first call."""
         sizes = sorted(s for s, seconds in self._seconds.items() if len(seconds) > 1)
         return [self._point(size) for size in sizes or sorted(self._seconds)]
 

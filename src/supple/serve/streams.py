@@ -1,10 +1,9 @@
-"""Streamed answers: each computed in a thread of its own, a part when the one before was taken, and
-ended when nobody takes the next.
+"""Streamed answers: each stream has a thread, and computes a part when the client took the last.
 
-A client that does not read holds its stream where it is: no part is computed ahead of it. One that
-left ends it: what an asynchronous generator awaits is cancelled, and the user's generator is closed
-in the thread that runs it, after the part in work. A thread that hangs there cannot be ended: its
-stream is given up, and with many of them the replica is.
+A slow client pauses its stream: no part is computed ahead. When a client disconnects, whatever an
+asynchronous generator awaits is cancelled, and the user's generator is closed in its own thread,
+after the current part. A thread that hangs cannot be ended: its stream is abandoned, and with many
+of them the replica is replaced.
 """
 
 import asyncio
@@ -18,22 +17,22 @@ from typing import Any, Final, final
 from supple.serve.protocol.rest import Array, Refused
 
 _MOST: Final = 64
-"""Streams of one replica at a time: each has a thread."""
-_OF_ONE_CLIENT: Final = 0.75
-"""Share of these streams that one address may have open."""
+"""Most concurrent streams of one replica; each has a thread."""
+_CLIENT_SHARE: Final = 0.75
+"""Share of these streams that one client address may have open."""
 CLIENT: Final = b"x-supple-client"
-"""The header in which the ingress tells a client's address."""
+"""The header in which the ingress passes the client's address."""
 _RETRY_AFTER_S: Final = 1.0
 
 
 PART_TIMEOUT_S: Final = 30.0
 _HUNG: Final = 0.5
-"""Share of these streams that may hang before the replica is given up."""
+"""Share of these streams that may hang before the replica is replaced."""
 
 
 @final
 class Leaving:
-    """How the thread of a stream hears that nobody wants its parts any more."""
+    """Signal to the thread of a stream that the client has disconnected."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -41,15 +40,15 @@ class Leaving:
         self._left = False
 
     def leave(self) -> None:
-        """Cancel what the thread awaits, now or next; from any other thread."""
+        """Cancel the current or next await of the stream's thread. Call it from another thread."""
         with self._lock:
             self._left = True
             if self._cancel is not None:
                 self._cancel()
 
     def run(self, loop: AbstractEventLoop, parts: AsyncIterator[Any]) -> Any:
-        """The next of `parts`, awaited in `loop` by this thread. Raises `asyncio.CancelledError`
-        after `leave`."""
+        """Return the next of `parts`, awaited in `loop` in this thread. Raises
+        `asyncio.CancelledError` after `leave`."""
 
         async def following() -> Any:
             return await anext(parts)
@@ -68,10 +67,10 @@ class Leaving:
 
 @final
 class Streams:
-    """The streams one replica computes at present."""
+    """The open streams of one replica."""
 
     def __init__(self, most: int = _MOST, *, part_timeout_s: float = PART_TIMEOUT_S) -> None:
-        """`part_timeout_s`: a part that takes longer fails its stream."""
+        """A part that takes longer than `part_timeout_s` fails its stream."""
         self._most = most
         self._part_timeout_s = part_timeout_s
         self._open = Counter[bytes | None]()
@@ -79,17 +78,17 @@ class Streams:
 
     @property
     def num_open(self) -> int:
-        """Streams whose generator is not closed yet."""
+        """Number of streams whose generator is not closed yet."""
         return self._open.total()
 
     @property
     def stuck(self) -> str | None:
-        """Why this replica should be given up: too many of its threads hang in `stream()`."""
+        """The reason why this replica must be replaced, if too many threads hang in `stream()`."""
         if len(self._hung) < max(1, int(_HUNG * self._most)):
             return None
         return (
-            f"{len(self._hung)} streams that nobody waits for have not come to the end of their "
-            f"part for {self._part_timeout_s:g} s; this replica is replaced"
+            f"{len(self._hung)} abandoned streams have not finished their part for "
+            f"{self._part_timeout_s:g} s; this replica is replaced"
         )
 
     async def parts(
@@ -98,20 +97,20 @@ class Streams:
         client: bytes | None = None,
         leaving: Leaving | None = None,
     ) -> AsyncGenerator[Mapping[str, Array], None]:
-        """What `parts`, a generator that may block, yields. Close this iterator, or cancel who
-        waits for it, and `leaving` is told and `parts` is closed. Raises `Refused`: 503 if too many
-        are open, 429 if too many of `client`'s are (None: whose it is is not known), 504 if a part
-        takes too long."""
+        """Yield the items of `parts`, a generator that may block. When this iterator is closed or
+        its consumer cancelled, `leaving` is signalled and `parts` closed. Raises `Refused`: 503 if
+        too many streams are open, 429 if too many of them are `client`'s (None: unknown address),
+        504 if a part takes too long."""
         if self.num_open >= self._most:
             raise Refused(
-                f"{self.num_open} streams are open here, the most that are; ask again later",
+                f"{self.num_open} streams are open here, the most allowed; try again later",
                 503,
                 _RETRY_AFTER_S,
             )
-        if client is not None and self._open[client] >= max(1, int(_OF_ONE_CLIENT * self._most)):
+        if client is not None and self._open[client] >= max(1, int(_CLIENT_SHARE * self._most)):
             raise Refused(
-                f"{self._open[client]} streams of this client are open here, the most that one may "
-                "have; read them to their ends, or close them",
+                f"{self._open[client]} streams of this client are open here, the most allowed for "
+                "one; read them to the end, or close them",
                 429,
                 _RETRY_AFTER_S,
             )
@@ -150,19 +149,19 @@ class Streams:
                 finally:
                     loop.call_soon_threadsafe(closed)
 
-            # Behind the part in work, whoever waited for it: there is one thread.
+            # The only thread closes the generator after the current part.
             thread.submit(close)
             thread.shutdown(wait=False)
 
 
 def _look_at_error(following: "asyncio.Future[Any]") -> None:
-    """Retrieve the error of an abandoned part; asyncio would log it, and what it quotes."""
+    """Retrieve the error of an abandoned part: asyncio would log it with the data it quotes."""
     if not following.cancelled():
         following.exception()
 
 
 def in_this_thread(parts: AsyncIterator[Any], leaving: Leaving) -> Iterator[Any]:
-    """What an asynchronous generator yields, its event loop run by whoever asks for the next."""
+    """Iterate over an asynchronous generator; its event loop runs in the consumer's thread."""
     loop = asyncio.new_event_loop()
     try:
         while True:

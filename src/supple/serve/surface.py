@@ -1,8 +1,8 @@
-"""The HTTP surface of one replica: an ASGI application of the Open Inference Protocol v2.
+"""The HTTP surface of one replica: an ASGI application for the Open Inference Protocol v2.
 
-The path of an inference is short on purpose: one look at the path, one at the token, decode,
-batch, encode. Everything else is a table. Every answer but a tensor's is JSON; every error is
-`{"error": "..."}` with the status that fits.
+An inference takes few steps: match the path, check the token, decode, batch, encode. All other
+paths are entries of a table. Responses without binary tensors are JSON. An error is
+`{"error": "..."}` with an HTTP status.
 """
 
 import asyncio
@@ -44,24 +44,24 @@ EXTENSIONS: Final = ("binary_tensor_data", "generate_stream")
 _HEAD_LENGTH: Final = b"inference-header-content-length"
 _PROMETHEUS: Final = b"text/plain; version=0.0.4"
 _JSON: Final[tuple[bytes, bytes]] = (b"content-type", b"application/json")
-_LONGEST_US: Final = 3_600_000_000
+_LONGEST_US: Final = 3_600_000_000  # largest `timeout` parameter: one hour in microseconds
 _BODY_S: Final = 300.0
-"""Time for the part of a body that the ingress does not wait for itself."""
+"""Seconds to receive a body that is larger than the ingress buffer."""
 _MOST_HALF_READ: Final = 16
-"""Bodies of the largest size whose parts are held while the rest is still to come."""
+"""Memory for incomplete bodies, in multiples of `max_body_bytes`."""
 _OWN_FAULT: Final = "the server failed on this request"
 OWN_METRICS: Final = "/metrics/replica"
-"""Where a replica tells its own; `/metrics` tells those of all."""
+"""Path of the metrics of this replica; `/metrics` has those of all replicas."""
 _OPEN: Final = ("/v2/health/live", "/v2/health/ready")
-"""Answered without a token: those who ask have none."""
+"""Paths that need no token: health probes have none."""
 
 
 class Answers(Protocol):
-    """What the surface needs of whatever runs the model for many requests at once."""
+    """Interface of the executor that runs the model for concurrent requests."""
 
     @property
     def stuck(self) -> str | None:
-        """Why no request can be answered here any more."""
+        """The reason why this replica can answer no more requests; None if it can."""
         ...
 
     async def submit(
@@ -73,14 +73,14 @@ class Answers(Protocol):
         within_s: float | None = None,
         serial: int | None = None,
     ) -> Outputs:
-        """The outputs for one checked request; raises `ModelFault` or `Refused`."""
+        """Return the outputs for one validated request. Raises `ModelFault` or `Refused`."""
         ...
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SurfaceSettings:
-    """How a service may be used. `tokens` empty: by whoever reaches it."""
+    """Version, bearer tokens and request limits of a service. Without `tokens`, access is open."""
 
     version: str = "1"
     tokens: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ class SurfaceSettings:
 
 @final
 class Surface:
-    """`surface(scope, receive, send)`: one model's HTTP interface."""
+    """HTTP interface of one model, an ASGI application: `surface(scope, receive, send)`."""
 
     def __init__(
         self,
@@ -102,8 +102,8 @@ class Surface:
         attempts: Attempts | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`all_metrics` fetches the pages of all replicas of the service; None: this is all.
-        `attempts` is where is noted what is computed; `now` is the clock of bodies."""
+        """`all_metrics` fetches the metrics pages of all replicas; None: there is only this one.
+        `attempts` records the requests being computed. `now` is the clock for body timeouts."""
         self._now = now
         self._model = model
         self._all_metrics = all_metrics
@@ -130,11 +130,11 @@ class Surface:
         }
 
     def server_metadata(self) -> dict[str, Any]:
-        """What `GET v2` tells."""
+        """The response to `GET v2`."""
         return {"name": "supple", "version": self.settings.version, "extensions": [*EXTENSIONS]}
 
     def model_metadata(self) -> dict[str, Any]:
-        """What `GET v2/models/NAME` tells; a model that declares nothing has empty lists."""
+        """The response to `GET v2/models/NAME`; lists are empty for undeclared tensors."""
         return {
             "name": self._model.name,
             "versions": [self.settings.version],
@@ -144,32 +144,32 @@ class Surface:
         }
 
     def check_name(self, name: str, version: str = "") -> None:
-        """Raise `Refused` (404) unless this is the model asked for."""
+        """Raise `Refused` (404) unless the served model has this name and version."""
         if name != self._model.name or version not in ("", self.settings.version):
-            asked = f"{name[:80]!r}" + (f" version {version[:80]!r}" if version else "")
+            requested = f"{name[:80]!r}" + (f" version {version[:80]!r}" if version else "")
             refuse(
-                f"no model {asked}; {self._model.name!r} version {self.settings.version} is "
+                f"no model {requested}; {self._model.name!r} version {self.settings.version} is "
                 "served here",
                 404,
             )
 
     def refusal(self, error: Exception) -> Refused:
-        """How the caller is told of `error`: in full of what it did wrong, of anything else with a
-        number that is in the log."""
+        """Convert `error` to a `Refused` that is safe to send: a client error is returned as it is,
+        any other error becomes a short text and the error number in the log."""
         if isinstance(error, Refused):
             return error
-        told = error.told if isinstance(error, ModelFault) else _OWN_FAULT
-        return Refused(f"{told} (error {self._faults.number(error)})", 500)
+        message = error.for_client if isinstance(error, ModelFault) else _OWN_FAULT
+        return Refused(f"{message} (error {self._faults.number(error)})", 500)
 
     def authorized(self, authorization: bytes) -> bool:
-        """Whether the value of an Authorization header opens this service."""
+        """Whether the value of an Authorization header is a valid token of this service."""
         return not self._tokens or any(
             hmac.compare_digest(authorization, token) for token in self._tokens
         )
 
     async def infer(self, request: InferRequest, serial: int | None = None) -> Outputs:
-        """The checked outputs of one request, in a batch with others. `serial` is its number if it
-        is sent again when this process ends."""
+        """Return the outputs of one request, computed in a batch with others. `serial` is its
+        serial number if the ingress resends it when this process ends."""
         rows = self._model.check(request.inputs)
         for wanted in request.outputs:
             if self._model.outputs and wanted.name not in {s.name for s in self._model.outputs}:
@@ -183,10 +183,10 @@ class Surface:
         )
 
     @contextmanager
-    def noted(self, told: bytes | None) -> Iterator[int | None]:
-        """The serial number in the header's value `told`, the block being noted as computing it.
-        Raises `Refused` (500) for a request that is deadly."""
-        serial = None if told is None else parse_serial(told)
+    def recorded(self, header: bytes | None) -> Iterator[int | None]:
+        """Yield the serial number in `header`; the request counts as being computed in the block.
+        Raises `Refused` (500) for a request that killed too many replicas."""
+        serial = None if header is None else parse_serial(header)
         if serial is None or self._attempts is None:
             yield None
             return
@@ -202,7 +202,7 @@ class Surface:
             await _lifespan(receive, send)
             return
         if scope["type"] != "http":
-            await send({"type": f"{scope['type']}.close"})  # before it is accepted: refused
+            await send({"type": f"{scope['type']}.close"})  # refuses the connection
             return
         began_s = time.perf_counter()
         path: str = scope["path"]
@@ -210,7 +210,7 @@ class Surface:
         status = 500
         try:
             if not self.authorized(headers.get(b"authorization", b"")) and path not in _OPEN:
-                raise Refused("the Authorization header has no bearer token that is known", 401)
+                raise Refused("the Authorization header has no known bearer token", 401)
             if path in self._infer_paths:
                 status = await self._infer(scope, headers, receive, send)
             elif path in self._stream_paths:
@@ -232,7 +232,7 @@ class Surface:
     ) -> int:
         self._meters.num_arrived += 1
         body = await self._body(scope, headers, receive)
-        with self.noted(headers.get(SERIAL)) as serial:
+        with self.recorded(headers.get(SERIAL)) as serial:
             request = self._decoded(body, headers)
         outputs = await self.infer(request, serial)
         content, json_bytes = encode_response(
@@ -253,7 +253,7 @@ class Surface:
         if not self._model.streams:
             refuse(f"the model {self._model.name!r} has no stream(self, batch)", 501)
         body = await self._body(scope, headers, receive)
-        with self.noted(headers.get(SERIAL)):
+        with self.recorded(headers.get(SERIAL)):
             request = self._decoded(body, headers)
             self._model.check(request.inputs)
             return await self._send_parts(request, headers.get(CLIENT), send)
@@ -276,8 +276,8 @@ class Surface:
         except Exception as error:
             if not started:
                 raise
-            told = json.dumps({"error": str(self.refusal(error))}).encode()
-            event = b"data: " + told + b"\n\n"
+            content = json.dumps({"error": str(self.refusal(error))}).encode()
+            event = b"data: " + content + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": True})
         if not started:
             await send(_start(200, [(b"content-type", b"text/event-stream")]))
@@ -291,7 +291,7 @@ class Surface:
             if path.startswith("/v2/models/") and len(parts) > 3:
                 versioned = len(parts) > 5 and parts[4] == "versions"
                 self.check_name(parts[3], parts[5] if versioned else "")
-            refuse(f"nothing is at {path[:200]}; GET /docs lists what is", 404)
+            refuse(f"no resource at {path[:200]}; GET /docs lists all of them", 404)
         if method not in ("GET", "HEAD"):
             refuse(f"{path} is read with GET, not {method}", 405)
         status, content, kind = found()
@@ -308,12 +308,12 @@ class Surface:
 
     @property
     def name(self) -> str:
-        """The model's."""
+        """The model's name."""
         return self._model.name
 
     @property
     def stuck(self) -> str | None:
-        """Why this replica should be replaced."""
+        """The reason why this replica must be replaced; None if it works."""
         return self._answers.stuck or self.streams.stuck
 
     def _ready(self) -> tuple[int, bytes, bytes]:
@@ -328,12 +328,12 @@ class Surface:
         if scope["method"] != "POST":
             refuse(f"{scope['path']} takes POST, not {scope['method']}", 405)
         if headers.get(b"content-encoding", b"identity") != b"identity":
-            refuse("compressed bodies are not taken; send it plain", 415)
+            refuse("compressed bodies are not accepted; send it uncompressed", 415)
         most = self.settings.limits.max_body_bytes
-        limit = f"and {most} are the most that are taken (--max-body)"
-        told = headers.get(b"content-length", b"0")
-        if told.isdigit() and int(told) > most:
-            refuse(f"the body has {int(told)} bytes, {limit}", 413)
+        limit = f"and at most {most} are accepted (--max-body)"
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > most:
+            refuse(f"the body has {int(length)} bytes, {limit}", 413)
         message = await receive()
         if message["type"] == "http.request" and not message.get("more_body", False):
             body: bytes = message.get("body", b"")
@@ -353,7 +353,7 @@ class Surface:
                 if self._half_read_bytes > _MOST_HALF_READ * most:
                     raise Refused("too many large requests are being read; try again", 503, 1.0)
                 if self._now() > end_s:
-                    refuse(f"the body was not whole within {_BODY_S:g} s", 408)
+                    refuse(f"the body was not complete within {_BODY_S:g} s", 408)
                 chunks.append(chunk)
                 if not message.get("more_body", False):
                     return b"".join(chunks)
@@ -364,20 +364,21 @@ class Surface:
 
 
 def _priority(request: InferRequest) -> int:
-    """`parameters.priority`, as other servers of the protocol read it: 1 is answered first, 0 and
-    none are the default."""
-    asked = request.parameters.get("priority", 0)
-    if type(asked) is not int or not 0 <= asked <= LAST_PRIORITY:
+    """Return `parameters.priority`, with the meaning it has in other servers of the protocol: 1 is
+    answered first; 0, or no parameter, is the default."""
+    priority = request.parameters.get("priority", 0)
+    if type(priority) is not int or not 0 <= priority <= LAST_PRIORITY:
         refuse(f"the parameter priority is a whole number from 0 to {LAST_PRIORITY}")
-    return asked or DEFAULT_PRIORITY
+    return priority or DEFAULT_PRIORITY
 
 
 def _allowed_s(request: InferRequest) -> float | None:
-    """`parameters.timeout`, in microseconds; None: what the service promises."""
-    asked = request.parameters.get("timeout", 0)
-    if type(asked) is not int or not 0 <= asked <= _LONGEST_US:
+    """Return `parameters.timeout` in seconds (microseconds in the request); None: the service's
+    SLO applies."""
+    timeout_us = request.parameters.get("timeout", 0)
+    if type(timeout_us) is not int or not 0 <= timeout_us <= _LONGEST_US:
         refuse(f"the parameter timeout is a whole number of microseconds up to {_LONGEST_US}")
-    return asked / 1e6 if asked else None
+    return timeout_us / 1e6 if timeout_us else None
 
 
 def _described(spec: TensorSpec) -> dict[str, Any]:
@@ -385,12 +386,12 @@ def _described(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _head_length(headers: Mapping[bytes, bytes]) -> int | None:
-    told = headers.get(_HEAD_LENGTH)
-    if told is None:
+    length = headers.get(_HEAD_LENGTH)
+    if length is None:
         return None
-    if not told.isdigit() or len(told) > 12:
+    if not length.isdigit() or len(length) > 12:
         refuse("Inference-Header-Content-Length is not a whole number")
-    return int(told)
+    return int(length)
 
 
 def _json(document: Any, status: int = 200) -> tuple[int, bytes, bytes]:
@@ -412,7 +413,7 @@ async def _send(
 async def _refusal(send: Send, error: Refused) -> None:
     headers: list[tuple[bytes, bytes]] = [_JSON]
     if error.retry_after_s is not None:
-        # Whole seconds are all the header can say; the second one is what clients agreed on.
+        # The standard header has whole seconds; clients use retry-after-ms by convention.
         headers.append((b"retry-after", str(math.ceil(error.retry_after_s)).encode()))
         headers.append((b"retry-after-ms", str(math.ceil(error.retry_after_s * 1e3)).encode()))
     if error.status == 401:

@@ -1,1 +1,1 @@
-"""A service on Ray Serve: its replicas, its ingress, its updates."""
+"""Services on Ray Serve: replicas, ingress, updates."""

@@ -1,9 +1,8 @@
-"""What is changed in the gRPC servers of Ray Serve, which it has no settings for: the methods they
-know, where they listen, how large a message may be, when they stop, and requests whose replica
-dies.
+"""Changes to the gRPC servers of Ray Serve for which it has no settings: their methods, address,
+message size and shutdown, and the retry of requests whose replica dies.
 
-The counterpart of `supple.serve.again` for gRPC: where no replica can be reached, the ingress hands
-requests to Ray's proxy, which waits for one; if that replica dies too, it is asked again.
+The retry is the counterpart of `supple.serve.again`: if no replica can be reached, the ingress
+passes requests to Ray's proxy, which waits for one; if that replica dies too, the proxy retries.
 """
 
 import asyncio
@@ -17,36 +16,36 @@ from dataclasses import replace
 from typing import Any, Final
 
 import grpc
-from ray.serve._private import proxy as rays
+from ray.serve._private import proxy as ray_proxy
 
 from supple.serve.attempts import SERIAL
 from supple.serve.protocol.grpc import METHODS, SERVICE
 
 _PAUSE_S: Final = 0.25
 _QUIET_S: Final = 1.0
-"""Without a call for so long, nobody sends any more to a replica that leaves."""
+"""After this time without a call, no client uses the stopping replica any more."""
 _OWN_ERRORS: Final = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE)
-"""What the proxy says when a replica died or there is none. Replicas of ours never let a call fail:
-their refusals are answers."""
+"""Status codes of the proxy if a replica died or none exists. To the proxy, a refusal by one of
+Supple's replicas is a successful call."""
 
 
 def add_servicer(_servicer: Any, server: Any) -> None:
-    """Register the protocol's gRPC methods; messages stay bytes, for the replica reads them."""
+    """Register the protocol's gRPC methods without decoding: replicas decode the messages."""
     handlers = {name: grpc.unary_unary_rpc_method_handler(None) for name in METHODS}  # type: ignore[arg-type]
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 
-def ask_again(patience_s: float) -> None:
-    """Let Ray's gRPC proxy ask again for `patience_s` seconds while its errors are its own, and
-    tell of them without Ray's words, which name processes and addresses."""
-    plain: Any = rays.gRPCProxy.proxy_request
-    if not getattr(plain, "asks_again", False):
-        rays.gRPCProxy.proxy_request = asking_again(plain, patience_s)
+def retry_in_proxy(patience_s: float) -> None:
+    """Patch Ray's gRPC proxy to retry for `patience_s` seconds while no replica has answered, and
+    to report the error without Ray's message, which names processes and addresses."""
+    plain: Any = ray_proxy.gRPCProxy.proxy_request
+    if not getattr(plain, "retries", False):
+        ray_proxy.gRPCProxy.proxy_request = retrying(plain, patience_s)
 
 
-def asking_again(plain: Any, patience_s: float, *, pause_s: float = _PAUSE_S) -> Any:
-    """`plain`, a method that yields messages and then a status, as `ask_again` wants it. A request
-    without a serial number is asked once: nobody could tell that it is what kills the replicas."""
+def retrying(plain: Any, patience_s: float, *, pause_s: float = _PAUSE_S) -> Any:
+    """Wrap `plain`, a method that yields messages and then a status, for `retry_in_proxy`. A
+    request without a serial number is sent once, because its replica deaths cannot be counted."""
 
     async def proxy_request(self: Any, proxy_request: Any) -> AsyncIterator[Any]:
         if proxy_request.stream or proxy_request.has_input_stream:  # the protocol has none
@@ -66,19 +65,19 @@ def asking_again(plain: Any, patience_s: float, *, pause_s: float = _PAUSE_S) ->
             messages[-1] = replace(
                 status,
                 code=grpc.StatusCode.UNAVAILABLE,
-                message="no replica could answer; ask again later",
+                message="no replica could answer; try again later",
             )
         for message in messages:
             yield message
 
-    proxy_request.asks_again = True  # type: ignore[attr-defined]
+    proxy_request.retries = True  # type: ignore[attr-defined]
     return proxy_request
 
 
 def stop_when_quiet(quiet_s: float = _QUIET_S) -> None:
-    """Let Ray's gRPC servers of replicas stop only after `quiet_s` seconds without a call, within
-    the time Ray gives them. A server that stops cancels what arrives, and a process of HAProxy that
-    was replaced sends calls to a replica that has left until its clients have moved."""
+    """Patch Ray's gRPC servers of replicas to stop only after `quiet_s` seconds without a call,
+    within the grace period of Ray. A stopping server cancels new calls, and a replaced HAProxy
+    process sends calls to a replica that has left until its clients have moved."""
     from ray.serve._private import grpc_util
 
     plain: Any = grpc_util.gRPCGenericServer
@@ -87,7 +86,7 @@ def stop_when_quiet(quiet_s: float = _QUIET_S) -> None:
 
 
 def stopping_when_quiet(plain: Any, quiet_s: float) -> Any:
-    """A class like `plain`, Ray's gRPC server, that stops as `stop_when_quiet` says."""
+    """Subclass `plain`, the class of Ray's gRPC servers, for `stop_when_quiet`."""
 
     class Server(plain):
         stops_when_quiet = True
@@ -95,19 +94,19 @@ def stopping_when_quiet(plain: Any, quiet_s: float) -> Any:
         def __init__(self, service_handler_factory: Any, **named: Any) -> None:
             self._called_s = -math.inf
 
-            def noting_calls(service_method: str, **named: Any) -> Any:
+            def with_call_times(service_method: str, **named: Any) -> Any:
                 handler = service_handler_factory(service_method=service_method, **named)
                 if f"/{SERVICE}/" not in service_method or not inspect.iscoroutinefunction(handler):
                     return handler  # HAProxy's health checks never end; the protocol has no streams
 
                 @functools.wraps(handler)
-                async def noted(*arguments: Any) -> Any:
+                async def timed(*arguments: Any) -> Any:
                     self._called_s = time.monotonic()
                     return await handler(*arguments)
 
-                return noted
+                return timed
 
-            super().__init__(noting_calls, **named)
+            super().__init__(with_call_times, **named)
 
         async def stop(self, grace: float | None) -> None:
             now_s = time.monotonic()
@@ -121,8 +120,8 @@ def stopping_when_quiet(plain: Any, quiet_s: float) -> Any:
 
 
 def limit_messages(most_bytes: int) -> None:
-    """Refuse messages to Ray's gRPC servers beyond so many bytes. Ray's one setting would limit
-    answers and what Ray itself sends, too."""
+    """Limit the size of messages to Ray's gRPC servers. Ray's own setting would also limit answers
+    and Ray's internal messages."""
     from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS as OPTIONS
 
     received = "grpc.max_receive_message_length"
@@ -130,7 +129,7 @@ def limit_messages(most_bytes: int) -> None:
 
 
 def listen_on_loopback() -> None:
-    """Ray's gRPC servers of replicas listen on every interface; here they do on loopback."""
+    """Patch Ray's gRPC servers of replicas to listen on loopback instead of every interface."""
     from ray.serve._private import default_impl
 
     listen = default_impl.add_grpc_address
@@ -143,7 +142,7 @@ def listen_on_loopback() -> None:
     on_loopback.on_loopback = True  # type: ignore[attr-defined]
     default_impl.add_grpc_address = on_loopback
     replica: Any = sys.modules.get("ray.serve._private.replica")
-    if replica is not None:  # and its port for other replicas, which ask it nothing here
+    if replica is not None:  # its port for calls between replicas, which are not used here
         add_port = replica.add_port_to_grpc_server
         replica.add_port_to_grpc_server = lambda server, address: add_port(
             server, address.replace("[::]:", "127.0.0.1:")

@@ -1,8 +1,7 @@
-"""What is changed in the configuration that Ray writes for HAProxy: who is heard, and how long.
+"""Changes to the HAProxy configuration that Ray writes: addresses, timeouts, limits and tokens.
 
-Ray's template has no setting for these. They are made as a program for sed, which a script runs on
-the file each time HAProxy is started with it. What each line is for is in the decision records 0009
-and 0016.
+Ray's template has no settings for these. They are a sed program, which a script applies to the file
+each time HAProxy is started. The decision records 0009 and 0016 explain every line.
 """
 
 import hashlib
@@ -16,16 +15,16 @@ from supple.serve.protocol.grpc import SERVICE
 from supple.serve.streams import CLIENT
 
 HEAD_S: Final = 10
-"""Time for the head of a request, from the opening of its connection."""
+"""Timeout for the head of a request, in seconds from the opening of its connection."""
 SILENCE_S: Final = 30
-"""Time between two parts of a body; and for the whole, where it fits the ingress' buffer."""
+"""Timeout between two parts of a body, and for all of it if it fits the ingress' buffer."""
 MOST_CONNECTIONS: Final = 30_000
-_OF_FILES: Final = 0.6
-"""Share of a process' open files for connections of clients; the rest are to replicas."""
-_OF_ONE_CLIENT: Final = 0.75
+_FILE_SHARE: Final = 0.6
+"""Share of the open file limit for client connections; the rest is for replica connections."""
+_CLIENT_SHARE: Final = 0.75
 """Share of all connections that one address may have open."""
 _KEPT_BYTES: Final = 64 * 1024 * 1024
-"""Bytes of buffers that a thread keeps for the next request."""
+"""Bytes of buffers that each thread keeps for the next requests."""
 _HEALTH: Final = ("/v2/health/live", "/v2/health/ready", "/-/healthz")
 _GRPC_HEALTH: Final = (
     *(f"/{SERVICE}/{name}" for name in ("ServerLive", "ServerReady")),
@@ -35,36 +34,35 @@ _RAYS_HEADERS: Final = (
     *("x-request-timeout-seconds", "x-request-disconnect-disabled", "x-session-id"),
     *("serve_multiplexed_model_id", "serve-multiplexed-model-id"),
 )
-"""Ray Serve acts on them in front of the replica, and fails on one that is not UTF-8."""
+"""Headers that Ray Serve interprets before the replica; a value that is not UTF-8 makes it fail."""
 EDITED: Final = "# edited by Supple"
-"""The first line of a configuration that was changed: HAProxy is started with one again when it was
-killed, and the changes are made once."""
-NO_TOKEN: Final = "the Authorization header has no bearer token that is known"
+"""First line of a changed configuration: it is not changed again when HAProxy is restarted."""
+NO_TOKEN: Final = "the Authorization header has no known bearer token"
 
 
 def max_connections() -> int:
-    """Connections of clients that are held open at a time."""
+    """Largest number of concurrent client connections."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
         return MOST_CONNECTIONS
-    return min(MOST_CONNECTIONS, int(_OF_FILES * hard))
+    return min(MOST_CONNECTIONS, int(_FILE_SHARE * hard))
 
 
-def max_connections_of_one() -> int:
-    """The same of one address."""
-    return int(_OF_ONE_CLIENT * max_connections())
+def max_connections_per_client() -> int:
+    """Largest number of concurrent connections of one client address."""
+    return int(_CLIENT_SHARE * max_connections())
 
 
 def edits(spec: ServeSpec) -> str:
-    """A program for sed that turns Ray's configuration into that of `spec`."""
-    # Statistics and metrics, which Ray opens to every machine, and the socket, to every user.
+    """Return the sed program that changes Ray's configuration for `spec`."""
     lines = [
+        # Ray opens statistics and metrics to every machine, and the socket to every user.
         f"1i\\\n{EDITED}",
         "s/^\\( *bind\\) [*]\\{0,1\\}:/\\1 127.0.0.1:/",
         "s/mode 666 level admin/mode 600 level admin/",
-        # The proxy requests wait in while there is no replica is never held for dead.
+        # No health check for the proxy in which requests wait while there is no replica.
         "s/ check backup$/ backup/",
-        # Nobody reads the log of the system.
+        # No log messages to the system.
         "/^    log 127.0.0.1:514 /d",
         _after("^    tune.bufsize ", f"tune.memory.hot-size {_KEPT_BYTES}", "no strict-limits"),
         _after(
@@ -90,7 +88,7 @@ def edits(spec: ServeSpec) -> str:
 
 
 def _after(pattern: str, *added: str) -> str:
-    """The command that adds lines after the one that has `pattern`."""
+    """Return the sed command that adds lines after each line that matches `pattern`."""
     return f"/{pattern}/a\\\n" + "\\\n".join(f"    {line}" for line in added)
 
 
@@ -104,12 +102,12 @@ def _address(host: str) -> str:
 def _connection_rules() -> Sequence[str]:
     return (
         "tcp-request connection track-sc0 src table supple_clients",
-        f"tcp-request connection reject if {{ sc0_conn_cur gt {max_connections_of_one()} }}",
+        f"tcp-request connection reject if {{ sc0_conn_cur gt {max_connections_per_client()} }}",
     )
 
 
 def _serial_rule(spec: ServeSpec) -> str:
-    """A request that may be sent again has a number, the same whenever it is sent."""
+    """The rule that gives a serial number to each request that may be resent."""
     name = SERIAL.decode()
     if spec.retry_safe:
         return f"http-request set-header {name} %[uuid()]"
@@ -117,7 +115,7 @@ def _serial_rule(spec: ServeSpec) -> str:
 
 
 def _has_token(token: str) -> str:
-    """The rule's name for a request with the token, whose digest alone is in the file."""
+    """The ACL `has_token`; the file contains only a digest of the token."""
     digest = hashlib.sha256(f"Bearer {token}".encode()).hexdigest().upper()
     return f"acl has_token req.fhdr(authorization),sha2(256),hex -m str {digest}"
 
@@ -130,7 +128,7 @@ def _http_rules(spec: ServeSpec) -> list[str]:
             _has_token(spec.token),
             _answer(401, NO_TOKEN, "hdr www-authenticate Bearer") + " unless is_open or has_token",
         ]
-    too_large = f"the body is too large: {spec.max_body_bytes} bytes are the most (--max-body)"
+    too_large = f"the body is too large: at most {spec.max_body_bytes} bytes (--max-body)"
     length = "{ req.hdr_val(content-length) gt " + f"{spec.max_body_bytes} }}"
     return [
         *rules,
@@ -148,15 +146,15 @@ def _grpc_rules(spec: ServeSpec) -> list[str]:
         rules += [
             f"acl is_open path {' '.join(_GRPC_HEALTH)}",
             _has_token(spec.token),
-            _status(16, "the authorization metadata has no bearer token that is known")
+            _status(16, "the authorization metadata has no known bearer token")
             + " unless is_open or has_token",
         ]
     return [
         *rules,
-        # What a compressed message holds is not known before it is unpacked.
-        _status(12, "compressed messages are not taken")
+        # The size of a compressed message is unknown before it is decompressed.
+        _status(12, "compressed messages are not accepted")
         + " if { req.hdr(grpc-encoding) -m found } !{ req.hdr(grpc-encoding) -m str identity }"
-        + " or { req.hdr_cnt(grpc-encoding) gt 1 }",  # of which one would do for the test above
+        + " or { req.hdr_cnt(grpc-encoding) gt 1 }",  # one `identity` would pass the test above
         f"http-request wait-for-body time {SILENCE_S}s",
     ]
 

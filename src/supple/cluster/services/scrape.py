@@ -1,4 +1,4 @@
-"""The metrics of a whole service, whichever of its replicas is asked for them."""
+"""Collect the metrics of all replicas of a service from within one of them."""
 
 import asyncio
 import contextlib
@@ -12,11 +12,11 @@ from ray.serve.context import _get_global_client
 from supple.serve.surface import OWN_METRICS
 
 _PATIENCE_S: Final = 2.0
-"""A replica that does not tell its own within it is dying, or too busy to be waited for."""
+"""Timeout in seconds for the metrics of one replica; a slower replica is dying or overloaded."""
 
 
 def replica_addresses(name: str) -> Sequence[tuple[str, int]]:
-    """Host and port of the replicas the ingress routes to now; empty without HAProxy mode."""
+    """Return host and port of the replicas the ingress routes to; empty without HAProxy mode."""
     client: Any = _get_global_client()
     groups: Any = ray.get(client._controller.get_target_groups.remote(from_proxy_manager=True))
     return [
@@ -28,7 +28,7 @@ def replica_addresses(name: str) -> Sequence[tuple[str, int]]:
 
 
 async def metrics_pages(name: str, headers: Mapping[str, str]) -> Sequence[bytes]:
-    """The page of every replica of the service that tells it, the one that asks included."""
+    """Fetch the metrics page of every replica of the service that answers, including this one."""
     addresses = await asyncio.to_thread(replica_addresses, name)
     here = ray.util.get_node_ip_address()
     timeout = aiohttp.ClientTimeout(total=_PATIENCE_S)
@@ -36,7 +36,7 @@ async def metrics_pages(name: str, headers: Mapping[str, str]) -> Sequence[bytes
 
         async def page(host: str, port: int) -> bytes:
             shown = f"[{host}]" if ":" in host else host
-            # Replicas of a service that is not open to others listen on loopback alone.
+            # Replicas of a service on loopback listen only on loopback.
             for address in ("127.0.0.1", shown) if host == here else (shown,):
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
                     async with session.get(f"http://{address}:{port}{OWN_METRICS}") as response:

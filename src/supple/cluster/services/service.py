@@ -1,4 +1,4 @@
-"""A service on Ray Serve: deployed, updated, asked how it is, stopped."""
+"""Deploy, update, inspect and stop a service on Ray Serve."""
 
 import dataclasses
 import hashlib
@@ -31,8 +31,8 @@ _POLICY: Final = "supple.serve.policy:SloPolicy"
 def deployment_of(
     spec: ServeSpec, *, weights: str | None = None, profile: LatencyProfile | None = None
 ) -> Deployment:
-    """What the replicas of `spec` need to know. `profile` is what the scaler plans with until the
-    replicas have measured."""
+    """Return the configuration of the replicas of `spec`. The autoscaler uses `profile` until the
+    replicas report measurements."""
     path, class_name = check_target(spec.target)
     fixed = spec.min_replicas == spec.max_replicas
     arguments: dict[str, Any] = {
@@ -65,7 +65,7 @@ def deployment_of(
 
 
 def refuse_no_capacity(spec: ServeSpec) -> None:
-    """Raise `SpecError` if the cluster cannot hold the fewest replicas `spec` asks for."""
+    """Raise `SpecError` if the cluster is too small for the `min_replicas` of `spec`."""
     total = ray.cluster_resources()
     least = max(1, spec.min_replicas)
     for what, option, each in (
@@ -82,31 +82,30 @@ def refuse_no_capacity(spec: ServeSpec) -> None:
 
 
 def deploy(deployment: Deployment, *, route: str = "/") -> None:
-    """Serve `deployment` and return when it runs. It gets the requests whose path begins with
-    `route`. Raises `ModelFault` with the words of the user's own code if it cannot be loaded."""
+    """Deploy a service and return when it runs. It gets the requests whose path begins with
+    `route`. Raises `ModelFault` with the error of the user's code if loading fails."""
     _begin(deployment, route)
     for _ in _until_it_runs(deployment.name, math.inf):
         time.sleep(LOOK_EVERY_S)
 
 
 def updating(deployment: Deployment, before: Deployment, *, route: str = "/") -> Iterator[None]:
-    """Serve `deployment` in place of `before`, which runs; yields while that goes on, so that
-    nobody need wait in here.
+    """Replace the running version `before` by `deployment`; yields repeatedly until it is done.
 
-    The new version is tried beside the old first. Then other weights alone are swapped inside the
-    running replicas; anything else that differs replaces them one after another, each leaving once
-    another has come. Raises `ModelFault` with the words of the user's own code, or `SpecError`, if
-    any of it fails, and `before` goes on then, at its count. `deployment.patience_s` bounds the
-    start of one replica.
+    First the new version is tried beside the old one. If only the weights differ, they are swapped
+    in the running replicas. Otherwise the replicas are replaced one after another; each stops after
+    its successor has started. If a step fails, `before` is restored at its count, and this raises
+    `ModelFault` with the error of the user's code, or `SpecError`. `deployment.patience_s` limits
+    the start of one replica.
     """
     swap = _version(deployment) == _version(before)
     if room_for(deployment):
         yield from tried(deployment, before, within_s=deployment.patience_s)
     elif not swap:
         raise SpecError(
-            f"no room: the new version is tried beside the {num_running(before.name)} replicas "
-            f"that run, and {deployment.gpus_per_replica:g} GPUs are not free. Free some, or stop "
-            "the service and start it anew."
+            f"no room: the new version is tried beside the {num_running(before.name)} running "
+            f"replicas, and {deployment.gpus_per_replica:g} GPUs are not free. Free some, or stop "
+            "the service and start it again."
         )
     replicas = max(1, num_running(before.name))
     limit_s = replicas * (deployment.patience_s + _leaving_s(deployment))
@@ -120,9 +119,9 @@ def updating(deployment: Deployment, before: Deployment, *, route: str = "/") ->
 
 
 def _begin(deployment: Deployment, route: str) -> None:
-    """Make `deployment` what Ray Serve is to bring about."""
+    """Set `deployment` as the target state of Ray Serve, and return without waiting."""
     prepared: Any = serve.deployment(serve.ingress()(Replica)).options(**_options(deployment))
-    # Without a version every deploy would replace every replica, for new weights too.
+    # Without a version, every deploy would replace every replica, even for new weights.
     prepared._version = _version(deployment)
     target = serve.RunTarget(
         target=prepared.bind(deployment), name=deployment.name, route_prefix=route
@@ -131,25 +130,25 @@ def _begin(deployment: Deployment, route: str) -> None:
 
 
 def _version(deployment: Deployment) -> str:
-    """Equal for what replicas can change without being replaced."""
+    """Return a digest that is equal for deployments with the same replicas, except for weights."""
     fixed = dataclasses.replace(deployment, weights=None, patience_s=0.0)
     return hashlib.sha256(repr(fixed).encode()).hexdigest()[:16]
 
 
 def _leaving_s(deployment: Deployment) -> float:
-    """How long a replica that was told to stop may take for the requests it has."""
+    """Time a stopping replica has to finish its requests, in seconds."""
     return deployment.predict_timeout_s + 10.0
 
 
 def _until_it_runs(name: str, within_s: float) -> Iterator[None]:
-    """Yields until all replicas of `name` are what they should be. Raises `ModelFault` if they
-    cannot be, or are not within `within_s` seconds."""
+    """Yield until all replicas of `name` have reached the target state. Raises `ModelFault` if the
+    deployment fails, or takes more than `within_s` seconds."""
     end_s = time.monotonic() + within_s
     while (application := serve.status().applications[name]).status != "RUNNING":
         late = time.monotonic() > end_s
         if application.status == "DEPLOY_FAILED" or late:
-            after, said = f"its replicas have not come up within {within_s:.0f} s", why_not(name)
-            raise ModelFault(f"{after}: {said}" if late and said else said or after)
+            after, reason = f"its replicas did not start within {within_s:.0f} s", why_not(name)
+            raise ModelFault(f"{after}: {reason}" if late and reason else reason or after)
         yield
 
 
@@ -179,7 +178,7 @@ def _options(deployment: Deployment) -> dict[str, Any]:
             "min_replicas": deployment.min_replicas,
             "initial_replicas": deployment.initial_replicas or max(1, deployment.min_replicas),
             "max_replicas": deployment.max_replicas,
-            # The policy smooths, waits and remembers by itself, in seconds.
+            # The policy has its own smoothing, delays and state, in seconds.
             "look_back_period_s": 2.0,
             "metrics_interval_s": 0.5,
             "upscale_delay_s": 0.0,
@@ -190,7 +189,7 @@ def _options(deployment: Deployment) -> dict[str, Any]:
 
 
 def why_not(name: str) -> str | None:
-    """What the replicas of `name` said when they failed to start, without Ray's own frames."""
+    """Return the error of the replicas of `name` that failed to start, without Ray's frames."""
     application = serve.status().applications.get(name)
     if application is None:
         return None
@@ -203,13 +202,13 @@ def why_not(name: str) -> str | None:
 
 
 def profile_of(name: str) -> Sequence[LatencyPoint]:
-    """The batches a replica of `name` has measured; empty for a model that declares no inputs."""
+    """Return the batch times measured by a replica of `name`; empty without declared inputs."""
     reported: Mapping[str, float] = serve.get_app_handle(name).profile.remote().result()
     return measured({key: {name: value} for key, value in reported.items()})
 
 
 def num_running(name: str) -> int:
-    """Replicas of `name` that take requests."""
+    """Number of replicas of `name` that take requests."""
     application = serve.status().applications.get(name)
     if application is None or name not in application.deployments:
         return 0
@@ -218,12 +217,12 @@ def num_running(name: str) -> int:
 
 
 def shut_down(name: str | None = None, *, wait: bool = True) -> None:
-    """Stop serving: the requests in flight of the service `name` are answered first, and new ones
-    refused. Without `wait`, which Ray Serve's controller must answer for, a Ray of our own is ended
-    as it is, and on a cluster the service stays."""
+    """Stop serving: requests in flight of the service `name` are answered, new ones refused. With
+    `wait=False`, which needs no answer of Ray Serve's controller, a Ray started here is ended at
+    once, and on a cluster the service stays."""
     if wait:
         if name is not None:
-            # Shut down with the rest, the ingress would go before the replicas.
+            # `serve.shutdown()` alone would stop the ingress before the replicas.
             serve.delete(name)
         serve.shutdown()
     stop_ray()

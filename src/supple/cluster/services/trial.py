@@ -1,7 +1,7 @@
-"""A new version of a service, tried in a process of its own before a replica is touched.
+"""Try a new version of a service in a separate process, before any replica is replaced.
 
-What cannot be imported or loaded, does not come to an end, ends its process, or answers a batch of
-zeros with other tensors than it declares, is found here, at no cost to who is being served.
+It finds a version that fails to import or load, hangs, ends its process, or returns other tensors
+than declared for a batch of zeros. The running service is not affected.
 """
 
 import time
@@ -17,13 +17,12 @@ from supple.serve.models.faults import ModelFault
 from supple.serve.models.model import ServedModel, load_model
 
 _ROWS: Final = (1, 2)
-"""Two sizes: the first dim of an answer must follow the batch."""
+"""Two batch sizes, to check that the first dim of an answer follows the batch."""
 
 
 def tried(deployment: Deployment, before: Deployment, *, within_s: float) -> Iterator[None]:
-    """Try `deployment`, which is to take the place of `before`, for at most `within_s` seconds;
-    yields while that goes on. Raises `ModelFault`, with the words of the user's own code, if it
-    cannot be served."""
+    """Try `deployment`, which will replace `before`; yields repeatedly until it is done. Raises
+    `ModelFault`, with the user code's error, if it fails or takes more than `within_s` seconds."""
     actor: Any = (
         ray.remote(_Trial)
         .options(num_cpus=0, num_gpus=deployment.gpus_per_replica, max_restarts=0)
@@ -40,22 +39,22 @@ def tried(deployment: Deployment, before: Deployment, *, within_s: float) -> Ite
                 continue
             except (RayActorError, OutOfMemoryError):
                 raise ModelFault(
-                    "the process that tried it ended while it loaded the model or computed a "
-                    "batch of zeros: a crash, os._exit() or too little memory"
+                    "the trial process ended while it loaded the model or computed a batch of "
+                    "zeros: a crash, os._exit() or too little memory"
                 ) from None
             if why_not is not None:
                 raise ModelFault(why_not)
             return
         raise ModelFault(
             f"loading it and one batch of zeros took more than {within_s:.0f} s. If it needs "
-            "longer, say so with --start-timeout."
+            "longer, raise --start-timeout."
         )
     finally:
         ray.kill(actor)
 
 
 def room_for(deployment: Deployment) -> bool:
-    """Whether the accelerators that one more replica takes are free now."""
+    """Whether the accelerators for one more replica are free now."""
     wanted = deployment.gpus_per_replica
     return wanted == 0 or ray.available_resources().get("GPU", 0.0) >= wanted
 
@@ -63,7 +62,7 @@ def room_for(deployment: Deployment) -> bool:
 @final
 class _Trial:
     def why_not(self, deployment: Deployment, before: Deployment) -> str | None:
-        """What keeps the version from being served; None if nothing does."""
+        """Return the reason why the version cannot be served; None if it can."""
         try:
             model = _loaded(deployment)
             for rows in _ROWS:
@@ -72,7 +71,7 @@ class _Trial:
                 model.rehearse(1, finite=True)
             except ModelFault as fault:
                 if _is_finite(before):
-                    return f"on zeros, {fault} The version that runs answers them with numbers."
+                    return f"on zeros, {fault} The running version answers them with numbers."
         except (ModelFault, SpecError) as error:
             return str(error)
         return None
@@ -88,7 +87,7 @@ def _loaded(deployment: Deployment) -> ServedModel:
 
 
 def _is_finite(deployment: Deployment) -> bool:
-    """Whether the version answers zeros with numbers; not where it cannot be loaded any more."""
+    """Whether the version answers zeros with finite numbers; False if it fails to load now."""
     try:
         _loaded(deployment).rehearse(1, finite=True)
     except (ModelFault, SpecError):

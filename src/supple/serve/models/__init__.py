@@ -1,1 +1,1 @@
-"""The user's model: loaded, checked, measured, and its answers cut into requests."""
+"""The user's model: load it, check it, measure it, and split its batch answers into responses."""

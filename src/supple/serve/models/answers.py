@@ -1,7 +1,7 @@
-"""What a model returned for a batch, as the outputs of each of its requests.
+"""Split a model's answer to a batch into the outputs of each request, and validate them.
 
-A request's rows are looked at by themselves: what is wrong with them is said of them alone. Rows of
-different lengths are a list with one tensor for each, which nothing is padded to.
+The rows of each request are validated separately, so that an error concerns one request only. Rows
+of different lengths are a list with one tensor for each row, without padding.
 """
 
 import sys
@@ -22,25 +22,25 @@ _TEXT: Final = frozenset({str, bytes})
 
 @final
 class AnswerCheck:
-    """Checks answers against what a class declares; without a declaration, only that they can be
-    sent."""
+    """Validates answers against the declared outputs; without a declaration, only that the protocol
+    can carry them."""
 
     def __init__(self, specs: Sequence[TensorSpec], *, allow_nan: bool) -> None:
         self._specs = {spec.name: spec for spec in specs}
         self.allow_nan = allow_nan
         self._free = {spec.name for spec in specs if -1 in spec.shape}
         self.shares = not self._free
-        """Whether the rows of an answer are known not to depend on one another's lengths."""
+        """Whether the length of each answer row is independent of the other rows."""
 
     def split(self, answer: Any, rows: Sequence[int]) -> list[Outputs | ModelFault]:
-        """The outputs of each request, or what is wrong with them. Raises `ModelFault` for what is
-        wrong with the answer as a whole."""
+        """Return the outputs of each request, or its `ModelFault`. Raises `ModelFault` for an error
+        in the whole answer."""
         named = self._named(answer)
         self.shares = all(isinstance(named[name], list) for name in self._free)
         if not self.shares and len(rows) > 1:
             raise ModelFault(
-                "an output is declared with a -1 and came as one tensor for several requests: "
-                "return a list, a tensor for each row"
+                "an output is declared with a -1 and was returned as one tensor for several "
+                "requests: return a list with a tensor for each row"
             )
         found: list[Outputs | ModelFault] = [{} for _ in rows]
         for name, value in named.items():
@@ -53,8 +53,8 @@ class AnswerCheck:
         return found
 
     def part(self, answer: Any) -> Outputs:
-        """The outputs of one part of a stream, of any number of rows, and as declared. Raises
-        `ModelFault`."""
+        """Validate one part of a stream against the declared outputs; it may have any number of
+        rows. Raises `ModelFault`."""
         found: Outputs = {}
         for name, value in self._named(answer, "stream() yielded").items():
             array = _tensor(name, value)
@@ -84,8 +84,8 @@ class AnswerCheck:
         if isinstance(value, list):
             if len(value) != batch:
                 raise ModelFault(
-                    f"output {name!r} is a list of {len(value)} for a batch of {batch}: it holds a "
-                    "tensor for each row"
+                    f"output {name!r} is a list of {len(value)} for a batch of {batch}: it must "
+                    "have a tensor for each row"
                 )
             for start, end in bounds:
                 try:
@@ -98,7 +98,7 @@ class AnswerCheck:
             return
         array = _tensor(name, value, are_strings_checked=False)
         self._refuse_shape(name, array, batch)
-        if array.dtype.kind != "O" and self._is_sent(array):  # all of it: no part need be looked at
+        if array.dtype.kind != "O" and self._is_sent(array):  # valid as a whole: skip the parts
             yield from (array[start:end] for start, end in bounds)
             return
         for start, end in bounds:
@@ -115,7 +115,7 @@ class AnswerCheck:
         if array.shape[:1] != (rows,):
             raise ModelFault(
                 f"output {name!r} has shape {list(array.shape)} for a batch of {rows}: its first "
-                "dim must be the rows of the batch"
+                "dim must be the number of rows"
             )
         self._refuse_other(name, array)
 
@@ -134,12 +134,12 @@ class AnswerCheck:
             bad = array.size - int(np.isfinite(array).sum())
             raise ModelFault(
                 f"output {name!r} has {bad} of {array.size} values that are NaN or infinite. Set "
-                "allow_nan = True in the class if that is an answer."
+                "allow_nan = True in the class if that is a valid answer."
             )
 
 
 def _listed(value: Any) -> Any:
-    """`value` as a list where it is one by another name: a tuple, or an array of objects."""
+    """Convert a tuple, or a one-dimensional array of objects, to a list."""
     if isinstance(value, tuple):
         return list(value)
     if isinstance(value, np.ndarray) and value.dtype.kind == "O" and value.ndim == 1:
@@ -148,32 +148,32 @@ def _listed(value: Any) -> Any:
 
 
 def _stacked(name: str, samples: Sequence[Any]) -> Array:
-    """The rows of one request as one tensor. Raises `ModelFault` where they differ in shape."""
+    """Stack the rows of one request to one tensor. Raises `ModelFault` if they differ in shape."""
     kinds = set(map(type, samples))
     if kinds <= _NUMBERS or kinds <= _TEXT:
         return _tensor(name, samples)
     arrays = [_tensor(name, sample) for sample in samples]
     if len({array.shape for array in arrays}) > 1:
         raise ModelFault(
-            f"the rows of output {name!r} differ in shape, and those of one request travel as one "
-            "tensor: send rows whose answers differ in length in requests of their own"
+            f"the rows of output {name!r} differ in shape, and those of one request are sent as "
+            "one tensor: send rows whose answers differ in length in separate requests"
         )
     return np.stack(arrays)
 
 
 def _tensor(name: str, value: Any, *, are_strings_checked: bool = True) -> Array:
-    """`value` as an array of a type the protocol has. Raises `ModelFault`."""
+    """Convert `value` to an array of a dtype the protocol has. Raises `ModelFault`."""
     torch: Any = sys.modules.get("torch")
     try:
         if torch is not None and isinstance(value, torch.Tensor):
             value = value.detach().cpu().numpy()
-        # numpy would make an array of text as wide as its longest.
+        # A numpy text array is as wide as its longest element, so text is stored as objects.
         array = np.asarray(value, dtype=object if _is_text(value) else None)
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
     except BaseException as error:
         raise ModelFault(
-            f"output {name!r} is a {type(value).__name__} that no array can be made of: "
+            f"output {name!r} is a {type(value).__name__}, which cannot be converted to an array: "
             f"{type(error).__name__}",
         ) from None
     if array.dtype.kind in "US":
@@ -193,16 +193,16 @@ def _is_text(value: Any) -> bool:
 
 
 def _strings(name: str, array: Array) -> Array:
-    """An array of objects as one of bytes. Raises `ModelFault` for what is no string."""
+    """Convert the elements of an object array to bytes. Raises `ModelFault` if one is no string."""
     flat = np.empty(array.size, dtype=object)
     for index, item in enumerate(array.ravel()):
         if not isinstance(item, str | bytes):
             raise ModelFault(
-                f"output {name!r} is made of objects and holds a {type(item).__name__}; the "
+                f"output {name!r} is an array of objects with a {type(item).__name__}; the "
                 "protocol carries numbers, strings and bytes"
             )
         try:
             flat[index] = item.encode() if isinstance(item, str) else bytes(item)
-        except BaseException:  # not UTF-8, or what a subclass does
+        except BaseException:  # not UTF-8, or raised by a subclass of str
             raise ModelFault(f"output {name!r} has a string that is not UTF-8") from None
     return flat.reshape(array.shape)

@@ -1,8 +1,8 @@
-"""What a model's code did wrong, and how much of it is told to whom.
+"""Errors of the user's model code, with separate texts for its author, the client and the log.
 
-The exception's own words and lines of source are for the author, at start and in a profile, where
-no request has come yet. Once requests come, both may hold what a caller sent: a caller is told
-neither, and the log gets the exception's type and where in the author's files it was raised.
+At start and in a profile no request has arrived: the author gets the exception's message and
+source lines. Once requests arrive, both may contain data of a client. A client then gets neither,
+and the log gets the exception's type and the places in the author's files.
 """
 
 import logging
@@ -18,36 +18,36 @@ _PACKAGE: Final = str(Path(__file__).resolve().parent.parent)
 _MOST_FRAMES: Final = 8
 _LOG_EVERY_S: Final = 1.0
 FAILED: Final = "the model failed on this request"
-"""What a caller is told of an exception."""
+"""The text a client gets for any exception of the model."""
 
 
 @final
 class ModelFault(Exception):
-    """What the user's code did wrong, said for the person who wrote it."""
+    """An error of the user's model code; the message is for the author of the model."""
 
-    def __init__(self, message: str, *, told: str | None = None, where: str = "") -> None:
-        """`told` is what a caller may read, None: the message; `where` what a log may keep, empty:
-        what is told."""
+    def __init__(self, message: str, *, for_client: str | None = None, where: str = "") -> None:
+        """`for_client` is the text a client may read, by default `message`; `where` is the text for
+        the log, by default `for_client`."""
         super().__init__(message)
-        self.told = message if told is None else told
-        self.where = where or self.told
+        self.for_client = message if for_client is None else for_client
+        self.where = where or self.for_client
 
 
 def raised(what: str, error: BaseException) -> ModelFault:
-    """The fault of user code that raised `error`; `what` begins the author's message."""
+    """Return a `ModelFault` for an exception of user code; its message begins with `what`."""
     return ModelFault(
-        f"{what}:\n{user_traceback(error)}", told=FAILED, where=f"{what}: {places(error)}"
+        f"{what}:\n{user_traceback(error)}", for_client=FAILED, where=f"{what}: {places(error)}"
     )
 
 
 def user_traceback(error: BaseException) -> str:
-    """The traceback without the frames of this package: the user's own lines."""
+    """Format the traceback of `error` without the frames of this package."""
     lines = traceback.format_list(_frames(error))
     return "".join([*lines, *traceback.format_exception_only(error)]).rstrip()
 
 
 def places(error: BaseException) -> str:
-    """The type of `error` and the user's lines that led to it, without a word of its message."""
+    """Return the type of `error` and the user's lines in its traceback, without its message."""
     frames = [f"{f.filename}:{f.lineno} in {f.name}" for f in _frames(error)[-_MOST_FRAMES:]]
     return " < ".join([type(error).__name__, *reversed(frames)])
 
@@ -63,8 +63,8 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 @final
 class FaultLog:
-    """Gives every fault a number that its caller is told, and writes a line with it to the log, at
-    most one a second: who sends bad requests shall not fill the disk."""
+    """A log of faults by number, at most one line a second, so that bad requests cannot fill the
+    disk. The client gets the number."""
 
     def __init__(
         self, logger: logging.Logger, *, now: Callable[[], float] = time.monotonic
@@ -72,17 +72,17 @@ class FaultLog:
         self._logger = logger
         self._now = now
         self._next_s = -math.inf
-        self._num_unsaid = 0
+        self._num_skipped = 0
 
     def number(self, error: Exception) -> str:
-        """The number of `error`, which is in the log now if its turn has come."""
+        """Return a new random number for `error`, and log it unless a line was logged just now."""
         found = secrets.token_hex(4)
         if self._now() < self._next_s:
-            self._num_unsaid += 1
+            self._num_skipped += 1
             return found
         where = error.where if isinstance(error, ModelFault) else f"unexpected {places(error)}"
-        unsaid = f" ({self._num_unsaid} before it were not written)" if self._num_unsaid else ""
-        self._logger.warning("error %s: %s%s", found, where, unsaid)
+        skipped = f" ({self._num_skipped} before it were not written)" if self._num_skipped else ""
+        self._logger.warning("error %s: %s%s", found, where, skipped)
         self._next_s = self._now() + _LOG_EVERY_S
-        self._num_unsaid = 0
+        self._num_skipped = 0
         return found

@@ -1,9 +1,9 @@
-"""The user's model: found, loaded, and every answer of it checked before it is sent.
+"""Find and load the user's model, and validate its answers.
 
 A model is a class with `load()` and `predict(batch)`; with `load(weights=None)` its weights can be
 swapped while it serves. `batch` is one array, or a dict of arrays by input name if the class names
-several inputs; rows are the first dim. It is handed torch tensors if `predict` is annotated with
-`torch.Tensor`, numpy arrays otherwise. What it may say of itself:
+several inputs; rows are the first dim. `predict` receives torch tensors if its parameter is
+annotated with `torch.Tensor`, otherwise numpy arrays. Optional class attributes:
 
     inputs = {"pixels": "float32[64]"}    # one row: dtype and shape, -1 for any length
     outputs = {"digit": "int64[]"}        # checked if given
@@ -11,8 +11,8 @@ several inputs; rows are the first dim. It is handed torch tensors if `predict` 
     allow_nan = True                      # NaN and infinity are answers, not faults
     retry_safe = False                    # a request may not be computed or sent twice
 
-Where the rows of an output differ in length, it is declared with a -1 and returned as a list, a
-tensor for each row.
+If the rows of an output differ in length, declare it with a -1 and return a list, with a tensor for
+each row.
 """
 
 import ast
@@ -40,8 +40,8 @@ _DEFAULT_MAX_BATCH = 64
 
 
 def check_target(target: str) -> tuple[str, str]:
-    """`"app.py:Model"` as (path, class), read without running it; the path of a saved program
-    as (path, ""). Raises `SpecError`."""
+    """Validate a target such as `"app.py:Model"` without running it, and return (path, class); for
+    a saved program return (path, ""). Raises `SpecError`."""
     if target.endswith(".pt2") and Path(target).is_file():
         return target, ""
     path, class_name = split_target(target)
@@ -82,19 +82,19 @@ def check_target(target: str) -> tuple[str, str]:
     node = classes[class_name]
     methods = {m.name for m in node.body if isinstance(m, ast.FunctionDef | ast.AsyncFunctionDef)}
     if not node.bases and "predict" not in methods:
-        raise SpecError(f"{class_name} in {path} has no predict(self, batch), which answers.")
+        raise SpecError(f"{class_name} in {path} has no predict(self, batch). Add the method.")
     return path, class_name
 
 
 def split_target(target: str) -> tuple[str, str]:
-    """`"app.py:Model"` as (path, class); the class is empty where none is named."""
+    """Split a target such as `"app.py:Model"` into (path, class); the class may be empty."""
     path, colon, class_name = target.rpartition(":")
     return (path, class_name) if colon else (target, "")
 
 
 def declared(target: str, attribute: str, default: Any) -> Any:
-    """The literal value the class of `target` gives `attribute`, read without running it; `default`
-    if it gives none in its own body. Raises `SpecError` as `check_target` does."""
+    """Read the literal value of a class attribute of `target` without running the file; `default`
+    if the class body has none. Raises `SpecError` as `check_target` does."""
     path, class_name = check_target(target)
     tree = ast.parse(Path(path).read_bytes()) if class_name else ast.Module([], [])
     bodies = [n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name]
@@ -117,11 +117,11 @@ def load_model(
     weights: str | None = None,
     source: bytes | None = None,
 ) -> "ServedModel":
-    """The model of `target`, imported and loaded: its `load()`, or `load(weights)`, has returned.
-    `source` is what its file was when it was read; None: the file is read now.
+    """Import the class of `target`, create the model, and call its `load()` or `load(weights)`.
+    `source` is the content of the file from an earlier read; None: read the file now.
 
-    Raises `SpecError` for what a check without running would refuse, and `ModelFault`, with the
-    user's own traceback, for what the code does when it is run.
+    Raises `SpecError` if `check_target` refuses the target, and `ModelFault`, with the user's
+    traceback, if the code raises.
     """
     path, class_name = check_target(target) if source is None else split_target(target)
     if not class_name:
@@ -136,24 +136,24 @@ def load_model(
     module = importlib.util.module_from_spec(found)
     sys.modules[_MODULE] = module
     text = Path(path).read_bytes() if source is None else source
-    # So that tracebacks show these lines, whatever is in the file by then.
+    # Tracebacks then show these lines even if the file has changed.
     lines = text.decode(errors="replace").splitlines(keepends=True)
     linecache.cache[path] = (len(text), None, lines, path)
     try:
         exec(compile(text, path, "exec"), module.__dict__)
         user: Any = getattr(module, class_name)()
     except BaseException as error:
-        raise ModelFault(f"{target} could not be made:\n{user_traceback(error)}") from None
+        raise ModelFault(f"{target} could not be created:\n{user_traceback(error)}") from None
     return ServedModel(user, name=name or Path(path).stem, weights=weights)
 
 
 @final
 class ServedModel:
-    """A loaded model behind checks. Not thread-safe: one `predict` at a time."""
+    """A loaded model with validation. Not thread-safe: one `predict` at a time."""
 
     def __init__(self, user: Any, *, name: str, weights: str | None = None) -> None:
-        """Read what `user` says of itself and call its `load()`, if it has one; `load(weights)` if
-        weights are named."""
+        """Read the declarations of `user`, and call its `load()` if it has one, or `load(weights)`
+        if `weights` is given."""
         self.name = name
         self.user = user
         what = type(user).__name__
@@ -171,7 +171,7 @@ class ServedModel:
         arguments = () if weights is None else (weights,)
         if arguments and (load is None or not inspect.signature(load).parameters):
             raise SpecError(
-                f"weights {weights} were named, and load() of {what} takes none. Write "
+                f"weights {weights} were given, and load() of {what} takes none. Write "
                 "load(self, weights=None)."
             )
         if load is not None:
@@ -181,12 +181,12 @@ class ServedModel:
                 raise ModelFault(f"load() of {what} raised:\n{user_traceback(error)}") from None
 
     def renewed(self, weights: str | None) -> "ServedModel":
-        """The same class loaded anew, with other weights or with none named; this one is left as it
-        is. Raises `ModelFault` if it cannot be, or if it would take other inputs."""
+        """Return a new instance of the class, loaded with `weights`; this one is unchanged. Raises
+        `ModelFault` if loading fails, or if the new one declares other tensors."""
         try:
             user = type(self.user)()
         except BaseException as error:
-            raise ModelFault(f"could not be made anew:\n{user_traceback(error)}") from None
+            raise ModelFault(f"could not be created again:\n{user_traceback(error)}") from None
         fresh = ServedModel(user, name=self.name, weights=weights)
         if (fresh.inputs, fresh.outputs) != (self.inputs, self.outputs):
             raise ModelFault(f"with the weights {weights} the model declares other tensors")
@@ -194,11 +194,11 @@ class ServedModel:
 
     @property
     def streams(self) -> bool:
-        """Whether the model has `stream(batch)`, which yields parts of one answer."""
+        """Whether the model has `stream(batch)`, which yields the parts of an answer."""
         return callable(getattr(self.user, "stream", None))
 
     def check(self, inputs: Mapping[str, Array]) -> int:
-        """The rows of a request; `Refused` (400) for one the model does not take."""
+        """Return the number of rows of a request. Raises `Refused` (400) for invalid inputs."""
         if self.inputs:
             if inputs.keys() != self._by_name.keys():
                 refuse(
@@ -220,14 +220,14 @@ class ServedModel:
 
     @property
     def shares(self) -> bool:
-        """Whether requests may share a batch. Those of a model that declares an output of any
-        length may once it has answered with a list of rows; one tensor for all rows is as long as
-        the longest needs, so that a request's answer would depend on its neighbours'."""
+        """Whether requests may share a batch. With an output of any length they may only after the
+        model has returned it as a list of rows: a single tensor is padded to the longest row, so a
+        request's answer would depend on the others in its batch."""
         return self._answers.shares
 
     def predict(self, inputs: Mapping[str, Array]) -> Outputs:
-        """The model's answer to a checked request, itself checked: as many rows as went in, types
-        the protocol has, finite numbers. Raises `ModelFault`."""
+        """Return the model's outputs for a validated request. The outputs are validated too: number
+        of rows, dtypes of the protocol, finite numbers. Raises `ModelFault`."""
         (answer,) = self.answers(inputs, [next(iter(inputs.values())).shape[0]])
         if isinstance(answer, ModelFault):
             raise answer
@@ -236,29 +236,29 @@ class ServedModel:
     def answers(
         self, inputs: Mapping[str, Array], rows: Sequence[int]
     ) -> list[Outputs | ModelFault]:
-        """The same for several requests joined to one batch, of so many rows each: what is wrong
-        with the rows of one fails that one. Raises `ModelFault` for what is wrong with all or
-        cannot be told apart; its words may be about any of them."""
+        """Return the outputs, or the `ModelFault`, of each request of a joined batch; `rows` are
+        their numbers of rows. Raises `ModelFault` for an error in the whole batch, or in an unknown
+        part of it; its message may quote any of the requests."""
         try:
-            answer = self._predict(self._handed(inputs))
+            answer = self._predict(self._as_argument(inputs))
         except BaseException as error:
             raise raised(f"predict() raised on a batch of {sum(rows)}", error) from None
         try:
             return self._answers.split(answer, rows)
         except ModelFault:
             raise
-        except BaseException as error:  # code of the user's too: of a dict, or of a str
+        except BaseException as error:  # the answer may be a user's subclass of dict or str
             raise raised("what predict() returned raised", error) from None
 
     def stream(
         self, inputs: Mapping[str, Array], leaving: Leaving | None = None
     ) -> Iterator[Outputs]:
-        """The parts of an answer to one request, checked like `predict`'s but for their rows. The
-        user's generator, which may be an asynchronous one, is closed when this one is; what it
-        awaits is cancelled by `leaving`."""
+        """Yield the parts of an answer, validated like `predict`'s except for the number of rows.
+        Closing this generator closes the user's, which may be asynchronous; `leaving` cancels what
+        that one awaits."""
         parts: Any = None
         try:
-            parts = self.user.stream(self._handed(inputs))
+            parts = self.user.stream(self._as_argument(inputs))
             if hasattr(parts, "__anext__"):
                 parts = in_this_thread(parts, leaving or Leaving())
             for part in parts:
@@ -273,8 +273,8 @@ class ServedModel:
                 close()
 
     def example(self, rows: int = 1, length: int = 1) -> dict[str, Array]:
-        """Zeros of `rows` rows in the shape of the declared inputs, `length` where any fits;
-        empty if the model declares none."""
+        """Return zeros for the declared inputs, with `rows` rows, and `length` for each dim of any
+        length; empty if the model declares none."""
         return {
             spec.name: np.zeros(
                 (rows, *(length if d == -1 else d for d in spec.shape)), dtype=spec.dtype
@@ -285,7 +285,7 @@ class ServedModel:
 
     def rehearse(self, rows: int, *, finite: bool = False) -> None:
         """Predict a batch of zeros, if the inputs are declared and `max_batch` allows it. Raises
-        `ModelFault` as `predict` does, for NaN only if `finite`: zeros may have no answer."""
+        `ModelFault` as `predict` does, for NaN only if `finite`: zeros may be no valid input."""
         batch = self.example(rows)
         if rows > self.max_batch or not batch or len(batch) < len(self.inputs):
             return
@@ -301,25 +301,25 @@ class ServedModel:
         finally:
             self._answers.allow_nan = before
 
-    def _handed(self, inputs: Mapping[str, Array]) -> Any:
-        handed: dict[str, Any] = dict(inputs)
+    def _as_argument(self, inputs: Mapping[str, Array]) -> Any:
+        arrays: dict[str, Any] = dict(inputs)
         if self._as_torch:
             import torch
 
-            handed = {
-                # A request's array may look into its body, which torch must not write to.
+            arrays = {
+                # An array may share memory with the request's body, which torch must not write to.
                 name: torch.from_numpy(array if array.flags.writeable else array.copy())
                 for name, array in inputs.items()
             }
-        return next(iter(handed.values())) if len(handed) == 1 else handed
+        return next(iter(arrays.values())) if len(arrays) == 1 else arrays
 
 
 def _method(user: Any, name: str, what: str) -> Callable[[Any], Any]:
     method = getattr(user, name, None)
     if not callable(method) or inspect.iscoroutinefunction(method):
         raise SpecError(
-            f"{what} needs a method {name}(self, batch), a plain one: it runs in a thread of its "
-            "own, so it may block."
+            f"{what} needs a method {name}(self, batch) that is not async: it runs in its own "
+            "thread, so it may block."
         )
     return method
 

@@ -1,8 +1,8 @@
-"""A model's latency profile: measured in a process of its own, stored as JSON, read again.
+"""Measure a model's latency profile in a separate process, store it as JSON, and read it.
 
-The process is a replica's: start-up is from its start to the model's first answer, memory is its
-peak. Batches of 1, 2, 4 … rows of zeros of the declared inputs are run; where a declared dim is of
-any length, at each length that is asked for.
+Start-up is the time from the start of the process to the model's first answer; memory is the peak
+of the process. The batches have 1, 2, 4 … rows of zeros of the declared inputs. If a declared dim
+has any length, each requested length is measured.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ from supple.serve.models.model import ServedModel, check_target, load_model
 
 _FORMAT: Final = 1
 _MOST_SAMPLES: Final = 50
-_LEAST_SAMPLES: Final = 5
+_LEAST_SAMPLES: Final = 5  # timed calls for each batch size, even beyond `SECONDS_PER_BATCH`
 SECONDS_PER_BATCH = 0.5
-"""To spend on each batch size."""
+"""Measuring time for each batch size."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredProfile:
-    """What was measured of one model on one machine."""
+    """The stored measurements of one model on one machine."""
 
     target: str
     source: str
@@ -48,8 +48,8 @@ class StoredProfile:
     """Points by input length, ascending; one entry where no dim has an open length."""
 
     def profile(self, length: int | None = None) -> LatencyProfile:
-        """At the shortest measured length that is at least `length`; without one, at the longest:
-        a promise has to hold for those too."""
+        """The profile at the shortest measured length that is at least `length`; otherwise, or
+        without `length`, at the longest: the SLO includes the longest requests."""
         fitting = [points for size, points in self.lengths if length is None or size >= length]
         points = fitting[0] if fitting and length is not None else self.lengths[-1][1]
         return LatencyProfile(
@@ -58,25 +58,25 @@ class StoredProfile:
 
 
 def machine() -> str:
-    """The name of what was measured on, as far as the time of a batch depends on it."""
+    """Describe this machine by the properties that determine the time of a batch."""
     return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 def source_of(target: str) -> str:
-    """SHA-256 of the file of `target`. Raises `SpecError` if it has no such class."""
+    """Return the SHA-256 of the file of `target`. Raises `SpecError` if it has no such class."""
     path, _ = check_target(target)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def place(target: str) -> Path:
-    """Where the profile of `target` is stored, below the folder one works in."""
+    """Return the path of the stored profile of `target`, relative to the working folder."""
     path, class_name = check_target(target)
     return Path("supple-runs/profiles") / f"{Path(path).stem}-{class_name}.json"
 
 
 def known(target: str, path: Path | None = None) -> StoredProfile | None:
-    """What was measured of this very model on this machine; None if nothing was. Raises `SpecError`
-    for a file that is no profile."""
+    """Return the stored profile of the current version of `target` on this machine; None if there
+    is none. Raises `SpecError` for a file that is no profile."""
     path = path or place(target)
     if not path.exists():
         return None
@@ -85,9 +85,8 @@ def known(target: str, path: Path | None = None) -> StoredProfile | None:
 
 
 def refresh(target: str, points: Sequence[LatencyPoint]) -> bool:
-    """Batches measured in service take the place of those that are stored, size by size; whether
-    there was a profile to refresh. One of several input lengths is left alone: traffic does not
-    say which length it had."""
+    """Replace stored points by those measured in service, size by size; return whether a profile
+    was updated. A profile of several input lengths is not: the length of the traffic is unknown."""
     found = known(target)
     if found is None or len(found.lengths) != 1 or not points:
         return False
@@ -99,7 +98,7 @@ def refresh(target: str, points: Sequence[LatencyPoint]) -> bool:
 
 
 def write(profile: StoredProfile, path: Path) -> None:
-    """Store it; a reader sees the old file or the new one, never half of one."""
+    """Write the profile atomically: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f"{path.name}.{os.getpid()}")
     half.write_text(json.dumps({"format": _FORMAT} | asdict(profile), indent=1), encoding="utf-8")
@@ -107,7 +106,7 @@ def write(profile: StoredProfile, path: Path) -> None:
 
 
 def read(path: Path) -> StoredProfile:
-    """The stored profile; raises `SpecError` for a file that is none."""
+    """Read a stored profile. Raises `SpecError` for a file that is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.pop("format") != _FORMAT:
@@ -127,7 +126,7 @@ def read(path: Path) -> StoredProfile:
 
 
 def measure(target: str, *, lengths: Sequence[int] = (1,)) -> StoredProfile:
-    """Start a process, load the model in it and time its batches, `SECONDS_PER_BATCH` for each.
+    """Load the model in a new process and measure the time of its batches at each length.
 
     Raises `SpecError` for a model that cannot be measured and `ModelFault` for one that fails.
     """
@@ -141,9 +140,9 @@ def measure(target: str, *, lengths: Sequence[int] = (1,)) -> StoredProfile:
     ]
     began_s = time.monotonic()
     with (
-        tempfile.TemporaryFile("w+", errors="replace") as said,
+        tempfile.TemporaryFile("w+", errors="replace") as stderr,
         subprocess.Popen(
-            [*command, *map(str, lengths)], stdout=subprocess.PIPE, stderr=said, text=True
+            [*command, *map(str, lengths)], stdout=subprocess.PIPE, stderr=stderr, text=True
         ) as process,
     ):
         assert process.stdout is not None
@@ -155,20 +154,20 @@ def measure(target: str, *, lengths: Sequence[int] = (1,)) -> StoredProfile:
         except BaseException:
             process.kill()
             raise
-        said.seek(0)
-        errors = said.read()
-    told = [json.loads(line) for line in (first, rest.strip()) if line.startswith("{")]
-    for answer in told:
+        stderr.seek(0)
+        errors = stderr.read()
+    answers = [json.loads(line) for line in (first, rest.strip()) if line.startswith("{")]
+    for answer in answers:
         if "refused" in answer:
             raise SpecError(answer["refused"])
         if "fault" in answer:
             raise ModelFault(answer["fault"])
-    if process.returncode or len(told) != 2:
+    if process.returncode or len(answers) != 2:
         last = (errors.strip() or "nothing").splitlines()[-1]
         raise ModelFault(
             f"the process that measures {target} ended with {process.returncode}: {last}"
         )
-    found = told[1]
+    found = answers[1]
     try:
         return StoredProfile(
             target=target,
@@ -190,7 +189,7 @@ def _points(model: ServedModel, length: int, seconds: float) -> list[LatencyPoin
     points: list[LatencyPoint] = []
     for size in (*sizes, model.max_batch):
         example = model.example(size, length)
-        model.predict(example)  # the first of a shape may compile or allocate
+        model.predict(example)  # not timed: the first call of a shape may compile or allocate
         times: list[float] = []
         end_s = time.monotonic() + seconds
         while len(times) < _LEAST_SAMPLES or (
@@ -225,32 +224,33 @@ def _answer(target: str, seconds: float, lengths: Sequence[int]) -> dict[str, An
     model = load_model(target)
     if not model.example() or any(spec.dtype.kind == "O" for spec in model.inputs):
         raise SpecError(
-            f"{target} does not say what it takes, or takes strings, so there is nothing to "
-            'measure it with. Declare numbers in the class: inputs = {"x": "float32[64]"}.'
+            f"{target} declares no inputs, or takes strings, so there is nothing to measure it "
+            'with. Declare numbers in the class: inputs = {"x": "float32[64]"}.'
         )
     free = any(length == -1 for spec in model.inputs for length in spec.shape)
     wanted = sorted(set(lengths)) if free else [1]
     model.predict(model.example(1, wanted[0]))
-    _say({"ready": True})
+    _write_line({"ready": True})
     measured = [(n, [asdict(p) for p in _points(model, n, seconds)]) for n in wanted]
     return {"lengths": measured, "memory_bytes": _memory_bytes()}
 
 
-def _say(answer: dict[str, Any]) -> None:
+def _write_line(answer: dict[str, Any]) -> None:
     print(json.dumps(answer), file=sys.__stdout__, flush=True)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The measuring process: two lines of JSON, one once the model has answered, one at the end."""
+    """Entry point of the measuring process. It writes one JSON line after the model's first answer,
+    and one at the end."""
     target, seconds, *lengths = arguments
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not ours
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the two lines alone
             answer = _answer(target, float(seconds), [int(length) for length in lengths])
     except SpecError as error:
         answer = {"refused": str(error)}
     except ModelFault as error:
         answer = {"fault": str(error)}
-    _say(answer)
+    _write_line(answer)
 
 
 if __name__ == "__main__":

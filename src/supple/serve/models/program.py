@@ -1,7 +1,7 @@
-"""A program saved by `torch.export.save`, as a model: its tensors are read from the program itself.
+"""Serve a program saved by `torch.export.save`; its inputs are read from the program.
 
-The first dim of every input is the batch. Export it as dynamic; a program made for one batch size
-is served with that size only if it is 1.
+The first dim of every input is the batch and should be exported as dynamic. A program with a fixed
+batch size can be served only if that size is 1.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,10 +17,10 @@ _MOST_ROWS: Final = 64
 
 @final
 class SavedProgram:
-    """What `load_model` serves for the path of a saved program."""
+    """A saved program with the interface of a user's model class, for `load_model`."""
 
     def __init__(self, path: str) -> None:
-        """Read the program. Raises `SpecError` if it is none, or if it takes no batches."""
+        """Read the program. Raises `SpecError` for an invalid file or inputs without a batch."""
         try:
             self._program = torch.export.load(path)
         except Exception as error:
@@ -41,8 +41,8 @@ class SavedProgram:
             name, value = str(node.name), node.meta["val"]
             if not isinstance(value, torch.Tensor) or value.ndim == 0:
                 raise SpecError(
-                    f"the input {name} of {path} is no tensor with a first dim for the "
-                    "batch. Export a forward() of tensors only."
+                    f"the input {name} of {path} is not a tensor with a first dim for the batch. "
+                    "Export a forward() of tensors only."
                 )
             rows = value.shape[0]
             if isinstance(rows, int):
@@ -58,7 +58,7 @@ class SavedProgram:
 
     @torch.inference_mode()
     def predict(self, batch: "torch.Tensor | Mapping[str, torch.Tensor]") -> dict[str, Any]:
-        """The program's outputs, by name where it names them, otherwise output, output_1, …"""
+        """Return the program's outputs by its own names, or named output, output_1, …"""
         if isinstance(batch, torch.Tensor):
             answer = self._run(batch)
         else:

@@ -1,4 +1,4 @@
-"""One row of an input or output, as a class declares it: `"float32[3, -1]"`."""
+"""Declared dtype and shape of one row of an input or output: `"float32[3, -1]"`."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ _SPEC = re.compile(r"([a-z]+[0-9]*)\[([-0-9, ]*)\]")
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """One row of an input or output: without the batch dim; -1 is any length."""
+    """Dtype and shape of one row of an input or output, without the batch dim; -1: any length."""
 
     name: str
     dtype: np.dtype[Any]
@@ -24,11 +24,11 @@ class TensorSpec:
 
     @property
     def datatype(self) -> str:
-        """The protocol's name of `dtype`."""
+        """The protocol's name for `dtype`."""
         return DATATYPES[self.dtype]
 
     def admits(self, array: Array) -> bool:
-        """Whether rows of `array` are of this type and shape."""
+        """Whether the rows of `array` have this dtype and shape."""
         row = array.shape[1:]
         return (
             array.dtype == self.dtype
@@ -41,7 +41,7 @@ class TensorSpec:
 
 
 def parse_tensor(text: str, *, what: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    """`"float32[3, -1]"` as (dtype, shape); `"bytes[]"` is a string. Raises `SpecError`."""
+    """Parse `"float32[3, -1]"` as (dtype, shape); `"bytes[]"` is a string. Raises `SpecError`."""
     match = _SPEC.fullmatch(text.strip())
     lengths = [part.strip() for part in match[2].split(",")] if match and match[2].strip() else []
     try:
@@ -60,7 +60,7 @@ def parse_tensor(text: str, *, what: str) -> tuple[np.dtype[Any], tuple[int, ...
 
 
 def specs(user: Any, which: str, what: str) -> Iterator[TensorSpec]:
-    """What the class `what` of `user` declares as its `inputs` or `outputs`. Raises `SpecError`."""
+    """Parse the declared `inputs` or `outputs` (`which`) of `user`. Raises `SpecError`."""
     declared = getattr(user, which, None) or {}
     if not isinstance(declared, Mapping):
         raise SpecError(f'{which} of {what} must be a dict: {which} = {{"x": "float32[64]"}}.')

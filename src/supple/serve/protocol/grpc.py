@@ -1,7 +1,7 @@
-"""The Open Inference Protocol v2 over gRPC: wire bytes to the surface's requests, and back.
+"""The Open Inference Protocol v2 over gRPC: decode requests from wire bytes, encode responses.
 
-The messages are built from a table, in a pool of their own, so that another copy of the protocol
-in the same process does not clash with this one.
+The message classes are built from a table in a separate descriptor pool, so that another copy of
+the protocol in the same process does not conflict with this one.
 """
 
 import math
@@ -45,7 +45,7 @@ _CONTENTS: Final[Mapping[str, str]] = {
     "BYTES": "bytes_contents",
 }
 
-# Message: fields as "number name type", where * is repeated and % a map from string.
+# Message name to fields as "number name type"; * is repeated, % a map from string, | in a oneof.
 _MESSAGES: Final[Mapping[str, Sequence[str]]] = {
     "ServerLiveRequest": (),
     "ServerLiveResponse": ("1 live bool",),
@@ -154,17 +154,17 @@ MESSAGES: Final[Mapping[str, Any]] = _classes()
 
 
 def parse(method: str, wire: bytes, limits: RequestLimits) -> Any:
-    """The request message of `method` in `wire`, or `Refused`."""
+    """Return the request message of `method` in the bytes `wire`. Raises `Refused`."""
     _refuse_many_fields(wire, 3 * limits.max_tensors + limits.max_parameters + 8)
     try:
         return MESSAGES[f"{method}Request"].FromString(wire)
     except (message.DecodeError, ValueError):
-        refuse(f"the request is no inference.{method}Request")
+        refuse(f"the request is not an inference.{method}Request message")
 
 
 def _refuse_many_fields(wire: bytes, most: int) -> None:
-    """Raise `Refused` for a message of more than `most` fields: an input that is there and empty
-    takes two bytes on the wire and a hundred in memory."""
+    """Raise `Refused` for a message of more than `most` fields: an empty input takes two bytes on
+    the wire, but about a hundred in memory."""
     at = count = 0
     while at < len(wire):
         count += 1
@@ -179,11 +179,11 @@ def _refuse_many_fields(wire: bytes, most: int) -> None:
         elif tag & 7 in (1, 5):
             at += 8 if tag & 7 == 1 else 4
         else:
-            refuse("the request has a field of a kind that the protocol does not use")
+            refuse("the request has a field with a wire type that the protocol does not use")
 
 
 def _varint(wire: bytes, at: int) -> tuple[int, int]:
-    """The number at `at`, and where it ends; what is cut off is left to protobuf to refuse."""
+    """Return the varint at `at` and its end. protobuf refuses one that is cut off."""
     value = shift = 0
     for byte in wire[at : at + 10]:
         value |= (byte & 127) << shift
@@ -194,40 +194,40 @@ def _varint(wire: bytes, at: int) -> tuple[int, int]:
     return value, len(wire)
 
 
-def decode_infer(asked: Any, limits: RequestLimits) -> InferRequest:
-    """The request in a ModelInferRequest. Raises `Refused`, and nothing else."""
-    if not 0 < len(asked.inputs) <= limits.max_tensors:
-        refuse(f"{len(asked.inputs)} inputs; 1 to {limits.max_tensors} are taken")
-    if len(asked.outputs) > limits.max_tensors:
-        refuse(f"{len(asked.outputs)} outputs; at most {limits.max_tensors} are taken")
-    if len(asked.parameters) > limits.max_parameters:
-        refuse(f"{len(asked.parameters)} parameters; at most {limits.max_parameters} are taken")
-    raws = asked.raw_input_contents
-    if raws and len(raws) != len(asked.inputs):
-        refuse(f"{len(raws)} raw_input_contents for {len(asked.inputs)} inputs")
+def decode_infer(parsed: Any, limits: RequestLimits) -> InferRequest:
+    """Convert a ModelInferRequest message. Raises only `Refused`."""
+    if not 0 < len(parsed.inputs) <= limits.max_tensors:
+        refuse(f"{len(parsed.inputs)} inputs; 1 to {limits.max_tensors} are accepted")
+    if len(parsed.outputs) > limits.max_tensors:
+        refuse(f"{len(parsed.outputs)} outputs; at most {limits.max_tensors} are accepted")
+    if len(parsed.parameters) > limits.max_parameters:
+        refuse(f"{len(parsed.parameters)} parameters; at most {limits.max_parameters} are accepted")
+    raws = parsed.raw_input_contents
+    if raws and len(raws) != len(parsed.inputs):
+        refuse(f"{len(raws)} raw_input_contents for {len(parsed.inputs)} inputs")
     inputs: dict[str, Array] = {}
-    for index, tensor in enumerate(asked.inputs):
+    for index, tensor in enumerate(parsed.inputs):
         name = tensor.name
         if not 0 < len(name) <= 256 or name in inputs:
-            refuse(f"input {name[:80]!r}: each has a name of its own, of 1 to 256 characters")
+            refuse(f"input {name[:80]!r}: names must be unique and have 1 to 256 characters")
         shape = checked_shape(name, list(tensor.shape[: limits.max_dims + 1]), limits)
         dtype = checked_dtype(name, tensor.datatype)
         refuse_many_strings(name, dtype, shape, limits)
         if raws:
             if tensor.HasField("contents"):
-                refuse(f"input {name!r} has contents besides raw_input_contents; send one")
+                refuse(f"input {name!r} has both contents and raw_input_contents; send one")
             inputs[name] = from_bytes(name, raws[index], tensor.datatype, shape)
         else:
             inputs[name] = _from_contents(name, tensor, dtype, shape)
-    outputs = tuple(WantedOutput(name=o.name, binary=True) for o in asked.outputs)
+    outputs = tuple(WantedOutput(name=o.name, binary=True) for o in parsed.outputs)
     refuse_repeats(outputs)
     return InferRequest(
         inputs=inputs,
-        request_id=asked.id[:1024],
+        request_id=parsed.id[:1024],
         outputs=outputs,
         parameters={
             key: getattr(value, value.WhichOneof("parameter_choice") or "string_param")
-            for key, value in asked.parameters.items()
+            for key, value in parsed.parameters.items()
         },
     )
 
@@ -235,7 +235,7 @@ def decode_infer(asked: Any, limits: RequestLimits) -> InferRequest:
 def _from_contents(name: str, tensor: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     field = _CONTENTS.get(tensor.datatype)
     if field is None:
-        refuse(f"input {name!r}: {tensor.datatype} travels in raw_input_contents only")
+        refuse(f"input {name!r}: {tensor.datatype} must be sent in raw_input_contents")
     values = getattr(tensor.contents, field)
     count = math.prod(shape)
     if len(values) != count:
@@ -249,13 +249,13 @@ def _from_contents(name: str, tensor: Any, dtype: np.dtype[Any], shape: tuple[in
     try:
         return np.array(values, dtype=dtype).reshape(shape)
     except OverflowError:
-        refuse(f"input {name!r}: {field} holds values beyond {tensor.datatype}")
+        refuse(f"input {name!r}: {field} has values outside the range of {tensor.datatype}")
 
 
 def encode_infer(
     request: InferRequest, outputs: Mapping[str, Array], *, model: str, version: str
 ) -> Any:
-    """The ModelInferResponse, its tensors raw."""
+    """Return the ModelInferResponse message, with raw tensors."""
     answer = MESSAGES["ModelInferResponse"](
         model_name=model, model_version=version, id=request.request_id
     )

@@ -1,8 +1,8 @@
-"""The Open Inference Protocol v2 over HTTP: bytes to named numpy arrays, and back.
+"""The Open Inference Protocol v2 over HTTP: decode bytes to named numpy arrays, and encode them.
 
-JSON bodies and the binary tensor extension. A body that is not exactly what the protocol and the
-limits allow is a `Refused` with a status and a sentence, whatever it holds: nothing else leaves
-this file. Arrays keep the batch as their first dim.
+JSON bodies and the binary tensor extension. Every body that violates the protocol or the limits
+raises `Refused` with a status and a reason, and no other exception. The first dim of an array is
+the batch.
 """
 
 import contextlib
@@ -39,14 +39,14 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 
 DATATYPES: Final[Mapping[np.dtype[Any], str]] = {dtype: name for name, dtype in DTYPES.items()}
 
-_TAKEN: Final[Mapping[str, frozenset[type]]] = {
+_JSON_TYPES: Final[Mapping[str, frozenset[type]]] = {
     "b": frozenset({bool}),
     "u": frozenset({bool, int}),
     "i": frozenset({bool, int}),
     "f": frozenset({bool, int, float}),
     "O": frozenset({str}),
 }
-"""Kind of a tensor's type to what its JSON data may hold. Bool counts as 0 and 1."""
+"""Numpy kind of a tensor to the Python types its JSON data may hold. Bool counts as 0 and 1."""
 
 _SHOWN: Final[Mapping[type, str]] = {
     **{bool: "true or false", int: "whole numbers", float: "fractions"},
@@ -54,29 +54,29 @@ _SHOWN: Final[Mapping[type, str]] = {
 }
 
 _LARGE_BYTES: Final = 1024 * 1024
-"""JSON of which the garbage collector would walk through what is being made, many times over."""
+"""JSON size from which the garbage collector is off during parsing: see `_no_collection`."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLimits:
-    """What a request may ask for; each is checked before memory is taken for it."""
+    """Limits of one request; each is checked before memory is allocated."""
 
     max_body_bytes: int = 16 * 1024 * 1024
     max_tensors: int = 64
-    """Inputs, and outputs asked for."""
+    """Inputs, and requested outputs."""
     max_parameters: int = 256
     """Parameters of the request, and of each tensor."""
     max_dims: int = 16
     max_elements: int = 8 * 1024 * 1024
     """Per tensor."""
     max_strings: int = 256 * 1024
-    """Per tensor of BYTES, whose elements are made one by one: a tenth of a second."""
+    """Per tensor of BYTES. Its elements are created one by one, this many in about 0.1 s."""
 
 
 @final
 class Refused(Exception):
-    """A request that is answered with an error: `status` is HTTP's, the text says why."""
+    """A request is refused with an HTTP `status`; the message is the reason."""
 
     def __init__(self, message: str, status: int = 400, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -87,7 +87,7 @@ class Refused(Exception):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedOutput:
-    """An output a request names; `binary` asks for raw bytes behind the JSON."""
+    """An output that a request names; `binary`: as raw bytes after the JSON."""
 
     name: str
     binary: bool = False
@@ -96,23 +96,23 @@ class WantedOutput:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferRequest:
-    """One request. `inputs` is never empty; `outputs` empty means all of them."""
+    """One decoded inference request. `inputs` is never empty; empty `outputs` means all."""
 
     inputs: Mapping[str, Array]
     request_id: str = ""
     outputs: tuple[WantedOutput, ...] = ()
     binary_output: bool = False
-    """The default for outputs that are not named one by one."""
+    """Whether outputs are binary if the request names none."""
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def decode_request(
     body: bytes, *, json_bytes: int | None = None, limits: RequestLimits
 ) -> InferRequest:
-    """The request in `body`. `json_bytes` is `Inference-Header-Content-Length`: how much of the
-    body is JSON, the rest being raw tensors in the order of the inputs; None: all of it.
+    """Decode the body of an inference request. `json_bytes` is `Inference-Header-Content-Length`,
+    the size of the JSON part; raw tensors follow in the order of the inputs. None: all is JSON.
 
-    Raises `Refused`, and nothing else, for every body that is not a request within `limits`.
+    Raises `Refused`, and no other exception, for a body that is no request within `limits`.
     """
     if json_bytes is not None and not 0 < json_bytes <= len(body):
         refuse(
@@ -124,7 +124,7 @@ def decode_request(
     if not isinstance(tensors, list) or not tensors:
         refuse('the body has no "inputs", a list of at least one tensor')
     if len(tensors) > limits.max_tensors:
-        refuse(f"{len(tensors)} inputs; at most {limits.max_tensors} are taken")
+        refuse(f"{len(tensors)} inputs; at most {limits.max_tensors} are accepted")
     inputs: dict[str, Array] = {}
     for tensor in tensors:
         name, array, raw = _decode_tensor(tensor, raw, limits)
@@ -132,7 +132,7 @@ def decode_request(
             refuse(f"input {name!r} is given twice")
         inputs[name] = array
     if len(raw):
-        refuse(f"{len(raw)} bytes follow the last tensor; the binary_data_size of no input owns it")
+        refuse(f"{len(raw)} bytes follow the last tensor; no binary_data_size includes them")
     request_id = document.get("id", "")
     if not isinstance(request_id, str) or len(request_id) > 1024:
         refuse('"id" is a string of at most 1024 characters')
@@ -161,7 +161,7 @@ def _parse_json(text: bytes) -> dict[str, Any]:
     except ValueError as error:
         hint = ""
         if b"NaN" in text or b"Infinity" in text:
-            hint = "; NaN and infinities are no JSON numbers, send them as binary data"
+            hint = "; JSON has no NaN and no infinity, send them as binary data"
         refuse(f"the body is not JSON: {str(error)[:200]}{hint}")
     if not isinstance(document, dict):
         refuse("the body is JSON, but not an object with inputs")
@@ -170,8 +170,8 @@ def _parse_json(text: bytes) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Millions of new lists make the collector look at all of them again and again: 16 MiB of
-    `[],` took 2.2 s with it and 0.5 s without. They hold no cycles."""
+    """Disable the garbage collector in the block, for millions of new lists without cycles: parsing
+    16 MiB of `[],` took 2.2 s with it and 0.5 s without."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -188,7 +188,7 @@ def _parameters(owner: dict[str, Any], what: str, limits: RequestLimits) -> dict
     if not isinstance(found, dict):
         refuse(f'"parameters" of {what} is not an object')
     if len(found) > limits.max_parameters:
-        refuse(f"{len(found)} parameters of {what}; at most {limits.max_parameters} are taken")
+        refuse(f"{len(found)} parameters of {what}; at most {limits.max_parameters} are accepted")
     return found
 
 
@@ -211,14 +211,14 @@ def _decode_tensor(
     if "data" in tensor:
         refuse(f"input {name!r} has both data and binary_data_size; send one")
     if type(size) is not int or not 0 <= size <= len(raw):
-        told = size if isinstance(size, int | float) else "no number"
-        refuse(f"input {name!r}: binary_data_size is {told}, {len(raw)} bytes are left")
+        shown = size if isinstance(size, int | float) else "no number"
+        refuse(f"input {name!r}: binary_data_size is {shown}, {len(raw)} bytes are left")
     return name, from_bytes(name, raw[:size], tensor["datatype"], shape), raw[size:]
 
 
 def checked_shape(name: str, shape: object, limits: RequestLimits) -> tuple[int, ...]:
-    """`shape` as a tuple, or `Refused`: whole numbers from 0, within the limits. A length
-    of 0 makes no room for the others: numpy multiplies those, too."""
+    """Return `shape` as a tuple of whole numbers from 0. Raises `Refused`, also if the product of
+    the nonzero lengths is too large: numpy multiplies those too."""
     if not isinstance(shape, list | tuple) or not 0 < len(shape) <= limits.max_dims:
         refuse(f'input {name!r}: "shape" is a list of 1 to {limits.max_dims} whole numbers')
     for length in shape:
@@ -228,7 +228,7 @@ def checked_shape(name: str, shape: object, limits: RequestLimits) -> tuple[int,
     if count > limits.max_elements:
         refuse(
             f"input {name!r}: shape {list(shape)} is {count} elements; at most "
-            f"{limits.max_elements} are taken"
+            f"{limits.max_elements} are accepted"
         )
     return tuple(shape)
 
@@ -236,39 +236,39 @@ def checked_shape(name: str, shape: object, limits: RequestLimits) -> tuple[int,
 def refuse_many_strings(
     name: str, dtype: np.dtype[Any], shape: tuple[int, ...], limits: RequestLimits
 ) -> None:
-    """Raise `Refused` (413) for a tensor of more strings than are made one by one."""
+    """Raise `Refused` (413) for a BYTES tensor of more than `max_strings` elements."""
     if dtype.kind == "O" and (count := math.prod(shape)) > limits.max_strings:
         refuse(
-            f"input {name!r}: {count} elements of BYTES; at most {limits.max_strings} are taken",
+            f"input {name!r}: {count} elements of BYTES; at most {limits.max_strings} are accepted",
             413,
         )
 
 
 def checked_dtype(name: str, datatype: object) -> np.dtype[Any]:
-    """The numpy type of a protocol `datatype`, or `Refused`. BF16 becomes float32."""
+    """Return the numpy dtype of a protocol `datatype`, float32 for BF16. Raises `Refused`."""
     if datatype == "BF16":
         return DTYPES["FP32"]
     if not isinstance(datatype, str) or datatype not in DTYPES:
-        told = repr(datatype[:40]) if isinstance(datatype, str) else "no string and"
-        refuse(f"input {name!r}: datatype {told} is none of {', '.join(DTYPES)}, BF16")
+        shown = repr(datatype[:40]) if isinstance(datatype, str) else "no string and"
+        refuse(f"input {name!r}: datatype {shown} is none of {', '.join(DTYPES)}, BF16")
     return DTYPES[datatype]
 
 
 def _from_json(
     name: str, data: object, dtype: np.dtype[Any], shape: tuple[int, ...], limits: RequestLimits
 ) -> Array:
-    """The tensor in `data`, flat or nested. What it holds is looked at before an array is made:
-    numpy makes one as wide as the longest string it is handed."""
+    """Decode `data`, a flat or nested list. Element types are checked before an array is created:
+    numpy makes an array of strings as wide as the longest one."""
     if not isinstance(data, list):
         refuse(f'input {name!r}: "data" is a list')
     if dtype.kind == "f" and len(data) == math.prod(shape):
-        try:  # mostly it is a flat list of numbers; this takes nothing else, and makes 8 bytes each
+        try:  # fast path: packs a flat list of numbers, 8 bytes each, and raises for anything else
             return _floats(name, np.frombuffer(packed("d", data)), dtype, shape)
         except TypeError:
             pass  # nested, or wrong
     values, kinds = _flat(name, data, limits.max_dims)
-    if not kinds <= _TAKEN[dtype.kind]:
-        wrong = next(iter(kinds - _TAKEN[dtype.kind]))
+    if not kinds <= _JSON_TYPES[dtype.kind]:
+        wrong = next(iter(kinds - _JSON_TYPES[dtype.kind]))
         if dtype.kind == "O":
             refuse(f"input {name!r}: BYTES data holds strings, not {_SHOWN[wrong]}")
         refuse(f"input {name!r}: data holds {_SHOWN[wrong]} and does not fit in {DATATYPES[dtype]}")
@@ -288,12 +288,12 @@ def _floats(name: str, wide: Array, dtype: np.dtype[Any], shape: tuple[int, ...]
     with np.errstate(over="ignore"):
         narrow = wide.astype(dtype, copy=False)
     if not np.isfinite(narrow).all():
-        refuse(f"input {name!r}: data is beyond the range of {DATATYPES[dtype]}")
+        refuse(f"input {name!r}: data is outside the range of {DATATYPES[dtype]}")
     return narrow.reshape(shape)
 
 
 def _flat(name: str, data: list[Any], max_dims: int) -> tuple[list[Any], set[type]]:
-    """The elements of nested lists, and their types; `Refused` if the lists differ in length."""
+    """Flatten nested lists: their elements, and the element types. Raises `Refused` if ragged."""
     for _ in range(max_dims):
         kinds = set(map(type, data))
         if list not in kinds:
@@ -314,8 +314,8 @@ def _objects(name: str, items: Sequence[bytes], shape: tuple[int, ...]) -> Array
 
 
 def from_bytes(name: str, raw: memoryview | bytes, datatype: str, shape: tuple[int, ...]) -> Array:
-    """The tensor in `raw`: little-endian elements, or for BYTES each with its length before it as
-    a little-endian uint32. The array may share memory with `raw`. Raises `Refused`."""
+    """Decode a raw tensor: little-endian elements; BYTES elements follow their length, a
+    little-endian uint32. The array may share memory with `raw`. Raises `Refused`."""
     if datatype == "BYTES":
         return _objects(name, _split_strings(name, bytes(raw), math.prod(shape)), shape)
     width = 2 if datatype == "BF16" else DTYPES[datatype].itemsize
@@ -344,7 +344,7 @@ def _split_strings(name: str, raw: bytes, count: int) -> list[bytes]:
     at = 0
     while at < len(raw):
         if len(found) == count:
-            refuse(f"input {name!r}: BYTES data goes on after {count} elements, all of its shape")
+            refuse(f"input {name!r}: BYTES data continues after the {count} elements of its shape")
         if at + 4 > len(raw):
             refuse(f"input {name!r}: BYTES data ends inside a length")
         (length,) = struct.unpack_from("<I", raw, at)
@@ -373,13 +373,13 @@ def _wanted(outputs: object, limits: RequestLimits) -> tuple[WantedOutput, ...]:
 
 
 def refuse_repeats(outputs: Sequence[WantedOutput]) -> None:
-    """Raise `Refused` if an output is asked for twice: an answer is no longer than the model's."""
+    """Raise `Refused` if an output is requested twice: it would multiply the response."""
     if len({output.name for output in outputs}) != len(outputs):
-        refuse("an output is asked for twice")
+        refuse("an output is requested twice")
 
 
 def chosen(request: InferRequest, outputs: Mapping[str, Array]) -> list[tuple[WantedOutput, Array]]:
-    """The outputs the request asked for, in its order; `Refused` for one the model lacks."""
+    """Return the requested outputs in the requested order. Raises `Refused` if one is missing."""
     if not request.outputs:
         return [
             (WantedOutput(name=name, binary=request.binary_output), array)
@@ -396,7 +396,7 @@ def chosen(request: InferRequest, outputs: Mapping[str, Array]) -> list[tuple[Wa
 def encode_response(
     request: InferRequest, outputs: Mapping[str, Array], *, model: str, version: str
 ) -> tuple[bytes, int | None]:
-    """The body of the answer, and how much of it is JSON (None: all of it, no binary output)."""
+    """Return the body of the response, and the size of its JSON part (None: all is JSON)."""
     tensors: list[dict[str, Any]] = []
     tail: list[bytes] = []
     for wanted, array in chosen(request, outputs):
@@ -431,11 +431,11 @@ def _texts(name: str, array: Array) -> list[str]:
 
 
 def _refuse_in_json(name: str, what: str) -> NoReturn:
-    refuse(f"output {name!r} has {what}, which JSON cannot say: ask for binary_data", 406)
+    refuse(f"output {name!r} has {what}, which JSON cannot encode: set binary_data", 406)
 
 
 def datatype_of(array: Array) -> str:
-    """The protocol's name of an output's type; `Refused` (500) if it has none."""
+    """Return the protocol datatype of an output. Raises `Refused` (500) if there is none."""
     name = DATATYPES.get(array.dtype.newbyteorder("="))
     if name is None:
         refuse(f"the model returned {array.dtype}, which the protocol cannot carry", 500)
@@ -443,7 +443,7 @@ def datatype_of(array: Array) -> str:
 
 
 def to_bytes(array: Array) -> bytes:
-    """The raw form of a tensor: what `from_bytes` reads."""
+    """Encode a tensor as raw bytes, the inverse of `from_bytes`."""
     if array.dtype.kind == "O":
         return b"".join(struct.pack("<I", len(item)) + item for item in array.ravel())
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes()
