@@ -39,8 +39,7 @@ def watch_over(which: str) -> "subprocess.Popen[bytes] | None":
 
 
 def left_behind(which: str) -> list[int]:
-    """Return the process ids that still belong to this Ray: agents, workers, and their forked
-    children."""
+    """Return the pids of this Ray's agents and workers, and of the workers' forked children."""
     mark = f"{MARK}={which}".encode()
     found: list[int] = []
     for name in os.listdir("/proc"):

@@ -111,8 +111,7 @@ def set_aside(spec: TrainSpec) -> str:
 
 
 def remove_ledger(run_path: Path) -> None:
-    """Remove an earlier run's ledger: a ledger of two runs proves nothing. Raises `SpecError` if it
-    cannot be removed."""
+    """Remove an earlier run's ledger. Raises `SpecError` if it cannot be removed."""
     for old in (run_path / "ledger").glob("*.jsonl"):
         try:
             old.unlink()

@@ -161,8 +161,7 @@ class Sights:
         self._onlookers: dict[str, Any] = {}
 
     def of(self, pid: int, node_id: str) -> Sight:
-        """Return access to process `pid` on node `node_id`. Raises `psutil.NoSuchProcess` if it is
-        on this machine and has ended."""
+        """Return access to a process. Raises `psutil.NoSuchProcess` if a local one has ended."""
         if node_id == self._here:
             return NearSight(pid)
         if node_id not in self._onlookers:

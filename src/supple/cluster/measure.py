@@ -30,8 +30,7 @@ _ROUNDS = 2
 consecutive steps differ. All counts are measured once, then again, so the interval shows the
 drift."""
 _STEPS, _NOISE_STEPS = 6, 12
-"""Timed steps per phase; untimed steps before the first phase of one worker, for its noise
-scale."""
+"""Timed steps of a phase; untimed steps before the first phase, for the noise scale."""
 _STEP_BUDGET_S = 0.25
 """Mean step time up to which a phase runs all its steps; slower single workers run fewer."""
 _ALONE = (

@@ -27,8 +27,7 @@ class NodeReports:
         self._due: dict[str, asyncio.TimerHandle] = {}
 
     def add(self, node_id: str, event: Event) -> None:
-        """Put a heartbeat within `GATHER_S`; any other event at once, with the node's waiting
-        ones."""
+        """Put a heartbeat within `GATHER_S`; other events at once, with the waiting ones."""
         self._gathered.setdefault(node_id, []).append(event)
         if not isinstance(event, Heartbeat):
             self.flush(node_id)

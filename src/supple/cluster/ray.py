@@ -293,8 +293,7 @@ class RayBackend(Backend):
     async def _answer(
         self, worker_id: WorkerId, worker: _Worker, sight: Sight, end: asyncio.Future[None]
     ) -> Report:
-        """Return the report of the worker's next poll. Raises the poll's Ray error, or
-        `ProcessGone`."""
+        """Return the report of the next poll. Raises Ray's error for it, or `ProcessGone`."""
         poll = asyncio.ensure_future(_resolved(worker.actor.poll.remote(_POLL_S)))
         poll.add_done_callback(_look_at_error)
         while True:
@@ -309,8 +308,7 @@ class RayBackend(Backend):
                 self._beat(worker_id, worker, None)
 
     async def _greet(self, worker_id: WorkerId, worker: _Worker) -> bool:
-        """Wait until the actor exists, with a heartbeat every second while it is queued; return
-        whether it started."""
+        """Wait until the actor exists, with heartbeats meanwhile; return whether it started."""
         greeting = asyncio.ensure_future(_resolved(worker.actor.hello.remote()))
         greeting.add_done_callback(_look_at_error)
         began = time.monotonic()
@@ -404,8 +402,7 @@ class RayBackend(Backend):
 
 
 def _look_at_error(answer: asyncio.Future[Any]) -> None:
-    """Retrieve the error, so that asyncio does not print it: a fenced worker's answer is not
-    awaited."""
+    """Retrieve the error of an unawaited answer, which asyncio would print otherwise."""
     if not answer.cancelled():
         answer.exception()
 

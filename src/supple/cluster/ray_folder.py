@@ -20,8 +20,7 @@ _LONGEST: Final = 107 - len("/r/session_2026-11-30_05-30-20_158092_4194304/socke
 
 @final
 class RayFolder:
-    """A folder closed to other users, and locked while in use: an unlocked one was left behind by a
-    killed process."""
+    """A folder closed to other users; unlocked, it was left behind by a killed process."""
 
     def __init__(self, longest: int = _LONGEST) -> None:
         """Remove left-over folders and make one, with a path of at most `longest` bytes. Raises
@@ -68,8 +67,7 @@ def remove_left() -> None:
 
 
 def _bases() -> list[Path]:
-    """Candidate parent folders, the preferred first; RAY_TMPDIR names a disk for Ray's spilled
-    objects."""
+    """Candidate parent folders, the preferred first: RAY_TMPDIR, then temporary folders."""
     named = os.environ.get("RAY_TMPDIR")
     return list(dict.fromkeys([*([Path(named).resolve()] if named else []), *temporary()]))
 

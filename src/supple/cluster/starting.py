@@ -35,8 +35,7 @@ _LEAST_FILES: Final = 4096
 """Limit on open files below which a failed start is blamed on that limit."""
 _folder: RayFolder | None = None
 _guards: list[subprocess.Popen[bytes]] = []
-"""At most one process. It ends what its Ray leaves behind, when this process ends or starts
-another Ray."""
+"""At most one process, which ends what an earlier Ray leaves behind."""
 _set: list[str] = []
 """Environment variables of this process that were set for the running Ray."""
 
@@ -111,8 +110,7 @@ def _what_it_lacks(folder: Path) -> str:
 
 
 def stop_ray(keep_logs: Path | None = None) -> None:
-    """Shut Ray down, or leave the cluster, and remove its folder; copy its logs to `keep_logs`
-    first."""
+    """Shut Ray down, or leave the cluster; copy its logs to `keep_logs`, remove its folder."""
     global _folder
     ray.shutdown()
     if _folder is not None:

@@ -1,5 +1,4 @@
-"""`WorkerBody`: the actor of one worker. One thread runs the user's function, two others serve the
-controller's calls."""
+"""`WorkerBody`: the actor of one worker; runs the user's function and serves the controller."""
 
 import contextlib
 import io
@@ -141,8 +140,7 @@ class WorkerBody:
             self._job.outlive()
 
     def _run(self) -> Event | None:
-        """Run the user's function; return the event of its end, None if this worker was
-        stopped."""
+        """Run the user's function; return its final event, None if this worker was stopped."""
         setup, spec = self._setup, self._setup.spec
         job_id = JobId(spec.name)
         run_path = Path(setup.run_path)
@@ -205,8 +203,7 @@ class WorkerBody:
 
     @contextlib.contextmanager
     def _captured_output(self, path: Path) -> Iterator[None]:
-        """Redirect the script's output to this worker's log, and rank 0's stdout to the user as
-        well."""
+        """Redirect the script's output to the worker's log; rank 0's stdout also to the user."""
         log = LogFile(path, self._lost_file)
         with contextlib.redirect_stdout(_Tee(log, self._print)), contextlib.redirect_stderr(log):
             yield

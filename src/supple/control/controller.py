@@ -203,8 +203,7 @@ class Controller:
                     observer.happened(event)
 
     async def _next_event(self, background: Sequence[asyncio.Future[None]]) -> Event:
-        """Return the next event. Raises a background task's error: without that task the job would
-        wait for ever."""
+        """Return the next event. Raises the error of a background task that has ended."""
         if self._queue.empty():
             getting = asyncio.ensure_future(self._queue.get())
             await asyncio.wait([getting, *background], return_when=asyncio.FIRST_COMPLETED)

@@ -70,8 +70,7 @@ def _held(path: Path, taken: str, advice: str) -> Iterator[bool]:
 
 
 def _lock(path: Path, taken: str, advice: str) -> tuple[int, bool]:
-    """Open and lock the file at `path`; return its descriptor, and False if the file system has no
-    locks."""
+    """Return an open descriptor of `path`, and whether it is locked (not on every disk)."""
     while True:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

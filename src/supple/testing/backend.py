@@ -110,8 +110,7 @@ class ScriptedBackend(Backend):
         self._listener = listener
 
     def round(self) -> None:
-        """Move all workers for `ROUND_S` seconds, in a random order, with the faults that are
-        due."""
+        """Move all workers for `ROUND_S` seconds, in random order; apply the faults due."""
         self._strike_by_time()
         world = self.world
         before = {worker_id: worker.step for worker_id, worker in world.workers.items()}

@@ -28,8 +28,7 @@ class FakeClock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One event in a job, at a time (s from the start) or while the worker that has `rank` computes
-    `step`."""
+    """A fault at a time (s from the start), or while the worker of `rank` computes `step`."""
 
     kind: FaultKind
     at: float | None = None

@@ -74,8 +74,7 @@ class ScriptedJob:
             self.do(action)
 
     def run(self, until: Callable[[], bool], *, max_rounds: int = 2000) -> None:
-        """Run rounds, with the script's faults, until `until()` is true. Raises `ProtocolViolation`
-        after `max_rounds`."""
+        """Run rounds until `until()`. Raises `ProtocolViolation` after `max_rounds`."""
         for _ in range(max_rounds):
             if until():
                 return

@@ -67,8 +67,7 @@ class Stage(Enum):
 
 
 Given = dict[WorkerId, tuple[TrainedState | None, bool]]
-"""By member that has entered a collective: its state, and whether it has heard of a next
-generation."""
+"""By member in a collective: its state, and whether it has heard of a next generation."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -339,8 +339,7 @@ class Job(JobProtocol):
         return self._meet(0.0) is not None
 
     def _meet(self, number: float) -> float | None:
-        """Wait for the other ranks; return the sum of `number` over all. None: that failed, and
-        another generation has formed."""
+        """Sum `number` over all ranks; None if that failed and another generation has formed."""
         group = self._group
         if group is None or self._membership is None:
             return number
@@ -378,8 +377,7 @@ class Job(JobProtocol):
         self._has_state = True
 
     def begin(self, restore: str | None) -> None:
-        """Begin with the state of checkpoint `restore`, or with the initial state: no rank holds
-        one."""
+        """Begin with the state of checkpoint `restore`, or with the initial state."""
         if restore is not None:
             is_named = restore == self._spec.resume
             self.saver.restore(restore, self._state, self._take, is_named=is_named)

@@ -136,8 +136,7 @@ class Hand:
         )
 
     def give(self, micro: MicroBatch) -> Iterator[Any]:
-        """Yield the data of `micro`. Raises `TrainingError` if the script takes the next one
-        without a step."""
+        """Yield the data. Raises `TrainingError` if the script goes on without a step."""
         self._micro, self.size = micro, micro.num_samples
         yield micro.data
         if self._micro is not None:

@@ -99,8 +99,7 @@ class Rehearsal:
         return [buffer for name, buffer in buffers if f"buffer/{name}" in changed]
 
     def _refuse_what_cannot_be_saved(self) -> None:
-        """Raise `TrainingError` for such a value. Run after the step too: then the optimizer has
-        made its state."""
+        """Raise `TrainingError` for such a value; also run after the step has made state."""
         optimizer = self._state.optimizer
         for number, group in enumerate(optimizer.param_groups):
             for key, value in _settings(group).items():
@@ -122,8 +121,7 @@ class Rehearsal:
 
 
 def _saved(name: str, thing: Any) -> Any:
-    """Return a private copy of `thing.state_dict()`. Raises `TrainingError` if it cannot be
-    saved."""
+    """Return a private copy of `thing.state_dict()`. Raises `TrainingError`."""
     try:
         value = thing.state_dict()
     except Exception as error:

@@ -88,8 +88,7 @@ class Reporter:
 
 
 def numbers(metrics: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
-    """Return the metrics of `job.report` detached from their graphs. Raises for a value that is not
-    a number."""
+    """Return the metrics detached from their graphs. Raises for a value that is no number."""
     return {
         name: value.detach() if isinstance(value, Tensor) else float(value)
         for name, value in metrics.items()

@@ -89,8 +89,7 @@ def load(script: str, function: str) -> Callable[[Any], None]:
 
 @contextmanager
 def without_a_command_line(script: str) -> Iterator[None]:
-    """Run the block, the script's code, with an empty command line; turn its `sys.exit` into
-    `SpecError`."""
+    """Run the block with an empty command line; turn `sys.exit` into `SpecError`."""
     ours, sys.argv = sys.argv, [script]
     try:
         yield

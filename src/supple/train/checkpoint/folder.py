@@ -149,8 +149,7 @@ def _read_manifest(file: Path) -> dict[str, Any]:
 
 
 def look_at(folder: Path) -> Manifest:
-    """Verify a checkpoint and that its state can be loaded; return its manifest. Raises
-    `CheckpointError`."""
+    """Return the manifest of a whole and loadable checkpoint. Raises `CheckpointError`."""
     manifest = verify(folder)
     read_state(folder, only_look=True)
     return manifest

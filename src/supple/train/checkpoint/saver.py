@@ -169,8 +169,7 @@ class Saver:
             )
 
     def _payload(self, state: TrainState, scalars: dict[str, Any]) -> dict[str, Any]:
-        """Return a private copy of the state. Raises `CheckpointError` if it is not finite or
-        cannot be copied."""
+        """Return a private copy of the state. Raises `CheckpointError` if it must not be saved."""
         assert self._store is not None
         if bad := state.not_finite():
             more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""

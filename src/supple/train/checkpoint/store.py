@@ -299,8 +299,7 @@ class CheckpointStore:
 
 
 def _another_than(path: Path) -> str:
-    """Return advice with the checkpoint to resume from instead: beside `path`, or in it if `path`
-    is a store or a run."""
+    """Return advice with the good checkpoint beside `path`, or in it if `path` is a run."""
     for folder in (path.parent, path, path / "checkpoints"):
         try:
             other = CheckpointStore(folder).latest(besides=path.name)

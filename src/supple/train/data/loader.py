@@ -138,8 +138,7 @@ def make_loader(
 
 
 def fraction_done(loader: Loader, step: int, max_steps: int | None) -> float:
-    """Return the fraction of the run done, from 0 to 1: the larger one of samples and of `step` in
-    `max_steps`."""
+    """Return the fraction of the run done, 0 to 1: of samples or of steps, the larger."""
     parts = [step / max_steps] if max_steps else []
     if loader.samples_total:
         parts.append(loader.samples_done / loader.samples_total)

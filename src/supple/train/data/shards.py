@@ -132,8 +132,7 @@ class ShardLoader:
         return 2 * len(self._shards)
 
     def stats(self) -> list[float]:
-        """Return the samples used of every shard, then 1.0 for every shard that has ended, else
-        0.0."""
+        """Return the samples used of every shard, then 1.0 for each ended shard, else 0.0."""
         used = [0.0] * len(self._shards)
         for shard, reader in self._readers.items():
             used[shard] = float(reader.num_taken)
@@ -188,8 +187,7 @@ class ShardLoader:
         return share(self._global_batch_size, len(reading), reading.index(self._rank))[1]
 
     def _take_shards(self) -> None:
-        """Assign shards to ranks; close those this rank has lost. New ones are opened at first
-        read."""
+        """Assign shards to ranks; close lost ones. New ones are opened at the first read."""
         self._found_ended.clear()
         self._assignment = assign_shards(self.position, self._world_size)
         turn = self._order.indices(self.position.epoch, 0, len(self._shards)).tolist()

@@ -56,8 +56,7 @@ class Mailbox:
             self._posted.notify()
 
     def collect(self, timeout_s: float) -> tuple[list[Event], Progress | None]:
-        """Return the events since the last call, and the newest progress if it is new. Waits up to
-        `timeout_s` for the first event."""
+        """Wait up to `timeout_s` for events; return them, and new progress if there is any."""
         with self._condition:
             if not self._events:
                 self._condition.wait(timeout_s)

@@ -123,8 +123,7 @@ class _Exchange:
     async def _introduced(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> tuple[bytes, dict[str, Any]]:
-        """Return the connection's nonces and the member's message. Raises `ValueError` for a
-        stranger."""
+        """Return nonces and message of a member. Raises `ValueError` for a stranger."""
         self._strangers[writer] = None
         if len(self._strangers) > _MOST_STRANGERS:
             next(iter(self._strangers)).transport.abort()

@@ -161,8 +161,7 @@ class LayerProbe:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """Return the children of the model, with each `ModuleList` or `Sequential` replaced by its own
-    children."""
+    """Return the model's children; `ModuleList` and `Sequential` replaced by theirs."""
     found: list[nn.Module] = []
     for child in model.children() if list(model.children()) else [model]:
         if isinstance(child, nn.ModuleList | nn.Sequential):

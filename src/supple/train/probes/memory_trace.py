@@ -248,8 +248,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def _blocks(model: nn.Module) -> set[int]:
-    """Return the ids of all entries of outermost `ModuleList`s and `Sequential`s with
-    parameters."""
+    """Return ids of the outermost `ModuleList` and `Sequential` entries with parameters."""
     found: set[int] = set()
 
     def visit(module: nn.Module) -> None:

@@ -30,8 +30,7 @@ class Instrument(Protocol):
         ...
 
     def step(self, loss: Tensor, micro: MicroBatch, clip_norm: float | None) -> bool:
-        """Execute the step for `loss`, that of `micro`; return whether an optimizer step is
-        complete."""
+        """Execute a step for `loss`; return whether it completes an optimizer step."""
         ...
 
 

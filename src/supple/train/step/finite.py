@@ -26,8 +26,7 @@ class TrainingError(Exception):
 
 @final
 class FiniteSteps:
-    """Decides which steps to skip, and counts them. `names`: trained parameters; `buffers`: those
-    that a forward pass changes."""
+    """Decides which steps to skip. `buffers`: those that a forward pass changes."""
 
     def __init__(
         self,
@@ -80,8 +79,7 @@ class FiniteSteps:
         return True
 
     def check_weights(self, step: int, lr: float) -> None:
-        """Raise `TrainingError` if the weights after `step` are not finite: no later step can
-        repair them."""
+        """Raise `TrainingError` if weights after `step` are not finite: no step repairs them."""
         looked_at = self._looked_at.items()
         bad = [name for tensor, name in looked_at if not is_finite(tensor.detach())]
         if bad:

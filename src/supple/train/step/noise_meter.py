@@ -56,8 +56,7 @@ class NoiseMeter:
             self._previous = [torch.zeros_like(bucket.grads) for bucket in self._buckets]
 
     def after_micro_batch(self, weight: float) -> None:
-        """Measure one micro-batch; call it after its backward pass. Its loss was scaled by
-        `weight`."""
+        """Measure one micro-batch after its backward pass, with the loss scaled by `weight`."""
         if self._within and self._previous is not None and weight > 0:
             difference = [
                 bucket.grads - before

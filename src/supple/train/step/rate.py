@@ -1,5 +1,4 @@
-"""Learning rate of a step: the base rate, times the batch-size rule's factor, times the schedule;
-with a warm-up after an increase."""
+"""Learning rate of a step: base rate, batch-size rule, warm-up after an increase, schedule."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, final
@@ -10,8 +9,7 @@ from supple.core.training.goodput import OptimizerFamily, family_of, learning_ra
 
 @final
 class LearningRate:
-    """Computes the learning rate of a step. `base_lr` was tuned at `base_batch` samples; `schedule`
-    maps the fraction of the run done to a factor."""
+    """`base_lr` was tuned at `base_batch`; `schedule` maps the fraction done to a factor."""
 
     def __init__(self, rule: LrRule, optimizer_name: str) -> None:
         self._rule: LrRule = rule
@@ -55,8 +53,7 @@ class LearningRate:
         self._jumped_at = int(values["jumped_at"])
 
     def _factor_at(self, step: int) -> float:
-        """Return the batch-size factor at `step`: an increase is linear over `warmup_steps`, a
-        decrease immediate."""
+        """Return the batch-size factor at `step`; only an increase is spread (warm-up)."""
         length = warmup_steps(self._factor / self._jumped_from)
         if length == 0:
             return self._factor
