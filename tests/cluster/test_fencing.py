@@ -67,10 +67,10 @@ def test_a_new_run_keeps_out_the_workers_of_the_one_before(tmp_path: Path) -> No
         return Writer(run=keeper.run, worker_id="w0")
 
     first = asyncio.run(job())
-    assert Barrier(tmp_path, first).why_out() == ""
+    assert Barrier(tmp_path, first).exclusion_reason() == ""
     second = asyncio.run(job())
-    assert "another run" in Barrier(tmp_path, first).why_out()
-    assert Barrier(tmp_path, second).why_out() == ""
+    assert "another run" in Barrier(tmp_path, first).exclusion_reason()
+    assert Barrier(tmp_path, second).exclusion_reason() == ""
 
 
 def test_a_disk_that_refuses_is_said_once_and_tried_again(

@@ -69,7 +69,7 @@ async def wait_for_end(process: psutil.Process) -> None:
         os.close(descriptor)
 
 
-class Sight(Protocol):
+class ProcessHandle(Protocol):
     """Access to one worker's process, local or on another node."""
 
     async def life(self) -> Life: ...
@@ -84,7 +84,7 @@ class Sight(Protocol):
 
 
 @final
-class NearSight:
+class LocalProcess:
     """A process on this machine."""
 
     def __init__(self, pid: int) -> None:
@@ -102,7 +102,7 @@ class NearSight:
 
 
 @final
-class Onlooker:
+class ProcessMonitor:
     """The body of a Ray actor that checks processes of its own node."""
 
     def __init__(self) -> None:
@@ -124,16 +124,16 @@ class Onlooker:
 
 
 @final
-class FarSight:
-    """A process on another node, checked by the `Onlooker` there."""
+class RemoteProcess:
+    """A process on another node, checked by the `ProcessMonitor` there."""
 
-    def __init__(self, onlooker: Any, pid: int) -> None:
-        self._onlooker, self._pid = onlooker, pid
-        onlooker.look.remote(pid)  # bind the number to this process, before it can be reused
+    def __init__(self, monitor: Any, pid: int) -> None:
+        self._monitor, self._pid = monitor, pid
+        monitor.look.remote(pid)  # bind the number to this process, before it can be reused
 
     async def life(self) -> Life:
         async def look() -> str:
-            return await self._onlooker.look.remote(self._pid)
+            return await self._monitor.look.remote(self._pid)
 
         try:
             return Life(await asyncio.wait_for(look(), _REMOTE_LIMIT_S))
@@ -145,33 +145,33 @@ class FarSight:
 
     def kill(self) -> None:
         with contextlib.suppress(RayError):
-            self._onlooker.kill.remote(self._pid)
+            self._monitor.kill.remote(self._pid)
 
 
 @final
-class Sights:
-    """Makes a `Sight` for each process, with one `Onlooker` per other node."""
+class ProcessHandles:
+    """Makes a `ProcessHandle` for each process, with one `ProcessMonitor` per other node."""
 
     def __init__(self, here: str, *, actor_class: Callable[..., Any] | None = None) -> None:
         remote: Any = ray.remote
         self._here = here
         self._actor_class = actor_class or remote(
             num_cpus=0, max_restarts=-1, enable_task_events=False
-        )(Onlooker)
-        self._onlookers: dict[str, Any] = {}
+        )(ProcessMonitor)
+        self._monitors: dict[str, Any] = {}
 
-    def of(self, pid: int, node_id: str) -> Sight:
+    def of(self, pid: int, node_id: str) -> ProcessHandle:
         """Return access to a process. Raises `psutil.NoSuchProcess` if a local one has ended."""
         if node_id == self._here:
-            return NearSight(pid)
-        if node_id not in self._onlookers:
+            return LocalProcess(pid)
+        if node_id not in self._monitors:
             place = NodeAffinitySchedulingStrategy(node_id, soft=False)
             options = self._actor_class.options(scheduling_strategy=place)
-            self._onlookers[node_id] = options.remote()
-        return FarSight(self._onlookers[node_id], pid)
+            self._monitors[node_id] = options.remote()
+        return RemoteProcess(self._monitors[node_id], pid)
 
     def close(self) -> None:
-        for onlooker in self._onlookers.values():
+        for monitor in self._monitors.values():
             with contextlib.suppress(RayError):
-                ray.kill(onlooker)
-        self._onlookers.clear()
+                ray.kill(monitor)
+        self._monitors.clear()

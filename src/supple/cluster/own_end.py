@@ -54,7 +54,7 @@ class Watcher:
 
     def run(self) -> None:
         orphan_since: float | None = None
-        while not self._barrier.why_out():
+        while not self._barrier.exclusion_reason():
             if self._is_orphan():
                 orphan_since = orphan_since or time.monotonic()
                 alone_s = time.monotonic() - orphan_since

@@ -24,7 +24,7 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorErro
 
 from supple.cluster.cluster_watch import ClusterWatch
 from supple.cluster.fencing import FenceKeeper
-from supple.cluster.life import Life, Sight, Sights
+from supple.cluster.life import Life, ProcessHandle, ProcessHandles
 from supple.cluster.node_reports import NodeReports
 from supple.cluster.ray_folder import RayFolder
 from supple.cluster.starting import start_ray, to_its_end
@@ -111,7 +111,7 @@ class _Worker:
     """None until its start has begun."""
     pid: int = 0
     node_id: str = ""
-    sight: Sight | None = None
+    handle: ProcessHandle | None = None
     """Its process; None before it has one."""
     generation: int = 0
     step: int = 0
@@ -141,7 +141,7 @@ class RayBackend(Backend):
         self._on_output = on_output
         self._verbose = verbose
         self._host = "127.0.0.1" if spec.address is None else None
-        self._sights = Sights(ray.get_runtime_context().get_node_id())
+        self._handles = ProcessHandles(ray.get_runtime_context().get_node_id())
         self._generation = 0
         self._num_started = 0
         self._calm = asyncio.Event()
@@ -188,7 +188,7 @@ class RayBackend(Backend):
                 await self._update_fence()
             case StopWorker():
                 self._post(action.worker_id, action)
-                self._let_go(action.worker_id)
+                self._stop(action.worker_id)
             case SaveCheckpoint():
                 self._post(action.worker_id, action)
             case FormGroup() | AnnounceGeneration() | AbortGeneration():
@@ -209,7 +209,7 @@ class RayBackend(Backend):
             self._kill(worker_id)
         self._reports.close()
         await self._update_fence()
-        self._sights.close()
+        self._handles.close()
         await self._fence_keeper.close()
 
     async def _update_fence(self) -> None:
@@ -267,12 +267,12 @@ class RayBackend(Backend):
     async def _follow(self, worker_id: WorkerId, worker: _Worker) -> None:
         if not await self._greet(worker_id, worker):
             return
-        assert worker.sight is not None
-        end = asyncio.ensure_future(worker.sight.end())
+        assert worker.handle is not None
+        end = asyncio.ensure_future(worker.handle.end())
         try:
             while True:
                 try:
-                    report = await self._answer(worker_id, worker, worker.sight, end)
+                    report = await self._answer(worker_id, worker, worker.handle, end)
                 except ActorUnavailableError:
                     await asyncio.wait({end}, timeout=_POLL_S / 2)
                     continue
@@ -291,20 +291,20 @@ class RayBackend(Backend):
             end.cancel()
 
     async def _answer(
-        self, worker_id: WorkerId, worker: _Worker, sight: Sight, end: asyncio.Future[None]
+        self, worker_id: WorkerId, worker: _Worker, handle: ProcessHandle, end: asyncio.Future[None]
     ) -> Report:
         """Return the report of the next poll. Raises Ray's error for it, or `ProcessGone`."""
         poll = asyncio.ensure_future(_resolved(worker.actor.poll.remote(_POLL_S)))
         poll.add_done_callback(_look_at_error)
         while True:
             await asyncio.wait({poll, end}, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
-            if not poll.done() and (end.done() or await sight.life() is Life.GONE):
+            if not poll.done() and (end.done() or await handle.life() is Life.GONE):
                 await asyncio.wait({poll}, timeout=_REASON_S)
                 if not poll.done():
                     raise ProcessGone
             if poll.done():
                 return poll.result()
-            if await sight.life() is Life.RUNNING:
+            if await handle.life() is Life.RUNNING:
                 self._beat(worker_id, worker, None)
 
     async def _greet(self, worker_id: WorkerId, worker: _Worker) -> bool:
@@ -320,7 +320,7 @@ class RayBackend(Backend):
         try:
             self._reports.flush(worker.node_id)  # events from before it had a node
             worker.pid, worker.node_id = greeting.result()
-            worker.sight = self._sights.of(worker.pid, worker.node_id)
+            worker.handle = self._handles.of(worker.pid, worker.node_id)
         except (RayError, psutil.NoSuchProcess) as error:
             await self._lose(worker_id, worker, "start_failed", error)
             return False
@@ -364,7 +364,7 @@ class RayBackend(Backend):
         )
         self._reports.add(worker.node_id, lost)
 
-    def _let_go(self, worker_id: WorkerId) -> None:
+    def _stop(self, worker_id: WorkerId) -> None:
         worker = self._workers.get(worker_id)
         if worker is None:
             return
@@ -385,8 +385,8 @@ class RayBackend(Backend):
         worker.leaving = True
         self._reports.forget(worker_id)
         self._let_ray_kill(worker)
-        if worker.sight is not None:
-            worker.sight.kill()
+        if worker.handle is not None:
+            worker.handle.kill()
         for task in worker.tasks:
             if task is not asyncio.current_task():
                 task.cancel()

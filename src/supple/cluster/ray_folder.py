@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Final, final
 
-from supple.control.runtime_dir import is_private, refuse_exchangeable, temporary
+from supple.control.runtime_dir import is_private, refuse_replaceable, temporary
 from supple.core.spec import SpecError
 
 _PREFIX: Final = "supple-ray-"
@@ -32,7 +32,7 @@ class RayFolder:
             if len(os.fsencode(base)) > longest:
                 continue
             try:
-                refuse_exchangeable(base, os.geteuid())
+                refuse_replaceable(base, os.geteuid())
                 self.path, self._lock = _made_and_locked(base)
             except OSError as error:
                 problems.append(f"{base}: {error.strerror}")

@@ -131,24 +131,24 @@ def to_its_end() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # signals come to the main thread
         return
-    came: list[int] = []
+    received: list[int] = []
 
     def wait(number: int, _: object) -> None:
-        if not came:
+        if not received:
             # Not print: the main thread may be in the middle of one.
             os.write(2, b"supple: Ray is starting, and cannot be interrupted: ending when it has\n")
-        came.append(number)
+        received.append(number)
 
     before = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        if came:
+        if received:
             stop_ray()
         for number, handler in before.items():
             if signal.getsignal(number) is wait:  # Ray has its own for SIGTERM, once it runs
                 signal.signal(number, handler)
-    if signal.SIGINT in came:
+    if signal.SIGINT in received:
         raise KeyboardInterrupt
-    if came:
+    if received:
         raise SystemExit(128 + signal.SIGTERM)

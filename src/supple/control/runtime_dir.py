@@ -24,7 +24,7 @@ def folder(uid: int | None = None) -> Path:
     problems: list[str] = []
     for path in _places(uid):
         try:
-            refuse_exchangeable(path.parent, uid)
+            refuse_replaceable(path.parent, uid)
             with contextlib.suppress(FileExistsError):
                 path.mkdir(mode=0o700)
             refuse_foreign(path, uid)
@@ -35,7 +35,7 @@ def folder(uid: int | None = None) -> Path:
     for base in temporary():
         # The name is taken. Any other works: `folders` finds all folders of this user.
         with contextlib.suppress(OSError, SpecError):
-            refuse_exchangeable(base, uid)
+            refuse_replaceable(base, uid)
             return Path(tempfile.mkdtemp(prefix=f"supple-{uid}-", dir=base))
     raise SpecError(
         f"no private folder for sockets can be made: {'; '.join(problems)}. Set XDG_RUNTIME_DIR to "
@@ -81,7 +81,7 @@ def temporary() -> list[Path]:
 def is_private(path: Path, uid: int) -> bool:
     """Return whether `path` is a folder of `uid` that no other user can enter or replace."""
     try:
-        refuse_exchangeable(path.parent, uid)
+        refuse_replaceable(path.parent, uid)
         refuse_foreign(path, uid)
     except (OSError, SpecError):
         return False
@@ -93,7 +93,7 @@ def refuse_foreign(path: Path, uid: int) -> None:
     _refuse(path.lstat(), uid)
 
 
-def refuse_exchangeable(path: Path, uid: int) -> None:
+def refuse_replaceable(path: Path, uid: int) -> None:
     """Raise `SpecError` if another user may rename the folder `path` or its contents."""
     path = path.resolve()
     for one in (path, *path.parents[:-1]):  # / is not checked

@@ -124,7 +124,7 @@ class ScriptedJob:
                 self.backend.do(action)
             case StopWorker():
                 self.backend.do(action)
-                self._check_let_go(action)
+                self._check_stopped(action)
             case _:
                 self.backend.do(action)
 
@@ -141,16 +141,16 @@ class ScriptedJob:
         if self.outcome.saved == ("NOT saved" in self.outcome.reason):
             raise self._violation("the reason of the outcome contradicts its `saved`")
 
-    def _check_let_go(self, action: StopWorker) -> None:
+    def _check_stopped(self, action: StopWorker) -> None:
         backend, workers = self.backend, self.backend.world.workers
         if self.state.phase.is_over or action.worker_id in self._raised:
             return
         worker = workers[action.worker_id]
         if worker.stage is Stage.IN_GROUP:
-            raise self._violation(f"{action.worker_id} was let go out of its generation")
+            raise self._violation(f"{action.worker_id} was stopped within its generation")
         others = [workers[w].step for w in backend.known - self._raised]
         if worker.step > max(others, default=-1):
-            raise self._violation(f"{action.worker_id}, let go, held the newest state")
+            raise self._violation(f"stopped {action.worker_id} held the newest state")
 
     def _check_form(self, action: FormGroup) -> None:
         backend, workers = self.backend, self.backend.world.workers

@@ -123,7 +123,7 @@ class SimulatedWorker:
         return self.group.command.members.index(self.worker_id)
 
     @property
-    def came(self) -> bool:
+    def entered(self) -> bool:
         """Whether it has entered its current collective."""
         return self.group is not None and self.worker_id in self.group.given.get(self.number, {})
 
@@ -136,7 +136,7 @@ class SimulatedWorker:
                 return "after"
             case Stage.IN_GROUP if self.doing in ("gather", "commit"):
                 return "forming"
-            case Stage.IN_GROUP if self.is_stuck or not self.came:
+            case Stage.IN_GROUP if self.is_stuck or not self.entered:
                 return "data"
             case Stage.IN_GROUP:
                 return "waiting" if self.doing == "step" else "fence"
@@ -262,7 +262,7 @@ class World:
             worker.is_stuck = True
 
     def _is_in_loop(self, worker: SimulatedWorker) -> bool:
-        in_loop = worker.stage is Stage.IN_GROUP and worker.doing == "step" and not worker.came
+        in_loop = worker.stage is Stage.IN_GROUP and worker.doing == "step" and not worker.entered
         return in_loop and not worker.frozen and not worker.is_stuck
 
     # -- the protocol ----------------------------------------------------------------------------
@@ -284,28 +284,28 @@ class World:
 
     def _collective(self, worker: SimulatedWorker, lucky: bool) -> None:
         group = _group_of(worker)
-        came = group.given.setdefault(worker.number, {})
-        gone = [w for w in group.command.members if self._has_left(group, w)]
+        entered = group.given.setdefault(worker.number, {})
+        gone = [w for w in group.command.members if self._is_gone(group, w)]
         fails = worker.stopping or worker.aborted >= worker.generation or bool(gone)
-        if worker.worker_id not in came and not fails:
-            came[worker.worker_id] = (worker.state, worker.announced > worker.generation)
-        elif len(came) == len(group.command.members) and (lucky or not fails):
-            self._succeed(worker, came)
+        if worker.worker_id not in entered and not fails:
+            entered[worker.worker_id] = (worker.state, worker.announced > worker.generation)
+        elif len(entered) == len(group.command.members) and (lucky or not fails):
+            self._succeed(worker, entered)
         elif fails:
             self._leave(worker, f"{gone[0]} closed the connection" if gone else "aborted")
 
-    def _succeed(self, worker: SimulatedWorker, came: Given) -> None:
+    def _succeed(self, worker: SimulatedWorker, entered: Given) -> None:
         worker.number += 1
-        heard = any(flag for _, flag in came.values())
+        heard = any(flag for _, flag in entered.values())
         if worker.doing == "gather":
-            self._share(worker, {w: state for w, (state, _) in came.items() if state is not None})
+            self._share(worker, {w: state for w, (state, _) in entered.items() if state})
             return
         if worker.doing == "commit":
             self.newest_formed = max(self.newest_formed, worker.generation)
             self._emit(worker, GroupFormed, step=worker.step)
             heard = False
         elif worker.doing == "step":
-            self._commit(worker, came)
+            self._commit(worker, entered)
         elif worker.doing == "last fence":
             worker.stage = Stage.AFTER
             return
@@ -329,14 +329,14 @@ class World:
         if len({id(held[w]) for w in sources}) > 1:
             raise ProtocolViolation(f"step {newest} was computed twice: {sources} differ")
         if worker.step < newest:
-            if all(self._has_left(group, w) for w in sources):
+            if all(self._is_gone(group, w) for w in sources):
                 self._leave(worker, "the source of the state has gone")
                 return
             worker.state = held[sources[0]]
         worker.doing = "commit"
 
-    def _commit(self, worker: SimulatedWorker, came: Given) -> None:
-        if len({id(state) for state, _ in came.values()}) > 1:
+    def _commit(self, worker: SimulatedWorker, entered: Given) -> None:
+        if len({id(state) for state, _ in entered.values()}) > 1:
             raise ProtocolViolation(f"members of generation {worker.generation} differ in state")
         if worker.generation < self.newest_formed:
             raise ProtocolViolation(
@@ -352,7 +352,7 @@ class World:
         worker.stage = Stage.WAITING
         self._emit(worker, WorkerStopped, step=worker.step, error=error)
 
-    def _has_left(self, group: Group, worker_id: WorkerId) -> bool:
+    def _is_gone(self, group: Group, worker_id: WorkerId) -> bool:
         worker = self.workers[worker_id]
         return worker_id in group.left or (worker.stage is Stage.GONE and not worker.frozen)
 

@@ -231,7 +231,7 @@ class Job(JobProtocol):
         """Save or rejoin between two steps. The script has finished its work on the last step, so
         its kept objects (`job.keep`) and the weights are of the same step."""
         if self.rank == 0 and self.saver.due():
-            self.saver.behind(self._state, self.scalars(), self.generation)
+            self.saver.save_async(self._state, self.scalars(), self.generation)
             self._steps.meter.restart()
         if self._is_called:
             self._is_called = False
@@ -276,11 +276,11 @@ class Job(JobProtocol):
         if self._membership is None or self.committed_step is None or not was_in_loop:
             return
         self._activity.enter("after")
-        self._membership.left(self.step_count)
+        self._membership.report_left_loop(self.step_count)
         self._undo_step()
         self._publish(force=True)
         if self.rank == 0:
-            self.saver.leave(self._state, self.scalars(), self.generation)
+            self.saver.save_on_leave(self._state, self.scalars(), self.generation)
 
     def outlive(self) -> None:
         """After the script raised: save this worker's state on request, until it is stopped."""
@@ -335,7 +335,7 @@ class Job(JobProtocol):
         self._publish(force=True)
         if self.rank == 0:
             self._activity.enter("saving")
-            self.saver.finish(self._state, self.scalars(), self.generation)
+            self.saver.save_final(self._state, self.scalars(), self.generation)
         return self._meet(0.0) is not None
 
     def _meet(self, number: float) -> float | None:
@@ -392,7 +392,7 @@ class Job(JobProtocol):
     def save(self) -> str | None:
         """Save durably and return the path; None if this step was saved and reported before."""
         self._undo_step()
-        return self.saver.now(self._state, self.scalars(), self.generation)
+        return self.saver.save_now(self._state, self.scalars(), self.generation)
 
     # -- batch size, learning rate, progress -------------------------------------------------
 

@@ -33,7 +33,7 @@ class Fence:
     """Workers ever started: a later one is allowed, though it is not in `workers`."""
     workers: tuple[str, ...]
 
-    def bars(self, writer: Writer) -> bool:
+    def excludes(self, writer: Writer) -> bool:
         """Return whether `writer` is excluded: not a member, or of an earlier run."""
         if writer.run != self.run:
             return writer.run < self.run
@@ -94,11 +94,11 @@ class Barrier:
         self._folder = folder
         self.writer = writer
 
-    def why_out(self) -> str:
+    def exclusion_reason(self) -> str:
         """Return why this writer may not write any more; empty while it may, also if no fence can
         be read (a disk out of reach cannot be written either)."""
         fence = read(self._folder)
-        if fence is None or not fence.bars(self.writer):
+        if fence is None or not fence.excludes(self.writer):
             return ""
         if fence.run != self.writer.run:
             return "another run of the same name has begun since"

@@ -148,7 +148,7 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     return manifest
 
 
-def look_at(folder: Path) -> Manifest:
+def verify_loadable(folder: Path) -> Manifest:
     """Return the manifest of a whole and loadable checkpoint. Raises `CheckpointError`."""
     manifest = verify(folder)
     read_state(folder, only_look=True)

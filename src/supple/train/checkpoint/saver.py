@@ -51,7 +51,7 @@ class Saver:
         self._last = self._now()
         return True
 
-    def behind(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
+    def save_async(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
         """Copy the state now and write it in the background; the outcome is emitted as an event."""
         step = int(scalars["step"])
         try:
@@ -59,11 +59,11 @@ class Saver:
         except CheckpointError as error:
             self._emit(step, generation, "", str(error))
             return
-        self._write_behind(step, payload, _meta(state, scalars, generation), generation)
+        self._write_in_background(step, payload, _meta(state, scalars, generation), generation)
 
-    def leave(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
+    def save_on_leave(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
         """Copy the state at once and write it in the background: the script has left its loop and
-        may change the weights. From now on `now` saves this copy."""
+        may change the weights. From now on `save_now` saves this copy."""
         if self._store is None:
             return
         step, meta = int(scalars["step"]), _meta(state, scalars, generation)
@@ -74,26 +74,26 @@ class Saver:
             return
         self._store.wait()
         if step != self._saved_step:
-            self._write_behind(step, self._left[1], meta, generation)
+            self._write_in_background(step, self._left[1], meta, generation)
 
     def wait(self) -> None:
         """Wait until nothing is being written and the outcome was emitted."""
         if self._store is not None:
             self._store.wait()
 
-    def finish(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
+    def save_final(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
         """Save the finished run, after any write in progress. The outcome is emitted as an event,
         not raised: a run that cannot be saved has still been trained."""
         if self._store is None:
             return
         try:
-            path, error, is_full = self.now(state, scalars, generation), "", False
+            path, error, is_full = self.save_now(state, scalars, generation), "", False
         except CheckpointError as problem:
             path, error, is_full = "", str(problem), isinstance(problem, DiskFullError)
         if path is not None:
             self._emit(int(scalars["step"]), generation, path, error, is_full)
 
-    def now(self, state: TrainState, scalars: dict[str, Any], generation: int) -> str | None:
+    def save_now(self, state: TrainState, scalars: dict[str, Any], generation: int) -> str | None:
         """Save before returning; return the path, or None if this step was saved and reported
         before. Raises `CheckpointError`."""
         assert self._store is not None, "our bug: a save was requested without a run folder"
@@ -110,7 +110,7 @@ class Saver:
         self._saved_step = step
         return str(path)
 
-    def _write_behind(
+    def _write_in_background(
         self, step: int, payload: Mapping[str, Any], meta: Mapping[str, Any], generation: int
     ) -> None:
         assert self._store is not None
@@ -145,7 +145,7 @@ class Saver:
                     raise
                 path = str(good.path)
                 payload, manifest = store.load(path, expected_signature=state.signature())
-                self._passed_over(path, good.step, str(error))
+                self._report_skipped(path, good.step, str(error))
             scalars = state.restore(payload)
             if scalars["step"] != manifest["step"]:
                 raise ValueError(f"of step {scalars['step']}, and {manifest['step']} beside it")
@@ -160,7 +160,7 @@ class Saver:
                 "the script and the data that wrote it, or start without --resume."
             ) from None
 
-    def _passed_over(self, path: str, step: int, reason: str) -> None:
+    def _report_skipped(self, path: str, step: int, reason: str) -> None:
         if self._mailbox is not None and self._identity is not None:
             self._mailbox.emit(
                 CheckpointPassedOver(

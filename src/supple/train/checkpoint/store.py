@@ -22,11 +22,11 @@ from supple.train.checkpoint.folder import (
     CheckpointError,
     CheckpointRefused,
     flush_folder,
-    look_at,
     read_state,
     refuse_other_model,
     size_of,
     verify,
+    verify_loadable,
     write,
 )
 
@@ -85,14 +85,14 @@ class CheckpointStore:
         unchanged and nothing else is left behind.
         """
         with self._lock:
-            self._refuse_if_out(step)
+            self._refuse_excluded(step)
             temporary = self._directory / f"{_TEMPORARY}{os.getpid()}"
             try:
                 self._make_directory()
                 self._remove_leftovers()
                 temporary.mkdir()
                 write(temporary, step, payload, {**meta, **self._signed()})
-                self._refuse_if_out(step)
+                self._refuse_excluded(step)
                 number = 1 + max((_number(path) for path in self._paths()), default=0)
                 target = self._directory / f"{number:06d}-step-{step}"
                 os.replace(temporary, target)
@@ -106,7 +106,7 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
             try:
-                self._refuse_if_out(step)  # the process may have been stopped before the rename
+                self._refuse_excluded(step)  # the process may have been stopped before the rename
             except CheckpointError:
                 self._remove(target)
                 raise
@@ -181,7 +181,7 @@ class CheckpointStore:
             if path.name == besides:
                 continue
             try:
-                step = look_at(path).step
+                step = verify_loadable(path).step
             except CheckpointError as error:
                 skipped.append(str(error))
             else:
@@ -195,9 +195,9 @@ class CheckpointStore:
         Raises `CheckpointError`, with the good checkpoint to resume from instead.
         """
         try:
-            return look_at(Path(path)).step
+            return verify_loadable(Path(path)).step
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{_another_than(Path(path))}") from None
+            raise CheckpointError(f"{error}{_alternative_to(Path(path))}") from None
 
     def load(
         self, path: str | Path, *, expected_signature: Sequence[Sequence[Any]]
@@ -213,7 +213,7 @@ class CheckpointStore:
             manifest = verify(path)
             payload = read_state(path)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{_another_than(path)}") from None
+            raise CheckpointError(f"{error}{_alternative_to(path)}") from None
         refuse_other_model(path, manifest.signature, expected_signature)
         return payload, manifest.meta
 
@@ -221,8 +221,8 @@ class CheckpointStore:
         """Return the message for a `step` that is refused before any write."""
         return f"step {step} cannot be saved in {self._directory}: {why}. {self._last_good()}"
 
-    def _refuse_if_out(self, step: int) -> None:
-        why = "" if self._barrier is None else self._barrier.why_out()
+    def _refuse_excluded(self, step: int) -> None:
+        why = "" if self._barrier is None else self._barrier.exclusion_reason()
         if why:
             raise CheckpointError(
                 f"step {step} is not saved in {self._directory}: {why}. Only workers that the job "
@@ -298,7 +298,7 @@ class CheckpointStore:
         return f"The last good one is kept: step {last.step}, {last.path}."
 
 
-def _another_than(path: Path) -> str:
+def _alternative_to(path: Path) -> str:
     """Return advice with the good checkpoint beside `path`, or in it if `path` is a run."""
     for folder in (path.parent, path, path / "checkpoints"):
         try:

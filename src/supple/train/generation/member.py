@@ -153,7 +153,7 @@ class Membership:
                 case FormGroup():
                     pass
 
-    def left(self, step: int) -> None:
+    def report_left_loop(self, step: int) -> None:
         """Emit `LoopLeft`: the script has left its loop."""
         me = self._identity
         self._mailbox.emit(
