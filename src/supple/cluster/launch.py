@@ -106,7 +106,7 @@ def set_aside(spec: TrainSpec) -> str:
         ) from None
     return (
         f"an earlier run named {spec.name!r} left checkpoints: they are kept in {kept} "
-        "(--resume latest would have gone on from them)"
+        "(--resume latest would have resumed from them)"
     )
 
 

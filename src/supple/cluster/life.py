@@ -51,7 +51,7 @@ def life_of(process: psutil.Process) -> Life:
 
 
 async def wait_for_end(process: psutil.Process) -> None:
-    """Return as soon as the process has ended, whatever its parent; on Linux without polling."""
+    """Return once the process has ended, whoever its parent is; on Linux without polling."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except (AttributeError, OSError):

@@ -26,9 +26,7 @@ from supple.train.step.engine import TrainingError
 MOST_MEASURED = 4
 """Default of the largest measured worker count."""
 _ROUNDS = 2
-"""Measurements of every worker count. Step time drifts with the machine's load by far more than
-consecutive steps differ. All counts are measured once, then again, so the interval shows the
-drift."""
+"""Rounds over all worker counts: step time drifts with load, which the interval must show."""
 _STEPS, _NOISE_STEPS = 6, 12
 """Timed steps of a phase; untimed steps before the first phase, for the noise scale."""
 _STEP_BUDGET_S = 0.25
@@ -141,7 +139,7 @@ def measure(
                     if first.base_batch_size < first.batch_size:
                         on_line(
                             f"batch_size={first.batch_size}, but the dataset has only "
-                            f"{first.dataset_size}: measured and planned with a batch of all"
+                            f"{first.dataset_size}: all of them are one batch in this plan"
                         )
     finally:
         stop_ray()
@@ -171,9 +169,9 @@ def measure(
 def _refuse_unknown_length(report: ProbeReport) -> None:
     if report.dataset_size is None:
         raise SpecError(
-            "the length of the dataset is unknown before it was read once, so the time to the end "
-            "cannot be planned. Give the dataset (or each shard in the list given as dataset) a "
-            "method __len__ that returns its number of samples, or train without a plan."
+            "the length of the dataset is unknown until it has been read once, so the time to the "
+            "end cannot be predicted. Give the dataset (or each shard in the list given as "
+            "dataset) a method __len__ that returns its number of samples, or train without a plan."
         )
 
 

@@ -85,8 +85,8 @@ def connect(spec: TrainSpec) -> None:
         return
     if spec.address is not None and spec.address.startswith("ray://"):
         raise SpecError(
-            f"--address {spec.address} is a Ray Client's. A job's controller must run on a node of "
-            "the cluster: go there, and give the head's HOST:PORT, or auto."
+            f"--address {spec.address} is the address of a Ray Client. A job's controller must run "
+            "on a node of the cluster: start it there, with the head's HOST:PORT, or auto."
         )
     # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; we report it.
     ray_worker._worker_logs_enabled = False

@@ -127,8 +127,7 @@ class WorkerBody:
 
     @ray.method(concurrency_group="train")
     def run(self) -> None:
-        """Run the user's function, and always emit an event for its end: without one, the
-        controller would wait for this worker for ever."""
+        """Run the user's function and always emit its end: the controller waits for that."""
         try:
             end = self._run()
         except BaseException as error:

@@ -45,8 +45,7 @@ def running_jobs() -> list[str]:
 
 
 def ask(job: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Send `request` to a running job and return its answer. Raises `SpecError` if no job answers
-    or it refuses."""
+    """Send `request` to a running job; return its answer. Raises `SpecError` without one."""
     check_name(job)
     for path in _sockets(job):
         try:

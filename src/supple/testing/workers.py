@@ -241,8 +241,7 @@ class World:
                 worker.wire.append(self._event(worker, WorkerLost, cause=cause, detail="gone"))
 
     def throw(self, worker: SimulatedWorker) -> None:
-        """Make the user's function raise. Members in a collective with the worker keep waiting; it
-        keeps its state."""
+        """Make the user's function raise. The worker keeps its state, and its peers wait."""
         in_user_code = (Stage.STARTING, Stage.IN_GROUP, Stage.AFTER, Stage.LEFT)
         if worker.stage in in_user_code and not worker.frozen and not worker.is_stuck:
             if worker.stage is Stage.IN_GROUP and worker.state is not None:

@@ -90,8 +90,7 @@ class JobProtocol(Protocol):
 
     @property
     def is_leading(self) -> bool:
-        """Whether this is rank 0 of a running group, past its rehearsal. False while a script is
-        measured."""
+        """Whether this is rank 0 past its rehearsal; False while a script is measured."""
         ...
 
     @property

@@ -15,8 +15,7 @@ Lost = Callable[[str, str], None]
 
 
 def append(descriptor: int, data: bytes) -> None:
-    """Append all of `data` to an open file. If that fails, remove the part written and raise
-    `OSError`."""
+    """Append all of `data` to an open file, or nothing of it and raise `OSError`."""
     rest = memoryview(data)
     try:
         while rest:

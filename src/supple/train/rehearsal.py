@@ -89,9 +89,9 @@ class Rehearsal:
                 self._state.kept[name].load_state_dict(before)
             except Exception as error:
                 raise TrainingError(
-                    f"job.keep({name!r}, ...): load_state_dict() of what its state_dict() gave "
+                    f"job.keep({name!r}, ...): load_state_dict() with the result of state_dict() "
                     f"raised {type(error).__name__}: {error}. A worker that joins, or resumes, "
-                    "could not take it over. Correct the two methods."
+                    "could not restore it. Correct the two methods."
                 ) from error
         made = {name: tensor for name, tensor in now.items() if name.startswith("optimizer/")}
         self._state.spare = made | self._tensors
@@ -110,7 +110,7 @@ class Rehearsal:
             if id(param) not in names:
                 raise TrainingError(
                     f"the optimizer {type(optimizer).__name__} keeps state under {param!r}, "
-                    "which is none of the model's parameters: only state of parameters is saved "
+                    "which is not one of the model's parameters: only their state is saved "
                     "and moved to a worker that joins. Put it into the parameter groups."
                 )
             for key, value in values.items():

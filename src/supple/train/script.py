@@ -126,7 +126,7 @@ def _ended(script: str, end: SystemExit) -> str:
     return (
         f"the script {script}{where} called sys.exit({end.code!r}) while Supple ran it: a script "
         "that ends itself cannot be measured or trained to its end. Return from the function "
-        f"instead; what belongs to running the file by itself, {advice}."
+        f"instead. If the code is for running the file by itself, {advice}."
     )
 
 

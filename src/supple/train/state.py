@@ -162,8 +162,7 @@ class TrainState:
         return self.take(payload["description"], payload["tensors"])
 
     def not_finite(self) -> list[str]:
-        """Return the names of trained parameters that hold an infinity or a NaN, and of such
-        buffers that were finite when built."""
+        """Return names of trained parameters and initially finite buffers that are not finite."""
         trained = {id(param) for param in _params(self.optimizer)}
         params = [
             name

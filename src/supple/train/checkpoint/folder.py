@@ -208,7 +208,7 @@ def refuse_other_model(
         there, here = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
         problem = (
             f"the same {len(names)} tensors in another order, first {_plain(there)} there, "
-            f"{_plain(here)} here, and the optimizer's state goes by the order"
+            f"{_plain(here)} here, and the optimizer's state depends on the order"
         )
     raise CheckpointError(
         f"the checkpoint {folder} is of another model: {problem}. Resume with the script that "

@@ -60,8 +60,7 @@ class CheckpointInfo:
 
 @final
 class CheckpointStore:
-    """The checkpoints of one job in `directory`; keeps the last `keep`. `barrier` stops this writer
-    once the job has dropped its worker."""
+    """A job's checkpoints: keeps the last `keep`, and writes while `barrier` allows it."""
 
     def __init__(self, directory: Path, keep: int = 2, *, barrier: Barrier | None = None) -> None:
         if keep < 1:
@@ -225,8 +224,8 @@ class CheckpointStore:
         why = "" if self._barrier is None else self._barrier.exclusion_reason()
         if why:
             raise CheckpointError(
-                f"step {step} is not saved in {self._directory}: {why}. Only workers that the job "
-                "knows write its checkpoints. Nothing was written; this process ends itself."
+                f"step {step} is not saved in {self._directory}: {why}. Only the job's current "
+                "workers may write its checkpoints. Nothing was written; this process ends itself."
             )
 
     def _signed(self) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def _shards_of(dataset: Any) -> Sequence[Any] | None:
         if len(strange) < len(dataset):
             raise SpecError(
                 f"of the {len(dataset)} items of the list given as dataset, number {strange[0]} "
-                f"is a {type(dataset[strange[0]]).__name__} and no iterable shard, others are. "
+                f"is a {type(dataset[strange[0]]).__name__}, not an iterable shard like others. "
                 "Give iterable shards only, or samples only."
             )
         if isinstance(dataset[0], Dataset):

@@ -23,8 +23,7 @@ from supple.train.data.micro_batch import MicroBatch, check_sizes, to_device
 from supple.train.data.prefetch import Prefetcher, Source, Task
 
 _WINDOW = 4096
-"""Places of an epoch whose sample indices are computed at once: 4,096 cost about as much as ten
-calls for 64."""
+"""Places looked up at once: 4,096 cost about as much as ten calls for 64."""
 
 _AUGMENTATION = 0xA06
 """Separates the random streams of augmentation from others with the same seed."""
@@ -173,9 +172,9 @@ class MapLoader:
         check_sizes(global_batch_size, micro_batch_size)
         if position.offset >= self._size:
             raise SpecError(
-                f"to go on from sample {position.offset} of an epoch, but the dataset has "
-                f"{self._size} samples. A run goes on with the data it began with: give the same "
-                "dataset, or start a new run."
+                f"the run must go on from sample {position.offset} of an epoch, but the dataset "
+                f"has {self._size} samples. A run goes on with the data it began with: give the "
+                "same dataset, or start a new run."
             )
         self.position = position
         self._plan = replace(

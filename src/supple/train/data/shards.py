@@ -25,8 +25,7 @@ from supple.core.spec import SpecError
 from supple.train.data.micro_batch import MicroBatch, check_sizes, to_device
 
 Shard = Iterable[Any] | Callable[[], Iterable[Any]]
-"""A re-iterable, or a function that returns a new iterable; the same samples in the same order each
-time."""
+"""A re-iterable, or a function returning an iterable; the same samples every time."""
 
 
 @final
@@ -78,7 +77,7 @@ class ShardLoader:
         check_sizes(global_batch_size, micro_batch_size)
         if len(position.offsets) != len(self._shards):
             raise SpecError(
-                f"to go on within {len(position.offsets)} shards, but there are "
+                f"the run must go on in {len(position.offsets)} shards, but there are "
                 f"{len(self._shards)}. A run goes on with the data it began with: give the same "
                 "shards, or start a new run."
             )
@@ -248,8 +247,8 @@ class _Reader:
         for done in range(offset):
             if next(self._source, _END) is _END:
                 raise SpecError(
-                    f"shard {shard} was to go on at sample {offset}, but opened again it gave "
-                    f"only {done}. A shard must give the same samples every time it is iterated: "
+                    f"shard {shard} must go on at sample {offset}, but had only {done} when it was "
+                    f"opened again. A shard must give the same samples every time it is iterated: "
                     "give a function that starts anew, and do not change the data during a run."
                 )
 

@@ -99,8 +99,7 @@ class Group:
             self._inflight.remove(message)
 
     def wait(self, works: Sequence[Any]) -> None:
-        """Return when all `works` are done; raise `CollectiveFailed` as soon as one failed or the
-        generation was aborted."""
+        """Wait for all `works`. Raises `CollectiveFailed` at the first failure or abort."""
         for work in works:
             ended = False
             while True:

@@ -142,8 +142,7 @@ class _Exchange:
         return nonces, json.loads(text)
 
     async def _meet(self, reader: asyncio.StreamReader, wrote: dict[str, Any]) -> bytes:
-        """Wait until all members have written; return all entries. Raises `ConnectionError` if this
-        member leaves before."""
+        """Return all entries once all have written. Raises `ConnectionError` if this one leaves."""
         key, rank = wrote["key"], wrote["rank"]
         complete: asyncio.Future[bytes] = self._loop.create_future()
         here = self._meetings.setdefault(key, {})

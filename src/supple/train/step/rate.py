@@ -53,7 +53,7 @@ class LearningRate:
         self._jumped_at = int(values["jumped_at"])
 
     def _factor_at(self, step: int) -> float:
-        """Return the batch-size factor at `step`; only an increase is spread (warm-up)."""
+        """Return the batch-size factor at `step`: increases are linear over `warmup_steps`."""
         length = warmup_steps(self._factor / self._jumped_from)
         if length == 0:
             return self._factor

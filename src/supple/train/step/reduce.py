@@ -199,8 +199,7 @@ class GradientReducer:
 
 
 def _cut(params: list[nn.Parameter], tail: int) -> list[Bucket]:
-    """Divide parameters into buckets, in the likely order of the backward pass; the last one is
-    float32 and carries the tail."""
+    """Divide parameters into buckets in backward order; the last, float32, has the tail."""
     runs: list[list[nn.Parameter]] = []
     size = 0
     for param in reversed(params):
