@@ -20,7 +20,7 @@ _LONGEST: Final = 107 - len("/r/session_2026-11-30_05-30-20_158092_4194304/socke
 
 @final
 class RayFolder:
-    """A folder closed to other users; unlocked, it was left behind by a killed process."""
+    """A private folder, locked in use: an unlocked one was left behind by a killed process."""
 
     def __init__(self, longest: int = _LONGEST) -> None:
         """Remove left-over folders and make one, with a path of at most `longest` bytes. Raises

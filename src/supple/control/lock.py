@@ -70,7 +70,7 @@ def _held(path: Path, taken: str, advice: str) -> Iterator[bool]:
 
 
 def _lock(path: Path, taken: str, advice: str) -> tuple[int, bool]:
-    """Return an open descriptor of `path`, and whether it is locked (not on every disk)."""
+    """Lock the file at `path`; return its descriptor, and False if the disk has no locks."""
     while True:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -99,7 +99,7 @@ class Rehearsal:
         return [buffer for name, buffer in buffers if f"buffer/{name}" in changed]
 
     def _refuse_what_cannot_be_saved(self) -> None:
-        """Raise `TrainingError` for such a value; also run after the step has made state."""
+        """Raise `TrainingError` for state that cannot be saved; run before and after the step."""
         optimizer = self._state.optimizer
         for number, group in enumerate(optimizer.param_groups):
             for key, value in _settings(group).items():

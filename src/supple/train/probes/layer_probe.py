@@ -161,7 +161,7 @@ class LayerProbe:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """Return the model's children; `ModuleList` and `Sequential` replaced by theirs."""
+    """Return the model's children, or theirs for a `ModuleList` or `Sequential`."""
     found: list[nn.Module] = []
     for child in model.children() if list(model.children()) else [model]:
         if isinstance(child, nn.ModuleList | nn.Sequential):

@@ -9,7 +9,8 @@ from supple.core.training.goodput import OptimizerFamily, family_of, learning_ra
 
 @final
 class LearningRate:
-    """`base_lr` was tuned at `base_batch`; `schedule` maps the fraction done to a factor."""
+    """Computes a step's learning rate from `base_lr`, which was tuned at `base_batch` samples;
+    `schedule` maps the fraction of the run done to a factor."""
 
     def __init__(self, rule: LrRule, optimizer_name: str) -> None:
         self._rule: LrRule = rule
