@@ -115,7 +115,7 @@ def test_a_step_can_be_committed_on_one_member_and_torn_on_the_other() -> None:
         world.work(second, lucky=True)
         if first.step == second.step:
             world.work(first, lucky=True)
-    world.kill(first, "died", is_told=True)
+    world.kill(first, "died", is_reported=True)
     world.work(second, lucky=False)
     assert second.stage is Stage.WAITING
     assert second.step == first.step - 1
@@ -136,7 +136,7 @@ def test_an_action_for_a_worker_that_was_lost_is_refused() -> None:
         job.do(StartWorker(job_id=JOB, generation=0, worker_id=WorkerId("w0")))
     job.backend.kill(WorkerId("w0"))
     job.backend.hear(WorkerId("w0"))
-    with pytest.raises(ProtocolViolation, match="w0, which is not there"):
+    with pytest.raises(ProtocolViolation, match="w0, which is not running"):
         job.do(StopWorker(job_id=JOB, generation=0, worker_id=WorkerId("w0"), reason=""))
-    with pytest.raises(ProtocolViolation, match="w7 never was there"):
+    with pytest.raises(ProtocolViolation, match="w7 is killed and was never started"):
         job.do(KillWorker(job_id=JOB, generation=0, worker_id=WorkerId("w7"), reason=""))

@@ -120,11 +120,11 @@ def test_it_is_a_step_of_the_newest_generation_that_calms(
         made._reports = NodeReports(made._job_id, lambda _: None)
         worker = _Worker(generation=generation, step=10)
 
-        class Sight:
+        class ProcessHandle:
             async def end(self) -> None:
                 await asyncio.Event().wait()
 
-        worker.sight = Sight()  # type: ignore[assignment]
+        worker.handle = ProcessHandle()  # type: ignore[assignment]
         reports = [
             Report(
                 events=(),

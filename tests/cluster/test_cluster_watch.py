@@ -50,7 +50,7 @@ class Head:
             JOB,
             self.put,
             lambda: self.nodes,
-            ask=self.ask,
+            draining_nodes=self.ask,
             now=self.clock.now,
             wall=lambda: self.clock.now() + 1_000_000.0,
             every_s=0.0,
@@ -107,7 +107,12 @@ def test_a_question_that_is_open_is_not_asked_twice() -> None:
 
     events: list[Event] = []
     watch = ClusterWatch(
-        JOB, events.append, lambda: NODES, ask=ask, now=lambda: next(seconds), every_s=0.0
+        JOB,
+        events.append,
+        lambda: NODES,
+        draining_nodes=ask,
+        now=lambda: next(seconds),
+        every_s=0.0,
     )
     try:
         asyncio.run(asyncio.wait_for(watch.watch_head("head:6379"), LIMIT_S))

@@ -126,7 +126,7 @@ def test_who_connects_while_the_job_stops_leaks_nothing(name: str, num_turns: in
 def test_who_stays_connected_and_says_nothing_does_not_keep_the_job_from_ending(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "_LAST_WORDS_S", 0.05)
+    monkeypatch.setattr(control, "_LAST_REQUEST_S", 0.05)
 
     async def run() -> None:
         async with server(name):

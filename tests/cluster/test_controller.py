@@ -191,7 +191,7 @@ def test_a_resize_from_another_terminal_is_carried_out_and_said(tmp_path: Path) 
     assert outcome.status == "stopped"
     assert outcome.checkpoint == "checkpoints/000001"
     wishes = [thing for thing in witness.seen if isinstance(thing, TargetChanged)]
-    assert [wish.reason for wish in wishes] == ["asked for by `supple resize`"]
+    assert [wish.reason for wish in wishes] == ["requested by `supple resize`"]
     assert any("supple resize" in thing.reason for thing in witness.seen if type(thing) is Decision)
 
 

@@ -25,7 +25,7 @@ def test_the_fence_is_on_the_disk_when_the_workers_are_known(tmp_path: Path) -> 
     async def job() -> None:
         keeper = FenceKeeper(tmp_path, pytest.fail)
         for generation, workers in enumerate([(W0, W1), (W0,), ()]):
-            await keeper.know(generation, 2, workers)
+            await keeper.update(generation, 2, workers)
             written = read(tmp_path)
             assert written is not None
             assert (written.generation, written.workers) == (generation, workers)
@@ -62,28 +62,28 @@ def test_the_fence_is_on_the_disk_before_a_worker_hears_of_its_group(tmp_path: P
 def test_a_new_run_keeps_out_the_workers_of_the_one_before(tmp_path: Path) -> None:
     async def job() -> Writer:
         keeper = FenceKeeper(tmp_path, pytest.fail)
-        await keeper.know(0, 0, ())
+        await keeper.update(0, 0, ())
         await keeper.close()
         return Writer(run=keeper.run, worker_id="w0")
 
     first = asyncio.run(job())
-    assert Barrier(tmp_path, first).why_out() == ""
+    assert Barrier(tmp_path, first).exclusion_reason() == ""
     second = asyncio.run(job())
-    assert "another run" in Barrier(tmp_path, first).why_out()
-    assert Barrier(tmp_path, second).why_out() == ""
+    assert "another run" in Barrier(tmp_path, first).exclusion_reason()
+    assert Barrier(tmp_path, second).exclusion_reason() == ""
 
 
 def test_a_disk_that_refuses_is_said_once_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "checkpoints").write_text("no folder")
-    monkeypatch.setattr(fencing, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(fencing, "_RETRY_S", 0.01)
     said: list[str] = []
 
     async def job() -> None:
         keeper = FenceKeeper(tmp_path / "checkpoints", said.append)
-        await keeper.know(1, 2, (W0, W1))
-        await keeper.know(2, 2, (W0,))
+        await keeper.update(1, 2, (W0, W1))
+        await keeper.update(2, 2, (W0,))
         (tmp_path / "checkpoints").unlink()
         while read(tmp_path / "checkpoints") is None:
             await asyncio.sleep(0)
@@ -106,7 +106,7 @@ def test_a_disk_that_hangs_holds_the_job_up_for_a_moment_only(
 
     async def job() -> None:
         keeper = FenceKeeper(tmp_path, said.append)
-        await keeper.know(1, 2, (W0, W1))
+        await keeper.update(1, 2, (W0, W1))
         answers.set()
         await keeper.close()
 

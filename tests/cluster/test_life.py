@@ -17,11 +17,11 @@ from ray.exceptions import RayError
 
 from supple.cluster.afterwards import end_left_behind, left_behind
 from supple.cluster.life import (
-    FarSight,
     Life,
-    NearSight,
-    Onlooker,
-    Sights,
+    LocalProcess,
+    ProcessHandles,
+    ProcessMonitor,
+    RemoteProcess,
     life_of,
     wait_for_end,
 )
@@ -81,7 +81,7 @@ def test_the_end_of_a_process_is_told_while_a_child_holds_its_pipe_open() -> Non
     with python(code, start_new_session=True) as child:
 
         async def end() -> None:
-            ended = asyncio.ensure_future(NearSight(child.pid).end())
+            ended = asyncio.ensure_future(LocalProcess(child.pid).end())
             await asyncio.sleep(0)
             assert not ended.done()
             child.kill()
@@ -126,34 +126,34 @@ def test_a_number_that_is_anothers_since_is_a_process_that_has_gone() -> None:
     ended = OfAnother(os.getpid())
     assert life_of(ended) is Life.GONE
     asyncio.run(asyncio.wait_for(wait_for_end(ended), 60.0))
-    onlooker = Onlooker()
-    onlooker._seen[ended.pid] = ended
-    assert onlooker.look(ended.pid) == "gone"
+    monitor = ProcessMonitor()
+    monitor._seen[ended.pid] = ended
+    assert monitor.look(ended.pid) == "gone"
 
 
 def test_a_kill_ends_a_process_and_is_no_error_where_it_has_ended() -> None:
     with python("import time; time.sleep(60)") as child:
-        sight = NearSight(child.pid)
-        sight.kill()
+        handle = LocalProcess(child.pid)
+        handle.kill()
         assert child.wait() == -signal.SIGKILL
-        sight.kill()
+        handle.kill()
 
 
-def test_an_onlooker_kills_no_process_that_it_was_never_asked_to_look_at() -> None:
+def test_a_monitor_kills_no_process_that_it_was_never_asked_to_look_at() -> None:
     with python("import sys; sys.stdin.read()", stdin=subprocess.PIPE) as child:
-        Onlooker().kill(child.pid)
+        ProcessMonitor().kill(child.pid)
         assert child.stdin is not None
         child.stdin.close()
         assert child.wait() == 0
 
 
-def test_an_onlooker_says_what_a_process_of_its_node_does_and_kills_it() -> None:
-    onlooker = Onlooker()
+def test_a_monitor_says_what_a_process_of_its_node_does_and_kills_it() -> None:
+    monitor = ProcessMonitor()
     with python("import time; time.sleep(60)") as child:
-        assert onlooker.look(child.pid) == "running"
-        onlooker.kill(child.pid)
+        assert monitor.look(child.pid) == "running"
+        monitor.kill(child.pid)
         child.wait()
-        assert onlooker.look(child.pid) == "gone"
+        assert monitor.look(child.pid) == "gone"
 
 
 class Call:
@@ -169,22 +169,22 @@ class Call:
 
 
 class Actor:
-    """An onlooker as Ray hands it out, in this process."""
+    """A monitor as Ray hands it out, in this process."""
 
     def __init__(self) -> None:
-        self.body = Onlooker()
+        self.body = ProcessMonitor()
         self.look, self.kill = Call(self.body.look), Call(self.body.kill)
 
 
-def test_a_process_elsewhere_is_seen_and_killed_by_the_onlooker_there() -> None:
+def test_a_process_elsewhere_is_seen_and_killed_by_the_monitor_there() -> None:
     with python("import time; time.sleep(60)") as child:
 
         async def go() -> None:
-            sight = FarSight(Actor(), child.pid)
-            sight.kill()  # the very first look made the number known to be its own
+            handle = RemoteProcess(Actor(), child.pid)
+            handle.kill()  # the very first look made the number known to be its own
             child.wait()
-            assert await sight.life() is Life.GONE
-            running = FarSight(Actor(), os.getpid())
+            assert await handle.life() is Life.GONE
+            running = RemoteProcess(Actor(), os.getpid())
             assert await running.life() is Life.RUNNING
             end = asyncio.ensure_future(running.end())
             await asyncio.sleep(0)
@@ -196,12 +196,12 @@ def test_a_process_elsewhere_is_seen_and_killed_by_the_onlooker_there() -> None:
 
 def test_a_node_that_does_not_answer_within_two_seconds_gives_no_proof_of_life() -> None:
     async def go() -> None:
-        onlooker = Actor()
-        sight = FarSight(onlooker, os.getpid())
+        monitor = Actor()
+        handle = RemoteProcess(monitor, os.getpid())
         loop = asyncio.get_running_loop()
-        onlooker.look.remote = lambda _pid: loop.create_future()  # type: ignore[method-assign]
+        monitor.look.remote = lambda _pid: loop.create_future()  # type: ignore[method-assign]
         began_s = loop.time()
-        assert await sight.life() is Life.STOPPED
+        assert await handle.life() is Life.STOPPED
         assert loop.time() - began_s == pytest.approx(2.0)
 
     run_hurried(go())
@@ -212,11 +212,11 @@ def test_a_node_that_cannot_be_asked_gives_no_proof_of_life_and_is_not_asked_to_
         raise RayError("the actor is gone")
 
     async def go() -> None:
-        onlooker = Actor()
-        sight = FarSight(onlooker, os.getpid())
-        onlooker.look.method = onlooker.kill.method = cannot
-        assert await sight.life() is Life.STOPPED
-        sight.kill()
+        monitor = Actor()
+        handle = RemoteProcess(monitor, os.getpid())
+        monitor.look.method = monitor.kill.method = cannot
+        assert await handle.life() is Life.STOPPED
+        handle.kill()
 
     asyncio.run(go())
 
@@ -224,11 +224,11 @@ def test_a_node_that_cannot_be_asked_gives_no_proof_of_life_and_is_not_asked_to_
 SIGHTS = """
 import asyncio, logging, os, subprocess, sys
 import psutil, ray
-from supple.cluster.life import FarSight, Life, NearSight, Sights
+from supple.cluster.life import RemoteProcess, Life, LocalProcess, ProcessHandles
 
-def onlookers():
+def monitors():
     found = psutil.Process().children(recursive=True)
-    return [p for p in found if "ray::Onlooker" in " ".join(p.cmdline())]
+    return [p for p in found if "ray::ProcessMonitor" in " ".join(p.cmdline())]
 
 ray.init(
     "local",
@@ -240,35 +240,35 @@ ray.init(
 here = ray.get_runtime_context().get_node_id()
 children = [subprocess.Popen(["sleep", "120"]) for _ in range(3)]
 try:
-    assert isinstance(Sights(here).of(children[0].pid, here), NearSight)
-    assert onlookers() == []
-    sights = Sights("another node")
-    far = [sights.of(child.pid, here) for child in children]
+    assert isinstance(ProcessHandles(here).of(children[0].pid, here), LocalProcess)
+    assert monitors() == []
+    handles = ProcessHandles("another node")
+    far = [handles.of(child.pid, here) for child in children]
 
     async def lives():
-        return [await sight.life() for sight in far]
+        return [await handle.life() for handle in far]
 
     while asyncio.run(lives()) != [Life.RUNNING] * 3:
-        pass  # the onlooker has yet to come up
-    (crashed,) = onlookers()
+        pass  # the monitor has yet to come up
+    (crashed,) = monitors()
     crashed.kill()
     psutil.wait_procs([crashed], timeout=60)
     while asyncio.run(lives()) != [Life.RUNNING] * 3:
         pass  # another one takes its place
-    (onlooker,) = onlookers()
+    (monitor,) = monitors()
     far[0].kill()
     children[0].wait()
     assert asyncio.run(lives()) == [Life.GONE, Life.RUNNING, Life.RUNNING]
-    sights.close()
-    psutil.wait_procs([onlooker], timeout=60)
-    assert not onlooker.is_running()
+    handles.close()
+    psutil.wait_procs([monitor], timeout=60)
+    assert not monitor.is_running()
     assert asyncio.run(lives()) == [Life.STOPPED] * 3
     far[1].kill()
     assert children[1].poll() is None
-    far[:] = [sights.of(children[2].pid, here)]
+    far[:] = [handles.of(children[2].pid, here)]
     while asyncio.run(lives()) != [Life.RUNNING]:
         pass  # a new one has yet to come up
-    sights.close()
+    handles.close()
     print("seen")
 finally:
     for child in children:
@@ -281,8 +281,8 @@ finally:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_a_node_has_one_onlooker_that_ends_with_the_sights(tmp_path: Path) -> None:
-    script = tmp_path / "sights.py"
+def test_a_node_has_one_monitor_that_ends_with_the_handles(tmp_path: Path) -> None:
+    script = tmp_path / "handles.py"
     script.write_text(SIGHTS)
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=200, check=False
@@ -290,7 +290,7 @@ def test_a_node_has_one_onlooker_that_ends_with_the_sights(tmp_path: Path) -> No
     assert done.returncode == 0 and "seen" in done.stdout, done.stderr[-3000:]
 
 
-def test_each_node_gets_an_onlooker_of_its_own_that_can_be_nowhere_else() -> None:
+def test_each_node_gets_a_monitor_of_its_own_that_can_be_nowhere_else() -> None:
     a, b = "a" * 56, "b" * 56
     placed: list[tuple[str, bool]] = []
 
@@ -303,9 +303,9 @@ def test_each_node_gets_an_onlooker_of_its_own_that_can_be_nowhere_else() -> Non
             return Actor()
 
     async def go() -> None:
-        sights = Sights("here", actor_class=Options())
+        handles = ProcessHandles("here", actor_class=Options())
         for node_id in (a, b, a, "here", b):
-            sights.of(os.getpid(), node_id)
+            handles.of(os.getpid(), node_id)
 
     asyncio.run(go())
     assert placed == [(a, False), (b, False)]

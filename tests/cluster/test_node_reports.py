@@ -35,8 +35,8 @@ def report(node_id: str, *events: Event) -> NodeReported:
 def test_heartbeats_of_a_node_come_in_one_event_and_those_of_another_in_another() -> None:
     async def test(reports: NodeReports, queue: "asyncio.Queue[Event]") -> None:
         for name in ("w0", "w1"):
-            reports.tell("n", beat(name))
-        reports.tell("m", beat("w2"))
+            reports.add("n", beat(name))
+        reports.add("m", beat("w2"))
         assert queue.empty()
         assert await queue.get() == report("n", beat("w0"), beat("w1"))
         assert await queue.get() == report("m", beat("w2"))
@@ -47,10 +47,10 @@ def test_heartbeats_of_a_node_come_in_one_event_and_those_of_another_in_another(
 
 def test_anything_else_waits_for_nothing_and_takes_along_what_came_before() -> None:
     async def test(reports: NodeReports, queue: "asyncio.Queue[Event]") -> None:
-        reports.tell("n", beat("w0"))
-        reports.tell("n", ready("w1"))
+        reports.add("n", beat("w0"))
+        reports.add("n", ready("w1"))
         assert queue.get_nowait() == report("n", beat("w0"), ready("w1"))
-        reports.tell("n", beat("w1"))
+        reports.add("n", beat("w1"))
         assert await queue.get() == report("n", beat("w1"))
 
     run(test)
@@ -58,10 +58,10 @@ def test_anything_else_waits_for_nothing_and_takes_along_what_came_before() -> N
 
 def test_of_a_worker_that_was_killed_nothing_is_told_any_more() -> None:
     async def test(reports: NodeReports, queue: "asyncio.Queue[Event]") -> None:
-        reports.tell("n", beat("w0"))
-        reports.tell("m", beat("w1"))
+        reports.add("n", beat("w0"))
+        reports.add("m", beat("w1"))
         reports.forget(WorkerId("w0"))
-        reports.tell("n", beat("w2"))
+        reports.add("n", beat("w2"))
         assert await queue.get() == report("n", beat("w2"))
         assert await queue.get() == report("m", beat("w1"))
 
@@ -70,9 +70,9 @@ def test_of_a_worker_that_was_killed_nothing_is_told_any_more() -> None:
 
 def test_what_was_gathered_is_dropped_at_the_close() -> None:
     async def test(reports: NodeReports, queue: "asyncio.Queue[Event]") -> None:
-        reports.tell("n", beat("w0"))
+        reports.add("n", beat("w0"))
         reports.close()
-        reports.tell("n", ready("w1"))
+        reports.add("n", ready("w1"))
         assert queue.get_nowait() == report("n", ready("w1"))
 
     run(test)

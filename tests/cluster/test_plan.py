@@ -143,7 +143,7 @@ def test_a_batch_beyond_the_dataset_is_told_and_the_cap_on_micro_batches_kept(
     tmp_path: Path,
 ) -> None:
     result = planned_alone(tmp_path, "train")
-    told = "batch_size=5000, but the dataset has only 3: measured and planned with a batch of all"
+    told = "batch_size=5000, but the dataset has only 3: all of them are one batch in this plan"
     assert result.returncode == 0 and result.stderr.splitlines().count(told) == 1, result.stderr
     batches = [row["batch"] for row in json.loads(result.stdout)["rows"]]
     assert {batch["global_batch_size"] for batch in batches} == {3}

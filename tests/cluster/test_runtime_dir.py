@@ -115,16 +115,16 @@ def test_a_place_of_another_user_is_not_used(shared: Path) -> None:
         os.chown(base, 65534, 65534)
     owner, us = (65534, US) if US == 0 else (US, OTHER)
     with pytest.raises(SpecError, match=f"{base} belongs to user {owner}"):
-        runtime_dir.refuse_exchangeable(base, us)
+        runtime_dir.refuse_replaceable(base, us)
 
 
 def test_a_place_is_not_used_where_a_folder_far_above_it_may_be_renamed(shared: Path) -> None:
     inner = shared / "a" / "b" / "c"
     inner.mkdir(parents=True, mode=0o755)
-    runtime_dir.refuse_exchangeable(inner, US)
+    runtime_dir.refuse_replaceable(inner, US)
     (shared / "a").chmod(0o777)
     with pytest.raises(SpecError, match=f"others may rename what is in {shared / 'a'}$"):
-        runtime_dir.refuse_exchangeable(inner, US)
+        runtime_dir.refuse_replaceable(inner, US)
 
 
 def test_a_folder_that_others_may_enter_by_now_is_not_opened(shared: Path) -> None:

@@ -56,5 +56,5 @@ def test_a_node_that_lacks_the_script_or_the_run_folder_is_named(tmp_path: Path)
 
 
 def test_the_address_of_a_ray_client_is_refused_before_ray_is_asked() -> None:
-    with pytest.raises(SpecError, match=r"--address ray://head:10001 is a Ray Client's"):
+    with pytest.raises(SpecError, match=r"--address ray://head:10001 is the address of a Ray"):
         connect(TrainSpec(name="job", script="train.py", address="ray://head:10001"))

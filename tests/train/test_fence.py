@@ -39,29 +39,29 @@ def test_the_fence_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_a_fence_that_cannot_be_read_keeps_nobody_out(tmp_path: Path, content: str) -> None:
     (tmp_path / NAME).write_text(content)
     assert read(tmp_path) is None
-    assert Barrier(tmp_path, Writer(run=1, worker_id="w0")).why_out() == ""
+    assert Barrier(tmp_path, Writer(run=1, worker_id="w0")).exclusion_reason() == ""
 
 
 def test_who_is_known_and_who_started_later_may_write() -> None:
     for worker_id in ("w0", "w2", "w3", "w10"):
-        assert not fence("w0", "w2").bars(Writer(run=7, worker_id=worker_id))
+        assert not fence("w0", "w2").excludes(Writer(run=7, worker_id=worker_id))
 
 
 def test_who_was_given_up_and_who_is_of_an_earlier_run_may_not() -> None:
-    assert fence("w0", "w2").bars(Writer(run=7, worker_id="w1"))
-    assert fence("w0", "w2").bars(Writer(run=6, worker_id="w0"))
-    assert not fence("w0", "w2", run=6).bars(Writer(run=7, worker_id="w1"))
+    assert fence("w0", "w2").excludes(Writer(run=7, worker_id="w1"))
+    assert fence("w0", "w2").excludes(Writer(run=6, worker_id="w0"))
+    assert not fence("w0", "w2", run=6).excludes(Writer(run=7, worker_id="w1"))
 
 
 def test_who_is_out_is_told_why(tmp_path: Path) -> None:
     fence("w0", "w2").write(tmp_path)
-    assert Barrier(tmp_path, Writer(run=6, worker_id="w0")).why_out() == (
+    assert Barrier(tmp_path, Writer(run=6, worker_id="w0")).exclusion_reason() == (
         "another run of the same name has begun since"
     )
-    assert Barrier(tmp_path, Writer(run=7, worker_id="w1")).why_out() == (
+    assert Barrier(tmp_path, Writer(run=7, worker_id="w1")).exclusion_reason() == (
         "worker w1 was given up by its job, which goes on without it (generation 2)"
     )
-    assert Barrier(tmp_path, Writer(run=7, worker_id="w0")).why_out() == ""
+    assert Barrier(tmp_path, Writer(run=7, worker_id="w0")).exclusion_reason() == ""
 
 
 def test_a_fence_that_cannot_be_put_in_place_is_an_error_and_leaves_nothing(

@@ -317,7 +317,9 @@ def test_a_buffer_that_a_forward_pass_ruined_is_named_and_one_built_infinite_is_
         train(Job(TrainSpec(name="job", script="")))
 
 
-@pytest.mark.parametrize(("num_bad", "named"), [(3, "a, b, c. No"), (4, "a, b, c and 1 more. No")])
+@pytest.mark.parametrize(
+    ("num_bad", "named"), [(3, "a, b, c. All"), (4, "a, b, c and 1 more. All")]
+)
 def test_the_first_three_weights_that_are_not_finite_are_named(num_bad: int, named: str) -> None:
     bad = {nn.Parameter(torch.tensor([float("nan")])): name for name in "abcd"[:num_bad]}
     with pytest.raises(TrainingError, match=f"after step 7, in {named}"):

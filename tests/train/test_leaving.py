@@ -321,7 +321,7 @@ def test_another_rank_saves_when_rank_0_dies_before_it_has_saved_the_end(
         saving.set()
         assert released.wait(60)
 
-    saver.finish = hang  # type: ignore[method-assign]
+    saver.save_final = hang  # type: ignore[method-assign]
     world.form(1, ["a", "b"])
     assert saving.wait(60)
     world.abort(1, ["b"])

@@ -364,7 +364,7 @@ def numbers() -> Iterator[int]:
         (None, "NoneType without __len__ and __getitem__"),
         (DataLoader(Numbers(4)), "a DataLoader was given to job.batches"),
         ([Numbers(4), Numbers(5)], "ConcatDataset"),
-        ([numbers, Numbers(5)], "number 1 is a Numbers and no iterable shard"),
+        ([numbers, Numbers(5)], "number 1 is a Numbers, not an iterable shard"),
         (numbers(), "shard 0 is a generator, which can be read only once"),
         ([numbers, numbers()], "shard 1 is a generator, which can be read only once"),
     ],

@@ -181,7 +181,7 @@ class Strange(torch.optim.SGD):
     ("key", "value", "settings", "told"),
     [
         (None, object(), {}, r"state 'mine' of weight is a builtins\.object"),
-        ("all", 1.0, {}, r"keeps state under 'all'.*none of the model's parameters"),
+        ("all", 1.0, {}, r"keeps state under 'all'.*not one of the model's parameters"),
         (None, 1.0, {"rule": print}, r"setting 'rule' of the optimizer's parameter group 0 is a"),
     ],
 )

@@ -112,7 +112,7 @@ def test_what_was_overheard_cannot_be_said_again() -> None:
             real.sendall(words)
             assert len(until_closed(real)) == 32  # the nonce, and not a word more
             overhearing.sendall((4).to_bytes(4) + b"{}  " + b"y" * 32)
-            with pytest.raises(MeetingFailed, match="does not know the job's secret"):
+            with pytest.raises(MeetingFailed, match="does not have the job's secret"):
                 member.result(_LIMIT_S)
 
 

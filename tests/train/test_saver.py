@@ -104,7 +104,7 @@ class Alone:
         assert found is not None
         layer = nn.Linear(1, 1, bias=False)
         state = TrainState(layer, torch.optim.SGD(layer.parameters()), {})
-        Saver(None, 0.0, None, None).restore(str(found.path), state, lambda _: None, asked=True)
+        Saver(None, 0.0, None, None).restore(str(found.path), state, lambda _: None, is_named=True)
         return layer.weight.item()
 
 
@@ -134,34 +134,34 @@ def test_a_save_is_due_when_its_time_has_come_and_asking_starts_the_next_interva
 def test_what_is_written_behind_is_the_copy_of_its_step_and_is_told_once(tmp_path: Path) -> None:
     alone = Alone(tmp_path)
     alone.set(1.0)
-    alone.saver.behind(alone.state, {"step": 4}, 3)
+    alone.saver.save_async(alone.state, {"step": 4}, 3)
     alone.set(2.0)
     assert alone.told() == [saved(alone, 4)]
     assert alone.saved_weight() == 1.0
-    assert alone.saver.now(alone.state, {"step": 4}, 3) is None, "that step is saved"
-    alone.saver.finish(alone.state, {"step": 4}, 3)
-    alone.saver.leave(alone.state, {"step": 4}, 3)
+    assert alone.saver.save_now(alone.state, {"step": 4}, 3) is None, "that step is saved"
+    alone.saver.save_final(alone.state, {"step": 4}, 3)
+    alone.saver.save_on_leave(alone.state, {"step": 4}, 3)
     assert alone.told() == []
 
 
 def test_a_save_at_the_end_is_of_the_newest_step_and_is_told_once(tmp_path: Path) -> None:
     alone = Alone(tmp_path)
-    alone.saver.behind(alone.state, {"step": 4}, 3)
+    alone.saver.save_async(alone.state, {"step": 4}, 3)
     alone.set(2.0)
-    alone.saver.finish(alone.state, {"step": 5}, 3)
+    alone.saver.save_final(alone.state, {"step": 5}, 3)
     assert [type(event) for event in alone.told()] == [CheckpointSaved] * 2
     assert alone.saved_weight() == 2.0
-    alone.saver.finish(alone.state, {"step": 5}, 3)
+    alone.saver.save_final(alone.state, {"step": 5}, 3)
     assert alone.told() == []
 
 
 def test_when_the_script_has_left_its_loop_what_it_held_then_is_saved(tmp_path: Path) -> None:
     alone = Alone(tmp_path)
     alone.set(1.0)
-    alone.saver.leave(alone.state, {"step": 4}, 3)
+    alone.saver.save_on_leave(alone.state, {"step": 4}, 3)
     alone.set(2.0)
     assert alone.told() == [saved(alone, 4)]
-    assert alone.saver.now(alone.state, {"step": 9}, 3) is None
+    assert alone.saver.save_now(alone.state, {"step": 9}, 3) is None
     assert alone.saved_weight() == 1.0
 
 
@@ -171,9 +171,9 @@ def test_what_must_not_be_saved_is_told_with_its_reason_however_it_was_asked_for
     alone = Alone(tmp_path)
     alone.set(float("nan"))
     scalars = {"step": 4}
-    alone.saver.behind(alone.state, scalars, 3)
-    alone.saver.leave(alone.state, scalars, 3)
-    alone.saver.finish(alone.state, scalars, 3)
+    alone.saver.save_async(alone.state, scalars, 3)
+    alone.saver.save_on_leave(alone.state, scalars, 3)
+    alone.saver.save_final(alone.state, scalars, 3)
     found = alone.told()
     assert len(found) == 3
     for event in found:
@@ -181,7 +181,7 @@ def test_what_must_not_be_saved_is_told_with_its_reason_however_it_was_asked_for
         assert (event.step, event.is_disk_full) == (4, False)
         assert "the weights are not finite numbers, in weight" in event.error
     with pytest.raises(CheckpointError, match="are not finite"):
-        alone.saver.now(alone.state, scalars, 3)
+        alone.saver.save_now(alone.state, scalars, 3)
     assert alone.store.latest() is None
 
 
@@ -189,9 +189,9 @@ def test_a_job_that_nobody_controls_saves_and_a_job_without_a_store_does_not(
     tmp_path: Path,
 ) -> None:
     alone = Alone(tmp_path, is_elastic=False)
-    alone.saver.finish(alone.state, {"step": 4}, 3)
+    alone.saver.save_final(alone.state, {"step": 4}, 3)
     assert saved(alone, 4)
     without = Saver(None, 30.0, None, None)
-    without.leave(alone.state, {"step": 5}, 3)
-    without.finish(alone.state, {"step": 5}, 3)
+    without.save_on_leave(alone.state, {"step": 5}, 3)
+    without.save_final(alone.state, {"step": 5}, 3)
     without.wait()

@@ -266,13 +266,13 @@ def test_a_shard_that_became_shorter_is_refused() -> None:
     step(loader)
     shrunk = loader_of(shards(3))
     shrunk.place(loader.position, 0, 1, 4, 4)
-    with pytest.raises(SpecError, match="at sample 4, but opened again it gave only 3"):
+    with pytest.raises(SpecError, match="at sample 4, but had only 3 when it was opened again"):
         step(shrunk)
 
 
 def test_a_position_of_other_shards_is_refused() -> None:
     loader = loader_of(shards(9, 9))
-    with pytest.raises(SpecError, match="within 3 shards, but there are 2"):
+    with pytest.raises(SpecError, match="in 3 shards, but there are 2"):
         loader.place(ShardPosition.start(3), 0, 1, 4, 4)
 
 

@@ -1,1 +1,1 @@
-"""The only code that imports Ray: workers, the backend that holds them, the controller."""
+"""The only code that imports Ray: workers as actors, their backend, how Ray is started."""

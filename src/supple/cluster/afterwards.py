@@ -1,10 +1,10 @@
-"""Nothing of a Ray that this process started outlives it, even if it is killed.
+"""End the processes that a private Ray leaves behind, even if its starter is killed.
 
-The kernel ends Ray's servers with the process that started them. Not so the agents and workers that
-the raylet started in turn: without a GCS to take their leave of, they stay for a minute or more. So
-a small process waits for the end of this one (the end of its standard input) and ends them.
+The kernel ends Ray's servers with the process that started them, but not the agents and workers
+that the raylet started: without a GCS they stay for a minute or more. So a small process waits for
+the end of this one (the end of its standard input) and ends them.
 
-This file is also that process's program, started on its own: it imports the standard library only.
+This file is also that process's program, so it imports only the standard library.
 """
 
 import contextlib
@@ -15,18 +15,18 @@ import sys
 import time
 
 _GRACE_S = 5.0
-"""What still runs so long after this process's end is killed: a worker may be saving."""
+"""Time from this process's end until the rest is killed: a worker may be saving."""
 _LIMIT_S = 20.0
+"""Time after the grace period for which killing is retried."""
 _AGAIN_S = 0.25
 
-
 MARK = "SUPPLE_RAY"
-"""The variable in the environment of a Ray's processes that says which Ray they belong to."""
+"""Environment variable of a Ray's processes that holds the folder of their Ray."""
 
 
 def watch_over(which: str) -> "subprocess.Popen[bytes] | None":
-    """The process that ends what this Ray leaves behind; let go of it to have it done now. None
-    where there is no /proc to find it in."""
+    """Start the process that ends what this Ray leaves behind; it begins when its standard input is
+    closed. None where there is no /proc to search."""
     if sys.platform != "linux":
         return None
     return subprocess.Popen(
@@ -39,8 +39,7 @@ def watch_over(which: str) -> "subprocess.Popen[bytes] | None":
 
 
 def left_behind(which: str) -> list[int]:
-    """The processes that still run as this Ray's: agents, workers, and what a worker started that
-    did not become another program."""
+    """Return the pids of this Ray's agents and workers, and of the workers' forked children."""
     mark = f"{MARK}={which}".encode()
     found: list[int] = []
     for name in os.listdir("/proc"):
@@ -59,7 +58,7 @@ def left_behind(which: str) -> list[int]:
 
 
 def end_left_behind(which: str, *, grace_s: float = _GRACE_S) -> None:
-    """Wait `grace_s` for them to end by themselves, kill the rest, and return when none is left."""
+    """Wait `grace_s` for this Ray's processes to end, kill the rest; return when none is left."""
     began = time.monotonic()
     while (left := left_behind(which)) and time.monotonic() - began < grace_s + _LIMIT_S:
         if time.monotonic() - began >= grace_s:

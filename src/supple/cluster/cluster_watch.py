@@ -1,8 +1,8 @@
-"""What the Ray cluster itself tells a job, or fails to: nodes about to be taken, a head that does
-not answer, and the processes of a Ray that this job started for itself.
+"""`ClusterWatch`: detects draining nodes, a Ray head that does not answer, and the end of the Ray
+processes that this job started.
 
-Ray's own answer to a lost raylet is a node that is dead, and to a lost GCS the end of this process
-after a minute, without a word of what can still be saved. So both are looked for here.
+When a raylet is lost, Ray marks its node dead; when the GCS is lost, Ray ends this process after
+60 s, with no chance to save. So both are detected here first.
 """
 
 import asyncio
@@ -20,10 +20,10 @@ from supple.core.types import ClusterLost, Event, JobId, Noticed, PreemptionNoti
 
 _EVERY_S = 1.0
 _NO_DEADLINE_S = 30.0
-"""What a node is taken to have left that drains without a deadline."""
-_SAID_AFTER_S = 10.0
+"""Assumed time left for a node that drains without a deadline."""
+_REPORTED_AFTER_S = 10.0
 _LOST_AFTER_S = 30.0
-"""Ray ends this process when its head has been away for 60 s: the state is saved before."""
+"""Ray ends this process when its head has not answered for 60 s; saving must be done before."""
 
 _VITAL = {
     "raylet": "Ray's raylet on this machine, the parent of every worker, was killed or crashed",
@@ -33,13 +33,13 @@ _VITAL = {
 
 
 def own_servers() -> list[psutil.Process]:
-    """The raylet and the GCS that this process started; none where Ray was there before."""
+    """The raylet and the GCS that this process started; empty if it joined a running Ray."""
     return [process for process in psutil.Process().children() if process.name() in _VITAL]
 
 
 @final
 class ClusterWatch:
-    """Events about the cluster of one job go to `put`. `nodes` tells where its workers are now."""
+    """Passes events about one job's cluster to `put`. `nodes()` maps each worker to its node id."""
 
     def __init__(
         self,
@@ -47,23 +47,24 @@ class ClusterWatch:
         put: Callable[[Event], None],
         nodes: Callable[[], Mapping[WorkerId, str]],
         *,
-        ask: Callable[[], Mapping[str, int]] = ray_state.state.get_draining_nodes,
+        draining_nodes: Callable[[], Mapping[str, int]] = ray_state.state.get_draining_nodes,
         now: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         every_s: float = _EVERY_S,
     ) -> None:
-        """`ask` is a question to the head, answered with the nodes that drain and the deadline of
-        each; `now` is the clock of events, and `wall` that of the head's deadlines."""
+        """`draining_nodes` queries the head: node id to deadline, in ms of `wall` time (0: none).
+        `now` is the clock of events."""
         self._job_id = job_id
         self._put = put
         self._nodes = nodes
-        self._ask, self._now, self._wall, self._every_s = ask, now, wall, every_s
-        self._told: set[WorkerId] = set()
+        self._draining_nodes = draining_nodes
+        self._now, self._wall, self._every_s = now, wall, every_s
+        self._reported: set[WorkerId] = set()
         self.is_lost = False
-        """Nothing must be asked of the cluster any more: it would not answer."""
+        """If True, call nothing in the cluster any more: it would not answer."""
 
     async def watch_own(self) -> None:
-        """Until the raylet or the GCS that this process started has ended."""
+        """Wait until the raylet or the GCS that this process started ends, and report it."""
         ends = {
             asyncio.ensure_future(wait_for_end(process)): process.name()
             for process in own_servers()
@@ -78,26 +79,26 @@ class ClusterWatch:
                 end.cancel()
 
     async def watch_head(self, address: str) -> None:
-        """Ask the head again and again which nodes drain; tell of them, and of no answer."""
-        answered_at, said = self._now(), False
-        asked: asyncio.Future[Mapping[str, int]] | None = None
+        """Poll the head for draining nodes; report them, and a head that does not answer."""
+        answered_at, is_reported = self._now(), False
+        query: asyncio.Future[Mapping[str, int]] | None = None
         while not self.is_lost:
-            # A question that is still open is not asked twice: it holds a thread.
-            asked = asked or asyncio.ensure_future(in_a_thread(self._ask))
-            await asyncio.wait({asked}, timeout=self._every_s)
-            if asked.done():
+            # An open query is not repeated: it holds a thread.
+            query = query or asyncio.ensure_future(in_a_thread(self._draining_nodes))
+            await asyncio.wait({query}, timeout=self._every_s)
+            if query.done():
                 try:
-                    self._drain(asked.result())
-                    answered_at, said = self._now(), False
+                    self._drain(query.result())
+                    answered_at, is_reported = self._now(), False
                 except (RayError, ConnectionError, RuntimeError):
-                    pass  # as good as no answer
-                asked = None
+                    pass  # counts as no answer
+                query = None
             away_s = self._now() - answered_at
             who = f"the head of the Ray cluster at {address} has not answered for {away_s:.0f} s"
             if away_s > _LOST_AFTER_S:
                 self._lose(who)
-            elif away_s > _SAID_AFTER_S and not said:
-                said = True
+            elif away_s > _REPORTED_AFTER_S and not is_reported:
+                is_reported = True
                 self._put(
                     Noticed(
                         job_id=self._job_id,
@@ -118,11 +119,11 @@ class ClusterWatch:
             there = tuple(
                 worker_id
                 for worker_id, node in self._nodes().items()
-                if node == node_id and worker_id not in self._told
+                if node == node_id and worker_id not in self._reported
             )
             if not there:
                 continue
-            self._told.update(there)
+            self._reported.update(there)
             left_s = deadline_ms / 1000 - self._wall() if deadline_ms else _NO_DEADLINE_S
             self._put(
                 PreemptionNoticed(

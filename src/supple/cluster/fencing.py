@@ -1,4 +1,4 @@
-"""Keeps the fence of a run in step with who is known, and never holds the job up for long."""
+"""`FenceKeeper`: writes the job's current workers into its run's fence, with a bounded wait."""
 
 import asyncio
 import contextlib
@@ -13,28 +13,28 @@ from supple.core.types import WorkerId
 from supple.train.checkpoint.fence import Fence, next_run
 
 _LIMIT_S = 2.0
-"""A disk that does not take the fence for so long is not waited for."""
-_AGAIN_S = 1.0
+"""Longest wait for the disk to take the fence."""
+_RETRY_S = 1.0
 
 
 @final
 class FenceKeeper:
-    """Writes the newest fence in a thread, again and again until it is there. `told` hears once
-    that it cannot be written, in a line for people."""
+    """Writes the newest fence in a thread and retries until it is written. `notify` is called once,
+    with a line for the user, if it cannot be written."""
 
-    def __init__(self, folder: Path, told: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, notify: Callable[[str], None]) -> None:
         self.run = next_run(folder, time.time_ns())
         self._folder = folder
-        self._told = told
+        self._notify = notify
         self._wanted: Fence | None = None
         self._written: Fence | None = None
         self._writer: asyncio.Task[None] | None = None
         self._tried = asyncio.Event()
-        self._said = False
+        self._is_reported = False
 
-    async def know(self, generation: int, num_started: int, workers: Iterable[WorkerId]) -> None:
-        """From now on only these workers, and those started later, write into the run. It is on the
-        disk when this returns, unless the disk refuses or takes too long."""
+    async def update(self, generation: int, num_started: int, workers: Iterable[WorkerId]) -> None:
+        """Allow only these workers, and those started later, to write into the run. The fence is on
+        the disk when this returns, unless the disk refuses it or takes longer than `_LIMIT_S`."""
         self._wanted = Fence(
             run=self.run,
             generation=generation,
@@ -47,7 +47,7 @@ class FenceKeeper:
         try:
             await asyncio.wait_for(self._tried.wait(), _LIMIT_S)
         except TimeoutError:
-            self._say(f"it was not written within {_LIMIT_S:g} s")
+            self._report(f"it was not written within {_LIMIT_S:g} s")
 
     async def close(self) -> None:
         if self._writer is not None:
@@ -61,18 +61,18 @@ class FenceKeeper:
             try:
                 await in_a_thread(partial(fence.write, self._folder))
             except OSError as error:
-                self._say(error.strerror or str(error))
+                self._report(error.strerror or str(error))
                 self._tried.set()
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(_RETRY_S)
             else:
                 self._written = fence
                 if fence == self._wanted:
                     self._tried.set()
 
-    def _say(self, why: str) -> None:
-        if not self._said:
-            self._said = True
-            self._told(
+    def _report(self, why: str) -> None:
+        if not self._is_reported:
+            self._is_reported = True
+            self._notify(
                 f"the fence in {self._folder} cannot be written: {why}. Training goes on; until it "
                 "can, a worker that was given up and is still alive could write a checkpoint"
             )

@@ -1,4 +1,4 @@
-"""One training job from a spec to its end: connects Ray, wires the parts, catches Ctrl-C."""
+"""Run one training job from its spec to its end: connect Ray, wire the parts, handle Ctrl-C."""
 
 import asyncio
 import itertools
@@ -20,6 +20,7 @@ from supple.train.checkpoint.store import CheckpointError, CheckpointStore
 from supple.train.script import check
 
 _SOCKET_BYTES = 107
+"""Longest path of a Unix socket on Linux."""
 
 
 def run_path_of(spec: TrainSpec) -> Path:
@@ -28,7 +29,7 @@ def run_path_of(spec: TrainSpec) -> Path:
 
 
 def prepare(spec: TrainSpec) -> Path:
-    """Refuse what cannot work, before anything is started; make the run's folder and return it."""
+    """Make the run's folder and return it. Raises `SpecError` for a job that cannot work."""
     check(spec.script, spec.function)
     _refuse_long_socket(spec.name)
     refuse_second(spec.name)
@@ -47,17 +48,18 @@ def _refuse_long_socket(name: str) -> None:
     length = len(os.fsencode(path))
     if length > _SOCKET_BYTES:
         raise SpecError(
-            f"the socket that `supple status {name}` and others would ask is {path}: {length} "
+            f"the socket for `supple status {name}` and other commands would be {path}: {length} "
             f"bytes, and the kernel allows {_SOCKET_BYTES}. Give a shorter --name, or a shorter "
             "folder for temporary files (TMPDIR)."
         )
 
 
 def resumed(spec: TrainSpec, resume: str) -> tuple[TrainSpec, str]:
-    """`spec` with the checkpoint that `resume` names, a folder or "latest", and a line about it.
+    """Return `spec` with the checkpoint that `resume` names (a folder, or "latest"), and a line
+    about it.
 
-    It is whole, and holds nothing but tensors and plain values: else `SpecError`. Whether it fits
-    the script is known when the model is built.
+    Raises `SpecError` unless the checkpoint is whole and holds only tensors and plain values.
+    Whether it fits the script is checked when the model is built.
     """
     if resume != "latest":
         if not resume or not os.path.lexists(resume):
@@ -75,18 +77,18 @@ def resumed(spec: TrainSpec, resume: str) -> tuple[TrainSpec, str]:
         found, skipped = CheckpointStore(folder).examine()
     except CheckpointError as error:
         raise SpecError(f"--resume latest: {error}") from None
-    told = "".join(f" Skipped: {problem}" for problem in skipped)
+    problems = "".join(f" Skipped: {problem}" for problem in skipped)
     if found is None:
         raise SpecError(
-            f"--resume latest: there is no good checkpoint in {folder}.{told} Start without "
+            f"--resume latest: there is no good checkpoint in {folder}.{problems} Start without "
             "--resume, or check --name and --run-dir."
         )
-    return replace(spec, resume=str(found.path)), f"resuming from step {found.step}.{told}"
+    return replace(spec, resume=str(found.path)), f"resuming from step {found.step}.{problems}"
 
 
 def set_aside(spec: TrainSpec) -> str:
-    """Move the checkpoints of an earlier run of this name out of the way of a run that begins anew,
-    which would otherwise replace them one by one; a line about it, empty if there are none.
+    """Move the checkpoints of an earlier run of this name aside, so that a new run does not replace
+    them; return a line about it, empty if there are none.
 
     Raises `SpecError` if they cannot be moved.
     """
@@ -104,13 +106,12 @@ def set_aside(spec: TrainSpec) -> str:
         ) from None
     return (
         f"an earlier run named {spec.name!r} left checkpoints: they are kept in {kept} "
-        "(--resume latest would have gone on from them)"
+        "(--resume latest would have resumed from them)"
     )
 
 
 def remove_ledger(run_path: Path) -> None:
-    """Remove what an earlier run wrote down: two runs in one ledger prove nothing. Raises
-    `SpecError` if it cannot be removed."""
+    """Remove an earlier run's ledger. Raises `SpecError` if it cannot be removed."""
     for old in (run_path / "ledger").glob("*.jsonl"):
         try:
             old.unlink()
@@ -128,9 +129,9 @@ def train(
     known: ScriptMeasurements | None = None,
     verbose: bool = False,
 ) -> Outcome:
-    """Train until the job finishes, is stopped or fails, in the folder that `prepare` made. The
-    advice to it begins with what is `known` of the script. If `verbose`, Ray's own logs are kept
-    beside the workers'. Raises `SpecError` if Ray cannot be had."""
+    """Train until the job finishes, is stopped or fails, in the folder that `prepare` made.
+    `known`: earlier measurements of the script, for the advisor. If `verbose`, Ray's own logs are
+    kept beside the workers'. Raises `SpecError` if Ray cannot be used."""
     run_path = run_path_of(spec)
     connect(spec)
     try:

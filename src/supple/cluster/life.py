@@ -1,8 +1,8 @@
-"""Proof of life that asks the kernel and not the worker: is the process there, stopped, running?
+"""Process state of a worker (running, stopped, gone), read from the kernel and not from the worker.
 
-A worker's own answer needs its interpreter. What its kernel says needs nothing of it, and holds
-even where children of a dead worker keep its connections open. On this machine the end of a process
-is told at once; on another node a tiny actor of Ray's looks when it is asked.
+A worker's own answer needs its interpreter. The kernel's answer does not, and it is right even
+where children of a dead worker keep its connections open. The end of a process on this machine is
+reported at once; on another node a small Ray actor checks it on request.
 """
 
 import asyncio
@@ -19,23 +19,23 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _REMOTE_LIMIT_S = 2.0
-"""A node that does not answer within so long gives no proof."""
+"""Longest wait for the answer of another node."""
 _END_EVERY_S = 0.2
-"""How often the end of a process is looked for where the kernel does not tell of it."""
+"""Polling interval for the end of a process where the kernel sends no notification."""
 
 
 class Life(Enum):
-    """What a process is doing."""
+    """State of a process."""
 
     RUNNING = "running"
     """It runs, or waits for something."""
     STOPPED = "stopped"
-    """It was stopped (SIGSTOP, a debugger), or nobody could tell."""
+    """It was stopped (SIGSTOP, a debugger), or its state is unknown."""
     GONE = "gone"
 
 
 def life_of(process: psutil.Process) -> Life:
-    """What the kernel says of it now."""
+    """Return the state of `process` now, from the kernel."""
     try:
         if not process.is_running():
             return Life.GONE
@@ -51,7 +51,7 @@ def life_of(process: psutil.Process) -> Life:
 
 
 async def wait_for_end(process: psutil.Process) -> None:
-    """Return as soon as the process has ended, whoever its parent is. On Linux the kernel tells."""
+    """Return once the process has ended, whoever its parent is; on Linux without polling."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except (AttributeError, OSError):
@@ -62,29 +62,29 @@ async def wait_for_end(process: psutil.Process) -> None:
     ended = loop.create_future()
     try:
         loop.add_reader(descriptor, lambda: ended.done() or ended.set_result(None))
-        if life_of(process) is not Life.GONE:  # its number may be another's since
+        if life_of(process) is not Life.GONE:  # another process may have its number now
             await ended
     finally:
         loop.remove_reader(descriptor)
         os.close(descriptor)
 
 
-class Sight(Protocol):
-    """One worker's process, as seen from here."""
+class ProcessHandle(Protocol):
+    """Access to one worker's process, local or on another node."""
 
     async def life(self) -> Life: ...
 
     async def end(self) -> None:
-        """Return when the process has ended; for ever where only `life` can tell."""
+        """Return when the process has ended; never, where only `life` can detect it."""
         ...
 
     def kill(self) -> None:
-        """SIGKILL, which needs no answer of the process."""
+        """Send SIGKILL, which needs no answer of the process."""
         ...
 
 
 @final
-class NearSight:
+class LocalProcess:
     """A process on this machine."""
 
     def __init__(self, pid: int) -> None:
@@ -102,14 +102,14 @@ class NearSight:
 
 
 @final
-class Onlooker:
-    """The body of an actor that looks at processes of its own node."""
+class ProcessMonitor:
+    """The body of a Ray actor that checks processes of its own node."""
 
     def __init__(self) -> None:
         self._seen: dict[int, psutil.Process] = {}
 
     def look(self, pid: int) -> str:
-        """The value of a `Life`."""
+        """Return the value of the `Life` of process `pid`."""
         if pid not in self._seen:
             try:
                 self._seen[pid] = psutil.Process(pid)
@@ -124,20 +124,19 @@ class Onlooker:
 
 
 @final
-class FarSight:
-    """A process on another node, seen by the onlooker there."""
+class RemoteProcess:
+    """A process on another node, checked by the `ProcessMonitor` there."""
 
-    def __init__(self, onlooker: Any, pid: int) -> None:
-        self._onlooker, self._pid = onlooker, pid
-        # From now on its number is known to be its own.
-        onlooker.look.remote(pid)
+    def __init__(self, monitor: Any, pid: int) -> None:
+        self._monitor, self._pid = monitor, pid
+        monitor.look.remote(pid)  # bind the number to this process, before it can be reused
 
     async def life(self) -> Life:
-        async def ask() -> str:
-            return await self._onlooker.look.remote(self._pid)
+        async def look() -> str:
+            return await self._monitor.look.remote(self._pid)
 
         try:
-            return Life(await asyncio.wait_for(ask(), _REMOTE_LIMIT_S))
+            return Life(await asyncio.wait_for(look(), _REMOTE_LIMIT_S))
         except (RayError, TimeoutError):
             return Life.STOPPED
 
@@ -146,33 +145,33 @@ class FarSight:
 
     def kill(self) -> None:
         with contextlib.suppress(RayError):
-            self._onlooker.kill.remote(self._pid)
+            self._monitor.kill.remote(self._pid)
 
 
 @final
-class Sights:
-    """Where each process is looked at from: one onlooker a node, made when its first worker is."""
+class ProcessHandles:
+    """Makes a `ProcessHandle` for each process, with one `ProcessMonitor` per other node."""
 
     def __init__(self, here: str, *, actor_class: Callable[..., Any] | None = None) -> None:
         remote: Any = ray.remote
         self._here = here
         self._actor_class = actor_class or remote(
             num_cpus=0, max_restarts=-1, enable_task_events=False
-        )(Onlooker)
-        self._onlookers: dict[str, Any] = {}
+        )(ProcessMonitor)
+        self._monitors: dict[str, Any] = {}
 
-    def of(self, pid: int, node_id: str) -> Sight:
-        """Raises `psutil.NoSuchProcess` if it is on this machine and has ended."""
+    def of(self, pid: int, node_id: str) -> ProcessHandle:
+        """Return access to a process. Raises `psutil.NoSuchProcess` if a local one has ended."""
         if node_id == self._here:
-            return NearSight(pid)
-        if node_id not in self._onlookers:
+            return LocalProcess(pid)
+        if node_id not in self._monitors:
             place = NodeAffinitySchedulingStrategy(node_id, soft=False)
             options = self._actor_class.options(scheduling_strategy=place)
-            self._onlookers[node_id] = options.remote()
-        return FarSight(self._onlookers[node_id], pid)
+            self._monitors[node_id] = options.remote()
+        return RemoteProcess(self._monitors[node_id], pid)
 
     def close(self) -> None:
-        for onlooker in self._onlookers.values():
+        for monitor in self._monitors.values():
             with contextlib.suppress(RayError):
-                ray.kill(onlooker)
-        self._onlookers.clear()
+                ray.kill(monitor)
+        self._monitors.clear()

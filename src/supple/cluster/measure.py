@@ -1,4 +1,4 @@
-"""Measures a script for `supple plan`: real workers, on this machine, for half a minute."""
+"""Measure a script's step times for `supple plan`, on real local workers, in about 30 s."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -24,14 +24,13 @@ from supple.train.script import check, user_traceback
 from supple.train.step.engine import TrainingError
 
 MOST_MEASURED = 4
-"""Workers, where nobody says."""
+"""Default of the largest measured worker count."""
 _ROUNDS = 2
-"""What a step takes drifts with what else the machine does, by far more than steps in a row differ.
-Counts are measured in turn and then once more, so that the drift shows in the interval."""
+"""Rounds over all worker counts: step time drifts with load, which the interval must show."""
 _STEPS, _NOISE_STEPS = 6, 12
-"""Timed steps of a phase; untimed steps before the first one of one worker, for its noise scale."""
+"""Timed steps of a phase; untimed steps before the first phase, for the noise scale."""
 _STEP_BUDGET_S = 0.25
-"""Mean step time up to which a phase has all its steps; slower single workers have fewer."""
+"""Mean step time up to which a phase runs all its steps; slower single workers run fewer."""
 _ALONE = (
     ProbeSize(divide_by=1),
     ProbeSize(divide_by=2, num_accumulation_steps=1),
@@ -41,12 +40,12 @@ _ALONE = (
 
 
 class ScriptFailed(Exception):
-    """The script raised while it was measured; the text is its own traceback or message."""
+    """The script raised while it was measured; the text is the script's traceback or message."""
 
 
 @final
 class ProbeBody:
-    """An actor that measures, alone or as one rank of a group."""
+    """An actor that measures a script, alone or as one rank of a group."""
 
     def __init__(self, script: str, function: str) -> None:
         self._script = script
@@ -63,7 +62,7 @@ class ProbeBody:
         key: str,
         verbose: bool,
     ) -> ProbeReport | str:
-        """The report; or what the script did wrong, as text."""
+        """Return the report, or the script's error as text."""
         group = None
         if size > 1:
             group = form(
@@ -99,10 +98,10 @@ def measure(
 ) -> ScriptMeasurements:
     """Measure on one worker at several micro-batch sizes, then on 2, 3, ... workers of this machine
     (as many as it has cores, `max_local_workers` at most), and all of it a second time: every
-    configuration has two measurements. `on_line` is told what is going on.
+    configuration has two measurements. `on_line` receives progress lines.
 
-    Raises `SpecError` before anything is measured, also for a dataset without a length;
-    `ScriptFailed` if the script fails.
+    Raises `SpecError` for a wrong spec or a dataset without a length, `ScriptFailed` if the script
+    fails.
     """
     check(script, function)
     script = os.path.abspath(script)
@@ -140,7 +139,7 @@ def measure(
                     if first.base_batch_size < first.batch_size:
                         on_line(
                             f"batch_size={first.batch_size}, but the dataset has only "
-                            f"{first.dataset_size}: measured and planned with a batch of all"
+                            f"{first.dataset_size}: all of them are one batch in this plan"
                         )
     finally:
         stop_ray()
@@ -152,7 +151,7 @@ def measure(
             MemoryMeasurement(
                 micro_batch_size=result.micro_batch_size, peak_bytes=result.peak_bytes
             )
-            for result in first.phases[:-1]  # the last has a size once more, accumulated
+            for result in first.phases[:-1]  # the last repeats a size, with accumulation
         ),
         noise_scale=first.noise_scale,
         startups_s=tuple(startups_s),
@@ -170,9 +169,9 @@ def measure(
 def _refuse_unknown_length(report: ProbeReport) -> None:
     if report.dataset_size is None:
         raise SpecError(
-            "the length of the dataset is unknown before it was read once, so the time to the end "
-            "cannot be planned. Give the dataset (or each shard in the list given as dataset) a "
-            "method __len__ that returns its number of samples, or train without a plan."
+            "the length of the dataset is unknown until it has been read once, so the time to the "
+            "end cannot be predicted. Give the dataset (or each shard in the list given as "
+            "dataset) a method __len__ that returns its number of samples, or train without a plan."
         )
 
 

@@ -1,7 +1,7 @@
-"""What the workers of a node tell, gathered: one event for all that came at about one time.
+"""`NodeReports`: batches the events of a node's workers into one event for the controller.
 
-What a controller does for an event is small, but not nothing; of thousands of workers, each with
-two heartbeats a second, it would be most of what it does.
+Each event costs the controller a little time. Thousands of workers with two heartbeats a second
+each would take most of it.
 """
 
 import asyncio
@@ -11,13 +11,13 @@ from typing import final
 from supple.core.types import Event, Heartbeat, JobId, NodeReported, WorkerId
 
 GATHER_S = 0.1
-"""Heartbeats wait so long for those of other workers on their node."""
+"""Longest time that a heartbeat waits for those of other workers on its node."""
 
 
 @final
 class NodeReports:
-    """Hands `put` what workers tell; of one worker in the order in which it was told. To be used in
-    the running loop alone."""
+    """Passes workers' events to `put`, grouped by node; each worker's keep their order. Use it only
+    in the running event loop."""
 
     def __init__(self, job_id: JobId, put: Callable[[Event], None]) -> None:
         self._job_id = job_id
@@ -26,34 +26,34 @@ class NodeReports:
         """By node."""
         self._due: dict[str, asyncio.TimerHandle] = {}
 
-    def tell(self, node_id: str, event: Event) -> None:
-        """A heartbeat is put within `GATHER_S`; anything else at once, with what was gathered."""
+    def add(self, node_id: str, event: Event) -> None:
+        """Put a heartbeat within `GATHER_S`; other events at once, with the waiting ones."""
         self._gathered.setdefault(node_id, []).append(event)
         if not isinstance(event, Heartbeat):
-            self.report(node_id)
+            self.flush(node_id)
         elif node_id not in self._due:
             loop = asyncio.get_running_loop()
-            self._due[node_id] = loop.call_later(GATHER_S, self.report, node_id)
+            self._due[node_id] = loop.call_later(GATHER_S, self.flush, node_id)
 
     def forget(self, worker_id: WorkerId) -> None:
-        """Nothing more of this worker is to be told."""
+        """Drop this worker's waiting events."""
         for gathered in self._gathered.values():
             gathered[:] = [
                 event for event in gathered if getattr(event, "worker_id", None) != worker_id
             ]
 
     def close(self) -> None:
-        """Nothing more at all."""
+        """Drop all waiting events."""
         for due in self._due.values():
             due.cancel()
         self._due.clear()
         self._gathered.clear()
 
-    def report(self, node_id: str) -> None:
-        """Put what was gathered of this node."""
+    def flush(self, node_id: str) -> None:
+        """Put this node's waiting events."""
         if due := self._due.pop(node_id, None):
             due.cancel()
-        if told := self._gathered.pop(node_id, None):
+        if events := tuple(self._gathered.pop(node_id, ())):
             self._put(
-                NodeReported(job_id=self._job_id, generation=0, node_id=node_id, events=tuple(told))
+                NodeReported(job_id=self._job_id, generation=0, node_id=node_id, events=events)
             )

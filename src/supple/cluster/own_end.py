@@ -1,8 +1,7 @@
-"""A worker that nobody counts on any more ends itself.
+"""End this worker's process once its raylet is gone or the job has dropped it.
 
-Ray ends a worker's process with its raylet by a request to the thread that runs the user's
-function, which never looks. So a thread of ours watches the parent process, and the fence of the
-run, and leaves without asking.
+When a raylet dies, Ray requests its workers' exit on the thread that runs the user's function,
+which never checks. So a thread here watches the parent process and the run's fence, and exits.
 """
 
 import os
@@ -16,13 +15,13 @@ from supple.train.checkpoint.store import CheckpointStore
 
 _LOOK_EVERY_S = 0.5
 _GRACE_S = 4.0
-"""Without its raylet a worker can still be told to save for about as long."""
+"""For about so long after its raylet's end a worker can still receive a request to save."""
 _SAVING_S = 60.0
-"""A checkpoint in the making may take so long beyond it."""
+"""Time beyond `_GRACE_S` for a checkpoint that is being written."""
 
 
 def watch(barrier: Barrier, store: CheckpointStore) -> None:
-    """From now on this process ends when its raylet has, or when the fence says that it is out."""
+    """Start the thread that ends this process when its raylet ends or the fence excludes it."""
     raylet = _raylet_pid()
 
     def is_orphan() -> bool:
@@ -34,7 +33,7 @@ def watch(barrier: Barrier, store: CheckpointStore) -> None:
 
 @final
 class Watcher:
-    """Calls `leave` with the exit code once this process is an orphan, or out."""
+    """Calls `leave` with the exit code once this process is an orphan or excluded by the fence."""
 
     def __init__(
         self,
@@ -55,7 +54,7 @@ class Watcher:
 
     def run(self) -> None:
         orphan_since: float | None = None
-        while not self._barrier.why_out():
+        while not self._barrier.exclusion_reason():
             if self._is_orphan():
                 orphan_since = orphan_since or time.monotonic()
                 alone_s = time.monotonic() - orphan_since
@@ -67,5 +66,5 @@ class Watcher:
 
 def _raylet_pid() -> int | None:
     """The raylet that started this process; None if this process is not its child."""
-    told = os.environ.get("RAY_RAYLET_PID", "")
-    return int(told) if told.isdigit() and int(told) == os.getppid() else None
+    pid = os.environ.get("RAY_RAYLET_PID", "")
+    return int(pid) if pid.isdigit() and int(pid) == os.getppid() else None

@@ -1,9 +1,9 @@
-"""`RayBackend`: workers are Ray actors, on this machine or on a cluster.
+"""`RayBackend`: runs a job's workers as Ray actors, on this machine or on a cluster.
 
-Every worker is watched by one long poll, which brings its events and is its heartbeat; while a poll
-does not come back, its node is asked what the process is doing (`life.py`). Of a dead process the
-kernel tells, and Ray knows why; of a silent one Ray tells nothing for a minute, which is why the
-lifecycle counts heartbeats itself.
+One long poll per worker returns its events and is its heartbeat. While a poll is open, the worker's
+node is queried for the state of its process (`life.py`). The kernel reports a dead process, and Ray
+gives the cause. Ray reports a silent process only after a minute, so the lifecycle counts
+heartbeats itself.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorErro
 
 from supple.cluster.cluster_watch import ClusterWatch
 from supple.cluster.fencing import FenceKeeper
-from supple.cluster.life import Life, Sight, Sights
+from supple.cluster.life import Life, ProcessHandle, ProcessHandles
 from supple.cluster.node_reports import NodeReports
 from supple.cluster.ray_folder import RayFolder
 from supple.cluster.starting import start_ray, to_its_end
@@ -55,14 +55,14 @@ from supple.train.generation.rendezvous import Rendezvous
 
 _POLL_S = 0.5
 _LOOK_S = 1.0
-"""A poll that is out for so long makes its worker's process be looked at."""
+"""A poll that has been open this long triggers a check of the worker's process."""
 _REASON_S = 0.1
-"""Ray may know why a process ended, and is given so long to tell."""
+"""Longest wait for Ray to report why a process ended."""
 _CALM_S = 2.0
-"""A worker that is asked for while others recover from a loss starts so much later at most: its
-imports would take the cores, or the disk, that they need for their next step."""
+"""Longest delay of a new worker's start while others recover from a loss: its imports would take
+the cores, or the disk, that they need for their next step."""
 _LEAVE_S = 5.0
-"""How long a worker that was let go may take to unwind its function before it is killed."""
+"""Time for a stopped worker to unwind its function before it is killed."""
 
 _HEALTH = {
     "RAY_health_check_initial_delay_ms": "0",
@@ -71,12 +71,12 @@ _HEALTH = {
     "RAY_health_check_failure_threshold": "5",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""Ray's own detection of a dead node takes 14 to 64 s by default; these make it seconds."""
+"""Settings that shorten Ray's detection of a dead node from 14 to 64 s (default) to seconds."""
 _MEMORY = {
     "RAY_maximum_gcs_destroyed_actor_cached_count": "100",
     "RAY_maximum_gcs_dead_worker_cached_count": "100",
 }
-"""Ray's GCS keeps a record of every dead actor and process, by default up to 100,000 of them."""
+"""Limits on the records of dead actors and processes in Ray's GCS (default: 100,000)."""
 
 
 def connect(spec: TrainSpec) -> None:
@@ -85,10 +85,10 @@ def connect(spec: TrainSpec) -> None:
         return
     if spec.address is not None and spec.address.startswith("ray://"):
         raise SpecError(
-            f"--address {spec.address} is a Ray Client's. A job's controller must run on a node of "
-            "the cluster: go there, and give the head's HOST:PORT, or auto."
+            f"--address {spec.address} is the address of a Ray Client. A job's controller must run "
+            "on a node of the cluster: start it there, with the head's HOST:PORT, or auto."
         )
-    # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; we say it.
+    # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; we report it.
     ray_worker._worker_logs_enabled = False
     if spec.address is None:
         num_cpus = max(os.cpu_count() or 1, int(spec.max_workers * spec.cpus_per_worker) + 1)
@@ -97,7 +97,7 @@ def connect(spec: TrainSpec) -> None:
     try:
         with to_its_end():
             ray.init(address=spec.address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # its kind is Ray's own affair, and differs with what is lacking
+    except Exception as error:  # Ray's exception type differs with the cause
         why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SpecError(
             f"no Ray cluster answers at {spec.address}: {why}. Check the address with `ray "
@@ -108,11 +108,11 @@ def connect(spec: TrainSpec) -> None:
 @dataclass(slots=True)
 class _Worker:
     actor: Any = None
-    """None until it is begun to be started."""
+    """None until its start has begun."""
     pid: int = 0
     node_id: str = ""
-    sight: Sight | None = None
-    """Its process, once it has one."""
+    handle: ProcessHandle | None = None
+    """Its process; None before it has one."""
     generation: int = 0
     step: int = 0
     leaving: bool = False
@@ -121,7 +121,7 @@ class _Worker:
 
 @final
 class RayBackend(Backend):
-    """The workers of one job. Ray must be connected; make it inside a running event loop."""
+    """Executes a job's actions on Ray actors. Requires a connected Ray and a running event loop."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class RayBackend(Backend):
         self._on_output = on_output
         self._verbose = verbose
         self._host = "127.0.0.1" if spec.address is None else None
-        self._sights = Sights(ray.get_runtime_context().get_node_id())
+        self._handles = ProcessHandles(ray.get_runtime_context().get_node_id())
         self._generation = 0
         self._num_started = 0
         self._calm = asyncio.Event()
@@ -162,7 +162,7 @@ class RayBackend(Backend):
 
     @property
     def pids(self) -> dict[WorkerId, int]:
-        """Process ids of the workers that have one."""
+        """Process id of every worker that has a process."""
         return {worker_id: w.pid for worker_id, w in self._workers.items() if w.pid}
 
     @property
@@ -180,15 +180,15 @@ class RayBackend(Backend):
         match action:
             case StartWorker():
                 if self._num_started == 0:
-                    await self._know_workers()
+                    await self._update_fence()
                 self._num_started += 1
                 self._start(action.worker_id)
             case KillWorker():
                 self._kill(action.worker_id)
-                await self._know_workers()
+                await self._update_fence()
             case StopWorker():
                 self._post(action.worker_id, action)
-                self._let_go(action.worker_id)
+                self._stop(action.worker_id)
             case SaveCheckpoint():
                 self._post(action.worker_id, action)
             case FormGroup() | AnnounceGeneration() | AbortGeneration():
@@ -196,7 +196,7 @@ class RayBackend(Backend):
                     self._expect_recovery(len(action.members))
                 if isinstance(action, FormGroup):
                     self._generation = action.generation
-                    await self._know_workers()
+                    await self._update_fence()
                 for worker_id in action.members:
                     self._post(worker_id, action)
             case _:
@@ -208,20 +208,20 @@ class RayBackend(Backend):
         for worker_id in list(self._workers):
             self._kill(worker_id)
         self._reports.close()
-        await self._know_workers()
-        self._sights.close()
+        await self._update_fence()
+        self._handles.close()
         await self._fence_keeper.close()
 
-    async def _know_workers(self) -> None:
-        """Whoever is none of ours any more can write no more, from when this returns."""
+    async def _update_fence(self) -> None:
+        """Write the fence: once this returns, only current workers can write checkpoints."""
         give_back()
-        await self._fence_keeper.know(self._generation, self._num_started, self._workers)
+        await self._fence_keeper.update(self._generation, self._num_started, self._workers)
 
     def _notice(self, text: str) -> None:
         self._queue.put_nowait(Noticed(job_id=self._job_id, generation=0, text=text))
 
     def _expect_recovery(self, num_left: int) -> None:
-        """With fewer than MIN left they wait for the very workers that are to be started."""
+        """Delay new workers' starts; not if fewer than MIN are left, which then wait for them."""
         if num_left >= self._spec.min_workers:
             self._calm.clear()
 
@@ -241,7 +241,7 @@ class RayBackend(Backend):
             worker.actor.run.remote()
             await self._follow(worker_id, worker)
         except Exception as error:
-            # Ray ends the process when its last handle goes: a worker nobody follows is lost.
+            # Ray ends the process with its last handle: a worker that is not followed is lost.
             await self._lose(worker_id, worker, "died", error)
 
     def _actor(self, worker_id: WorkerId) -> Any:
@@ -267,17 +267,17 @@ class RayBackend(Backend):
     async def _follow(self, worker_id: WorkerId, worker: _Worker) -> None:
         if not await self._greet(worker_id, worker):
             return
-        assert worker.sight is not None
-        end = asyncio.ensure_future(worker.sight.end())
+        assert worker.handle is not None
+        end = asyncio.ensure_future(worker.handle.end())
         try:
             while True:
                 try:
-                    report = await self._answer(worker_id, worker, worker.sight, end)
+                    report = await self._answer(worker_id, worker, worker.handle, end)
                 except ActorUnavailableError:
                     await asyncio.wait({end}, timeout=_POLL_S / 2)
                     continue
                 for event in report.events:
-                    self._reports.tell(worker.node_id, event)
+                    self._reports.add(worker.node_id, event)
                 stays = report.generation == worker.generation == self._generation
                 if stays and report.step > worker.step:
                     self._calm.set()
@@ -291,24 +291,24 @@ class RayBackend(Backend):
             end.cancel()
 
     async def _answer(
-        self, worker_id: WorkerId, worker: _Worker, sight: Sight, end: asyncio.Future[None]
+        self, worker_id: WorkerId, worker: _Worker, handle: ProcessHandle, end: asyncio.Future[None]
     ) -> Report:
-        """What the worker's next poll brings. Raises Ray's error for it, or `ProcessGone`."""
+        """Return the report of the next poll. Raises Ray's error for it, or `ProcessGone`."""
         poll = asyncio.ensure_future(_resolved(worker.actor.poll.remote(_POLL_S)))
         poll.add_done_callback(_look_at_error)
         while True:
             await asyncio.wait({poll, end}, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
-            if not poll.done() and (end.done() or await sight.life() is Life.GONE):
+            if not poll.done() and (end.done() or await handle.life() is Life.GONE):
                 await asyncio.wait({poll}, timeout=_REASON_S)
                 if not poll.done():
                     raise ProcessGone
             if poll.done():
                 return poll.result()
-            if await sight.life() is Life.RUNNING:
+            if await handle.life() is Life.RUNNING:
                 self._beat(worker_id, worker, None)
 
     async def _greet(self, worker_id: WorkerId, worker: _Worker) -> bool:
-        """Wait until the actor exists. Waiting for a free place in the cluster is not silence."""
+        """Wait until the actor exists, with heartbeats meanwhile; return whether it started."""
         greeting = asyncio.ensure_future(_resolved(worker.actor.hello.remote()))
         greeting.add_done_callback(_look_at_error)
         began = time.monotonic()
@@ -318,9 +318,9 @@ class RayBackend(Backend):
                 break
             self._beat(worker_id, worker, "queued", time.monotonic() - began)
         try:
-            self._reports.report(worker.node_id)  # what it told while it had no node
+            self._reports.flush(worker.node_id)  # events from before it had a node
             worker.pid, worker.node_id = greeting.result()
-            worker.sight = self._sights.of(worker.pid, worker.node_id)
+            worker.handle = self._handles.of(worker.pid, worker.node_id)
         except (RayError, psutil.NoSuchProcess) as error:
             await self._lose(worker_id, worker, "start_failed", error)
             return False
@@ -335,7 +335,7 @@ class RayBackend(Backend):
     def _beat(
         self, worker_id: WorkerId, worker: _Worker, doing: Doing | None, since_s: float = 0.0
     ) -> None:
-        """`doing` is what the worker answered, None if its node answered in its place."""
+        """Record a heartbeat; `doing` is the worker's answer, None if its node answered instead."""
         beat = Heartbeat(
             job_id=self._job_id,
             generation=worker.generation,
@@ -345,16 +345,16 @@ class RayBackend(Backend):
             doing=doing,
             since_s=since_s,
         )
-        self._reports.tell(worker.node_id, beat)
+        self._reports.add(worker.node_id, beat)
 
     async def _lose(
         self, worker_id: WorkerId, worker: _Worker, cause: LossCause, error: Exception
     ) -> None:
         if worker.leaving or self._workers.pop(worker_id, None) is None:
             return
-        # Its process may live on, and what it started may hold its place in the cluster.
+        # Its process may still run, and its children may hold its resources in the cluster.
         self._let_ray_kill(worker)
-        await self._know_workers()
+        await self._update_fence()
         lost = WorkerLost(
             job_id=self._job_id,
             generation=0,
@@ -362,9 +362,9 @@ class RayBackend(Backend):
             cause=cause,
             detail=_in_one_line(error) if self._verbose else cause_in_words(error),
         )
-        self._reports.tell(worker.node_id, lost)
+        self._reports.add(worker.node_id, lost)
 
-    def _let_go(self, worker_id: WorkerId) -> None:
+    def _stop(self, worker_id: WorkerId) -> None:
         worker = self._workers.get(worker_id)
         if worker is None:
             return
@@ -373,20 +373,20 @@ class RayBackend(Backend):
         async def end() -> None:
             await asyncio.sleep(_LEAVE_S)
             self._kill(worker_id)
-            await self._know_workers()
+            await self._update_fence()
 
         self._spawn(worker, end())
 
     def _kill(self, worker_id: WorkerId) -> None:
-        """End a process that may not be able to answer: a stopped one ignores Ray's own request."""
+        """End a process even if it cannot answer: a stopped one ignores Ray's own request."""
         worker = self._workers.pop(worker_id, None)
         if worker is None:
             return
         worker.leaving = True
         self._reports.forget(worker_id)
         self._let_ray_kill(worker)
-        if worker.sight is not None:
-            worker.sight.kill()
+        if worker.handle is not None:
+            worker.handle.kill()
         for task in worker.tasks:
             if task is not asyncio.current_task():
                 task.cancel()
@@ -402,8 +402,7 @@ class RayBackend(Backend):
 
 
 def _look_at_error(answer: asyncio.Future[Any]) -> None:
-    """A worker may be fenced before it answers: nobody asks for that error, and asyncio would
-    print it."""
+    """Retrieve the error of an unawaited answer, which asyncio would print otherwise."""
     if not answer.cancelled():
         answer.exception()
 
@@ -413,15 +412,15 @@ async def _resolved(reference: Any) -> Any:
 
 
 class ProcessGone(Exception):
-    """A worker's process has ended, and Ray does not say why, or does not know it yet."""
+    """A worker's process has ended, and Ray has not given the cause."""
 
 
 def cause_in_words(error: Exception) -> str:
-    """What became of a worker's process, as far as Ray can tell: it knows no signal numbers."""
+    """Return why a worker's process ended, as far as Ray reports it: without signal numbers."""
     if isinstance(error, ProcessGone | psutil.NoSuchProcess):
         return "its process was killed or crashed"
     if not isinstance(error, RayError):
-        return f"its answer could not be understood: {_in_one_line(error)}"
+        return f"its answer could not be read: {_in_one_line(error)}"
     text = str(error)
     named = re.search(r"^\s*ip: (\S+)$", text, re.MULTILINE)
     where = f" {named[1]}" if named else ""

@@ -1,6 +1,6 @@
-"""One folder for a Ray that is started on this machine and for all that belongs to it: its sockets
-and logs, and what HAProxy is started with. It goes when Ray has ended, and the folder of a process
-that was killed goes when the next one makes its own."""
+"""`RayFolder`: the private folder of a Ray that is started on this machine, with its sockets, its
+logs and HAProxy's files. It is removed when Ray has ended; the folder of a killed process is
+removed when the next process makes its own."""
 
 import errno
 import fcntl
@@ -10,21 +10,20 @@ import tempfile
 from pathlib import Path
 from typing import Final, final
 
-from supple.control.runtime_dir import is_private, refuse_exchangeable, temporary
+from supple.control.runtime_dir import is_private, refuse_replaceable, temporary
 from supple.core.spec import SpecError
 
 _PREFIX: Final = "supple-ray-"
 _LONGEST: Final = 107 - len("/r/session_2026-11-30_05-30-20_158092_4194304/sockets/plasma_store")
-"""Bytes in the folder's path, so that those of Ray's sockets are not too long."""
+"""Longest path of the folder in bytes: a Unix socket's path in it may have 107."""
 
 
 @final
 class RayFolder:
-    """Closed to other users. Locked for as long as it is used: one that nobody has locked was left
-    by a process that was killed."""
+    """A private folder, locked in use: an unlocked one was left behind by a killed process."""
 
     def __init__(self, longest: int = _LONGEST) -> None:
-        """Make it, with a path of at most `longest` bytes, and remove what was left. Raises
+        """Remove left-over folders and make one, with a path of at most `longest` bytes. Raises
         `SpecError` if it cannot be made."""
         remove_left()
         longest = min(longest, _LONGEST) - len(f"/{_PREFIX}12345678")
@@ -33,7 +32,7 @@ class RayFolder:
             if len(os.fsencode(base)) > longest:
                 continue
             try:
-                refuse_exchangeable(base, os.geteuid())
+                refuse_replaceable(base, os.geteuid())
                 self.path, self._lock = _made_and_locked(base)
             except OSError as error:
                 problems.append(f"{base}: {error.strerror}")
@@ -48,11 +47,11 @@ class RayFolder:
 
     @property
     def for_ray(self) -> Path:
-        """What Ray is told: it opens the folder it is given to everybody."""
+        """The subfolder given to Ray, which makes it accessible to all users."""
         return self.path / "r"
 
     def remove(self) -> None:
-        """With all that is in it."""
+        """Remove the folder with its contents."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
@@ -68,13 +67,13 @@ def remove_left() -> None:
 
 
 def _bases() -> list[Path]:
-    """Where it may be, the best first: RAY_TMPDIR names a disk for what Ray spills."""
+    """Candidate parent folders, the preferred first: RAY_TMPDIR, then temporary folders."""
     named = os.environ.get("RAY_TMPDIR")
     return list(dict.fromkeys([*([Path(named).resolve()] if named else []), *temporary()]))
 
 
 def _made_and_locked(base: Path) -> tuple[Path, int]:
-    for _ in range(3):  # another process may take it for one that was left, and remove it
+    for _ in range(3):  # another process may remove it as left over, before it is locked
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
         lock = _locked(path)
         if lock is not None and path.exists():
@@ -86,7 +85,7 @@ def _made_and_locked(base: Path) -> tuple[Path, int]:
 
 
 def _locked(path: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None if another process does."""
+    """Return a descriptor that holds the folder's lock; None if another process holds it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:

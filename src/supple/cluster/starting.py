@@ -1,8 +1,8 @@
-"""A Ray of our own on this machine: started to its end or not at all, reachable from this machine
-and by this user only, and gone without a trace.
+"""Start and stop a private Ray on this machine: reachable only from here and by this user, and
+removed without a trace.
 
-Interrupted while it waits for its raylet, Ray knows of no node to shut down, and leaves the agents
-of that raylet behind: they look for their parent for a minute before they give up.
+A signal does not interrupt the start: Ray would then leave its raylet's agents behind, which look
+for their parent for a minute before they end.
 """
 
 import atexit
@@ -27,27 +27,28 @@ from supple.cluster.ray_folder import RayFolder
 from supple.core.spec import SpecError
 
 _TOKEN: Final = secrets.token_hex(32)
-"""Without it Ray's processes answer nobody. Ray would write its own into the user's home, for every
-user to read, and where there is no home it would not start."""
+"""Ray's processes answer only to holders of it. Ray would write its own token into the user's home,
+readable by every user, and would not start without a home."""
 _LEAST_FREE: Final = 100 * 1024 * 1024
+"""Free bytes below which a failed start is blamed on the disk."""
 _LEAST_FILES: Final = 4096
+"""Limit on open files below which a failed start is blamed on that limit."""
 _folder: RayFolder | None = None
 _guards: list[subprocess.Popen[bytes]] = []
-"""At most one. It ends what its Ray leaves behind when this process ends or starts another."""
+"""At most one process, which ends what an earlier Ray leaves behind."""
 _set: list[str] = []
-"""Names of this process's environment that were set for the Ray that runs."""
+"""Environment variables of this process that were set for the running Ray."""
 
 
 def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) -> None:
-    """Start Ray in this process, and in `folder`. Its processes get `settings` in their
-    environment, but for what this process's says already. Raises `SpecError` if Ray does not
-    start."""
+    """Start Ray in this process, with its files in `folder`. Its processes get `settings` as
+    environment variables; those already set here win. Raises `SpecError` if Ray does not start."""
     global _folder
     environment = dict(settings) | {
-        # Ray's switch for machines whose firewall asks about every port; then it uses loopback.
+        # Off: Ray uses the loopback interface only.
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
         "RAY_AUTH_TOKEN": _TOKEN,
-        # What torch compiles, and runs, would be in a folder that anyone may have made before.
+        # torch's default folder for compiled code may have been made by another user.
         "TORCHINDUCTOR_CACHE_DIR": str(folder.path / "inductor"),
     }
     if "RAY_AUTH_MODE" not in os.environ:
@@ -72,8 +73,8 @@ def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) 
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder.for_ray),
             )
-    except Exception as error:  # its kind is Ray's own affair, and differs with what is lacking
-        _folder = None  # what its logs say stays until the next start
+    except Exception as error:  # Ray's exception type differs with the cause
+        _folder = None  # its logs stay until the next start
         stop_ray()
         why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SpecError(
@@ -92,7 +93,7 @@ def _guard(which: str) -> None:
 
 
 def _what_it_lacks(folder: Path) -> str:
-    """What to do where Ray does not start, by what it needs: room for its files, and open files."""
+    """Return advice for a failed start: free disk space, the open-file limit, or Ray's logs."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = shutil.disk_usage(folder).free if folder.is_dir() else 0
     if free < _LEAST_FREE:
@@ -109,8 +110,7 @@ def _what_it_lacks(folder: Path) -> str:
 
 
 def stop_ray(keep_logs: Path | None = None) -> None:
-    """Shut Ray down, or leave the cluster, and remove what it left; its logs are copied to
-    `keep_logs`."""
+    """Shut Ray down, or leave the cluster; copy its logs to `keep_logs`, remove its folder."""
     global _folder
     ray.shutdown()
     if _folder is not None:
@@ -126,29 +126,29 @@ def stop_ray(keep_logs: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def to_its_end() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait for the end of the block, some seconds, in which Ray starts; then Ray
-    is shut down, and `KeyboardInterrupt` or `SystemExit` raised."""
+    """Delay Ctrl-C and SIGTERM until the end of the block, in which Ray starts (seconds); then shut
+    Ray down and raise `KeyboardInterrupt` or `SystemExit`."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals come to the main thread
         return
-    came: list[int] = []
+    received: list[int] = []
 
     def wait(number: int, _: object) -> None:
-        if not came:
+        if not received:
             # Not print: the main thread may be in the middle of one.
             os.write(2, b"supple: Ray is starting, and cannot be interrupted: ending when it has\n")
-        came.append(number)
+        received.append(number)
 
     before = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        if came:
+        if received:
             stop_ray()
         for number, handler in before.items():
             if signal.getsignal(number) is wait:  # Ray has its own for SIGTERM, once it runs
                 signal.signal(number, handler)
-    if signal.SIGINT in came:
+    if signal.SIGINT in received:
         raise KeyboardInterrupt
-    if came:
+    if received:
         raise SystemExit(128 + signal.SIGTERM)

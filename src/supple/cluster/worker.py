@@ -1,4 +1,4 @@
-"""The body of a worker actor: runs the user's function in one thread, talks in two others."""
+"""`WorkerBody`: the actor of one worker; runs the user's function and serves the controller."""
 
 import contextlib
 import io
@@ -48,28 +48,28 @@ from supple.train.script import (
 from supple.train.step.engine import TrainingError
 
 _COMPLETE = (TrainingError, CheckpointError, SpecError)
-"""Errors whose text is all a user needs."""
+"""Errors that are shown to the user without a traceback."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSetup:
-    """What a worker is told when it is made."""
+    """Constructor arguments of a worker."""
 
     worker_id: WorkerId
     spec: TrainSpec
     run_path: str
     run: int
-    """Which run of the job this is: see `supple.train.checkpoint.fence`."""
+    """Number of this run of the job: see `supple.train.checkpoint.fence`."""
     rendezvous: Address
     host: str | None
-    """The address to listen on; None: the one Ray knows this node by."""
+    """The address to listen on; None: this node's address in Ray."""
     rehearsal_size: int
     verbose: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What one poll brings back. A poll that returns at all is also a heartbeat."""
+    """The result of one poll: events, progress, output lines. Its return is also a heartbeat."""
 
     events: tuple[Event, ...]
     progress: Progress | None
@@ -82,7 +82,7 @@ class Report:
 
 @final
 class WorkerBody:
-    """One worker. `run` and `poll` and `post` are called from different threads."""
+    """One worker's actor. `run`, `poll` and `post` are called from different threads."""
 
     def __init__(self, setup: WorkerSetup) -> None:
         self._setup = setup
@@ -94,7 +94,7 @@ class WorkerBody:
 
     @ray.method(concurrency_group="post")
     def hello(self) -> tuple[int, str]:
-        """(process id, node id)."""
+        """Return (process id, node id)."""
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
     @ray.method(concurrency_group="post")
@@ -102,13 +102,13 @@ class WorkerBody:
         self._mailbox.post(action)
         job = self._job
         if isinstance(action, SaveCheckpoint) and job is not None and job.membership is not None:
-            # The training thread may hang in the dataset, and never come to its commands.
+            # The training thread may hang in the dataset and never read its commands.
             beside = threading.Thread(target=job.membership.save_beside, args=(job,), daemon=True)
             beside.start()
 
     @ray.method(concurrency_group="poll")
     def poll(self, timeout_s: float) -> Report:
-        """What happened since the last poll; after `timeout_s` at the latest."""
+        """Return what happened since the last poll, after `timeout_s` at the latest."""
         events, progress = self._mailbox.collect(timeout_s)
         output, self._output = self._output, []
         job = self._job
@@ -127,20 +127,19 @@ class WorkerBody:
 
     @ray.method(concurrency_group="train")
     def run(self) -> None:
-        """The user's function, from top to bottom. Its end is told by an event, whatever ends it:
-        a worker that fell out of its function unheard would be waited for without an end."""
+        """Run the user's function and always emit its end: the controller waits for that."""
         try:
             end = self._run()
         except BaseException as error:
-            told = f"the script ended, and how could not be told: {type(error).__name__}"
-            end = self._lost("raised", told)
+            detail = f"the script ended with an error without a text: {type(error).__name__}"
+            end = self._lost("raised", detail)
         if end is not None:
             self._mailbox.emit(end)
         if isinstance(end, WorkerLost) and end.step >= 0 and self._job is not None:
             self._job.outlive()
 
     def _run(self) -> Event | None:
-        """How the function ended; None where this worker was let go."""
+        """Run the user's function; return its final event, None if this worker was stopped."""
         setup, spec = self._setup, self._setup.spec
         job_id = JobId(spec.name)
         run_path = Path(setup.run_path)
@@ -183,16 +182,16 @@ class WorkerBody:
             except LeaveLoop:
                 return None
             except BaseException as error:
-                # Into the log alone: the user is told in the end, once.
+                # Only into the log: the job prints the error once, at its end.
                 print(user_traceback(error, whole=True), file=sys.stderr)
-                told = "" if setup.verbose else shared_memory_advice(error)
+                text = "" if setup.verbose else shared_memory_advice(error)
                 if isinstance(error, _COMPLETE) and not setup.verbose:
-                    told = str(error)
-                told = told or user_traceback(error, whole=setup.verbose)
+                    text = str(error)
+                text = text or user_traceback(error, whole=setup.verbose)
                 num_samples = 0 if self._job is None else self._job.micro_batch_size
                 advice = memory_advice(error, num_samples)
                 cause = "refused" if isinstance(error, CheckpointRefused) else "raised"
-                return self._lost(cause, f"{told}\n{advice}" if advice else told)
+                return self._lost(cause, f"{text}\n{advice}" if advice else text)
             job.saver.wait()
         return WorkerFinished(
             job_id=job_id,
@@ -203,9 +202,9 @@ class WorkerBody:
 
     @contextlib.contextmanager
     def _captured_output(self, path: Path) -> Iterator[None]:
-        """What the script prints goes to this worker's log, and rank 0's to the user as well."""
+        """Redirect the script's output to the worker's log; rank 0's stdout also to the user."""
         log = LogFile(path, self._lost_file)
-        with contextlib.redirect_stdout(_Tee(log, self._say)), contextlib.redirect_stderr(log):
+        with contextlib.redirect_stdout(_Tee(log, self._print)), contextlib.redirect_stderr(log):
             yield
 
     def _lost(self, cause: LossCause, detail: str) -> WorkerLost:
@@ -232,15 +231,15 @@ class WorkerBody:
             )
         )
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         job = self._job
         if job is not None and job.is_leading:
             self._output.append(line)
 
 
 def refuse_unless_seen(script: str, run_path: Path, *, node: str) -> None:
-    """Raise `SpecError` unless this node sees the script and the run's folder, both of which were
-    there when the job began: a checkpoint written to a disk of its own would go with the node."""
+    """Raise `SpecError` unless this node sees the script and the run's folder, which both existed
+    when the job began: a checkpoint on the node's own disk would be lost with the node."""
     for what, option, is_seen in (
         (f"the script {script}", "the script", Path(script).is_file()),
         (f"the run folder {run_path}", "--run-dir", run_path.is_dir()),
@@ -254,7 +253,7 @@ def refuse_unless_seen(script: str, run_path: Path, *, node: str) -> None:
 
 
 class _Tee(io.TextIOBase):
-    """A text stream that writes to a file and hands whole lines to a function."""
+    """A text stream that writes to a file and passes whole lines to `on_line`."""
 
     def __init__(self, file: Any, on_line: Any) -> None:
         self._file = file

@@ -1,1 +1,1 @@
-"""Shells around the pure state machines: no Ray, no torch."""
+"""The controller of one job, its socket and its interfaces: no Ray, no torch."""

@@ -1,4 +1,4 @@
-"""The seams to the world: who executes actions and emits events, and what time it is."""
+"""Interfaces between the controller and the world: `Backend`, `Clock`, `Observer`."""
 
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -10,34 +10,34 @@ from supple.core.types import Action, Decision, Event, Progress, WorkerId
 class Backend(Protocol):
     """Executes actions; their outcome comes back as an event, never as a return value.
 
-    `tests/cluster/test_backends.py` is what holds of every one of them.
+    `tests/cluster/test_backends.py` is the contract test of every backend.
     """
 
     async def execute(self, action: Action) -> None:
-        """Begin it, and return before its outcome is known. An action for a worker that has died,
-        and one that is no backend's affair (a decision, the end of the job), does nothing."""
+        """Begin `action`, and return before its outcome is known. An action for a dead worker does
+        nothing, nor does one that no backend handles (a decision, the end of the job)."""
         ...
 
     def events(self) -> AsyncIterator[Event]:
-        """What happens, in order for each worker; called once. What the workers of a node told at
-        about one time may come together, as `NodeReported`. A worker that was started sends
-        heartbeats and is told of by `WorkerLost` once, if its process ends unasked; after
-        `KillWorker` nothing new comes of it. A generator that waits for ever: it is cancelled."""
+        """Yield events, in order for each worker, until cancelled; called once. Events of a node's
+        workers from about the same time may come together, as `NodeReported`. A started worker
+        sends heartbeats, and `WorkerLost` is emitted once if its process ends without a request.
+        After `KillWorker` no new event of that worker comes."""
         ...
 
     @property
     def pids(self) -> Mapping[WorkerId, int]:
-        """Process ids of the workers that have one, for people and for fault tests."""
+        """Process id of every worker that has a process, for display and for fault tests."""
         ...
 
     async def close(self) -> None:
-        """End every worker still alive and let go of the cluster. Called again, it does nothing."""
+        """End every live worker and release the cluster. A second call does nothing."""
         ...
 
 
 class Clock(Protocol):
     def now(self) -> float:
-        """Seconds since some fixed moment; never goes back."""
+        """Return seconds since some fixed moment; never decreases."""
         ...
 
 
@@ -48,7 +48,7 @@ class MonotonicClock:
 
 
 class Observer(Protocol):
-    """Is told what happens; must not block. The live line and the event log are two."""
+    """Receives what happens in a job, as the live line and the event log do; must not block."""
 
     def happened(self, event: Event) -> None:
         """An event reached the controller (heartbeats and ticks are left out)."""

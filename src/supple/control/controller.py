@@ -1,7 +1,7 @@
-"""The shell around one lifecycle: events in, `lifecycle.step`, actions out. Decides nothing.
+"""`Controller`: runs one job: events in, `lifecycle.step`, actions out. Decides nothing.
 
-Every event goes to the advice (`supple.core.job.advisor`: a schedule, the planner, a person) and to
-the lifecycle; what the advice asks for joins the same queue as what the workers say.
+Every event goes to the advisor (`supple.core.job.advisor`: a schedule, the planner, a person) and
+to the lifecycle. Requests of the advisor join the same queue as the workers' events.
 """
 
 import asyncio
@@ -45,11 +45,11 @@ class Outcome:
     status: Literal["finished", "stopped", "failed"]
     reason: str
     detail: str = ""
-    """The user's traceback, where the script raised."""
+    """The user's traceback, if the script raised."""
     checkpoint: str | None = None
     """The newest durable checkpoint."""
     saved: bool = True
-    """Does that hold the newest train state?"""
+    """Whether `checkpoint` holds the newest train state."""
 
 
 @final
@@ -65,7 +65,7 @@ class Controller:
         observers: Iterable[Observer],
         known: ScriptMeasurements | None = None,
     ) -> None:
-        """`known` is what `supple plan` measured of the script."""
+        """`known`: measurements of the script by `supple plan`."""
         self._spec = spec
         self._job_id = JobId(spec.name)
         self._backend = backend
@@ -78,14 +78,14 @@ class Controller:
         self._outcome: Outcome | None = None
         self._progress: Progress | None = None
 
-    # -- what others may call ------------------------------------------------------------------
+    # -- called from outside -------------------------------------------------------------------
 
     def request_stop(self, reason: str) -> None:
-        """Drain, save, end; called twice: end at once."""
+        """Drain, save and end the job; a second call ends it at once."""
         self._put(StopRequested(job_id=self._job_id, generation=0, reason=reason))
 
     def progressed(self, progress: Progress) -> None:
-        """Rank 0 published its progress."""
+        """Record progress that rank 0 published."""
         self._progress = progress
         for observer in self._observers:
             observer.progressed(progress)
@@ -98,7 +98,7 @@ class Controller:
             observer.printed(line)
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """One request from another terminal; raises `SpecError` to refuse it."""
+        """Return the answer to a request from another terminal. Raises `SpecError` to refuse it."""
         match request.get("ask"):
             case "resize":
                 count = parse_count(str(request["num_workers"]), what="the number of workers")
@@ -108,14 +108,14 @@ class Controller:
                         job_id=self._job_id,
                         generation=0,
                         num_workers=count,
-                        reason="asked for by `supple resize`",
+                        reason="requested by `supple resize`",
                     )
                 )
                 return {"accepted": count}
             case "preempt":
                 return self._preempt(request)
             case "stop":
-                self.request_stop("asked for by `supple stop`")
+                self.request_stop("requested by `supple stop`")
                 return {"accepted": "stop"}
             case "status":
                 return self._status()
@@ -125,7 +125,7 @@ class Controller:
     # -- the loop ------------------------------------------------------------------------------
 
     async def run(self) -> Outcome:
-        """Until the job has finished, was stopped, or failed."""
+        """Run the job until it finishes, is stopped or fails; return how it ended."""
         with rare_collections():
             return await self._run()
 
@@ -152,9 +152,9 @@ class Controller:
                 event = await self._next_event(background)
                 self._show(event)
                 now = self._clock.now()
-                self._advice, wishes = advisor.advise(self._advice, event, now)
-                for wish in wishes:
-                    self._put(wish)
+                self._advice, requests = advisor.advise(self._advice, event, now)
+                for request in requests:
+                    self._put(request)
                 state, actions = lifecycle.step(state, event, now)
                 await self._perform(state, actions)
             return self._outcome
@@ -203,7 +203,7 @@ class Controller:
                     observer.happened(event)
 
     async def _next_event(self, background: Sequence[asyncio.Future[None]]) -> Event:
-        """Raises what a background task raised: without it the job would wait for ever."""
+        """Return the next event. Raises the error of a background task that has ended."""
         if self._queue.empty():
             getting = asyncio.ensure_future(self._queue.get())
             await asyncio.wait([getting, *background], return_when=asyncio.FIRST_COMPLETED)
@@ -247,7 +247,7 @@ class Controller:
         return {"accepted": sorted(named)}
 
     def _doing(self) -> dict[str, str]:
-        """What each worker does, in words; nothing of those that step."""
+        """Return each worker's activity in words, without the workers that step."""
         if self._state is None:
             return {}
         return stalls.activities_in_words(self._state)

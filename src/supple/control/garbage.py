@@ -1,7 +1,7 @@
-"""The garbage collector, kept from what a controller has no time for while its job runs.
+"""Reduce the garbage collector's work in a controller while its job runs.
 
-A full collection goes through all that torch and Ray have made, a tenth of a second for nothing;
-and the views of thousands of workers, changed twice a second, would start one again and again.
+A full collection scans all objects of torch and Ray, about 0.1 s for nothing. The views of
+thousands of workers, changed twice a second, would start one again and again.
 """
 
 import gc
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _EVERY = 20_000
-"""New objects between two collections of the youngest; Python's own number is 700."""
+"""New objects between two collections of the youngest generation; Python's default is 700."""
 
 
 @contextmanager
 def rare_collections() -> Iterator[None]:
-    """What is there now is not looked at, and the rest seldom; afterwards all is as it was."""
+    """Within the block, exclude existing objects from collection and collect new ones seldom."""
     before = gc.get_threshold()
     gc.collect()
     gc.freeze()

@@ -1,9 +1,8 @@
-"""One job at a time has a run's folder and a name on this machine: the locks that see to it.
+"""File locks that give a run's folder and a job's name to one job at a time.
 
-A lock is the kernel's, on a file, and held by the driver alone. It goes with the process, however
-that ends, so there is no old one to remove by hand. On a file system that several hosts share it
-holds between hosts only if that file system passes locks on (NFS does, unless it is mounted with
-nolock or local_lock).
+The driver holds a kernel lock on a file. It is released when the process ends in any way, so no
+stale lock must be removed by hand. On a shared file system it works between hosts only if that file
+system supports locks (NFS does, unless it is mounted with nolock or local_lock).
 """
 
 import contextlib
@@ -21,16 +20,16 @@ from supple.control.socket import socket_path
 from supple.core.spec import SpecError
 
 FILE = "running.lock"
-"""In a run's folder while a job has it."""
+"""Lock file in a run's folder while a job uses it."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
 def only_job(name: str, run_path: Path) -> Iterator[str]:
-    """Nobody else has the folder `run_path`, which exists, or this job's name within the block.
+    """Hold the locks on the existing folder `run_path` and on the job's name within the block.
 
-    Yields a line to tell the user: empty, or that the folder's file system has no locks. Raises
-    `SpecError` at once, naming who has it.
+    Yields a warning for the user, if the folder's file system has no locks; else an empty line.
+    Raises `SpecError` at once, with the holder, if another process has a lock.
     """
     by_name = socket_path(name).with_suffix(".lock")
     with (
@@ -50,15 +49,15 @@ def only_job(name: str, run_path: Path) -> Iterator[str]:
         yield (
             ""
             if is_locked
-            else f"the file system of {run_path} has no locks: see to it yourself that no other "
+            else f"the file system of {run_path} has no locks: make sure yourself that no other "
             "job uses this folder while this one runs"
         )
 
 
 @contextmanager
 def _held(path: Path, taken: str, advice: str) -> Iterator[bool]:
-    """Hold the lock at `path` within the block; False where there are no locks. The file tells who
-    holds it, and is removed with it."""
+    """Hold the lock at `path` within the block; yield False where there are no locks. The file
+    names the holder, and is removed at the end."""
     descriptor, is_locked = _lock(path, taken, advice)
     try:
         if is_locked:
@@ -71,7 +70,7 @@ def _held(path: Path, taken: str, advice: str) -> Iterator[bool]:
 
 
 def _lock(path: Path, taken: str, advice: str) -> tuple[int, bool]:
-    """The open file at `path`, locked; and unlocked where the file system has no locks."""
+    """Lock the file at `path`; return its descriptor, and False if the disk has no locks."""
     while True:
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -105,7 +104,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    """Say who holds it. On a full disk nobody is told, and the lock is as good."""
+    """Write the holder into the lock file. A full disk is ignored: the lock works without."""
     holder = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -117,7 +116,7 @@ def _sign(descriptor: int) -> None:
 
 
 def _holder(descriptor: int) -> str:
-    """Who holds it, in words; empty where that cannot be told."""
+    """Return the holder of a lock in words; empty if the file does not name one."""
     try:
         holder = json.loads(os.pread(descriptor, 1000, 0))
         return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"

@@ -1,6 +1,6 @@
-"""Calls that may never return (a disk, a head out of reach), made so that nobody waits for them.
+"""Run calls that may never return (a disk, a head out of reach) in threads that block no exit.
 
-`asyncio.to_thread` would: a loop does not end before its threads have.
+With `asyncio.to_thread` a loop does not end before its threads have.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 async def in_a_thread(call: Callable[[], T]) -> T:
-    """What `call` returns or raises. When this wait is given up, its thread is left to itself."""
+    """Run `call` in a daemon thread and return its result. A cancelled wait abandons the thread."""
     work, answer = _made(call)
     threading.Thread(target=work, daemon=True, name="patience").start()
     return await answer
@@ -21,15 +21,14 @@ async def in_a_thread(call: Callable[[], T]) -> T:
 
 @final
 class OneThread:
-    """Calls made one after another in the same thread. It ends with the process, whatever it waits
-    for then."""
+    """Runs calls one after another in one daemon thread, which does not delay the process's end."""
 
     def __init__(self, name: str) -> None:
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
         threading.Thread(target=self._run, daemon=True, name=name).start()
 
     async def call(self, call: Callable[[], T]) -> T:
-        """What `call` returns or raises, once the calls before it have come to their ends."""
+        """Run `call` after the earlier calls, and return its result."""
         work, answer = _made(call)
         self._calls.put(work)
         return await answer
@@ -40,7 +39,7 @@ class OneThread:
 
 
 def _made(call: Callable[[], T]) -> tuple[Callable[[], None], "asyncio.Future[T]"]:
-    """What a thread is to run, and its answer in this loop."""
+    """Return the function for a thread to run, and the future of its result in this loop."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[T] = loop.create_future()
 

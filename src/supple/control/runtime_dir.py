@@ -1,8 +1,8 @@
-"""This user's private folder for sockets, which every command of the user finds again.
+"""This user's private folder for sockets, found by every command of the same user.
 
-Folders for temporary files are shared with other users, who may have made what one looks for, or
-put a link in its place. A folder is used only if it is one, belongs to this user, is closed to
-everybody else, and lies where nobody else can exchange it.
+Other users share the folders for temporary files, and may have made a folder of this name, or a
+link. A folder is used only if it is a real folder, belongs to this user, is closed to others, and
+cannot be replaced by them.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from supple.core.spec import SpecError
 
 
 def folder(uid: int | None = None) -> Path:
-    """The folder to use, made if need be. Raises `SpecError` if there can be none. `uid` is whose;
-    default: of this process."""
+    """Return the private folder of user `uid` (default: this process's user), made if it does not
+    exist. Raises `SpecError` if none can be made."""
     uid = os.geteuid() if uid is None else uid
     for found in folders(uid):
         return found
     problems: list[str] = []
     for path in _places(uid):
         try:
-            refuse_exchangeable(path.parent, uid)
+            refuse_replaceable(path.parent, uid)
             with contextlib.suppress(FileExistsError):
                 path.mkdir(mode=0o700)
             refuse_foreign(path, uid)
@@ -33,9 +33,9 @@ def folder(uid: int | None = None) -> Path:
         else:
             return path
     for base in temporary():
-        # Somebody has taken the name: any other does, for all that are this user's are looked into.
+        # The name is taken. Any other works: `folders` finds all folders of this user.
         with contextlib.suppress(OSError, SpecError):
-            refuse_exchangeable(base, uid)
+            refuse_replaceable(base, uid)
             return Path(tempfile.mkdtemp(prefix=f"supple-{uid}-", dir=base))
     raise SpecError(
         f"no private folder for sockets can be made: {'; '.join(problems)}. Set XDG_RUNTIME_DIR to "
@@ -44,8 +44,8 @@ def folder(uid: int | None = None) -> Path:
 
 
 def folders(uid: int | None = None) -> list[Path]:
-    """Every private folder of this user that exists, the one to use first: a job that was started
-    without this terminal's XDG_RUNTIME_DIR is in one of them too."""
+    """Return all existing private folders of this user, the preferred first. A job that was started
+    with another XDG_RUNTIME_DIR has its socket in one of them."""
     uid = os.geteuid() if uid is None else uid
     paths = _places(uid)
     for base in temporary():
@@ -55,9 +55,9 @@ def folders(uid: int | None = None) -> list[Path]:
 
 @contextlib.contextmanager
 def opened(path: Path, uid: int | None = None) -> Iterator[Path]:
-    """Another path to the private folder `path` while the block runs: short enough for a socket's,
-    and of the very folder that was looked at. Raises `SpecError` or `OSError` if it is not (any
-    more) this user's private folder."""
+    """Yield another path to the private folder `path`: short enough for a socket, and bound to the
+    folder that was checked. Raises `SpecError` or `OSError` if it is not, or no longer, this user's
+    private folder."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         _refuse(os.fstat(descriptor), os.geteuid() if uid is None else uid)
@@ -68,20 +68,20 @@ def opened(path: Path, uid: int | None = None) -> Iterator[Path]:
 
 
 def remove_if_empty(path: Path) -> None:
-    """Remove the private folder `path`, if nothing is in it."""
+    """Remove the private folder `path` if it is empty."""
     with contextlib.suppress(OSError):
         path.rmdir()
 
 
 def temporary() -> list[Path]:
-    """Folders for temporary files, the one to use first."""
+    """Return the folders for temporary files, the preferred first."""
     return list(dict.fromkeys((Path(tempfile.gettempdir()).resolve(), Path("/tmp").resolve())))
 
 
 def is_private(path: Path, uid: int) -> bool:
-    """Whether `path` is a folder that belongs to `uid` and that nobody else enters or exchanges."""
+    """Return whether `path` is a folder of `uid` that no other user can enter or replace."""
     try:
-        refuse_exchangeable(path.parent, uid)
+        refuse_replaceable(path.parent, uid)
         refuse_foreign(path, uid)
     except (OSError, SpecError):
         return False
@@ -89,14 +89,14 @@ def is_private(path: Path, uid: int) -> bool:
 
 
 def refuse_foreign(path: Path, uid: int) -> None:
-    """Raise `SpecError` unless `path` is a folder, no link, of this user, closed to others."""
+    """Raise `SpecError` unless `path` is a folder (not a link) of user `uid`, closed to others."""
     _refuse(path.lstat(), uid)
 
 
-def refuse_exchangeable(path: Path, uid: int) -> None:
-    """Raise `SpecError` if another user may rename what is in the folder `path`, or `path`."""
+def refuse_replaceable(path: Path, uid: int) -> None:
+    """Raise `SpecError` if another user may rename the folder `path` or its contents."""
     path = path.resolve()
-    for one in (path, *path.parents[:-1]):  # what is in / is the machine's
+    for one in (path, *path.parents[:-1]):  # / is not checked
         found = one.stat()
         if found.st_uid not in (0, uid):
             raise SpecError(f"{one} belongs to user {found.st_uid}")
@@ -105,7 +105,7 @@ def refuse_exchangeable(path: Path, uid: int) -> None:
 
 
 def _places(uid: int) -> list[Path]:
-    """Where the folder may be, the best first."""
+    """Return the candidate paths of the folder, the preferred first."""
     named = os.environ.get("XDG_RUNTIME_DIR", "")
     systems = [Path(named), Path(f"/run/user/{uid}")]
     places = [base / "supple" for base in systems if base.is_absolute() and is_private(base, uid)]
@@ -114,7 +114,7 @@ def _places(uid: int) -> list[Path]:
 
 def _refuse(found: os.stat_result, uid: int) -> None:
     if not stat.S_ISDIR(found.st_mode):
-        raise SpecError("it is no folder")
+        raise SpecError("it is not a folder")
     if found.st_uid != uid:
         raise SpecError(f"it belongs to user {found.st_uid}, and this is user {uid}")
     if found.st_mode & 0o077:

@@ -1,7 +1,7 @@
-"""How another terminal speaks to a running job: one JSON line each way over a local socket.
+"""Control socket of a running job: one JSON line each way over a local socket.
 
-The socket is in a folder only its owner can enter, named after the job; that it answers is also how
-a second job of the same name is refused. Both sides look whose process the other one is.
+The socket is named after the job, in a folder that only its owner can enter. A second job of the
+same name is refused if the socket answers. Both sides check the user of the other process.
 """
 
 import asyncio
@@ -18,24 +18,24 @@ from typing import Any, Final, final
 from supple.control import runtime_dir
 from supple.core.spec import SpecError, check_name
 
-_LAST_WORDS_S = 1.0
-"""How long whoever is connected when the server stops may take to say something."""
+_LAST_REQUEST_S = 1.0
+"""Time for open connections to send their request when the server stops."""
 _STARTING_S: Final = 60.0
-"""A socket that was made longer ago and does not answer is of a job that was killed."""
+"""An older socket that does not answer belongs to a killed job."""
 _CREDENTIALS: Final = struct.Struct("3i")
-"""Process, user and group of the other side, as Linux tells them."""
+"""Process, user and group of the other side: Linux's `struct ucred`."""
 
 Handler = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 def socket_path(job: str) -> Path:
-    """Where a job of this name that is started now has its socket."""
+    """Return the socket's path for a job of this name that is started now."""
     check_name(job)
     return runtime_dir.folder() / f"{job}.sock"
 
 
 def running_jobs() -> list[str]:
-    """Names of this user's jobs that answer on this machine."""
+    """Return the names of this user's jobs that answer on this machine."""
     found: set[str] = set()
     for folder in runtime_dir.folders():
         for path in folder.glob("*.sock"):
@@ -45,7 +45,7 @@ def running_jobs() -> list[str]:
 
 
 def ask(job: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """The running job's answer. Raises `SpecError` if there is none, or if it refuses."""
+    """Send `request` to a running job; return its answer. Raises `SpecError` without one."""
     check_name(job)
     for path in _sockets(job):
         try:
@@ -68,8 +68,8 @@ def ask(job: str, request: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def connected(path: Path, uid: int | None = None) -> Iterator[socket.socket]:
-    """A connection to the job at `path`. Raises `OSError` if nobody answers there, and
-    `PermissionError` if the folder or who answers is not this user's; `uid` as in `runtime_dir`."""
+    """Connect to the job at `path`. Raises `OSError` if nothing answers, `PermissionError` if the
+    folder or the answering process is another user's; `uid` as in `runtime_dir`."""
     uid = os.geteuid() if uid is None else uid
     try:
         with (
@@ -88,8 +88,8 @@ def refuse_stranger(connection: socket.socket, uid: int) -> None:
     """Raise `PermissionError` unless the process at the other end is this user's, or root's."""
     if not hasattr(socket, "SO_PEERCRED"):
         return  # not Linux: the folder alone keeps others out
-    told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, user, _ = _CREDENTIALS.unpack(told)
+    ucred = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, user, _ = _CREDENTIALS.unpack(ucred)
     if user not in (uid, 0):
         raise PermissionError(f"user {user} is at the other end")
 
@@ -106,13 +106,13 @@ class ControlServer:
         self._answering: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
 
     async def start(self) -> None:
-        """Listen; raises `SpecError` if a job of this name already does."""
+        """Listen. Raises `SpecError` if a job of this name already listens."""
         refuse_second(self._job)
         listening = socket.socket(socket.AF_UNIX)
         try:
             while True:
                 self._path = socket_path(self._job)
-                # The job that ends at this moment, if it was the last, removes the folder.
+                # A job that ends now removes the folder, if its socket was the last in it.
                 with contextlib.suppress(FileNotFoundError):
                     with runtime_dir.opened(self._path.parent) as folder:
                         here = folder / self._path.name
@@ -126,7 +126,7 @@ class ControlServer:
             raise
 
     async def stop(self) -> None:
-        """Answer who has been let in, nobody else, and wait for no one who says nothing."""
+        """Stop listening, answer the open connections, and abort those that send no request."""
         if self._server is not None:
             # A connection that is being accepted while the server closes would never be closed.
             loop = asyncio.get_running_loop()
@@ -139,7 +139,7 @@ class ControlServer:
             self._path.unlink(missing_ok=True)
             runtime_dir.remove_if_empty(self._path.parent)
         if self._answering:
-            _, silent = await asyncio.wait(self._answering, timeout=_LAST_WORDS_S)
+            _, silent = await asyncio.wait(self._answering, timeout=_LAST_REQUEST_S)
             for task in silent:
                 self._answering[task].transport.abort()
             await asyncio.gather(*silent)
@@ -155,7 +155,7 @@ class ControlServer:
                 writer.write(json.dumps(self._answer(line)).encode() + b"\n")
                 await writer.drain()
         except (ConnectionError, PermissionError):
-            pass  # who asked has gone, or is nobody to be answered
+            pass  # the client has gone, or is another user's
         finally:
             writer.close()
             with contextlib.suppress(ConnectionError):
@@ -173,7 +173,7 @@ class ControlServer:
 
 
 def refuse_second(job: str) -> None:
-    """Raise `SpecError` if a job of this name runs on this machine."""
+    """Raise `SpecError` if a job of this name is running on this machine."""
     if any(_answers(path) for path in _sockets(job)):
         raise SpecError(
             f"a job named {job!r} is already running on this machine. Choose another --name, "
@@ -187,7 +187,7 @@ def _sockets(job: str) -> list[Path]:
 
 
 def _answers(path: Path) -> bool:
-    """Whether a job of this user does; the socket of one that was killed is removed."""
+    """Return whether a job of this user answers at `path`; remove the socket of a killed job."""
     try:
         with connected(path):
             return True

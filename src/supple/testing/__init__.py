@@ -1,10 +1,10 @@
-"""A world of workers in memory, for tests of what drives them: no process, no torch, no clock.
+"""Simulated workers and fault scripts, for tests without processes, torch or a real clock.
 
-`ScriptedBackend` is a `Backend` of simulated workers that keep their side of the protocol, for a
-controller or for `ScriptedJob`, which lets `core/job/lifecycle.py` drive them. What real workers
-may do, these may do as well: messages cross, a collective succeeds on some members and fails on
-others, processes die or freeze in any state. What must never happen raises `ProtocolViolation`,
-with the history that led there.
+`ScriptedBackend` is a `Backend` of simulated workers that follow the worker's side of the protocol.
+A controller drives it, or `ScriptedJob`, which uses `core/job/lifecycle.py`. Simulated workers fail
+as real ones do: messages cross, a collective succeeds on some members and fails on others,
+processes die or freeze in any state. A violation of the protocol raises `ProtocolViolation`, with
+the history that led to it.
 
     faults = FaultScript().kill(rank=1, step=3).resize(to=4, at=10.0)
     job = ScriptedJob(spec, faults=faults, num_steps=100)

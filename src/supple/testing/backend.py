@@ -1,8 +1,8 @@
-"""`ScriptedBackend`: a `Backend` whose workers are simulated, with faults that are data.
+"""`ScriptedBackend`: a `Backend` of simulated workers, with faults given as data.
 
-It does what it is told, tells what becomes of it, and watches: an action for a worker that is not
-there, a worker started twice, a generation that goes back raise `ProtocolViolation`, with the
-history that led there. `ScriptedJob` is a job that runs on it.
+It executes actions, emits their events, and checks the controller: an action for an absent worker,
+a second start of a worker, or a generation number that decreases raises `ProtocolViolation`, with
+the history. `ScriptedJob` is a job that runs on it.
 """
 
 import asyncio
@@ -38,18 +38,18 @@ from supple.testing.faults import FakeClock, Fault, FaultScript
 from supple.testing.workers import ProtocolViolation, SimulatedWorker, Stage, World
 
 ROUND_S = 0.25
-"""Seconds that a round takes; a worker commits at most one step in it."""
+"""Simulated duration of a round; a worker commits at most one step in it."""
 _MOVES_PER_ROUND = 8
-"""Enough to stop, to form a group, to share the state and to commit."""
+"""Moves of each worker in a round: enough to stop, form a group, share the state and commit."""
 
 
 @final
 class ScriptedBackend(Backend):
     """Workers of a job of `num_steps` steps. The same arguments and actions give the same events.
 
-    The world moves a round at a time (`round`), random but fair, whenever `events` is asked for
-    more than has come. `arrive`, `work`, `poll` and `hear` are its single moves, for tests that
-    choose the order themselves. Workers are dealt to `num_nodes` in turn.
+    `events` runs a round (`round`: all workers move, in random order) whenever no event is waiting.
+    `arrive`, `work`, `poll` and `hear` are single moves, for tests that choose the order. Workers
+    are assigned to `num_nodes` nodes in turn.
     """
 
     def __init__(
@@ -67,15 +67,15 @@ class ScriptedBackend(Backend):
         self.world = World(self.job_id, num_steps, checkpoints or {})
         self.actions: list[Action] = []
         self.history: list[str] = []
-        """What was done and told, one line each; heartbeats left out."""
+        """Actions and events, one line each, without heartbeats."""
         self.known: set[WorkerId] = set()
-        """Workers that may be sent something: started, and neither let go nor killed."""
+        """Workers that may receive actions: started, and neither stopped nor killed."""
         self._num_nodes = num_nodes
         self._faults = list(faults.faults if faults else ())
         self._random = random.Random(seed)
         self._generation = 0
         self._waiting: deque[Event] = deque()
-        """Not yet taken from `events`."""
+        """Events that `events` has not yielded yet."""
         self._listener: Callable[[Event], None] = self._waiting.append
         self._is_closed = False
 
@@ -89,7 +89,7 @@ class ScriptedBackend(Backend):
             while self._waiting:
                 yield self._waiting.popleft()
             self.round()
-            await asyncio.sleep(0)  # whoever listens has others to attend to
+            await asyncio.sleep(0)  # let other tasks run
 
     @property
     def pids(self) -> Mapping[WorkerId, int]:
@@ -101,17 +101,16 @@ class ScriptedBackend(Backend):
         self._waiting.clear()
         self.known.clear()
         for worker in self.world.workers.values():
-            self.world.kill(worker, "died", is_told=False)
+            self.world.kill(worker, "died", is_reported=False)
 
-    # -- a fair world ----------------------------------------------------------------------------
+    # -- rounds ----------------------------------------------------------------------------------
 
     def listen(self, listener: Callable[[Event], None]) -> None:
-        """From now on `listener` hears every event as it comes, in place of `events`."""
+        """Pass every event to `listener` from now on, instead of to `events`."""
         self._listener = listener
 
     def round(self) -> None:
-        """A quarter of a second: everybody gets somewhere, in a random order, with the faults that
-        are due."""
+        """Move all workers for `ROUND_S` seconds, in random order; apply the faults due."""
         self._strike_by_time()
         world = self.world
         before = {worker_id: worker.step for worker_id, worker in world.workers.items()}
@@ -122,12 +121,12 @@ class ScriptedBackend(Backend):
                 if worker.step < 0 or worker.step <= before.get(worker.worker_id, 0):
                     self.work(worker.worker_id, lucky=self._random.random() < 0.9)
             self._strike_by_step()
-            told: dict[str, list[Event]] = {}
+            reports: dict[str, list[Event]] = {}
             for worker in self._shuffled():
                 world.poll(worker, self.clock.now())
-                told.setdefault(worker.node_id, []).extend(worker.wire)
+                reports.setdefault(worker.node_id, []).extend(worker.wire)
                 worker.wire.clear()
-            for node_id, events in told.items():
+            for node_id, events in reports.items():
                 self._report(node_id, events)
         self.clock.advance(ROUND_S)
 
@@ -138,30 +137,30 @@ class ScriptedBackend(Backend):
     # -- single moves ----------------------------------------------------------------------------
 
     def arrive(self, worker_id: WorkerId) -> None:
-        """The worker's oldest message arrives."""
+        """Deliver the worker's oldest message."""
         self.world.arrive(self.world.workers[worker_id])
 
     def work(self, worker_id: WorkerId, *, lucky: bool = True) -> None:
-        """The worker goes one step further, if it can (`World.work`)."""
+        """Advance the worker by one move, if it can move (`World.work`)."""
         try:
             self.world.work(self.world.workers[worker_id], lucky=lucky)
         except ProtocolViolation as violation:
             raise self.violation(str(violation)) from None
 
     def poll(self, worker_id: WorkerId) -> None:
-        """The worker's events and a heartbeat are on their way."""
+        """Send the worker's events and a heartbeat; `hear` delivers them."""
         self.world.poll(self.world.workers[worker_id], self.clock.now())
 
     def hear(self, worker_id: WorkerId) -> None:
-        """The worker's oldest event that is on its way is heard."""
+        """Deliver the worker's oldest event that was sent."""
         worker = self.world.workers[worker_id]
         if worker.wire:
-            self._tell(worker.wire.popleft())
+            self._emit(worker.wire.popleft())
 
-    # -- faults and wishes -----------------------------------------------------------------------
+    # -- faults and requests ---------------------------------------------------------------------
 
     def kill(self, worker_id: WorkerId, cause: LossCause = "died") -> None:
-        self.world.kill(self.world.workers[worker_id], cause, is_told=worker_id in self.known)
+        self.world.kill(self.world.workers[worker_id], cause, is_reported=worker_id in self.known)
 
     def freeze(self, worker_id: WorkerId) -> None:
         self.world.workers[worker_id].frozen = True
@@ -170,29 +169,29 @@ class ScriptedBackend(Backend):
         self.world.throw(self.world.workers[worker_id])
 
     def leave(self, worker_id: WorkerId) -> None:
-        """Its script leaves the loop early."""
+        """The worker's script leaves its loop early."""
         self.world.leave(self.world.workers[worker_id])
 
     def stick(self, worker_id: WorkerId) -> None:
-        """Its dataset hangs."""
+        """The worker's dataset hangs."""
         self.world.stick(self.world.workers[worker_id])
 
-    def resize(self, num_workers: int, reason: str = "asked for") -> None:
-        self._wish(TargetChanged, num_workers=num_workers, reason=reason)
+    def resize(self, num_workers: int, reason: str = "requested") -> None:
+        self._request(TargetChanged, num_workers=num_workers, reason=reason)
 
     def change_batch(self, size: int) -> None:
-        self._wish(BatchChanged, global_batch_size=size, reason=f"{size} is worth more")
+        self._request(BatchChanged, global_batch_size=size, reason=f"{size} is worth more")
 
     def notice(self, worker_ids: Iterable[WorkerId], notice_s: float = 30.0) -> None:
-        """The platform says that it will take these workers."""
+        """The platform announces that it will take these workers."""
         deadline = self.clock.now() + notice_s
-        self._wish(PreemptionNoticed, worker_ids=tuple(worker_ids), deadline=deadline)
+        self._request(PreemptionNoticed, worker_ids=tuple(worker_ids), deadline=deadline)
 
     def stop(self, reason: str = "Ctrl-C") -> None:
-        self._wish(StopRequested, reason=reason)
+        self._request(StopRequested, reason=reason)
 
-    def _wish(self, event: type[Event], **fields: Any) -> None:
-        self._tell(event(job_id=self.job_id, generation=0, **fields))
+    def _request(self, event: type[Event], **fields: Any) -> None:
+        self._emit(event(job_id=self.job_id, generation=0, **fields))
 
     def _strike_by_time(self) -> None:
         now = self.clock.now()
@@ -230,7 +229,7 @@ class ScriptedBackend(Backend):
     # -- actions in, events out ------------------------------------------------------------------
 
     def do(self, action: Action) -> None:
-        """Do it, or raise `ProtocolViolation` if it must not be done."""
+        """Execute `action`. Raises `ProtocolViolation` if it is not allowed."""
         self.note(action)
         self.actions.append(action)
         match action:
@@ -250,7 +249,7 @@ class ScriptedBackend(Backend):
                 self._post((action.worker_id,), action)
             case KillWorker():
                 if action.worker_id not in self.world.workers:
-                    raise self.violation(f"{action.worker_id} never was there, and is killed")
+                    raise self.violation(f"{action.worker_id} is killed and was never started")
                 self.known.discard(action.worker_id)
                 self.kill(action.worker_id)
             case StopWorker():
@@ -262,7 +261,7 @@ class ScriptedBackend(Backend):
     def _post(self, worker_ids: Iterable[WorkerId], action: Action) -> None:
         for worker_id in worker_ids:
             if worker_id not in self.known:
-                raise self.violation(f"an action for {worker_id}, which is not there")
+                raise self.violation(f"an action for {worker_id}, which is not running")
             self.world.workers[worker_id].inbox.append(action)
 
     def _check_form(self, action: FormGroup) -> None:
@@ -276,19 +275,20 @@ class ScriptedBackend(Backend):
         if busy := [w.worker_id for w in workers if w.stage not in (Stage.WAITING, Stage.GONE)]:
             raise self.violation(f"{busy} had not stopped")
 
-    def _tell(self, event: Event) -> None:
+    def _emit(self, event: Event) -> None:
         for one in event.events if isinstance(event, NodeReported) else (event,):
             if not isinstance(one, Heartbeat):
                 self.note(one)
         self._listener(event)
 
     def _report(self, node_id: str, events: Iterable[Event]) -> None:
-        told = tuple(events)
-        if told:
-            self._tell(NodeReported(job_id=self.job_id, generation=0, node_id=node_id, events=told))
+        if events := tuple(events):
+            self._emit(
+                NodeReported(job_id=self.job_id, generation=0, node_id=node_id, events=events)
+            )
 
     def note(self, what: Event | Action) -> None:
-        """Write it into the history."""
+        """Append a line to the history."""
         fields = [
             f"{name}={value!r}"
             for name in type(what).__slots__
@@ -298,4 +298,6 @@ class ScriptedBackend(Backend):
         self.history.append(f"{self.clock.now():8.2f} {text}")
 
     def violation(self, what: str) -> ProtocolViolation:
-        return ProtocolViolation("\n".join([what, "It happened so:", *self.history[-60:]]))
+        return ProtocolViolation(
+            "\n".join([what, "The last actions and events:", *self.history[-60:]])
+        )

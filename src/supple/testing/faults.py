@@ -1,4 +1,4 @@
-"""Time that passes when it is told to, and faults written down as data."""
+"""A clock that tests advance by hand (`FakeClock`), and faults as data (`FaultScript`)."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, final
@@ -12,7 +12,7 @@ FaultKind = Literal[
 
 @final
 class FakeClock:
-    """Time that passes when it is told to."""
+    """A clock that moves only with `advance`."""
 
     def __init__(self, now: float = 0.0) -> None:
         self._now = now
@@ -22,14 +22,13 @@ class FakeClock:
 
     def advance(self, seconds: float) -> None:
         if seconds < 0:
-            raise ValueError(f"a clock was told to advance by {seconds} s: time never goes back")
+            raise ValueError(f"a clock was to advance by {seconds} s: time never goes back")
         self._now += seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One thing that happens to a job, at a time (s from the start) or while the worker that has
-    `rank` computes `step`."""
+    """A fault at a time (s from the start), or while the worker of `rank` computes `step`."""
 
     kind: FaultKind
     at: float | None = None
@@ -41,7 +40,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class FaultScript:
-    """Faults and wishes, as data: every method returns a longer script."""
+    """A sequence of faults and requests as data; every method returns a longer script."""
 
     faults: tuple[Fault, ...] = ()
 
@@ -58,15 +57,15 @@ class FaultScript:
         return self._with(Fault(kind="throw", rank=rank, step=step))
 
     def leave(self, *, rank: int, step: int) -> "FaultScript":
-        """The user's script leaves its loop, `step` not being made."""
+        """The user's script leaves its loop before it makes `step`."""
         return self._with(Fault(kind="leave", rank=rank, step=step))
 
     def stick(self, *, rank: int, step: int) -> "FaultScript":
-        """The user's dataset never gives the samples."""
+        """The user's dataset never returns the samples."""
         return self._with(Fault(kind="stick", rank=rank, step=step))
 
     def preempt(self, *, worker: str, at: float, notice_s: float = 30.0) -> "FaultScript":
-        """The platform says that it takes the worker, and `notice_s` later it does."""
+        """The platform announces that it takes the worker, and takes it `notice_s` later."""
         return self._with(Fault(kind="notice", worker=WorkerId(worker), at=at, number=notice_s))
 
     def resize(self, *, to: int, at: float) -> "FaultScript":

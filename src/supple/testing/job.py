@@ -1,7 +1,8 @@
-"""`ScriptedJob`: a job in a simulated world, driven by the lifecycle that runs real ones.
+"""`ScriptedJob`: a simulated job, driven by the lifecycle that runs real ones.
 
-It watches what only a whole job can break: a state thrown away while its holder lives, a member let
-go out of its generation, a job that goes on after its end raise `ProtocolViolation`.
+It checks the rules that only a whole job can break. `ProtocolViolation` is raised if a state is
+lost while its holder lives, if a member is stopped within its generation, and if a job goes on
+after its end.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -32,8 +33,8 @@ from supple.testing.workers import ProtocolViolation, SimulatedWorker, Stage
 class ScriptedJob:
     """One job of `num_steps` steps on a `ScriptedBackend`. The same arguments give the same run.
 
-    `run` and `round` let everybody work; `tick` lets time pass alone. Faults, wishes and single
-    moves of the world are the backend's.
+    `run` and `round` move all workers; `tick` only advances the clock. Faults, requests and single
+    moves are methods of `backend`.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class ScriptedJob:
         self.decisions: list[Decision] = []
         self._spec = spec
         self._raised: set[WorkerId] = set()
-        """Their function is over, their process is to be let go."""
+        """Workers whose function has raised; their process is still to be stopped."""
         self.state, actions = lifecycle.start(
             spec,
             self.backend.job_id,
@@ -73,8 +74,7 @@ class ScriptedJob:
             self.do(action)
 
     def run(self, until: Callable[[], bool], *, max_rounds: int = 2000) -> None:
-        """Let everybody work, with the script's faults, until `until()`; raises
-        `ProtocolViolation` if that takes more than `max_rounds`."""
+        """Run rounds until `until()`. Raises `ProtocolViolation` after `max_rounds`."""
         for _ in range(max_rounds):
             if until():
                 return
@@ -82,17 +82,17 @@ class ScriptedJob:
         raise self._violation(f"no end after {max_rounds} rounds, in {self.state.phase}")
 
     def round(self) -> None:
-        """A quarter of a second in which everybody gets somewhere; the lifecycle hears of it."""
+        """Run one round of `ROUND_S` seconds, and send its events to the lifecycle."""
         self.backend.round()
         self.tick(0.0)
 
     def tick(self, seconds: float) -> None:
-        """Time passes, and the lifecycle is told."""
+        """Advance the clock and send `Ticked` to the lifecycle."""
         self.backend.clock.advance(seconds)
         self.send(Ticked(job_id=self.backend.job_id, generation=0))
 
     def send(self, event: Event) -> None:
-        """The lifecycle is told of `event`, and what it answers is done."""
+        """Send `event` to the lifecycle and execute the actions it returns."""
         backend, before = self.backend, self.state
         for one in event.events if isinstance(event, NodeReported) else (event,):
             if isinstance(one, WorkerLost) and one.cause == "raised":
@@ -109,7 +109,7 @@ class ScriptedJob:
             self._check_saved(before, alive)
 
     def do(self, action: Action) -> None:
-        """Do it, or raise `ProtocolViolation` if it must not be done."""
+        """Execute `action`. Raises `ProtocolViolation` if it is not allowed."""
         match action:
             case Decision():
                 self.backend.note(action)
@@ -124,13 +124,13 @@ class ScriptedJob:
                 self.backend.do(action)
             case StopWorker():
                 self.backend.do(action)
-                self._check_let_go(action)
+                self._check_stopped(action)
             case _:
                 self.backend.do(action)
 
     def _check_saved(self, before: JobState, alive: Iterable[SimulatedWorker]) -> None:
-        """What a worker held that was alive at the end is saved, or said not to be. (Of one that
-        had not stopped, the job knows what its last heartbeat said.)"""
+        """Check that the newest state of the workers alive at the end is saved, or reported as not
+        saved. Workers that are still training are left out: the job has only their heartbeats."""
         assert self.outcome is not None
         restore = self.state.restore
         durable = 0 if restore is None else self.backend.world.checkpoints[restore].step
@@ -139,23 +139,23 @@ class ScriptedJob:
         if self.outcome.saved and not is_saved:
             raise self._violation(f"steps {held} were held, step {durable} is saved")
         if self.outcome.saved == ("NOT saved" in self.outcome.reason):
-            raise self._violation("the last words and the outcome differ")
+            raise self._violation("the reason of the outcome contradicts its `saved`")
 
-    def _check_let_go(self, action: StopWorker) -> None:
+    def _check_stopped(self, action: StopWorker) -> None:
         backend, workers = self.backend, self.backend.world.workers
         if self.state.phase.is_over or action.worker_id in self._raised:
             return
         worker = workers[action.worker_id]
         if worker.stage is Stage.IN_GROUP:
-            raise self._violation(f"{action.worker_id} was let go out of its generation")
+            raise self._violation(f"{action.worker_id} was stopped within its generation")
         others = [workers[w].step for w in backend.known - self._raised]
         if worker.step > max(others, default=-1):
-            raise self._violation(f"{action.worker_id}, let go, held the newest state")
+            raise self._violation(f"stopped {action.worker_id} held the newest state")
 
     def _check_form(self, action: FormGroup) -> None:
         backend, workers = self.backend, self.backend.world.workers
         members, spec = action.members, self._spec
-        # One more than MAX only to take over the state of a worker that will be taken.
+        # MAX + 1 is allowed, to receive the state of a worker that will be preempted.
         if len(members) > spec.max_workers + 1:
             raise self._violation(f"a generation of {members}")
         if len(members) < spec.min_workers and not self.state.is_ending:

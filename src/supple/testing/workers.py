@@ -1,8 +1,8 @@
-"""Simulated workers: the worker's side of the protocol, one small move at a time.
+"""Simulated workers: the worker's side of the protocol, in small single moves.
 
-A collective succeeds on a member only after every member came to it; once one of them has gone it
-may fail on any other, so a step can be committed on some and torn on the rest. Messages to and from
-one worker keep their order; those of different workers do not.
+A collective succeeds on a member only after every member has entered it. Once a member has left, it
+may fail on any other: a step can be committed on some members and fail on the rest. Messages to and
+from one worker keep their order; those of different workers do not.
 """
 
 from collections import deque
@@ -38,13 +38,14 @@ TRACEBACK = "Traceback (most recent call last):\nValueError: bad sample"
 
 
 class ProtocolViolation(AssertionError):
-    """The controller, or a worker, did what must never be done."""
+    """The controller or a worker broke a rule of the protocol."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainedState:
-    """A train state: what it was made from, and by which generation. Compared by identity: two
-    computations of one step are two states, and no generation may ever hold both."""
+    """A simulated train state: its step, the state before it, and the generation that computed it.
+    Compared by identity: two computations of one step are two states, and no generation may hold
+    both."""
 
     step: int
     parent: "TrainedState | None" = None
@@ -54,19 +55,19 @@ class TrainedState:
 class Stage(Enum):
     STARTING = "starting"
     WAITING = "waiting"
-    """In no generation: the next command decides."""
+    """In no generation, waiting for a command."""
     IN_GROUP = "in group"
     AFTER = "after"
     """Past the last fence; the user's function still runs."""
     LEFT = "left"
-    """It left its loop early; the user's function still runs, and rank 0 has yet to save."""
+    """Left its loop early; the user's function still runs, and rank 0 must still save."""
     FINISHED = "finished"
     RAISED = "raised"
     GONE = "gone"
 
 
 Given = dict[WorkerId, tuple[TrainedState | None, bool]]
-"""What each member that came to a collective brought: its state; has it heard of a next one?"""
+"""By member in a collective: its state, and whether it has heard of a next generation."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -75,42 +76,41 @@ class Group:
 
     command: FormGroup
     given: dict[int, Given] = field(default_factory=dict[int, Given])
-    """By the collective's number."""
+    """Contributions by the collective's number."""
     left: set[WorkerId] = field(default_factory=set[WorkerId])
     steps: dict[int, TrainedState] = field(default_factory=dict[int, TrainedState])
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class SimulatedWorker:
-    """One worker, as the world sees it."""
+    """The complete state of one simulated worker."""
 
     worker_id: WorkerId
     node_id: str = ""
     stage: Stage = Stage.STARTING
     frozen: bool = False
-    """Stopped, or cut off: it does and answers nothing, and its connections stay open for ever,
-    even when it is killed. Only an abort frees its peers."""
+    """Stopped, or cut off: it does not act or answer, and its connections stay open for ever, even
+    when it is killed. Only an abort frees its peers."""
     is_stuck: bool = False
-    """Its training thread fetches data for ever; the others of its process work."""
+    """Its training thread hangs in the dataset; the other threads of its process work."""
     generation: int = 0
     state: TrainedState | None = None
     group: Group | None = None
     doing: str = ""
-    """What it is at: gather, commit, step, fence, save or last fence."""
+    """Current activity: gather, commit, step, fence, save or last fence."""
     number: int = 0
     inbox: deque[Action] = field(default_factory=deque[Action])
-    """Sent, not yet arrived."""
+    """Actions that were sent and have not arrived."""
     commands: deque[Action] = field(default_factory=deque[Action])
     announced: int = 0
     aborted: int = 0
     stopping: bool = False
-    told: list[Event] = field(default_factory=list[Event])
-    """Emitted, and lost if the process dies now."""
+    emitted: list[Event] = field(default_factory=list[Event])
+    """Events not yet polled: lost if the process dies now."""
     wire: deque[Event] = field(default_factory=deque[Event])
-    """On the way to the controller."""
-
-    told_doing: tuple[Doing, float] = ("starting", 0.0)
-    """What it said last that it does, and since when."""
+    """Events on the way to the controller."""
+    last_doing: tuple[Doing, float] = ("starting", 0.0)
+    """Activity in the last heartbeat, and its start time in seconds."""
 
     @property
     def step(self) -> int:
@@ -123,8 +123,8 @@ class SimulatedWorker:
         return self.group.command.members.index(self.worker_id)
 
     @property
-    def came(self) -> bool:
-        """Has it come to the collective that it is at?"""
+    def entered(self) -> bool:
+        """Whether it has entered its current collective."""
         return self.group is not None and self.worker_id in self.group.given.get(self.number, {})
 
     @property
@@ -136,7 +136,7 @@ class SimulatedWorker:
                 return "after"
             case Stage.IN_GROUP if self.doing in ("gather", "commit"):
                 return "forming"
-            case Stage.IN_GROUP if self.is_stuck or not self.came:
+            case Stage.IN_GROUP if self.is_stuck or not self.entered:
                 return "data"
             case Stage.IN_GROUP:
                 return "waiting" if self.doing == "step" else "fence"
@@ -146,9 +146,9 @@ class SimulatedWorker:
 
 @final
 class World:
-    """All workers of one job that trains for `num_steps` steps, and what is on its disk.
+    """All workers and checkpoints of one simulated job that trains for `num_steps` steps.
 
-    `checkpoints`: path to the step it holds.
+    `checkpoints` maps each path to the step it holds.
     """
 
     def __init__(self, job_id: JobId, num_steps: int, checkpoints: Mapping[str, int]) -> None:
@@ -162,13 +162,13 @@ class World:
 
     @property
     def awake(self) -> list[SimulatedWorker]:
-        """Workers whose process runs."""
+        """The workers whose process runs."""
         return [w for w in self.workers.values() if w.stage is not Stage.GONE and not w.frozen]
 
     # -- moves -----------------------------------------------------------------------------------
 
     def arrive(self, worker: SimulatedWorker) -> None:
-        """Its oldest message arrives: flags are raised at once, the rest queues."""
+        """Deliver the worker's oldest message: flags are set at once, commands are queued."""
         if not worker.inbox or worker.frozen:
             return
         match action := worker.inbox.popleft():
@@ -185,8 +185,8 @@ class World:
                 worker.commands.append(action)
 
     def work(self, worker: SimulatedWorker, *, lucky: bool) -> None:
-        """It goes one step further, if it can. `lucky`: a collective to which all came succeeds
-        here, even if someone has gone since."""
+        """Advance the worker by one move, if it can move. `lucky`: a collective that all members
+        have entered succeeds here, even if one has left since."""
         if worker.frozen or worker.is_stuck:
             return
         match worker.stage:
@@ -196,73 +196,72 @@ class World:
                 worker.doing = ""
             case Stage.LEFT:
                 worker.stage = Stage.FINISHED
-                self._tell(worker, WorkerFinished, step=worker.step)
+                self._emit(worker, WorkerFinished, step=worker.step)
             case Stage.IN_GROUP if worker.doing == "save":
                 if worker.rank == 0:
                     self._save(worker)
                 worker.doing = "last fence"
             case Stage.STARTING:
                 worker.stage = Stage.WAITING
-                self._tell(worker, WorkerReady, node_id=worker.node_id)
+                self._emit(worker, WorkerReady, node_id=worker.node_id)
             case Stage.WAITING | Stage.FINISHED | Stage.RAISED if worker.commands:
                 self._obey(worker, worker.commands.popleft())
             case Stage.IN_GROUP:
                 self._collective(worker, lucky)
             case Stage.AFTER:
                 worker.stage = Stage.FINISHED
-                self._tell(worker, WorkerFinished, step=worker.step)
+                self._emit(worker, WorkerFinished, step=worker.step)
             case _:
                 pass
 
     def poll(self, worker: SimulatedWorker, now: float) -> None:
-        """It answers a poll: what it has to tell, and a heartbeat, are on their way."""
+        """Answer a poll: send the worker's events and a heartbeat."""
         if worker.stage is not Stage.GONE and not worker.frozen:
-            worker.wire.extend(worker.told)
-            worker.told.clear()
-            doing, since = worker.told_doing
+            worker.wire.extend(worker.emitted)
+            worker.emitted.clear()
+            doing, since = worker.last_doing
             if doing != worker.doing_now:
-                worker.told_doing = doing, since = worker.doing_now, now
-            told = {"step": max(0, worker.step), "doing": doing, "since_s": now - since}
-            worker.wire.append(self._event(worker, Heartbeat, **told))
+                worker.last_doing = doing, since = worker.doing_now, now
+            fields = {"step": max(0, worker.step), "doing": doing, "since_s": now - since}
+            worker.wire.append(self._event(worker, Heartbeat, **fields))
 
     def save_behind(self, worker: SimulatedWorker) -> None:
-        """A stepping member saves a durable checkpoint while it goes on."""
+        """Save a durable checkpoint of a stepping member, which goes on."""
         if worker.stage is Stage.IN_GROUP and worker.doing in ("step", "fence"):
             self._save(worker)
 
     # -- faults ----------------------------------------------------------------------------------
 
-    def kill(self, worker: SimulatedWorker, cause: LossCause, *, is_told: bool) -> None:
-        """The process ends, and what nobody polled ends with it. `is_told`: someone watches it."""
+    def kill(self, worker: SimulatedWorker, cause: LossCause, *, is_reported: bool) -> None:
+        """End the process and drop its events not yet polled. `is_reported`: emit `WorkerLost`."""
         if worker.stage is not Stage.GONE:
             worker.stage = Stage.GONE
-            worker.told.clear()
-            if is_told:
+            worker.emitted.clear()
+            if is_reported:
                 worker.wire.append(self._event(worker, WorkerLost, cause=cause, detail="gone"))
 
     def throw(self, worker: SimulatedWorker) -> None:
-        """The user's function raises; members in a collective with it are left waiting. The worker
-        keeps its state."""
+        """Make the user's function raise. The worker keeps its state, and its peers wait."""
         in_user_code = (Stage.STARTING, Stage.IN_GROUP, Stage.AFTER, Stage.LEFT)
         if worker.stage in in_user_code and not worker.frozen and not worker.is_stuck:
             if worker.stage is Stage.IN_GROUP and worker.state is not None:
-                self._tell(worker, LoopLeft, step=worker.step)
+                self._emit(worker, LoopLeft, step=worker.step)
             worker.stage = Stage.RAISED
-            self._tell(worker, WorkerLost, cause="raised", detail=TRACEBACK, step=worker.step)
+            self._emit(worker, WorkerLost, cause="raised", detail=TRACEBACK, step=worker.step)
 
     def leave(self, worker: SimulatedWorker) -> None:
-        """The script leaves its loop early; members in a collective with it are left waiting."""
+        """Make the script leave its loop early. Members in a collective with it keep waiting."""
         if self._is_in_loop(worker):
             worker.stage, worker.doing = Stage.LEFT, "save"
-            self._tell(worker, LoopLeft, step=worker.step)
+            self._emit(worker, LoopLeft, step=worker.step)
 
     def stick(self, worker: SimulatedWorker) -> None:
-        """Its dataset hangs."""
+        """Make the worker's dataset hang."""
         if self._is_in_loop(worker):
             worker.is_stuck = True
 
     def _is_in_loop(self, worker: SimulatedWorker) -> bool:
-        in_loop = worker.stage is Stage.IN_GROUP and worker.doing == "step" and not worker.came
+        in_loop = worker.stage is Stage.IN_GROUP and worker.doing == "step" and not worker.entered
         return in_loop and not worker.frozen and not worker.is_stuck
 
     # -- the protocol ----------------------------------------------------------------------------
@@ -284,28 +283,28 @@ class World:
 
     def _collective(self, worker: SimulatedWorker, lucky: bool) -> None:
         group = _group_of(worker)
-        came = group.given.setdefault(worker.number, {})
-        gone = [w for w in group.command.members if self._has_left(group, w)]
+        entered = group.given.setdefault(worker.number, {})
+        gone = [w for w in group.command.members if self._is_gone(group, w)]
         fails = worker.stopping or worker.aborted >= worker.generation or bool(gone)
-        if worker.worker_id not in came and not fails:
-            came[worker.worker_id] = (worker.state, worker.announced > worker.generation)
-        elif len(came) == len(group.command.members) and (lucky or not fails):
-            self._succeed(worker, came)
+        if worker.worker_id not in entered and not fails:
+            entered[worker.worker_id] = (worker.state, worker.announced > worker.generation)
+        elif len(entered) == len(group.command.members) and (lucky or not fails):
+            self._succeed(worker, entered)
         elif fails:
             self._leave(worker, f"{gone[0]} closed the connection" if gone else "aborted")
 
-    def _succeed(self, worker: SimulatedWorker, came: Given) -> None:
+    def _succeed(self, worker: SimulatedWorker, entered: Given) -> None:
         worker.number += 1
-        heard = any(flag for _, flag in came.values())
+        heard = any(flag for _, flag in entered.values())
         if worker.doing == "gather":
-            self._share(worker, {w: state for w, (state, _) in came.items() if state is not None})
+            self._share(worker, {w: state for w, (state, _) in entered.items() if state})
             return
         if worker.doing == "commit":
             self.newest_formed = max(self.newest_formed, worker.generation)
-            self._tell(worker, GroupFormed, step=worker.step)
+            self._emit(worker, GroupFormed, step=worker.step)
             heard = False
         elif worker.doing == "step":
-            self._commit(worker, came)
+            self._commit(worker, entered)
         elif worker.doing == "last fence":
             worker.stage = Stage.AFTER
             return
@@ -319,7 +318,7 @@ class World:
 
     def _share(self, worker: SimulatedWorker, held: dict[WorkerId, TrainedState]) -> None:
         group = _group_of(worker)
-        if not held:  # rank 0 begins, and all gather again
+        if not held:  # rank 0 takes the initial state, and all gather again
             if worker.rank == 0:
                 restore = group.command.restore
                 worker.state = self.checkpoints[restore] if restore else TrainedState(0)
@@ -329,14 +328,14 @@ class World:
         if len({id(held[w]) for w in sources}) > 1:
             raise ProtocolViolation(f"step {newest} was computed twice: {sources} differ")
         if worker.step < newest:
-            if all(self._has_left(group, w) for w in sources):
+            if all(self._is_gone(group, w) for w in sources):
                 self._leave(worker, "the source of the state has gone")
                 return
             worker.state = held[sources[0]]
         worker.doing = "commit"
 
-    def _commit(self, worker: SimulatedWorker, came: Given) -> None:
-        if len({id(state) for state, _ in came.values()}) > 1:
+    def _commit(self, worker: SimulatedWorker, entered: Given) -> None:
+        if len({id(state) for state, _ in entered.values()}) > 1:
             raise ProtocolViolation(f"members of generation {worker.generation} differ in state")
         if worker.generation < self.newest_formed:
             raise ProtocolViolation(
@@ -350,25 +349,25 @@ class World:
     def _leave(self, worker: SimulatedWorker, error: str) -> None:
         _group_of(worker).left.add(worker.worker_id)
         worker.stage = Stage.WAITING
-        self._tell(worker, WorkerStopped, step=worker.step, error=error)
+        self._emit(worker, WorkerStopped, step=worker.step, error=error)
 
-    def _has_left(self, group: Group, worker_id: WorkerId) -> bool:
+    def _is_gone(self, group: Group, worker_id: WorkerId) -> bool:
         worker = self.workers[worker_id]
         return worker_id in group.left or (worker.stage is Stage.GONE and not worker.frozen)
 
     def _save(self, worker: SimulatedWorker) -> None:
         if worker.state is None:
-            raise ProtocolViolation(f"{worker.worker_id} was told to save and holds no state")
-        told = {"job_id": self._job_id, "generation": worker.generation, "step": worker.step}
+            raise ProtocolViolation(f"{worker.worker_id} received a save command without a state")
+        fields = {"job_id": self._job_id, "generation": worker.generation, "step": worker.step}
         if self.disk_is_full:
-            worker.told.append(CheckpointFailed(**told, error="the disk is full."))
+            worker.emitted.append(CheckpointFailed(**fields, error="the disk is full."))
         else:
             path = f"step-{worker.step}-of-{worker.generation}"
             self.checkpoints[path] = worker.state
-            worker.told.append(CheckpointSaved(**told, path=path))
+            worker.emitted.append(CheckpointSaved(**fields, path=path))
 
-    def _tell(self, worker: SimulatedWorker, event: type[Event], **fields: Any) -> None:
-        worker.told.append(self._event(worker, event, **fields))
+    def _emit(self, worker: SimulatedWorker, event: type[Event], **fields: Any) -> None:
+        worker.emitted.append(self._event(worker, event, **fields))
 
     def _event(self, worker: SimulatedWorker, event: type[Event], **fields: Any) -> Event:
         fields |= {"generation": worker.generation, "worker_id": worker.worker_id}

@@ -1,1 +1,1 @@
-"""Torch, inside a worker process: the user's `Job` and everything that lets it change size."""
+"""Torch code inside a worker process: the user's `Job`, and what makes it resizable."""

@@ -1,9 +1,9 @@
-"""`Job`: what the training function is handed to be trained; see `supple.train.job_protocol`.
+"""`Job`: the object passed to the training function on a worker; see `supple.train.job_protocol`.
 
 The function runs from top to bottom on every worker. A worker that joins later runs it up to its
-first batch, rehearses one step on it (so that everything is imported, allocated and warm), throws
-the effects away, and waits. When it is let in, it takes over its peers' train state and goes on in
-the middle of the run. Whatever happens to the membership happens inside `job.step`.
+first batch, rehearses one step on it (so that everything is imported, allocated and warm), undoes
+the effects, and waits. When it becomes a member, it receives its peers' train state and goes on in
+the middle of the run. All changes of the membership happen inside `job.step`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -33,9 +33,9 @@ from supple.train.step.engine import StepEngine
 
 @final
 class Job(JobProtocol):
-    """One training job, seen from one of its workers.
+    """One worker's part of a training job.
 
-    Without `elastic` it is a single worker: `python script.py` for debugging.
+    Without `elastic` it is a single worker, for debugging (`python script.py`).
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Job(JobProtocol):
         self._reporter = Reporter(*listeners, *([observe] if observe else []))
         self._recipe = Recipe(self._spec.seed, self._spec.lr_rule)
         self._hand = Hand()
-        self._loader: Loader  # and what else there is once batches were taken
+        self._loader: Loader  # set by `batches`, as is `_state`
         self._state: TrainState
         self._micro_limit = 0
         self._global_batch = 0
@@ -94,8 +94,8 @@ class Job(JobProtocol):
         micro_batch_size: int | None = None,
     ) -> Iterator[Any]:
         recipe, sizes = self._recipe, (num_workers, micro_batch_size)
-        asked = Batches(dataset, batch_size, epochs, shuffle, collate_fn, *sizes)
-        self._loader = recipe.take_batches(asked)
+        options = Batches(dataset, batch_size, epochs, shuffle, collate_fn, *sizes)
+        self._loader = recipe.take_batches(options)
         self._global_batch = int(batch_size)
         self._micro_limit = micro_batch_size or batch_size
         self._state = TrainState(recipe.model, recipe.optimizer, recipe.kept)
@@ -127,7 +127,7 @@ class Job(JobProtocol):
             return False
         self._activity.enter("backward")
         group = self._group
-        if group is not None and group.is_aborted:  # what is left of this step would be for nothing
+        if group is not None and group.is_aborted:  # the rest of this step would be wasted
             committed = self._abandon("the generation was aborted")
         else:
             self._steps.backward(loss, micro, group, self._heard_of_next)
@@ -163,7 +163,7 @@ class Job(JobProtocol):
 
     @property
     def activity(self) -> tuple[Doing, float]:
-        """What the training thread does, and for how many seconds."""
+        """The training thread's activity, and its duration in seconds."""
         doing, since_s = self._activity.report
         return ("update" if self._engine and self._engine.is_updating else doing), since_s
 
@@ -228,10 +228,10 @@ class Job(JobProtocol):
         return True
 
     def _between_steps(self) -> None:
-        """A step is committed, and the script has done what it does after one: what it keeps
-        (`job.keep`) is of the same step as the weights. Now they may be saved, or handed over."""
+        """Save or rejoin between two steps. The script has finished its work on the last step, so
+        its kept objects (`job.keep`) and the weights are of the same step."""
         if self.rank == 0 and self.saver.due():
-            self.saver.behind(self._state, self.scalars(), self.generation)
+            self.saver.save_async(self._state, self.scalars(), self.generation)
             self._steps.meter.restart()
         if self._is_called:
             self._is_called = False
@@ -252,7 +252,7 @@ class Job(JobProtocol):
         return None if self._membership is None else self._membership.group
 
     def _rehearse(self) -> Iterator[Any]:
-        """One step on a real batch, whose effects are thrown away."""
+        """Run one step on a real batch, undo its effects, and make the step engine."""
         rehearsal = Rehearsal(self._state)
         size = 1 if self._elastic is None else self._elastic.rehearsal_size
         _, rehearsed = share(self._global_batch, size, 0)
@@ -269,26 +269,27 @@ class Job(JobProtocol):
         )
 
     def leave_loop(self) -> None:
-        """The script left its loop early, if it is in it: by `break`, `return` or an exception. It
-        may change the weights now, so rank 0 copies them at once and writes them behind it."""
+        """If the script left its loop early (`break`, `return`, an exception), report it and save.
+        The script may change the weights now, so rank 0 copies them at once and writes the copy in
+        the background."""
         was_in_loop, self._in_loop = self._in_loop, False
         if self._membership is None or self.committed_step is None or not was_in_loop:
             return
         self._activity.enter("after")
-        self._membership.left(self.step_count)
+        self._membership.report_left_loop(self.step_count)
         self._undo_step()
         self._publish(force=True)
         if self.rank == 0:
-            self.saver.leave(self._state, self.scalars(), self.generation)
+            self.saver.save_on_leave(self._state, self.scalars(), self.generation)
 
     def outlive(self) -> None:
-        """The script raised: save what this worker holds if asked to, until it is let go."""
+        """After the script raised: save this worker's state on request, until it is stopped."""
         self._in_loop = False
         if self._membership is not None:
             self._membership.outlive(self)
 
     def _undo_step(self) -> None:
-        """As if the step in flight had not begun."""
+        """Discard the step in flight, unless its update has begun."""
         if self._in_step and not self._steps.is_updating:
             self._in_step = False
             self._steps.abandon()
@@ -323,23 +324,22 @@ class Job(JobProtocol):
         return self._loader.done or (limit is not None and self.step_count >= limit)
 
     def _pass_fence(self) -> bool:
-        """Leave the loop together: nobody does before everybody has the last step."""
+        """Wait until all ranks have the last step; return whether this rank may leave the loop."""
         heard = self._meet(float(self._heard_of_next()))
         if heard is not None and heard > 0:
             self._rejoin("")
         return heard == 0.0
 
     def _save_last(self) -> bool:
-        """Rank 0 saves what was learned, and nobody goes on before: if it dies, another does."""
+        """Save on rank 0; return success. The others wait: if rank 0 dies, another one saves."""
         self._publish(force=True)
         if self.rank == 0:
             self._activity.enter("saving")
-            self.saver.finish(self._state, self.scalars(), self.generation)
+            self.saver.save_final(self._state, self.scalars(), self.generation)
         return self._meet(0.0) is not None
 
     def _meet(self, number: float) -> float | None:
-        """Wait for the other ranks; the sum over all. None: they could not be met, and another
-        generation has formed."""
+        """Sum `number` over all ranks; None if that failed and another generation has formed."""
         group = self._group
         if group is None or self._membership is None:
             return number
@@ -361,7 +361,7 @@ class Job(JobProtocol):
         return self._state
 
     def scalars(self) -> dict[str, Any]:
-        """The job's own part of the train state, beside tensors and optimizer settings."""
+        """Return the train state without tensors and optimizer settings, as JSON values."""
         return self._steps.to_json() | {
             "position": self._loader.position.to_json(),
             "global_batch_size": self._global_batch,
@@ -369,7 +369,7 @@ class Job(JobProtocol):
         }
 
     def adopt(self, scalars: Mapping[str, Any]) -> None:
-        """The tensors are in place; take these with them."""
+        """Set the job's scalars to those of the received state, whose tensors are in place."""
         self._steps.from_json(scalars)
         self._loader.position = type(self._loader.position).from_json(scalars["position"])
         self._global_batch = int(scalars["global_batch_size"])
@@ -377,10 +377,10 @@ class Job(JobProtocol):
         self._has_state = True
 
     def begin(self, restore: str | None) -> None:
-        """Nobody holds state: take a checkpoint's, or the initial one, untouched until now."""
+        """Begin with the state of checkpoint `restore`, or with the initial state."""
         if restore is not None:
-            asked = restore == self._spec.resume
-            self.saver.restore(restore, self._state, self._take, asked=asked)
+            is_named = restore == self._spec.resume
+            self.saver.restore(restore, self._state, self._take, is_named=is_named)
         self._state.spare.clear()
         self._has_state = True
 
@@ -390,9 +390,9 @@ class Job(JobProtocol):
         self._loader.place(self._loader.position, 0, 1, self._global_batch, self._micro_limit)
 
     def save(self) -> str | None:
-        """Save durably before returning; the path. None: this step was saved, and told, before."""
+        """Save durably and return the path; None if this step was saved and reported before."""
         self._undo_step()
-        return self.saver.now(self._state, self.scalars(), self.generation)
+        return self.saver.save_now(self._state, self.scalars(), self.generation)
 
     # -- batch size, learning rate, progress -------------------------------------------------
 
@@ -410,7 +410,7 @@ class Job(JobProtocol):
     def _publish(self, *, force: bool = False) -> None:
         if self.rank != 0 or not (force or self._reporter.is_due()):
             return
-        self._reporter.tell(
+        self._reporter.report(
             self._steps,
             self._loader,
             self._recipe.rate,
@@ -423,7 +423,7 @@ class Job(JobProtocol):
         )
 
     def _cut(self) -> list[int]:
-        """Samples of each of this rank's micro-batches of a full step."""
+        """Return the size in samples of each of this rank's micro-batches in a full step."""
         batch, size, rank = self._global_batch, self.world_size, self.rank
         if self._spec.reproducible:
             shards = rank_shards(batch, self._spec.num_logical_shards, size, rank)

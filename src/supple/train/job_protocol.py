@@ -1,7 +1,7 @@
 """`JobProtocol`: everything that a training script may call or read on its `job`.
 
-`Job` trains; `supple.train.probes.stand_in.StandIn` measures. One contract test holds both to this:
-`tests/train/test_job_protocol.py`. Whatever else a `Job` has is for Supple itself.
+`Job` trains; `supple.train.probes.stand_in.StandIn` measures. The contract test of both is
+`tests/train/test_job_protocol.py`. All other attributes of a `Job` are internal to Supple.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,24 +11,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Schedule = Callable[[float], float] | None
-"""The learning rate's factor at a fraction of the run done, 0 to 1."""
+"""Maps the fraction of the run done (0 to 1) to a factor of the learning rate."""
 
 
 class JobProtocol(Protocol):
-    """What the training function is handed. Five calls; the rest is ordinary PyTorch.
+    """The argument of the training function. Five calls; the rest is ordinary PyTorch.
 
     In this order: `model`, `optimizer`, perhaps `keep`, one loop over `batches`, and `step` for
-    each of them. What cannot be trained is refused with a message that says what to change.
+    each of them. Invalid input is refused with a message that names what to change.
     """
 
     def model(self, build: Callable[[], nn.Module]) -> nn.Module:
-        """The model that `build()` makes, with the same initial weights on every worker."""
+        """Return the model that `build()` makes, with the same initial weights on every worker."""
         ...
 
     def optimizer(
         self, cls: Callable[..., Optimizer], *, lr: float, schedule: Schedule = None, **options: Any
     ) -> Optimizer:
-        """`cls(model.parameters(), lr=lr, **options)`.
+        """Return `cls(model.parameters(), lr=lr, **options)`.
 
         `lr` is the learning rate tuned at the `batch_size` given to `batches`; it is scaled when
         the global batch changes, and multiplied by `schedule(fraction of the run done, 0 to 1)`.
@@ -36,9 +36,9 @@ class JobProtocol(Protocol):
         ...
 
     def keep(self, name: str, thing: Any) -> None:
-        """Let `thing` (with `state_dict` and `load_state_dict`) travel with the train state.
+        """Save and move `thing` (with `state_dict` and `load_state_dict`) with the train state.
 
-        Call it before `batches`. What the loop's first turn does to it is undone, as for the model.
+        Call it before `batches`. Its changes in the loop's first turn are undone, as the model's.
         """
         ...
 
@@ -53,55 +53,54 @@ class JobProtocol(Protocol):
         num_workers: int = 0,
         micro_batch_size: int | None = None,
     ) -> Iterator[Any]:
-        """This worker's micro-batches, in order, until all epochs are done.
+        """Yield this worker's micro-batches, in order, until all epochs are done.
 
-        `batch_size` is the global batch: all workers together. A map-style dataset, or a list of
-        iterable shards. `micro_batch_size` caps what one worker computes at once (default:
-        `batch_size`, which is known to fit). Every iteration must call `job.step`.
+        `dataset`: a map-style dataset, or a list of iterable shards. `batch_size`: samples of the
+        global batch, all workers together. `micro_batch_size`: limit on the samples that one worker
+        computes at once (default: `batch_size`). Every iteration must call `job.step`.
         """
         ...
 
     def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
-        """Backward, and on the last micro-batch of a step: reduce, update, count.
+        """Run the backward pass; after the last micro-batch of a step, reduce, update and count.
 
-        True if a step was committed by this call: applied, or left out by `--on-non-finite skip`.
-        `clip_norm` bounds the gradient's norm over the whole global batch.
+        Returns True if this call committed a step: applied, or left out by `--on-non-finite skip`.
+        `clip_norm` limits the gradient's norm over the whole global batch.
         """
         ...
 
     def report(self, **metrics: Tensor | float) -> None:
-        """Numbers to show beside the progress: the last value of each is kept."""
+        """Show numbers beside the progress; the last value of each is kept."""
         ...
 
     @property
     def rank(self) -> int:
-        """This worker's place in its group, from 0."""
+        """This worker's number in its group, from 0."""
         ...
 
     @property
     def world_size(self) -> int:
-        """Workers that train together now."""
+        """Number of workers that train together now."""
         ...
 
     @property
     def generation(self) -> int:
-        """The generation this worker is in: 0 before the first, and without a controller."""
+        """Number of this worker's generation: 0 before the first, and without a controller."""
         ...
 
     @property
     def is_leading(self) -> bool:
-        """Is this rank 0 of a running group, past its rehearsal? Never while a script is measured,
-        since none of those steps counts."""
+        """Whether this is rank 0 past its rehearsal; False while a script is measured."""
         ...
 
     @property
     def micro_batch_size(self) -> int:
-        """Samples in the last micro-batch that was handed out; 0 before the first."""
+        """Samples in the last micro-batch that was yielded; 0 before the first."""
         ...
 
     @property
     def step_count(self) -> int:
-        """Committed steps."""
+        """Number of committed steps."""
         ...
 
     @property
@@ -111,5 +110,5 @@ class JobProtocol(Protocol):
 
     @property
     def lr(self) -> float:
-        """The learning rate of the step in flight. Known once `optimizer` was called."""
+        """The learning rate of the step in flight, after `optimizer` was called."""
         ...

@@ -1,4 +1,4 @@
-"""The file in which a worker writes down which samples it really used (`supple train --ledger`).
+"""`Ledger`: a worker's file of the samples it used (`supple train --ledger`).
 
 `supple.core.job.ledger` proves from these files that every sample was used exactly once.
 """
@@ -13,15 +13,15 @@ from supple.train.logfile import LogFile, Lost
 
 @final
 class Ledger:
-    """Appends one JSON line a micro-batch; a line is in the kernel before the step can commit, so
-    it survives the death of this process. Training goes on where it cannot be written: `lost` is
-    called, and the proof must be told."""
+    """Appends one JSON line per micro-batch. The kernel has a line before the step can commit, so
+    it survives the death of this process. If the file cannot be written, training goes on and
+    `lost` is called: the ledger proves nothing then."""
 
     def __init__(self, path: Path, lost: Lost) -> None:
         self._file = LogFile(path, lost)
 
     def read(self, generation: int, step: int, epoch: int, rank: int, ids: Sequence[Any]) -> None:
-        """This rank feeds the samples `ids` to `step` (counted from 0) in `generation`."""
+        """Record that this rank reads the samples `ids` for `step` (from 0) in `generation`."""
         record = {
             "kind": "read",
             "generation": generation,

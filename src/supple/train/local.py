@@ -1,4 +1,4 @@
-"""`supple.run`: the training function in this process, one worker, no Ray, for debugging."""
+"""`supple.run`: run the training function in this process, one worker, no Ray, for debugging."""
 
 import sys
 import time
@@ -11,8 +11,8 @@ _EVERY_S = 2.0
 
 
 def run(train: Callable[[Job], None]) -> Job:
-    """Call `train(job)` with a job of one worker; the job, trained. Exceptions pass through, so a
-    debugger stops where they happen."""
+    """Call `train(job)` with a job of one worker; return the trained job. Exceptions pass through,
+    so a debugger stops where they happen."""
     last = 0.0
 
     def show(progress: Progress) -> None:

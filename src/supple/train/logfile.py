@@ -1,7 +1,7 @@
-"""Files that a run writes beside its checkpoints, and that never stop it.
+"""`LogFile`: an append-only file of a run whose write errors never stop the run.
 
-A file that cannot be written (a full disk, no permission) is told of once, by path and cause, and
-given up. Whoever writes into it, a script's `print` as well, goes on as if it were written.
+A file that cannot be written (a full disk, no permission) is reported once, with path and cause,
+and then dropped. Its writers, a script's `print` for example, go on as if it were written.
 """
 
 import io
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import final
 
 Lost = Callable[[str, str], None]
-"""Called once, with a file's path and what keeps it from being written."""
+"""Called once, with a file's path and the cause of its write error."""
 
 
 def append(descriptor: int, data: bytes) -> None:
-    """Write all of `data` to the end of an open file, or nothing of it and raise `OSError`."""
+    """Append all of `data` to an open file, or nothing of it and raise `OSError`."""
     rest = memoryview(data)
     try:
         while rest:
@@ -28,8 +28,8 @@ def append(descriptor: int, data: bytes) -> None:
 
 @final
 class LogFile(io.TextIOBase):
-    """A text file that is only appended to, with nothing kept back: what was written is in the
-    kernel. Never raises, whatever becomes of the file; `lost` is called when that is known."""
+    """An append-only, unbuffered text file: written text is in the kernel at once. Writing never
+    raises; `lost` is called at the first error."""
 
     def __init__(self, path: Path, lost: Lost) -> None:
         self._path = path
@@ -52,7 +52,7 @@ class LogFile(io.TextIOBase):
         return len(text)
 
     def append(self, data: bytes) -> None:
-        """Write all of `data`, or nothing."""
+        """Append all of `data`, or nothing."""
         if self._descriptor is None or not self._is_whole:
             return
         try:
@@ -76,13 +76,13 @@ class LogFile(io.TextIOBase):
         super().close()
 
     def _begin_line(self, descriptor: int) -> None:
-        """A run that was killed in the middle of a line must not spoil the next one's first."""
+        """End an incomplete line, left by a killed run, before this run's first line."""
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             append(descriptor, b"\n")
 
     def _give_up(self, error: OSError) -> None:
-        """The file stays open: another thread may be in the middle of a write to its number."""
+        """Report the error once. The file stays open: another thread may be writing to it."""
         if self._is_whole:
             self._is_whole = False
             self._lost(str(self._path), error.strerror or type(error).__name__)

@@ -1,6 +1,6 @@
-"""What a script tells its job: the model, the optimizer, what to keep, and the batches.
+"""`Recipe`: a script's model, optimizer, kept objects and batches, validated before any work.
 
-Validated here, before any work, alike for `Job` and for what stands in for one.
+`Job` and its stand-in for measurements use the same checks.
 """
 
 import math
@@ -33,16 +33,16 @@ class Batches:
     micro_batch_size: int | None
 
     def loader(self, seed: int) -> Loader:
-        """A loader for them. Raises `SpecError` unless sizes are whole numbers from 1, and for data
-        that cannot be cut into batches."""
+        """Return a loader for these arguments. Raises `SpecError` unless sizes are whole numbers
+        from 1, and for data that cannot be cut into batches."""
         given = {"batch_size": self.batch_size, "epochs": self.epochs}
         if self.micro_batch_size is not None:
             given["micro_batch_size"] = self.micro_batch_size
         wrong = [name for name, number in given.items() if not is_count(number)]
         if wrong:
-            asked = ", ".join(f"{name}={number!r}" for name, number in given.items())
+            options = ", ".join(f"{name}={number!r}" for name, number in given.items())
             raise SpecError(
-                f"job.batches({asked}): {' and '.join(wrong)} must be a whole number of at least "
+                f"job.batches({options}): {' and '.join(wrong)} must be a whole number of at least "
                 "1, since training takes whole samples, and all of them once in every epoch. "
                 "Change it in the script."
             )
@@ -58,7 +58,7 @@ class Batches:
 
 @final
 class Recipe:
-    """Records what a script asks to be trained; each method raises for what cannot be."""
+    """Records what a script wants to train. Every method raises for invalid arguments."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -69,7 +69,7 @@ class Recipe:
         self.kept: dict[str, Any] = {}
         self._lr_rule: LrRule = lr_rule
         self._stated: set[str] = set()
-        """Which of the others there are by now."""
+        """Which of model, optimizer and batches have been set."""
 
     def build_model(self, build: Callable[[], nn.Module]) -> nn.Module:
         if "model" in self._stated:
@@ -100,7 +100,7 @@ class Recipe:
         self.kept[name] = thing
 
     def take_batches(self, batches: Batches) -> Loader:
-        """The loop begins: a loader for what it asks."""
+        """Record the arguments of `job.batches` and return their loader: the loop begins."""
         if "optimizer" not in self._stated:
             raise TrainingError("job.batches was called before job.model and job.optimizer.")
         if self.took_batches:
@@ -113,7 +113,7 @@ class Recipe:
 
     @property
     def took_batches(self) -> bool:
-        """Has the loop begun?"""
+        """Whether the loop has begun."""
         return "batches" in self._stated
 
     @property
@@ -125,18 +125,18 @@ class Recipe:
 
 @final
 class Hand:
-    """The micro-batch that the script has in hand: it must be stepped before the next one."""
+    """The micro-batch given to the script; it must be stepped before the next one is given."""
 
     def __init__(self) -> None:
         self.size = 0
-        """Samples in the last one that was handed out; 0 before the first."""
+        """Samples in the last micro-batch that was given; 0 before the first."""
         self._micro: MicroBatch | None = None
         self._unstepped = (
             "the loop took a batch and did not call job.step(loss): nothing would be learned."
         )
 
     def give(self, micro: MicroBatch) -> Iterator[Any]:
-        """Hand out its data. Raises `TrainingError` if the script comes back without a step."""
+        """Yield the data. Raises `TrainingError` if the script goes on without a step."""
         self._micro, self.size = micro, micro.num_samples
         yield micro.data
         if self._micro is not None:
@@ -147,7 +147,7 @@ class Hand:
         )
 
     def take(self) -> MicroBatch:
-        """It is stepped now. Raises `TrainingError` if there is none."""
+        """Return the micro-batch to step. Raises `TrainingError` if there is none."""
         micro, self._micro = self._micro, None
         if micro is None:
             raise TrainingError(
@@ -158,7 +158,7 @@ class Hand:
 
 
 def no_batch_taken(script: str, function: str) -> str:
-    """What is wrong with a training function that returned without entering its loop."""
+    """Return the message for a training function that returned without entering its loop."""
     return (
         f"{function}(job) in {script} returned without taking a batch: loop over job.batches(...) "
         "and call job.step(loss) for each."

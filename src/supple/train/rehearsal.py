@@ -1,8 +1,8 @@
-"""A rehearsal: one step on a real batch whose effects are thrown away.
+"""`Rehearsal`: undoes one trial step on a real batch, and checks that the state can be saved.
 
-It imports, allocates and warms up what the first real step needs, it shows which buffers the
-forward pass changes, and it refuses what could not be saved later: before the first step, not at
-every checkpoint. After it everything is as it was built, so a worker without a state is fresh.
+The step imports, allocates and warms up what the first real step needs, and shows which buffers the
+forward pass changes. State that could not be saved is refused here, before the first step. After it
+everything is as it was built, so a worker without a state has the initial one.
 """
 
 import copy
@@ -22,8 +22,8 @@ _IN_STATE_DICT = "Convert it in its state_dict()"
 
 
 def check_kept(name: str, thing: Any, others: Mapping[str, Any], *, in_loop: bool) -> None:
-    """Raise `TrainingError` unless `thing` can be kept beside `others`; it must be known before
-    the loop, for the rehearsal to undo what the loop does to it."""
+    """Raise `TrainingError` unless `thing` can be kept beside `others`. It must be known before the
+    loop, so that the rehearsal can undo its changes."""
     if in_loop:
         raise TrainingError(
             f"job.keep({name!r}, ...) was called in the loop: put it before job.batches, so that "
@@ -49,9 +49,9 @@ def check_kept(name: str, thing: Any, others: Mapping[str, Any], *, in_loop: boo
 
 @final
 class Rehearsal:
-    """Remembers everything a train state holds at its making, until `undo`.
+    """A copy of a train state, made on construction and put back by `undo`.
 
-    Raises `TrainingError` if something in it could not be saved.
+    Raises `TrainingError` if something in the state could not be saved.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -64,11 +64,11 @@ class Rehearsal:
         self._kept = {name: _saved(name, thing) for name, thing in state.kept.items()}
 
     def undo(self) -> list[Tensor]:
-        """Put everything back and drop the gradients; the model's buffers that had changed.
+        """Restore the state and drop the gradients; return the model's buffers that had changed.
 
         They are found by value: a batch norm's forward pass does not raise the version counters of
-        its buffers. What was allocated is left with the state, for what it will receive. Raises
-        `TrainingError` if something has come that could not be saved.
+        its buffers. Allocated memory stays with the state, for a state it receives. Raises
+        `TrainingError` if the step has added something that could not be saved.
         """
         self._refuse_what_cannot_be_saved()
         now = self._state.tensors()
@@ -89,9 +89,9 @@ class Rehearsal:
                 self._state.kept[name].load_state_dict(before)
             except Exception as error:
                 raise TrainingError(
-                    f"job.keep({name!r}, ...): load_state_dict() of what its state_dict() gave "
+                    f"job.keep({name!r}, ...): load_state_dict() with the result of state_dict() "
                     f"raised {type(error).__name__}: {error}. A worker that joins, or resumes, "
-                    "could not take it over. Correct the two methods."
+                    "could not restore it. Correct the two methods."
                 ) from error
         made = {name: tensor for name, tensor in now.items() if name.startswith("optimizer/")}
         self._state.spare = made | self._tensors
@@ -99,7 +99,7 @@ class Rehearsal:
         return [buffer for name, buffer in buffers if f"buffer/{name}" in changed]
 
     def _refuse_what_cannot_be_saved(self) -> None:
-        """Also after the step: the optimizer has made its state by then."""
+        """Raise `TrainingError` for state that cannot be saved; run before and after the step."""
         optimizer = self._state.optimizer
         for number, group in enumerate(optimizer.param_groups):
             for key, value in _settings(group).items():
@@ -110,7 +110,7 @@ class Rehearsal:
             if id(param) not in names:
                 raise TrainingError(
                     f"the optimizer {type(optimizer).__name__} keeps state under {param!r}, "
-                    "which is none of the model's parameters: only state of parameters is saved "
+                    "which is not one of the model's parameters: only their state is saved "
                     "and moved to a worker that joins. Put it into the parameter groups."
                 )
             for key, value in values.items():
@@ -121,7 +121,7 @@ class Rehearsal:
 
 
 def _saved(name: str, thing: Any) -> Any:
-    """A private copy of what a kept thing's `state_dict` gives, if it can be saved."""
+    """Return a private copy of `thing.state_dict()`. Raises `TrainingError`."""
     try:
         value = thing.state_dict()
     except Exception as error:
@@ -142,5 +142,5 @@ def _refuse_unsafe(value: Any, where: str, advice: str) -> None:
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a parameter group holds beside its parameters."""
+    """Return a parameter group without its parameters."""
     return {key: value for key, value in group.items() if key != "params"}

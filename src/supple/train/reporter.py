@@ -1,4 +1,4 @@
-"""What a job shows of itself: its progress, a few times a second, told by rank 0."""
+"""`Reporter`: collects a job's progress and metrics on rank 0, and passes them to listeners."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ from supple.train.step.meter import StepTimes
 from supple.train.step.rate import LearningRate
 
 _EVERY_S = 0.2
+"""Interval between two reports."""
 _NO_TIMES = StepTimes(
     data_s=0.0, forward_s=0.0, backward_s=0.0, sync_s=0.0, optimizer_s=0.0, step_time_s=0.0
 )
@@ -21,22 +22,22 @@ _NO_TIMES = StepTimes(
 
 @final
 class Reporter:
-    """Keeps the user's metrics, and hands every `Progress` to the listeners."""
+    """Keeps the user's metrics, and passes every `Progress` to the listeners."""
 
     def __init__(self, *listeners: Callable[[Progress], None]) -> None:
         self._listeners = listeners
         self._metrics: dict[str, Tensor | float] = {}
-        self._told = 0.0
+        self._reported_at = 0.0
 
     def note(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Show these beside the progress: the last value of each is kept."""
+        """Add metrics to the progress; the last value of each is kept."""
         self._metrics |= numbers(metrics)
 
     def is_due(self) -> bool:
-        """Has it been long enough since the last time?"""
-        return time.monotonic() - self._told >= _EVERY_S
+        """Return whether the report interval has passed."""
+        return time.monotonic() - self._reported_at >= _EVERY_S
 
-    def tell(
+    def report(
         self,
         steps: StepEngine,
         loader: Loader,
@@ -49,7 +50,7 @@ class Reporter:
         largest_micro_batch: int,
         lr: float,
     ) -> None:
-        self._told = time.monotonic()
+        self._reported_at = time.monotonic()
         times = steps.meter.medians() or _NO_TIMES
         phi = steps.noise.noise_scale
         progress = Progress(
@@ -87,7 +88,7 @@ class Reporter:
 
 
 def numbers(metrics: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
-    """The metrics of `job.report` without their graphs; raises for what is no number."""
+    """Return the metrics detached from their graphs. Raises for a value that is no number."""
     return {
         name: value.detach() if isinstance(value, Tensor) else float(value)
         for name, value in metrics.items()

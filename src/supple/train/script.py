@@ -1,4 +1,4 @@
-"""The user's script: checked without running it, loaded, and its errors told as its own."""
+"""Check, load and run the user's script, and format its errors without this package's frames."""
 
 import ast
 import difflib
@@ -72,12 +72,12 @@ def check(script: str, function: str) -> None:
 
 
 def load(script: str, function: str) -> Callable[[Any], None]:
-    """The training function, its script imported under a name of its own (so that a block under
-    `if __name__ == "__main__"` does not run)."""
+    """Import the script and return its training function. The module's name is not `__main__`, so a
+    block under `if __name__ == "__main__"` does not run."""
     folder = str(Path(script).resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    # Whatever its name ends in.
+    # An explicit loader accepts any file extension.
     loader = SourceFileLoader(_MODULE, script)
     spec = importlib.util.spec_from_file_location(_MODULE, script, loader=loader)
     assert spec is not None
@@ -89,8 +89,7 @@ def load(script: str, function: str) -> Callable[[Any], None]:
 
 @contextmanager
 def without_a_command_line(script: str) -> Iterator[None]:
-    """While the script's code runs: its command line is empty (ours is none of its business), and
-    an attempt to end the program raises `SpecError`."""
+    """Run the block with an empty command line; turn `sys.exit` into `SpecError`."""
     ours, sys.argv = sys.argv, [script]
     try:
         yield
@@ -101,15 +100,15 @@ def without_a_command_line(script: str) -> Iterator[None]:
 
 
 def run(script: str, function: str, job: Any) -> None:
-    """The training function with `job`, in this process. What it prints goes to stderr: stdout is
-    for the command's answer; and if it goes to another folder, we do not. Raises what the script
-    raises; `SpecError` where it ends itself."""
+    """Call the training function with `job` in this process. Its output goes to stderr, as stdout
+    is for the command's result; its changes of the working folder are undone. Raises the script's
+    errors, and `SpecError` if it ends the program."""
     with without_a_command_line(script), redirect_stdout(sys.stderr), chdir("."):
         load(script, function)(job)
 
 
 def _ended(script: str, end: SystemExit) -> str:
-    """What happened, and what to do, where a script ended the program."""
+    """Return the message for a script that ended the program."""
     frames = list(traceback.walk_tb(end.__traceback__))
     file = Path(script).resolve()
     lines = [line for frame, line in frames if Path(frame.f_code.co_filename).resolve() == file]
@@ -117,22 +116,23 @@ def _ended(script: str, end: SystemExit) -> str:
     parsers = [frame for frame, _ in frames if Path(frame.f_code.co_filename).name == "argparse.py"]
     advice = 'move it under `if __name__ == "__main__":`, which Supple does not run'
     if parsers:
-        said = parsers[-2].f_locals.get("message") if len(parsers) > 1 else None
+        message = parsers[-2].f_locals.get("message") if len(parsers) > 1 else None
+        detail = f" ({message})" if message else ""
         return (
-            f"the script {script}{where} reads a command line{f' ({said})' if said else ''}, and "
-            "Supple runs it without one: it imports the file and calls its function. Give every "
-            f"argument a default, or {advice}."
+            f"the script {script}{where} reads a command line{detail}, and Supple runs it without "
+            "one: it imports the file and calls its function. Give every argument a default, or "
+            f"{advice}."
         )
     return (
         f"the script {script}{where} called sys.exit({end.code!r}) while Supple ran it: a script "
         "that ends itself cannot be measured or trained to its end. Return from the function "
-        f"instead; what belongs to running the file by itself, {advice}."
+        f"instead. If the code is for running the file by itself, {advice}."
     )
 
 
 def user_traceback(error: BaseException, *, whole: bool = False) -> str:
-    """The traceback as the author of the script wants it: without the frames of this package, and
-    of torch only those of modules and functions with a public name."""
+    """Format the traceback for the script's author: without frames of this package and of torch's
+    private modules. `whole` keeps all frames."""
     frames = traceback.extract_tb(error.__traceback__)
     if not whole:
         frames = [frame for frame in frames if not _is_machinery(frame.filename)]
@@ -155,11 +155,11 @@ def _is_machinery(file: str) -> bool:
 
 
 def memory_advice(error: BaseException, num_samples: int) -> str:
-    """What to do where `error` says that memory ran out in a micro-batch of `num_samples`; else
-    nothing. By the names that torch gives such errors on accelerators and on the processor."""
+    """Return advice if `error` means that memory ran out in a micro-batch of `num_samples`; else an
+    empty text. Detected by torch's error names for accelerators and for the CPU."""
     ran_out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    told = "".join(traceback.format_exception_only(error))  # as str(error), which may raise
-    if not ran_out and "can't allocate memory" not in told:
+    text = "".join(traceback.format_exception_only(error))  # str(error) may raise
+    if not ran_out and "can't allocate memory" not in text:
         return ""
     if num_samples > 1:
         return (
@@ -175,14 +175,14 @@ def memory_advice(error: BaseException, num_samples: int) -> str:
 
 
 def shared_memory_advice(error: BaseException) -> str:
-    """The whole message where `error` says that the processes of `num_workers` had no room to hand
-    their batches over; else nothing. By the words that torch has for it."""
-    told = "".join(traceback.format_exception_only(error))
-    if "shared memory" not in told or not ("No space left" in told or "Bus error" in told):
+    """Return the whole message if `error` means that the processes of `num_workers` had no shared
+    memory for their batches; else an empty text. Detected by torch's wording."""
+    text = "".join(traceback.format_exception_only(error))
+    if "shared memory" not in text or not ("No space left" in text or "Bus error" in text):
         return ""
     room = shutil.disk_usage(_SHARED)
     return (
-        f"the processes of job.batches(..., num_workers=...) hand their batches over in {_SHARED}, "
+        f"the processes of job.batches(..., num_workers=...) pass their batches through {_SHARED}, "
         f"which has {room.total:,} bytes, {room.free:,} of them free: no room for the next batch. "
         "Make it larger (a container's: --shm-size=8g), or give smaller batches "
         "(micro_batch_size), fewer processes, or num_workers=0."

@@ -1,10 +1,10 @@
-"""Train state: what it is made of, and how it moves from peers that have it to peers that need it.
+"""`TrainState` and its live transfer between ranks (`share_state`), without the disk.
 
 A state is a list of named tensors plus one small description (names, shapes, dtypes, step,
-position, optimizer settings). Moving it: the description first, then the tensors in buckets of
-16 MB, cut evenly over all ranks that hold them. Nothing touches the disk. Whatever a receiver has,
-an older state or the initial one, it receives beside it and swaps when all has come: a death
-half-way costs nobody what they had, and a late message of a dead peer meets nothing in use.
+position, optimizer settings). A transfer sends the description first, then the tensors in buckets
+of 16 MiB, divided evenly among the ranks that hold them. A receiver keeps its older or initial
+state, receives into separate memory, and swaps when all has arrived. So a peer's death during the
+transfer loses no state, and a late message of a dead peer overwrites nothing in use.
 """
 
 import copy
@@ -22,15 +22,16 @@ from supple.train.generation.group import Group
 from supple.train.step.finite import is_finite
 
 _BUCKET_BYTES = 16 * 1024 * 1024
+"""Largest message of a transfer."""
 _NEVER = -1
 """The committed step of a rank that holds no state."""
 
 
 @final
 class TrainState:
-    """Everything a worker must have to go on as if it had been there from the start.
+    """The complete state of training: with it, a new worker goes on like one there from the start.
 
-    `scalars` is what the job adds (step, position, batch, ...): plain numbers, strings, lists and
+    `scalars` is the job's part (step, position, batch, ...): plain numbers, strings, lists and
     dicts. `kept` are the user's extra objects with `state_dict` and `load_state_dict`.
     """
 
@@ -41,12 +42,12 @@ class TrainState:
         self._finite_buffers = {
             name for name, buffer in model.named_buffers() if _is_number(buffer)
         }
-        """Others, such as masks, may hold infinities as they were built."""
+        """Buffers that were finite when built; others, such as masks, may hold infinities."""
         self.spare: dict[str, Tensor] = {}
-        """Memory that is mapped already, by name, for the next state that this worker receives."""
+        """Allocated tensors by name, to be reused for the next state that this worker receives."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name to tensor, in an order that is the same on every rank."""
+        """Return all tensors by name, in the same order on every rank."""
         found: dict[str, Tensor] = {}
         for name, param in self.model.named_parameters():
             found[f"param/{name}"] = param.detach()
@@ -59,7 +60,7 @@ class TrainState:
         return found
 
     def signature(self) -> list[list[Any]]:
-        """[name, shape, dtype] of every parameter and buffer: what makes it this model."""
+        """Return [name, shape, dtype] of every parameter and buffer, which identify the model."""
         return [
             [name, list(tensor.shape), str(tensor.dtype)]
             for name, tensor in self.tensors().items()
@@ -67,7 +68,7 @@ class TrainState:
         ]
 
     def describe(self, scalars: dict[str, Any]) -> dict[str, Any]:
-        """All that is not a tensor of the model or its optimizer; safe for `weights_only`."""
+        """Return the state without the tensors of model and optimizer; safe for `weights_only`."""
         extra: dict[str, dict[str, Any]] = {}
         for index, param in enumerate(_params(self.optimizer)):
             rest = {
@@ -92,7 +93,7 @@ class TrainState:
         }
 
     def landing(self, description: Mapping[str, Any]) -> list[Tensor]:
-        """Memory for the described tensors, in order, of which nothing is in use."""
+        """Return unused memory for the described tensors, in their order."""
         places: list[Tensor] = []
         for name, shape, dtype_name in description["tensors"]:
             dtype = getattr(torch, dtype_name)
@@ -104,10 +105,10 @@ class TrainState:
         return places
 
     def take(self, description: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Any]:
-        """Become the described state, whose tensors these are, in order; the job's scalars.
+        """Set this state to the described one, with `tensors` in its order; return the scalars.
 
-        Those of the optimizer may become its own, so the caller must not keep them. Raises
-        `ValueError`, with nothing changed, if they are of another model.
+        The optimizer may keep the given tensors, so the caller must not. Raises `ValueError`, with
+        nothing changed, if they are of another model.
         """
         params = _params(self.optimizer)
         mine = self.tensors()
@@ -145,7 +146,7 @@ class TrainState:
         return description["scalars"]
 
     def payload(self, scalars: dict[str, Any]) -> dict[str, Any]:
-        """A private CPU copy of everything, for a durable checkpoint."""
+        """Return a private CPU copy of the whole state, for a durable checkpoint."""
         return {
             "description": private(self.describe(scalars)),
             "tensors": [
@@ -155,14 +156,13 @@ class TrainState:
         }
 
     def restore(self, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """The inverse of `payload`, which is used up; returns the job's scalars. Raises
+        """Set this state from `payload`, which is consumed; return the job's scalars. Raises
         `ValueError` if it is of another model, or of another kind of optimizer."""
         _refuse_other_optimizer(payload["description"], self.optimizer)
         return self.take(payload["description"], payload["tensors"])
 
     def not_finite(self) -> list[str]:
-        """Names of the parameters being trained that hold an infinity or a NaN, and of buffers that
-        had none when they were built."""
+        """Return names of trained parameters and initially finite buffers that are not finite."""
         trained = {id(param) for param in _params(self.optimizer)}
         params = [
             name
@@ -178,7 +178,7 @@ class TrainState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """What a state transfer did, for the log."""
+    """Statistics of a state transfer, for the log."""
 
     source_ranks: tuple[int, ...]
     num_receivers: int
@@ -188,11 +188,11 @@ class Transfer:
 def share_state(
     group: Group, state: TrainState, scalars: dict[str, Any] | None, step: int | None
 ) -> tuple[dict[str, Any] | None, Transfer]:
-    """Bring every rank to the state of those with the most committed steps.
+    """Bring every rank to the state of the ranks with the most committed steps.
 
-    `step` is None on a rank without state. Returns the scalars this rank now has (None: nobody had
-    any, and nothing was done) and what was moved. Raises `CollectiveFailed`; a rank that had a
-    valid state before still has it then.
+    `step` is None on a rank without state. Returns this rank's scalars (None: no rank had a state,
+    and nothing was done) and the transfer's statistics. Raises `CollectiveFailed`; a rank that had
+    a valid state before still has it then.
     """
     mine = torch.tensor([_NEVER if step is None else step], dtype=torch.int64)
     steps: list[int] = group.all_gather(mine).flatten().tolist()
@@ -276,7 +276,7 @@ class Piece:
 
 
 def _buckets(sizes: Sequence[int]) -> list[list[Piece]]:
-    """Cut tensors of these sizes in bytes into messages: small together, large in slices."""
+    """Divide tensors of these sizes (bytes) into messages: small ones joined, large ones cut."""
     buckets: list[list[Piece]] = []
     room = 0
     for index, size in enumerate(sizes):
@@ -307,12 +307,12 @@ def _unpack(landing: Sequence[Tensor], pieces: Sequence[Piece], message: Tensor)
 
 
 def _flat_bytes(tensor: Tensor) -> Tensor:
-    """The tensor's bytes: its own memory where it is contiguous, else a copy."""
+    """Return the tensor's bytes: its own memory if it is contiguous, else a copy."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
 def private(value: Any) -> Any:
-    """`value` with its own copy, on the CPU, of every tensor and container in it."""
+    """Return a deep copy of `value` with all tensors on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     if type(value) in (dict, OrderedDict, Counter):
@@ -331,7 +331,7 @@ def _fits(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
 
 
 def _laid_out_like(param: nn.Parameter, tensor: Tensor) -> Tensor:
-    """`tensor`, in the parameter's own memory format where it has its shape and another."""
+    """Return `tensor` in the parameter's memory format, if it has the parameter's shape."""
     if tensor.shape != param.shape or tensor.stride() == param.stride():
         return tensor
     return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
@@ -344,8 +344,8 @@ def _encode(description: dict[str, Any]) -> Tensor:
 
 
 def _refuse_other_optimizer(description: Mapping[str, Any], optimizer: Optimizer) -> None:
-    """Raise `ValueError` if the described optimizer has other groups or parameters, or each of the
-    two has settings that the other has not: it would fail in a later step, or learn otherwise."""
+    """Raise `ValueError` if the described optimizer has other groups or parameters, or if each of
+    the two has settings that the other lacks: a later step would fail, or differ."""
     there, here = description["groups"], optimizer.param_groups
     if len(there) != len(here):
         raise ValueError(f"its optimizer has {len(there)} parameter groups, this one {len(here)}")

@@ -1,1 +1,1 @@
-"""Durable checkpoints: written, kept, refused, published, fenced."""
+"""Durable checkpoints: writing, keeping, checking, publishing, and fencing out dropped workers."""

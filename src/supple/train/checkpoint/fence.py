@@ -1,8 +1,8 @@
-"""Who may still write into a run: a small file in the checkpoint folder, kept by the controller.
+"""The fence: a file in the checkpoint folder that lists the workers allowed to write into a run.
 
-A worker that was given up may be alive: stopped, cut off, without its raylet. It cannot be told,
-but it can read. Before the others go on without it, the controller writes down who is still known;
-whoever is not among them writes no checkpoint any more, and ends.
+A worker that the job has dropped may be alive (stopped, cut off, without its raylet) and out of
+reach, but it can read the disk. Before the others go on without it, the controller writes the list
+of current workers. A worker that is not in it writes no checkpoint any more, and ends.
 """
 
 import json
@@ -16,25 +16,25 @@ NAME = ".fence.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writer:
-    """Who writes: a worker of one run of a job."""
+    """The identity of a writer: a worker of one run of a job."""
 
     run: int
-    """Grows from run to run in one folder."""
+    """Run number; increases from run to run in one folder."""
     worker_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fence:
-    """The workers known when `generation` was about to form, or the last of them was lost."""
+    """The job's workers at the time when `generation` was about to form, or a worker was lost."""
 
     run: int
     generation: int
     num_started: int
-    """Workers ever asked for: a later one is not out, though it is not among `workers`."""
+    """Workers ever started: a later one is allowed, though it is not in `workers`."""
     workers: tuple[str, ...]
 
-    def bars(self, writer: Writer) -> bool:
-        """Is it out of the membership, or of an earlier run?"""
+    def excludes(self, writer: Writer) -> bool:
+        """Return whether `writer` is excluded: not a member, or of an earlier run."""
         if writer.run != self.run:
             return writer.run < self.run
         return int(writer.worker_id[1:]) < self.num_started and (
@@ -42,10 +42,10 @@ class Fence:
         )
 
     def write(self, folder: Path) -> None:
-        """Replace the fence in `folder`, which is made if it is not there. Raises `OSError`.
+        """Replace the fence in `folder`, which is made if it does not exist. Raises `OSError`.
 
-        It is not flushed to the disk: it outlives this process, not this machine, which would take
-        the controller with it.
+        It is not flushed to the disk: it must outlive this process, not a crash of the machine,
+        which would end the controller too.
         """
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{NAME}.{os.getpid()}"
@@ -67,7 +67,7 @@ class Fence:
 
 
 def read(folder: Path) -> Fence | None:
-    """The fence in `folder`; None if there is none that can be read."""
+    """Return the fence in `folder`; None if there is none, or it cannot be read."""
     try:
         found = json.loads((folder / NAME).read_bytes())
         return Fence(
@@ -81,24 +81,24 @@ def read(folder: Path) -> Fence | None:
 
 
 def next_run(folder: Path, now_ns: int) -> int:
-    """The number of a run that begins in `folder` now: above that of every earlier one."""
+    """Return the number of a run that begins in `folder` now: above that of every earlier run."""
     before = read(folder)
     return now_ns if before is None else max(now_ns, before.run + 1)
 
 
 @final
 class Barrier:
-    """A writer's view of the fence in its folder."""
+    """Checks one writer against the fence in its folder."""
 
     def __init__(self, folder: Path, writer: Writer) -> None:
         self._folder = folder
         self.writer = writer
 
-    def why_out(self) -> str:
-        """Why this writer may write no more; empty while it may. Where no fence can be read it
-        may: a disk that is out of reach keeps it from writing anyway."""
+    def exclusion_reason(self) -> str:
+        """Return why this writer may not write any more; empty while it may, also if no fence can
+        be read (a disk out of reach cannot be written either)."""
         fence = read(self._folder)
-        if fence is None or not fence.bars(self.writer):
+        if fence is None or not fence.excludes(self.writer):
             return ""
         if fence.run != self.writer.run:
             return "another run of the same name has begun since"

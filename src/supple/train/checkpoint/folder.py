@@ -1,8 +1,8 @@
-"""One checkpoint on the disk: its two files, what makes it whole, and why one is refused.
+"""Read, write and verify one checkpoint folder: `state.pt` and `manifest.json`.
 
-`state.pt` holds the state, `manifest.json` what it must be: its SHA-256 and size, the step, the
-model's signature, who wrote it and when, and a sum over itself. Reading checks the sums first and
-unpickles with `weights_only` after; writing refuses what could not be read back so.
+`state.pt` holds the state. `manifest.json` holds the SHA-256 and size of `state.pt`, the step, the
+model's signature, the writer and the time, and a SHA-256 of itself. Reading checks the sums first,
+then unpickles with `weights_only`; writing refuses values that could not be read back this way.
 """
 
 import errno
@@ -29,48 +29,49 @@ if TYPE_CHECKING:
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 _MANIFEST_BYTES = 256 * 1024 * 1024
+"""Largest size of a manifest that is read."""
 _MOST = 2**62
-"""Largest number of steps or bytes, with room to count on in 64 bits."""
+"""Largest number of steps or bytes; sums of it still fit into 64 bits."""
 
 _SAFE = frozenset(
     {torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype, torch.device}
     | {int, float, complex, bool, str, bytes, bytearray, type(None)}
     | {dict, OrderedDict, Counter, list, tuple, set}
 )
-"""The exact types that `torch.load(weights_only=True)` gives back; a subclass is another type."""
+"""The exact types that `torch.load(weights_only=True)` can load; subclasses are refused."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be written or read. The message is complete."""
+    """A checkpoint cannot be written or read. The message is complete for the user."""
 
 
 class CheckpointRefused(CheckpointError):
-    """A job cannot begin with this checkpoint, and could not at another try."""
+    """A job cannot begin with this checkpoint; a retry would fail as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What `manifest.json` says of a checkpoint whose sums were verified."""
+    """The contents of `manifest.json` of a checkpoint whose sums were verified."""
 
     step: int
     signature: list[list[Any]]
     """[name, shape, dtype] of every parameter and buffer."""
     meta: dict[str, Any]
-    """Everything in the file, with what the writer added."""
+    """Everything in the file, with the writer's own entries."""
 
 
 def write(folder: Path, step: int, payload: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """Write both files into `folder`, which exists, and flush them and it to the disk.
+    """Write both files into the existing `folder`, and flush files and folder to the disk.
 
-    The sum is of the bytes as they were handed to the file, not as they are read back. Raises
-    `OSError` of the disk, and `ValueError` or `TypeError` for what is not a plain value.
+    The SHA-256 is computed from the bytes given to the file, not read back. Raises `OSError` from
+    the disk, and `ValueError` or `TypeError` for values that are not plain.
     """
     refuse_unsafe(payload)
     with _SummedFile((folder / STATE).open("wb", buffering=0)) as summed:
         try:
             torch.save(dict(payload), summed)
         except RuntimeError:
-            # torch's writer answers a failed write with its own complaint about positions.
+            # torch's writer replaces the error of a failed write by its own, about positions.
             if summed.failed is not None:
                 raise summed.failed from None
             raise
@@ -91,14 +92,14 @@ def write(folder: Path, step: int, payload: Mapping[str, Any], meta: Mapping[str
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest of a whole checkpoint. Raises `CheckpointError` naming the file at fault."""
+    """Check sizes and sums; return the manifest. Raises `CheckpointError` naming the bad file."""
     rule = f"A checkpoint is a folder with {STATE} and {MANIFEST}."
     try:
         folder.stat()
         for name in (MANIFEST, STATE):
-            # To open a pipe would wait for a writer; a device may have no end.
+            # Opening a pipe would wait for a writer; a device may have no end.
             if not stat.S_ISREG((folder / name).stat().st_mode):
-                raise CheckpointError(f"{folder} is not a checkpoint: {name} is no file. {rule}")
+                raise CheckpointError(f"{folder} is not a checkpoint: {name} is not a file. {rule}")
         manifest = _read_manifest(folder / MANIFEST)
         actual_bytes = (folder / STATE).stat().st_size
         actual = _sum_of(folder / STATE)
@@ -119,14 +120,14 @@ def verify(folder: Path) -> Manifest:
     if (actual_bytes, actual) != (manifest["bytes"], manifest["sha256"]):
         raise CheckpointError(
             f"the checkpoint {folder} is corrupt: {STATE} has {actual_bytes:,} bytes and SHA-256 "
-            f"{actual[:12]}…, {MANIFEST} says {manifest['bytes']:,} and {manifest['sha256'][:12]}…."
+            f"{actual[:12]}…, {MANIFEST} has {manifest['bytes']:,} and {manifest['sha256'][:12]}…."
         )
     return Manifest(step=manifest["step"], signature=manifest.get("signature", []), meta=manifest)
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
-    """What stands in a manifest. Raises `ValueError`, `KeyError` or `TypeError` for anything that
-    `write` does not write."""
+    """Return the validated contents of a manifest. Raises `ValueError`, `KeyError` or `TypeError`
+    for anything that `write` does not write."""
     size = file.stat().st_size
     if size > _MANIFEST_BYTES:
         raise ValueError(f"it has {size:,} bytes, and at most {_MANIFEST_BYTES:,} can be right")
@@ -134,7 +135,7 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise TypeError(f"it is a {type(manifest).__name__}, not an object")
     if manifest["manifest_sha256"] != _sum_of_manifest(manifest):
-        raise ValueError("it does not have the SHA-256 that stands in it")
+        raise ValueError("its SHA-256 is not the one written in it")
     for key in ("step", "bytes"):
         if type(manifest[key]) is not int or not 0 <= manifest[key] <= _MOST:
             raise ValueError(f"its {key} is {str(manifest[key])[:40]!r}, not a number of them")
@@ -147,18 +148,18 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     return manifest
 
 
-def look_at(folder: Path) -> Manifest:
-    """The manifest of a checkpoint that is whole and can be loaded. Raises `CheckpointError`."""
+def verify_loadable(folder: Path) -> Manifest:
+    """Return the manifest of a whole and loadable checkpoint. Raises `CheckpointError`."""
     manifest = verify(folder)
     read_state(folder, only_look=True)
     return manifest
 
 
 def read_state(folder: Path, *, only_look: bool = False) -> dict[str, Any]:
-    """The state of a verified checkpoint, on the CPU; no code of the file's choosing runs.
+    """Load the state of a verified checkpoint to the CPU, without running code from the file.
 
-    With `only_look` its tensors stay on the disk: to see whether it can be read, in no time and
-    memory. Raises `CheckpointError` if it holds anything but tensors and plain values.
+    With `only_look` its tensors stay on the disk: a check whether it can be read, without the time
+    and memory. Raises `CheckpointError` if it holds anything but tensors and plain values.
     """
     try:
         state = torch.load(
@@ -168,7 +169,7 @@ def read_state(folder: Path, *, only_look: bool = False) -> dict[str, Any]:
         raise CheckpointError(_unreadable(folder, error)) from None
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"asks to call {culprit[1]}" if culprit else f"is no state: {_first_line(error)}"
+        what = f"would call {culprit[1]}" if culprit else f"is not a state: {_first_line(error)}"
         raise CheckpointError(
             f"the checkpoint {folder} is refused: {STATE} has the SHA-256 it should have but "
             f"{what}. Only tensors and plain values are loaded, and no code is run. Supple did not "
@@ -177,7 +178,7 @@ def read_state(folder: Path, *, only_look: bool = False) -> dict[str, Any]:
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint {folder} cannot be loaded: {STATE} has the SHA-256 it should have, "
-            f"and torch says {_first_line(error)}."
+            f"and torch fails with {_first_line(error)}."
         ) from None
     if not isinstance(state, dict):
         raise CheckpointError(
@@ -207,7 +208,7 @@ def refuse_other_model(
         there, here = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
         problem = (
             f"the same {len(names)} tensors in another order, first {_plain(there)} there, "
-            f"{_plain(here)} here, and the optimizer's state goes by the order"
+            f"{_plain(here)} here, and the optimizer's state depends on the order"
         )
     raise CheckpointError(
         f"the checkpoint {folder} is of another model: {problem}. Resume with the script that "
@@ -218,7 +219,7 @@ def refuse_other_model(
 def refuse_unsafe(
     value: Any, where: str = "the state", advice: str = "Convert it in your state_dict()"
 ) -> None:
-    """Raise `TypeError` if `value` holds what `weights_only` would not load, saying where."""
+    """Raise `TypeError`, with the place, if `value` holds what `weights_only` would not load."""
     if type(value) not in _SAFE:
         raise TypeError(
             f"{where} is a {type(value).__module__}.{type(value).__qualname__}, and only tensors, "
@@ -235,7 +236,7 @@ def refuse_unsafe(
 
 
 def size_of(value: Any) -> int:
-    """Bytes that `value` takes at least in a file."""
+    """Return a lower bound of the bytes that `value` takes in a file."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, Mapping):
@@ -256,7 +257,7 @@ def flush_folder(folder: Path) -> None:
 
 @final
 class _SummedFile(io.BufferedWriter):
-    """A file for `torch.save` that sums what it is given and remembers the error that ended it."""
+    """A file for `torch.save` that computes the SHA-256 of its data and keeps its first error."""
 
     def __init__(self, raw: io.RawIOBase) -> None:
         super().__init__(raw)
@@ -309,7 +310,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _plain(name: str) -> str:
-    """`param/body.weight` as the user knows it."""
+    """Return a tensor's name in the user's model: `body.weight` for `param/body.weight`."""
     return name.partition("/")[2] or name
 
 

@@ -1,4 +1,4 @@
-"""The weights a training job has published: its durable checkpoints, for whoever serves them."""
+"""Load the weights that a training job has published as checkpoints, for example to serve them."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from supple.train.checkpoint.store import CheckpointStore
 
 
 def newest(path: str | Path) -> Path:
-    """The checkpoint saved last in the run or the folder of checkpoints at `path`, its sums not
-    verified yet; a checkpoint itself is that. Raises `CheckpointError` where there is none."""
+    """Return the last saved checkpoint in the run or checkpoint folder at `path`, not verified; a
+    checkpoint's own path is returned as it is. Raises `CheckpointError` if there is none."""
     path = Path(path)
     folder = _store_folder(path)
     if folder is None:
@@ -26,11 +26,11 @@ def newest(path: str | Path) -> Path:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> int:
-    """Put the weights that `supple train` saved at `path` into `model`; returns their step.
+    """Load the weights that `supple train` saved at `path` into `model`; return their step.
 
-    `path` is a run's folder (`supple-runs/NAME`) or one checkpoint in it. A checkpoint that is gone
-    because newer ones took its place, or is damaged, gives way to the newest whole one beside it.
-    Raises `CheckpointError` if there is none, or if it is of another model; `model` is as it was.
+    `path` is a run's folder (`supple-runs/NAME`) or one checkpoint in it. If that checkpoint has
+    been replaced by newer ones or is damaged, the newest whole one beside it is used. Raises
+    `CheckpointError`, with `model` unchanged, if there is none or it is of another model.
     """
     path = Path(path)
     folder = _store_folder(path)
@@ -56,7 +56,7 @@ def load_weights(model: nn.Module, path: str | Path) -> int:
 
 
 def _store_folder(path: Path) -> Path | None:
-    """Where the checkpoints of a run lie; None if `path` is neither a run nor such a folder."""
+    """Return the checkpoint folder of the run at `path`, or `path` if it is one; else None."""
     if (path / "checkpoints").is_dir():
         return path / "checkpoints"
     if path.is_dir() and not (path / MANIFEST).exists() and CheckpointStore(path).saved():
@@ -65,6 +65,6 @@ def _store_folder(path: Path) -> Path | None:
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """By the names they have in a checkpoint."""
+    """Return parameters and buffers by their names in a checkpoint."""
     found = {f"param/{name}": p.detach() for name, p in model.named_parameters()}
     return found | {f"buffer/{name}": b.detach() for name, b in model.named_buffers()}

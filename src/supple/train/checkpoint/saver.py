@@ -1,6 +1,6 @@
-"""When and how a running job saves: rank 0, between two steps, written by a thread behind it.
+"""`Saver`: saves and restores a running job's checkpoints; rank 0 saves, in a background thread.
 
-Weights that are not finite numbers are not saved: the last good checkpoint stays the last.
+Weights that are not finite are not saved: the last good checkpoint stays the last.
 """
 
 import time
@@ -23,7 +23,7 @@ from supple.train.state import TrainState
 
 @final
 class Saver:
-    """Durable checkpoints of one job; without a store it is never due."""
+    """Saves and restores durable checkpoints of one job; without a store, `due` is never true."""
 
     def __init__(
         self,
@@ -42,61 +42,61 @@ class Saver:
         self._last = now()
         self._saved_step = -1
         self._left: tuple[int, Mapping[str, Any], Mapping[str, Any]] | None = None
-        """(step, payload, meta): a copy of what the job held when its script left the loop."""
+        """(step, payload, meta): a copy of the state at which the script left its loop."""
 
     def due(self) -> bool:
-        """Has the time come again? Asking starts the next interval."""
+        """Return whether a periodic save is due; if it is, the next interval starts now."""
         if self._store is None or self._now() - self._last < self._every_s:
             return False
         self._last = self._now()
         return True
 
-    def behind(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
-        """Copy now, write while training goes on; the outcome is told as an event."""
+    def save_async(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
+        """Copy the state now and write it in the background; the outcome is emitted as an event."""
         step = int(scalars["step"])
         try:
             payload = self._payload(state, scalars)
         except CheckpointError as error:
-            self._tell(step, generation, "", str(error))
+            self._emit(step, generation, "", str(error))
             return
-        self._write_behind(step, payload, _meta(state, scalars, generation), generation)
+        self._write_in_background(step, payload, _meta(state, scalars, generation), generation)
 
-    def leave(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
-        """The script has left its loop, and may change the weights now: copy them at once, and
-        write behind it. From now on this copy is what `now` saves."""
+    def save_on_leave(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
+        """Copy the state at once and write it in the background: the script has left its loop and
+        may change the weights. From now on `save_now` saves this copy."""
         if self._store is None:
             return
         step, meta = int(scalars["step"]), _meta(state, scalars, generation)
         try:
             self._left = step, self._payload(state, scalars), meta
         except CheckpointError as error:
-            self._tell(step, generation, "", str(error))
+            self._emit(step, generation, "", str(error))
             return
         self._store.wait()
         if step != self._saved_step:
-            self._write_behind(step, self._left[1], meta, generation)
+            self._write_in_background(step, self._left[1], meta, generation)
 
     def wait(self) -> None:
-        """Until nothing is being written, and the outcome was told."""
+        """Wait until nothing is being written and the outcome was emitted."""
         if self._store is not None:
             self._store.wait()
 
-    def finish(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
-        """The run is at its end: save it, after what is still being written. The outcome is told as
-        an event; a run that cannot be saved has still been trained."""
+    def save_final(self, state: TrainState, scalars: dict[str, Any], generation: int) -> None:
+        """Save the finished run, after any write in progress. The outcome is emitted as an event,
+        not raised: a run that cannot be saved has still been trained."""
         if self._store is None:
             return
         try:
-            path, error, is_full = self.now(state, scalars, generation), "", False
+            path, error, is_full = self.save_now(state, scalars, generation), "", False
         except CheckpointError as problem:
             path, error, is_full = "", str(problem), isinstance(problem, DiskFullError)
         if path is not None:
-            self._tell(int(scalars["step"]), generation, path, error, is_full)
+            self._emit(int(scalars["step"]), generation, path, error, is_full)
 
-    def now(self, state: TrainState, scalars: dict[str, Any], generation: int) -> str | None:
-        """Write before returning; the path. None: this step was saved, and told, before. Raises
-        `CheckpointError`."""
-        assert self._store is not None, "our bug: a job without a run folder was told to save"
+    def save_now(self, state: TrainState, scalars: dict[str, Any], generation: int) -> str | None:
+        """Save before returning; return the path, or None if this step was saved and reported
+        before. Raises `CheckpointError`."""
+        assert self._store is not None, "our bug: a save was requested without a run folder"
         self._store.wait()
         step = int(scalars["step"]) if self._left is None else self._left[0]
         if step == self._saved_step:
@@ -110,37 +110,42 @@ class Saver:
         self._saved_step = step
         return str(path)
 
-    def _write_behind(
+    def _write_in_background(
         self, step: int, payload: Mapping[str, Any], meta: Mapping[str, Any], generation: int
     ) -> None:
         assert self._store is not None
 
-        def told(path: str, error: str) -> None:
+        def on_done(path: str, error: str) -> None:
             if path:
                 self._saved_step = step
-            self._tell(step, generation, path, error)
+            self._emit(step, generation, path, error)
 
-        self._store.save_async(step, payload, meta, told)
+        self._store.save_async(step, payload, meta, on_done)
 
     def restore(
-        self, path: str, state: TrainState, take: Callable[[dict[str, Any]], None], *, asked: bool
+        self,
+        path: str,
+        state: TrainState,
+        take: Callable[[dict[str, Any]], None],
+        *,
+        is_named: bool,
     ) -> None:
-        """Bring `state` to the checkpoint at `path`, and hand the job's scalars to `take`.
+        """Restore `state` from the checkpoint at `path`, and pass the job's scalars to `take`.
 
-        One that was not `asked` for by name, but written by this run and damaged since, is passed
-        over for the last good one. Raises `CheckpointRefused`.
+        If it is damaged and the user did not name it (`is_named`), the last good checkpoint is used
+        instead. Raises `CheckpointRefused`.
         """
         store = self._store or CheckpointStore.containing(path)
         try:
             try:
                 payload, manifest = store.load(path, expected_signature=state.signature())
             except CheckpointError as error:
-                good = None if asked else store.latest(besides=Path(path).name)
+                good = None if is_named else store.latest(besides=Path(path).name)
                 if good is None:
                     raise
                 path = str(good.path)
                 payload, manifest = store.load(path, expected_signature=state.signature())
-                self._passed_over(path, good.step, str(error))
+                self._report_skipped(path, good.step, str(error))
             scalars = state.restore(payload)
             if scalars["step"] != manifest["step"]:
                 raise ValueError(f"of step {scalars['step']}, and {manifest['step']} beside it")
@@ -148,14 +153,14 @@ class Saver:
         except CheckpointError as error:
             raise CheckpointRefused(str(error)) from None
         except Exception as error:
-            # A state that some other program made may be wrong in any way.
+            # A state written by another program may be wrong in any way.
             why = str(error) if isinstance(error, SpecError) else f"{type(error).__name__}: {error}"
             raise CheckpointRefused(
                 f"the checkpoint {path} does not fit this script: {why.rstrip('.')}. Resume with "
                 "the script and the data that wrote it, or start without --resume."
             ) from None
 
-    def _passed_over(self, path: str, step: int, reason: str) -> None:
+    def _report_skipped(self, path: str, step: int, reason: str) -> None:
         if self._mailbox is not None and self._identity is not None:
             self._mailbox.emit(
                 CheckpointPassedOver(
@@ -164,7 +169,7 @@ class Saver:
             )
 
     def _payload(self, state: TrainState, scalars: dict[str, Any]) -> dict[str, Any]:
-        """A private copy of the state. Raises `CheckpointError` if it must not or cannot be one."""
+        """Return a private copy of the state. Raises `CheckpointError` if it must not be saved."""
         assert self._store is not None
         if bad := state.not_finite():
             more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
@@ -176,7 +181,7 @@ class Saver:
                 why = f"{type(error).__name__}: {error}"
         raise CheckpointError(self._store.refusal(int(scalars["step"]), why))
 
-    def _tell(
+    def _emit(
         self, step: int, generation: int, path: str, error: str, is_full: bool = False
     ) -> None:
         if self._mailbox is None or self._identity is None:

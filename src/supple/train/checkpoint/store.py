@@ -1,10 +1,10 @@
-"""Durable checkpoints of a job: which are kept, which is the last good one, and never losing it.
+"""`CheckpointStore`: saves, lists, verifies, loads and removes the checkpoints of a job.
 
-A checkpoint is a folder `000007-step-1200`: the seventh save, after step 1200. It is written into
-a temporary folder beside it, flushed to the disk, and renamed; so it is whole or it is not there.
-An older one is removed only after a newer one is whole. The newest is the one saved last, not the
-one of the highest step: a job begun again, or resumed from an earlier step, goes on from there.
-A worker that was given up by its job may be alive, and is kept out (`fence.py`).
+A checkpoint is a folder `000007-step-1200`: the seventh save, after step 1200. It is written into a
+temporary folder beside it, flushed to the disk, and renamed, so it is whole or absent. An older one
+is removed only after a newer one is whole. The newest is the one saved last, not the one of the
+highest step: a restarted job, or one resumed from an earlier step, goes on from there. A live
+worker that its job has dropped cannot write (`fence.py`).
 """
 
 import errno
@@ -22,11 +22,11 @@ from supple.train.checkpoint.folder import (
     CheckpointError,
     CheckpointRefused,
     flush_folder,
-    look_at,
     read_state,
     refuse_other_model,
     size_of,
     verify,
+    verify_loadable,
     write,
 )
 
@@ -41,26 +41,26 @@ __all__ = [
 _TEMPORARY = ".temporary-"
 _NAME = re.compile(r"(\d+)-step-(\d+)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a full disk, an exhausted quota, a limit on file size."""
 
 
 class DiskFullError(CheckpointError):
-    """There is no room for the checkpoint, whoever writes it."""
+    """There is no room for the checkpoint on the disk; another worker would fail as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointInfo:
-    """A checkpoint whose sums were verified, and those newer ones that were not good."""
+    """A checkpoint whose sums were verified, and the newer ones that were damaged."""
 
     path: Path
     step: int
     skipped: tuple[str, ...]
-    """What is wrong with each newer one."""
+    """The defect of each newer one, as text."""
 
 
 @final
 class CheckpointStore:
-    """The checkpoints of one job, in `directory`; keeps the `keep` that were saved last. `barrier`:
-    what keeps this writer out once it is no worker of the job any more."""
+    """A job's checkpoints: keeps the last `keep`, and writes while `barrier` allows it."""
 
     def __init__(self, directory: Path, keep: int = 2, *, barrier: Barrier | None = None) -> None:
         if keep < 1:
@@ -73,25 +73,25 @@ class CheckpointStore:
 
     @staticmethod
     def containing(path: str) -> "CheckpointStore":
-        """The store that the checkpoint at `path` lies in."""
+        """Return the store of the checkpoint at `path`."""
         return CheckpointStore(Path(path).parent)
 
     def save(self, step: int, payload: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
         """Write `payload` and return the checkpoint's folder once it is on the disk.
 
-        `payload` is made of tensors, plain values and containers of them; `meta` is what JSON can
-        hold, with the model's "signature". Raises `CheckpointError`, and then every earlier
-        checkpoint is as it was and nothing else is left behind.
+        `payload` consists of tensors, plain values and containers of them; `meta` of JSON values,
+        with the model's "signature". If it raises `CheckpointError`, every earlier checkpoint is
+        unchanged and nothing else is left behind.
         """
         with self._lock:
-            self._refuse_if_out(step)
+            self._refuse_excluded(step)
             temporary = self._directory / f"{_TEMPORARY}{os.getpid()}"
             try:
                 self._make_directory()
                 self._remove_leftovers()
                 temporary.mkdir()
                 write(temporary, step, payload, {**meta, **self._signed()})
-                self._refuse_if_out(step)
+                self._refuse_excluded(step)
                 number = 1 + max((_number(path) for path in self._paths()), default=0)
                 target = self._directory / f"{number:06d}-step-{step}"
                 os.replace(temporary, target)
@@ -105,7 +105,7 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
             try:
-                self._refuse_if_out(step)  # stopped before the rename, it may have been out by then
+                self._refuse_excluded(step)  # the process may have been stopped before the rename
             except CheckpointError:
                 self._remove(target)
                 raise
@@ -114,7 +114,7 @@ class CheckpointStore:
 
     @property
     def is_writing(self) -> bool:
-        """Is a checkpoint being written now?"""
+        """Whether a checkpoint is being written now."""
         return self._lock.locked()
 
     def save_async(
@@ -122,15 +122,15 @@ class CheckpointStore:
         step: int,
         payload: Mapping[str, Any],
         meta: Mapping[str, Any],
-        told: Callable[[str, str], None],
+        on_done: Callable[[str, str], None],
     ) -> None:
-        """Write in a thread and call `told(path, "")` or `told("", error)` from it, once.
+        """Write in a thread, which then calls `on_done(path, "")` or `on_done("", error)` once.
 
-        `payload` must be a private copy. While one is being written another is not begun: `told`
-        hears so at once.
+        `payload` must be a private copy. While another checkpoint is being written, nothing is
+        started and `on_done` is called with an error at once.
         """
         if self._writing is not None and self._writing.is_alive():
-            told(
+            on_done(
                 "",
                 f"step {step} was not saved: the save before it is still being written to "
                 f"{self._directory}, and one is written at a time. Save less often "
@@ -143,30 +143,30 @@ class CheckpointStore:
                 path, error = str(self.save(step, payload, meta)), ""
             except Exception as problem:
                 path, error = "", str(problem) or type(problem).__name__
-            told(path, error)
+            on_done(path, error)
 
         self._writing = threading.Thread(target=write_behind, daemon=True, name="checkpoint")
         self._writing.start()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait until nothing is being written."""
         if self._writing is not None:
             self._writing.join()
 
     def saved(self) -> Sequence[Path]:
-        """Every checkpoint, the one saved last first, none of them verified."""
+        """Return all checkpoints, the last saved first, without verifying them."""
         return self._paths()
 
     def latest(self, *, besides: str = "") -> CheckpointInfo | None:
-        """The last saved checkpoint that is good; None if there is none. As `examine`."""
+        """Return the last saved checkpoint that is good; None if there is none. See `examine`."""
         return self.examine(besides=besides)[0]
 
     def examine(self, *, besides: str = "") -> tuple[CheckpointInfo | None, tuple[str, ...]]:
-        """The last saved checkpoint that verifies and can be loaded, and what is wrong with each
+        """Return the last saved checkpoint that verifies and can be loaded, and the defect of each
         newer one.
 
-        The one whose folder is named `besides` is passed over. Raises `CheckpointError` if the
-        folder is there and cannot be listed.
+        The folder named `besides` is skipped. Raises `CheckpointError` if the store's folder exists
+        and cannot be listed.
         """
         skipped: list[str] = []
         try:
@@ -180,7 +180,7 @@ class CheckpointStore:
             if path.name == besides:
                 continue
             try:
-                step = look_at(path).step
+                step = verify_loadable(path).step
             except CheckpointError as error:
                 skipped.append(str(error))
             else:
@@ -189,43 +189,43 @@ class CheckpointStore:
         return None, tuple(skipped)
 
     def check(self, path: str | Path) -> int:
-        """The step of the checkpoint at `path`, which is whole and can be loaded.
+        """Verify the checkpoint at `path`, and that it can be loaded; return its step.
 
-        Raises `CheckpointError` if it is not, naming the good one to resume from instead.
+        Raises `CheckpointError`, with the good checkpoint to resume from instead.
         """
         try:
-            return look_at(Path(path)).step
+            return verify_loadable(Path(path)).step
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{_another_than(Path(path))}") from None
+            raise CheckpointError(f"{error}{_alternative_to(Path(path))}") from None
 
     def load(
         self, path: str | Path, *, expected_signature: Sequence[Sequence[Any]]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(payload, manifest) of the checkpoint at `path`.
+        """Load the checkpoint at `path`; return (payload, manifest).
 
-        Raises `CheckpointError` if it is not whole or not safe to load, naming the good one to
-        resume from instead; or if its model is another than `expected_signature`, which is
-        [name, shape, dtype] of every parameter and buffer.
+        Raises `CheckpointError` if it is not whole or not safe to load, with the good checkpoint to
+        resume from instead; or if its model differs from `expected_signature`: [name, shape, dtype]
+        of every parameter and buffer.
         """
         path = Path(path)
         try:
             manifest = verify(path)
             payload = read_state(path)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{_another_than(path)}") from None
+            raise CheckpointError(f"{error}{_alternative_to(path)}") from None
         refuse_other_model(path, manifest.signature, expected_signature)
         return payload, manifest.meta
 
     def refusal(self, step: int, why: str) -> str:
-        """The message where `step` is not even tried to be saved."""
+        """Return the message for a `step` that is refused before any write."""
         return f"step {step} cannot be saved in {self._directory}: {why}. {self._last_good()}"
 
-    def _refuse_if_out(self, step: int) -> None:
-        why = "" if self._barrier is None else self._barrier.why_out()
+    def _refuse_excluded(self, step: int) -> None:
+        why = "" if self._barrier is None else self._barrier.exclusion_reason()
         if why:
             raise CheckpointError(
-                f"step {step} is not saved in {self._directory}: {why}. Only workers that the job "
-                "knows write its checkpoints. Nothing was written; this process ends itself."
+                f"step {step} is not saved in {self._directory}: {why}. Only the job's current "
+                "workers may write its checkpoints. Nothing was written; this process ends itself."
             )
 
     def _signed(self) -> dict[str, Any]:
@@ -240,7 +240,7 @@ class CheckpointStore:
             flush_folder(self._directory.parent)
 
     def _paths(self) -> list[Path]:
-        """The one saved last first."""
+        """Paths of all checkpoints, the last saved first."""
         try:
             names = [name for name in os.listdir(self._directory) if _NAME.fullmatch(name)]
         except FileNotFoundError:
@@ -252,7 +252,7 @@ class CheckpointStore:
             self._remove(old)
 
     def _remove(self, path: Path) -> None:
-        """Renamed before it is removed, so that a death half-way leaves no half checkpoint."""
+        """Remove a checkpoint; rename it first, so that a crash leaves no partial checkpoint."""
         removing = self._directory / f"{_TEMPORARY}{path.name}"
         try:
             os.replace(path, removing)
@@ -265,11 +265,11 @@ class CheckpointStore:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _why_not(self, step: int, error: Exception, payload: Mapping[str, Any]) -> str:
-        """The message of a save that failed with `error`."""
-        asked = f"step {step} cannot be saved in {self._directory}"
+        """Return the message for a save that failed with `error`."""
+        problem = f"step {step} cannot be saved in {self._directory}"
         kept = f"Nothing half-written was left behind. {self._last_good()}"
         if not isinstance(error, OSError):
-            return f"{asked}: {error}. {kept}"
+            return f"{problem}: {error}. {kept}"
         if error.errno in _FULL:
             disk = os.statvfs(_existing(self._directory))
             free = disk.f_bavail * disk.f_frsize
@@ -277,12 +277,12 @@ class CheckpointStore:
             if disk.f_files and not disk.f_favail:
                 limit = " but no more files can be made: remove some"
             return (
-                f"{asked}: {error.strerror}. It needs {size_of(payload):,} bytes, {free:,} are "
+                f"{problem}: {error.strerror}. It needs {size_of(payload):,} bytes, {free:,} are "
                 f"free{limit}. {kept} Free some space or give a larger disk (--run-dir); the next "
                 "save tries again."
             )
         return (
-            f"{asked}: {error.strerror or error} ({error.filename or self._directory}, user id "
+            f"{problem}: {error.strerror or error} ({error.filename or self._directory}, user id "
             f"{os.geteuid()}). {kept} Make it a folder that this user can write to, or give "
             "another --run-dir."
         )
@@ -297,8 +297,8 @@ class CheckpointStore:
         return f"The last good one is kept: step {last.step}, {last.path}."
 
 
-def _another_than(path: Path) -> str:
-    """What to resume from instead: beside `path`, or in it where it is a store or a run."""
+def _alternative_to(path: Path) -> str:
+    """Return advice with the good checkpoint beside `path`, or in it if `path` is a run."""
     for folder in (path.parent, path, path / "checkpoints"):
         try:
             other = CheckpointStore(folder).latest(besides=path.name)
@@ -310,7 +310,7 @@ def _another_than(path: Path) -> str:
 
 
 def _number(path: Path) -> int:
-    """Which save a checkpoint is, from its name."""
+    """Return the save number in a checkpoint's name."""
     return int(path.name.partition("-")[0])
 
 

@@ -1,1 +1,1 @@
-"""Batches of a rank: from map datasets and from iterable shards."""
+"""Data loaders: a rank's batches, from map datasets and from iterable shards."""

@@ -1,8 +1,8 @@
-"""What every loader promises, and which one a dataset gets.
+"""`Loader`: the interface of all data loaders; `make_loader` chooses one for a dataset.
 
-A loader hands out this rank's micro-batches of one step at a time. It does not move by being read:
-only `commit` moves it, and on all ranks alike. Everything about which samples a rank reads follows
-from the position and from what `place` was told (see `supple.core.job.order`).
+A loader yields this rank's micro-batches of one step at a time. Reading does not advance it; only
+`commit` does, on all ranks alike. The position and the arguments of `place` determine which samples
+a rank reads (see `supple.core.job.order`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,10 +20,10 @@ __all__ = ["Loader", "MicroBatch", "fraction_done", "make_loader"]
 
 
 class Loader(Protocol):
-    """This rank's micro-batches, step by step. Call `place` before the first `feed`."""
+    """Yields this rank's micro-batches, step by step. Call `place` before the first `feed`."""
 
     position: Any
-    """How far committed steps have come: a frozen value with `to_json` and `from_json`, equal on
+    """Position after the committed steps: a frozen value with `to_json` and `from_json`, equal on
     all ranks of a generation."""
     num_epochs: int
 
@@ -35,27 +35,27 @@ class Loader(Protocol):
         global_batch_size: int,
         micro_batch_size: int,
     ) -> None:
-        """Go on from `position` as `rank` of `world_size`. Whatever was handed out and not
-        committed, or fetched ahead, is void. Milliseconds: reads nothing and starts no process.
+        """Go on from `position` as `rank` of `world_size`; drop uncommitted and prefetched samples.
+        Takes milliseconds: reads nothing and starts no process.
 
-        Raises `SpecError` where the position is of other data than this.
+        Raises `SpecError` if the position is of other data.
         """
         ...
 
     def feed(self) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of the next step, fetched as they are taken; none where its
-        share is empty. The last one says so. Calling it again without `commit` gives the same
+        """Yield this rank's micro-batches of the next step, fetched when taken; none if its share
+        is empty. The last one has `is_last`. A second call without `commit` gives the same
         samples."""
         ...
 
     def feed_shards(self, num_logical_shards: int) -> Iterator[MicroBatch]:
-        """The same for reproducible mode: one micro-batch for each logical shard of this rank that
-        is not empty. Raises `SpecError` for iterable shards."""
+        """Like `feed` for reproducible mode: one micro-batch for each logical shard of this rank
+        that is not empty. Raises `SpecError` for iterable shards."""
         ...
 
     @property
     def planned_samples(self) -> int:
-        """Samples all ranks together plan for the next step; 0 when done. Fewer may come where
+        """Samples planned for the next step on all ranks together; 0 when done. Fewer may come if
         iterable shards end."""
         ...
 
@@ -65,18 +65,18 @@ class Loader(Protocol):
         ...
 
     def stats(self) -> list[float]:
-        """What `commit` wants summed over ranks. Valid when the step's last micro-batch was handed
-        out, or the feed ended without one."""
+        """Return the numbers that `commit` needs summed over ranks. Valid after the step's last
+        micro-batch was yielded, or the feed ended without one."""
         ...
 
     def commit(self, summed_stats: Sequence[float]) -> None:
-        """The step fed last was committed everywhere: move on. `summed_stats` is the sum of all
-        ranks' `stats`; the position it leads to is the same on all."""
+        """Advance the position: the last step was committed on all ranks. `summed_stats`: the sum
+        of all ranks' `stats`. The new position is the same on all."""
         ...
 
     @property
     def done(self) -> bool:
-        """Have all samples of all epochs been used?"""
+        """Whether all samples of all epochs have been used."""
         ...
 
     @property
@@ -91,7 +91,7 @@ class Loader(Protocol):
 
     @property
     def samples_total(self) -> int | None:
-        """Samples of the whole run; None while unknown."""
+        """Samples of the whole run; None if not known yet."""
         ...
 
 
@@ -105,8 +105,8 @@ def make_loader(
     num_loader_processes: int = 0,
     device: torch.device | None = None,
 ) -> Loader:
-    """A loader for a map dataset (`__len__` and `__getitem__`), for a list of iterable shards
-    (iterables or functions that return one), or for a single iterable as the only shard.
+    """Return a loader for a map dataset (`__len__` and `__getitem__`), for a list of iterable
+    shards (iterables or functions that return one), or for a single iterable as the only shard.
 
     Raises `SpecError` for anything else, for no data, and for `num_loader_processes` with shards.
     """
@@ -129,8 +129,8 @@ def make_loader(
     if num_loader_processes > 0:
         raise SpecError(
             f"num_workers={num_loader_processes} with iterable shards: they are read in the "
-            "training process, because a shard cannot tell its position. Leave num_workers at 0, "
-            "or give a dataset with __len__ and __getitem__."
+            "training process, because a shard does not report its position. Leave num_workers at "
+            "0, or give a dataset with __len__ and __getitem__."
         )
     return ShardLoader(
         shards, epochs=epochs, shuffle=shuffle, seed=seed, collate_fn=collate_fn, device=device
@@ -138,8 +138,7 @@ def make_loader(
 
 
 def fraction_done(loader: Loader, step: int, max_steps: int | None) -> float:
-    """How much of the run is done, from 0 to 1: by its samples, or by `step` of `max_steps` if that
-    comes first."""
+    """Return the fraction of the run done, 0 to 1: of samples or of steps, the larger."""
     parts = [step / max_steps] if max_steps else []
     if loader.samples_total:
         parts.append(loader.samples_done / loader.samples_total)
@@ -147,7 +146,7 @@ def fraction_done(loader: Loader, step: int, max_steps: int | None) -> float:
 
 
 def _shards_of(dataset: Any) -> Sequence[Any] | None:
-    """The iterable shards that `dataset` is; None where it is a map dataset."""
+    """Return the iterable shards of `dataset`; None if it is a map dataset."""
     if _is_shard(dataset):
         return [dataset]
     if isinstance(dataset, list | tuple) and dataset:
@@ -157,7 +156,7 @@ def _shards_of(dataset: Any) -> Sequence[Any] | None:
         if len(strange) < len(dataset):
             raise SpecError(
                 f"of the {len(dataset)} items of the list given as dataset, number {strange[0]} "
-                f"is a {type(dataset[strange[0]]).__name__} and no iterable shard, others are. "
+                f"is a {type(dataset[strange[0]]).__name__}, not an iterable shard like others. "
                 "Give iterable shards only, or samples only."
             )
         if isinstance(dataset[0], Dataset):

@@ -1,4 +1,4 @@
-"""Batches of a map dataset: one with a length, whose samples can be read in any order."""
+"""`MapLoader`: batches of a map dataset, which has a length and random access to its samples."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,11 +23,10 @@ from supple.train.data.micro_batch import MicroBatch, check_sizes, to_device
 from supple.train.data.prefetch import Prefetcher, Source, Task
 
 _WINDOW = 4096
-"""Places of an epoch whose samples are looked up at once: it costs about as much for 4,096 as for
-ten calls for 64."""
+"""Places looked up at once: 4,096 cost about as much as ten calls for 64."""
 
 _AUGMENTATION = 0xA06
-"""Keeps the random streams of augmentation apart from others made of the same seed."""
+"""Separates the random streams of augmentation from others with the same seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +40,7 @@ class _Piece:
 
 @final
 class _Lookup:
-    """The order of samples, looked up a window at a time."""
+    """Caches the sample order, one window of an epoch at a time."""
 
     def __init__(self, order: SampleOrder) -> None:
         self.order = order
@@ -58,10 +57,10 @@ class _Lookup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """What one rank reads from any position on, as long as nothing changes.
+    """One rank's read plan from any position on, until the next `place`.
 
-    Knows nothing of the loader, so that handing its tasks to worker processes makes no cycle of
-    references: those processes end when the loader is dropped.
+    It does not refer to the loader: with a cycle of references, the worker processes that have its
+    tasks would not end when the loader is dropped.
     """
 
     lookup: _Lookup
@@ -74,7 +73,7 @@ class _Plan:
     """Logical shards instead of micro-batches: reproducible mode."""
 
     def tasks(self, position: Position) -> Iterator[Task | None]:
-        """All that is to be fetched, step by step; None for a step without."""
+        """Yield all tasks to fetch, step by step; None for a step without one."""
         while position.epoch < self.num_epochs:
             pieces = self.pieces(position)
             for piece in pieces:
@@ -91,7 +90,7 @@ class _Plan:
         )
 
     def pieces(self, position: Position) -> list[_Piece]:
-        """The micro-batches of the step at `position`."""
+        """Return the micro-batches of the step at `position`."""
         begin, end = self.bounds(position)
         if self.num_shards is not None:
             cuts = rank_shards(end - begin, self.num_shards, self.world_size, self.rank)
@@ -116,7 +115,7 @@ class _Plan:
 
 @final
 class MapLoader:
-    """See `supple.train.data.loader.Loader` for what every method guarantees.
+    """A loader for map datasets; see `supple.train.data.loader.Loader` for the interface.
 
     `dataset` has `__len__` and `__getitem__` (and perhaps `__getitems__`). With
     `num_loader_processes`, samples are fetched ahead in that many processes, except for a plain
@@ -157,7 +156,7 @@ class MapLoader:
         self._device = device
         self._prefetcher: Prefetcher | None = None
         self._prefetched: tuple[Position, _Plan] | None = None
-        """The step, and how it is cut, whose first micro-batch the prefetcher gives next."""
+        """Position and plan of the step whose first micro-batch the prefetcher returns next."""
         if num_loader_processes > 0 and not self._source.is_in_memory:
             pin = device is not None and device.type == "cuda"
             self._prefetcher = Prefetcher(self._source, num_loader_processes, pin_memory=pin)
@@ -173,9 +172,9 @@ class MapLoader:
         check_sizes(global_batch_size, micro_batch_size)
         if position.offset >= self._size:
             raise SpecError(
-                f"to go on from sample {position.offset} of an epoch, but the dataset has "
-                f"{self._size} samples. A run goes on with the data it began with: give the same "
-                "dataset, or start a new run."
+                f"the run must go on from sample {position.offset} of an epoch, but the dataset "
+                f"has {self._size} samples. A run goes on with the data it began with: give the "
+                "same dataset, or start a new run."
             )
         self.position = position
         self._plan = replace(

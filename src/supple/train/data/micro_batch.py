@@ -1,4 +1,4 @@
-"""A micro-batch: what a loader hands out, and how samples become one."""
+"""`MicroBatch`: the samples of one forward and backward pass, as loaders yield them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ class MicroBatch:
     """The samples of one forward and backward pass on one rank."""
 
     data: Any
-    """What the user's loop gets: the collated samples."""
+    """The collated samples, given to the user's loop."""
     num_samples: int
     ids: Sequence[int | str]
-    """The samples by name, for the ledger: indices, or "shard:number" for iterable shards."""
+    """Ids of the samples, for the ledger: indices, or "shard:number" for iterable shards."""
     is_last: bool
-    """Is it this rank's last of the step?"""
+    """Whether it is this rank's last micro-batch of the step."""
     shard_id: int = 0
-    """The logical shard it is, in reproducible mode."""
+    """Number of its logical shard, in reproducible mode."""
 
 
 def check_sizes(global_batch_size: int, micro_batch_size: int) -> None:
@@ -36,7 +36,7 @@ def check_sizes(global_batch_size: int, micro_batch_size: int) -> None:
 
 
 def to_device(data: Any, device: torch.device) -> Any:
-    """`data` with every tensor in it on `device`, through tuples, lists and mappings."""
+    """Return `data` with all tensors in tuples, lists and mappings moved to `device`."""
     if isinstance(data, Tensor):
         return data.to(device, non_blocking=True)
     if isinstance(data, tuple) and hasattr(data, "_fields"):

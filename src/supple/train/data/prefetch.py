@@ -1,11 +1,10 @@
-"""Fetching samples ahead of need, in the worker processes of one torch DataLoader.
+"""`Prefetcher`: fetches samples ahead in the worker processes of one torch DataLoader.
 
-The DataLoader is made once and iterated once, for the life of the job: its workers are never
-restarted, and what they are to fetch can be replaced at any moment. Every task carries the number
-of the plan it belongs to. A new plan raises the number, which the workers see in shared memory:
-they pass over outdated tasks without fetching them, and what they had already fetched is dropped
-here. So a resize waits for one sample (one batch of a dataset with `__getitems__`) at most, not
-for all that is in flight.
+The DataLoader is made once and iterated once in the life of the job: its workers are never
+restarted, but their tasks can be replaced at any moment. Every task has the number of its plan. A
+new plan increases that number, which the workers read in shared memory: they skip outdated tasks,
+and results of outdated tasks are dropped here. So a resize waits for at most one sample (one batch
+of a dataset with `__getitems__`), not for all tasks in flight.
 """
 
 import ctypes
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 _PR_SET_PDEATHSIG = 1
-"""Linux's prctl(2): the signal that comes when the thread that made this process ends."""
+"""Option of Linux's prctl(2): signal to receive when the parent thread ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,24 +33,24 @@ class Task:
 
     indices: Sequence[int]
     seed: int | None
-    """Set every random generator to this first, so that random augmentation depends on the samples
-    and not on who fetches them, or when. None: leave the generators alone."""
+    """Seed for all random generators before the fetch, so that random augmentation depends only on
+    the samples, not on process or time. None: do not seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A map dataset and the way its samples are collated."""
+    """A map dataset and the function that collates its samples."""
 
     dataset: Any
     collate_fn: Callable[[list[Any]], Any] | None = None
 
     @property
     def is_in_memory(self) -> bool:
-        """Is a batch one indexing operation on tensors?"""
+        """Whether fetching a batch is one indexing operation on tensors."""
         return type(self.dataset) is TensorDataset and self.collate_fn is None
 
     def fetch(self, task: Task, is_outdated: Callable[[], bool] | None = None) -> Any:
-        """The collated samples; None as soon as `is_outdated` says so."""
+        """Return the collated samples; None as soon as `is_outdated()` is true."""
         if task.seed is not None:
             random.seed(task.seed)
             np.random.seed(task.seed % 2**32)
@@ -88,26 +87,25 @@ class Prefetcher:
             pin_memory=pin_memory,
             worker_init_fn=_EndWithParent() if num_loader_processes > 0 else None,
             generator=torch.Generator().manual_seed(0),
-            # What a script defines is found again only by a process that is a copy of this one.
+            # Only a forked process has the definitions of the user's script.
             multiprocessing_context="fork" if sys.platform == "linux" else None,
         )
         self._results: Iterator[Any] | None = None
         self._release: weakref.finalize[..., Any] | None = None
 
     def restart(self, tasks: Iterator[Task | None]) -> None:
-        """Forget all that was asked for and fetch these from now on. A None is passed over: it lets
-        a plan that has long nothing to fetch be looked through a little at a time."""
+        """Replace all tasks by `tasks`. A None is skipped; with it, a plan that has nothing to
+        fetch for long can be read in small parts."""
         self._plan += 1
         self._queue.tasks = tasks
 
     def next(self) -> tuple[Task, Any]:
-        """The next task of the plan and its data. Raises what fetching it raised."""
+        """Return the next task of the plan and its data. Raises the errors of fetching it."""
         if self._results is None:
             self._queue.issued.clear()
             self._results = iter(self._loader)
-            # Someone outside must hold the iterator: collected together with its own queues, as
-            # part of a cycle of garbage, it could not tell its processes to end and would wait
-            # for them (5 s).
+            # Hold the iterator from outside. Collected with its own queues, in a garbage cycle, it
+            # could not signal its processes to end and would wait for them (5 s).
             self._release = weakref.finalize(self, _let_go, self._results)
             self._release.atexit = False
         while True:
@@ -125,9 +123,9 @@ class Prefetcher:
 
 @final
 class _Queue:
-    """Tasks with the number of their plan, without end, so that the DataLoader never finishes.
+    """An endless iterator of tasks with their plan numbers, so that the DataLoader never finishes.
 
-    The DataLoader gives results in the order in which it asked here, which is that of `issued`.
+    The DataLoader returns results in the order of its requests, which is that of `issued`.
     """
 
     def __init__(self, plan: Tensor) -> None:
@@ -146,7 +144,7 @@ class _Queue:
 
 @final
 class _Numbered(Dataset[Any]):
-    """The source as the DataLoader's workers see it: outdated tasks give None, at once."""
+    """The dataset for the DataLoader's workers: outdated tasks return None at once."""
 
     def __init__(self, source: Source, plan: Tensor) -> None:
         self._source = source
@@ -165,9 +163,10 @@ class _Numbered(Dataset[Any]):
 
 @final
 class _EndWithParent:
-    """Run first in every fetching process: it is killed when the process that made it ends.
+    """Runs first in every fetching process and makes it end with its parent process.
 
-    It has inherited that one's connections, and while they are open nobody else sees it dead.
+    It has inherited its parent's connections; while they are open, peers do not detect the parent's
+    death.
     """
 
     def __init__(self) -> None:
@@ -177,7 +176,7 @@ class _EndWithParent:
         if sys.platform != "linux":
             return
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != self._parent:  # it ended before we asked to be told
+        if os.getppid() != self._parent:  # the parent ended before the call to prctl
             os._exit(1)
 
 
@@ -186,4 +185,4 @@ def _unchanged(result: Any) -> Any:
 
 
 def _let_go(_results: Iterator[Any]) -> None:
-    """The reference held by the caller was the last."""
+    """Do nothing; the call drops the last reference to the iterator."""

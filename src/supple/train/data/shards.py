@@ -1,9 +1,9 @@
-"""Batches of iterable shards: data read from front to back, of lengths nobody knows beforehand.
+"""`ShardLoader`: batches of iterable shards, read from front to back, of unknown length.
 
-Every shard is read by one rank at a time. A rank looks one sample ahead, so that a step which uses
-the last sample of a shard also says that the shard has ended. What every rank used of every shard,
-and what ended, is summed over ranks with the gradients and moves the position of all alike. Samples
-of a step that has not committed are kept, so that an abandoned step is read again from memory.
+Every shard is read by one rank at a time. A rank reads one sample ahead, so that a step which uses
+a shard's last sample also reports that the shard has ended. The numbers of samples used of every
+shard, and the ended shards, are summed over ranks with the gradients, and advance the position on
+all alike. Samples of an uncommitted step are kept, so an abandoned step is read again from memory.
 """
 
 from collections import deque
@@ -25,17 +25,15 @@ from supple.core.spec import SpecError
 from supple.train.data.micro_batch import MicroBatch, check_sizes, to_device
 
 Shard = Iterable[Any] | Callable[[], Iterable[Any]]
-"""An iterable that can be iterated again and again, or a function that returns a fresh one; the
-same samples in the same order each time."""
+"""A re-iterable, or a function returning an iterable; the same samples every time."""
 
 
 @final
 class ShardLoader:
-    """See `supple.train.data.loader.Loader` for what every method guarantees.
+    """A loader for iterable shards; see `supple.train.data.loader.Loader` for the interface.
 
-    A rank reads its shards one after another; `shuffle` shuffles, for every epoch, which it reads
-    first. Within a shard the order is the shard's own. A batch is divided among the ranks that
-    have a shard left.
+    A rank reads its shards one after another; `shuffle` shuffles their order in every epoch, not
+    the order within a shard. A batch is divided among the ranks that have a shard left.
     """
 
     def __init__(
@@ -79,7 +77,7 @@ class ShardLoader:
         check_sizes(global_batch_size, micro_batch_size)
         if len(position.offsets) != len(self._shards):
             raise SpecError(
-                f"to go on within {len(position.offsets)} shards, but there are "
+                f"the run must go on in {len(position.offsets)} shards, but there are "
                 f"{len(self._shards)}. A run goes on with the data it began with: give the same "
                 "shards, or start a new run."
             )
@@ -103,7 +101,7 @@ class ShardLoader:
             while len(samples) < size and (reader := self._next_reader()) is not None:
                 ids.append(reader.next_id)
                 samples.append(reader.take())
-            # Looks ahead: a step that uses the last sample of a shard must say that it did.
+            # Reads ahead: a step that uses the last sample of a shard must report its end.
             is_last = self._next_reader() is None or number == len(sizes)
             used += len(samples)
             if samples:
@@ -133,7 +131,7 @@ class ShardLoader:
         return 2 * len(self._shards)
 
     def stats(self) -> list[float]:
-        """Samples used of every shard, then 1.0 for every shard found to have ended."""
+        """Return the samples used of every shard, then 1.0 for each ended shard, else 0.0."""
         used = [0.0] * len(self._shards)
         for shard, reader in self._readers.items():
             used[shard] = float(reader.num_taken)
@@ -171,8 +169,8 @@ class ShardLoader:
 
     @property
     def samples_total(self) -> int | None:
-        """From the length of a finished epoch; before there is one, from the lengths of the shards
-        where all have one; else None."""
+        """Samples of the whole run: from a finished epoch, or before one from the shards' lengths;
+        None if a shard has no length."""
         if self.position.epoch > 0:
             return self.position.samples_before * self.num_epochs // self.position.epoch
         try:
@@ -181,14 +179,14 @@ class ShardLoader:
             return None
 
     def _share(self) -> int:
-        """How many samples of the step are this rank's."""
+        """Return this rank's number of samples in the step."""
         reading = [rank for rank, shards in enumerate(self._assignment) if shards]
         if self._rank not in reading:
             return 0
         return share(self._global_batch_size, len(reading), reading.index(self._rank))[1]
 
     def _take_shards(self) -> None:
-        """Close what is not this rank's any more; what it gets is opened when first read."""
+        """Assign shards to ranks; close lost ones. New ones are opened at the first read."""
         self._found_ended.clear()
         self._assignment = assign_shards(self.position, self._world_size)
         turn = self._order.indices(self.position.epoch, 0, len(self._shards)).tolist()
@@ -204,7 +202,7 @@ class ShardLoader:
         }
 
     def _next_reader(self) -> "_Reader | None":
-        """The first of this rank's shards that has a sample left."""
+        """Return the reader of this rank's first shard that has a sample left; None if none has."""
         for shard in self._mine:
             if shard in self._found_ended:
                 continue
@@ -219,7 +217,7 @@ class ShardLoader:
         return None
 
     def _refuse_emptiness(self) -> None:
-        """This rank found nothing to use; where it alone reads, there is nothing."""
+        """Raise `SpecError` if no shard has a sample: this is the only rank, and it found none."""
         if self._world_size == 1 and not any(self.position.offsets):
             raise SpecError(
                 f"none of the {len(self._shards)} shards has a sample in epoch "
@@ -230,12 +228,12 @@ class ShardLoader:
 
 @final
 class _Reader:
-    """One open shard. Reads each sample from its source once, and keeps those not yet committed."""
+    """One open shard: reads each sample from its source once, keeps those not yet committed."""
 
     def __init__(self, shard: int, source: Shard, epoch: int, offset: int) -> None:
         self.epoch = epoch
         self.offset = offset
-        """Samples of the shard that committed steps have used."""
+        """Number of the shard's samples that committed steps have used."""
         self.num_taken = 0
         self._shard = shard
         opened = source if isinstance(source, Iterable) else source()
@@ -249,8 +247,8 @@ class _Reader:
         for done in range(offset):
             if next(self._source, _END) is _END:
                 raise SpecError(
-                    f"shard {shard} was to go on at sample {offset}, but opened again it gave "
-                    f"only {done}. A shard must give the same samples every time it is iterated: "
+                    f"shard {shard} must go on at sample {offset}, but had only {done} when it was "
+                    f"opened again. A shard must give the same samples every time it is iterated: "
                     "give a function that starts anew, and do not change the data during a run."
                 )
 

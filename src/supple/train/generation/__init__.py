@@ -1,1 +1,1 @@
-"""One period of fixed membership: how its group forms, and how a worker hears of it."""
+"""One period of fixed membership: its process group, its rendezvous, its commands and events."""

@@ -1,6 +1,6 @@
-"""What the training thread is doing, and since when: told with every heartbeat.
+"""`Activity`: the training thread's current activity and its start, reported with every heartbeat.
 
-Other threads of the worker may hold it where it is: what it does changes only under a lock.
+It changes only under a lock, so another thread of the worker can hold it.
 """
 
 import threading
@@ -14,14 +14,14 @@ from supple.core.types import Doing
 
 @final
 class Activity:
-    """Entered by the training thread, read by others."""
+    """The activity of the training thread; set by that thread, read by others."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._now: tuple[Doing, float] = ("starting", time.monotonic())
 
     def enter(self, doing: Doing) -> None:
-        """From now on the training thread does this. Blocks while another thread holds it."""
+        """Set the activity. Blocks while another thread holds it."""
         with self._lock:
             self._now = doing, time.monotonic()
 
@@ -31,12 +31,12 @@ class Activity:
 
     @property
     def report(self) -> tuple[Doing, float]:
-        """(what it does, for how many seconds)."""
+        """(activity, its duration in seconds)."""
         doing, since = self._now
         return doing, time.monotonic() - since
 
     @contextmanager
     def held(self) -> Iterator[Doing]:
-        """What the training thread does, and goes on doing until the block ends."""
+        """Yield the activity, and keep it from changing until the block ends."""
         with self._lock:
             yield self._now[0]

@@ -1,11 +1,10 @@
-"""A generation's process group: formed, used, abandoned, without ever blocking on a dead peer.
+"""`Group`: a generation's process group, which never blocks on a dead peer.
 
-Groups stand alone: there is no default group, no registry, nothing global. A collective that
-hangs cannot be interrupted in-process (gloo has no cancel), so it is *abandoned*: the wait is cut
-into short pieces, and between two of them the abort flag is read. A message between two ranks is
-waited for in a thread instead: cut into pieces, its wait would close the connection at the first
-(gloo takes a time-out of a send or a receive for a failure). An abandoned group is kept until its
-operations end by themselves, since dropping it earlier blocks.
+Groups are independent: no default group, no registry, nothing global. A hanging collective cannot
+be interrupted (gloo has no cancel), so it is *abandoned*: its wait is cut into short slices, and
+the abort flag is read between them. Sends and receives are awaited in a thread instead: gloo treats
+a time-out of one as a failure, so the first slice would close the connection. An abandoned group is
+kept until its operations end, since dropping it earlier blocks.
 """
 
 import contextlib
@@ -21,9 +20,11 @@ from supple.train.generation.heap import give_back
 from supple.train.generation.rendezvous import Address, Meeting
 
 _c10d: Any = torch.distributed
-"""Groups outside the registry are used, and torch's type stubs do not know them."""
+"""Untyped: torch's type stubs lack groups outside the registry."""
 _SLICE = timedelta(milliseconds=20)
+"""Interval between two reads of the abort flag."""
 _LAST_RESORT = timedelta(minutes=30)
+"""gloo's own time-out."""
 
 
 class CollectiveFailed(Exception):
@@ -32,7 +33,7 @@ class CollectiveFailed(Exception):
 
 @final
 class Group:
-    """The process group of one generation, seen from one of its ranks."""
+    """One rank's handle of the process group of one generation."""
 
     def __init__(
         self, process_group: Any, store: Any, rank: int, size: int, aborted: Callable[[], bool]
@@ -46,35 +47,35 @@ class Group:
 
     @property
     def is_aborted(self) -> bool:
-        """Must whatever this group is doing be given up?"""
+        """Whether the operations of this group must be abandoned."""
         return self._aborted()
 
     def all_reduce(self, tensor: torch.Tensor) -> Any:
-        """Start summing `tensor` over all ranks in place; returns the work to `wait` for."""
+        """Start summing `tensor` over all ranks in place; return the work to `wait` for."""
         return self._start(lambda: self._group.allreduce([tensor]))
 
     def sum(self, number: float) -> float:
-        """The sum of every rank's `number`, once all have come. Raises `CollectiveFailed`."""
+        """Return the sum of `number` over all ranks. Raises `CollectiveFailed`."""
         total = torch.tensor([number])
         self.wait([self.all_reduce(total)])
         return float(total)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Every rank's `tensor` stacked in rank order: shape (size, *tensor.shape)."""
+        """Return every rank's `tensor`, stacked in rank order: shape (size, *tensor.shape)."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         self.wait([self._start(lambda: self._group.allgather([parts], [tensor]))])
         return torch.stack(parts)
 
     def send(self, tensor: torch.Tensor, to_rank: int, tag: int) -> Any:
-        """Start sending `tensor`; returns the message to `wait_for_messages`."""
+        """Start sending `tensor`; return the message for `wait_for_messages`."""
         return self._start(lambda: self._group.send([tensor], to_rank, tag))
 
     def receive(self, tensor: torch.Tensor, from_rank: int, tag: int) -> Any:
-        """Start receiving into `tensor`; returns the message to `wait_for_messages`."""
+        """Start receiving into `tensor`; return the message for `wait_for_messages`."""
         return self._start(lambda: self._group.recv([tensor], from_rank, tag))
 
     def wait_for_messages(self, messages: Sequence[Any]) -> None:
-        """Like `wait`, for what `send` and `receive` returned."""
+        """Like `wait`, for the messages of `send` and `receive`."""
         errors: list[RuntimeError] = []
         done = threading.Event()
 
@@ -98,8 +99,7 @@ class Group:
             self._inflight.remove(message)
 
     def wait(self, works: Sequence[Any]) -> None:
-        """Return when all `works` are done; raise `CollectiveFailed` as soon as one failed or the
-        generation was aborted."""
+        """Wait for all `works`. Raises `CollectiveFailed` at the first failure or abort."""
         for work in works:
             ended = False
             while True:
@@ -107,7 +107,7 @@ class Group:
                     work.wait(_SLICE)
                     break
                 except RuntimeError as error:
-                    # A failure is told again by every wait; a time-out of the slice is not.
+                    # Every wait raises a failure again; a slice's time-out is raised once.
                     if ended:
                         raise CollectiveFailed(_first_line(error)) from None
                     if self._aborted():
@@ -116,7 +116,7 @@ class Group:
             self._inflight.remove(work)
 
     def close(self) -> None:
-        """Let go of the group at once. Peers blocked on us see the connection close."""
+        """Drop the group at once. Peers blocked on this rank see the connection close."""
         group, store, inflight = self._group, self._store, self._inflight
         self._group = self._store = None
         self._inflight = []
@@ -144,8 +144,8 @@ def form(
     host: str,
     aborted: Callable[[], bool],
 ) -> Group:
-    """The group of `size` members that meet under `key`. Raises `CollectiveFailed` if it is aborted
-    before all have come. `host` is this worker's address as its peers reach it."""
+    """Form the group of the `size` members that use `key`. Raises `CollectiveFailed` if it is
+    aborted before all have joined. `host` is this worker's address for its peers."""
     outcome: list[Any] = []
     done = threading.Event()
     meeting = Meeting(rendezvous, key=key, rank=rank, size=size)

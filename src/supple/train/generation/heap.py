@@ -1,4 +1,4 @@
-"""Memory that was freed goes back to the system after a resize.
+"""Return freed memory to the system after a resize (glibc's `malloc_trim`).
 
 Each generation is formed and dropped in threads of its own, and glibc keeps what such a thread
 frees in an arena for the next: 400 resizes left 4 MiB of holes, and 1.4 MiB with this
@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Callable
 
 _trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""glibc's alone."""
+"""None without glibc."""
 
 
 def give_back() -> None:

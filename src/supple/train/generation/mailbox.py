@@ -1,7 +1,8 @@
-"""The two queues between a training loop and its controller, and the flags a collective looks at.
+"""`Mailbox`: the command and event queues between a training loop and its controller, and the abort
+flags for collectives.
 
-The training thread reads commands and emits events; control threads post and collect them.
-Knows nothing of how either travels.
+The training thread reads commands and emits events; control threads post and collect them. The
+transport is elsewhere.
 """
 
 import threading
@@ -35,7 +36,7 @@ class Mailbox:
     # -- controller's side -----------------------------------------------------------------
 
     def post(self, action: Action) -> None:
-        """Deliver one action. An announcement or an abort only raises its flag; the rest queue."""
+        """Deliver one action: an announcement or an abort sets a flag, the others are queued."""
         match action:
             case AnnounceGeneration():
                 self._announced = max(self._announced, action.generation)
@@ -55,8 +56,7 @@ class Mailbox:
             self._posted.notify()
 
     def collect(self, timeout_s: float) -> tuple[list[Event], Progress | None]:
-        """Events emitted since the last call, at once if there are any, else after `timeout_s`
-        at the latest; with them the newest progress, if it is new."""
+        """Wait up to `timeout_s` for events; return them, and new progress if there is any."""
         with self._condition:
             if not self._events:
                 self._condition.wait(timeout_s)
@@ -72,12 +72,12 @@ class Mailbox:
             self._condition.notify_all()
 
     def publish(self, progress: Progress) -> None:
-        """Keep the newest progress for the next `collect`; wakes nobody."""
+        """Keep the newest progress for the next `collect`, without waking it."""
         with self._condition:
             self._progress = progress
 
     def take_save(self) -> SaveCheckpoint | None:
-        """The next command, if there is one and it is to save."""
+        """Remove and return the next command if it is to save; else None."""
         with self._posted:
             command = self._commands[0] if self._commands else None
             if not isinstance(command, SaveCheckpoint):
@@ -86,16 +86,16 @@ class Mailbox:
             return command
 
     def next_command(self) -> FormGroup | SaveCheckpoint | StopWorker:
-        """Block until the controller says what to do next."""
+        """Wait for the controller's next command and return it."""
         with self._posted:
             while not self._commands:
                 self._posted.wait()
             return self._commands.popleft()
 
     def heard_of_next(self, generation: int) -> bool:
-        """Was a generation after `generation` announced?"""
+        """Return whether a generation after `generation` was announced."""
         return self._announced > generation
 
     def is_aborted(self, generation: int) -> bool:
-        """Must a collective of `generation` be abandoned?"""
+        """Return whether collectives of `generation` must be abandoned."""
         return self._stopping or self._aborted >= generation

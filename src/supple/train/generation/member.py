@@ -1,7 +1,7 @@
-"""One worker's way from generation to generation: wait, form, share the state, commit.
+"""`Membership`: moves one worker from generation to generation: wait, form, share state, commit.
 
-The controller decides who is in a generation; this module only carries it out, and says what
-became of it. Whatever goes wrong, it answers "stopped, at this step" and waits for the next.
+The controller decides the members; this module executes its commands and emits the outcome. After
+any failure it emits `WorkerStopped`, with its step, and waits for the next generation.
 """
 
 from collections.abc import Callable
@@ -32,15 +32,15 @@ from supple.train.state import TrainState, Transfer, share_state
 
 
 class LeaveLoop(BaseException):
-    """Unwinds the user's training function when its worker is let go. Not an error."""
+    """Unwinds the user's training function when its worker is stopped. Not an error."""
 
 
 class Holder(Protocol):
-    """What a membership needs of the one that holds the train state."""
+    """The holder of the train state, as `Membership` uses it."""
 
     @property
     def committed_step(self) -> int | None:
-        """None while it holds no state."""
+        """Step of the held state; None without a state."""
         ...
 
     @property
@@ -49,43 +49,43 @@ class Holder(Protocol):
     def scalars(self) -> dict[str, Any]: ...
 
     def adopt(self, scalars: dict[str, Any]) -> None:
-        """The tensors are in place; take these with them."""
+        """Set the scalars of a received state, whose tensors are in place."""
         ...
 
     def begin(self, restore: str | None) -> None:
-        """Nobody holds state: make it, from a checkpoint or from scratch."""
+        """Make the state, from the checkpoint `restore` or from scratch: no rank holds one."""
         ...
 
     def save(self) -> str | None:
-        """Save durably, now; returns the path. None: this step was saved, and told, before."""
+        """Save durably and return the path; None if this step was saved and reported before."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """Who this worker is and where it meets the others."""
+    """A worker's ids and addresses."""
 
     job_id: JobId
     worker_id: WorkerId
     node_id: str
     host: str
-    """Its address as peers reach it."""
+    """Its address for its peers."""
     rendezvous: Address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Elastic:
-    """What makes a job elastic: who this worker is, and its line to the controller."""
+    """The arguments of an elastic `Job`: this worker's identity and its link to the controller."""
 
     identity: Identity
     mailbox: Mailbox
     rehearsal_size: int
-    """Workers expected in the first generation: it sets the shape of the rehearsed batch."""
+    """Workers expected in the first generation; sets the shape of the rehearsed batch."""
 
 
 @final
 class Membership:
-    """The generation this worker is in, if any."""
+    """One worker's membership: joins and leaves generations on the controller's commands."""
 
     def __init__(self, identity: Identity, mailbox: Mailbox, activity: Activity) -> None:
         self.generation = 0
@@ -99,7 +99,7 @@ class Membership:
         return self._mailbox.heard_of_next(self.generation)
 
     def ready(self) -> None:
-        """Say that this worker has rehearsed and stands by."""
+        """Emit `WorkerReady`: this worker has rehearsed and waits."""
         me = self._identity
         self._mailbox.emit(
             WorkerReady(
@@ -111,8 +111,8 @@ class Membership:
         )
 
     def leave(self, step: int | None, error: str = "") -> None:
-        """Let go of the group and say so, first to the peers and then to the controller: a survivor
-        that is not next to a dead peer only learns of it from our closed connection."""
+        """Close the group, then emit `WorkerStopped`. The order matters: a rank that does not
+        communicate with a dead peer detects the failure by this closed connection."""
         if self.group is not None:
             self.group.close()
             self.group = None
@@ -128,9 +128,9 @@ class Membership:
         )
 
     def join_next(self, holder: Holder) -> FormGroup:
-        """Wait for the next generation and be part of it; returns what was agreed.
+        """Wait for the next generation and join it; return its command.
 
-        Raises `LeaveLoop` if the controller lets this worker go instead.
+        Raises `LeaveLoop` if the controller stops this worker instead.
         """
         while True:
             self._activity.enter("standby")
@@ -153,8 +153,8 @@ class Membership:
                 case FormGroup():
                     pass
 
-    def left(self, step: int) -> None:
-        """Say that the script has left its loop."""
+    def report_left_loop(self, step: int) -> None:
+        """Emit `LoopLeft`: the script has left its loop."""
         me = self._identity
         self._mailbox.emit(
             LoopLeft(
@@ -163,7 +163,7 @@ class Membership:
         )
 
     def outlive(self, holder: Holder) -> None:
-        """The script raised: save what this worker holds if asked to, until it is let go."""
+        """After the script raised: save this worker's state on request, until it is stopped."""
         while True:
             self._activity.enter("standby")
             match self._mailbox.next_command():
@@ -176,9 +176,8 @@ class Membership:
                     pass
 
     def save_beside(self, holder: Holder) -> None:
-        """In another thread than the training thread: save, if that is what was asked for and the
-        training thread is fetching data. The train state does not change there, and it may not
-        leave before it is saved."""
+        """Save on request from another thread, if the training thread is fetching data. The state
+        does not change while it fetches, and it is held there until the state is saved."""
         with self._activity.held() as doing:
             if doing == "data" and holder.committed_step is not None and self._mailbox.take_save():
                 self._save(holder)

@@ -1,10 +1,10 @@
-"""Where the members of a generation find each other: one exchange of addresses, among members only.
+"""Authenticated rendezvous: the members of a generation exchange their addresses once.
 
-Gloo needs that every rank learns what every other rank wrote. Torch's own store gives that to
-whoever reaches its port, to read, to overwrite and to list. Here a member proves that it has the
-job's secret, which it was handed when it was started, writes once, and is answered once all have
-written; what was written is forgotten then. Both sides prove it for this connection and this
-message, so nothing that was overheard is worth anything. What is exchanged is not encrypted.
+Gloo needs every rank's entries on every rank. Torch's own store lets any process that reaches its
+port read, overwrite and list them. Here a member proves that it has the job's secret, received at
+its start, and writes once. When all have written, each gets all entries, which are then deleted.
+Both sides prove the secret for this connection and this message, so a recorded exchange cannot be
+replayed. The entries are not encrypted.
 """
 
 import asyncio
@@ -27,32 +27,32 @@ _c10d: Any = torch.distributed
 _NONCE_BYTES: Final = 32
 _PROOF_BYTES: Final = 32
 _MOST_BYTES: Final = 64 * 1024
-"""The longest message of one member."""
+"""Longest message of one member."""
 _MOST_ANSWER_BYTES: Final = 256 * 1024 * 1024
 _MOST_STRANGERS: Final = 64
-"""Connections that have proved nothing yet; with more the oldest is closed."""
+"""Most connections without a proof yet; with more, the oldest is closed."""
 _INTRODUCTION_S: Final = 10.0
-"""How long a connection may take to prove that it is a member's."""
+"""Longest time for a connection to prove that it is a member's."""
 _CONNECT_S: Final = 60.0
 
 
 class Address(NamedTuple):
-    """How a member reaches the rendezvous of its job."""
+    """Address and secret of a job's rendezvous."""
 
     host: str
     port: int
     secret: bytes
 
     def __repr__(self) -> str:
-        return f"Address({self.host}:{self.port})"  # never the secret, whoever prints it
+        return f"Address({self.host}:{self.port})"  # without the secret
 
 
 @final
 class Rendezvous:
-    """Listens on `host` alone, in a thread of its own, for as long as it is referred to.
+    """Listens on `host` only, in its own thread, until it is closed or garbage-collected.
 
-    Lives with the controller, never with a worker that may die. Raises `SpecError` if it cannot
-    listen there.
+    It runs in the controller's process, not in a worker that may die. Raises `SpecError` if it
+    cannot listen.
     """
 
     def __init__(self, host: str, port: int = 0) -> None:
@@ -62,7 +62,7 @@ class Rendezvous:
         exchange = _Exchange(listening, secret)
         threading.Thread(target=exchange.run_until_closed, daemon=True, name="rendezvous").start()
         self.close: Callable[[], object] = weakref.finalize(self, exchange.close)
-        """Stop listening; what happens anyway once nothing refers to this."""
+        """Stop listening; also called when this object is garbage-collected."""
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -82,7 +82,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 @final
 class _Exchange:
-    """The side that listens."""
+    """The listening side of the rendezvous."""
 
     def __init__(self, listening: socket.socket, secret: bytes) -> None:
         self._listening = listening
@@ -116,14 +116,14 @@ class _Exchange:
             writer.write(_sealed(self._secret, b"all", nonces, everything))
             await writer.drain()
         except (OSError, asyncio.IncompleteReadError, ValueError):
-            pass  # a stranger, or a member that left; nobody is there to be told
+            pass  # a stranger, or a member that left
         finally:
             writer.close()
 
     async def _introduced(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> tuple[bytes, dict[str, Any]]:
-        """The nonces of this connection, and what a member wrote; `ValueError` for a stranger."""
+        """Return nonces and message of a member. Raises `ValueError` for a stranger."""
         self._strangers[writer] = None
         if len(self._strangers) > _MOST_STRANGERS:
             next(iter(self._strangers)).transport.abort()
@@ -142,7 +142,7 @@ class _Exchange:
         return nonces, json.loads(text)
 
     async def _meet(self, reader: asyncio.StreamReader, wrote: dict[str, Any]) -> bytes:
-        """What all wrote, once all have; `ConnectionError` if this one goes away before."""
+        """Return all entries once all have written. Raises `ConnectionError` if this one leaves."""
         key, rank = wrote["key"], wrote["rank"]
         complete: asyncio.Future[bytes] = self._loop.create_future()
         here = self._meetings.setdefault(key, {})
@@ -168,12 +168,12 @@ class _Exchange:
 
 
 class MeetingFailed(RuntimeError):
-    """The rendezvous could not be reached, was not the job's, or was left before all had come."""
+    """The rendezvous cannot be reached, is not the job's, or was left before all had joined."""
 
 
 @final
 class Meeting(_c10d.Store):
-    """What one rank hands to gloo in a store's place: gloo writes once, and reads after that."""
+    """A store for gloo, for one rank: gloo writes its entries once, and then reads the others'."""
 
     def __init__(self, address: Address, *, key: str, rank: int, size: int) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class Meeting(_c10d.Store):
         self._wrote[key] = value.hex()
 
     def wait(self, keys: list[str], timeout: Any = None) -> None:
-        """Nothing: `get` waits."""
+        """Do nothing: `get` waits."""
 
     def get(self, key: str) -> bytes:
         if key in self._wrote:
@@ -198,7 +198,7 @@ class Meeting(_c10d.Store):
         return bytes.fromhex(self._all[key])
 
     def leave(self) -> None:
-        """Whoever waits in `get` gets a `MeetingFailed`; from any thread."""
+        """Make a waiting `get` raise `MeetingFailed`; may be called from any thread."""
         self._left = True
         if self._socket is not None:
             with contextlib.suppress(OSError):
@@ -231,7 +231,7 @@ def _sealed(secret: bytes, what: bytes, nonces: bytes, text: bytes) -> bytes:
 
 def _check(secret: bytes, what: bytes, nonces: bytes, text: bytes, proof: bytes) -> None:
     if not hmac.compare_digest(proof, _proof(secret, what, nonces, text)):
-        raise ValueError("who is there does not know the job's secret")
+        raise ValueError("the other side does not have the job's secret")
 
 
 def _proof(secret: bytes, what: bytes, nonces: bytes, text: bytes) -> bytes:

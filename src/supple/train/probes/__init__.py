@@ -1,1 +1,1 @@
-"""Stand-ins for `Job` that measure a script."""
+"""Measurements of a script: step time, memory, layers, with a stand-in for `Job`."""

@@ -1,4 +1,4 @@
-"""Measures a model layer by layer on one worker, for planning where to cut it into stages."""
+"""Measure a model's layers on one worker, for planning where to cut it into pipeline stages."""
 
 import time
 from collections.abc import Generator, Sequence
@@ -20,7 +20,7 @@ _WARM_UP, _STEPS = 2, 7
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
-    """What one worker measured of a script's model."""
+    """Measurements of the layers of a script's model on one worker."""
 
     layers: tuple[MeasuredLayer, ...]
     """In the order they are called."""
@@ -32,10 +32,11 @@ class LayerReport:
 
 
 def measure_layers(script: str, function: str, traces: Sequence[TracedMemory]) -> LayerReport:
-    """Forward times of every layer at the script's batch and at half of it; the backward pass,
-    which is timed as a whole, is divided among the layers like the forward pass. A layer is a child
-    of the model, or of a `ModuleList` or `Sequential` in it. `traces` (largest first) tell the
-    bytes. Raises `TrainingError` for a model that calls a layer twice."""
+    """Measure the time of every layer at the script's batch and at half of it.
+
+    The backward pass is timed as a whole and divided among the layers like the forward pass. A
+    layer is a child of the model, or of a `ModuleList` or `Sequential` in it. `traces` (largest
+    first) give the bytes. Raises `TrainingError` for a model that calls a layer twice."""
     probe = LayerProbe()
     if problem := StandIn(probe).run(script, function):
         raise TrainingError(problem)
@@ -44,7 +45,7 @@ def measure_layers(script: str, function: str, traces: Sequence[TracedMemory]) -
 
 @dataclass(slots=True)
 class _Seen:
-    """One layer's times and outputs, by micro-batch size."""
+    """One layer's forward times (s) by micro-batch size, and its output's size."""
 
     forward_s: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
     output_bytes: int = 0
@@ -53,7 +54,7 @@ class _Seen:
 
 @final
 class LayerProbe:
-    """An instrument: times the layers of the model, which are given one batch again and again."""
+    """An instrument that times the layers of the model on one repeated batch."""
 
     def __init__(self) -> None:
         self._layers: list[nn.Module] = []
@@ -64,15 +65,15 @@ class LayerProbe:
         self._backward_s: dict[int, list[float]] = {}
 
     def micro_batches(self, recipe: Recipe) -> Generator[MicroBatch, None, None]:
-        asked, self._recipe = recipe.batches, recipe
-        loader = replace(asked, num_loader_processes=0).loader(recipe.seed)
+        options, self._recipe = recipe.batches, recipe
+        loader = replace(options, num_loader_processes=0).loader(recipe.seed)
         known = loader.samples_total
-        self._total = known or asked.batch_size
+        self._total = known or options.batch_size
         largest = min(
-            asked.micro_batch_size or asked.batch_size,
-            known // asked.epochs if known else asked.batch_size,
+            options.micro_batch_size or options.batch_size,
+            known // options.epochs if known else options.batch_size,
         )
-        self._epochs = asked.epochs if known else 1
+        self._epochs = options.epochs if known else 1
         self._sizes = sorted({largest, max(1, largest // 2)}, reverse=True)
         self._layers = _layers(recipe.model)
         for layer in self._layers:
@@ -112,7 +113,7 @@ class LayerProbe:
         outputs = sum(seen.output_bytes for seen in self._seen.values()) or 1
         per_sample = (first.peak_bytes - first.state_bytes) / first.micro_batch_size
         num_parameters = sum(param.numel() for param in self._recipe.model.parameters())
-        # What is used without being called, as a bare weight, goes with the first layer.
+        # Parameters outside all layers are counted in the first layer.
         called = sum(param.numel() for layer in by_id.values() for param in layer.parameters())
         extra = num_parameters - called
         found: list[MeasuredLayer] = []
@@ -160,7 +161,7 @@ class LayerProbe:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """Children of the model; a `ModuleList` or `Sequential` stands for its own children."""
+    """Return the model's children, or theirs for a `ModuleList` or `Sequential`."""
     found: list[nn.Module] = []
     for child in model.children() if list(model.children()) else [model]:
         if isinstance(child, nn.ModuleList | nn.Sequential):

@@ -1,5 +1,6 @@
-"""Peak memory of a script's training step without computing it: the same operations on fake
-tensors, which have shapes and no data, counted by torch's own memory tracker.
+"""Trace the peak memory of a script's training step on fake tensors, without computing it.
+
+Fake tensors have shapes and no data; torch's memory tracker counts their bytes.
 
 A model far larger than this machine can be traced, on a machine without an accelerator.
 """
@@ -34,11 +35,11 @@ from supple.train.step.engine import TrainingError
 
 _TORCHS_OWN_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _STEPS = 2
-"""The second one finds the optimizer's state in place, as all later ones do."""
+"""Traced steps per size: in the second one the optimizer's state exists, as in all later ones."""
 _FEW = 4
-"""A micro-batch below it is traced at its double too: a half of one sample is none."""
+"""Samples; a smaller micro-batch is traced at its double too, as it has no useful fractions."""
 _FACTOR, _MOST = 4, 1024
-"""While the peak does not grow with the batch, so many times the size is traced next, up to so many
+"""If the peak does not grow with the batch, `_FACTOR` times the size is traced next, up to `_MOST`
 samples, which are read for it."""
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
@@ -46,7 +47,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "sgd-momentum": (SGD, {"momentum": 0.9}),
     "sgd": (SGD, {}),
 }
-"""What may stand in for a script's own. torch's Adafactor reads values, so it cannot be traced."""
+"""Optimizers that can replace the script's own. torch's Adafactor reads values: not traceable."""
 
 
 class TraceFailed(Exception):
@@ -55,15 +56,15 @@ class TraceFailed(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedJob:
-    """What a trace found out about a script."""
+    """The result of a memory trace of a script."""
 
     traces: tuple[TracedMemory, ...]
     """At least one; the largest micro-batch first."""
     batch_size: int
     dataset_size: int | None
-    """None: not known before the data was read."""
+    """None: not known without reading the data."""
     untraced: tuple[tuple[int, str], ...]
-    """Micro-batch sizes at which the script failed, each with the last line of why."""
+    """Micro-batch sizes at which the script failed, each with the last line of the error."""
 
 
 def trace_memory(
@@ -74,12 +75,13 @@ def trace_memory(
     optimizer: str | None = None,
     verbose: bool = False,
 ) -> TracedJob:
-    """Peak bytes at the script's micro-batch, at a half, a quarter and an eighth of it, and at
-    larger sizes where these do not tell what a sample needs. `recompute`
-    checkpoints the activations of every block: each entry of a `ModuleList` or `Sequential`.
-    `optimizer`, a key of `OPTIMIZERS`, replaces the script's. `verbose` leaves tracebacks whole.
-    Raises `SpecError` before any work, `TraceFailed` if the script cannot be traced at its own
-    micro-batch."""
+    """Trace peak bytes at the script's micro-batch, at a half, a quarter and an eighth of it, and
+    at larger sizes if these do not show the bytes per sample.
+
+    `recompute` checkpoints the activations of every block: each entry of a `ModuleList` or
+    `Sequential`. `optimizer`, a key of `OPTIMIZERS`, replaces the script's. `verbose` keeps whole
+    tracebacks. Raises `SpecError` before any work, `TraceFailed` if the script cannot be traced at
+    its own micro-batch."""
     tracer = MemoryTracer(recompute, optimizer)
     untraced: list[tuple[int, str]] = []
     num_found = 0
@@ -88,7 +90,7 @@ def trace_memory(
     ):
         if not tracer.found:
             raise TraceFailed(problem)
-        # A loop that was left after some batches goes on from the top, as long as it finds a size.
+        # A loop that is left early is run again, as long as each run traces another size.
         if _NEEDED not in problem or len(tracer.found) == num_found:
             untraced.append((tracer.pending.pop(0), problem.splitlines()[-1]))
         num_found = len(tracer.found)
@@ -104,10 +106,10 @@ _NEEDED = f"the {_STEPS} batches that a trace takes"
 
 
 def _attempt(tracer: "MemoryTracer", script: str, function: str, verbose: bool) -> str:
-    """Trace what is pending; why it could not all be, or nothing."""
+    """Trace the pending sizes; return why some could not be traced, else an empty text."""
     job = StandIn(tracer, build=tracer.build, make=tracer.make)
     before = _TORCHS_OWN_LOG.level
-    if not verbose:  # it logs what it raises, and we tell that
+    if not verbose:  # torch logs the errors that it raises; they are reported here
         _TORCHS_OWN_LOG.setLevel(logging.CRITICAL)
     try:
         problem = job.run(script, function, _NEEDED)
@@ -128,12 +130,12 @@ def _attempt(tracer: "MemoryTracer", script: str, function: str, verbose: bool) 
 
 @final
 class MemoryTracer:
-    """An instrument: counts the bytes of two steps at each of several sizes, on fake tensors."""
+    """An instrument that counts the bytes of `_STEPS` steps at several sizes, on fake tensors."""
 
     def __init__(self, recompute: bool, optimizer: str | None) -> None:
         self.found: list[TracedMemory] = []
         self.pending: list[int] = []
-        """Sizes to trace; the first is the one in flight."""
+        """Sizes still to trace, the current one first."""
         self.batch_size = 0
         self.dataset_size: int | None = None
         self._instead = None if optimizer is None else OPTIMIZERS[optimizer]
@@ -141,7 +143,7 @@ class MemoryTracer:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def build(self, build: Callable[[], nn.Module]) -> nn.Module:
-        """The script's model, without data."""
+        """Build the script's model from fake tensors."""
         with self._fake:
             model = build()
         if self._recompute:
@@ -156,18 +158,18 @@ class MemoryTracer:
     def make(
         self, cls: Callable[..., Optimizer], params: Iterable[Tensor], lr: float, **options: Any
     ) -> Optimizer:
-        """The script's optimizer, or what was asked for in its place."""
+        """Make the script's optimizer, or the requested replacement."""
         if self._instead is not None:
             cls, options = self._instead
         with self._fake:
             return cls(params, lr=lr, **options)
 
     def micro_batches(self, recipe: Recipe) -> Generator[MicroBatch, None, None]:
-        asked, self._optimizer = recipe.batches, recipe.optimizer
-        loader = replace(asked, epochs=1, num_loader_processes=0).loader(recipe.seed)
+        options, self._optimizer = recipe.batches, recipe.optimizer
+        loader = replace(options, epochs=1, num_loader_processes=0).loader(recipe.seed)
         if not self.found:
-            self.batch_size, self.dataset_size = asked.batch_size, loader.samples_total
-            self.pending = _sizes(asked.micro_batch_size or asked.batch_size, self.dataset_size)
+            self.batch_size, self.dataset_size = options.batch_size, loader.samples_total
+            self.pending = _sizes(options.micro_batch_size or options.batch_size, self.dataset_size)
         while self.pending:
             batch = _first(loader, self.pending[0])
             tracker = MemTracker()
@@ -188,7 +190,7 @@ class MemoryTracer:
     def step(self, loss: Tensor, micro: MicroBatch, clip_norm: float | None) -> bool:
         loss.backward()
         self._optimizer.step()
-        # Ours keeps its gradients, as views of flat buckets.
+        # `GradientReducer` keeps the gradients, as views of flat buckets.
         self._optimizer.zero_grad(set_to_none=False)
         return True
 
@@ -217,7 +219,7 @@ def _account(recipe: Recipe, size: int, tracker: MemTracker) -> TracedMemory:
 
 
 def _sizes(largest: int, dataset_size: int | None) -> list[int]:
-    """The largest first, since it is what the script is known to run with."""
+    """Return the sizes to trace, the largest first: the script is known to run with it."""
     most = largest if dataset_size is None else min(largest, dataset_size)
     sizes = [most, *sorted({max(1, most // part) for part in (2, 4, 8)} - {most}, reverse=True)]
     if most < _FEW and (dataset_size is None or 2 * most <= dataset_size):
@@ -226,8 +228,8 @@ def _sizes(largest: int, dataset_size: int | None) -> list[int]:
 
 
 def _larger(found: list[TracedMemory], dataset_size: int | None) -> list[int]:
-    """Where the peak of the largest sizes is not the batch's but the optimizer's: a size at which
-    it may be, if there are so many samples and they are not too many to read."""
+    """Return a larger size to trace if the peak does not grow with the batch (the optimizer step
+    sets it), and the dataset has so many samples, at most `_MOST`."""
     ordered = sorted(found, key=lambda trace: trace.micro_batch_size)
     size = _FACTOR * ordered[-1].micro_batch_size
     grows = len(ordered) > 1 and ordered[-1].peak_bytes > ordered[-2].peak_bytes
@@ -235,7 +237,7 @@ def _larger(found: list[TracedMemory], dataset_size: int | None) -> list[int]:
 
 
 def _first(loader: Loader, size: int) -> MicroBatch:
-    """A real micro-batch: only its shapes and types are used."""
+    """Return a real micro-batch; only its shapes and types are used."""
     with _disable_current_modes():
         loader.place(loader.position, 0, 1, size, size)
         return next(iter(loader.feed()))
@@ -246,7 +248,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def _blocks(model: nn.Module) -> set[int]:
-    """Entries of the outermost `ModuleList`s and `Sequential`s that hold parameters."""
+    """Return ids of the outermost `ModuleList` and `Sequential` entries with parameters."""
     found: set[int] = set()
 
     def visit(module: nn.Module) -> None:

@@ -1,5 +1,5 @@
-"""`Probe`: measures a few steps of each of several sizes of a script. The same step engine does the
-work, so it measures what `supple train` will run.
+"""`Probe`: measures step time, memory and noise scale of a script at several batch sizes, with the
+step engine of `supple train`.
 """
 
 import resource
@@ -24,22 +24,23 @@ from supple.train.step.rate import LearningRate
 _WARM_UP, _FEWEST_NOISE_STEPS = 2, 4
 _NOISE_EVERY, _NEVER = 2, sys.maxsize
 _ENDLESS = sys.maxsize
-"""Epochs of the probe's loader: one that ends would stop the processes that fetch its samples."""
+"""Epochs of the probe's loader: a loader that ends stops the processes that fetch its samples."""
 _MESSAGE_BYTES = (4_096, 65_536, 524_288, 4_194_304, 16_777_216, 67_108_864)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeSize:
-    """A size to measure on every rank. Without a number of accumulation steps: the share that one
-    of `divide_by` workers has of the script's batch, cut as the script's cap on a micro-batch asks.
-    With one: so many micro-batches, each the largest that the script allows divided by
-    `divide_by`."""
+    """A batch size to measure on every rank.
+
+    Without `num_accumulation_steps`: one of `divide_by` workers' share of the script's batch, cut
+    by the script's limit on a micro-batch. With it: that many micro-batches, each the script's
+    largest one divided by `divide_by`."""
 
     divide_by: int = 1
     num_accumulation_steps: int | None = None
 
     def cut(self, batch_size: int, largest_micro_batch: int) -> tuple[int, int]:
-        """(micro-batch, samples of a rank's step), neither more than the batch."""
+        """Return (micro-batch size, samples of a rank's step), both at most the batch."""
         if self.num_accumulation_steps is None:
             share = -(-batch_size // self.divide_by)
             num_pieces = -(-share // largest_micro_batch)
@@ -61,7 +62,7 @@ class ProbeResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeReport:
-    """What one rank measured."""
+    """The measurements of one rank."""
 
     phases: tuple[ProbeResult, ...]
     collectives: tuple[tuple[int, float], ...]
@@ -69,26 +70,27 @@ class ProbeReport:
     noise_scale: float | None
     gradient_bytes: int
     dataset_size: int | None
-    """None where the dataset has no length; then nothing was measured."""
+    """None if the dataset has no length; then nothing was measured."""
     epochs: int
     batch_size: int
-    """The script's own."""
+    """The script's batch size."""
     base_batch_size: int
-    """The same, no more than the dataset has: what a step really takes."""
+    """Samples that a step really takes: `batch_size`, at most the dataset's size."""
     largest_micro_batch: int | None
-    """The script's cap; None where it has none."""
+    """The script's limit; None without one."""
     base_lr: float
     optimizer_name: str
     first_step_s: float
-    """From making the probe to the end of the first step."""
+    """Seconds from the probe's construction to the end of the first step."""
 
 
 @final
 class Probe:
-    """An instrument: times steps, alone or as one rank of `group`. A phase has `num_noise_steps`
-    for the noise scale, whose norms may take longer than the step itself, or a warm-up, and then
-    `num_steps` that are timed; one of a single worker has fewer of both where they take longer than
-    `step_budget_s` in the mean."""
+    """An instrument that times steps, alone or as one rank of `group`.
+
+    A phase has `num_noise_steps` for the noise scale, whose norms may take longer than the step, or
+    a warm-up; then `num_steps` timed steps. A single worker runs fewer of both if their mean time
+    exceeds `step_budget_s`."""
 
     report_made: ProbeReport
     """The report of a complete measurement."""
@@ -111,19 +113,19 @@ class Probe:
         self._first_step_s = 0.0
 
     def micro_batches(self, recipe: Recipe) -> Generator[MicroBatch, None, None]:
-        asked, optimizer = recipe.batches, recipe.optimizer
-        loader = replace(asked, epochs=_ENDLESS).loader(recipe.seed)
+        options, optimizer = recipe.batches, recipe.optimizer
+        loader = replace(options, epochs=_ENDLESS).loader(recipe.seed)
         start = loader.position
         total = loader.samples_total
-        size = asked.batch_size if total is None else max(1, total // _ENDLESS)
-        batch = min(asked.batch_size, size)
+        size = options.batch_size if total is None else max(1, total // _ENDLESS)
+        batch = min(options.batch_size, size)
         rate = LearningRate("auto", type(optimizer).__name__)  # no schedule: it may begin with 0
         rate.base_lr, rate.base_batch = recipe.rate.base_lr, batch
         spec = TrainSpec(name="probe", script="")
         engine = self._engine = StepEngine(spec, recipe.model, optimizer, loader, rate, [])
         results: list[ProbeResult] = []
         for phase in () if total is None else self._phases:
-            micro, whole = phase.cut(batch, asked.micro_batch_size or batch)
+            micro, whole = phase.cut(batch, options.micro_batch_size or batch)
             full = _FullBatches(loader, start, size, micro, whole)
             results.append((yield from self._measure(full, micro, whole)))
         self.report_made = ProbeReport(
@@ -132,10 +134,10 @@ class Probe:
             noise_scale=engine.noise.noise_scale,
             gradient_bytes=engine.gradient_bytes,
             dataset_size=None if total is None else size,
-            epochs=asked.epochs,
-            batch_size=asked.batch_size,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
             base_batch_size=batch,
-            largest_micro_batch=asked.micro_batch_size,
+            largest_micro_batch=options.micro_batch_size,
             base_lr=rate.base_lr,
             optimizer_name=engine.optimizer_name,
             first_step_s=self._first_step_s,
@@ -150,7 +152,7 @@ class Probe:
     def _measure(
         self, batches: "_FullBatches", micro: int, whole: int
     ) -> Generator[MicroBatch, None, ProbeResult]:
-        """One phase: steps of `whole` samples in micro-batches of `micro`."""
+        """Measure one phase: steps of `whole` samples in micro-batches of `micro`."""
         engine = self._engine
         _reset_peak()
         if self._num_noise_steps:
@@ -175,7 +177,7 @@ class Probe:
     def _take(
         self, batches: "_FullBatches", num_steps: int, *, least: int
     ) -> Generator[MicroBatch, None, int]:
-        """Hand out the micro-batches of so many steps; how many they were."""
+        """Yield the micro-batches of up to `num_steps` steps; return the number of steps."""
         began = time.monotonic()
         for done in range(num_steps):
             late = time.monotonic() - began > self._step_budget_s * num_steps
@@ -204,8 +206,7 @@ class Probe:
 
 @final
 class _FullBatches:
-    """Sees to it that a loader gives full batches only: the short last one of an epoch would be
-    timed as if it were full."""
+    """Makes a loader yield full batches only: an epoch's short last one would be timed as full."""
 
     def __init__(self, loader: Loader, start: Any, size: int, micro: int, whole: int) -> None:
         self._loader = loader
@@ -215,7 +216,7 @@ class _FullBatches:
         loader.place(start, 0, 1, whole, micro)
 
     def turn(self) -> None:
-        """Before every step: where the epoch has no full batch left, the next one begins."""
+        """Start the next epoch if this one has no full batch left; call it before every step."""
         if self._left < self._whole:
             if self._left:
                 start = replace(self._start, epoch=self._loader.epoch + 1)
@@ -225,7 +226,7 @@ class _FullBatches:
 
 
 def _reset_peak() -> None:
-    """Make the kernel forget this process's peak memory (Linux: see proc(5), clear_refs)."""
+    """Reset this process's peak memory in the kernel (Linux: see proc(5), clear_refs)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

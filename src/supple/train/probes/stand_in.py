@@ -1,8 +1,8 @@
-"""`StandIn`: handed to a training function in place of a `Job`, to measure the script.
+"""`StandIn`: replaces `Job` as the training function's argument, to measure the script.
 
-It records what the script states and refuses what a job refuses. What its loop is given, and what
-a step of it does, is up to an instrument: the timing of `supple plan`, the memory trace of
-the memory and the layers of `supple plan --accelerator`. Nothing is written and nothing is kept.
+It records the script's arguments with the checks of a job. An instrument supplies the loop's
+batches and executes the steps: the timing of `supple plan`, or the memory trace and layer times of
+`supple plan --accelerator`. Nothing is written and nothing is kept.
 """
 
 import operator
@@ -22,15 +22,15 @@ from supple.train.script import run
 
 
 class Instrument(Protocol):
-    """What measures a script's loop."""
+    """Measures a script's loop: supplies its micro-batches and executes its steps."""
 
     def micro_batches(self, recipe: Recipe) -> Generator[MicroBatch, None, None]:
-        """What the loop is given, each stepped before the next is asked for; when they end, the
-        measurement is complete. Called when the loop begins, closed where the script leaves it."""
+        """Yield the loop's micro-batches, each stepped before the next is requested; their end
+        completes the measurement. Called when the loop begins, closed when the script leaves it."""
         ...
 
     def step(self, loss: Tensor, micro: MicroBatch, clip_norm: float | None) -> bool:
-        """The script has computed the loss of `micro`. True if that completes an optimizer step."""
+        """Execute a step for `loss`; return whether it completes an optimizer step."""
         ...
 
 
@@ -42,9 +42,8 @@ class MeasurementComplete(BaseException):
 class StandIn:
     """One run of a script, up to the end of its measurement.
 
-    It stays at the run's beginning, in epoch 0, and as its steps are thrown away it never leads.
-    `build(f)` makes the model of the script's factory, and `make(cls, params, lr=..., ...)` its
-    optimizer.
+    Its epoch stays 0, and it never leads, as its steps are undone. `build(f)` makes the model from
+    the script's factory, and `make(cls, params, lr=..., ...)` its optimizer.
     """
 
     def __init__(
@@ -65,8 +64,8 @@ class StandIn:
         self._hand = Hand()
 
     def run(self, script: str, function: str, needed: str = "all was measured") -> str:
-        """Call the training function; why it did not come to the end of its measurement, or
-        nothing. Raises what the script raises, and `TrainingError` or `SpecError` as a job does."""
+        """Call the training function; return why the measurement is incomplete, else an empty text.
+        Raises the script's errors, and `TrainingError` or `SpecError` as a job does."""
         job: JobProtocol = self
         try:
             run(script, function, job)
@@ -102,8 +101,8 @@ class StandIn:
         micro_batch_size: int | None = None,
     ) -> Iterator[Any]:
         sizes = num_workers, micro_batch_size
-        asked = Batches(dataset, batch_size, epochs, shuffle, collate_fn, *sizes)
-        self._recipe.take_batches(asked)
+        options = Batches(dataset, batch_size, epochs, shuffle, collate_fn, *sizes)
+        self._recipe.take_batches(options)
         with closing(self._instrument.micro_batches(self._recipe)) as given:
             for micro in given:
                 yield from self._hand.give(micro)

@@ -1,1 +1,1 @@
-"""One optimizer step: micro-batches, one reduction, one update, and what is measured of it."""
+"""One optimizer step: micro-batches, gradient reduction, update, and its measurements."""

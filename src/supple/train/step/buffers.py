@@ -1,5 +1,5 @@
-"""Buffers that a forward pass changes, such as a batch norm's: the same on all ranks after a step,
-and as they were if the step did not commit."""
+"""Synchronize buffers that a forward pass changes (a batch norm's, for example) over ranks, and
+restore them if the step does not commit."""
 
 from collections.abc import Sequence
 from typing import final
@@ -10,28 +10,28 @@ from torch import Tensor
 
 @final
 class ChangedBuffers:
-    """Floating-point ones are averaged over the samples of the global batch (`averaged`); of the
-    others, which count, all ranks take what rank 0 added."""
+    """Floating-point buffers (`averaged`) are averaged over the samples of the global batch. The
+    others are counters: all ranks add the increment of rank 0."""
 
     def __init__(self, buffers: Sequence[Tensor]) -> None:
         self.averaged = [buffer for buffer in buffers if buffer.is_floating_point()]
         self._all = list(buffers)
         self.num_counts = sum(b.numel() for b in buffers if not b.is_floating_point())
-        """Numbers in `counted`."""
+        """Length of `counted`."""
         self._before: list[Tensor] = []
         self.begin()
 
     def begin(self) -> None:
-        """A step begins here."""
+        """Store the buffers at the beginning of a step."""
         self._before = [buffer.clone() for buffer in self._all]
 
     def restore(self) -> None:
-        """Back to where the step began."""
+        """Set the buffers back to the beginning of the step."""
         for buffer, before in zip(self._all, self._before, strict=True):
             buffer.copy_(before)
 
     def counted(self) -> list[float]:
-        """What was added to each counter since the step began."""
+        """Return the increments of all counters since the step began, flat."""
         counters = zip(self._all, self._before, strict=True)
         parts = [
             (buffer - before).reshape(-1).to(torch.float64)
@@ -41,7 +41,7 @@ class ChangedBuffers:
         return torch.cat(parts).tolist() if parts else []
 
     def count(self, added: Sequence[float]) -> None:
-        """Every counter becomes what it was when the step began, plus `added`."""
+        """Set every counter to its value at the beginning of the step, plus `added`."""
         at = 0
         for buffer, before in zip(self._all, self._before, strict=True):
             if not buffer.is_floating_point():
@@ -50,11 +50,11 @@ class ChangedBuffers:
                 at += buffer.numel()
 
     def packed(self, weight: float) -> list[Tensor]:
-        """The averaged ones, flat and multiplied by `weight`."""
+        """Return the averaged buffers, flat and multiplied by `weight`."""
         return [buffer.reshape(-1) * weight for buffer in self.averaged]
 
     def unpack(self, flat: Tensor) -> None:
-        """Take the averaged ones from `flat`, where they lie as `packed` gave them."""
+        """Set the averaged buffers from `flat`, which has the layout of `packed`."""
         at = 0
         for buffer in self.averaged:
             buffer.copy_(flat[at : at + buffer.numel()].view_as(buffer))
@@ -62,5 +62,5 @@ class ChangedBuffers:
 
     @property
     def num_averaged(self) -> int:
-        """Numbers in `packed`."""
+        """Number of elements in `packed`."""
         return sum(buffer.numel() for buffer in self.averaged)

@@ -1,7 +1,7 @@
-"""One optimizer step: micro-batches, one reduction, one update. Knows nothing of generations.
+"""`StepEngine`: one optimizer step: micro-batches, gradient reduction, update. No generations here.
 
-What it changes before a step has committed (gradients, sums) is thrown away with `abandon`; what a
-commit changes (weights, optimizer, count, position, noise scale) changes nowhere else.
+Changes before a commit (gradients, sums) are undone by `abandon`. Weights, optimizer, step count,
+position and noise scale change only in `commit`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,16 +24,16 @@ from supple.train.step.reduce import GradientReducer
 from supple.train.step.reproducible import TreeReducer
 
 _SAMPLES, _HEARD, _LOSS, _SQ_NORM, _NUM_PARTS, _NUM_STATS = range(6)
-"""What rides along with the gradients, before the loader's own numbers."""
+"""Indices of the statistics that are reduced with the gradients; the loader's numbers follow."""
 _CHECK_WEIGHTS_EVERY = 16
-"""Steps: looking at every weight costs a pass over them."""
+"""Steps between two checks that all weights are finite, each a pass over the weights."""
 
 __all__ = ["StepEngine", "TrainingError"]
 
 
 @final
 class StepEngine:
-    """The steps of one model. `changed_buffers` are those that a forward pass changes."""
+    """Runs the steps of one model. `changed_buffers` are those that a forward pass changes."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class StepEngine:
     ) -> None:
         self.step = 0
         self.is_updating = False
-        """The train state is between two steps: half of an update may have been applied."""
+        """An update is in progress: it may have been applied in part."""
         self.noise = NoiseState()
         self.meter = Meter()
         self._spec = spec
@@ -73,7 +73,7 @@ class StepEngine:
         self._loss_sum, self._num_samples = 0.0, 0
 
     def micro_batches(self, *, alone: bool) -> Iterator[MicroBatch]:
-        """Begin a step: this rank's micro-batches of it, possibly none. `alone`: no other rank."""
+        """Begin a step: yield this rank's micro-batches, possibly none. `alone`: no other rank."""
         self._loss_sum, self._num_samples = 0.0, 0
         self._reducer.zero()
         if self._tree is not None:
@@ -96,7 +96,7 @@ class StepEngine:
     def backward(
         self, loss: Tensor, micro: MicroBatch, group: Group | None, heard: Callable[[], bool]
     ) -> None:
-        """Add the gradient of one micro-batch; with the step's last, start the reduction."""
+        """Add the gradient of one micro-batch; with the last of a step, start the reduction."""
         self.meter.lap("forward")
         weight = micro.num_samples / self._loader.planned_samples
         self._loss_sum += float(loss.detach()) * micro.num_samples
@@ -111,7 +111,7 @@ class StepEngine:
             self._noise_meter.after_micro_batch(weight)
 
     def arm(self, group: Group | None, heard: Callable[[], bool]) -> None:
-        """Let buckets reduce as they fill. `heard()`: is a next generation announced?"""
+        """Reduce buckets as they fill. `heard()` returns whether a next generation is announced."""
         self._reducer.arm(
             group,
             before_launch=self._noise_meter.before_launch,
@@ -120,12 +120,13 @@ class StepEngine:
         )
 
     def commit(self, clip_norm: float | None, fraction: float) -> bool:
-        """Wait for the reduction, update, count. True if some rank has heard of a next generation.
+        """Wait for the reduction, update, count; return whether any rank has heard of a next
+        generation.
 
         A step that is left out because it is not finite counts, with its samples, and updates
-        nothing. Raises `CollectiveFailed` with nothing changed (call `abandon`), and
-        `TrainingError` where a step that is not finite must stop the job (the state is that of the
-        step before), or where an update has made the weights so.
+        nothing. Raises `CollectiveFailed` with nothing changed (call `abandon`). Raises
+        `TrainingError` if a step that is not finite must stop the job (with the state of the step
+        before), or if the weights are no longer finite.
         """
         stats = self._reducer.finish()
         self.meter.lap("sync")
@@ -148,7 +149,7 @@ class StepEngine:
         return stats[_HEARD] > 0
 
     def to_json(self) -> dict[str, Any]:
-        """What its steps add to the train state, beside tensors and optimizer settings."""
+        """Return the engine's part of the train state, without tensors and optimizer settings."""
         skipped = [self.finite.num_skipped, self.finite.num_skipped_in_a_row]
         return {"step": self.step, "noise": self.noise.to_json(), "skipped": skipped}
 
@@ -159,11 +160,11 @@ class StepEngine:
         self.finite.num_skipped, self.finite.num_skipped_in_a_row = values.get("skipped", (0, 0))
 
     def measure_noise(self, every: int) -> None:
-        """Take the gradients' norms every so many steps from now on; between two steps."""
+        """Measure the gradients' norms every `every` steps from now on; call it between steps."""
         self._noise_meter.every(every)
 
     def abandon(self) -> None:
-        """The step in flight did not commit: as if it had not begun."""
+        """Undo the step in flight, which did not commit."""
         self._reducer.abandon()
         self.meter.restart()
 
@@ -198,7 +199,7 @@ class StepEngine:
         self._optimizer.step()
 
     def _correct_weights(self, num_samples: float) -> None:
-        """Iterable shards may run dry before the planned batch is full."""
+        """Rescale gradients if iterable shards ended before the planned batch was full."""
         planned = self._loader.planned_samples
         if num_samples not in (0, planned):
             for bucket in self._reducer.buckets:

@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient is not a finite number: found before the update, and then left out
-or refused, as `--on-non-finite` says.
+"""Detect a loss, gradient or weight that is not finite, and skip the step or stop the job
+(`--on-non-finite`).
 
-Every rank looks at the same reduced bits, so all decide alike and nothing is sent.
+Every rank checks the same reduced bits, so all decide alike without communication.
 """
 
 import math
@@ -15,17 +15,18 @@ from supple.core.spec import OnNonFinite
 from supple.train.step.reduce import Bucket
 
 MOST_SKIPPED_IN_A_ROW = 10
+"""Steps; one more stops the job."""
 _NAMED = 3
+"""Tensors named in a message."""
 
 
 class TrainingError(Exception):
-    """The user's script asked for something that cannot work. The message is complete."""
+    """The user's script does something that cannot work. The message is complete."""
 
 
 @final
 class FiniteSteps:
-    """Judges the steps of the trained parameters `names`, and counts those that were left out.
-    `buffers` are those that a forward pass changes."""
+    """Decides which steps to skip. `buffers`: those that a forward pass changes."""
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class FiniteSteps:
         buffers: Mapping[Tensor, str],
     ) -> None:
         self.num_skipped = 0
-        """In the whole run."""
+        """Steps left out in the whole run."""
         self.num_skipped_in_a_row = 0
         self._choice: OnNonFinite = choice
         self._names = names
@@ -43,13 +44,13 @@ class FiniteSteps:
     def must_skip(
         self, loss: float, buckets: Sequence[Bucket], *, step: int, lr: float, num_samples: float
     ) -> bool:
-        """Is step number `step` to be left out? Counts it if so.
+        """Return whether step number `step` is left out, and count it if so.
 
         Raises `TrainingError`, before anything has changed, if it must stop the job instead.
         """
-        asked = f"at step {step} (learning rate {lr:g}, batch of {num_samples:.0f})"
+        where = f"at step {step} (learning rate {lr:g}, batch of {num_samples:.0f})"
         if not math.isfinite(loss):
-            problem = f"the loss is {loss} {asked}"
+            problem = f"the loss is {loss} {where}"
         elif bad := [bucket for bucket in buckets if not is_finite(bucket.grads)]:
             gradients = [
                 (self._names.get(param, "a parameter of the optimizer"), view)
@@ -57,7 +58,7 @@ class FiniteSteps:
                 for param, view in zip(bucket.params, bucket.views, strict=True)
             ]
             named = _named([name for name, view in gradients if not is_finite(view)])
-            problem = f"the loss is {loss:g} and its gradient is not finite in {named} {asked}"
+            problem = f"the loss is {loss:g} and its gradient is not finite in {named} {where}"
         else:
             self.num_skipped_in_a_row = 0
             return False
@@ -78,17 +79,16 @@ class FiniteSteps:
         return True
 
     def check_weights(self, step: int, lr: float) -> None:
-        """Raise `TrainingError` if the weights after `step` are not finite: an update made them so
-        from a finite gradient, and no step that follows can mend them."""
+        """Raise `TrainingError` if weights after `step` are not finite: no step repairs them."""
         looked_at = self._looked_at.items()
         bad = [name for tensor, name in looked_at if not is_finite(tensor.detach())]
         if bad:
             raise TrainingError(
-                f"the weights are not finite after step {step}, in {_named(bad)}. No loss or "
-                f"gradient was applied that is not finite: an update (learning rate {lr:g}) made "
-                "them so, or a forward pass, where they are buffers. They are not saved. Lower the "
-                "learning rate or clip gradients (job.step(loss, clip_norm=1.0)), and go on from a "
-                "checkpoint before."
+                f"the weights are not finite after step {step}, in {_named(bad)}. All applied "
+                f"losses and gradients were finite: an update (learning rate {lr:g}) made the "
+                "weights so, or a forward pass made buffers so. They are not saved. Lower the "
+                "learning rate or clip gradients (job.step(loss, clip_norm=1.0)), and resume from "
+                "an earlier checkpoint."
             )
 
 
@@ -99,10 +99,10 @@ _ADVICE = (
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Is every number in it finite?"""
+    """Return whether every number in `tensor` is finite."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    # A sum is finite only of finite numbers, and may overflow although all of them are.
+    # A finite sum proves finite numbers; a sum of finite numbers may still overflow.
     return math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all())
 
 

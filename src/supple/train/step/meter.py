@@ -1,4 +1,4 @@
-"""Where the time of a step goes: data, forward, backward, waiting for peers, optimizer."""
+"""`Meter`: measures the parts of a step's time: data, forward, backward, sync, optimizer."""
 
 import time
 from collections import deque
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 _WINDOW = 50
+"""Steps that are kept for the medians."""
 _PARTS = ("data", "forward", "backward", "sync", "optimizer")
 
 
@@ -17,13 +18,13 @@ class StepTimes:
     forward_s: float
     backward_s: float
     sync_s: float
-    """Exposed: waiting for the all-reduce after the backward pass ended."""
+    """Exposed communication: the wait for the all-reduce after the end of the backward pass."""
     optimizer_s: float
     step_time_s: float
 
 
 class Meter:
-    """A stopwatch with one lap per part of a step; keeps the last 50 steps."""
+    """A stopwatch with one lap per part of a step; keeps the last `_WINDOW` steps."""
 
     def __init__(self) -> None:
         self._steps: deque[StepTimes] = deque(maxlen=_WINDOW)
@@ -31,19 +32,19 @@ class Meter:
         self._mark = self._began = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """The time since the last lap belongs to `part`."""
+        """Add the time since the last lap to `part`."""
         now = time.perf_counter()
         self._parts[part] += now - self._mark
         self._mark = now
 
     def restart(self) -> None:
-        """Forget the step in flight (a resize or a failure came between)."""
+        """Drop the step in flight, interrupted by a resize or a failure."""
         for part in self._parts:
             self._parts[part] = 0.0
         self._mark = self._began = time.perf_counter()
 
     def end_step(self) -> StepTimes:
-        """Close the step in flight and begin the next."""
+        """End the step in flight, begin the next, and return the times."""
         parts = self._parts
         times = StepTimes(
             data_s=parts["data"],
@@ -58,12 +59,12 @@ class Meter:
         return times
 
     def forget(self) -> None:
-        """Drop the history: another generation's times are another distribution."""
+        """Drop the history: another generation has other step times."""
         self._steps.clear()
         self.restart()
 
     def medians(self) -> StepTimes | None:
-        """Medians over the last steps, part by part; None before the first."""
+        """Return the median of each part over the last steps; None before the first step."""
         if not self._steps:
             return None
         return StepTimes(

@@ -1,9 +1,9 @@
-"""The gradient norms behind the noise scale, taken from gradients the job computes anyway.
+"""`NoiseMeter`: measures gradient norms for the gradient noise scale, from the job's own gradients.
 
-On every eighth step: the mean squared norm of the parts' gradients against the squared norm of
-their mean. The parts are the ranks; on one rank the micro-batches of the step; with one
-micro-batch, two consecutive steps. Where the optimizer keeps second moments (Adam), gradients are
-divided by their root first, as the optimizer will (Pollux, OSDI 2021, section 3.1).
+On every eighth step: the mean squared norm of the parts' gradients, and the squared norm of their
+mean. The parts are the ranks; on one rank the step's micro-batches; with one micro-batch, two
+consecutive steps. If the optimizer keeps second moments (Adam), gradients are first divided by
+their root, as the optimizer does (Pollux, OSDI 2021, section 3.1).
 """
 
 from collections.abc import Sequence
@@ -36,11 +36,11 @@ class NoiseMeter:
         self._first_of_pair = self._second_of_pair = False
 
     def every(self, num_steps: int) -> None:
-        """From the next step on, a sample every so many steps."""
+        """Take a sample every `num_steps` steps, from the next step on."""
         self._every, self._previous = num_steps, None
 
     def begin(self, step: int, *, alone: bool, num_micro_batches: int) -> None:
-        """Before the first backward pass of a step. `alone`: there are no other ranks."""
+        """Prepare a step; call it before its first backward pass. `alone`: no other ranks."""
         phase = step % self._every
         self._pairing = alone and num_micro_batches == 1
         self._within = alone and num_micro_batches > 1 and phase == 0
@@ -56,7 +56,7 @@ class NoiseMeter:
             self._previous = [torch.zeros_like(bucket.grads) for bucket in self._buckets]
 
     def after_micro_batch(self, weight: float) -> None:
-        """After one backward pass; its loss was scaled by `weight`."""
+        """Measure one micro-batch after its backward pass, with the loss scaled by `weight`."""
         if self._within and self._previous is not None and weight > 0:
             difference = [
                 bucket.grads - before
@@ -66,12 +66,12 @@ class NoiseMeter:
             self._previous = [bucket.grads.clone() for bucket in self._buckets]
 
     def before_launch(self, index: int) -> None:
-        """Bucket `index` still holds this rank's own gradient."""
+        """Measure bucket `index`, which still holds this rank's own gradient."""
         if self._across:
             self._local += self._sq_norm_of(self._buckets[index].grads, index)
 
     def local_stats(self, weight: float) -> tuple[float, float]:
-        """(sum over this rank's parts of their gradients' squared norms, number of parts), to be
+        """Return (sum of the squared gradient norms of this rank's parts, number of parts), to be
         summed over ranks. `weight` is this rank's share of the global batch."""
         if self._across and weight > 0:
             return self._local / weight**2, 1.0
@@ -80,7 +80,7 @@ class NoiseMeter:
     def sample(
         self, summed_sq_norm: float, num_parts: float, num_samples: float
     ) -> NoiseSample | None:
-        """After the reduction: the sample of this step, or None where it has none."""
+        """Return the step's sample, None if it has none; call it after the reduction."""
         if self._across and num_parts >= 2:
             return NoiseSample(
                 num_parts=round(num_parts),
@@ -111,7 +111,7 @@ class NoiseMeter:
         return None
 
     def discard(self) -> None:
-        """The step that was reduced is not applied, and no sample is made of it."""
+        """Take no sample from the reduced step, which is not applied."""
         self._previous = None
 
     def _sq_norm(self, gradients: Sequence[Tensor]) -> float:
@@ -124,8 +124,8 @@ class NoiseMeter:
 
 
 def _inverse_scale(bucket: Bucket, optimizer: Optimizer) -> Tensor | None:
-    """1 / (sqrt(v / (1 - beta2^t)) + eps) beside the bucket's gradients; None where the optimizer
-    keeps no second moments (or has made fewer than five steps, when they say nothing yet)."""
+    """Return 1 / (sqrt(v / (1 - beta2^t)) + eps) in the layout of the bucket's gradients; None if
+    the optimizer keeps no second moments or has made fewer than five steps."""
     settings = {param: group for group in optimizer.param_groups for param in group["params"]}
     parts: list[Tensor] = []
     for param in bucket.params:

@@ -1,5 +1,4 @@
-"""The learning rate in force: what the user tuned, times the rule for another batch, times the
-schedule; with a warm-up after a jump."""
+"""Learning rate of a step: base rate, batch-size rule, warm-up after an increase, schedule."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, final
@@ -10,7 +9,8 @@ from supple.core.training.goodput import OptimizerFamily, family_of, learning_ra
 
 @final
 class LearningRate:
-    """`base_lr` belongs to `base_batch` samples; `schedule` maps the fraction done to a factor."""
+    """Computes a step's learning rate from `base_lr`, which was tuned at `base_batch` samples;
+    `schedule` maps the fraction of the run done to a factor."""
 
     def __init__(self, rule: LrRule, optimizer_name: str) -> None:
         self._rule: LrRule = rule
@@ -23,7 +23,7 @@ class LearningRate:
         self._jumped_at = 0
 
     def change_batch(self, batch: int, *, step: int, noise_scale: float | None) -> None:
-        """The global batch is `batch` from `step` on."""
+        """Set the global batch to `batch` samples from `step` on."""
         scaled, _ = learning_rate(
             rule=self._rule,
             family=self._family,
@@ -37,8 +37,8 @@ class LearningRate:
         self._factor = scaled / self.base_lr
 
     def at(self, step: int, fraction: float) -> float:
-        """The learning rate of `step`, with `fraction` (0 to 1) of the run done."""
-        # A schedule may give a number of another kind, which could not be saved.
+        """Return the learning rate of `step`, with `fraction` (0 to 1) of the run done."""
+        # A schedule may return another number type, which could not be saved.
         return float(self.base_lr * self._factor_at(step) * self.schedule(fraction))
 
     def to_json(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class LearningRate:
         self._jumped_at = int(values["jumped_at"])
 
     def _factor_at(self, step: int) -> float:
-        """A jump up is walked in a straight line over `warmup_steps`, a jump down taken at once."""
+        """Return the batch-size factor at `step`: increases are linear over `warmup_steps`."""
         length = warmup_steps(self._factor / self._jumped_from)
         if length == 0:
             return self._factor
@@ -63,5 +63,5 @@ class LearningRate:
 
 
 def constant(_fraction: float) -> float:
-    """The schedule that changes nothing."""
+    """Return 1.0: the constant schedule."""
     return 1.0

@@ -1,15 +1,15 @@
-"""Gradients summed over ranks in flat buckets while the backward pass runs, with the step's
-statistics riding at the end of the last bucket.
+"""`GradientReducer`: sums gradients over ranks in flat buckets during the backward pass; the last
+bucket also carries the step's statistics.
 
 Each rank scales its loss by its share of the global batch, so the sum over ranks is the exact
 mean over the global batch for shares of any size (DDP would weigh ranks equally). A parameter's
 `.grad` is a view into its bucket; buckets start reducing in one fixed order as soon as they are
-full. The tail of the last bucket carries whatever all ranks must agree on at this step: samples
-really used, "I have heard of the next generation", the loss, the noise scale's norms, what the
-loader consumed, and buffers that a forward pass changes (`ChangedBuffers`).
+full. The tail of the last bucket carries the values that all ranks must agree on at this step:
+number of samples used, whether a rank has heard of a next generation, the loss, the noise scale's
+norms, the loader's statistics, and buffers that a forward pass changes (`ChangedBuffers`).
 
-A reduction starts inside the user's backward pass, and a failure there is none of the user's
-business: it is remembered, and told by `finish`.
+A reduction starts inside the user's backward pass. A failure there is stored and raised by
+`finish`, not in the user's code.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,21 +22,22 @@ from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.step.buffers import ChangedBuffers
 
 _BUCKET_BYTES = 25 * 1024 * 1024
+"""Largest bucket."""
 _FIRST_BUCKET_BYTES = 1024 * 1024
-"""The first bucket is small so that communication starts early."""
+"""Largest first bucket: small, so that communication starts early."""
 
 
 @final
 class Bucket:
-    """Some parameters of one dtype, whose gradients lie side by side in `flat`."""
+    """Parameters of one dtype, whose gradients are stored in one flat tensor."""
 
     flat: Tensor
     grads: Tensor
     """The part of `flat` that holds gradients."""
     tail: Tensor
-    """The rest of it."""
+    """The rest of `flat`."""
     views: list[Tensor]
-    """`grads`, parameter by parameter."""
+    """Views of `grads` with the shapes of the parameters."""
 
     def __init__(self, params: Sequence[nn.Parameter], tail: int) -> None:
         self.params = list(params)
@@ -45,10 +46,10 @@ class Bucket:
         self.renew()
 
     def renew(self) -> None:
-        """Move to fresh memory, all zero, and the parameters' `.grad` with it.
+        """Allocate new memory, all zero, and attach the parameters' `.grad` to it.
 
-        A collective that was abandoned is still under way in its own threads and may add a late
-        peer's numbers to the memory it was given, or send from it: nothing else may lie there.
+        An abandoned collective still runs in its own threads: it may add a late peer's numbers to
+        its memory, or send from it. So that memory must not be used again.
         """
         like = self.params[0] if self.params else torch.empty(0)
         num_grads = sum(self._sizes)
@@ -60,16 +61,16 @@ class Bucket:
         self.attach()
 
     def attach(self) -> None:
-        """Make every `.grad` a view into the bucket, if something replaced it."""
+        """Make every `.grad` a view into the bucket again."""
         for param, view in zip(self.params, self.views, strict=True):
             param.grad = view
 
 
 @final
 class GradientReducer:
-    """Sums the gradients of `params`; one per model, kept over all generations.
+    """Sums the gradients of `params` over ranks; one per model, kept over all generations.
 
-    `num_stats` is how many numbers ride along beside gradients and `buffers`.
+    `num_stats`: how many statistics are reduced with the gradients and `buffers`.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class GradientReducer:
             param.register_post_accumulate_grad_hook(self._on_gradient)
 
     def zero(self) -> None:
-        """Gradients become zero, and views into the buckets again if something replaced them."""
+        """Set gradients to zero, and make them views into the buckets again."""
         for bucket in self.buckets:
             bucket.flat.zero_()
             bucket.attach()
@@ -112,10 +113,10 @@ class GradientReducer:
         stats: Callable[[], Sequence[float]],
         buffer_weight: float,
     ) -> None:
-        """The next backward pass is the step's last: reduce buckets as they fill.
+        """Reduce buckets as they fill in the next backward pass, the last one of the step.
 
-        `before_launch(i)` is called while bucket i still holds this rank's own gradient; `stats()`
-        just before the last one starts. Buffers are weighted by `buffer_weight`.
+        `before_launch(i)` is called while bucket i still holds this rank's own gradient, `stats()`
+        just before the last bucket starts. Buffers are weighted by `buffer_weight`.
         """
         self._group = group
         self._before_launch = before_launch
@@ -128,10 +129,10 @@ class GradientReducer:
         self._armed = True
 
     def finish(self) -> list[float]:
-        """Wait until every gradient is the sum over ranks; returns the summed statistics.
+        """Wait until every gradient is the sum over ranks; return the summed statistics.
 
-        Raises `CollectiveFailed`, also for a reduction that failed to start before: gradients are
-        then worthless and nothing else has changed. Call `abandon`.
+        Raises `CollectiveFailed`, also for a reduction that failed to start: then gradients are
+        invalid and nothing else has changed. Call `abandon`.
         """
         while self._launched < len(self.buckets):
             self._launch()
@@ -150,11 +151,11 @@ class GradientReducer:
         return stats
 
     def discard(self) -> None:
-        """The step that was reduced is not applied: buffers are as they were before it."""
+        """Restore the buffers: the reduced step is not applied."""
         self._changed.restore()
 
     def abandon(self) -> None:
-        """Forget the step in flight, whose collectives may never end."""
+        """Drop the step in flight, whose collectives may never end."""
         self._armed = False
         self._works = []
         self._failure = None
@@ -176,7 +177,7 @@ class GradientReducer:
             self._launch()
 
     def _launch(self) -> None:
-        """Start to reduce the next bucket, unless one before it could not be."""
+        """Start the reduction of the next bucket, unless an earlier one failed."""
         index = self._launched
         self._launched += 1
         if self._failure is not None:
@@ -198,8 +199,7 @@ class GradientReducer:
 
 
 def _cut(params: list[nn.Parameter], tail: int) -> list[Bucket]:
-    """Buckets in the order in which a backward pass is likely to fill them; the last one is
-    float32 and carries the tail."""
+    """Divide parameters into buckets in backward order; the last, float32, has the tail."""
     runs: list[list[nn.Parameter]] = []
     size = 0
     for param in reversed(params):

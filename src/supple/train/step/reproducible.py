@@ -1,10 +1,10 @@
-"""The same bits for any number of workers: gradients summed over logical shards in one fixed tree.
+"""`TreeReducer`: sums gradients in a fixed order, bit-identical for any number of workers.
 
-The global batch is cut into a fixed number of logical shards, each computed by itself, with its own
-random stream. Their gradients are the leaves of one binary tree; floating-point addition is not
-associative, but the tree says who is added to whom, whoever computes it. A rank adds up the whole
-subtrees that lie within its shards; then every rank finishes the tree for one slice of the
-gradient, and the slices are gathered. (EasyScale, SC 2023, fixes the order in the same spirit.)
+The global batch is cut into a fixed number of logical shards, each computed separately with its own
+random stream. Their gradients are the leaves of a binary tree, which fixes the order of the
+floating-point additions on any number of ranks. A rank adds up the complete subtrees of its shards;
+then every rank finishes the tree for one slice of the gradient, and the slices are gathered.
+(EasyScale, SC 2023, also fixes the order.)
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ Node = tuple[int, int]
 
 
 def merge(nodes: dict[Node, Tensor], node: Node, value: Tensor, num_shards: int) -> None:
-    """Put `value` at `node` and add up, left before right, as far as siblings are there.
+    """Put `value` at `node`, and add siblings, left before right, as far up as they are present.
 
-    A node without a sibling (the number of shards is no power of two) moves up unchanged. Owns
-    `value`: it may be added into.
+    A node without a sibling (the number of shards is not a power of two) moves up unchanged.
+    `value` may be modified.
     """
     while True:
         level, index = node
@@ -46,7 +46,7 @@ def merge(nodes: dict[Node, Tensor], node: Node, value: Tensor, num_shards: int)
 
 
 def partial_nodes(first: int, count: int, num_shards: int) -> list[Node]:
-    """The subtrees that remain of the shards `first` to `first + count`, in a fixed order."""
+    """Return the roots of the subtrees over shards `first` to `first + count`, sorted."""
     marks: dict[Node, Tensor] = {}
     for shard in range(first, first + count):
         merge(marks, (0, shard), torch.zeros(0), num_shards)
@@ -55,7 +55,7 @@ def partial_nodes(first: int, count: int, num_shards: int) -> list[Node]:
 
 @final
 class TreeReducer:
-    """Stands in for `GradientReducer` in reproducible mode; float32 parameters only."""
+    """Replaces `GradientReducer` in reproducible mode; float32 parameters only."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class TreeReducer:
         self._stats: Callable[[], Sequence[float]] = tuple
 
     def zero(self) -> None:
-        """Begin a step: no shard has been added."""
+        """Begin a step, without any shard added."""
         self._nodes.clear()
         self._added.clear()
         self._is_last = False
@@ -99,13 +99,13 @@ class TreeReducer:
         stats: Callable[[], Sequence[float]],
         buffer_weight: float,
     ) -> None:
-        """The next backward pass is the step's last. Everything is sent in `finish`."""
+        """Mark the next backward pass as the last of the step. `finish` sends everything."""
         self._group = group
         self._stats = stats
         self._is_last = True
 
     def add(self, shard: int, weight: float) -> None:
-        """The gradient now in `.grad` is that of `shard`, whose loss was scaled by `weight`."""
+        """Add the gradient of `shard`, now in `.grad`; its loss was scaled by `weight`."""
         for param, view in zip(self._bucket.params, self._bucket.views, strict=True):
             if param.grad is not None and param.grad.data_ptr() != view.data_ptr():
                 view.copy_(param.grad)
@@ -115,14 +115,14 @@ class TreeReducer:
             self._counted = self._changed.counted()
         self._added.add(shard)
         self._changed.restore()
-        # The last shard of a step may be added up where it lies.
+        # The last shard of a step can be summed in place.
         value = self._bucket.flat if self._is_last else self._bucket.flat.clone()
         merge(self._nodes, (0, shard), value, self._num_shards)
         if not self._is_last:
             self._zero_gradients()
 
     def finish(self) -> list[float]:
-        """Gradients become the sum over all shards; returns the summed statistics.
+        """Set gradients to the sum over all shards; return the summed statistics.
 
         Raises `CollectiveFailed`: then nothing else has changed. Call `abandon`.
         """
@@ -147,17 +147,17 @@ class TreeReducer:
         return stats[: self._num_stats].tolist()
 
     def discard(self) -> None:
-        """The step that was reduced is not applied: buffers are as they were before it."""
+        """Restore the buffers: the reduced step is not applied."""
         self._changed.restore()
 
     def abandon(self) -> None:
-        """Forget the step in flight, whose messages may never end."""
+        """Drop the step in flight, whose messages may never end."""
         self._nodes.clear()
         self._bucket.renew()
         self.discard()
 
     def _finish_tree(self, group: Group) -> None:
-        """Every rank adds up its slice of the gradient to the root, then all slices go to all."""
+        """Sum this rank's slice of the gradient up to the root, then exchange the slices."""
         flat = self._bucket.flat
         width = -(-flat.numel() // group.size)
         slices = [flat[peer * width : (peer + 1) * width] for peer in range(group.size)]
@@ -192,6 +192,6 @@ class TreeReducer:
 
 
 def _put(value: Tensor, place: Tensor) -> None:
-    """Copy, unless `value` lies there already."""
+    """Copy `value` to `place`, unless they share memory."""
     if value.data_ptr() != place.data_ptr():
         place.copy_(value)
