@@ -34,7 +34,7 @@ from benchmarks.peers import torchrun
 from benchmarks.recovery_models import Committed, committed
 from benchmarks.runs import status, training, wait_until_running, wait_until_stepping
 from benchmarks.workload import STEPS_ENV
-from supple.control.socket import ask
+from supple.control.socket import send_request
 from supple.core.job.ledger import prove
 
 _TIMED_KILLS = 5
@@ -85,9 +85,9 @@ def measure(name: str, seed: int) -> Found:
                 counts["faults"] += 1
                 counts["kills"] += 1
                 wait_until_stepping(job, now["generation"] + 1)
-            ask(job, {"ask": "resize", "num_workers": 4})
+            send_request(job, {"ask": "resize", "num_workers": 4})
             counts += Torturer(job, chooser).torture()
-            ask(job, {"ask": "stop"})
+            send_request(job, {"ask": "stop"})
             process.wait(60)
             found = prove(_records(run_path), expected=range(recovery_models.NUM_SAMPLES))
         rows = committed(Path(folder))

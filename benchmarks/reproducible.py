@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import reproducible_script, workload
 from benchmarks.machine import report
 from benchmarks.runs import status, training, wait_until_running, wait_until_stepping
-from supple.control.socket import ask
+from supple.control.socket import send_request
 
 SCRIPT = Path(reproducible_script.__file__)
 _STEPS = 4000
@@ -72,10 +72,10 @@ def history(chooser: random.Random, first: int, num_changes: int) -> tuple[Rows,
                     now = status(name)
                 else:
                     wanted = chooser.choice([count for count in (1, 2, 3, 4) if count != size])
-                    ask(name, {"ask": "resize", "num_workers": wanted})
+                    send_request(name, {"ask": "resize", "num_workers": wanted})
                     now = wait_until_running(name, wanted)
             wait_until_stepping(name, now["generation"])
-            ask(name, {"ask": "stop"})
+            send_request(name, {"ask": "stop"})
             process.wait(60)
         return reproducible_script.digests(Path(folder)), kills
 

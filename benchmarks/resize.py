@@ -20,7 +20,7 @@ from benchmarks import workload
 from benchmarks.machine import report
 from benchmarks.peers import floor, ray_train, torchrun
 from benchmarks.runs import training, wait_until_running
-from supple.control.socket import ask
+from supple.control.socket import send_request
 
 _LEAST_S = 1e-3
 """A shorter pause cannot be told from the scatter of steps."""
@@ -40,10 +40,10 @@ def pauses() -> tuple[list[float], list[float]]:
             wait_until_running(name, 2)
             for size in (3, 2) * _PAIRS:
                 time.sleep(_STEADY_S)
-                ask(name, {"ask": "resize", "num_workers": size})
+                send_request(name, {"ask": "resize", "num_workers": size})
                 wait_until_running(name, size)
             time.sleep(_STEADY_S)
-            ask(name, {"ask": "stop"})
+            send_request(name, {"ask": "stop"})
             process.wait(60)
         return split_pauses([row for row in workload.committed_steps(Path(folder)) if row[1] == 0])
 

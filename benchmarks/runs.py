@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from supple.control.socket import ask
+from supple.control.socket import send_request
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,7 +63,7 @@ def training(script: Path, *arguments: str, env: dict[str, str] | None = None) -
 
 
 def status(name: str) -> dict[str, Any]:
-    return ask(name, {"ask": "status"})
+    return send_request(name, {"ask": "status"})
 
 
 def wait_until_running(name: str, num_workers: int, timeout_s: float = 180.0) -> dict[str, Any]:

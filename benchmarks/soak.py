@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import report
 from benchmarks.runs import training, wait_until_running
-from supple.control.socket import ask
+from supple.control.socket import send_request
 
 _SCRIPT = Path(__file__).resolve().parent / "soak_script.py"
 _RESIZES = 1000
@@ -57,7 +57,7 @@ def soak(resizes: int, limit_s: float) -> tuple[list[Sample], float]:
         began = time.monotonic()
         while len(samples) * 2 < resizes and time.monotonic() - began < limit_s:
             for size in (2, 1):
-                ask(name, {"ask": "resize", "num_workers": size})
+                send_request(name, {"ask": "resize", "num_workers": size})
                 wait_until_running(name, size)
             samples.append(Sample(2 * len(samples) + 2, process.pid, worker, gcs))
         return samples, time.monotonic() - began

@@ -89,9 +89,9 @@ class TrainRun:
         raise AssertionError(f"none of {types} came; {self._errors()}")
 
     def pid_of(self, worker: str) -> int:
-        from supple.control.socket import ask
+        from supple.control.socket import send_request
 
-        return int(ask(self.name, {"ask": "status"})["pids"][worker])
+        return int(send_request(self.name, {"ask": "status"})["pids"][worker])
 
     def end(self, limit_s: float = _LIMIT_S) -> int:
         """Wait for the process to end; its exit code. All records are in `records` then."""

@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 
 from supple.control import socket as control
-from supple.control.socket import ControlServer, ask, refuse_second, running_jobs, socket_path
+from supple.control.socket import (
+    ControlServer,
+    refuse_second,
+    running_jobs,
+    send_request,
+    socket_path,
+)
 from supple.core.spec import SpecError
 
 
@@ -50,10 +56,12 @@ async def say(name: str, raw: bytes) -> bytes:
 def test_a_request_is_answered_and_a_refusal_is_the_askers_error(name: str) -> None:
     async def run() -> None:
         async with server(name):
-            assert await asyncio.to_thread(ask, name, {"ask": "x"}) == {"heard": {"ask": "x"}}
+            assert await asyncio.to_thread(send_request, name, {"ask": "x"}) == {
+                "heard": {"ask": "x"}
+            }
             assert name in await asyncio.to_thread(running_jobs)
             with pytest.raises(SpecError, match="9 workers asked for"):
-                await asyncio.to_thread(ask, name, {"ask": "refuse"})
+                await asyncio.to_thread(send_request, name, {"ask": "refuse"})
 
     asyncio.run(run())
 
@@ -65,7 +73,9 @@ def test_nonsense_is_answered_with_an_error_and_the_next_request_is_served(
     async def run() -> None:
         async with server(name):
             assert "error" in json.loads(await say(name, raw))
-            assert await asyncio.to_thread(ask, name, {"ask": "x"}) == {"heard": {"ask": "x"}}
+            assert await asyncio.to_thread(send_request, name, {"ask": "x"}) == {
+                "heard": {"ask": "x"}
+            }
 
     asyncio.run(run())
 
@@ -77,7 +87,9 @@ def test_someone_who_hangs_up_without_a_word_disturbs_nobody(name: str) -> None:
                 with socket.socket(socket.AF_UNIX) as client:
                     client.connect(str(socket_path(name)))
                     client.sendall(sent)
-            assert await asyncio.to_thread(ask, name, {"ask": "x"}) == {"heard": {"ask": "x"}}
+            assert await asyncio.to_thread(send_request, name, {"ask": "x"}) == {
+                "heard": {"ask": "x"}
+            }
 
     asyncio.run(run())
 
@@ -87,7 +99,9 @@ def test_a_second_job_of_the_name_is_refused_and_the_first_keeps_its_socket(name
         async with server(name):
             with pytest.raises(SpecError, match="already running on this machine"):
                 await asyncio.to_thread(refuse_second, name)
-            assert await asyncio.to_thread(ask, name, {"ask": "x"}) == {"heard": {"ask": "x"}}
+            assert await asyncio.to_thread(send_request, name, {"ask": "x"}) == {
+                "heard": {"ask": "x"}
+            }
 
     asyncio.run(run())
 
@@ -99,11 +113,13 @@ def test_a_socket_left_behind_by_a_killed_job_is_in_nobodys_way(name: str) -> No
         killed.bind(str(path))
     assert path.exists()
     with pytest.raises(SpecError, match="no running job"):
-        ask(name, {"ask": "x"})
+        send_request(name, {"ask": "x"})
 
     async def run() -> None:
         async with server(name):
-            assert await asyncio.to_thread(ask, name, {"ask": "x"}) == {"heard": {"ask": "x"}}
+            assert await asyncio.to_thread(send_request, name, {"ask": "x"}) == {
+                "heard": {"ask": "x"}
+            }
 
     asyncio.run(run())
     assert not path.exists()
@@ -133,7 +149,9 @@ def test_who_stays_connected_and_says_nothing_does_not_keep_the_job_from_ending(
             client = socket.socket(socket.AF_UNIX)
             client.connect(str(socket_path(name)))
             # Who is answered after it says that it was let in.
-            assert await asyncio.to_thread(ask, name, {"ask": "x"}) == {"heard": {"ask": "x"}}
+            assert await asyncio.to_thread(send_request, name, {"ask": "x"}) == {
+                "heard": {"ask": "x"}
+            }
         with client:  # it stayed until the server had stopped, which closed its side
             client.settimeout(30.0)
             assert client.recv(1) == b""
@@ -166,7 +184,7 @@ def test_a_stranger_who_listens_where_a_job_would_be_is_told_nothing(name: str) 
         try:
             listening.listen()
             with pytest.raises(SpecError, match="no running job"):
-                ask(name, {"ask": "x"})
+                send_request(name, {"ask": "x"})
             listening.setblocking(False)
             connection, _ = listening.accept()
             with connection:

@@ -9,7 +9,7 @@ import pytest
 
 from supple.control.backend import Clock, MonotonicClock
 from supple.control.controller import Controller, Outcome
-from supple.control.socket import ask, running_jobs
+from supple.control.socket import running_jobs
 from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import (
     Action,
@@ -180,12 +180,12 @@ def test_a_resize_from_another_terminal_is_carried_out_and_said(tmp_path: Path) 
     async def resize(controller: Controller, backend: ObligingBackend, witness: Witness) -> None:
         name = str(backend.job_id)
         await witness.until(formed(1))
-        answer = await asyncio.to_thread(ask, name, {"ask": "resize", "num_workers": 3})
+        answer = await asyncio.to_thread(send_request, name, {"ask": "resize", "num_workers": 3})
         assert answer == {"accepted": 3}
         await witness.until(formed(3))
-        status = await asyncio.to_thread(ask, name, {"ask": "status"})
+        status = await asyncio.to_thread(send_request, name, {"ask": "status"})
         assert len(status["members"]) == len(status["pids"]) == 3
-        await asyncio.to_thread(ask, name, {"ask": "stop"})
+        await asyncio.to_thread(send_request, name, {"ask": "stop"})
 
     outcome, _, witness, _ = play(tmp_path, resize)
     assert outcome.status == "stopped"
@@ -210,7 +210,7 @@ def test_a_request_that_cannot_be_met_changes_nothing(
     async def refuse(controller: Controller, backend: ObligingBackend, witness: Witness) -> None:
         await witness.until(formed(1))
         with pytest.raises(SpecError, match=words):
-            await asyncio.to_thread(ask, str(backend.job_id), request_)
+            await asyncio.to_thread(send_request, str(backend.job_id), request_)
         controller.request_stop("test over")
 
     _, backend, _, _ = play(tmp_path, refuse)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from supple.control.socket import ask
+from supple.control.socket import send_request
 from supple.core.job.ledger import prove
 from tests.cluster.namespaces import ray_node, two_hosts, why_not
 from tests.cluster.runs import TrainRun
@@ -52,7 +52,7 @@ def test_a_worker_behind_a_cut_link_is_found_by_its_silence_and_left_behind(
                 (survivor,) = run.wait_running(1)
                 assert survivor != silent["worker_id"]
                 run.wait("Progress", lambda record: record["num_workers"] == 1)
-                ask(run.name, {"ask": "stop"})
+                send_request(run.name, {"ask": "stop"})
                 assert run.end() == 0
                 report = prove(run.ledger(), expected=range(1500))
                 assert report.samples_seen > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from supple.control.socket import ask
+from supple.control.socket import send_request
 from tests.cluster.runs import TrainRun
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -87,7 +87,9 @@ def test_ctrl_c_saves_although_a_rank_hangs_in_its_dataset(start: Start, num_wor
     run.wait_running(num_workers)
     named = run.wait("Decision", lambda record: "fetching data" in record["reason"])
     assert f"rank {num_workers - 1} " in named["reason"]
-    assert "fetching data" in ask(run.name, {"ask": "status"})["doing"][f"w{num_workers - 1}"]
+    assert (
+        "fetching data" in send_request(run.name, {"ask": "status"})["doing"][f"w{num_workers - 1}"]
+    )
     run.process.send_signal(signal.SIGINT)
     saved = run.wait("CheckpointSaved")
     assert saved["step"] == 5

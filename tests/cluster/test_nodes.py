@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from supple.control.socket import ask
+from supple.control.socket import send_request
 from supple.core.job.ledger import prove
 from tests.cluster.nodes import Nodes
 from tests.cluster.runs import TrainRun
@@ -58,7 +58,7 @@ def test_a_job_over_two_nodes_outlives_one_and_grows_onto_another(
         nodes.add(2)
         assert survivor in run.wait_running(3)
         run.wait("Progress", lambda record: record["num_workers"] == 3)
-        ask(run.name, {"ask": "stop"})
+        send_request(run.name, {"ask": "stop"})
         assert run.end() == 0
         report = prove(run.ledger(), expected=range(1500))
         assert report.samples_seen > 0

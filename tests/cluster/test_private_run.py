@@ -11,7 +11,7 @@ import grpc
 import psutil
 import pytest
 
-from supple.control.socket import ask, running_jobs
+from supple.control.socket import running_jobs, send_request
 from tests.cluster.runs import TrainRun
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -95,7 +95,7 @@ def test_a_run_is_reached_from_this_machine_by_this_user_and_leaves_nothing(
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
         assert running_jobs() == [run.name]
-        assert len(ask(run.name, {"ask": "status"})["members"]) == 2
+        assert len(send_request(run.name, {"ask": "status"})["members"]) == 2
         for folder in shared.iterdir():
             if folder != planted:
                 assert folder.stat().st_mode & 0o077 == 0

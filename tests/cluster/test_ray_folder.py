@@ -108,6 +108,7 @@ def test_a_place_where_others_rename_folders_is_not_used(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Serve's own, when it is imported
+@pytest.mark.slow
 def test_all_that_haproxy_is_started_with_is_in_the_folder_and_not_where_others_write(
     tmp_path: Path,
 ) -> None:

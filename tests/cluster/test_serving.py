@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from supple.control.socket import ask
+from supple.control.socket import send_request
 from supple.core.spec import SpecError
 from supple.train.checkpoint.store import CheckpointStore
 from supple.train.state import TrainState
@@ -105,7 +105,7 @@ class Service:
 
     def wait_until_updated(self) -> None:
         def ended() -> bool:
-            said = ask(NAME, {"ask": "status"})["update"]
+            said = send_request(NAME, {"ask": "status"})["update"]
             assert not said.startswith("failed"), said
             return said == "done"
 
@@ -283,7 +283,7 @@ def test_a_replica_that_is_killed_loses_nothing_though_it_was_the_only_one(
 def test_an_update_under_load_loses_nothing_and_comes_into_force(service: Service) -> None:
     with Clients(service, {2.0, 3.0}) as clients:
         service.write(3)
-        ask(NAME, {"ask": "update", "weights": None})
+        send_request(NAME, {"ask": "update", "weights": None})
         service.wait_until_updated()
         clients.more()
     assert service.infer() == 3
@@ -292,9 +292,9 @@ def test_an_update_under_load_loses_nothing_and_comes_into_force(service: Servic
 def test_weights_are_swapped_under_load_and_bad_ones_leave_the_old(service: Service) -> None:
     pids = service.replica_pids()
     with Clients(service, {3.0, 5.0}) as clients:
-        ask(NAME, {"ask": "update", "weights": "good"})
+        send_request(NAME, {"ask": "update", "weights": "good"})
         with pytest.raises(SpecError, match="is being updated"):
-            ask(NAME, {"ask": "update", "weights": "other"})
+            send_request(NAME, {"ask": "update", "weights": "other"})
         service.wait_until_updated()
         clients.more()
     assert service.infer() == 5

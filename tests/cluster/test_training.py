@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from supple.control.socket import ask
+from supple.control.socket import send_request
 from supple.core.job.ledger import prove
 from tests.cluster.runs import ROOT, TrainRun
 
@@ -66,7 +66,7 @@ def start(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
 def test_a_run_grows_shrinks_loses_rank_0_and_uses_every_sample_once(start: Start) -> None:
     run = start(SLOW_STEPS, "--workers", "1:3", "--schedule", "0s:2", "--ledger")
     run.wait_running(2)
-    ask(run.name, {"ask": "resize", "num_workers": 3})
+    send_request(run.name, {"ask": "resize", "num_workers": 3})
     members = run.wait_running(3)
     run.wait("Progress", lambda record: record["num_workers"] == 3)
     os.kill(run.pid_of(members[0]), signal.SIGKILL)
@@ -74,10 +74,10 @@ def test_a_run_grows_shrinks_loses_rank_0_and_uses_every_sample_once(start: Star
     assert (lost["worker_id"], lost["cause"]) == (members[0], "died")
     assert run.wait_running(2) == members[1:]
     run.wait_running(3)
-    ask(run.name, {"ask": "resize", "num_workers": 1})
+    send_request(run.name, {"ask": "resize", "num_workers": 1})
     run.wait_running(1)
     run.wait("Progress")
-    ask(run.name, {"ask": "stop"})
+    send_request(run.name, {"ask": "stop"})
     assert run.end() == 0
     report = prove(run.ledger(), expected=range(1500))
     assert report.samples_seen > 0

@@ -22,7 +22,7 @@ class Command:
 
     module: str
     line: str
-    """What `supple --help` says of it, short enough for a line of a terminal."""
+    """Its line in `supple --help`, short enough for a terminal."""
 
 
 COMMANDS = {
@@ -122,8 +122,8 @@ app = typer.Typer(
 )
 
 
-def _tell_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"supple {__version__}")
         raise typer.Exit
 
@@ -132,7 +132,7 @@ def _tell_version(asked: bool) -> None:
 def _supple(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_tell_version, is_eager=True, help="Print it."),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
     ] = False,
 ) -> None:
     """Elastic training for PyTorch: how many workers a job deserves, and changing the number while

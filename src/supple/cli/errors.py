@@ -1,5 +1,5 @@
 """What the command line refuses at once, before torch and Ray are imported, and how any error is
-told: one message on stderr, exit code 2 for a refusal and 1 for a failure."""
+reported: one message on stderr, exit code 2 for a refusal and 1 for a failure."""
 
 import socket
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def messages(verbose: bool = False) -> Iterator[None]:
         raise
     except Exception as error:
         if verbose or (isinstance(error, OSError) and output.lost()):
-            raise  # what could not be printed is told by the entry point
+            raise  # what could not be printed is reported by the entry point
         if isinstance(error, SpecError):
             typer.echo(f"supple: {error}", err=True)
             raise typer.Exit(REFUSED) from None
@@ -33,8 +33,8 @@ def messages(verbose: bool = False) -> Iterator[None]:
 
 
 def _unexpected(error: Exception) -> str:
-    told = str(error).rstrip(".")
-    return f"unexpected {type(error).__name__}: {told}. Run again with --verbose for its traceback."
+    text = str(error).rstrip(".")
+    return f"unexpected {type(error).__name__}: {text}. Run again with --verbose for its traceback."
 
 
 def own_address(host: str) -> str:

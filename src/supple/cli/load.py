@@ -1,4 +1,4 @@
-"""`supple load`: ask a service as many requests as it would get, and report what it did."""
+"""`supple load`: send requests to a service open-loop, and report latency and attainment."""
 
 import dataclasses
 import json
@@ -97,7 +97,7 @@ def load(
                 body=content,
                 token=token,
                 timeout_s=timeout_s,
-                on_second=_silent if as_json else _tell,
+                on_second=_silent if as_json else _print_progress,
             )
         found = generator.report(outcomes, promise, replica_s=held.total)
         if as_json:
@@ -121,7 +121,7 @@ def _content(path: Path) -> bytes:
         raise SpecError(f"--body {path} cannot be read: {error.strerror}.") from None
 
 
-def _tell(elapsed_s: float, outcomes: "Outcomes") -> None:
+def _print_progress(elapsed_s: float, outcomes: "Outcomes") -> None:
     """Every second on a terminal, every ten seconds elsewhere."""
     terminal = sys.stderr.isatty()
     if not terminal and round(elapsed_s) % 10:

@@ -42,7 +42,7 @@ Batch = Annotated[
     str | None,
     typer.Option(
         help="fixed: the batch that was given (default). adaptive: grows where that is faster, as "
-        "far as the noise scale or previous runs say that it is worth it."
+        "far as the noise scale or previous runs show that it is worth it."
     ),
 ]
 BatchSize = Annotated[

@@ -112,8 +112,8 @@ def give_up() -> None:
 
 
 def _let_go(stream: TextIO) -> None:
-    """What is still in `stream`, and all that will be written to it, goes nowhere; that it was lost
-    is told by whoever calls this."""
+    """What is still in `stream`, and all that will be written to it, goes nowhere; the caller
+    reports that it was lost."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

@@ -8,7 +8,7 @@ import typer
 
 from supple.cli.errors import FAILED, messages
 from supple.cli.options import JobName, Json, Verbose
-from supple.control.socket import ask, running_jobs
+from supple.control.socket import running_jobs, send_request
 from supple.core.spec import parse_duration
 from supple.core.words import in_words
 
@@ -25,7 +25,7 @@ def resize(
     as_json: Json = False,
 ) -> None:
     """Change the number of workers of a running job."""
-    _ask(
+    _request(
         job,
         {"ask": "resize", "num_workers": count},
         as_json,
@@ -42,7 +42,7 @@ def preempt(
     """Tell a running job that its platform will take some of its workers."""
     with messages():
         notice_s = parse_duration(within, what="--in")
-    _ask(
+    _request(
         job,
         {"ask": "preempt", "workers": worker, "notice_s": notice_s},
         as_json,
@@ -52,7 +52,7 @@ def preempt(
 
 def stop(job: JobName, as_json: Json = False) -> None:
     """Stop a running job after the step in flight, and save."""
-    _ask(job, {"ask": "stop"}, as_json, lambda _: f"{job}: stopping")
+    _request(job, {"ask": "stop"}, as_json, lambda _: f"{job}: stopping")
 
 
 def status(
@@ -62,9 +62,9 @@ def status(
     """Show the jobs that run on this machine."""
     with messages():
         if job is not None:
-            _ask(job, {"ask": "status"}, as_json, _status_line)
+            _request(job, {"ask": "status"}, as_json, _status_line)
             return
-        answers = [ask(name, {"ask": "status"}) for name in running_jobs()]
+        answers = [send_request(name, {"ask": "status"}) for name in running_jobs()]
     if as_json:
         typer.echo(json.dumps(answers))
         return
@@ -85,12 +85,12 @@ def _status_line(answer: dict[str, Any]) -> str:
     )
 
 
-def _ask(
-    job: str, request: dict[str, Any], as_json: bool, tell: Callable[[dict[str, Any]], str]
+def _request(
+    job: str, request: dict[str, Any], as_json: bool, text_of: Callable[[dict[str, Any]], str]
 ) -> None:
     with messages():
-        answer = ask(job, request)
-    typer.echo(json.dumps(answer) if as_json else tell(answer))
+        answer = send_request(job, request)
+    typer.echo(json.dumps(answer) if as_json else text_of(answer))
 
 
 def doctor(

@@ -25,7 +25,7 @@ from supple.cli.options import (
     Verbose,
     Weights,
 )
-from supple.control.socket import ask, refuse_second
+from supple.control.socket import refuse_second, send_request
 from supple.core.service.spec import (
     MAX_WAITING,
     ServeSpec,
@@ -197,16 +197,16 @@ def update(
         patience_s = (
             None if start_timeout is None else parse_duration(start_timeout, what="--start-timeout")
         )
-        asked = {"ask": "update", "weights": path, "patience_s": patience_s}
-        answer = ask(service, asked)
+        request = {"ask": "update", "weights": path, "patience_s": patience_s}
+        answer = send_request(service, request)
         if not as_json:
             typer.echo(f"{service}: updating, {answer['accepted']}")
         try:
             outcome = _outcome(service, answer["number"])
         except KeyboardInterrupt:
             typer.echo(
-                f"supple: the update of {service} goes on; `supple status {service}` says what "
-                "becomes of it.",
+                f"supple: the update of {service} goes on; `supple status {service}` shows its "
+                "outcome.",
                 err=True,
             )
             raise
@@ -224,7 +224,7 @@ def _outcome(service: str, number: int) -> str:
     """What became of the update, once it is over."""
     while True:
         try:
-            outcome = ask(service, {"ask": "outcome", "number": number})["outcome"]
+            outcome = send_request(service, {"ask": "outcome", "number": number})["outcome"]
         except SpecError:
             return "failed: the service has ended"
         if outcome != "running":

@@ -1,5 +1,5 @@
-"""One `supple serve` for a person: the service, what is told while it runs, what may be asked of it
-from another terminal, and its end."""
+"""One `supple serve` for a person: the service, its printed lines, the requests that it takes from
+other terminals, and its end."""
 
 import asyncio
 import dataclasses
@@ -19,13 +19,13 @@ from supple.core.service.spec import ServeSpec, refuse_impossible
 from supple.core.spec import SpecError
 
 _LOOK_EVERY_S: Final = 1.0
-_SAID_AFTER_S: Final = 10.0
-"""Ray Serve's controller that has not answered for so long is told of."""
+_SLOW_ANSWER_S: Final = 10.0
+"""Seconds without an answer from Ray Serve's controller after which that is reported."""
 _LEAST_PATIENCE_S: Final = 60.0
 _PATIENCE_TIMES: Final = 5.0
 """A new version may take so many times as long to start as the first did."""
 _OUTCOMES_KEPT: Final = 16
-"""Updates whose outcome can still be asked for."""
+"""Updates whose outcome can still be requested."""
 
 
 def run(
@@ -63,10 +63,10 @@ def run(
         if points:
             refuse_impossible(spec.slo, LatencyProfile(points=tuple(points), startup_s=0.0))
         url = f"http://{_shown(spec.host)}:{spec.port}"
-        _tell(f"supple: {spec.name} is served at {url}/v2/models/{spec.name}/infer, {spec.slo}")
-        _tell(f"  pages        {url}/docs, {url}/metrics")
+        _print(f"supple: {spec.name} is served at {url}/v2/models/{spec.name}/infer, {spec.slo}")
+        _print(f"  pages        {url}/docs, {url}/metrics")
         if spec.grpc_port is not None:
-            _tell(f"  gRPC         {_shown(spec.host)}:{spec.grpc_port}")
+            _print(f"  gRPC         {_shown(spec.host)}:{spec.grpc_port}")
         if on_ready is not None:
             on_ready(url)
         patience_s = max(_LEAST_PATIENCE_S, _PATIENCE_TIMES * started_s)
@@ -75,13 +75,13 @@ def run(
             on_measured(serving.profile_of(spec.name))
     finally:
         if not answers:
-            _tell("supple: Ray Serve's controller does not answer: ended without waiting for it")
+            _print("supple: Ray Serve's controller does not answer: ended without waiting for it")
         serving.shut_down(spec.name, wait=answers)
 
 
 @final
 class _Service:
-    """The running service, as another terminal may ask about it."""
+    """The running service, as another terminal sees it."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class _Service:
         self._stopped = asyncio.Event()
         self._update: asyncio.Task[None] | None = None
         self._update_number = 0
-        self._outcomes = {0: "none was asked for"}
+        self._outcomes = {0: "none was requested"}
         self._num_running = 0
         # Ray Serve's client is not made for two threads: it changes pickling while it deploys.
         self._ray = OneThread("ray-serve")
@@ -120,25 +120,27 @@ class _Service:
                     looking = asyncio.ensure_future(self._look())
             if self._update is not None:
                 self._update.cancel()
-                await asyncio.wait([self._update], timeout=_SAID_AFTER_S)
-            await asyncio.wait({looking}, timeout=_SAID_AFTER_S)
+                await asyncio.wait([self._update], timeout=_SLOW_ANSWER_S)
+            await asyncio.wait({looking}, timeout=_SLOW_ANSWER_S)
             return looking.done()
         finally:
             looking.cancel()
             await control.stop()
-            _tell(f"supple: {self._spec.name} stops; requests in flight are answered")
+            _print(f"supple: {self._spec.name} stops; requests in flight are answered")
 
     async def _look(self) -> None:
-        asked = asyncio.ensure_future(self._ray.call(partial(serving.num_running, self._spec.name)))
-        await asyncio.wait({asked}, timeout=_SAID_AFTER_S)
-        if not asked.done():
-            _tell(
-                f"supple: Ray Serve's controller has not answered for {_SAID_AFTER_S:.0f} s. "
+        answer = asyncio.ensure_future(
+            self._ray.call(partial(serving.num_running, self._spec.name))
+        )
+        await asyncio.wait({answer}, timeout=_SLOW_ANSWER_S)
+        if not answer.done():
+            _print(
+                f"supple: Ray Serve's controller has not answered for {_SLOW_ANSWER_S:.0f} s. "
                 "Replicas that run go on; none is started, updated or replaced until it answers."
             )
-        count = await asked
+        count = await answer
         if count != self._num_running:
-            _tell(f"  replicas     {self._num_running} -> {count}")
+            _print(f"  replicas     {self._num_running} -> {count}")
         self._num_running = count
         if self._follow is not None and (self._update is None or self._update.done()):
             newest = _newest(self._follow)
@@ -158,9 +160,7 @@ class _Service:
             case "outcome":
                 return {"outcome": self._outcomes.get(request["number"], "forgotten")}
             case other:
-                raise SpecError(
-                    f"a service is not asked to {other}; it takes status, update and stop."
-                )
+                raise SpecError(f"a service cannot {other}; it takes status, update and stop.")
 
     def _status(self) -> dict[str, Any]:
         members = [f"replica {index + 1}" for index in range(self._num_running)]
@@ -177,7 +177,7 @@ class _Service:
 
     def _start_update(self, weights: str | None, patience_s: float | None) -> dict[str, Any]:
         if self._update is not None and not self._update.done():
-            raise SpecError(f"{self._spec.name} is being updated; ask again when that is done.")
+            raise SpecError(f"{self._spec.name} is being updated; try again when that is done.")
         self._update_number += 1
         self._outcomes.pop(self._update_number - _OUTCOMES_KEPT, None)
         self._outcomes[self._update_number] = "running"
@@ -201,11 +201,11 @@ class _Service:
             raise
         except Exception as error:  # the service goes on, whatever became of the update
             self._outcomes[self._update_number] = f"failed: {error}"
-            _tell(f"supple: the update failed, what ran before goes on:\n{error}")
+            _print(f"supple: the update failed, what ran before goes on:\n{error}")
             return
         self._deployment = wanted
         self._outcomes[self._update_number] = "done"
-        _tell(f"  updated      revision {wanted.revision}, {weights or self._spec.target}")
+        _print(f"  updated      revision {wanted.revision}, {weights or self._spec.target}")
 
     def _wanted(self, weights: str | None) -> serving.Deployment:
         """What runs, or what the model's file makes of it now if no other weights are named."""
@@ -245,5 +245,5 @@ def _shown(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _tell(line: str) -> None:
+def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

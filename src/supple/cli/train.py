@@ -46,8 +46,8 @@ TRAIN_EPILOG = (
     "Examples:\n\n  supple train examples/digits.py --workers 1:4\n\n"
     "  supple train train.py --workers 2:4 --schedule 0s:2,60s:4\n\n"
     "  supple train train.py --workers 4 --resume\n\n"
-    "Ctrl-C finishes the step in flight, saves, and says how to resume. Exit codes: 0 finished, or "
-    "stopped and saved; 1 failed, or stopped with nothing saved; 2 refused before any work; "
+    "Ctrl-C finishes the step in flight, saves, and prints how to resume. Exit codes: 0 finished, "
+    "or stopped and saved; 1 failed, or stopped with nothing saved; 2 refused before any work; "
     "130 stopped by Ctrl-C before training began."
 )
 
@@ -200,7 +200,7 @@ def train(
 
 
 def _objective(deadline: str | None, budget: str | None, knee: bool) -> Objective | None:
-    """What decides the count; None where no option says so."""
+    """What decides the count; None without such an option."""
     given = {"--deadline": deadline is not None, "--budget": budget is not None, "--knee": knee}
     names = [name for name, is_given in given.items() if is_given]
     if len(names) > 1:

@@ -1,5 +1,5 @@
-"""One `supple train` for a person: the job, what is shown and written while it runs, and what is
-told at its end."""
+"""One `supple train` for a person: the job, what is shown and written while it runs, and the
+summary at its end."""
 
 import contextlib
 import dataclasses
@@ -56,31 +56,31 @@ def run(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) ->
     folder = launch.prepare(spec)
     with only_job(spec.name, folder) as warning:  # before anything is moved, removed or started
         if warning:
-            _tell(f"supple: {warning}")
+            _print(f"supple: {warning}")
         return _run(spec, folder, resume, as_json, verbose)
 
 
 def _run(spec: TrainSpec, folder: Path, resume: str | None, as_json: bool, verbose: bool) -> bool:
     spec = dataclasses.replace(spec, script=str(Path(spec.script).resolve()))
     if resume is not None:
-        spec, said = launch.resumed(spec, resume)
+        spec, notice = launch.resumed(spec, resume)
     else:
-        said = launch.set_aside(spec)
-    if said:
-        _tell(said)
+        notice = launch.set_aside(spec)
+    if notice:
+        _print(notice)
     if spec.ledger:
         launch.remove_ledger(folder)
     tally = Tally()
 
     def lost(path: str, error: str) -> None:
-        """A file that this process writes is lost: tell it as that of a worker."""
+        """A file that this process writes is lost: report it like a file of a worker."""
         event = FileLost(
             job_id=JobId(spec.name), generation=0, step=tally.last_step, path=path, error=error
         )
         for observer in observers:
             observer.happened(event)
 
-    losses = Losses(_tell)
+    losses = Losses(_print)
     observers: list[Observer] = [losses, tally]
     stdout = LossyStream(sys.stdout, lambda error: lost("stdout", error))
     log = EventLog(LogFile(folder / "events.jsonl", lost), *([stdout] if as_json else []))
@@ -97,7 +97,7 @@ def _run(spec: TrainSpec, folder: Path, resume: str | None, as_json: bool, verbo
         ledger.close()
     log.ended(outcome)
     for line in [*ending(spec, outcome, tally), *losses.summary()]:
-        _tell(line)
+        _print(line)
     _tell_files(folder)
     return outcome.saved and (
         outcome.status == "finished"
@@ -170,18 +170,18 @@ def _tell_files(folder: Path) -> None:
     picture = folder / "run.png"
     try:
         if draw_run(folder / "events.jsonl", picture):
-            _tell(f"  picture      {picture}")
+            _print(f"  picture      {picture}")
     except Exception as error:  # must not make a failure of a run that is over
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        _tell(f"  picture      none, it could not be drawn: {why}")
+        _print(f"  picture      none, it could not be drawn: {why}")
         with contextlib.suppress(OSError):
             picture.unlink()
-    _tell(f"  event log    {folder / 'events.jsonl'}")
+    _print(f"  event log    {folder / 'events.jsonl'}")
     if (folder / "checkpoints").is_dir():
-        _tell(f"  checkpoints  {folder / 'checkpoints'}")
-    _tell(f"  curves       tensorboard --logdir {folder / 'tensorboard'}")
+        _print(f"  checkpoints  {folder / 'checkpoints'}")
+    _print(f"  curves       tensorboard --logdir {folder / 'tensorboard'}")
 
 
-def _tell(line: str) -> None:
-    with contextlib.suppress(OSError):  # there is nobody to tell
+def _print(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads stderr any more
         print(line, file=sys.stderr, flush=True)

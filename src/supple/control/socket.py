@@ -44,7 +44,7 @@ def running_jobs() -> list[str]:
     return sorted(found)
 
 
-def ask(job: str, request: Mapping[str, Any]) -> dict[str, Any]:
+def send_request(job: str, request: Mapping[str, Any]) -> dict[str, Any]:
     """Send `request` to a running job; return its answer. Raises `SpecError` without one."""
     check_name(job)
     for path in _sockets(job):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final, Self, final
 from urllib.parse import urlsplit
 
-from supple.control.socket import ask
+from supple.control.socket import send_request
 from supple.core.spec import SpecError
 
 _EVERY_S: Final = 1.0
@@ -63,7 +63,7 @@ class ReplicaSeconds:
         if self._service is None:
             return None
         try:
-            status = ask(self._service, {"ask": "status"})
+            status = send_request(self._service, {"ask": "status"})
         except SpecError:
             return None
         return len(status["members"]) if status.get("phase") == "serving" else None
