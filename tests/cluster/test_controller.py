@@ -9,7 +9,7 @@ import pytest
 
 from supple.control.backend import Clock, MonotonicClock
 from supple.control.controller import Controller, Outcome
-from supple.control.socket import running_jobs
+from supple.control.socket import running_jobs, send_request
 from supple.core.spec import SpecError, TrainSpec
 from supple.core.types import (
     Action,
