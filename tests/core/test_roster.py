@@ -39,7 +39,7 @@ CHANGES = st.sampled_from(
             {"finished": True},
             {"left_at": 3.0},
             {"left_at": None},
-            {"said": True, "heard_at": 2.0},
+            {"reported": True, "heard_at": 2.0},
         )
     ]
 )
@@ -107,7 +107,7 @@ def test_what_is_counted_is_what_a_search_finds_after_any_changes(moves: list[An
         assert now.num("joinable") == sum(can[w] and not v.leaving for w, v in views.items())
         assert now.num("newcomer") == len(newcomers)
         assert now.num("left") == sum(v.left_at is not None for v in views.values())
-        assert now.num("said") == sum(v.said for v in views.values())
+        assert now.num("reported") == sum(v.reported for v in views.values())
         assert set(now.stopped) | set(now.formed) | set(now.gone_on) <= set(present)
         assert now.num_training == sum(map(now.is_training, views))
         assert now.num_training == sum(can[w] and w not in now.stopped for w in present)

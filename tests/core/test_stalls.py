@@ -142,7 +142,7 @@ def test_a_single_worker_whose_data_does_not_come_ends_the_job_saved() -> None:
     ended = job.saved(10, "step-10")[-1]
     assert isinstance(ended, FailJob)
     assert ended.reason == (
-        "rank 0 (w0) had been fetching data for 60 s, and nothing came (--stall-timeout 60s); "
+        "rank 0 (w0) had been fetching data for 60 s without a result (--stall-timeout 60s); "
         "step 10 is saved in step-10"
     )
 
