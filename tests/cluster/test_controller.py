@@ -198,7 +198,7 @@ def test_a_resize_from_another_terminal_is_carried_out_and_said(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        ({"ask": "resize", "num_workers": 9}, "9 workers asked for, the job has --workers 1:3"),
+        ({"ask": "resize", "num_workers": 9}, "9 workers requested, the job has --workers 1:3"),
         ({"ask": "resize", "num_workers": "many"}, "the number of workers"),
         ({"ask": "preempt", "workers": ["w77"]}, "w77: no such worker. The job has w0"),
         ({"ask": "dance"}, "unknown request 'dance'"),

@@ -20,7 +20,7 @@ def test_a_rank_whose_data_does_not_come_is_named_after_ten_seconds_once() -> No
     job.tick(30.0, hearing="w0 w1")
     assert said(job) == [
         "rank 1 (w1) has been fetching data (the dataset, collate_fn) for 10 s; rank 0 (w0) cannot "
-        "go on without it; it is replaced after 60 s (--stall-timeout)"
+        "continue without it; it is replaced after 60 s (--stall-timeout)"
     ]
 
 

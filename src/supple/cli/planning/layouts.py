@@ -191,7 +191,7 @@ def _times(question: Question, model: "Transformer", cluster: Cluster) -> "Layou
             workers_per_node=cluster.workers_per_node,
         )
     except ImpossibleMeasurement as error:
-        raise ran[error.index][0].refusal(error.told, error.advice) from None
+        raise ran[error.index][0].refusal(error.message, error.advice) from None
     except ValueError as error:
         raise SpecError(f"--measured {question.measured}: {error}") from None
 
