@@ -135,7 +135,7 @@ def test_times_of_one_configuration_that_contradict_each_other_are_refused(
         fit_time_to_target(seen)
     assert fit_time_to_target(seen[:2]).predict(8, batch).value > 0
     many = finished(8, 16, 32, 64, 128, says_batch=batch is not None)
-    with pytest.raises(ValueError, match="a factor of 10 besides"):
+    with pytest.raises(ValueError, match="times a factor of 10"):
         fit_time_to_target([*seen, *many])
 
 

@@ -26,8 +26,7 @@ MOST_STOP_GRACE_S = 60.0
 """Time, in s, for members to finish the step in flight or the code after the loop: three times the
 longest activity, between these two limits."""
 GIVE_UP_S = 3.0
-"""Time after an abort, in s, until a member that has not stopped is killed if another has its
-state."""
+"""Longest wait after an abort, in s, for a member whose state another holds too."""
 SAVE_LIMIT_S = 1800.0
 """Longest time of a save, in s."""
 LEFT_GRACE_S = 5.0
@@ -67,8 +66,8 @@ def on_stop(turn: Turn, event: StopRequested) -> None:
 
 
 def drain(turn: Turn) -> None:
-    """Drain for the end of the job. A member that does not stop is killed if another holds its
-    state; if it waits for data, it saves from its second thread."""
+    """Drain for the end of the job. A member that does not stop is not waited for if another holds
+    its state; else, if it waits for data, it saves from its second thread."""
     state, verdict = turn.state, turn.state.verdict
     assert verdict is not None, "our bug: a job drains for good without a verdict"
     workers = state.workers
@@ -252,7 +251,7 @@ def _why_not(state: JobState, newest: int) -> str:
 def on_finished(turn: Turn, event: WorkerFinished) -> None:
     """Record that the training function of a member returned."""
     view = turn.state.workers[event.worker_id]
-    turn.see(event.worker_id, finished=True, step=event.step)
+    turn.update_view(event.worker_id, finished=True, step=event.step)
     if view.status is WorkerStatus.MEMBER:
         turn.own_workers().stop(event.worker_id)
         turn.own_workers().form(event.worker_id)
@@ -262,7 +261,7 @@ def on_finished(turn: Turn, event: WorkerFinished) -> None:
 
 def on_left(turn: Turn, event: LoopLeft) -> None:
     """Record that the script of a member left its loop early."""
-    turn.see(event.worker_id, left_at=turn.now, step=event.step)
+    turn.update_view(event.worker_id, left_at=turn.now, step=event.step)
     turn.set(step=max(turn.state.step, event.step))
 
 

@@ -38,7 +38,7 @@ def advance(turn: Turn, worker_id: WorkerId, committed: int) -> None:
     view = turn.workers.views[worker_id]
     joined = view.joined_step
     if not view.proven and joined is not None and committed - joined >= PROVEN_STEPS:
-        turn.see(worker_id, proven=True)
+        turn.update_view(worker_id, proven=True)
         turn.set(failed_starts=0)
 
 
@@ -48,7 +48,7 @@ def lose(turn: Turn, worker_id: WorkerId, cause: LossCause, detail: str, step: i
     state = turn.state
     view = state.workers[worker_id]
     if cause == "raised" and step >= 0:
-        turn.see(worker_id, status=WorkerStatus.RAISED, step=step, left_at=None)
+        turn.update_view(worker_id, status=WorkerStatus.RAISED, step=step, left_at=None)
         advance(turn, worker_id, step)
     else:
         turn.forget(worker_id)

@@ -33,8 +33,8 @@ from supple.core.job.endings import (
 )
 from supple.core.job.failures import advance, in_short, is_hopeless, lose, strike
 from supple.core.job.membership import JobState, Phase, Turn
-from supple.core.job.silence import forgive, heard, kill_silent
-from supple.core.job.stalls import noted, watch
+from supple.core.job.silence import extend_timeouts, kill_silent, record_sign_of_life
+from supple.core.job.stalls import activity_changes, watch
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     Action,
@@ -128,16 +128,18 @@ def _on_ready(turn: Turn, event: WorkerReady) -> None:
     if turn.workers[event.worker_id].status is WorkerStatus.STARTING:
         standby = WorkerStatus.STANDBY
         node_id = event.node_id
-        heard(turn, event, {"status": standby, "ready_at": turn.now, "node_id": node_id})
+        record_sign_of_life(
+            turn, event, {"status": standby, "ready_at": turn.now, "node_id": node_id}
+        )
     else:
-        heard(turn, event)
+        record_sign_of_life(turn, event)
 
 
 def _on_stopped(turn: Turn, event: WorkerStopped) -> None:
     if not _is_current(turn, event) or event.worker_id in turn.workers.stopped:
-        heard(turn, event)
+        record_sign_of_life(turn, event)
         return
-    heard(turn, event, {"step": event.step})
+    record_sign_of_life(turn, event, {"step": event.step})
     turn.own_workers().stop(event.worker_id)
     advance(turn, event.worker_id, event.step)
     phase = turn.job.phase
@@ -153,9 +155,9 @@ def _on_stopped(turn: Turn, event: WorkerStopped) -> None:
 
 def _on_formed(turn: Turn, event: GroupFormed) -> None:
     if not _is_current(turn, event):
-        heard(turn, event)
+        record_sign_of_life(turn, event)
         return
-    heard(turn, event, {"step": event.step})
+    record_sign_of_life(turn, event, {"step": event.step})
     turn.own_workers().form(event.worker_id)
     state = turn.job
     if state.restore is not None and state.restore_step < 0:
@@ -163,7 +165,7 @@ def _on_formed(turn: Turn, event: GroupFormed) -> None:
 
 
 def _on_finished(turn: Turn, event: WorkerFinished) -> None:
-    heard(turn, event)
+    record_sign_of_life(turn, event)
     view = turn.workers[event.worker_id]
     if _is_current(turn, event) or view.left_at is not None:
         on_finished(turn, event)
@@ -172,7 +174,7 @@ def _on_finished(turn: Turn, event: WorkerFinished) -> None:
 
 
 def _on_left(turn: Turn, event: LoopLeft) -> None:
-    heard(turn, event)
+    record_sign_of_life(turn, event)
     if _is_current(turn, event):
         on_left(turn, event)
 
@@ -181,7 +183,7 @@ def _on_heartbeat(turn: Turn, event: Heartbeat) -> None:
     view = turn.workers.views[event.worker_id]
     changes: dict[str, Any] = {}
     if event.doing is not None:
-        changes = noted(turn, view, event.doing, event.since_s)
+        changes = activity_changes(turn, view, event.doing, event.since_s)
     is_stepping = (
         turn.job.phase in (Phase.RUNNING, Phase.DRAINING)
         and event.generation == turn.job.generation
@@ -189,7 +191,7 @@ def _on_heartbeat(turn: Turn, event: Heartbeat) -> None:
     )
     if is_stepping and event.step > view.step:
         changes["step"] = event.step
-    heard(turn, event, changes)
+    record_sign_of_life(turn, event, changes)
     if is_stepping:
         advance(turn, event.worker_id, event.step)
 
@@ -203,7 +205,7 @@ def _is_current(
 
 
 def _on_lost(turn: Turn, event: WorkerLost) -> None:
-    heard(turn, event)
+    record_sign_of_life(turn, event)
     lose(turn, event.worker_id, event.cause, event.detail, event.step)
 
 
@@ -231,7 +233,7 @@ def _on_batch(turn: Turn, event: BatchChanged) -> None:
 
 def _on_preemption(turn: Turn, event: PreemptionNoticed) -> None:
     named = [worker_id for worker_id in event.worker_ids if worker_id in turn.workers]
-    turn.see_all({worker_id: {"leaving": True} for worker_id in named})
+    turn.update_views({worker_id: {"leaving": True} for worker_id in named})
     if named:
         left_s = max(0.0, event.deadline - turn.now)
         reason = f"{', '.join(named)} will be taken by the platform in {left_s:.0f} s"
@@ -261,7 +263,7 @@ def _on_tick(turn: Turn, _event: Ticked) -> None:
     asleep_s = turn.now - turn.state.ticked_at
     turn.set(ticked_at=turn.now)
     if asleep_s > turn.state.spec.heartbeat_timeout_s / 2:
-        forgive(turn, asleep_s)  # the controller itself was suspended
+        extend_timeouts(turn, asleep_s)  # the controller itself was suspended
     else:
         kill_silent(turn)
         watch(turn)
@@ -364,7 +366,7 @@ def _forming(turn: Turn) -> None:
     if workers.num("present") == len(state.members) and workers.all_formed:
         step_now = max(workers[w].step for w in state.members)
         new = [w for w in state.members if workers[w].joined_step is None]
-        turn.see_all({worker_id: {"joined_step": step_now} for worker_id in new})
+        turn.update_views({worker_id: {"joined_step": step_now} for worker_id in new})
         turn.set(
             phase=Phase.RUNNING, step=step_now, full_size=max(state.full_size, len(state.members))
         )
@@ -417,12 +419,12 @@ def _stop_surplus(turn: Turn) -> None:
         for worker_id, view in turn.state.workers.items():
             if view.status is WorkerStatus.RAISED:
                 if turn.job.phase is Phase.RUNNING:
-                    turn.let_go(worker_id, "raised in the script")
+                    turn.stop_worker(worker_id, "raised in the script")
             elif view.leaving and view.status is not WorkerStatus.MEMBER:
-                turn.let_go(worker_id, "taken by the platform")
+                turn.stop_worker(worker_id, "taken by the platform")
     workers = turn.workers
     surplus = workers.num("joinable") + workers.num("starting") - turn.state.desired
     if surplus > 0:
         state = turn.state
         for worker_id in [*reversed(state.starting), *reversed(state.newcomers)][:surplus]:
-            turn.let_go(worker_id, "no longer wanted")
+            turn.stop_worker(worker_id, "no longer wanted")

@@ -287,14 +287,14 @@ class Turn:
     def set(self, **changes: Any) -> None:
         self.job = changed(self.job, changes)
 
-    def see(self, worker_id: WorkerId, **changes: Any) -> None:
+    def update_view(self, worker_id: WorkerId, **changes: Any) -> None:
         """Change fields of one worker's view."""
-        self.own_workers().see(worker_id, changes)
+        self.own_workers().update(worker_id, changes)
 
-    def see_all(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> None:
+    def update_views(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> None:
         """Change fields of many workers' views."""
         if changes:
-            self.own_workers().see_all(changes)
+            self.own_workers().update_all(changes)
 
     def forget(self, worker_id: WorkerId) -> None:
         self.own_workers().remove(worker_id)
@@ -327,7 +327,7 @@ class Turn:
         self.set(num_started=self.state.num_started + 1)
         self.act(StartWorker, worker_id=worker_id)
 
-    def let_go(self, worker_id: WorkerId, reason: str) -> None:
+    def stop_worker(self, worker_id: WorkerId, reason: str) -> None:
         self.forget(worker_id)
         self.act(StopWorker, worker_id=worker_id, reason=reason)
 
@@ -388,7 +388,7 @@ class Turn:
 
     def _end(self, phase: Phase, kind: str, reason: str) -> None:
         for worker_id in tuple(self.state.workers):
-            self.let_go(worker_id, reason)
+            self.stop_worker(worker_id, reason)
         self.set(phase=phase)
         self.decide(kind, 0, reason)
 

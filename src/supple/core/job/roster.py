@@ -187,7 +187,7 @@ class Roster(Mapping[WorkerId, WorkerView]):
 
     # -- changes -----------------------------------------------------------------------------------
 
-    def see(self, worker_id: WorkerId, changes: Mapping[str, Any]) -> None:
+    def update(self, worker_id: WorkerId, changes: Mapping[str, Any]) -> None:
         """Change fields of one worker."""
         before = self.views[worker_id]
         view = changed(before, changes)
@@ -195,7 +195,7 @@ class Roster(Mapping[WorkerId, WorkerView]):
         if not _MARKING.isdisjoint(changes):
             self._mark(worker_id, before, view)
 
-    def see_all(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> None:
+    def update_all(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> None:
         """Change fields of many workers."""
         before = self.views
         with before.mutate() as draft:
@@ -234,7 +234,7 @@ class Roster(Mapping[WorkerId, WorkerView]):
             view = self.views.get(worker_id)
             if view is not None and view.status is WorkerStatus.MEMBER:
                 changes[worker_id] = {"status": WorkerStatus.STANDBY}
-        self.see_all(changes)
+        self.update_all(changes)
 
     def _mark(
         self, worker_id: WorkerId, before: WorkerView | None, view: WorkerView | None

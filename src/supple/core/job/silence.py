@@ -25,7 +25,7 @@ REPORT_AFTER_S = 10.0
 _NOTHING: Final[dict[str, Any]] = {}
 
 
-def heard(turn: Turn, event: WorkerEvent, changes: dict[str, Any] = _NOTHING) -> None:
+def record_sign_of_life(turn: Turn, event: WorkerEvent, changes: dict[str, Any] = _NOTHING) -> None:
     """Record a sign of life from a worker, or from its node for it, with other `changes` of its
     view. If the worker was silent for longer than allowed, the same cause may affect others: their
     timeouts are extended."""
@@ -33,7 +33,7 @@ def heard(turn: Turn, event: WorkerEvent, changes: dict[str, Any] = _NOTHING) ->
     before = turn.workers.views[worker_id]
     allowed_s = turn.job.spec.heartbeat_timeout_s
     if now - before.heard_at > allowed_s and before.status is not WorkerStatus.STARTING:
-        turn.see_all(
+        turn.update_views(
             {
                 other: {"heard_at": max(view.heard_at, now - allowed_s / 2)}
                 for other, view in turn.workers.views.items()
@@ -41,15 +41,15 @@ def heard(turn: Turn, event: WorkerEvent, changes: dict[str, Any] = _NOTHING) ->
             }
         )
     if isinstance(event, Heartbeat) and not event.is_answer:
-        turn.own_workers().see(worker_id, changes | {"heard_at": now})
+        turn.own_workers().update(worker_id, changes | {"heard_at": now})
     else:
         signs = {"heard_at": now, "answered_at": now, "reported_unanswered": False}
-        turn.own_workers().see(worker_id, changes | signs)
+        turn.own_workers().update(worker_id, changes | signs)
 
 
-def forgive(turn: Turn, asleep_s: float) -> None:
+def extend_timeouts(turn: Turn, asleep_s: float) -> None:
     """Extend all timeouts by the time for which the controller was suspended."""
-    turn.see_all(
+    turn.update_views(
         {
             worker_id: {
                 "heard_at": min(turn.now, view.heard_at + asleep_s),
@@ -150,7 +150,7 @@ def _two_newest_heard(turn: Turn) -> list[tuple[float, WorkerId]]:
 
 
 def _report(turn: Turn, worker_id: WorkerId, reason: str) -> None:
-    turn.see(worker_id, reported_unanswered=True)
+    turn.update_view(worker_id, reported_unanswered=True)
     turn.decide("keep", turn.workers.num("present"), reason)
 
 

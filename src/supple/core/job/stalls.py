@@ -40,7 +40,7 @@ _OF_THE_WORKER: tuple[Doing, ...] = ("data", "script", "backward", "update")
 """Activities of a member during which others may have to wait for it."""
 
 
-def noted(turn: Turn, view: WorkerView, doing: Doing, since_s: float) -> dict[str, Any]:
+def activity_changes(turn: Turn, view: WorkerView, doing: Doing, since_s: float) -> dict[str, Any]:
     """Return the changes of a worker's view after a report of its activity and its duration."""
     since = turn.now - since_s
     if view.doing == doing and since < view.since + _NEW_STRETCH_S:
@@ -189,7 +189,7 @@ def _report(turn: Turn, workers: Iterable[WorkerId | None], more: str = "") -> N
     )
     if late_s is None:
         return
-    turn.see_all({worker_id: {"reported": True} for worker_id in found})
+    turn.update_views({worker_id: {"reported": True} for worker_id in found})
     doing = {_words(view): None for view in found.values()}
     have = "has" if len(found) == 1 else "have"
     reason = f"{by_rank(state, found)} {have} been {' or '.join(doing)} for {late_s:.0f} s{more}"
