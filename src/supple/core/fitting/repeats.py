@@ -14,7 +14,7 @@ from supple.core.types import Estimate
 
 NOISE_FLOOR = 0.03
 """Smallest relative scatter of repeated measurements of one configuration."""
-_BELIEVED = 4
+_MOST_PRIOR_DEGREES = 4
 """Most degrees of freedom of the prior from other configurations, whose noise may differ."""
 _ENOUGH = 3
 """Fewest repeated configurations for that prior, so that one outlier does not determine it."""
@@ -34,17 +34,17 @@ def as_measured(
     enough: a conjugate prior, and Student's t for the next measurement (as in Smyth 2004). The
     standard deviation is at least `floor`, and `floor` without repeats."""
     logs = np.log(seen)
-    apart = [_deviations(group) for group in others if len(group) > 1]
+    deviations = [_deviations(group) for group in others if len(group) > 1]
     value = float(np.median(seen))
-    if len(seen) == 1 and len(apart) < _ENOUGH:
+    if len(seen) == 1 and len(deviations) < _ENOUGH:
         return value, floor**2
-    typical, believed = 0.0, 0
-    if len(apart) >= _ENOUGH:
-        typical = max(floor, _NORMAL * float(np.median(np.concatenate(apart))))
-        believed = min(_BELIEVED, sum(len(group) - 1 for group in apart))
-    degrees = believed + len(seen) - 1
+    typical, prior_degrees = 0.0, 0
+    if len(deviations) >= _ENOUGH:
+        typical = max(floor, _NORMAL * float(np.median(np.concatenate(deviations))))
+        prior_degrees = min(_MOST_PRIOR_DEGREES, sum(len(group) - 1 for group in deviations))
+    degrees = prior_degrees + len(seen) - 1
     own = float(np.sum((logs - logs.mean()) ** 2))
-    scale = math.sqrt((believed * typical**2 + own) / degrees * (1.0 + 1.0 / len(seen)))
+    scale = math.sqrt((prior_degrees * typical**2 + own) / degrees * (1.0 + 1.0 / len(seen)))
     reach = float(_special.stdtrit(degrees, 0.9)) / Z80
     return value, max(floor, reach * scale) ** 2
 

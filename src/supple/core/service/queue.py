@@ -94,9 +94,9 @@ class _Plan:
         self.end_s = start_s
         self.all_in_time = True
 
-    def add(self, ticket: Ticket, *, whatever: bool = False) -> float:
+    def add(self, ticket: Ticket, *, force: bool = False) -> float:
         """Return when `ticket` is answered, and add it to the plan if that is in time, or if
-        `whatever`."""
+        `force`."""
         rows, deadline_s = self._open.get(ticket.kind, (self._max_rows, 0.0))
         rows += ticket.rows
         deadline_s = min(deadline_s, ticket.deadline_s)
@@ -104,7 +104,7 @@ class _Plan:
         if rows > self._max_rows or end_s > deadline_s + _ROUNDING_S:
             rows, deadline_s, end_s = ticket.rows, ticket.deadline_s, end_s + self._fixed_s
         in_time = end_s <= ticket.deadline_s + _ROUNDING_S
-        if whatever or in_time:
+        if force or in_time:
             self.all_in_time &= in_time
             self._open[ticket.kind] = rows, deadline_s
             self.end_s = end_s
@@ -294,7 +294,7 @@ class DeadlineQueue:
         if self._plan is None:
             self._plan = _Plan(self._profile, self._max_rows, start_s)
             for ticket in self.waiting:
-                self._plan.add(ticket, whatever=True)
+                self._plan.add(ticket, force=True)
         self._plan.shift_to(start_s)
         return self._plan
 

@@ -148,7 +148,7 @@ def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
     scatter = np.hypot(_SCATTER, [run.samples_error for run in runs])
     prior = _PRIOR.copy()
     prior[0] = observed[0] - math.log(shape.num_steps[0])
-    # The start is at most a tenth of the shortest run.
+    # Prior of the start: at most a tenth of the shortest run.
     prior[3] = min(prior[3], float(np.min(observed)) - math.log(10.0))
 
     def residuals(sets: _Vector) -> _Vector:
