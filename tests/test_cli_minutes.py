@@ -145,7 +145,7 @@ def test_a_guess_about_other_batch_sizes_is_told_where_it_has_a_part(
         (HEAD + "8,512,0,1\n", (), "line 2: minutes is 0: it must be positive"),
         (HEAD + "8,nan,4,1\n", (), "line 2: batch_size is nan"),
         (HEAD + "0,512,4,1\n", (), "line 2: num_workers is 0"),
-        (HEAD + "8,512,4,1\n16,1024,3,1000000\n", (), "too few to say which is wrong"),
+        (HEAD + "8,512,4,1\n16,1024,3,1000000\n", (), "too few to identify the wrong one"),
         ("num_workers,minutes,reached\n8,4,0\n", (), "none of 1 run reached the target"),
         ("num_workers,minutes,reached\n8,4,soon\n", (), "line 2: reached is 'soon'"),
         (ROWS, ("--counts", "64,x"), "--counts is 'x'"),

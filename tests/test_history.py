@@ -50,7 +50,7 @@ def test_a_curve_says_what_it_rests_on(tmp_path: Path) -> None:
             "line 3: samples_to_target is 'soon': not a number",
         ),
         ("batch_size,samples_to_target\n64\n", "line 2: the row has 1 cell and the header 2"),
-        ("batch_size,samples_to_target\n64,1e6\n", "nothing there compares two sizes"),
+        ("batch_size,samples_to_target\n64,1e6\n", "none of these compares two sizes"),
         (
             "batch_size,samples_to_target\n64,-1\n128,2\n",
             "line 2: samples_to_target is -1: it must be positive and finite",
@@ -95,7 +95,7 @@ def test_runs_of_the_task_are_trusted_before_probes(tmp_path: Path) -> None:
         ("batch_size,samples_to_target\n64,1\n", "the probes .* no column samples"),
         ("batch_size,samples\n64,ten\n", "line 2: samples is 'ten': not a number"),
         ("batch_size,samples\n512,1000\n1024,1e8\n", "probes at batch 512 and 1024 took"),
-        ("batch_size,samples\n64,100\n", "the probes .*nothing there compares two sizes"),
+        ("batch_size,samples\n64,100\n", "the probes .*none of these compares two sizes"),
     ],
 )
 def test_probes_without_meaning_are_refused(tmp_path: Path, text: str, said: str) -> None:

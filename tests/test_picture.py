@@ -68,7 +68,7 @@ def records() -> list[dict[str, Any]]:
         decision(0.1, 0, "start", "starting 2 workers"),
         formed(4.0, 1, 2),
         decision(4.0, 1, "start", "2 workers ready"),
-        decision(6.0, 1, "grow", "the schedule says 3 workers from 2 s on"),
+        decision(6.0, 1, "grow", "the schedule sets 3 workers from 2 s on"),
         formed(9.0, 2, 3),
         decision(9.0, 2, "grow", "2 -> 3 workers: w2 ready"),
         formed(14.0, 3, 2),

@@ -1,7 +1,7 @@
 """The `supple` command, also as `python -m supple`.
 
-Imports next to nothing before it can answer for it: Ctrl-C while modules load, and output that does
-not arrive, end in one plain line at most.
+It imports almost nothing before its error handling is installed, so that Ctrl-C during imports and
+output that cannot be written end in at most one line.
 """
 
 import signal
@@ -11,22 +11,22 @@ _FAILED, _INTERRUPTED = 1, 130
 
 
 def main() -> None:
-    """Run the command line; ends with `SystemExit`."""
+    """Run the command line and end with `SystemExit`."""
     try:
         code = _run()
     except KeyboardInterrupt:
         code = _INTERRUPTED
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left to do takes a moment
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if code == _INTERRUPTED:
-        # Python remembers an interrupted exec(), of which imports are full, and would end itself by
-        # the signal. The next exec() makes it forget.
+        # After an interrupted exec(), which imports use, Python would end itself by the signal. The
+        # next exec() resets that.
         exec("")
-        _tell("stopped by Ctrl-C.")
+        _print("stopped by Ctrl-C.")
     sys.exit(code)
 
 
 def _run() -> str | int | None:
-    """The exit code."""
+    """Run the app and return the exit code."""
     from supple.cli import output
 
     output.watch()
@@ -44,7 +44,7 @@ def _run() -> str | int | None:
     if lost is None:
         return code
     if not isinstance(lost, BrokenPipeError):
-        _tell(
+        _print(
             f"the answer could not be written to stdout: {lost.strerror}. Make room, or send it "
             "elsewhere, and run the command again."
         )
@@ -52,11 +52,11 @@ def _run() -> str | int | None:
     return code or _FAILED
 
 
-def _tell(line: str) -> None:
+def _print(line: str) -> None:
     try:
         print(f"supple: {line}", file=sys.stderr, flush=True)
     except OSError:
-        return  # there is nobody to tell
+        return  # stderr is closed
 
 
 if __name__ == "__main__":

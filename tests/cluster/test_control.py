@@ -24,7 +24,7 @@ from supple.core.spec import SpecError
 
 def handler(request: Mapping[str, Any]) -> dict[str, Any]:
     if request.get("ask") == "refuse":
-        raise SpecError("9 workers asked for, the job has --workers 1:4.")
+        raise SpecError("9 workers requested, the job has --workers 1:4.")
     return {"heard": dict(request)}
 
 
@@ -60,7 +60,7 @@ def test_a_request_is_answered_and_a_refusal_is_the_askers_error(name: str) -> N
                 "heard": {"ask": "x"}
             }
             assert name in await asyncio.to_thread(running_jobs)
-            with pytest.raises(SpecError, match="9 workers asked for"):
+            with pytest.raises(SpecError, match="9 workers requested"):
                 await asyncio.to_thread(send_request, name, {"ask": "refuse"})
 
     asyncio.run(run())

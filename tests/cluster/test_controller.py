@@ -198,7 +198,7 @@ def test_a_resize_from_another_terminal_is_carried_out_and_said(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        ({"ask": "resize", "num_workers": 9}, "9 workers asked for, the job has --workers 1:3"),
+        ({"ask": "resize", "num_workers": 9}, "9 workers requested, the job has --workers 1:3"),
         ({"ask": "resize", "num_workers": "many"}, "the number of workers"),
         ({"ask": "preempt", "workers": ["w77"]}, "w77: no such worker. The job has w0"),
         ({"ask": "dance"}, "unknown request 'dance'"),
@@ -225,8 +225,8 @@ def test_a_schedule_is_followed_from_the_first_step_on(tmp_path: Path) -> None:
     _, _, witness, _ = play(tmp_path, watch, schedule=((0.0, 1), (0.05, 2), (0.1, 1)))
     reasons = [thing.reason for thing in witness.seen if isinstance(thing, TargetChanged)]
     assert reasons == [
-        "the schedule says 2 workers from 0.05 s on",
-        "the schedule says 1 worker from 0.1 s on",
+        "the schedule sets 2 workers from 0.05 s on",
+        "the schedule sets 1 worker from 0.1 s on",
     ]
 
 

@@ -276,7 +276,7 @@ def test_a_kept_measurement_that_cannot_be_ends_no_job_before_it_begins(step_tim
     damaged = replace(MEASURED, steps=(odd, *MEASURED.steps[1:]))
     given = spec(max_workers=8, workers_per_node=8, objective=Objective())
     _, initial, why = start(given, 0.0, damaged)
-    assert initial == 1 and "or is damaged" in why
+    assert initial == 1 and "contradictory or damaged" in why
 
 
 def test_a_deadline_that_has_passed_is_said() -> None:
@@ -457,7 +457,7 @@ def test_a_worker_that_stops_late_says_nothing_about_the_next_pause() -> None:
 def test_data_of_unknown_length_is_said_once_where_an_objective_was_given() -> None:
     given = spec(objective=Objective(deadline_s=50.0))
     (event,) = events_of(given, samples_total=None)
-    assert isinstance(event, Noticed) and "the length of the data is not known" in event.text
+    assert isinstance(event, Noticed) and "the length of the data is unknown" in event.text
     assert not events_of(spec(), samples_total=None)
 
 

@@ -18,7 +18,7 @@ def test_survivors_go_on_at_once_and_a_replacement_joins_later() -> None:
     assert job.ready("w3") == [job.announce("w0 w2")]
     assert job.stopped("w0 w2", 16) == [job.form("w0 w2 w3")]
     assert job.kind == "regrow"
-    assert job.reason == "2 -> 3 workers: w3 ready, in place of what was lost"
+    assert job.reason == "2 -> 3 workers: w3 ready, in place of lost workers"
 
 
 def test_a_failed_collective_aborts_the_others_even_if_nobody_is_lost() -> None:
@@ -55,7 +55,7 @@ def test_a_loss_while_forming_aborts_that_generation_and_forms_the_next() -> Non
 
 
 def test_a_fresh_start_says_which_state_is_gone_and_what_it_begins_from() -> None:
-    begun = "the state of step 11 is gone with its last holder: starting from"
+    begun = "the state of step 11 is lost with its last holder: starting from"
     for saved, from_what in ((False, "the initial weights"), (True, "the checkpoint p of step 8")):
         job = running(1)
         if saved:
@@ -124,7 +124,7 @@ def test_who_alone_holds_the_state_is_waited_for_when_silent_and_named() -> None
     assert job.tick(0.25) == []
     assert job.reason == (
         "rank 1 (w1) has given no sign of life for 10 s: its process is stopped or cannot be "
-        "reached. Nobody who answers holds the state it has, so it is waited for, 600 s at most "
+        "reached. No responsive worker holds its state, so the job waits for it, 600 s at most "
         "(--unresponsive-timeout)"
     )
     told = len(job.decisions)

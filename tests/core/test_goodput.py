@@ -164,7 +164,7 @@ def test_the_worth_of_a_batch_that_cannot_be_is_refused(
     for ask in (efficiency, expected_efficiency, gain):
         with pytest.raises(ValueError, match="batches must be positive and finite"):
             ask(phi, base, batch)
-    with pytest.raises(ValueError, match="the worth of a batch was asked for"):
+    with pytest.raises(ValueError, match="the worth of a batch was requested"):
         worth(None, phi, base, batch)  # type: ignore[arg-type]
 
 

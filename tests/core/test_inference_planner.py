@@ -178,7 +178,7 @@ def test_a_cliff_is_told_where_a_somewhat_lower_chance_needs_far_fewer_accelerat
     assert (
         f" {fewest.num_accelerators} accelerators (copies on {fewest.num_devices} accelerators, "
         f"{fewest.concurrency} requests at a time each) would keep it with {fewest.chance:.0%}: "
-        "measure that row first, and hand the figure to --measured."
+        "measure that row first, and give the figure with --measured."
     ) in table.reason
 
 
@@ -254,7 +254,7 @@ def test_a_measured_row_that_is_likely_is_no_reason_to_measure_it(slow_from: int
     job = replace(JOB, itl_s=0.063, max_devices=1)
     table = planned(job, waits(slow_from))
     assert "69%" in table.reason and "measure" not in table.reason.replace("as measured", "")
-    assert table.told[-1].itl_p90_s.value == 0.06
+    assert table.mentioned[-1].itl_p90_s.value == 0.06
     assert table.choice.itl_p90_s.value == (0.06 if slow_from == 1 else 0.01)
 
 

@@ -458,7 +458,7 @@ def test_every_run_of_a_count_uses_all_of_it_and_makes_the_batch(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"optimizer": "AdamW"}, "'AdamW'.*not known"),
+        ({"optimizer": "AdamW"}, "'AdamW'.*unknown"),
         ({"dataset_size": 0}, "dataset_size=0, epochs=1, base_batch_size=512: all must be whole"),
         ({"base_batch_size": 0}, "base_batch_size=0"),
         ({"epochs": 0}, "epochs=0"),

@@ -214,7 +214,7 @@ def test_every_prediction_is_positive_finite_and_grows_with_the_work(
 
 def test_a_time_that_no_device_can_reach_is_refused() -> None:
     row = LayoutMeasurement(run=run(), iteration_s=time_of(run()) / 20.0)
-    with pytest.raises(ValueError, match=r"TFLOP/s: the data sheet of a100 says 312"):
+    with pytest.raises(ValueError, match=r"TFLOP/s: the data sheet of a100 states 312"):
         model_of(row)
 
 
@@ -453,7 +453,7 @@ def test_attention_that_keeps_no_scores_moves_none_through_the_memory() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"layout": ParallelLayout(cp=2)}, "Ask for cp=1"),
+        ({"layout": ParallelLayout(cp=2)}, "Give cp=1"),
         ({"layout": ParallelLayout(pp=25)}, "pp of 1 to 24"),
         ({"layout": ParallelLayout(tp=0)}, "at least 1"),
         ({"layout": ParallelLayout(tp=-2, dp_shard=-2)}, "tp=-2.*each must be a whole number"),

@@ -15,7 +15,7 @@ from supple.core.training.learning_rate import (
     contradiction,
     expected_rate,
     planned_rate,
-    said_by_previous_runs,
+    rate_of_previous_runs,
 )
 
 ONE = [TunedRate(batch_size=256, lr=1e-3)]
@@ -75,7 +75,7 @@ def test_units_do_not_matter_and_the_interval_widens_with_distance(
     [[], [TunedRate(batch_size=0, lr=0.1)], [TunedRate(batch_size=8, lr=math.nan)]],
 )
 def test_rates_without_meaning_are_refused(tuned: list[TunedRate]) -> None:
-    with pytest.raises(ValueError, match="a learning rate was asked for"):
+    with pytest.raises(ValueError, match="a learning rate was requested"):
         expected_rate(tuned, 64, "sgd")
 
 
@@ -137,7 +137,7 @@ def test_a_rate_that_contradicts_the_previous_runs_is_kept_said_and_scaled_as_th
 
 
 def test_previous_runs_at_other_sizes_contradict_a_rate_outside_of_what_they_let_expect() -> None:
-    said = said_by_previous_runs(HISTORY, 1024, "sgd")
+    said = rate_of_previous_runs(HISTORY, 1024, "sgd")
     assert said == expected_rate(HISTORY, 1024, "sgd").lr
     assert contradiction(HISTORY, said.high, 1024, "sgd") == ""
     assert "would be 0.1" in contradiction(HISTORY, 2.0 * said.high, 1024, "sgd")
@@ -155,4 +155,4 @@ def test_rates_that_agree_or_are_not_known_are_no_contradiction() -> None:
     for lr in (0.07, 0.1, 0.14):
         assert contradiction(HISTORY, lr, 512, "sgd") == ""
     assert contradiction((), 0.1, 512, "sgd") == contradiction(HISTORY, 0.0, 512, "sgd") == ""
-    assert said_by_previous_runs(HISTORY, 512, "sgd").value == 0.1
+    assert rate_of_previous_runs(HISTORY, 512, "sgd").value == 0.1

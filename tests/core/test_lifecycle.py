@@ -114,7 +114,7 @@ def test_what_was_lost_before_a_shrink_is_made_good_up_to_the_smaller_target() -
     assert job.stopped("w0", 12) == [job.form("w0 w3")]
     assert (job.kind, job.reason) == (
         "regrow",
-        "1 -> 2 workers: w3 ready, in place of what was lost",
+        "1 -> 2 workers: w3 ready, in place of lost workers",
     )
 
 
@@ -321,7 +321,7 @@ def test_another_worker_saves_when_the_saver_dies() -> None:
     assert job.lost("w1") == [job.save("w0")]
     assert job.lost("w2") == []
     reason = (
-        "Ctrl-C: stopped at step 12; step 12 is NOT saved: nobody who held it is left. "
+        "Ctrl-C: stopped at step 12; step 12 is NOT saved: no worker that held it is left. "
         "There is no checkpoint."
     )
     assert job.lost("w0") == [job.finish(reason, stopped=True, saved=False)]
@@ -357,8 +357,8 @@ def test_a_second_stop_ends_at_once() -> None:
     assert [type(action) for action in actions[:2]] == [StopWorker, StopWorker]
     assert job.phase is Phase.FINISHED
     assert job.reason == (
-        "stopped at once, asked twice (Ctrl-C); step 10 is NOT saved: it was asked to end without "
-        "waiting for a save. There is no checkpoint."
+        "stopped at once, requested twice (Ctrl-C); step 10 is NOT saved: the second request was "
+        "to end without a save. There is no checkpoint."
     )
 
 

@@ -230,11 +230,11 @@ def test_traces_that_all_need_the_same_tell_nothing_beyond_twice_the_largest() -
 
 @pytest.mark.parametrize("limit", [float("nan"), float("inf")])
 def test_what_fits_no_finite_memory_is_not_asked(limit: float) -> None:
-    with pytest.raises(ValueError, match="a finite number"):
+    with pytest.raises(ValueError, match="the limit must be finite"):
         largest_that_fits([traced(8)], limit)
-    with pytest.raises(ValueError, match="a finite number"):
+    with pytest.raises(ValueError, match="the limit must be finite"):
         fit_memory(line(1000, 10, 8, 16)).largest_micro_batch(limit)
-    with pytest.raises(ValueError, match="of 0 traces"):
+    with pytest.raises(ValueError, match="from 0 traces"):
         largest_that_fits([], 1e9)
 
 
@@ -251,5 +251,5 @@ def test_the_memory_of_a_batch_that_nobody_can_run_is_refused(size: float) -> No
         lambda: safe_bytes([traced(8)], size),  # type: ignore[arg-type]
     )
     for ask in asks:
-        with pytest.raises(ValueError, match=f"of a micro-batch of {size} was asked for"):
+        with pytest.raises(ValueError, match=f"of a micro-batch of {size} was requested"):
             ask()

@@ -136,7 +136,7 @@ def test_measurements_that_are_not_of_one_machine_are_to_be_checked_first() -> N
     odd = job_of(times=replace(SPACE.times, scatter=math.log(4.0)))
     sentence = what_to_measure_first(layout_table(odd, max_workers=64), odd, Limits())
     assert sentence == (
-        "What was measured differs from what one such machine does by a factor of 4: check units, "
+        "The measurements differ from those of one such machine by a factor of 4: check units, "
         "batches, sizes and links first."
     )
 
@@ -149,7 +149,7 @@ def test_a_measured_layout_that_was_left_out_is_named_before_anything_else() -> 
     odd = job_of(times=replace(SPACE.times, odd=(out,)))
     told = what_to_measure_first(replace(found, recommended=len(found.rows) - 1), odd, Limits())
     assert told.startswith(f"Left out, check it: 32 workers as {describe(row.layout)} with a")
-    assert f"where the others let {row.step_time_s.value:.3g} s be expected. Measure " in told
+    assert f"but the other measurements predict {row.step_time_s.value:.3g} s. Measure " in told
 
 
 def test_one_worker_has_no_layout_to_be_told() -> None:

@@ -39,7 +39,7 @@ CHANGES = st.sampled_from(
             {"finished": True},
             {"left_at": 3.0},
             {"left_at": None},
-            {"said": True, "heard_at": 2.0},
+            {"reported": True, "heard_at": 2.0},
         )
     ]
 )
@@ -78,13 +78,13 @@ def move(roster: Roster, kind: str, who: Any, changes: Any, at: float) -> None:
     if worker_id not in roster:
         roster.add(worker_id, view())
     elif kind == "see":
-        roster.see(worker_id, changes)
+        roster.update(worker_id, changes)
     elif kind == "remove":
         roster.remove(worker_id)
     elif kind == "ready" and roster[worker_id].status is STANDBY:
         return
     elif kind == "ready":
-        roster.see(worker_id, {"status": STANDBY, "ready_at": at})
+        roster.update(worker_id, {"status": STANDBY, "ready_at": at})
     elif roster[worker_id].status is MEMBER and kind == "stop":
         roster.stop(worker_id)
     elif roster[worker_id].status is MEMBER:
@@ -107,7 +107,7 @@ def test_what_is_counted_is_what_a_search_finds_after_any_changes(moves: list[An
         assert now.num("joinable") == sum(can[w] and not v.leaving for w, v in views.items())
         assert now.num("newcomer") == len(newcomers)
         assert now.num("left") == sum(v.left_at is not None for v in views.values())
-        assert now.num("said") == sum(v.said for v in views.values())
+        assert now.num("reported") == sum(v.reported for v in views.values())
         assert set(now.stopped) | set(now.formed) | set(now.gone_on) <= set(present)
         assert now.num_training == sum(map(now.is_training, views))
         assert now.num_training == sum(can[w] and w not in now.stopped for w in present)
@@ -119,7 +119,7 @@ def test_what_is_counted_is_what_a_search_finds_after_any_changes(moves: list[An
 def test_a_copy_changes_alone() -> None:
     before = roster(MEMBER, MEMBER, STANDBY)
     after = before.copy()
-    after.see(worker(0), {"step": 7})
+    after.update(worker(0), {"step": 7})
     after.stop(worker(1))
     after.remove(worker(2))
     after.begin([worker(0)], [worker(0), worker(1)])
@@ -146,7 +146,7 @@ def test_of_who_is_a_member_no_more_nothing_of_its_generation_is_left(change: An
     if change is None:
         now.remove(worker(0))
     else:
-        now.see(worker(0), change)
+        now.update(worker(0), change)
     assert (now.num_training, now.num_busy, now.all_formed) == (1, 1, False)
     now.form(worker(1))
     assert now.all_formed

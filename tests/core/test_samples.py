@@ -200,7 +200,7 @@ def test_an_absurd_run_is_left_out_and_named() -> None:
     absurd = Run(batch_size=700, samples=100 * curve(700))
     found = fit_samples([*seen, absurd])
     assert found.predict(800) == fit_samples(seen).predict(800)
-    assert found.why.endswith("left out, as most others contradict it: batch 700")
+    assert found.why.endswith("left out, because most others contradict it: batch 700")
     with pytest.raises(ValueError, match=r"batch 256 and 700 took .* 3 batch sizes are too few"):
         fit_samples([*runs(256, 1024), absurd])
 
@@ -217,7 +217,9 @@ def test_repeats_that_differ_by_more_than_any_seed_are_refused(lr: float | None,
     other = Run(batch_size=1024, samples=1e6, lr=lr)
     with pytest.raises(ValueError, match=f"runs {said}"):
         fit_samples([*apart, other])
-    with pytest.raises(ValueError, match=r"probes at batch 512.*one run do not differ.*same loss"):
+    with pytest.raises(
+        ValueError, match=r"probes at batch 512.*one run differ by no more.*same loss"
+    ):
         fit_samples([], [*apart, other])
     near = [Run(batch_size=512, samples=samples, lr=lr) for samples in (1e5, 9e5)]
     stopped = replace(apart[0], reached=False)
@@ -230,11 +232,13 @@ def test_one_odd_repeat_of_many_is_left_out_and_named() -> None:
     odd, other = Run(batch_size=512, samples=2e6), Run(batch_size=1024, samples=1.2e5)
     found = fit_samples([*seeds, odd, other])
     assert found.predict(700) == fit_samples([*seeds, other]).predict(700)
-    assert found.why.endswith("left out, as most others contradict it: 2e+06 samples at batch 512")
+    assert found.why.endswith(
+        "left out, because most others contradict it: 2e+06 samples at batch 512"
+    )
     probed = fit_samples([], [*seeds, odd, other]).why
     assert probed.endswith("2e+06 samples of a probe at batch 512")
     halves = [*seeds[:2], odd, replace(odd, samples=2.1e6)]
-    with pytest.raises(ValueError, match="repeats of one run do not differ"):
+    with pytest.raises(ValueError, match="repeats of one run differ by no more"):
         fit_samples([*halves, other])
 
 
@@ -245,7 +249,7 @@ def test_probes_contradict_each_other_as_runs_do() -> None:
     seen = runs(128, 256, 512, 1024, 2048)
     found = fit_samples([], [*seen, absurd])
     assert found.efficiency(128, 800) == fit_samples([], seen).efficiency(128, 800)
-    assert found.why.endswith("left out, as most others contradict it: probe at batch 700")
+    assert found.why.endswith("left out, because most others contradict it: probe at batch 700")
 
 
 def test_a_badly_tuned_run_beside_a_good_one_does_not_make_its_size_look_worse() -> None:
@@ -300,7 +304,7 @@ def test_runs_of_which_most_stopped_at_every_size_are_refused() -> None:
 
 def test_a_size_of_which_only_an_uninformative_bound_is_known_is_no_second_size() -> None:
     stopped = Run(batch_size=128, samples=10.0, reached=False)
-    with pytest.raises(ValueError, match=r"runs at 1 batch size.*nothing there compares"):
+    with pytest.raises(ValueError, match=r"runs at 1 batch size.*none of these compares"):
         fit_samples([Run(batch_size=64, samples=1e4), stopped])
     alone = fit_samples([Run(batch_size=64, samples=1e4), stopped], noise_scale=500.0)
     assert "rough guide" in alone.why
@@ -393,7 +397,9 @@ def test_contradictory_runs_give_a_finite_answer_or_are_refused(
     except ValueError as refusal:
         told = str(refusal)
     if told:
-        assert re.search("compares two sizes|too few to say which is wrong|repeats of one", told)
+        assert re.search(
+            "compares two sizes|too few to identify the wrong one|repeats of one", told
+        )
         return
     assert 0.0 < found.low <= found.value <= found.high < math.inf
 
@@ -419,13 +425,13 @@ def test_a_run_without_meaning_is_refused_with_its_numbers(bad: Run) -> None:
 
 
 def test_one_batch_size_alone_is_refused() -> None:
-    with pytest.raises(ValueError, match="nothing there compares two sizes"):
+    with pytest.raises(ValueError, match="none of these compares two sizes"):
         fit_samples(runs(128, 128))
 
 
 def test_runs_that_never_reached_the_target_are_refused() -> None:
     stopped = [Run(batch_size=size, samples=1e6, reached=False) for size in (16, 32)]
-    with pytest.raises(ValueError, match="nothing tells how far it is"):
+    with pytest.raises(ValueError, match="the distance to it is unknown"):
         fit_samples(stopped)
 
 
@@ -437,7 +443,7 @@ def test_a_noise_scale_without_meaning_is_refused(odd: float) -> None:
 
 def test_two_runs_that_no_law_reconciles_are_refused() -> None:
     runs = [Run(batch_size=64, samples=1e6), Run(batch_size=128, samples=1e9)]
-    with pytest.raises(ValueError, match="too few to say which is wrong"):
+    with pytest.raises(ValueError, match="too few to identify the wrong one"):
         fit_samples(runs)
     steep = [Run(batch_size=64, samples=1e6), Run(batch_size=1024, samples=16e6)]
     assert fit_samples(steep).predict(256).value > 2e6

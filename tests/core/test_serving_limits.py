@@ -27,7 +27,7 @@ def told(tokens_per_s: float, itl_ms: float, run: DecodingRun = PLAIN) -> str:
 
 
 def test_more_tokens_than_four_times_the_peak_multiplies_are_impossible() -> None:
-    assert "57,600 TFLOP/s; the data sheet says 989 of 1 accelerator (h100)" in told(3.6e6, 20)
+    assert "57,600 TFLOP/s; the data sheet states 989 for 1 accelerator (h100)" in told(3.6e6, 20)
     assert told(2.4e5, 0.3) == ""
     assert told(2.5e5, 0.3)
 

@@ -131,8 +131,8 @@ def test_who_alone_holds_the_state_and_is_silent_is_said_once_to_be_waited_for()
             "keep",
             1,
             "rank 0 (w0) has given no sign of life for 10 s: its process is stopped or cannot be "
-            "reached. Nobody who answers holds the state it has, so it is waited for, 600 s at "
-            "most (--unresponsive-timeout)",
+            "reached. No responsive worker holds its state, so the job waits for it, 600 s at most "
+            "(--unresponsive-timeout)",
         )
     ]
 

@@ -83,5 +83,5 @@ def test_a_layer_that_no_clock_can_show_is_refused(fields: dict[str, float]) -> 
 
 @pytest.mark.parametrize("num_stages", [0, 4])
 def test_more_stages_than_layers_are_refused(num_stages: int) -> None:
-    with pytest.raises(ValueError, match="Ask for 1 to 3 stages"):
+    with pytest.raises(ValueError, match="Give 1 to 3 stages"):
         split([layer(1.0)] * 3, num_stages, micro_batch_size=1)

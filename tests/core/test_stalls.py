@@ -20,7 +20,7 @@ def test_a_rank_whose_data_does_not_come_is_named_after_ten_seconds_once() -> No
     job.tick(30.0, hearing="w0 w1")
     assert said(job) == [
         "rank 1 (w1) has been fetching data (the dataset, collate_fn) for 10 s; rank 0 (w0) cannot "
-        "go on without it; it is replaced after 60 s (--stall-timeout)"
+        "continue without it; it is replaced after 60 s (--stall-timeout)"
     ]
 
 
@@ -142,7 +142,7 @@ def test_a_single_worker_whose_data_does_not_come_ends_the_job_saved() -> None:
     ended = job.saved(10, "step-10")[-1]
     assert isinstance(ended, FailJob)
     assert ended.reason == (
-        "rank 0 (w0) had been fetching data for 60 s, and nothing came (--stall-timeout 60s); "
+        "rank 0 (w0) had been fetching data for 60 s without a result (--stall-timeout 60s); "
         "step 10 is saved in step-10"
     )
 

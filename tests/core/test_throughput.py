@@ -227,7 +227,7 @@ def test_a_step_that_cannot_run_has_no_time(
 ) -> None:
     *counts, nodes = asked
     model = model_of(*ALONE)
-    with pytest.raises(ValueError, match=f"a step time was asked for with .*{rule}.*Ask for"):
+    with pytest.raises(ValueError, match=f"a step time was requested with .*{rule}.*Give"):
         model.predict(*counts, num_nodes=nodes)
 
 

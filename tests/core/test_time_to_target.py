@@ -135,7 +135,7 @@ def test_times_of_one_configuration_that_contradict_each_other_are_refused(
         fit_time_to_target(seen)
     assert fit_time_to_target(seen[:2]).predict(8, batch).value > 0
     many = finished(8, 16, 32, 64, 128, says_batch=batch is not None)
-    with pytest.raises(ValueError, match="a factor of 10 besides"):
+    with pytest.raises(ValueError, match="times a factor of 10"):
         fit_time_to_target([*seen, *many])
 
 
@@ -163,7 +163,7 @@ def test_a_batch_is_shared_by_no_more_workers_than_samples_unless_a_run_did_so()
 
 
 def test_half_a_worker_is_not_asked_for() -> None:
-    with pytest.raises(ValueError, match=r"asked for on 2\.5 workers"):
+    with pytest.raises(ValueError, match=r"requested on 2\.5 workers"):
         fit_time_to_target(finished(4, 8)).predict(2.5, 512.0)  # type: ignore[arg-type]
 
 

@@ -183,5 +183,5 @@ def test_samples_may_be_any_number(samples: Any) -> None:
 )
 def test_a_run_that_cannot_be_has_no_time(asked: tuple[float, float, Any]) -> None:
     model = fit_training_time([run(8)])
-    with pytest.raises(ValueError, match=r"on [-\d.]+ workers.*positive and finite.*Ask for"):
+    with pytest.raises(ValueError, match=r"on [-\d.]+ workers.*positive and finite.*Give"):
         model.predict(*asked)

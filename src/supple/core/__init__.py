@@ -1,4 +1,4 @@
-"""The pure part of Supple: it decides, and touches nothing.
+"""The pure part of Supple: all decisions, without side effects.
 
-No torch, no Ray, no clock, no thread, no file, no randomness it was not handed.
+No torch, no Ray, no clock, no thread, no file, no randomness except from arguments.
 """

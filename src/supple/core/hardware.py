@@ -1,5 +1,5 @@
-"""A small catalogue of links, for what one machine cannot measure. Its numbers are priors: every
-prediction that rests on one is marked assumed and gets a wide interval."""
+"""Catalogue of network links, for predictions that one machine cannot measure. Its numbers are
+priors: a prediction that depends on one is marked `assumed` and has a wide interval."""
 
 from dataclasses import dataclass
 
@@ -8,31 +8,31 @@ from supple.core.spec import parse_name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interconnect:
-    """What one hop of a ring costs, and the bandwidth of a ring per worker."""
+    """Latency of one hop of a ring, and the bandwidth of a ring per worker."""
 
     name: str
     latency_s: float
     bandwidth_bytes_per_s: float
     source: str
     pair_slowdown: float = 0.05
-    """What a ring of two nodes loses to its single peer, as a fraction of its transfer time. Where
-    a provider limits a flow (AWS documents 5 Gbit/s, 10 inside a placement group), the two
-    neighbours that a node has in a larger ring get more than one."""
+    """Relative increase of the transfer time of a ring of two nodes, where all flows have the same
+    peer. Where a provider limits a flow (AWS documents 5 Gbit/s, 10 inside a placement group), the
+    two neighbours of a node in a larger ring get more bandwidth than one."""
     pair_doubt: float = 0.3
-    """Standard deviation of that one's logarithm."""
+    """Standard deviation of the logarithm of `pair_slowdown`."""
     cards_per_node: int = 1
     """Network cards of a node, each of this bandwidth."""
 
 
 _BASIS = "nominal rate, {} of it achieved by large ring all-reduces"
 _TCP = (0.1, 0.7)
-"""`pair_slowdown` and its doubt for TCP through one's own switches: on the public profiles of a
+"""`pair_slowdown` and `pair_doubt` for TCP through own switches: on the public profiles of a
 cluster of 2080Ti (Sia, SOSP 2023) two nodes are about as fast as three."""
 _VIRTUAL = (0.6, 0.3)
-"""The same between virtual machines: on those of T4 at AWS (Pollux, OSDI 2021) two nodes take 1.4
-to 2.1 times the transfer time that larger rings lead to expect, for all six models."""
+"""The same between virtual machines: on those with T4 at AWS (Pollux, OSDI 2021) two nodes take 1.4
+to 2.1 times the transfer time predicted from larger rings, for all six models."""
 _FABRIC = (0.05, 0.3)
-"""The same where many paths lead to a peer."""
+"""The same for a fabric with many paths to a peer."""
 
 
 def _link(
@@ -84,9 +84,9 @@ INTERCONNECTS: dict[str, Interconnect] = {
 
 
 DEFAULT_INTERCONNECT = "ethernet-25"
-"""Between the nodes of machines like this one, where nobody says."""
+"""Default link between nodes."""
 
 
 def lookup(name: str, *, what: str = "--interconnect") -> Interconnect:
-    """The link of this name, capitals or not; `SpecError` with the valid names otherwise."""
+    """Look up a link by name, ignoring case; `SpecError` with the valid names for any other."""
     return INTERCONNECTS[parse_name(name, INTERCONNECTS, what=what)]

@@ -1,7 +1,7 @@
-"""Nouns a user writes, and the refusal of nonsense before any work starts.
+"""Specification of jobs and plans: options, limits and objectives, validated before work starts.
 
-`parse_*` turn command-line text into numbers and raise `SpecError`, whose text says what was
-asked, the numbers, the rule that broke and what to do.
+`parse_*` turn command-line text into numbers and raise `SpecError`, whose text gives the request,
+the numbers, the rule that broke and what to do.
 """
 
 import math
@@ -16,19 +16,20 @@ BatchMode = Literal["fixed", "adaptive"]
 LrRule = Literal["auto", "linear", "sqrt", "adascale", "constant"]
 OnNonFinite = Literal["stop", "skip"]
 MAX_WORKERS = 65_536
-"""More than any pool known; a larger count is a typing error."""
+"""Largest allowed count: a larger one is a typing error."""
 _SEEDS_END = 2**63
-"""What a random generator's seed fits into."""
+"""Upper bound of seeds: random generators accept 63 bits."""
 LARGEST_COUNT = 4096
-"""Where a plan ends that nobody gave a cap."""
+"""Largest count of a plan without a cap."""
 
 _MOST_S, _MOST_MONEY = 8.64e9, 1e15
-"""The same of times, 100,000 days, and of money."""
+"""Largest allowed time (100,000 days) and amount of money."""
 
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+")
 
 KNEE_SHARE = 0.5
+"""Least speed that an added worker must add, in workers."""
 KNEE_RULE = (
     "the knee: the largest count up to which every doubling still adds at least "
     f"{KNEE_SHARE:g} of a worker's speed for every worker added"
@@ -36,7 +37,7 @@ KNEE_RULE = (
 
 
 class SpecError(ValueError):
-    """The user asked for something that cannot be. The message is complete."""
+    """An invalid request by the user, with a complete message."""
 
 
 LONGEST_NAME = 64
@@ -44,8 +45,7 @@ _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}")
 
 
 def check_name(name: str) -> None:
-    """Raise `SpecError` unless a job or a service may be called so: the name is a folder's and a
-    socket's too."""
+    """Raise `SpecError` unless the name is valid for a job, its folder and its socket."""
     if not _NAME.fullmatch(name):
         raise SpecError(
             f"the name {name!r} is not usable as a folder: use up to {LONGEST_NAME} letters, "
@@ -54,7 +54,7 @@ def check_name(name: str) -> None:
 
 
 def check_one_of(value: object, known: Iterable[str], *, what: str, advice: str = "") -> None:
-    """Raise `SpecError` with all of `known` unless `value` is one of them, letter for letter."""
+    """Raise `SpecError` with all of `known` unless `value` is exactly one of them."""
     names = tuple(known)
     if value not in names:
         more = f" {advice}" if advice else ""
@@ -65,28 +65,28 @@ def check_one_of(value: object, known: Iterable[str], *, what: str, advice: str 
 
 
 def is_count(value: object) -> bool:
-    """Whether it is a whole number of at least 1."""
+    """Whether the value is a whole number of at least 1."""
     return isinstance(value, Integral) and int(value) >= 1
 
 
-def check_counts(asked: str, **counts: float) -> None:
-    """Raise `SpecError` naming the first that is no whole number of at least 1; `asked` says what
-    was asked for."""
+def check_counts(request: str, **counts: float) -> None:
+    """Raise `SpecError` for the first count that is not a whole number of at least 1; the message
+    begins with `request`."""
     for what, count in counts.items():
         if not is_count(count):
             raise SpecError(
-                f"{asked} with {what}={count:g}: it must be a whole number of at least 1. Correct "
-                "the number."
+                f"{request} with {what}={count:g}: it must be a whole number of at least 1. "
+                "Correct the number."
             )
 
 
 def is_positive(value: float) -> bool:
-    """Whether it is a number above 0 and finite."""
+    """Whether the value is a finite number above 0."""
     return isinstance(value, Real) and 0 < value < math.inf
 
 
 def parse_count(text: str, *, what: str) -> int:
-    """A whole number from 1 to `MAX_WORKERS`, or a `SpecError` naming `what`."""
+    """Parse a whole number from 1 to `MAX_WORKERS`; `SpecError` naming `what` for any other."""
     try:
         count = int(text)
     except ValueError:
@@ -99,7 +99,7 @@ def parse_count(text: str, *, what: str) -> int:
 
 
 def parse_workers(text: str) -> tuple[int, int]:
-    """`"2:8"` or `"4"` as (min, max)."""
+    """Parse `"2:8"` or `"4"` as (min, max)."""
     low, colon, high = text.partition(":")
     minimum = parse_count(low, what=f"--workers {text}: MIN")
     maximum = parse_count(high, what=f"--workers {text}: MAX") if colon else minimum
@@ -112,7 +112,7 @@ def parse_workers(text: str) -> tuple[int, int]:
 
 
 def parse_batch(text: str) -> BatchMode:
-    """`"fixed"` or `"adaptive"`."""
+    """Parse `"fixed"` or `"adaptive"`."""
     for mode in get_args(BatchMode):
         if text == mode:
             return mode
@@ -120,7 +120,7 @@ def parse_batch(text: str) -> BatchMode:
 
 
 def parse_rule(text: str) -> LrRule:
-    """The learning-rate rule of this name, or a `SpecError` with the valid ones."""
+    """Parse the name of a learning-rate rule; `SpecError` with the valid ones for any other."""
     for rule in get_args(LrRule):
         if text == rule:
             return rule
@@ -128,7 +128,7 @@ def parse_rule(text: str) -> LrRule:
 
 
 def parse_on_non_finite(text: str) -> OnNonFinite:
-    """`"stop"` or `"skip"`."""
+    """Parse `"stop"` or `"skip"`."""
     for choice in get_args(OnNonFinite):
         if text == choice:
             return choice
@@ -136,22 +136,21 @@ def parse_on_non_finite(text: str) -> OnNonFinite:
 
 
 def parse_name(text: str, known: Iterable[str], *, what: str) -> str:
-    """Which of `known` is named, capitals or not; else a `SpecError` with all of them, and those
-    that are probably meant."""
+    """Look up one of `known`, ignoring case; else `SpecError` with all of them and hints."""
     names = {name.casefold(): name for name in known}
-    asked = text.strip().casefold()
-    if asked in names:
-        return names[asked]
-    near = [name for name in names if asked and name.startswith(asked)]
-    near = near or [name for name in names if asked.startswith(name)]
-    near = near or get_close_matches(asked, names, n=1, cutoff=0.5)
+    given = text.strip().casefold()
+    if given in names:
+        return names[given]
+    near = [name for name in names if given and name.startswith(given)]
+    near = near or [name for name in names if given.startswith(name)]
+    near = near or get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f" Do you mean {' or '.join(names[name] for name in near)}?" if near else ""
     raise SpecError(f"{what} {text}: unknown. Known: {', '.join(names.values())}.{hint}")
 
 
 def parse_duration(text: str, *, what: str, such_as: str = "90s, 15m, 2h or 1h30m") -> float:
-    """`"90s"`, `"2h"`, `"1h30m"` or plain seconds, as positive finite seconds; a `SpecError` names
-    times `such_as` may be written."""
+    """Parse `"90s"`, `"2h"`, `"1h30m"` or plain seconds as positive finite seconds; a `SpecError`
+    gives `such_as` as examples."""
     stripped = text.strip()
     if _DURATION.fullmatch(stripped):
         seconds = sum(
@@ -170,7 +169,7 @@ def parse_duration(text: str, *, what: str, such_as: str = "90s, 15m, 2h or 1h30
 
 
 def parse_money(text: str, *, what: str) -> float:
-    """A positive finite amount."""
+    """Parse a positive finite amount of money."""
     try:
         amount = float(text)
     except ValueError:
@@ -183,7 +182,7 @@ def parse_money(text: str, *, what: str) -> float:
 
 
 def parse_schedule(text: str, *, minimum: int, maximum: int) -> tuple[tuple[float, int], ...]:
-    """`"20s:2,40s:4"` as ((20.0, 2), (40.0, 4)), in order of time and within MIN:MAX."""
+    """Parse `"20s:2,40s:4"` as ((20.0, 2), (40.0, 4)), in order of time and within MIN:MAX."""
     steps: list[tuple[float, int]] = []
     for part in text.split(","):
         when, colon, count_text = part.strip().rpartition(":")
@@ -209,7 +208,7 @@ def parse_schedule(text: str, *, minimum: int, maximum: int) -> tuple[tuple[floa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSpec:
-    """One elastic training job, as asked for. Times in seconds."""
+    """Specification of one elastic training job. Times in seconds."""
 
     name: str
     script: str
@@ -217,7 +216,7 @@ class TrainSpec:
     min_workers: int = 1
     max_workers: int = 1
     schedule: tuple[tuple[float, int], ...] = ()
-    """(time since training began, count) pairs; where empty, the planner decides the count."""
+    """(time since training began, count) pairs; if empty, the planner chooses the count."""
     batch: BatchMode = "fixed"
     lr_rule: LrRule = "auto"
     reproducible: bool = False
@@ -225,34 +224,34 @@ class TrainSpec:
     seed: int = 0
     run_dir: str = "supple-runs"
     resume: str | None = None
-    """A checkpoint's path."""
+    """Path of a checkpoint."""
     checkpoint_every_s: float = 300.0
     ledger: bool = False
     address: str | None = None
     port: int = 0
-    """Where the workers of a generation find each other; 0: any free port."""
+    """Port of the rendezvous of a generation's workers; 0: any free port."""
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     heartbeat_timeout_s: float = 4.0
-    """A worker whose process is stopped, or out of reach, is given up after so long."""
+    """Time without a heartbeat until a worker is killed whose process is stopped or unreachable."""
     unresponsive_timeout_s: float = 600.0
-    """The same of one whose process runs while its interpreter does not answer."""
+    """The same for a worker whose process runs but whose interpreter does not answer."""
     stall_timeout_s: float = 60.0
-    """A worker that fetches data for so long while others wait for it is replaced; ten times as
-    long for one in the script's own code."""
+    """Time until a worker is replaced that fetches data while others wait for it; ten times as
+    long in the script's own code."""
     max_failures: int = 3
-    """Losses in a row without a committed step between them, after which a job is not retried."""
+    """Consecutive losses without a committed step between, after which a job is not retried."""
     on_non_finite: OnNonFinite = "stop"
-    """What a step does whose loss or gradient is not a finite number."""
+    """Reaction to a step whose loss or gradient is not finite."""
     max_steps: int | None = None
-    """End after so many committed steps (None: after all epochs)."""
+    """Number of committed steps at which training ends; None: after all epochs."""
     price_per_hour: float | None = None
     objective: "Objective | None" = None
-    """What the count is decided by while it trains. None: the knee, beginning with MIN."""
+    """Objective for the count during training. None: the knee, beginning with MIN."""
     interconnect: str = "ethernet-25"
-    """Between nodes: what counts on more nodes than were measured are predicted with."""
+    """Link between nodes, for predictions of counts on more nodes than were measured."""
     workers_per_node: int | None = None
-    """None: all of them fit on one."""
+    """None: all workers fit on one node."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -302,22 +301,22 @@ class TrainSpec:
             )
 
     def clamp(self, count: int) -> int:
-        """The count nearest to `count` that the job may have."""
+        """Return the allowed count nearest to `count`."""
         return min(max(count, self.min_workers), self.max_workers)
 
     def check_count(self, count: int) -> None:
-        """Raise `SpecError` for a count that the job may not have."""
+        """Raise `SpecError` for a count outside MIN:MAX."""
         if self.clamp(count) != count:
             low, high = self.min_workers, self.max_workers
             raise SpecError(
-                f"{count} worker{'s' * (count != 1)} asked for, the job has --workers {low}:{high}."
-                f" Ask for a count from {low} to {high}."
+                f"{count} worker{'s' * (count != 1)} requested, the job has --workers {low}:{high}."
+                f" Request a count from {low} to {high}."
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a plan may use."""
+    """Limits of a plan: workers, price, batch mode."""
 
     min_workers: int = 1
     max_workers: int | None = None
@@ -328,7 +327,7 @@ class Limits:
         for what, count in (("least", self.min_workers), ("most", self.max_workers)):
             if count is not None and not is_count(count):
                 raise SpecError(
-                    f"a plan was asked for with {count} as the {what} workers: it must be a whole "
+                    f"a plan was requested with {count} as the {what} workers: it must be a whole "
                     "number of at least 1. Give None as the most for no cap."
                 )
         check_one_of(self.batch, get_args(BatchMode), what="batch")
@@ -337,8 +336,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What a plan is for; neither: the knee. `budget` is money, or accelerator-hours without a
-    price."""
+    """Objective of a plan: a deadline, a budget, or neither (the knee). `budget` is money, or
+    accelerator-hours without a price."""
 
     deadline_s: float | None = None
     budget: float | None = None
@@ -359,7 +358,7 @@ def _check_positive(what: str, value: float | None) -> None:
 
 
 def parse_limits(max_workers: str | None, price: str | None, batch: str) -> Limits:
-    """The limits of a plan from `--max-workers`, `--price` and `--batch`."""
+    """Parse the limits of a plan from `--max-workers`, `--price` and `--batch`."""
     return Limits(
         max_workers=parse_count(max_workers, what="--max-workers")
         if max_workers is not None
@@ -370,7 +369,7 @@ def parse_limits(max_workers: str | None, price: str | None, batch: str) -> Limi
 
 
 def parse_objective(deadline: str | None, budget: str | None) -> Objective:
-    """What a plan is for, from `--deadline` or `--budget`; `SpecError` for both."""
+    """Parse the objective of a plan from `--deadline` or `--budget`; `SpecError` for both."""
     if deadline is not None and budget is not None:
         raise SpecError("--deadline and --budget were both given: choose the one that binds.")
     return Objective(

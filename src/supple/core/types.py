@@ -1,7 +1,7 @@
-"""Nouns that are computed: what one part of Supple tells another.
+"""Value types, events and actions that the parts of Supple exchange.
 
-Values only. Every dataclass is frozen, slotted and keyword-only; events are past tense,
-actions imperative, and both carry the job and the generation they belong to.
+Every dataclass is frozen, slotted and keyword-only. Events are past tense, actions imperative; both
+carry the job and the generation they belong to.
 """
 
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ JobId = NewType("JobId", str)
 WorkerId = NewType("WorkerId", str)
 
 Source = Literal["exact", "measured", "fitted", "assumed"]
-"""`exact`: given, or so by definition, whatever is measured."""
+"""Source of an estimate. `exact`: given, or true by definition."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A number that says how sure it is: a value, an 80 % interval and where it came from."""
+    """A number with its uncertainty: a value, an 80 % interval and its source."""
 
     value: float
     low: float
@@ -31,7 +31,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelLayout:
-    """Degrees on the named mesh axes. Their product is the world size."""
+    """Degrees of the named mesh axes. Their product is the world size."""
 
     dp_replicate: int = 1
     dp_shard: int = 1
@@ -50,7 +50,7 @@ class ParallelLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
-    """How one global batch is computed, and the learning rate that goes with it.
+    """How one global batch is computed, and its learning rate.
 
     Shares of ranks differ by at most one sample, so
     `micro_batch_size * num_accumulation_steps * dp_degree >= global_batch_size`.
@@ -79,12 +79,12 @@ class Plan:
     accelerator_hours: Estimate
     cost: Estimate | None
     recompute: bool = False
-    """Activations are computed again in the backward pass."""
+    """Whether activations are recomputed in the backward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Infeasible:
-    """No plan satisfies what was asked. All four parts of a good error, as text."""
+    """No plan satisfies the request: the four parts of an error message, as text."""
 
     asked: str
     numbers: str
@@ -102,36 +102,36 @@ class Infeasible:
 
 class WorkerStatus(Enum):
     STARTING = "starting"
-    """Asked for: the process starts, imports, builds the model, rehearses one step."""
+    """Requested: the process starts, imports, builds the model, rehearses one step."""
     STANDBY = "standby"
     """Ready to join the next generation."""
     MEMBER = "member"
     """In the current generation."""
     RAISED = "raised"
-    """Its script raised. It joins no generation any more, but holds the train state of its last
+    """Its script raised. It joins no other generation, but holds the train state of its last
     committed step and can save it."""
 
 
 LossCause = Literal["raised", "refused", "died", "silent", "stuck", "preempted", "start_failed"]
-"""Why a worker was lost: the user's code raised, the checkpoint it was to begin with does not
-fit, the process died, its heartbeat stopped, it held the others up for too long, its platform took
-it, or it never came up."""
+"""Why a worker was lost: the user's code raised, the checkpoint to restore does not fit, the
+process died, its heartbeat stopped, it stalled for too long, its platform took it, or it did not
+start."""
 
 Doing = Literal[
-    "queued",  # its process has no place in the cluster yet
+    "queued",  # the cluster has no free place for its process yet
     "starting",  # it imports the script and builds the model
     "data",  # it fetches samples
     "script",  # the user's own code, between two calls of ours
     "backward",
     "waiting",  # for the other ranks of its step
     "update",  # the optimizer changes the train state
-    "fence",  # no data is left: it waits for the other ranks to say the same
+    "fence",  # no data is left: it waits until the other ranks have none either
     "standby",  # for the next command
-    "forming",  # a group, and taking or giving the train state
+    "forming",  # a group, and receiving or sending the train state
     "saving",
     "after",  # the user's own code, after the loop
 ]
-"""What a worker's training thread does."""
+"""Activity of a worker's training thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +144,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReady(Event):
-    """A starting worker built its model, rehearsed, and stands by."""
+    """A starting worker built its model, rehearsed one step, and stands by."""
 
     worker_id: WorkerId
     node_id: str = ""
@@ -152,7 +152,7 @@ class WorkerReady(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStopped(Event):
-    """A member left its loop at a step boundary (asked to, or its step was abandoned) and
+    """A member left its loop at a step boundary (on request, or its step was abandoned) and
     waits for the next generation. `step` counts its committed steps; -1: it holds no state."""
 
     worker_id: WorkerId
@@ -175,14 +175,13 @@ class WorkerLost(Event):
     detail: str = ""
     """The user's traceback, or one line."""
     step: int = -1
-    """Where its script raised: the committed steps of the train state that it still holds; -1: it
-    holds none."""
+    """Where its script raised: committed steps of the train state that it still holds; -1: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopLeft(Event):
     """The script left its loop before the end of the data (`break`, `return`, an exception), after
-    `step` committed steps. The training function may still run; rank 0 saves what it had."""
+    `step` committed steps. The training function may still run; rank 0 saves its state."""
 
     worker_id: WorkerId
     step: int
@@ -201,23 +200,23 @@ class Heartbeat(Event):
     worker_id: WorkerId
     step: int
     is_answer: bool = True
-    """False: its node says that its process runs; its interpreter did not answer."""
+    """False: its node reports that its process runs; its interpreter did not answer."""
     doing: Doing | None = None
-    """None: it could not be asked."""
+    """None: unknown."""
     since_s: float = 0.0
-    """For how long."""
+    """Duration of that activity, in s."""
 
 
 WorkerEvent = (
     WorkerReady | WorkerStopped | GroupFormed | WorkerLost | LoopLeft | WorkerFinished | Heartbeat
 )
-"""What one worker tells, or is told of it."""
+"""An event from or about one worker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeReported(Event):
-    """What the workers of a node told since its last report. All of it happened before anything is
-    decided about any of it; of one worker it is in order."""
+    """Events of a node's workers since its last report, in order for each worker. All are applied
+    before any decision is made."""
 
     node_id: str
     events: tuple[Event, ...]
@@ -225,7 +224,7 @@ class NodeReported(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetChanged(Event):
-    """Someone wants another number of workers: the planner, a schedule, a person."""
+    """Another number of workers was requested, by the planner, a schedule or a person."""
 
     num_workers: int
     reason: str
@@ -233,7 +232,7 @@ class TargetChanged(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResizeAsked(Event):
-    """A person wants another number of workers, and decides it from now on."""
+    """A person requested another number of workers; automatic changes stop."""
 
     num_workers: int
     reason: str
@@ -241,7 +240,7 @@ class ResizeAsked(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchChanged(Event):
-    """Someone wants another global batch size; the learning rate follows it."""
+    """Another global batch size was requested; the learning rate follows it."""
 
     global_batch_size: int
     reason: str
@@ -264,14 +263,14 @@ class StopRequested(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterLost(Event):
-    """What every worker runs on is gone for good. Those still there answer for some seconds."""
+    """The Ray cluster is lost for good. Workers that are left answer for some seconds."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Noticed(Event):
-    """Something a person should know. It changes nothing."""
+    """A notice for the user, without other effects."""
 
     text: str
 
@@ -287,7 +286,7 @@ class CheckpointFailed(Event):
     step: int
     error: str
     is_disk_full: bool = False
-    """Another worker would fail alike."""
+    """Another worker would also fail."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,8 +300,8 @@ class CheckpointPassedOver(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileLost(Event):
-    """A file that the run writes beside its checkpoints is not written any more, from `step` on:
-    a log, a ledger, the curves. Training goes on without it."""
+    """A log, ledger or curve file of the run can no longer be written, from `step` on. Training
+    continues without it."""
 
     step: int
     path: str
@@ -316,7 +315,7 @@ class Ticked(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Action:
-    """Something to do. Its outcome comes back as an event."""
+    """A command to the backend. Its outcome is reported as an event."""
 
     job_id: JobId
     generation: int
@@ -329,7 +328,7 @@ class StartWorker(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopWorker(Action):
-    """Let a worker go: it leaves its loop and exits. Not an error."""
+    """Stop a worker: it leaves its loop and exits. Not an error."""
 
     worker_id: WorkerId
     reason: str
@@ -337,7 +336,7 @@ class StopWorker(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KillWorker(Action):
-    """Fence a worker that does not answer: SIGKILL, now."""
+    """Fence a worker that does not answer, by SIGKILL."""
 
     worker_id: WorkerId
     reason: str
@@ -345,36 +344,36 @@ class KillWorker(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnnounceGeneration(Action):
-    """Ask the members of `generation` to stop together at the next step boundary."""
+    """Request the members of `generation` to stop together at the next step boundary."""
 
     members: tuple[WorkerId, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbortGeneration(Action):
-    """Tell these members of `generation` to abandon the collective they may be blocked in."""
+    """Request these members of `generation` to abandon the collective they may be blocked in."""
 
     members: tuple[WorkerId, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormGroup(Action):
-    """Form `generation` out of `members`, in rank order. Whoever has the most committed steps
-    gives its train state to the others; nobody having any, rank 0 starts from `restore`, or
-    from its own initial weights."""
+    """Form `generation` from `members`, in rank order. The member with the most committed steps
+    sends its train state to the others. If none has any, rank 0 starts from `restore`, or from its
+    own initial weights."""
 
     members: tuple[WorkerId, ...]
     global_batch_size: int | None
-    """None: what the user's script says."""
+    """None: the batch size of the user's script."""
     restore: str | None
     workers_of_nodes: tuple[int, ...] = (1,)
-    """How many of the members each node has, the fullest first."""
+    """Number of members on each node, the fullest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveCheckpoint(Action):
-    """Save the train state durably: a worker that stopped at a boundary, whose script raised, or
-    that has been fetching data for long."""
+    """Save the train state durably, from a worker that stopped at a boundary, whose script raised,
+    or that has been fetching data for long."""
 
     worker_id: WorkerId
 
@@ -383,9 +382,9 @@ class SaveCheckpoint(Action):
 class FinishJob(Action):
     reason: str
     stopped: bool = False
-    """Someone asked for it, before the end of training."""
+    """Whether it was requested before the end of training."""
     saved: bool = True
-    """Is the newest train state in a durable checkpoint?"""
+    """Whether the newest train state is in a durable checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -398,7 +397,7 @@ class FailJob(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision(Action):
-    """A choice worth telling the user, with its reason and the numbers in words."""
+    """A decision to report to the user, with its reason and the numbers in words."""
 
     kind: str
     """One of: start, grow, shrink, recover, regrow, wait, batch, keep, stop, finish, fail."""
@@ -408,7 +407,7 @@ class Decision(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What rank 0 last knew, for the live line, the event log and the planner."""
+    """Progress as last reported by rank 0, for the live line, the event log and the planner."""
 
     generation: int
     step: int
@@ -428,13 +427,13 @@ class Progress:
     backward_time_s: float
     optimizer_time_s: float
     sync_time_s: float
-    """Exposed: waiting for gradients of others."""
+    """Exposed communication: waiting for the gradients of other ranks."""
     data_time_s: float
     micro_batch_size: int
     """Samples of the largest micro-batch of rank 0 in a full step, and how many it has."""
     num_accumulation_steps: int
     largest_micro_batch: int
-    """What one worker of the run computes at most at once."""
+    """Largest micro-batch that a worker of the run may compute, in samples."""
     num_nodes: int
     most_per_node: int
     """Workers on the fullest node."""
@@ -447,9 +446,9 @@ class Progress:
     """Its class name."""
     gradient_bytes: int
     skipped_steps: int = 0
-    """Steps of the run that were left out because their loss or gradient was not finite."""
+    """Steps of the run that were skipped because their loss or gradient was not finite."""
     metrics: dict[str, float] = field(default_factory=dict[str, float])
-    """What the script reported last."""
+    """Latest metrics reported by the script."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

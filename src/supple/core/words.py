@@ -1,16 +1,16 @@
-"""Counts and numbers as sentences and tables have them."""
+"""Format counts and numbers for messages and tables."""
 
 
 def in_words(count: int) -> str:
-    """1 worker, 2 workers."""
+    """Format a number of workers: "1 worker", "2 workers"."""
     return "1 worker" if count == 1 else f"{count} workers"
 
 
 def in_digits(number: float) -> str:
-    """Three digits: "0.00234", "12.3", "4,560"."""
+    """Format with three digits: "0.00234", "12.3", "4,560"."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def accelerator_hours(number: str) -> str:
-    """A number that is already digits, with its unit: "1 accelerator-hour"."""
+    """Add the unit to a formatted number: "1 accelerator-hour"."""
     return f"{number} accelerator-hour{'s' * (number != '1')}"

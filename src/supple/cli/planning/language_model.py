@@ -130,7 +130,7 @@ def _show(
     rows = [
         row
         for row in table.rows
-        if row.concurrency in _SHOWN or row.is_measured or row in (wanted, *table.told)
+        if row.concurrency in _SHOWN or row.is_measured or row in (wanted, *table.mentioned)
     ]
     heads = ["", "acc./copy", "at a time", "tokens/s", "per acc.", "p90 between tokens"]
     heads += ["chance"] if rows[0].chance is not None else []

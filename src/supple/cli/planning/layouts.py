@@ -115,13 +115,13 @@ def base_lr(
     if not tuned:
         return given or _DEFAULT_LR
     from supple.core.training.goodput import family_of
-    from supple.core.training.learning_rate import contradiction, said_by_previous_runs
+    from supple.core.training.learning_rate import contradiction, rate_of_previous_runs
 
     family = family_of(optimizer)
     if given:
         told = contradiction(tuned, given, batch_size, family)
     else:
-        given = said_by_previous_runs(tuned, batch_size, family).value
+        given = rate_of_previous_runs(tuned, batch_size, family).value
         told = f"the learning rate at batch {batch_size}: {given:.3g}, from the previous runs"
     if told:
         tell(told)
@@ -191,7 +191,7 @@ def _times(question: Question, model: "Transformer", cluster: Cluster) -> "Layou
             workers_per_node=cluster.workers_per_node,
         )
     except ImpossibleMeasurement as error:
-        raise ran[error.index][0].refusal(error.told, error.advice) from None
+        raise ran[error.index][0].refusal(error.message, error.advice) from None
     except ValueError as error:
         raise SpecError(f"--measured {question.measured}: {error}") from None
 

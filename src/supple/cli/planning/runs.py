@@ -156,7 +156,7 @@ def _to_json(
     return {
         "recommended": rows[table.recommended],
         "reason": table.reason,
-        "samples": model.told(size),
+        "samples": model.why_at(size),
         "batch_size": size,
         "rows": rows,
     }
@@ -181,7 +181,7 @@ def _show(
     out = console()
     out.print(view)
     whole = not out.is_terminal
-    out.print(f"Samples to the target: {model.told(size)}.", style="dim", soft_wrap=whole)
+    out.print(f"Samples to the target: {model.why_at(size)}.", style="dim", soft_wrap=whole)
     out.print(f"\nRecommended: {table.reason}", soft_wrap=whole)
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic on estimates: intervals and sources go through it, so that no planned number is bare.
+"""Arithmetic on estimates that propagates intervals and sources.
 
 Values are positive and their errors relative, so half-widths are those of logarithms.
 """
@@ -11,21 +11,21 @@ from supple.core.types import Estimate, Source
 Z80 = 1.2815515655446004
 """Half-width of an 80 % interval in standard deviations."""
 IMPOSSIBLE = 10.0
-"""Times by which two measurements of one thing contradict each other: no noise explains it."""
+"""Ratio from which two measurements of one configuration are contradictory."""
 
 _FROM_BEST: tuple[Source, ...] = ("exact", "measured", "fitted", "assumed")
 
 
 def exact(value: float) -> Estimate:
-    """A number that is known without measuring: given, or so by definition."""
+    """Return an exact estimate: a given number, or one by definition."""
     return Estimate(value=value, low=value, high=value, source="exact")
 
 
 def contradiction(
     seen: Iterable[tuple[Hashable, float]],
 ) -> tuple[Hashable, float, float] | None:
-    """Find contradicting measurements: the first thing with two positive numbers more than
-    `IMPOSSIBLE` times apart, and these, the later one last; None where no two are."""
+    """Find contradictory measurements: return the first key with two positive numbers whose ratio
+    is above `IMPOSSIBLE`, and these numbers in order; None for none."""
     found: dict[Hashable, list[float]] = {}
     for thing, value in seen:
         for other in found.setdefault(thing, []):
@@ -36,13 +36,13 @@ def contradiction(
 
 
 def less_certain(one: Source, other: Source) -> Source:
-    """The source of what is made of both."""
+    """Return the less certain of two sources."""
     return _FROM_BEST[max(_FROM_BEST.index(one), _FROM_BEST.index(other))]
 
 
 def times(a: Estimate, b: Estimate) -> Estimate:
-    """The product of independent factors: the logarithms' half-widths add in squares. Its source
-    is the less certain of the two. Both must be positive."""
+    """Multiply independent positive estimates: half-widths of the logarithms add in squares. The
+    source is the less certain of the two."""
     value = a.value * b.value
     down = math.hypot(math.log(a.value / a.low), math.log(b.value / b.low))
     up = math.hypot(math.log(a.high / a.value), math.log(b.high / b.value))
@@ -55,7 +55,7 @@ def times(a: Estimate, b: Estimate) -> Estimate:
 
 
 def over(amount: float, rate: Estimate) -> Estimate:
-    """A known amount divided by a positive rate: the interval's ends change places."""
+    """Divide a known amount by a positive rate: the ends of the interval are exchanged."""
     return Estimate(
         value=amount / rate.value,
         low=amount / rate.high,
@@ -65,8 +65,8 @@ def over(amount: float, rate: Estimate) -> Estimate:
 
 
 def plus(a: Estimate, b: float, *, low: float | None = None, high: float | None = None) -> Estimate:
-    """The sum with a number whose own ends are `low` and `high` (default: itself), as if both were
-    off the same way."""
+    """Add a number with ends `low` and `high` (default: itself); the errors are assumed to be fully
+    correlated."""
     return Estimate(
         value=a.value + b,
         low=a.low + (b if low is None else low),

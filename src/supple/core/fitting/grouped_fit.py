@@ -1,14 +1,14 @@
-"""A fit of positive parameters to groups of rows that are wrong together, with intervals from
-leaving each group out in turn.
+"""Fit positive parameters to groups of rows with correlated errors, with intervals from
+leave-one-group-out validation.
 
-Parameters are logarithms, 0 at their priors; the fit is a robust least squares whose forward
-differences are all taken in one evaluation. Every row has a group (what it is of) and a kind (the
-circumstances). Rows of one group and kind were probably measured together, a session, and share an
-offset, normal around 0: what is odd about a session moves its offset more than the parameters, and
-a session measured before keeps it (a mixed model: Laird & Ware 1982). Residuals inside a group say
-little about a group never seen, so an interval is as wide as held 80 % of what was measured of
-groups left out, as far as those are enough to tell (`_moderated`). Parameters that themselves
-differ from session to session widen the intervals of the rows that depend on them.
+Parameters are logarithms, 0 at their priors; the fit is a robust least squares with vectorized
+forward differences. Every row has a group (the subject) and a kind (the circumstances). Rows of one
+group and kind are a session: they were probably measured together, and have a common offset, normal
+around 0 (a mixed model: Laird & Ware 1982), which is kept for predictions of that session.
+Residuals inside a group do not show the error for a new group, so the width of the intervals is
+calibrated to contain 80 % of the measurements of left-out groups, moderated for few groups
+(`_moderated`). Parameters that differ between sessions widen the intervals of the rows that depend
+on them.
 """
 
 import math
@@ -26,38 +26,40 @@ from supple.core.types import Source
 _special: Any = special  # scipy ships no types
 _Array = npt.NDArray[np.float64]
 Evaluate = Callable[[_Array], _Array]
-"""Logarithms of what is predicted, (vectors, figures, rows), for (vectors, parameters)."""
+"""Function from (vectors, parameters) to predicted logarithms, (vectors, figures, rows)."""
 _NUDGE = 1e-5
+"""Step of the forward differences, in logarithms."""
 _MOST_STEPS = 60
+"""Maximum number of Levenberg-Marquardt steps."""
 _SESSION = 0.2
-"""Standard deviation of a session's offset, of each figure."""
-_DOUBT = 0.17
-"""Relative error of the form itself, for a group never seen."""
-_ALONE = 0.5
-"""The same where nothing was measured."""
+"""Standard deviation of a session's offset, for each figure."""
+_MODEL_ERROR = 0.17
+"""Relative error of the form for a new group."""
+_MODEL_ERROR_UNFITTED = 0.5
+"""Relative error of the form without measurements."""
 _STATED = 1
-"""Sessions that the standard deviations stated above count for, beside those measured."""
+"""Weight of the standard deviations stated above, in sessions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupedFit:
-    """Parameters and offsets, their covariance, and how far off groups left out were."""
+    """Fitted parameters and offsets, their covariance, and the calibration of the intervals."""
 
     x: _Array
-    """Parameters first, then the offsets of `sessions`, those of the first figure first."""
+    """Parameters, then the offsets of `sessions` for each figure."""
     covariance: _Array
     reach: tuple[float, ...]
-    """Per figure the standard scores that an 80 % interval takes to either side."""
+    """Half-width of an 80 % interval in standard deviations, for each figure."""
     loose: _Array
-    """Standard deviations by which parameters differ from one session to the next."""
+    """Standard deviations of the parameters between sessions."""
     sessions: tuple[str, ...]
     source: Source
 
     def predict(
         self, evaluate: Evaluate, groups: Sequence[str], kinds: Sequence[str]
     ) -> tuple[_Array, _Array]:
-        """Logarithms of (figures, rows), and the halves of their 80 % intervals. A session never
-        measured has no offset."""
+        """Predict logarithms and the half-widths of their 80 % intervals, each (figures, rows). A
+        new session has no offset."""
         where = _members(_sessions(groups, kinds), self.sessions)
         plain, slopes = _with_slopes(self.x, len(self.loose), evaluate, where)
         wide = _deviations(slopes, self.covariance, self.loose, where, self.source)
@@ -65,7 +67,7 @@ class GroupedFit:
 
 
 def unfitted(spread: _Array, num_figures: int) -> GroupedFit:
-    """The priors alone."""
+    """Return a fit without measurements: the priors alone."""
     return GroupedFit(
         x=np.zeros(len(spread)),
         covariance=np.diag(spread**2),
@@ -85,10 +87,10 @@ def fit_groups(
     scatters: Sequence[float],
     loose: _Array | None = None,
 ) -> GroupedFit:
-    """Fit to the logarithms `true` of (figures, rows), NaN where one was not measured, rows named
-    by their group and kind. `spread` holds the standard deviations of the priors, `scatters` those
-    of a row per figure, `loose` those of a parameter from session to session (default: none). At
-    least one row."""
+    """Fit to the measured logarithms `true`, (figures, rows), NaN where not measured; at least one
+    row. `groups` and `kinds` label the rows. Standard deviations: `spread` of the priors,
+    `scatters` of a row for each figure, `loose` of the parameters between sessions (default: 0).
+    """
     sessions = _sessions(groups, kinds)
     names = tuple(sorted(set(sessions)))
     where = _members(sessions, names)
@@ -110,7 +112,7 @@ def _sessions(groups: Sequence[str], kinds: Sequence[str]) -> list[str]:
 
 
 class _Measured:
-    """Rows against what was measured of them, in units of their scatter."""
+    """Measured rows and their prediction errors, in units of their scatter."""
 
     def __init__(
         self, evaluate: Evaluate, true: _Array, scatter: _Array, where: _Array, spread: _Array
@@ -121,10 +123,10 @@ class _Measured:
         self.num_parameters = len(spread)
         offsets = np.full(len(true) * where.shape[1], _SESSION)
         self.spread = np.concatenate([spread, offsets])
-        """Spread of the priors, those of the offsets among them."""
+        """Standard deviations of the priors, with those of the offsets."""
 
     def errors(self, y: _Array) -> _Array:
-        """(figures, rows), bounded in their pull; 0 where nothing was measured."""
+        """Robust errors, (figures, rows); 0 where not measured."""
         plain = self.evaluate(y[None, : self.num_parameters])[0]
         plain = plain + _offsets(y[self.num_parameters :], self.where)
         return np.where(self.known, _robust((plain - self.true) / self.scatter)[0], 0.0)
@@ -134,11 +136,11 @@ class _Measured:
         return int(np.count_nonzero(self.where[among].any(axis=0)))
 
     def cost(self, y: _Array) -> float:
-        """What the fit makes smallest: half the sum of squares of errors and priors."""
+        """Objective of the fit: half the sum of squares of errors and priors."""
         return 0.5 * float(np.sum(self.errors(y) ** 2) + np.sum((y / self.spread) ** 2))
 
     def normal(self, y: _Array, kept: npt.NDArray[np.bool_] | None = None) -> tuple[_Array, _Array]:
-        """Matrix and gradient of the normal equations at `y`, of the rows `kept`."""
+        """Matrix and gradient of the normal equations at `y`, from the rows `kept`."""
         plain, slopes = _with_slopes(y, self.num_parameters, self.evaluate, self.where)
         error, slope = _robust((plain - self.true) / self.scatter)
         count = self.known if kept is None else self.known & kept
@@ -171,21 +173,21 @@ def _descend(rows: _Measured) -> _Array:
 
 
 def _members(sessions: Sequence[str], names: Sequence[str]) -> _Array:
-    """(rows, sessions): 1 where a row is of the session."""
+    """Membership matrix, (rows, sessions): 1 where a row is of the session."""
     return np.array([[float(one == name) for name in names] for one in sessions]).reshape(
         len(sessions), len(names)
     )
 
 
 def _offsets(offsets: _Array, where: _Array) -> _Array:
-    """Offset of every (figure, row)."""
+    """Offsets of the rows, (figures, rows)."""
     if not where.shape[1]:
         return np.zeros((1, len(where)))
     return offsets.reshape(-1, where.shape[1]) @ where.T
 
 
 def _robust(error: _Array) -> tuple[_Array, _Array]:
-    """Errors whose squares grow linearly far out (pseudo-Huber), and their slopes."""
+    """Pseudo-Huber transform of errors, and its derivative."""
     root = np.sqrt(1.0 + error * error)
     value = np.sign(error) * np.sqrt(2.0 * (root - 1.0))
     near = np.abs(error) < 1e-4
@@ -195,8 +197,8 @@ def _robust(error: _Array) -> tuple[_Array, _Array]:
 def _with_slopes(
     y: _Array, num_parameters: int, evaluate: Evaluate, where: _Array
 ) -> tuple[_Array, _Array]:
-    """Logarithms of (figures, rows), and their slopes of (figures, rows, parameters): forward
-    differences, and the offsets'."""
+    """Predicted logarithms, (figures, rows), and their derivatives, (figures, rows, parameters and
+    offsets), by forward differences."""
     x, offsets = y[:num_parameters], y[num_parameters:]
     found = evaluate(np.vstack([x, x + _NUDGE * np.eye(len(x))]))
     slopes = np.moveaxis((found[1:] - found[0]) / _NUDGE, 0, -1)
@@ -208,9 +210,9 @@ def _with_slopes(
 def _deviations(
     slopes: _Array, covariance: _Array, loose: _Array, where: _Array, source: Source
 ) -> _Array:
-    """Standard deviations of the logarithms, (figures, rows): of the parameters, of the offset,
-    of the form, and of what differs from session to session."""
-    form = _ALONE if source == "assumed" else _DOUBT
+    """Standard deviations of the logarithms, (figures, rows), from the parameters, the offset, the
+    form, and the differences between sessions."""
+    form = _MODEL_ERROR_UNFITTED if source == "assumed" else _MODEL_ERROR
     new = 1.0 - where.sum(axis=1) if where.shape[1] else np.zeros(len(where))
     spread = np.einsum("frp,frp->fr", slopes @ covariance, slopes)
     differs = np.sum((slopes[..., : len(loose)] * loose) ** 2, axis=-1)
@@ -220,9 +222,8 @@ def _deviations(
 def _reach(
     y: _Array, rows: _Measured, groups: npt.NDArray[np.str_], loose: _Array
 ) -> tuple[float, ...]:
-    """Per figure the standard score that holds 80 % of what is measured of a group when it is left
-    out (by two Gauss-Newton steps from the fit), `_moderated`. A single group tells nothing of
-    others."""
+    """For each figure the standard score that contains 80 % of the measurements of left-out groups
+    (by two Gauss-Newton steps from the fit), `_moderated`. For a single group it is `Z80`."""
     names = sorted(set(groups.tolist()))
     scores = np.full(rows.true.shape, math.nan)
     if len(names) < 2:
@@ -247,16 +248,15 @@ def _reach(
 
 
 def _moderated(score: float, num_sessions: int) -> float:
-    """The standard score that holds 80 % of what comes next, where `score` held 80 % of so many
-    sessions, each left out with its group.
+    """Return the standard score that contains 80 % of future errors, where `score` contained 80 %
+    of `num_sessions` sessions, each left out with its group.
 
-    A few may lie close to the fit, or far from it, by luck. So errors are taken as normal with an
-    unknown scale, which the deviations stated in this module tell as one more session would (a
-    conjugate prior, as in the moderated variances of Smyth 2004); what comes next is Student's t.
-    The result is never 0, and `score` itself where sessions are many. Sessions of one group are
-    less than independent. Yet of two to six groups whose sessions err by half to one and a half
-    of what is stated, intervals hold nearer to 80 % so than with fewer, by the design effect
-    (Kish 1965), or with the groups alone.
+    A few sessions may be close to the fit, or far from it, by chance. So errors are normal with an
+    unknown scale, with the deviations stated in this module as a conjugate prior worth `_STATED`
+    sessions (as in the moderated variances of Smyth 2004); future errors follow Student's t. The
+    result is never 0, and tends to `score` for many sessions. Sessions of one group are not
+    independent. Yet for two to six groups with errors of 0.5 to 1.5 times the stated ones, the
+    coverage is nearer to 80 % than with the design effect (Kish 1965) or with groups alone.
     """
     degrees = num_sessions + _STATED
     scale = math.sqrt((_STATED + num_sessions * (score / Z80) ** 2) / degrees)

@@ -1,7 +1,6 @@
-"""How a fit's values move with its parameters: forward differences, all parameters in one call.
+"""Jacobian by forward differences, in one vectorized call.
 
-The parameters of Supple's fits are logarithms, so one step suits them all, and the forms take many
-sets of parameters at once, so a derivative costs one evaluation.
+The parameters of Supple's fits are logarithms, so one step size is suitable for all of them.
 """
 
 from collections.abc import Callable
@@ -16,8 +15,8 @@ _NUDGE = 1e-6
 
 
 def forward_slope(evaluate: Callable[[_Vector], _Vector], x: _Vector) -> tuple[_Vector, _Vector]:
-    """The values at `x`, and their derivatives as (values, parameters). `evaluate` takes sets of
-    parameters as rows and gives one row of values for each."""
+    """Return the values at `x`, (values,), and their Jacobian, (values, parameters). `evaluate`
+    maps (sets, parameters) to (sets, values)."""
     around = x + _NUDGE * np.vstack([np.zeros(len(x)), np.eye(len(x))])
     found = evaluate(around)
     return found[0], (found[1:] - found[0]).T / _NUDGE

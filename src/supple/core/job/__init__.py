@@ -1,1 +1,1 @@
-"""One running job: its lifecycle, its members, its sample order, the advice to it."""
+"""One running job: lifecycle, membership, failures, sample order, ledger, advisor."""

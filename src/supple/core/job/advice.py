@@ -1,8 +1,7 @@
-"""Is another number of workers, or another batch, worth the change to a running job?
+"""Decide whether another worker count or batch is worth a resize of a running job.
 
-The same rows as a plan's, of what is left to do, with two more rules: a change must pay back what
-it costs, measured, and small differences change nothing, so that the scatter of measurements does
-not move a job back and forth.
+It uses a plan's rows for the remaining work, with two more rules: a change must save more than its
+measured cost, and small differences are ignored, so that measurement noise does not cause resizes.
 """
 
 from collections.abc import Sequence
@@ -17,29 +16,29 @@ from supple.core.types import Estimate, Infeasible, Plan
 from supple.core.words import in_words
 
 _GROWTH_AT_ONCE = 2
-"""A running job asks for at most this many times the largest count it has measured, and for at most
-this many times its batch: a prediction is checked before the next one rests on it."""
+"""Largest growth in one change, over the largest measured count and over the current batch: each
+prediction is checked by a measurement before the next one."""
 _SLACK = 1.1
-"""A job with a deadline gives workers back only where it would still end so many times sooner."""
+"""Safety factor on the predicted time where a job with a deadline releases workers."""
 _MARGIN = 0.9
-"""With an objective, a count that is not needed to keep it must take at most this share of the time
-(or, where the objective is kept, of the accelerator-hours) to be gone to."""
+"""With an objective, the largest share of the current time (or, where the objective is met, of the
+accelerator-hours) at which a count that is not required is chosen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """A count or a batch, and why, in words."""
+    """An advised count or batch, and the reason in words."""
 
     value: int
     reason: str
     objection: str | None = None
-    """Why the deadline or the budget cannot be met any more; empty where it can, None where that
-    was not looked at."""
+    """Why the deadline or the budget can no longer be met; empty where it can, None where not
+    checked."""
 
 
 def should_resize(now: Plan, then: Plan, *, resize_cost_s: float) -> tuple[bool, str]:
-    """(whether going from the one row to the other pays back what the resize costs, the arithmetic
-    in words), both rows being of what is left to do.
+    """Return whether a resize from row `now` to row `then` saves more than it costs, and the
+    arithmetic in words. Both rows are for the remaining work.
 
     Growing must save more seconds than `resize_cost_s`; shrinking must save more worker-seconds
     than the workers held now lose in the pause."""
@@ -76,10 +75,10 @@ def better_count(
     remaining_samples: int,
     resize_cost_s: float,
 ) -> Advice:
-    """The count a running job should have next, within the limits. `objective` holds what is left
-    of a deadline or a budget. Grows to at most twice the largest count measured, so that a
-    prediction is checked before the next one rests on it; changes nothing that would not pay back
-    its measured cost, unless the limits or the deadline ask for it."""
+    """Advise the next worker count of a running job, within the limits. `objective` is the
+    remaining deadline or budget. It grows to at most twice the largest measured count, so that each
+    prediction is checked before the next one. A change must save more than its measured cost,
+    unless the limits or the deadline require it."""
     most = limits.max_workers or max(LARGEST_COUNT, limits.min_workers)
     within = max(limits.min_workers, min(most, current_workers))
     if within != current_workers:
@@ -119,8 +118,8 @@ def better_count(
 def rows_left(
     job: JobView, limits: Limits, counts: Sequence[int], remaining_samples: int
 ) -> tuple[Plan, ...]:
-    """Rows of what is left to do: so many samples at each count's own rate, whatever a batch is
-    worth, for a run goes over its data as often as it was told to."""
+    """Rows for the remaining samples at each count's own rate. The efficiency of the batch has no
+    effect, since the number of epochs is fixed."""
     found = (row_for(job, limits, count) for count in counts)
     return tuple(_left(row, limits, remaining_samples) for row in found if row is not None)
 
@@ -138,14 +137,14 @@ def _spent(row: Plan) -> Estimate:
 
 
 def _keeps(row: Plan, objective: Objective) -> bool:
-    """Whether the row keeps the objective with 90 % certainty."""
+    """Whether the row meets the objective with 90 % certainty."""
     if objective.deadline_s is not None:
         return row.time_to_end_s.high <= objective.deadline_s
     return objective.budget is None or _spent(row).high <= objective.budget
 
 
 def _objection(rows: tuple[Plan, ...], limits: Limits, objective: Objective) -> str:
-    """Why no row keeps the objective, not even as expected; empty where one may."""
+    """Why no row's expected value meets the objective; empty where one does."""
     expected = [
         row.time_to_end_s.value if objective.deadline_s is not None else _spent(row).value
         for row in rows
@@ -159,8 +158,8 @@ def _objection(rows: tuple[Plan, ...], limits: Limits, objective: Objective) -> 
 def _target(
     rows: tuple[Plan, ...], now: Plan, limits: Limits, objective: Objective, cost_s: float
 ) -> tuple[Plan, str]:
-    """(the row to go to, the rule that says so): another one than `now` only where that does not
-    keep the objective and the other does, or where the other is better by a margin."""
+    """Return the target row and the rule for it: other than `now` only where `now` does not meet
+    the objective and the other row does, or where the other row is better by a margin."""
     found = choose(rows, limits, objective)
     left_s = objective.deadline_s
     if left_s is not None and not isinstance(found, Infeasible):
@@ -186,8 +185,8 @@ def _target(
 
 
 def _ladder(least: int, current: int, most: int) -> list[int]:
-    """`current`, halved down to `least` and doubled up to `most`. Neighbours are far enough apart
-    for the scatter of measurements not to decide between them."""
+    """`current`, halved down to `least` and doubled up to `most`. Factors of two are larger than
+    the noise of measurements."""
     counts = {least, current, most}
     count = current
     while count > least:
@@ -209,7 +208,7 @@ def better_batch(
     remaining_samples: int,
     resize_cost_s: float,
 ) -> Advice:
-    """The global batch a running job should have next at the count it has: towards the one with the
+    """Advise the next global batch of a running job at its current count: towards the one with the
     best goodput, by at most a factor of two at a time, since the noise scale measured at one batch
     is trusted only near it. `job.base_batch_size` is the batch of the script."""
     keep = f"keep batch {current_batch}"

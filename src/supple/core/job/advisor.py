@@ -1,9 +1,9 @@
-"""The only place a running job's count or batch is changed without a person:
-`advise(state, event, now) -> (state, events)`.
+"""Choose the worker count and batch size of a running job: `advise(state, event, now) -> (state,
+events)`. Automatic changes are made nowhere else.
 
-A schedule, a person's choice, the pauses of resizes and the progress of training come in as
-events; requests for another count or another batch go out as events, for the lifecycle. It asks
-again at most every few seconds, and only after enough steps of the current generation.
+Input events: the schedule, `supple resize`, the pauses of resizes, the progress of training. Output
+events: requests to the lifecycle for another count or batch, at most one every `_EVERY_S` seconds
+and only after `_MIN_STEPS` steps of the current generation.
 """
 
 from collections.abc import Mapping
@@ -41,58 +41,60 @@ from supple.core.types import (
 from supple.core.words import in_words
 
 _EVERY_S = 5.0
+"""Shortest time between two evaluations of the count and the batch, in s."""
 _MIN_STEPS = 20
-"""Steps of one generation before its step time is believed."""
+"""Fewest steps of a generation before its step time is used."""
 _LOOKS = 3
-"""Looks in a row that find the objective lost, or found again, before that is said."""
+"""Consecutive evaluations with the same result before a change of feasibility is reported."""
 _UNMEASURED_PAUSE_S = 1.0
-"""What a resize is taken to cost before the first was measured."""
+"""Assumed pause of a resize, in s, before the first is measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvisorState:
-    """What advice to one job depends on."""
+    """State of the advisor of one job."""
 
     spec: TrainSpec
     may_resize: bool
-    """False where a schedule or a person decides the count, or there is one count only."""
+    """False where a schedule or a person sets the count, or where only one count is allowed."""
     due: tuple[tuple[float, int], ...]
-    """What is left of the schedule."""
+    """Remaining entries (seconds, workers) of the schedule."""
     started_at: float
     earlier: tuple[StepMeasurement, ...] = ()
     collectives: tuple[CollectiveMeasurement, ...] = ()
-    """What `supple plan` measured of the same script on the same machine."""
+    """Measurements of `supple plan` for the same script on the same machine, as `earlier` is."""
     measured: Mapping[tuple[int, ...], StepMeasurement] = field(
         default_factory=dict[tuple[int, ...], StepMeasurement]
     )
-    """The newest of this run for every configuration."""
+    """The newest measurement of this run for every configuration."""
     pause_s: float = _UNMEASURED_PAUSE_S
     formed: int = 0
-    """The newest generation of which a member has formed."""
+    """The newest generation that a member has formed."""
     running_since: float | None = None
     stopped_since: float | None = None
     """When the first worker stopped for a generation that has not formed yet."""
-    asked_at: float = 0.0
+    evaluated_at: float = 0.0
     generation: int = -1
     first_step: int = 0
     wanted: tuple[int, int] | None = None
-    """(generation, count) of the last request: it stands until a generation answers it."""
+    """(generation, count) of the last request, valid until the next generation."""
     held: int = 0
-    """Workers that are there, or on their way."""
+    """Workers that run or are starting."""
     worker_s: float = 0.0
     """Worker-seconds used so far."""
     counted_at: float = 0.0
     is_feasible: bool = True
-    """Whether the deadline or the budget can be kept, as far as was said."""
+    """Whether the deadline or the budget can be met, as last reported."""
     looks: int = 0
-    """Looks in a row that found the opposite."""
+    """Consecutive evaluations with the opposite result."""
 
 
 def start(
     spec: TrainSpec, now: float, known: ScriptMeasurements | None = None
 ) -> tuple[AdvisorState, int, str]:
-    """(the state, how many workers to start, why): by the schedule; else, with an objective, by the
-    plan from what is `known` of the script; else MIN."""
+    """Return the initial state, the number of workers to start, and the reason. The number comes
+    from the schedule; else, with an objective, from a plan by the `known` measurements; else it is
+    MIN."""
     may_resize = not spec.schedule and spec.min_workers < spec.max_workers
     state = AdvisorState(
         spec=spec,
@@ -103,15 +105,15 @@ def start(
         earlier=known.steps if known else (),
         collectives=known.collectives if known else (),
     )
-    count, reason = _beginning(state, known)
+    count, reason = _initial_count(state, known)
     return replace(state, held=count), count, reason
 
 
-def _beginning(state: AdvisorState, known: ScriptMeasurements | None) -> tuple[int, str]:
+def _initial_count(state: AdvisorState, known: ScriptMeasurements | None) -> tuple[int, str]:
     spec = state.spec
     first = [count for at_s, count in spec.schedule if at_s == 0.0]
     if first:
-        return first[0], "the schedule says so"
+        return first[0], "by the schedule"
     if state.may_resize and known is not None and spec.objective is not None:
         try:
             view = job_view(
@@ -121,16 +123,19 @@ def _beginning(state: AdvisorState, known: ScriptMeasurements | None) -> tuple[i
                 lr_rule=spec.lr_rule,
             )
         except ValueError:
-            return spec.min_workers, "what `supple plan` measured contradicts itself, or is damaged"
+            return (
+                spec.min_workers,
+                "the measurements of `supple plan` are contradictory or damaged",
+            )
         count, why = _first_count(view, _limits(spec), spec.objective)
         if count is not None:
-            return count, f"by what `supple plan` measured, {why}"
+            return count, f"by the measurements of `supple plan`, {why}"
     return spec.min_workers, ""
 
 
 def _first_count(view: JobView, limits: Limits, objective: Objective) -> tuple[int | None, str]:
-    """The count that the plan recommends, or that comes nearest to the objective; None where it has
-    no row."""
+    """Return the count that the plan recommends, or the nearest to the objective, and the reason;
+    None where the plan has no rows."""
     found = plan(view, limits, objective)
     if not isinstance(found, Infeasible):
         return found.choice.num_workers, found.reason
@@ -145,27 +150,26 @@ def _first_count(view: JobView, limits: Limits, objective: Objective) -> tuple[i
 
 
 def advise(state: AdvisorState, event: Event, now: float) -> tuple[AdvisorState, tuple[Event, ...]]:
-    """The state after `event`, and what to ask the lifecycle for. Total: any event has an
-    answer."""
+    """Return the state after `event`, and the requests to the lifecycle. Defined for all events."""
     match event:
         case NodeReported():
-            wishes: tuple[Event, ...] = ()
+            requests: tuple[Event, ...] = ()
             for one in event.events:
                 state, more = advise(state, one, now)
-                wishes += more
-            return state, wishes
+                requests += more
+            return state, requests
         case WorkerStopped():
             if event.generation < state.formed:
-                return state, ()  # it was late to say so
+                return state, ()  # a late report
             return replace(state, stopped_since=state.stopped_since or now), ()
         case GroupFormed():
             return _formed(state, event.generation, now), ()
         case Ticked():
             return _on_schedule(state, now)
         case ResizeAsked():
-            wish = _wish(state, event.num_workers, event.reason)
+            request = _request(state, event.num_workers, event.reason)
             held = max(state.held, event.num_workers)
-            return replace(state, may_resize=False, held=held), (wish,)
+            return replace(state, may_resize=False, held=held), (request,)
         case ProgressMade():
             return _on_progress(state, event.progress, now)
         case _:
@@ -188,14 +192,14 @@ def _on_schedule(state: AdvisorState, now: float) -> tuple[AdvisorState, tuple[E
     if since is None or not state.due or now - since < state.due[0][0]:
         return state, ()
     (at_s, count), *rest = state.due
-    reason = f"the schedule says {in_words(count)} from {at_s:g} s on"
-    return replace(state, due=tuple(rest)), (_wish(state, count, reason),)
+    reason = f"the schedule sets {in_words(count)} from {at_s:g} s on"
+    return replace(state, due=tuple(rest)), (_request(state, count, reason),)
 
 
 def _on_progress(
     state: AdvisorState, progress: Progress, now: float
 ) -> tuple[AdvisorState, tuple[Event, ...]]:
-    """Note the measurement; at times, ask for another count, or else for another batch."""
+    """Record the measurement; if due, request another count, or else another batch."""
     used_s = (now - state.counted_at) * max(progress.num_workers, state.held)
     state = replace(state, worker_s=state.worker_s + used_s, counted_at=now)
     if progress.generation != state.generation:
@@ -208,25 +212,25 @@ def _on_progress(
     newest = _measurement(state.spec, progress)
     measured = {**state.measured, configuration(newest): newest}
     state = replace(state, measured=measured)
-    if now - state.asked_at < _EVERY_S:
+    if now - state.evaluated_at < _EVERY_S:
         return state, ()
-    state = replace(state, asked_at=now)
+    state = replace(state, evaluated_at=now)
     remaining = _remaining(state.spec, progress)
     if remaining is None:
-        return _say_unknown(state)
+        return _report_unknown(state)
     if remaining <= 0:
         return state, ()
     try:
         view = _view(state, progress, remaining)
     except ValueError:
-        # The machine was busy for a while: what is newest counts, and is asked again.
+        # Contradictory measurements, from a busy machine: keep only the newest one.
         only = {configuration(newest): newest}
         return replace(state, measured=only, earlier=(), collectives=()), ()
-    return _ask(state, view, progress, remaining, now)
+    return _evaluate(state, view, progress, remaining, now)
 
 
 def _remaining(spec: TrainSpec, progress: Progress) -> int | None:
-    """Samples left: of the data, or of --max-steps where that comes first; None: unknown."""
+    """Samples left in the data, or until --max-steps if that is sooner; None if unknown."""
     left: list[int] = []
     if progress.samples_total is not None:
         left.append(progress.samples_total - progress.samples_done)
@@ -235,23 +239,24 @@ def _remaining(spec: TrainSpec, progress: Progress) -> int | None:
     return min(left, default=None)
 
 
-def _say_unknown(state: AdvisorState) -> tuple[AdvisorState, tuple[Event, ...]]:
+def _report_unknown(state: AdvisorState) -> tuple[AdvisorState, tuple[Event, ...]]:
     if state.spec.objective is None or not state.is_feasible:
         return state, ()
     text = (
-        "the length of the data is not known before it was read once, so whether the objective can "
-        "be met is not known either: the count stays. Give --max-steps, or shards with a length"
+        "the length of the data is unknown until it has been read once, so it is also unknown "
+        "whether the objective can be met: the count stays. Give --max-steps, or shards with a "
+        "length"
     )
     notice = Noticed(job_id=JobId(state.spec.name), generation=0, text=text)
     return replace(state, is_feasible=False), (notice,)
 
 
-def _ask(
+def _evaluate(
     state: AdvisorState, view: JobView, progress: Progress, remaining: int, now: float
 ) -> tuple[AdvisorState, tuple[Event, ...]]:
-    """At most one request, and a word where the objective is lost or found again."""
+    """Return at most one request, and a notice where the feasibility of the objective changes."""
     job_id, limits = JobId(state.spec.name), _limits(state.spec)
-    told: tuple[Event, ...] = ()
+    notices: tuple[Event, ...] = ()
     if state.may_resize:
         found = better_count(
             view,
@@ -261,13 +266,13 @@ def _ask(
             remaining_samples=remaining,
             resize_cost_s=state.pause_s,
         )
-        state, told = _note_feasibility(state, found, now)
+        state, notices = _note_feasibility(state, found, now)
         wanted = (progress.generation, found.value)
         standing = progress.num_workers if state.wanted is None else state.wanted[1]
         if found.value != standing:
             held = max(progress.num_workers, found.value)
             state = replace(state, wanted=wanted, held=held)
-            return state, (*told, _wish(state, found.value, found.reason))
+            return state, (*notices, _request(state, found.value, found.reason))
     batch = better_batch(
         view,
         limits,
@@ -277,28 +282,28 @@ def _ask(
         resize_cost_s=state.pause_s,
     )
     if batch.value == progress.global_batch_size:
-        return state, told
+        return state, notices
     change = BatchChanged(
         job_id=job_id, generation=0, global_batch_size=batch.value, reason=batch.reason
     )
-    return state, (*told, change)
+    return state, (*notices, change)
 
 
 def _note_feasibility(
     state: AdvisorState, found: Advice, now: float
 ) -> tuple[AdvisorState, tuple[Event, ...]]:
-    """Say that the objective is lost, or can be met again, when several looks agree."""
+    """Report a change of the objective's feasibility after `_LOOKS` equal evaluations in a row."""
     if found.objection is None or (not found.objection) == state.is_feasible:
         return replace(state, looks=0), ()
     if state.looks + 1 < _LOOKS:
         return replace(state, looks=state.looks + 1), ()
-    asked, spent_s = state.spec.objective or Objective(), now - state.started_at
+    objective, spent_s = state.spec.objective or Objective(), now - state.started_at
     if not found.objection:
         text = f"the objective can be met again: {found.reason}"
-    elif asked.deadline_s is not None and spent_s >= asked.deadline_s:
+    elif objective.deadline_s is not None and spent_s >= objective.deadline_s:
         text = (
-            f"the deadline of {asked.deadline_s:g} s passed {spent_s - asked.deadline_s:.0f} s "
-            "ago: training goes on as fast as it can"
+            f"the deadline of {objective.deadline_s:g} s passed "
+            f"{spent_s - objective.deadline_s:.0f} s ago: training goes on as fast as it can"
         )
     else:
         text = f"the objective can no longer be met: {found.objection}"
@@ -307,19 +312,19 @@ def _note_feasibility(
 
 
 def _objective_left(state: AdvisorState, now: float) -> Objective:
-    """What is left of the deadline, or of the budget."""
-    asked, least = state.spec.objective or Objective(), 1e-3
-    if asked.deadline_s is not None:
-        return Objective(deadline_s=max(least, asked.deadline_s - (now - state.started_at)))
-    if asked.budget is not None:
+    """The objective with the remaining time or budget."""
+    objective, least = state.spec.objective or Objective(), 1e-3
+    if objective.deadline_s is not None:
+        return Objective(deadline_s=max(least, objective.deadline_s - (now - state.started_at)))
+    if objective.budget is not None:
         hours = state.worker_s / 3600.0
         return Objective(
-            budget=max(least, asked.budget - hours * (state.spec.price_per_hour or 1.0))
+            budget=max(least, objective.budget - hours * (state.spec.price_per_hour or 1.0))
         )
-    return asked
+    return objective
 
 
-def _wish(state: AdvisorState, count: int, reason: str) -> TargetChanged:
+def _request(state: AdvisorState, count: int, reason: str) -> TargetChanged:
     return TargetChanged(
         job_id=JobId(state.spec.name), generation=0, num_workers=count, reason=reason
     )
@@ -366,7 +371,7 @@ def _view(state: AdvisorState, progress: Progress, remaining: int) -> JobView:
 def _measurement(spec: TrainSpec, progress: Progress) -> StepMeasurement:
     micro, accumulation = progress.micro_batch_size, progress.num_accumulation_steps
     if spec.reproducible:
-        # Logical shards keep their size at any count; the planner cuts by the largest micro-batch.
+        # Logical shards do not depend on the count; the planner cuts by the largest micro-batch.
         share = -(-progress.global_batch_size // progress.num_workers)
         accumulation = -(-share // progress.largest_micro_batch)
         micro = -(-share // accumulation)

@@ -1,9 +1,9 @@
-"""How a job ends: a verdict, a drain, a save, and only then the end.
+"""End of a job: verdict, drain, save, end.
 
-Whatever the cause, `conclude` sets the verdict and nothing is thrown away yet. Members come to a
-stop (`drain`); whoever holds the newest state writes it, and if it cannot, the next does
-(`save_or_end`); the end says whether that state is saved, and why not (`end`). A save is not asked
-for where the newest checkpoint is already of that step.
+For every cause, `conclude` sets the verdict and discards nothing. The members stop (`drain`); the
+holder of the newest state saves it, or the next holder if it cannot (`save_or_end`), unless the
+newest checkpoint is of that step; the last message reports whether that state is saved, and if not
+why (`end`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,21 +23,21 @@ from supple.core.types import (
 
 STOP_GRACE_S = 10.0
 MOST_STOP_GRACE_S = 60.0
-"""Members may take so long to finish the step in flight, or what the script does after its loop;
-with longer steps, as long as three of their parts, up to a minute."""
+"""Time, in s, for members to finish the step in flight or the code after the loop: three times the
+longest activity, between these two limits."""
 GIVE_UP_S = 3.0
-"""A member that has not stopped so long after an abort is given up, where another has its state."""
+"""Longest wait after an abort, in s, for a member whose state another holds too."""
 SAVE_LIMIT_S = 1800.0
-"""A save that takes longer is given up."""
+"""Longest time of a save, in s."""
 LEFT_GRACE_S = 5.0
-"""A rank that has left the loop alone is waited on so long."""
+"""Time, in s, for the other ranks to leave the loop after the first has."""
 TWICE_S = 1.0
-"""A second request to stop so soon after the first is the same one: a key that was hit twice, or a
-signal that came through the terminal and through a wrapper."""
+"""Two stop requests within this time, in s, count as one: a key that was pressed twice, or a signal
+that arrived through the terminal and through a wrapper."""
 
 
 def conclude(turn: Turn, kind: VerdictKind, reason: str) -> None:
-    """The job is to end so. The first verdict stands."""
+    """Set the verdict; the first one stands."""
     if turn.state.verdict is None:
         turn.set(verdict=Verdict(kind=kind, reason=reason, at=turn.now))
 
@@ -47,17 +47,17 @@ def conclude(turn: Turn, kind: VerdictKind, reason: str) -> None:
 
 def on_stop(turn: Turn, event: StopRequested) -> None:
     state = turn.state
-    verdict, asked_at = state.verdict, state.stop_asked_at
-    if verdict is not None and asked_at is not None:
-        if turn.now - asked_at < TWICE_S:
+    verdict, requested_at = state.verdict, state.stop_requested_at
+    if verdict is not None and requested_at is not None:
+        if turn.now - requested_at < TWICE_S:
             return
         if verdict.kind == "stopped":
-            reason = f"stopped at once, asked twice ({event.reason})"
+            reason = f"stopped at once, requested twice ({event.reason})"
         else:
             reason = f"{verdict.reason}; ended at once ({event.reason})"
-        end(turn, reason, "it was asked to end without waiting for a save.")
+        end(turn, reason, "the second request was to end without a save.")
         return
-    turn.set(stop_asked_at=turn.now)
+    turn.set(stop_requested_at=turn.now)
     if verdict is None:
         conclude(turn, "stopped", event.reason)
         turn.decide("stop", 0, f"{event.reason}: finishing the step in flight, then saving")
@@ -66,8 +66,8 @@ def on_stop(turn: Turn, event: StopRequested) -> None:
 
 
 def drain(turn: Turn) -> None:
-    """Members are coming to a stop, for good. Whoever does not is given up where another holds what
-    it holds; and saves from its other thread, where it only waits for data."""
+    """Drain for the end of the job. A member that does not stop is not waited for if another holds
+    its state; else, if it waits for data, it saves from its second thread."""
     state, verdict = turn.state, turn.state.verdict
     assert verdict is not None, "our bug: a job drains for good without a verdict"
     workers = state.workers
@@ -76,7 +76,7 @@ def drain(turn: Turn) -> None:
         return
     late, training = is_late(turn), workers.num_training
     if training and state.aborted_at is None:
-        held_up = workers.num("said") and any(workers[w].said for w in state.training)
+        held_up = workers.num("reported") and any(workers[w].reported for w in state.training)
         if late or held_up:
             turn.abort()
         return
@@ -100,7 +100,7 @@ def drain(turn: Turn) -> None:
 
 
 def is_late(turn: Turn) -> bool:
-    """Have members had the time to finish the step in flight since the verdict?"""
+    """Whether the time since the verdict is enough to finish the step in flight."""
     state = turn.state
     usual_s = 3 * max(state.longest.values(), default=0.0)
     grace_s = max(STOP_GRACE_S, min(usual_s, MOST_STOP_GRACE_S))
@@ -108,7 +108,7 @@ def is_late(turn: Turn) -> bool:
 
 
 def _rank_0_is_saving(turn: Turn) -> bool:
-    """Its script left the loop: what it held was copied then, and is being written."""
+    """Whether rank 0 is saving its state, which was copied when its script left the loop."""
     state = turn.state
     view = state.workers.get(state.members[0]) if state.members else None
     return (
@@ -124,9 +124,9 @@ def _rank_0_is_saving(turn: Turn) -> bool:
 
 
 def save_or_end(turn: Turn) -> None:
-    """Let the newest holder save; end the job if there is nothing left to save, or nobody who can.
+    """Save from the newest holder; end the job if there is nothing to save, or no holder that can.
 
-    Everybody who is waited for has stopped."""
+    Requires that all members to wait for have stopped."""
     holder = _who_saves(turn.state)
     if holder is not None:
         turn.save(holder)
@@ -137,8 +137,8 @@ def save_or_end(turn: Turn) -> None:
 
 
 def form_or_save(turn: Turn, *, why: tuple[str, str] | None = None) -> None:
-    """The next generation; where nobody in it would hold state, but one whose script raised does,
-    that one saves first. `why`: the decision that it carries out, if it is another now."""
+    """Form the next generation. Where none of its members holds state but a worker whose script
+    raised does, that worker saves first. `why` replaces the decision to be executed."""
     state, members = turn.state, turn.state.next_members
     holder = None
     if all(state.workers[w].step < 0 for w in members):
@@ -163,7 +163,7 @@ def _who_saves(state: JobState) -> WorkerId | None:
 
 
 def saving(turn: Turn) -> None:
-    """The rule of SAVING."""
+    """Rule of the phase SAVING."""
     state = turn.state
     saver = state.saver
     if saver is not None and saver in state.workers:
@@ -173,10 +173,10 @@ def saving(turn: Turn) -> None:
         turn.set(save_error=(state.workers[saver].step, reason))
         turn.act(KillWorker, worker_id=saver, reason=reason)
         turn.forget(saver)
-    _go_on(turn)
+    _continue(turn)
 
 
-def _go_on(turn: Turn) -> None:
+def _continue(turn: Turn) -> None:
     turn.set(saver=None)
     if turn.state.verdict is not None:
         save_or_end(turn)
@@ -188,20 +188,20 @@ def on_saved(turn: Turn, event: CheckpointSaved) -> None:
     state = turn.state
     if event.step >= state.restore_step:
         turn.set(restore=event.path, restore_step=event.step)
-    if state.phase is Phase.SAVING and event.step >= _asked_step(state):
-        _go_on(turn)
+    if state.phase is Phase.SAVING and event.step >= _requested_step(state):
+        _continue(turn)
 
 
 def on_save_failed(turn: Turn, event: CheckpointFailed) -> None:
     state = turn.state
     turn.set(save_error=(event.step, event.error))
-    if state.phase is Phase.SAVING and event.step >= _asked_step(state):
+    if state.phase is Phase.SAVING and event.step >= _requested_step(state):
         failed = set(state.workers) if event.is_disk_full else {state.saver}
         turn.set(unable=state.unable | {w for w in failed if w is not None})
-        _go_on(turn)
+        _continue(turn)
 
 
-def _asked_step(state: JobState) -> int:
+def _requested_step(state: JobState) -> int:
     view = None if state.saver is None else state.workers.get(state.saver)
     return 0 if view is None else view.step
 
@@ -210,7 +210,7 @@ def _asked_step(state: JobState) -> int:
 
 
 def end(turn: Turn, reason: str, why_not: str = "") -> None:
-    """The job is over. Its last words say what is saved; `why_not`: why what is not was not."""
+    """End the job and report what is saved. `why_not`: why the newest state is not saved."""
     state = turn.state
     kind = "stopped" if state.verdict is None else state.verdict.kind
     held = max((view.step for view in state.workers.values()), default=-1)
@@ -239,19 +239,19 @@ def _why_not(state: JobState, newest: int) -> str:
         return error if error.endswith(".") else f"{error}."
     holders = [w for w, view in state.workers.items() if view.step == newest]
     if not holders:
-        return "nobody who held it is left."
+        return "no worker that held it is left."
     if any(map(state.workers.is_training, holders)):
         return f"{', '.join(holders)} did not stop."
-    return f"{', '.join(holders)}, which held it, could not be asked any more."
+    return f"{', '.join(holders)}, which held it, can no longer be reached."
 
 
 # --- members that leave their loop ------------------------------------------------------------
 
 
 def on_finished(turn: Turn, event: WorkerFinished) -> None:
-    """The training function of a member returned."""
+    """Record that the training function of a member returned."""
     view = turn.state.workers[event.worker_id]
-    turn.see(event.worker_id, finished=True, step=event.step)
+    turn.update_view(event.worker_id, finished=True, step=event.step)
     if view.status is WorkerStatus.MEMBER:
         turn.own_workers().stop(event.worker_id)
         turn.own_workers().form(event.worker_id)
@@ -260,13 +260,13 @@ def on_finished(turn: Turn, event: WorkerFinished) -> None:
 
 
 def on_left(turn: Turn, event: LoopLeft) -> None:
-    """The script of a member left its loop early."""
-    turn.see(event.worker_id, left_at=turn.now, step=event.step)
+    """Record that the script of a member left its loop early."""
+    turn.update_view(event.worker_id, left_at=turn.now, step=event.step)
     turn.set(step=max(turn.state.step, event.step))
 
 
 def finish_when_all_have(turn: Turn) -> None:
-    """All have left their loops, at the end of the data or before: wait for their functions."""
+    """End the job when all members have left their loops and their training functions returned."""
     state = turn.state
     if state.workers.num_training or state.workers.num("after"):
         return
@@ -287,9 +287,9 @@ def finish_when_all_have(turn: Turn) -> None:
     save_or_end(turn)
 
 
-def look_at_those_who_stay(turn: Turn) -> None:
-    """Some members have left their loops early: the others must do so at the same step, or they
-    wait for them for ever."""
+def check_remaining(turn: Turn) -> None:
+    """Check that all members leave their loops at the same step: where some have left early, a
+    remaining member would wait for ever."""
     state = turn.state
     if not state.workers.num("left") or not state.workers.num_training:
         return
@@ -312,14 +312,14 @@ def look_at_those_who_stay(turn: Turn) -> None:
 
 
 def all_left_but_joiners(state: JobState) -> bool:
-    """Have all members left their loops that could decide to?"""
+    """Whether all members except joiners have left their loops."""
     rest = [w for w in state.present if state.workers[w].can_join]
     return len(rest) < len(state.present) and set(rest) <= _joiners(state)
 
 
 def _joiners(state: JobState) -> set[WorkerId]:
-    """Members that joined at the very step at which others left: they came in behind the place
-    where those decided it."""
+    """Members that joined at the step at which others left: they did not run the code that decided
+    to leave."""
     left = [view for view in state.workers.values() if view.left_at is not None]
     joined = {w: state.workers[w].joined_step or 0 for w in state.present}
     first = min([*joined.values(), *(view.joined_step or 0 for view in left)], default=0)
@@ -335,12 +335,12 @@ def _left_alone(
     step = max(view.step for view in left.values())
     return (
         f"{by_rank(state, left)} left the loop at step {step}, {by_rank(state, others)} did not: "
-        "all ranks must leave at the same step. Decide from what all ranks share, such as "
+        "all ranks must leave at the same step. Decide by a value that all ranks share, such as "
         "job.step_count or a number that was summed over all ranks"
     )
 
 
 def by_rank(state: JobState, workers: Iterable[WorkerId]) -> str:
-    """Workers in words; members by their rank."""
+    """Names of workers for messages, members with their rank."""
     ranks = {worker_id: rank for rank, worker_id in enumerate(state.members)}
     return ", ".join(f"rank {ranks[w]} ({w})" if w in ranks else w for w in workers)

@@ -1,9 +1,9 @@
-"""What a loss means: whom to blame, when to try again, when to give up.
+"""Handle a lost worker: find the cause, replace it with back-off, or fail the job.
 
-Two things are counted, and each is forgotten as soon as it is proven wrong. Strikes: generations
-in a row that broke with no step committed between (a bad step, a bad network). Failed starts:
-attempts in a row whose new worker did not last a few steps (a bad machine). Past --max-failures,
-a job goes on with whom it has and tries again ever more rarely; with too few, it fails.
+Two counters, each reset by success. Strikes: consecutive generations that broke with no committed
+step between (a bad step, a bad network). Failed starts: consecutive attempts whose new worker was
+lost within a few steps (a bad machine). Beyond --max-failures a job continues with the workers it
+has and retries with exponential back-off; with fewer than MIN it fails.
 """
 
 from supple.core.job.endings import conclude
@@ -13,10 +13,11 @@ from supple.core.types import LossCause, StopWorker, WorkerId, WorkerStatus
 from supple.core.words import in_words
 
 BACK_OFF_S = 30.0
+"""Wait before the first delayed replacement, in s."""
 BACK_OFF_DOUBLINGS = 7
-"""Replacements of workers that keep failing come ever later, at last about once an hour."""
+"""Largest number of doublings of that wait: about one hour."""
 PROVEN_STEPS = 3
-"""Committed steps after which a worker that dies did not fail to start."""
+"""Committed steps after which a new worker counts as started."""
 
 _CAUSE: dict[LossCause, str] = {
     "raised": "raised in the script",
@@ -30,49 +31,49 @@ _CAUSE: dict[LossCause, str] = {
 
 
 def advance(turn: Turn, worker_id: WorkerId, committed: int) -> None:
-    """A member has committed so many steps."""
+    """Record that a member has committed `committed` steps in total."""
     if committed > turn.job.step:
         progress = committed > turn.job.struck_step
         turn.set(step=committed, strikes=0 if progress else turn.job.strikes)
     view = turn.workers.views[worker_id]
     joined = view.joined_step
     if not view.proven and joined is not None and committed - joined >= PROVEN_STEPS:
-        turn.see(worker_id, proven=True)
+        turn.update_view(worker_id, proven=True)
         turn.set(failed_starts=0)
 
 
 def lose(turn: Turn, worker_id: WorkerId, cause: LossCause, detail: str, step: int = -1) -> None:
-    """A worker is gone, whatever it was doing. One whose script raised is kept for the state of
-    `step` that it holds, until a generation runs that holds it too."""
+    """Record the loss of a worker in any phase. A worker whose script raised is kept, because it
+    holds the state of `step`, until a running generation holds that state too."""
     state = turn.state
     view = state.workers[worker_id]
     if cause == "raised" and step >= 0:
-        turn.see(worker_id, status=WorkerStatus.RAISED, step=step, left_at=None)
+        turn.update_view(worker_id, status=WorkerStatus.RAISED, step=step, left_at=None)
         advance(turn, worker_id, step)
     else:
         turn.forget(worker_id)
-    if cause in ("raised", "refused"):  # its function is over, its process is not
+    if cause in ("raised", "refused"):  # the training function ended, the process still runs
         turn.set(detail=detail)
         if step < 0:
             turn.act(StopWorker, worker_id=worker_id, reason=_CAUSE[cause])
-    if cause == "refused":  # it would be refused again, and is none to go on with
+    if cause == "refused":  # it would be refused again
         turn.set(restore=None, restore_step=-1)
         conclude(turn, "failed", "the checkpoint was refused")
     if view.finished or view.status is WorkerStatus.RAISED:
         return
-    told = f"{worker_id} {_CAUSE[cause]}" + (f": {in_short(detail)}" if detail else "")
+    text = f"{worker_id} {_CAUSE[cause]}" + (f": {in_short(detail)}" if detail else "")
     at_rest = state.phase in (Phase.WAITING, Phase.SAVING)
     broke = view.status is WorkerStatus.MEMBER and worker_id in state.members and not at_rest
     if broke:
         others = len(turn.state.members) - turn.workers.num("present") > 1
-        turn.set(why=("recover", f"{state.why[1]}, {told}" if others else told))
+        turn.set(why=("recover", f"{state.why[1]}, {text}" if others else text))
         turn.abort()
     if cause == "preempted":
         return
     if not broke:
-        turn.decide("keep", turn.workers.num("present"), f"{told} ({view.status.value})")
+        turn.decide("keep", turn.workers.num("present"), f"{text} ({view.status.value})")
     if cause == "raised":
-        _blame_the_script(turn, worker_id, broke=broke)
+        _count_script_error(turn, worker_id, broke=broke)
     if turn.state.verdict is not None:
         return
     if not view.proven and ordinal(worker_id) >= state.attempt_from:
@@ -82,8 +83,8 @@ def lose(turn: Turn, worker_id: WorkerId, cause: LossCause, detail: str, step: i
     _back_off(turn)
 
 
-def _blame_the_script(turn: Turn, worker_id: WorkerId, *, broke: bool) -> None:
-    """The job is to fail if another try would only raise again."""
+def _count_script_error(turn: Turn, worker_id: WorkerId, *, broke: bool) -> None:
+    """Fail the job if the script would raise again at the next attempt."""
     state, limit = turn.state, max(1, turn.state.spec.max_failures)
     if state.generation == 0:
         conclude(turn, "failed", "the script failed before the first step")
@@ -106,7 +107,7 @@ def _blame_the_script(turn: Turn, worker_id: WorkerId, *, broke: bool) -> None:
 
 
 def strike(turn: Turn) -> None:
-    """The generation broke. Counted once, and forgotten with the next committed step."""
+    """Count a broken generation, once each; the next committed step resets the counter."""
     state = turn.job
     if state.struck_generation != state.generation:
         turn.set(
@@ -117,7 +118,7 @@ def strike(turn: Turn) -> None:
 
 
 def _back_off(turn: Turn) -> None:
-    """Ask for the next replacement later, if the last ones were lost in a row."""
+    """Delay the next replacement if the last ones were lost in a row."""
     state, limit = turn.state, turn.state.spec.max_failures
     excess = max(state.failed_starts, state.strikes) - limit
     if excess <= 0 or turn.now < state.retry_at:
@@ -130,8 +131,8 @@ def _back_off(turn: Turn) -> None:
 
 
 def is_hopeless(turn: Turn) -> bool:
-    """The job is to fail if workers keep being lost without progress, and too few are left; or if
-    collectives keep failing although nobody was lost."""
+    """Fail the job, and return True, if workers are lost repeatedly without progress and too few
+    are left, or if collectives fail repeatedly although no worker was lost."""
     state = turn.state
     if max(state.failed_starts, state.strikes) <= state.spec.max_failures:
         return False
@@ -159,6 +160,6 @@ def _in_a_row(state: JobState) -> str:
 
 
 def in_short(text: str) -> str:
-    """The last line that says something: of a traceback, the exception."""
+    """The last non-empty line: of a traceback, the exception."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:160] if lines else ""

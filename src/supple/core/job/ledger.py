@@ -1,21 +1,21 @@
-"""Proof, from what the workers wrote down, that every sample was used exactly once.
+"""Prove from the workers' records that every sample was used exactly once.
 
-Each worker appends a `read` record for every micro-batch *before* the step it belongs to can commit
-(`supple.train.ledger`): generation, step, epoch, rank, and the samples it really fed. That makes
-the records a proof, whatever happened to the workers:
+Each worker appends a `read` record for every micro-batch *before* its step can commit
+(`supple.train.ledger`): generation, step, epoch, rank, and the samples that were used. These
+records are a proof, even if workers were lost:
 
-1. A step commits through one collective of all members of one generation; if it finished for
-   anybody, every member had contributed, so every member had written its reads.
+1. A step commits through one collective of all members of one generation; if it finished for any
+   member, every member had contributed, so every member had written its reads.
 2. The next generation begins at the highest step committed anywhere. So a step that was abandoned
    in a generation, or undone by going back to a checkpoint, is begun again by a later one. Hence
    step s was committed by the largest generation that began at or before s, and by no other.
-3. Where a generation began is known from its lowest read, since it reads from there on. A
-   `generation` record says it too; the two must agree.
+3. The first step of a generation is its lowest read. A `generation` record also states it; the two
+   must agree.
 
 The samples used are therefore the reads of each step s < end in the generation that s belongs to.
-Reads of other generations were void. Counted over an epoch, every expected sample must be there
-once: none means it was lost, more than one means it was used twice. The proof does not look at how
-batches were cut, so it shares no arithmetic with `supple.core.job.order`.
+Other reads are void. Counted over an epoch, every expected sample must be there once: none means it
+was lost, more than one means it was used repeatedly. The proof does not depend on how batches were
+cut, so it shares no arithmetic with `supple.core.job.order`.
 """
 
 from bisect import bisect_right
@@ -30,16 +30,16 @@ _NUM_SHOWN = 5
 
 
 class LedgerError(ValueError):
-    """The records prove nothing, because they are incomplete or contradict each other."""
+    """Records that allow no proof, because they are incomplete or contradictory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochReport:
-    """One epoch: uses counted, and the samples that were not used exactly once."""
+    """Number of uses in one epoch, and the samples that were not used exactly once."""
 
     epoch: int
     samples_seen: int
-    """Uses, so that a sample used twice counts twice."""
+    """Number of uses: a sample used twice counts twice."""
     lost: tuple[SampleId, ...]
     doubled: tuple[SampleId, ...]
     unknown: tuple[SampleId, ...]
@@ -48,13 +48,13 @@ class EpochReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerReport:
-    """What the run used, epoch by epoch. Numbers are totals over `epochs`."""
+    """Samples that the run used, by epoch. Numbers are totals over `epochs`."""
 
     num_steps: int
     num_generations: int
     """Generations that committed a step."""
     num_void_reads: int
-    """Samples read for steps that were abandoned or undone: they cost time, and nothing else."""
+    """Number of samples read for steps that were abandoned or undone."""
     epochs: tuple[EpochReport, ...]
 
     @property
@@ -75,7 +75,7 @@ class LedgerReport:
 
     @property
     def is_exact(self) -> bool:
-        """Was every sample of every epoch used exactly once, and nothing else?"""
+        """Whether every expected sample of every epoch was used exactly once, and no others."""
         return not (self.lost or self.doubled or self.unknown)
 
     def __str__(self) -> str:
@@ -104,7 +104,7 @@ def prove(
     expected: Iterable[SampleId],
     num_epochs: int | None = None,
 ) -> LedgerReport:
-    """Compare what the run used with `expected`, the samples of one epoch.
+    """Compare the samples that the run used with `expected`, the samples of one epoch.
 
     `records` are those of all workers and of the controller, in any order: `read`, `generation`
     (generation, start_step), `gap` (step, file, error: from that step on a file could not be
@@ -113,7 +113,7 @@ def prove(
     later one, which the run ended within, may lack samples but not repeat any. For a map dataset
     `expected` is `range(dataset_size)`.
 
-    Raises `LedgerError` where the records prove nothing.
+    Raises `LedgerError` where the records allow no proof.
     """
     reads: list[Mapping[str, Any]] = []
     begun: dict[int, int] = {}
@@ -133,13 +133,13 @@ def prove(
         first = min(gaps, key=lambda gap: int(gap["step"]))
         raise LedgerError(
             f"the ledger is incomplete from step {first['step']} on: {first['file']} could not be "
-            f"written ({first['error']}). Training went on, and what it used then is not known. "
-            "Make room, and run with --ledger again."
+            f"written ({first['error']}). Training continued, and the samples it used then are "
+            "unknown. Make room, and run with --ledger again."
         )
     if not ends:
         raise LedgerError(
-            "the ledger has no end: no record says how many steps were committed. Let the run "
-            "finish, or stop it so that it can save, before proving anything from it."
+            "the ledger has no end: no record states how many steps were committed. Let the run "
+            "finish, or stop it so that it can save, before using its ledger as a proof."
         )
     num_steps = max(ends)
     begun = _starts(reads, begun)
@@ -159,7 +159,7 @@ def prove(
 
 
 def shard_ids(lengths: Sequence[int]) -> list[str]:
-    """The samples of iterable shards that have these lengths, as the ledger names them."""
+    """Return the ledger's names of the samples of iterable shards of these lengths."""
     return [f"{shard}:{number}" for shard, size in enumerate(lengths) for number in range(size)]
 
 
@@ -172,7 +172,7 @@ def _note_start(begun: dict[int, int], generation: int, step: int) -> None:
 
 
 def _starts(reads: Sequence[Mapping[str, Any]], begun: Mapping[int, int]) -> dict[int, int]:
-    """Where each generation began: as recorded, else as its first read shows."""
+    """First step of each generation: from its record, else from its first read."""
     first: dict[int, int] = {}
     for read in reads:
         generation, step = int(read["generation"]), int(read["step"])
@@ -181,7 +181,7 @@ def _starts(reads: Sequence[Mapping[str, Any]], begun: Mapping[int, int]) -> dic
         if step != begun.get(generation, step):
             raise LedgerError(
                 f"generation {generation} began at step {begun[generation]}, but its first read is "
-                f"for step {step}. A generation reads from where it begins: records are missing, "
+                f"for step {step}. A generation reads from its first step on: records are missing, "
                 "or those of two runs were mixed."
             )
     return {**first, **begun}
@@ -190,8 +190,9 @@ def _starts(reads: Sequence[Mapping[str, Any]], begun: Mapping[int, int]) -> dic
 def _committed(
     reads: Sequence[Mapping[str, Any]], begun: Mapping[int, int], num_steps: int
 ) -> tuple[dict[int, Counter[SampleId]], set[int], int]:
-    """Uses of each sample by epoch, the generations that committed, and how many reads are void."""
-    # A generation owns the steps from where it began up to the lowest start of any later one.
+    """Return the uses of each sample by epoch, the generations that committed, and the number of
+    void reads."""
+    # A generation owns the steps from its start up to the lowest start of any later one.
     generations = sorted(begun)
     owners: list[tuple[int, int]] = []
     below = num_steps

@@ -1,8 +1,9 @@
-"""The only place a job's state changes: `step(state, event, now) -> (state, actions)`.
+"""State machine of a job: `step(state, event, now) -> (state, actions)`. The state changes only
+here.
 
-Two tables hold everything. `_ON_EVENT`: what an event makes true. `_RULES`: what each phase does
-about what is true now, applied until nothing changes (as h11 does with its state-triggered
-transitions). A message of another generation, or from a worker that was let go, changes nothing.
+Two tables define it. `_ON_EVENT`: how an event changes the state. `_RULES`: what each phase does in
+the new state, applied until the state is stable (like h11's state-triggered transitions). Events of
+other generations, or from removed workers, change nothing.
 
     STARTING -> FORMING -> RUNNING -> DRAINING -> FORMING ...   grow, shrink, recover, batch
                    |                    |  |-> WAITING -> FORMING   fewer than MIN
@@ -16,12 +17,12 @@ from typing import Any
 
 from supple.core.job.endings import (
     all_left_but_joiners,
+    check_remaining,
     conclude,
     drain,
     finish_when_all_have,
     form_or_save,
     is_late,
-    look_at_those_who_stay,
     on_finished,
     on_left,
     on_save_failed,
@@ -32,8 +33,8 @@ from supple.core.job.endings import (
 )
 from supple.core.job.failures import advance, in_short, is_hopeless, lose, strike
 from supple.core.job.membership import JobState, Phase, Turn
-from supple.core.job.silence import end_the_silent, forgive, heard
-from supple.core.job.stalls import noted, watch
+from supple.core.job.silence import extend_timeouts, kill_silent, record_sign_of_life
+from supple.core.job.stalls import activity_changes, watch
 from supple.core.spec import TrainSpec
 from supple.core.types import (
     Action,
@@ -67,9 +68,9 @@ from supple.core.words import in_words
 __all__ = ["JobState", "Phase", "start", "step"]
 
 START_GRACE_S = 10.0
-"""The first generation waits so long for the last of its workers, after the first is ready."""
+"""Wait of the first generation for its last worker, after the first is ready, in s."""
 GROW_GRACE_S = 2.0
-"""A worker that stands by waits so long for others that are starting, to join with them."""
+"""Wait of a worker that stands by for others that are starting, to join together, in s."""
 RETURNED_EARLY = (
     "the training function returned before its first step: it must go on with the loop over "
     "job.batches(...) until that ends by itself"
@@ -85,8 +86,8 @@ def start(
     initial: int,
     reason: str = "",
 ) -> tuple[JobState, tuple[Action, ...]]:
-    """A new job, and the workers to start for it: `initial` of them, within the limits, for that
-    `reason`."""
+    """Return the state of a new job, and the actions that start its workers: `initial` of them,
+    within the limits."""
     desired = spec.clamp(initial)
     state = JobState(
         job_id=job_id,
@@ -97,14 +98,14 @@ def start(
         ticked_at=now,
     )
     turn = Turn(state, now)
-    said = f"starting {in_words(desired)}" + (f" from {restore}" if restore else "")
-    turn.decide("start", desired, said + (f": {reason}" if reason else ""))
+    text = f"starting {in_words(desired)}" + (f" from {restore}" if restore else "")
+    turn.decide("start", desired, text + (f": {reason}" if reason else ""))
     turn.settle(_RULES)
     return turn.state, tuple(turn.actions)
 
 
 def step(state: JobState, event: Event, now: float) -> tuple[JobState, tuple[Action, ...]]:
-    """The state after `event`, and what to do. Total: any event in any state has an answer."""
+    """Return the state after `event`, and the actions. Defined for any event in any state."""
     if state.phase.is_over or event.job_id != state.job_id:
         return state, ()
     turn = Turn(state, now)
@@ -115,35 +116,37 @@ def step(state: JobState, event: Event, now: float) -> tuple[JobState, tuple[Act
         if worker_id is None or worker_id in turn.workers.views:
             _ON_EVENT[type(one)](turn, one)
     if isinstance(event, NodeReported):
-        turn.spare_the_lost()
+        turn.drop_actions_for_lost()
     turn.settle(_RULES)
     return turn.state, tuple(turn.actions)
 
 
-# --- what an event makes true -----------------------------------------------------------------
+# --- how an event changes the state -----------------------------------------------------------
 
 
 def _on_ready(turn: Turn, event: WorkerReady) -> None:
     if turn.workers[event.worker_id].status is WorkerStatus.STARTING:
         standby = WorkerStatus.STANDBY
         node_id = event.node_id
-        heard(turn, event, {"status": standby, "ready_at": turn.now, "node_id": node_id})
+        record_sign_of_life(
+            turn, event, {"status": standby, "ready_at": turn.now, "node_id": node_id}
+        )
     else:
-        heard(turn, event)
+        record_sign_of_life(turn, event)
 
 
 def _on_stopped(turn: Turn, event: WorkerStopped) -> None:
     if not _is_current(turn, event) or event.worker_id in turn.workers.stopped:
-        heard(turn, event)
+        record_sign_of_life(turn, event)
         return
-    heard(turn, event, {"step": event.step})
+    record_sign_of_life(turn, event, {"step": event.step})
     turn.own_workers().stop(event.worker_id)
     advance(turn, event.worker_id, event.step)
     phase = turn.job.phase
     if phase is Phase.SAVING:
         return
     if phase is not Phase.DRAINING:
-        reason = f"{event.worker_id}: {in_short(event.error) or 'it stopped unasked'}"
+        reason = f"{event.worker_id}: {in_short(event.error) or 'it stopped without a request'}"
         turn.set(why=("recover", reason))
         strike(turn)
     if event.error or phase is not Phase.DRAINING:
@@ -152,9 +155,9 @@ def _on_stopped(turn: Turn, event: WorkerStopped) -> None:
 
 def _on_formed(turn: Turn, event: GroupFormed) -> None:
     if not _is_current(turn, event):
-        heard(turn, event)
+        record_sign_of_life(turn, event)
         return
-    heard(turn, event, {"step": event.step})
+    record_sign_of_life(turn, event, {"step": event.step})
     turn.own_workers().form(event.worker_id)
     state = turn.job
     if state.restore is not None and state.restore_step < 0:
@@ -162,7 +165,7 @@ def _on_formed(turn: Turn, event: GroupFormed) -> None:
 
 
 def _on_finished(turn: Turn, event: WorkerFinished) -> None:
-    heard(turn, event)
+    record_sign_of_life(turn, event)
     view = turn.workers[event.worker_id]
     if _is_current(turn, event) or view.left_at is not None:
         on_finished(turn, event)
@@ -171,7 +174,7 @@ def _on_finished(turn: Turn, event: WorkerFinished) -> None:
 
 
 def _on_left(turn: Turn, event: LoopLeft) -> None:
-    heard(turn, event)
+    record_sign_of_life(turn, event)
     if _is_current(turn, event):
         on_left(turn, event)
 
@@ -180,7 +183,7 @@ def _on_heartbeat(turn: Turn, event: Heartbeat) -> None:
     view = turn.workers.views[event.worker_id]
     changes: dict[str, Any] = {}
     if event.doing is not None:
-        changes = noted(turn, view, event.doing, event.since_s)
+        changes = activity_changes(turn, view, event.doing, event.since_s)
     is_stepping = (
         turn.job.phase in (Phase.RUNNING, Phase.DRAINING)
         and event.generation == turn.job.generation
@@ -188,7 +191,7 @@ def _on_heartbeat(turn: Turn, event: Heartbeat) -> None:
     )
     if is_stepping and event.step > view.step:
         changes["step"] = event.step
-    heard(turn, event, changes)
+    record_sign_of_life(turn, event, changes)
     if is_stepping:
         advance(turn, event.worker_id, event.step)
 
@@ -196,13 +199,13 @@ def _on_heartbeat(turn: Turn, event: Heartbeat) -> None:
 def _is_current(
     turn: Turn, event: WorkerStopped | GroupFormed | WorkerFinished | LoopLeft | Heartbeat
 ) -> bool:
-    """From a member of this generation, of this generation."""
+    """Whether the event is of this generation and from a member of it."""
     is_member = turn.workers.views[event.worker_id].status is WorkerStatus.MEMBER
     return is_member and event.generation == turn.job.generation
 
 
 def _on_lost(turn: Turn, event: WorkerLost) -> None:
-    heard(turn, event)
+    record_sign_of_life(turn, event)
     lose(turn, event.worker_id, event.cause, event.detail, event.step)
 
 
@@ -230,7 +233,7 @@ def _on_batch(turn: Turn, event: BatchChanged) -> None:
 
 def _on_preemption(turn: Turn, event: PreemptionNoticed) -> None:
     named = [worker_id for worker_id in event.worker_ids if worker_id in turn.workers]
-    turn.see_all({worker_id: {"leaving": True} for worker_id in named})
+    turn.update_views({worker_id: {"leaving": True} for worker_id in named})
     if named:
         left_s = max(0.0, event.deadline - turn.now)
         reason = f"{', '.join(named)} will be taken by the platform in {left_s:.0f} s"
@@ -243,7 +246,7 @@ def _on_passed_over(turn: Turn, event: CheckpointPassedOver) -> None:
 
 
 def _on_nothing(_turn: Turn, _event: Event) -> None:
-    """It is for people, or for the advisor: training does not depend on it."""
+    """Ignore the event: it is only for the log or for the advisor."""
 
 
 def _on_cluster_lost(turn: Turn, event: ClusterLost) -> None:
@@ -260,9 +263,9 @@ def _on_tick(turn: Turn, _event: Ticked) -> None:
     asleep_s = turn.now - turn.state.ticked_at
     turn.set(ticked_at=turn.now)
     if asleep_s > turn.state.spec.heartbeat_timeout_s / 2:
-        forgive(turn, asleep_s)  # it is the controller that was suspended: it could hear nobody
+        extend_timeouts(turn, asleep_s)  # the controller itself was suspended
     else:
-        end_the_silent(turn)
+        kill_silent(turn)
         watch(turn)
 
 
@@ -290,15 +293,15 @@ _ON_EVENT: dict[type[Event], Callable[[Turn, Any], None]] = {
 }
 
 
-# --- what each phase does about it ------------------------------------------------------------
+# --- rule of each phase -----------------------------------------------------------------------
 
 
 def _starting(turn: Turn) -> None:
     if turn.state.verdict is not None or is_hopeless(turn):
         save_or_end(turn)
         return
-    _let_go_surplus(turn)
-    _ask_for_missing(turn)
+    _stop_surplus(turn)
+    _start_missing(turn)
     state, workers = turn.state, turn.workers
     if workers.num("joinable") >= state.spec.min_workers and _waited(turn, START_GRACE_S):
         turn.form(state.next_members)
@@ -309,11 +312,11 @@ def _running(turn: Turn) -> None:
         turn.announce("stop", turn.state.verdict.reason)
         return
     if turn.state.is_ending:
-        look_at_those_who_stay(turn)
+        check_remaining(turn)
         finish_when_all_have(turn)
         return
-    _let_go_surplus(turn)
-    _ask_for_missing(turn)
+    _stop_surplus(turn)
+    _start_missing(turn)
     state, workers = turn.state, turn.workers
     size = workers.num("present")
     goal = min(state.desired, size + workers.num("newcomer"))
@@ -326,7 +329,7 @@ def _running(turn: Turn) -> None:
         if _waited(turn, GROW_GRACE_S):
             ready = f"{', '.join(state.newcomers)} ready"
             if goal <= state.full_size:
-                turn.announce("regrow", f"{ready}, in place of what was lost")
+                turn.announce("regrow", f"{ready}, in place of lost workers")
             else:
                 turn.announce("grow", f"{ready}; {state.desired_reason}")
     elif state.batch_wanted != state.batch_in_force:
@@ -338,8 +341,8 @@ def _draining(turn: Turn) -> None:
     if state.verdict is not None:
         drain(turn)
     elif turn.workers.num_training:
-        look_at_those_who_stay(turn)
-        _ask_for_missing(turn)
+        check_remaining(turn)
+        _start_missing(turn)
     elif state.is_ending:
         again = [w for w in state.present if state.workers[w].can_join]
         if again and not all_left_but_joiners(state):
@@ -359,11 +362,11 @@ def _draining(turn: Turn) -> None:
 
 def _forming(turn: Turn) -> None:
     state, workers = turn.state, turn.workers
-    _ask_for_missing(turn)
+    _start_missing(turn)
     if workers.num("present") == len(state.members) and workers.all_formed:
         step_now = max(workers[w].step for w in state.members)
         new = [w for w in state.members if workers[w].joined_step is None]
-        turn.see_all({worker_id: {"joined_step": step_now} for worker_id in new})
+        turn.update_views({worker_id: {"joined_step": step_now} for worker_id in new})
         turn.set(
             phase=Phase.RUNNING, step=step_now, full_size=max(state.full_size, len(state.members))
         )
@@ -375,7 +378,7 @@ def _waiting(turn: Turn) -> None:
     if turn.state.verdict is not None or is_hopeless(turn):
         save_or_end(turn)
         return
-    _ask_for_missing(turn)
+    _start_missing(turn)
     if turn.state.has_enough:
         form_or_save(turn, why=("regrow", "enough workers again"))
 
@@ -397,31 +400,31 @@ _RULES: dict[Phase, Callable[[Turn], None]] = {
 
 
 def _waited(turn: Turn, grace_s: float) -> bool:
-    """Have those that are ready waited long enough for those that are not?"""
+    """Whether ready workers have waited for the starting ones for `grace_s`."""
     return not turn.workers.num("starting") or turn.now - turn.workers.first_ready_at >= grace_s
 
 
-def _ask_for_missing(turn: Turn) -> None:
-    """Start as many workers as are wanted and neither there nor on their way."""
+def _start_missing(turn: Turn) -> None:
+    """Start the desired workers that neither exist nor are starting."""
     state, workers = turn.state, turn.workers
     if turn.now < state.retry_at or state.is_ending:
         return
     for _ in range(state.desired - workers.num("joinable") - workers.num("starting")):
-        turn.ask_for_one()
+        turn.start_worker()
 
 
-def _let_go_surplus(turn: Turn) -> None:
-    """Let go of those that are not wanted: never of a member."""
+def _stop_surplus(turn: Turn) -> None:
+    """Stop workers beyond the desired number, but never a member."""
     if turn.workers.num("unwanted"):
         for worker_id, view in turn.state.workers.items():
             if view.status is WorkerStatus.RAISED:
                 if turn.job.phase is Phase.RUNNING:
-                    turn.let_go(worker_id, "raised in the script")
+                    turn.stop_worker(worker_id, "raised in the script")
             elif view.leaving and view.status is not WorkerStatus.MEMBER:
-                turn.let_go(worker_id, "taken by the platform")
+                turn.stop_worker(worker_id, "taken by the platform")
     workers = turn.workers
     surplus = workers.num("joinable") + workers.num("starting") - turn.state.desired
     if surplus > 0:
         state = turn.state
         for worker_id in [*reversed(state.starting), *reversed(state.newcomers)][:surplus]:
-            turn.let_go(worker_id, "no longer wanted")
+            turn.stop_worker(worker_id, "no longer wanted")

@@ -1,7 +1,6 @@
-"""The state of one job, who is in it, and the moves that change both. `lifecycle.py` says when.
+"""State of one job, its members, and the operations that change them; `lifecycle.py` calls these.
 
-A `Turn` is one call of `lifecycle.step`: its moves change the state and write down the actions
-that make the world follow.
+A `Turn` is one call of `lifecycle.step`: it changes the state and collects the actions to execute.
 """
 
 from collections import Counter
@@ -33,17 +32,17 @@ from supple.core.words import in_words
 
 class Phase(Enum):
     STARTING = "starting"
-    """Workers come up; there has been no generation yet."""
+    """Workers are starting; there has been no generation yet."""
     RUNNING = "running"
     """The members of the current generation are stepping."""
     DRAINING = "draining"
-    """They were asked, or forced, to stop; not all have."""
+    """The members were requested, or forced, to stop; not all have."""
     FORMING = "forming"
-    """The next generation was told to form; not all members have."""
+    """The next generation is forming; not all members have formed it."""
     WAITING = "waiting"
-    """Too few workers to go on."""
+    """Too few workers to continue."""
     SAVING = "saving"
-    """One worker writes what nobody else holds: at the end, or before all begin from it."""
+    """The only holder of the newest state saves it: at the end, or before all start from it."""
     FINISHED = "finished"
     FAILED = "failed"
 
@@ -57,7 +56,7 @@ VerdictKind = Literal["finished", "stopped", "failed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """How a job ends, as soon as what its workers hold is saved."""
+    """The outcome of a job; the job ends as soon as the state of its workers is saved."""
 
     kind: VerdictKind
     reason: str
@@ -66,7 +65,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """Everything a decision about this job's lifecycle depends on."""
+    """Lifecycle state of one job."""
 
     job_id: JobId
     spec: TrainSpec
@@ -78,50 +77,50 @@ class JobState:
     desired: int = 1
     desired_reason: str = ""
     aborted_at: float | None = None
-    """When the members of this generation were told to abandon their step."""
+    """When the members of this generation were requested to abandon their step."""
     full_size: int = 0
-    """Most workers that trained together since a shrink was last wanted: up to it, a grow only
-    makes good what was lost."""
+    """Largest number of workers that trained together since the last requested shrink: a grow up to
+    it only replaces lost workers."""
     batch_wanted: int | None = None
     batch_in_force: int | None = None
     restore: str | None = None
     """The newest durable checkpoint."""
     restore_step: int = -1
     step: int = 0
-    """Most committed steps known of the current lineage."""
+    """Largest known number of committed steps of the current lineage."""
     num_started: int = 0
-    """Workers ever asked for; names are never used twice."""
+    """Number of workers ever requested; names are never reused."""
     failed_starts: int = 0
-    """Attempts in a row whose worker was lost before it proved itself."""
+    """Consecutive attempts whose worker was lost before it was proven."""
     attempt_from: int = 0
-    """Workers from this number on were asked for after the last failed start was counted."""
+    """Index of the first worker requested after the last failed start was counted."""
     strikes: int = 0
-    """Generations in a row that broke with no committed step between."""
+    """Consecutive generations that broke with no committed step between."""
     struck_generation: int = 0
     struck_step: int = -1
     """The highest step at which a generation broke."""
     raised: frozenset[WorkerId] = frozenset()
-    """Members of this generation (once a member has finished: of the last ones) in which the
-    script raised."""
+    """Members in which the script raised: of this generation, and once a member has finished also
+    of the previous ones."""
     num_raised: int = 0
-    """Times that it raised in a member at `raised_step`."""
+    """How often the script raised in a member at `raised_step`."""
     raised_step: int = -1
     detail: str = ""
     """The last traceback of the user's script."""
     retry_at: float = 0.0
-    """No replacement is asked for before this time."""
+    """No replacement is requested before this time."""
     verdict: Verdict | None = None
-    stop_asked_at: float | None = None
+    stop_requested_at: float | None = None
     saver: WorkerId | None = None
     saving_since: float = 0.0
     unable: frozenset[WorkerId] = frozenset()
-    """Holders that were asked to save and could not."""
+    """Holders whose save failed."""
     save_error: tuple[int, str] = (-1, "")
-    """(step, what went wrong) of the last save that failed."""
+    """(step, error) of the last failed save."""
     ending: bool = False
-    """A member has come to the end of the data: nobody needs to join any more."""
+    """A member has reached the end of the data: no worker needs to join any more."""
     longest: Mapping[str, float] = field(default_factory=dict[str, float])
-    """The longest time, in s, that a worker did a thing (see `Doing`) and came to its end."""
+    """Longest completed duration, in s, of each activity (see `Doing`) of any worker."""
     ticked_at: float = 0.0
     why: tuple[str, str] = ("start", "")
     """(kind, reason) of the decision that the next FormGroup carries out."""
@@ -148,17 +147,17 @@ class JobState:
 
     @property
     def is_ending(self) -> bool:
-        """Nobody new is needed: the job has its verdict, or the first member has left its loop."""
+        """No new worker is needed: there is a verdict, or the first member has left its loop."""
         return self.verdict is not None or self.ending or self.workers.num("left") > 0
 
     @property
     def durable_step(self) -> int:
-        """Committed steps that no death can take: those in the newest checkpoint, or none."""
+        """Number of committed steps in the newest checkpoint; 0 without one."""
         return max(0, self.restore_step)
 
     @property
     def standing_by(self) -> tuple[WorkerId, ...]:
-        """Ready and in no generation: those that still hold state first, then the oldest."""
+        """Ready workers that are in no generation: holders of state first, then oldest first."""
         if not self.workers.num("standby"):
             return ()
         found = self._with_status(WorkerStatus.STANDBY)
@@ -166,14 +165,14 @@ class JobState:
 
     @property
     def newcomers(self) -> tuple[WorkerId, ...]:
-        """Those standing by that may be in the next generation."""
+        """Workers standing by that may be in the next generation."""
         return tuple(
             w for w in self.standing_by if self.workers[w].can_join and not self.workers[w].leaving
         )
 
     @property
     def starting(self) -> tuple[WorkerId, ...]:
-        """Expected to stand by one day, oldest first."""
+        """Workers that are starting and will not leave, oldest first."""
         if not self.workers.num("starting"):
             return ()
         return tuple(
@@ -182,7 +181,7 @@ class JobState:
 
     @property
     def joinable(self) -> tuple[WorkerId, ...]:
-        """Who may be in the next generation: members in rank order, then those standing by."""
+        """Workers that may be in the next generation: members in rank order, then newcomers."""
         members = self.present
         return (
             *(w for w in members if self.workers[w].can_join and not self.workers[w].leaving),
@@ -191,24 +190,24 @@ class JobState:
 
     @property
     def has_enough(self) -> bool:
-        """Could the next generation have MIN workers?"""
+        """Whether the next generation can have MIN workers."""
         return self.workers.num("able") >= self.spec.min_workers
 
     @property
     def next_members(self) -> tuple[WorkerId, ...]:
-        """The next generation in rank order, its members having stopped; empty: too few.
+        """Members of the next generation in rank order, once all have stopped; empty if too few.
 
-        Those of one node follow one another, so that a ring over the ranks enters and leaves each
-        node once, and a shrink empties the node that came last.
+        Workers of one node have consecutive ranks, so that a ring over the ranks enters and leaves
+        each node once, and a shrink empties the last node.
 
-        Someone with the newest state is always in it, even if it is one too many and about to be
-        taken by its platform: the next shrink lets it go, when others have the state too. Without
-        MIN others, those about to be taken stay as long as they can.
+        A holder of the newest state is always included, even beyond the desired count and even if
+        its platform will take it: the next shrink releases it, when others have the state too.
+        Without MIN others, workers that the platform will take stay as long as possible.
         """
         if not self.has_enough:
             return ()
         views = self.workers.views
-        able = [  # each view is looked at once: thousands of them are in no cache
+        able = [  # read each view once: there may be thousands, not in the CPU cache
             (w, view.step, view.node_id, view.leaving)
             for w in (*self.members, *self.standing_by)
             if (view := views.get(w)) is not None
@@ -254,31 +253,31 @@ class JobState:
 
 @final
 class Turn:
-    """One call of `step`: the state as it becomes, and the actions so far."""
+    """One call of `step`: the changing state, and the actions so far."""
 
     def __init__(self, state: JobState, now: float) -> None:
         self.job = state
-        """The state but for its workers, who may have changed since."""
+        """The state without the latest changes of its workers."""
         self.workers = state.workers
-        """What is known of the workers by now; it may change with the next move."""
+        """The current roster; it may change with the next operation."""
         self.now = now
         self.actions: list[Action] = []
 
     @property
     def state(self) -> JobState:
-        """Both, as they are now: a copy, where workers have changed."""
+        """The current state with the current roster."""
         if self.job.workers is not self.workers:
             self.job = changed(self.job, {"workers": self.workers})
         return self.job
 
     def own_workers(self) -> Roster:
-        """What is known of the workers, to be changed: no state holds it."""
+        """A roster that may be changed: a copy that no `JobState` holds."""
         if self.job.workers is self.workers:
             self.workers = self.workers.copy()
         return self.workers
 
     def settle(self, rules: Mapping[Phase, Callable[["Turn"], None]]) -> None:
-        """Apply the rule of the phase until it changes nothing."""
+        """Apply the rule of the phase until the state is stable."""
         while True:
             before = self.state
             rules[before.phase](self)
@@ -288,14 +287,14 @@ class Turn:
     def set(self, **changes: Any) -> None:
         self.job = changed(self.job, changes)
 
-    def see(self, worker_id: WorkerId, **changes: Any) -> None:
-        """Change what is known of one worker."""
-        self.own_workers().see(worker_id, changes)
+    def update_view(self, worker_id: WorkerId, **changes: Any) -> None:
+        """Change fields of one worker's view."""
+        self.own_workers().update(worker_id, changes)
 
-    def see_all(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> None:
-        """Change what is known of many workers."""
+    def update_views(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> None:
+        """Change fields of many workers' views."""
         if changes:
-            self.own_workers().see_all(changes)
+            self.own_workers().update_all(changes)
 
     def forget(self, worker_id: WorkerId) -> None:
         self.own_workers().remove(worker_id)
@@ -307,12 +306,11 @@ class Turn:
     def decide(self, kind: str, num_workers: int, reason: str) -> None:
         self.act(Decision, kind=kind, num_workers=num_workers, reason=reason)
 
-    def spare_the_lost(self) -> None:
-        """What one event of a report has asked of workers is for those that the rest of it has
-        left."""
-        views, asked = self.workers.views, self.actions
+    def drop_actions_for_lost(self) -> None:
+        """Remove actions for workers that a later event of the same report removed."""
+        views, actions = self.workers.views, self.actions
         self.actions = []
-        for action in asked:
+        for action in actions:
             if isinstance(action, AbortGeneration):
                 members = tuple(w for w in action.members if w in views)
                 if members:
@@ -322,28 +320,28 @@ class Turn:
 
     # -- workers ---------------------------------------------------------------------------------
 
-    def ask_for_one(self) -> None:
+    def start_worker(self) -> None:
         worker_id = WorkerId(f"w{self.state.num_started}")
         view = WorkerView(status=WorkerStatus.STARTING, heard_at=self.now, answered_at=self.now)
         self.own_workers().add(worker_id, view)
         self.set(num_started=self.state.num_started + 1)
         self.act(StartWorker, worker_id=worker_id)
 
-    def let_go(self, worker_id: WorkerId, reason: str) -> None:
+    def stop_worker(self, worker_id: WorkerId, reason: str) -> None:
         self.forget(worker_id)
         self.act(StopWorker, worker_id=worker_id, reason=reason)
 
     # -- moves between phases --------------------------------------------------------------------
 
     def announce(self, kind: str, reason: str) -> None:
-        """Ask the members to stop together at a step boundary."""
+        """Request the members to stop together at a step boundary."""
         self.set(phase=Phase.DRAINING, why=(kind, reason))
         self.act(
             AnnounceGeneration, generation=self.state.generation + 1, members=self.state.present
         )
 
     def abort(self) -> None:
-        """The step in flight is lost: make everybody who is still in it leave it."""
+        """Abandon the step in flight: abort all members that are still in it."""
         if self.job.phase is not Phase.DRAINING:
             self.set(phase=Phase.DRAINING)
         if self.job.aborted_at is None:
@@ -354,8 +352,8 @@ class Turn:
                 self.act(AbortGeneration, members=blocked)
 
     def form(self, chosen: Iterable[WorkerId]) -> None:
-        """Tell the next generation to form. Who is not in it is kept until that runs: it may be
-        the only one left with the state."""
+        """Form the next generation. Workers that are not in it are kept until it runs, since one of
+        them may be the only holder of the state."""
         before, members = self.state, tuple(chosen)
         self.own_workers().begin(members, before.members)
         self.set(
@@ -376,7 +374,7 @@ class Turn:
         self.decide(*_account(before, members))
 
     def save(self, worker_id: WorkerId) -> None:
-        """Ask this worker to write the state it holds."""
+        """Request this worker to save the state it holds."""
         self.set(phase=Phase.SAVING, saver=worker_id, saving_since=self.now)
         self.act(SaveCheckpoint, worker_id=worker_id)
 
@@ -390,7 +388,7 @@ class Turn:
 
     def _end(self, phase: Phase, kind: str, reason: str) -> None:
         for worker_id in tuple(self.state.workers):
-            self.let_go(worker_id, reason)
+            self.stop_worker(worker_id, reason)
         self.set(phase=phase)
         self.decide(kind, 0, reason)
 
@@ -400,8 +398,8 @@ def _placement(nodes: Iterable[str]) -> tuple[int, ...]:
 
 
 def _account(before: JobState, members: tuple[WorkerId, ...]) -> tuple[str, int, str]:
-    """(kind, count, reason) of what really happens now: it may have been wanted otherwise when
-    the members were asked to stop."""
+    """Return (kind, count, reason) of the actual change, which may differ from the one announced
+    when the members were requested to stop."""
     kind, reason = before.why
     was, now = len(before.members), len(members)
     if kind == "start":
@@ -418,9 +416,9 @@ def _account(before: JobState, members: tuple[WorkerId, ...]) -> tuple[str, int,
 
 
 def _begun_afresh(before: JobState, members: tuple[WorkerId, ...]) -> str:
-    """What is gone, and what is begun from instead, where no member holds state any more."""
+    """Message about the lost state and the new start, where no member holds state any more."""
     if before.step <= 0 or any(before.workers[w].step >= 0 for w in members):
         return ""
     of = f" of step {before.restore_step}" if before.restore_step >= 0 else ""
     begun = f"the checkpoint {before.restore}{of}" if before.restore else "the initial weights"
-    return f"; the state of step {before.step} is gone with its last holder: starting from {begun}"
+    return f"; the state of step {before.step} is lost with its last holder: starting from {begun}"

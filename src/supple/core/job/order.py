@@ -1,13 +1,13 @@
-"""The order of samples: which rank reads which sample in which step, as exact integer arithmetic.
+"""Sample order: which rank reads which sample in which step, in exact integer arithmetic.
 
-A position says how much of the data has been used by committed steps. Position, world size and
-global batch size alone decide what every rank reads next, so nothing has to be agreed on: ranks
-that have the same position cut the same batch into the same disjoint parts. The position moves
-only when a step commits. Therefore an epoch uses every sample exactly once, for any number of
-workers and any history of resizes and abandoned steps.
+A position is the amount of data used by committed steps. Position, world size and global batch size
+determine what every rank reads next, without communication: ranks with the same position cut the
+same batch into the same disjoint parts. The position moves only when a step commits. Therefore an
+epoch uses every sample exactly once, for any number of workers and any history of resizes and
+abandoned steps.
 
 Two kinds of data: a *map* dataset has a length and is read in a permuted order (`SampleOrder`,
-`Position`); *iterable shards* are read from front to back, their lengths found out while reading
+`Position`); *iterable shards* are read from front to back, with lengths unknown in advance
 (`ShardPosition`, `assign_shards`).
 """
 
@@ -26,14 +26,15 @@ _MULTIPLY_2 = 0x94D049BB133111EB
 """Constants of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014)."""
 _NUM_ROUNDS = 8
+"""Rounds of the Feistel network."""
 _NOBODY = -1
 
 
 def mix(*numbers: int) -> int:
-    """A 64-bit number that depends on all of `numbers` and their order: splitmix64, chained.
+    """Hash `numbers`, in order, to 64 bits: chained splitmix64.
 
-    Integer arithmetic modulo 2**64 and nothing else, so it is the same on every machine and in
-    every version. For seeds, not for secrets.
+    Only integer arithmetic modulo 2**64, so the result is the same on every machine and in every
+    version. For seeds, not for secrets.
     """
     state = 0
     for number in numbers:
@@ -48,16 +49,15 @@ def mix(*numbers: int) -> int:
 class SampleOrder:
     """The order in which a map dataset of `dataset_size` samples is read in each epoch.
 
-    With `shuffle`, a permutation for every (seed, epoch), computed at any place without the rest:
-    a Feistel network over the pairs (a, b), 0 <= a, b < s, where s*s is the smallest square that
-    holds the dataset, walking on while the result lies outside of it (Black and Rogaway, "Ciphers
-    with arbitrary finite domains", CT-RSA 2002, their generalized Feistel and cycle walking). Each
-    round adds a hash of one half to the other modulo s, which can be undone whatever the hash is;
-    so it is a permutation by construction, and memory does not grow with the dataset.
+    With `shuffle`, a permutation for every (seed, epoch), with random access: a Feistel network
+    over the pairs (a, b), 0 <= a, b < s, where s*s is the smallest square that holds the dataset,
+    repeated while the result is outside of it (Black and Rogaway, "Ciphers with arbitrary finite
+    domains", CT-RSA 2002: generalized Feistel and cycle walking). Each round adds a hash of one
+    half to the other modulo s, which is invertible for any hash. So it is a permutation by
+    construction, and its memory does not grow with the dataset.
 
-    It is stable across versions of everything, also by construction: only sums, products and
-    shifts of 64-bit integers, none of the random streams of numpy or torch, which may change
-    between releases. A run resumed years later reads on in the same order.
+    The order is the same in all versions: it uses only sums, products and shifts of 64-bit
+    integers, and no random streams of numpy or torch, which may change between releases.
     """
 
     dataset_size: int
@@ -72,7 +72,7 @@ class SampleOrder:
             )
 
     def indices(self, epoch: int, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """The samples at places `start` to `stop` of `epoch`, shape (stop - start,).
+        """Return the samples at places `start` to `stop` of `epoch`, shape (stop - start,).
 
         Every index from 0 to dataset_size - 1 is at exactly one place of an epoch. Raises
         `ValueError` unless 0 <= start <= stop <= dataset_size.
@@ -117,7 +117,7 @@ def _permute(
 
 
 def share(global_batch_size: int, world_size: int, rank: int) -> tuple[int, int]:
-    """(offset, size) of this rank's contiguous part of a batch.
+    """Return (offset, size) of this rank's contiguous part of a batch.
 
     Parts follow one another in rank order, cover the batch exactly and differ by at most one
     sample, the larger ones first. A part is empty where there are more ranks than samples.
@@ -143,11 +143,10 @@ def micro_batches(size: int, micro_batch_size: int) -> tuple[int, ...]:
 def rank_shards(
     global_batch_size: int, num_logical_shards: int, world_size: int, rank: int
 ) -> tuple[tuple[int, int, int], ...]:
-    """(logical shard, offset, size) of every shard that `rank` computes, in order; empty ones
-    left out.
+    """Return (logical shard, offset, size) of every non-empty shard that `rank` computes, in order.
 
-    How the batch is cut into shards does not depend on the world size; only who computes them
-    does: a contiguous run of shards each.
+    The cut of the batch into shards does not depend on the world size. Only the assignment does:
+    each rank computes a contiguous range of shards.
     """
     first, count = share(num_logical_shards, world_size, rank)
     cuts = [
@@ -162,8 +161,8 @@ def rank_shards(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """Committed steps have used all samples of the epochs before `epoch` and the places before
-    `offset` in it."""
+    """Position in a map dataset: committed steps have used all samples of the epochs before `epoch`
+    and the places before `offset` in it."""
 
     epoch: int = 0
     offset: int = 0
@@ -177,7 +176,7 @@ class Position:
 
 
 def batch_bounds(position: Position, dataset_size: int, global_batch_size: int) -> tuple[int, int]:
-    """(start, stop): the places of the next batch within its epoch.
+    """Return (start, stop), the places of the next batch within its epoch.
 
     The last batch of an epoch is smaller where the batch size does not divide what is left; no
     batch crosses into the next epoch.
@@ -191,7 +190,7 @@ def batch_bounds(position: Position, dataset_size: int, global_batch_size: int) 
 
 
 def advance(position: Position, dataset_size: int, global_batch_size: int) -> Position:
-    """The position after the batch of `batch_bounds` was committed."""
+    """Return the position after the batch of `batch_bounds` was committed."""
     _, stop = batch_bounds(position, dataset_size, global_batch_size)
     if stop == dataset_size:
         return Position(epoch=position.epoch + 1)
@@ -203,21 +202,21 @@ def advance(position: Position, dataset_size: int, global_batch_size: int) -> Po
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardPosition:
-    """Committed steps have used the first `offsets[i]` samples of shard i in `epoch`, and shard i
-    has no more where `ended[i]`."""
+    """Position in iterable shards: committed steps have used the first `offsets[i]` samples of
+    shard i in `epoch`, and shard i has no more where `ended[i]`."""
 
     epoch: int = 0
     offsets: tuple[int, ...]
     ended: tuple[bool, ...]
     owners: tuple[int, ...]
-    """The rank that read each shard last, -1: nobody in this epoch. It keeps a shard with whoever
-    has it open, and is part of the position so that a worker that joins knows it too."""
+    """The rank that last read each shard in this epoch; -1: none. A shard stays with the rank that
+    has it open; part of the position, so that a joining worker has it too."""
     samples_before: int = 0
-    """Samples used in the epochs before this one."""
+    """Number of samples used in the epochs before this one."""
 
     @staticmethod
     def start(num_shards: int) -> "ShardPosition":
-        """Nothing has been read."""
+        """Return the position before anything was read."""
         return ShardPosition(
             offsets=(0,) * num_shards,
             ended=(False,) * num_shards,
@@ -226,7 +225,7 @@ class ShardPosition:
 
     @property
     def samples_done(self) -> int:
-        """Samples used in the whole run."""
+        """Number of samples used in the whole run."""
         return self.samples_before + sum(self.offsets)
 
     def to_json(self) -> dict[str, Any]:
@@ -250,11 +249,11 @@ class ShardPosition:
 
 
 def assign_shards(position: ShardPosition, world_size: int) -> tuple[tuple[int, ...], ...]:
-    """The shards of every rank: each shard that has not ended belongs to exactly one.
+    """Assign each shard that has not ended to exactly one rank; returns the shards of every rank.
 
-    A shard stays with its owner. One without an owner among the ranks goes to whoever has the
-    fewest. After that a shard moves only while some rank has none and another has two or more:
-    the one with the most gives the shard that has been read the least.
+    A shard stays with its owner. A shard without an owner goes to the rank with the fewest shards.
+    Then, while a rank has no shard and another has two or more, the rank with the most gives its
+    least-read shard to it.
     """
     owned: list[list[int]] = [[] for _ in range(world_size)]
     orphans: list[int] = []
@@ -278,9 +277,9 @@ def advance_shards(
     ended: Sequence[bool],
     assignment: Sequence[Sequence[int]],
 ) -> ShardPosition:
-    """The position after a step that used `consumed[i]` more samples of shard i and found the end
-    of those with `ended[i]`, read as `assignment` says. When all have ended, the next epoch's
-    start."""
+    """Return the position after a step that used `consumed[i]` more samples of shard i, read by
+    `assignment`, and reached the end of shard i where `ended[i]`. When all have ended, it is the
+    start of the next epoch."""
     offsets = tuple(offset + more for offset, more in zip(position.offsets, consumed, strict=True))
     over = tuple(was or now for was, now in zip(position.ended, ended, strict=True))
     if all(over):

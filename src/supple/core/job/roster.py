@@ -1,8 +1,8 @@
-"""The workers of one job as its controller sees them, and how many of them are in each state.
+"""The workers of one job as seen by its controller, with counts by state.
 
-A job may have thousands of workers, and each tells something twice a second. So a change gives
-another `Roster` at a cost that does not grow with their number (a hash trie shares what is the
-same), the old one stays as it was, and what rules ask at every event is counted, not searched for.
+A job may have thousands of workers, and each sends a heartbeat twice a second. So a changed
+`Roster` is a copy that shares unchanged parts (a hash trie), at a cost independent of the number of
+workers, and the counts that rules need at every event are updated instead of recomputed.
 """
 
 import math
@@ -18,23 +18,23 @@ from supple.core.types import Doing, WorkerId, WorkerStatus
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerView:
-    """What the controller knows of one worker."""
+    """State of one worker as known to the controller."""
 
     status: WorkerStatus
     heard_at: float
-    """When it, or its node for it, last gave a sign of life."""
+    """Time of the last sign of life, from the worker or from its node for it."""
     answered_at: float
-    """When its interpreter last did."""
-    said_unanswered: bool = False
-    """That it does not answer was told since then."""
+    """Time of the last answer of its interpreter."""
+    reported_unanswered: bool = False
+    """Whether the missing answer has been reported since then."""
     node_id: str = ""
     ready_at: float = 0.0
     step: int = -1
-    """Committed steps it last told of at the end of a step or a forming; -1: no state."""
+    """Number of committed steps in its latest report; -1: no state."""
     joined_step: int | None = None
     """The step at which it first became a member."""
     proven: bool = False
-    """It took part in enough committed steps to say that it did start."""
+    """It took part in `PROVEN_STEPS` committed steps, so its start succeeded."""
     finished: bool = False
     leaving: bool = False
     """Its platform will take it."""
@@ -42,11 +42,11 @@ class WorkerView:
     """When its script left the loop early, at `step`."""
     doing: Doing | None = None
     since: float = 0.0
-    """When it began that."""
+    """When this activity began."""
     doing_s: float = 0.0
-    """For how long it did that when it last said so: who cannot say it is not stuck."""
-    said: bool = False
-    """That it takes long has been said."""
+    """Duration of this activity at the last report: without reports it does not grow."""
+    reported: bool = False
+    """Whether the long duration has been reported."""
 
     @property
     def can_join(self) -> bool:
@@ -55,24 +55,24 @@ class WorkerView:
 
 
 Mark = Literal[
-    "starting",  # expected to stand by one day
+    "starting",  # not ready yet
     "standby",
     "newcomer",  # stands by, and may join
-    "able",  # a member, or stands by, and still in its loop
-    "joinable",  # and its platform will not take it
+    "able",  # a member or standing by, and still in its loop
+    "joinable",  # able, and its platform will not take it
     "present",  # a member
     "taken",  # a member that its platform will take
     "left",  # its script left the loop early
-    "after",  # and its training function still runs
-    "unwanted",  # no member, and none any more
-    "said",  # takes long, which has been said
+    "after",  # left, and its training function still runs
+    "unwanted",  # no member, and must not become one
+    "reported",  # its long activity has been reported
 ]
-"""What rules ask about workers; a worker has several."""
+"""Properties of workers that are counted; a worker has several."""
 
 
 @cache
 def _marks(
-    status: WorkerStatus, finished: bool, left: bool, leaving: bool, said: bool
+    status: WorkerStatus, finished: bool, left: bool, leaving: bool, reported: bool
 ) -> frozenset[Mark]:
     member, standby = status is WorkerStatus.MEMBER, status is WorkerStatus.STANDBY
     able = (member or standby) and not finished and not left
@@ -87,7 +87,7 @@ def _marks(
         "left": left,
         "after": left and not finished,
         "unwanted": status is WorkerStatus.RAISED or (leaving and not member),
-        "said": said,
+        "reported": reported,
     }
     return frozenset(mark for mark, is_so in has.items() if is_so)
 
@@ -96,37 +96,37 @@ def _marks_of(view: WorkerView | None) -> frozenset[Mark]:
     if view is None:
         return frozenset()
     left = view.left_at is not None
-    return _marks(view.status, view.finished, left, view.leaving, view.said)
+    return _marks(view.status, view.finished, left, view.leaving, view.reported)
 
 
-_MARKING = frozenset(("status", "finished", "left_at", "leaving", "said"))
-"""The fields that marks are made of."""
+_MARKING = frozenset(("status", "finished", "left_at", "leaving", "reported"))
+"""Fields of a `WorkerView` that determine its marks."""
 _NOBODY: Map[WorkerId, None] = Map()
 
 
 @final
 class Roster(Mapping[WorkerId, WorkerView]):
-    """What is known of each worker; iterates over the oldest first.
+    """Mapping of worker ids to views, iterated oldest first.
 
-    It can be changed, and must not be once a `JobState` holds it: a `Turn` changes its own copy.
+    Mutable, but must not be changed once a `JobState` holds it: a `Turn` changes its own copy.
     """
 
     __slots__ = ("_counts", "_first_ready_at", "formed", "gone_on", "stopped", "views")
 
     def __init__(self) -> None:
         self.views: Map[WorkerId, WorkerView] = Map()
-        """The same in no particular order: it differs between processes."""
+        """The same mapping, in an order that differs between processes."""
         self.stopped: Map[WorkerId, None] = _NOBODY
         """Members that left their loop and wait for a generation."""
         self.gone_on: Map[WorkerId, None] = _NOBODY
-        """Others that are past their loop."""
+        """Other members that have left their loop."""
         self.formed: Map[WorkerId, None] = _NOBODY
-        """Members that have the group of their generation, and the train state."""
+        """Members that have formed the process group of their generation and hold the state."""
         self._counts: dict[Mark, int] = {}
         self._first_ready_at = math.inf
 
     def copy(self) -> "Roster":
-        """Another, with the same in it; at the same cost for any number of workers."""
+        """Copy at a cost independent of the number of workers."""
         copy = Roster.__new__(Roster)
         copy.views = self.views
         copy.stopped = self.stopped
@@ -148,29 +148,29 @@ class Roster(Mapping[WorkerId, WorkerView]):
     def __len__(self) -> int:
         return len(self.views)
 
-    # -- what rules ask ----------------------------------------------------------------------------
+    # -- queries -----------------------------------------------------------------------------------
 
     def num(self, mark: Mark) -> int:
-        """How many have this mark."""
+        """Number of workers with this mark."""
         return self._counts.get(mark, 0)
 
     @property
     def num_training(self) -> int:
-        """Members that are stepping, or should be."""
+        """Number of members that are stepping, or should be."""
         return self.num("present") - len(self.stopped) - len(self.gone_on)
 
     @property
     def num_busy(self) -> int:
-        """Members that have not stopped."""
+        """Number of members that have not stopped."""
         return self.num("present") - len(self.stopped)
 
     @property
     def all_formed(self) -> bool:
-        """Has every member its group?"""
+        """Whether every member has formed its group."""
         return len(self.formed) == self.num("present")
 
     def is_training(self, worker_id: WorkerId) -> bool:
-        """Is it a member that is stepping, or should be?"""
+        """Whether the worker is a member that is stepping, or should be."""
         return (
             self.views[worker_id].status is WorkerStatus.MEMBER
             and worker_id not in self.stopped
@@ -179,7 +179,7 @@ class Roster(Mapping[WorkerId, WorkerView]):
 
     @property
     def first_ready_at(self) -> float:
-        """When the first of the newcomers became ready; infinity without any."""
+        """When the first newcomer became ready; infinity without any."""
         if self._first_ready_at == -math.inf:
             newcomers = (v for v in self.views.values() if "newcomer" in _marks_of(v))
             self._first_ready_at = min((view.ready_at for view in newcomers), default=math.inf)
@@ -187,16 +187,16 @@ class Roster(Mapping[WorkerId, WorkerView]):
 
     # -- changes -----------------------------------------------------------------------------------
 
-    def see(self, worker_id: WorkerId, changes: Mapping[str, Any]) -> None:
-        """Some fields of one worker change."""
+    def update(self, worker_id: WorkerId, changes: Mapping[str, Any]) -> None:
+        """Change fields of one worker."""
         before = self.views[worker_id]
         view = changed(before, changes)
         self.views = self.views.set(worker_id, view)
         if not _MARKING.isdisjoint(changes):
             self._mark(worker_id, before, view)
 
-    def see_all(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> None:
-        """Some fields of many workers change."""
+    def update_all(self, changes: Mapping[WorkerId, Mapping[str, Any]]) -> None:
+        """Change fields of many workers."""
         before = self.views
         with before.mutate() as draft:
             for worker_id, fields in changes.items():
@@ -216,17 +216,16 @@ class Roster(Mapping[WorkerId, WorkerView]):
         self._mark(worker_id, before, None)
 
     def stop(self, worker_id: WorkerId) -> None:
-        """A member has stopped."""
+        """Record that a member has stopped."""
         self.stopped = self.stopped.set(worker_id, None)
         self.gone_on = _without(self.gone_on, worker_id)
 
     def form(self, worker_id: WorkerId) -> None:
-        """A member has formed its group."""
+        """Record that a member has formed its group."""
         self.formed = self.formed.set(worker_id, None)
 
     def begin(self, members: Iterable[WorkerId], before: Iterable[WorkerId]) -> None:
-        """A generation of `members` begins after that of `before`, who stand by if they are still
-        there and not in it."""
+        """Begin a generation of `members`; other members of the one `before` stand by."""
         self.stopped, self.gone_on, self.formed = _NOBODY, _NOBODY, _NOBODY
         now, then = frozenset(members), frozenset(before)
         changes: dict[WorkerId, Mapping[str, Any]]
@@ -235,12 +234,12 @@ class Roster(Mapping[WorkerId, WorkerView]):
             view = self.views.get(worker_id)
             if view is not None and view.status is WorkerStatus.MEMBER:
                 changes[worker_id] = {"status": WorkerStatus.STANDBY}
-        self.see_all(changes)
+        self.update_all(changes)
 
     def _mark(
         self, worker_id: WorkerId, before: WorkerView | None, view: WorkerView | None
     ) -> None:
-        """Keep what is counted, and who has stopped, in step with a change."""
+        """Update the counts and the sets of members after a change of one view."""
         had, has = _marks_of(before), _marks_of(view)
         if had is has:
             return
@@ -250,7 +249,7 @@ class Roster(Mapping[WorkerId, WorkerView]):
             self._counts[mark] = self.num(mark) + 1
         if before is not None and "newcomer" in had and "newcomer" not in has:
             if before.ready_at == self._first_ready_at:
-                self._first_ready_at = -math.inf  # it has to be searched for
+                self._first_ready_at = -math.inf  # recomputed at the next query
         elif view is not None and "newcomer" in has:
             self._first_ready_at = min(view.ready_at, self._first_ready_at)
         if "present" not in has and "present" in had:
@@ -275,8 +274,8 @@ _new, _set = object.__new__, object.__setattr__
 
 
 def changed(record: Record, changes: Mapping[str, Any]) -> Record:
-    """A frozen dataclass with some fields changed, as `dataclasses.replace` makes it in ten times
-    the time: it would be most of what a heartbeat costs."""
+    """Copy of a frozen dataclass with changed fields, ten times faster than `dataclasses.replace`,
+    which would dominate the cost of a heartbeat."""
     before = record.__dict__
     fields: dict[str, Any] = {**before, **changes}
     if len(fields) != len(before):

@@ -1,9 +1,9 @@
-"""Who gives no sign of life: a process that is stopped or out of reach, soon; an interpreter that
-does not answer, late; whoever alone holds the train state, late as well.
+"""Heartbeat timeouts: kill workers that are silent for too long.
 
-A worker answers with its interpreter, and a C call that holds the interpreter's lock (a regular
-expression, a tokenizer, a large save) keeps it from answering for as long as it lasts. So the
-backend asks the worker's node as well what its process is doing: one that runs is slow, not dead.
+Three limits: short for a process that is stopped or unreachable, long for an interpreter that does
+not answer, and long for the only holder of the train state. Heartbeats come from the interpreter,
+and a C call that holds its lock (a regular expression, a tokenizer, a large save) delays them. So
+the backend also queries the worker's node for the state of its process: a running one is not dead.
 """
 
 import math
@@ -18,22 +18,22 @@ from supple.core.job.roster import ordinal
 from supple.core.types import Heartbeat, KillWorker, WorkerEvent, WorkerId, WorkerStatus
 
 START_TIMEOUT_S = 120.0
-"""A starting worker may be silent so long: nobody waits for it, and its node may be busy."""
-SAID_AFTER_S = 10.0
-"""An interpreter that has not answered for so long is told of."""
+"""Longest silence of a starting worker, in s: no member waits for it, and its node may be busy."""
+REPORT_AFTER_S = 10.0
+"""Time without an answer of the interpreter after which it is reported, in s."""
 
 _NOTHING: Final[dict[str, Any]] = {}
 
 
-def heard(turn: Turn, event: WorkerEvent, changes: dict[str, Any] = _NOTHING) -> None:
-    """An event came from this worker, or from its node in its place, and makes these changes to
-    what is known of it. If it was away for longer than is allowed, what kept it may have kept
-    others since then: they get time to come back, too."""
+def record_sign_of_life(turn: Turn, event: WorkerEvent, changes: dict[str, Any] = _NOTHING) -> None:
+    """Record a sign of life from a worker, or from its node for it, with other `changes` of its
+    view. If the worker was silent for longer than allowed, the same cause may affect others: their
+    timeouts are extended."""
     worker_id, now = event.worker_id, turn.now
     before = turn.workers.views[worker_id]
     allowed_s = turn.job.spec.heartbeat_timeout_s
     if now - before.heard_at > allowed_s and before.status is not WorkerStatus.STARTING:
-        turn.see_all(
+        turn.update_views(
             {
                 other: {"heard_at": max(view.heard_at, now - allowed_s / 2)}
                 for other, view in turn.workers.views.items()
@@ -41,15 +41,15 @@ def heard(turn: Turn, event: WorkerEvent, changes: dict[str, Any] = _NOTHING) ->
             }
         )
     if isinstance(event, Heartbeat) and not event.is_answer:
-        turn.own_workers().see(worker_id, changes | {"heard_at": now})
+        turn.own_workers().update(worker_id, changes | {"heard_at": now})
     else:
-        signs = {"heard_at": now, "answered_at": now, "said_unanswered": False}
-        turn.own_workers().see(worker_id, changes | signs)
+        signs = {"heard_at": now, "answered_at": now, "reported_unanswered": False}
+        turn.own_workers().update(worker_id, changes | signs)
 
 
-def forgive(turn: Turn, asleep_s: float) -> None:
-    """Nobody could be heard for so long: it counts against nobody."""
-    turn.see_all(
+def extend_timeouts(turn: Turn, asleep_s: float) -> None:
+    """Extend all timeouts by the time for which the controller was suspended."""
+    turn.update_views(
         {
             worker_id: {
                 "heard_at": min(turn.now, view.heard_at + asleep_s),
@@ -60,11 +60,11 @@ def forgive(turn: Turn, asleep_s: float) -> None:
     )
 
 
-def end_the_silent(turn: Turn) -> None:
-    """Kill who was silent for too long, and say of whom it is not known whether it still works."""
+def kill_silent(turn: Turn) -> None:
+    """Kill workers that were silent for too long, and report those that may soon be killed."""
     spec, now = turn.job.spec, turn.now
     silent_s = min(START_TIMEOUT_S, spec.heartbeat_timeout_s, spec.unresponsive_timeout_s)
-    unanswered_s = min(SAID_AFTER_S, spec.unresponsive_timeout_s)
+    unanswered_s = min(REPORT_AFTER_S, spec.unresponsive_timeout_s)
     quiet = [
         worker_id
         for worker_id, view in turn.workers.views.items()
@@ -74,13 +74,13 @@ def end_the_silent(turn: Turn) -> None:
         return
     others = _two_newest_heard(turn)
     for worker_id in sorted(quiet, key=ordinal):
-        _look_at(turn, worker_id, others)
+        _check(turn, worker_id, others)
         if worker_id not in turn.workers and any(worker_id == other for _, other in others):
             others = _two_newest_heard(turn)
 
 
-def _look_at(turn: Turn, worker_id: WorkerId, others: Sequence[tuple[float, WorkerId]]) -> None:
-    """One that was quiet for long. `others`: who holds the newest state and was heard lately."""
+def _check(turn: Turn, worker_id: WorkerId, others: Sequence[tuple[float, WorkerId]]) -> None:
+    """Kill or report one silent worker. `others`: responsive holders of the newest state."""
     spec, view = turn.job.spec, turn.workers[worker_id]
     silent_s, unanswered_s = turn.now - view.heard_at, turn.now - view.answered_at
     allowed_s, rule = _allowed(turn, worker_id, others)
@@ -92,15 +92,15 @@ def _look_at(turn: Turn, worker_id: WorkerId, others: Sequence[tuple[float, Work
             f"no heartbeat for {silent_s:.1f} s, its process is stopped or cannot be reached "
             f"(allowed: {allowed_s:g} s, {rule})",
         )
-    elif silent_s > max(SAID_AFTER_S, spec.heartbeat_timeout_s) and not (
-        starting or view.said_unanswered
+    elif silent_s > max(REPORT_AFTER_S, spec.heartbeat_timeout_s) and not (
+        starting or view.reported_unanswered
     ):
-        _say(
+        _report(
             turn,
             worker_id,
             f"{by_rank(turn.state, [worker_id])} has given no sign of life for {silent_s:.0f} s: "
-            "its process is stopped or cannot be reached. Nobody who answers holds the state it "
-            f"has, so it is waited for, {allowed_s:g} s at most ({rule})",
+            "its process is stopped or cannot be reached. No responsive worker holds its state, so "
+            f"the job waits for it, {allowed_s:g} s at most ({rule})",
         )
     elif unanswered_s > spec.unresponsive_timeout_s:
         _kill(
@@ -109,14 +109,14 @@ def _look_at(turn: Turn, worker_id: WorkerId, others: Sequence[tuple[float, Work
             f"its process runs, but its interpreter has not answered for {unanswered_s:.0f} s "
             f"(allowed: {spec.unresponsive_timeout_s:g} s, --unresponsive-timeout)",
         )
-    elif unanswered_s > SAID_AFTER_S >= silent_s and not view.said_unanswered:
-        _say(
+    elif unanswered_s > REPORT_AFTER_S >= silent_s and not view.reported_unanswered:
+        _report(
             turn,
             worker_id,
             f"the interpreter of {by_rank(turn.state, [worker_id])} has not answered for "
             f"{unanswered_s:.0f} s, though its process runs: something in the script holds the "
             "interpreter's lock (a long call into C), or the machine is overloaded. The others "
-            f"wait for it; it is given up after {spec.unresponsive_timeout_s:g} s "
+            f"wait for it; it is killed after {spec.unresponsive_timeout_s:g} s "
             "(--unresponsive-timeout)",
         )
 
@@ -124,8 +124,8 @@ def _look_at(turn: Turn, worker_id: WorkerId, others: Sequence[tuple[float, Work
 def _allowed(
     turn: Turn, worker_id: WorkerId, others: Sequence[tuple[float, WorkerId]]
 ) -> tuple[float, str]:
-    """How long it may be silent, in s, and the rule: who alone holds the train state is not given
-    up as soon as one whose place another takes."""
+    """Longest allowed silence of a worker, in s, and the rule. The only holder of the train state
+    is allowed more than a worker that can be replaced."""
     spec, view = turn.job.spec, turn.workers[worker_id]
     if view.status is WorkerStatus.STARTING:
         return START_TIMEOUT_S, "while it starts"
@@ -136,8 +136,8 @@ def _allowed(
 
 
 def _two_newest_heard(turn: Turn) -> list[tuple[float, WorkerId]]:
-    """Who was heard lately and holds the newest state, with its step; two of them, for one may be
-    the one that is asked about. Who has formed its group holds whatever anybody holds."""
+    """The two recently heard workers with the newest state, as (step, worker id): two, since one of
+    them may be the worker that is checked. A worker that has formed its group counts as newest."""
     lately_s = turn.job.spec.heartbeat_timeout_s / 2
     return nlargest(
         2,
@@ -149,8 +149,8 @@ def _two_newest_heard(turn: Turn) -> list[tuple[float, WorkerId]]:
     )
 
 
-def _say(turn: Turn, worker_id: WorkerId, reason: str) -> None:
-    turn.see(worker_id, said_unanswered=True)
+def _report(turn: Turn, worker_id: WorkerId, reason: str) -> None:
+    turn.update_view(worker_id, reported_unanswered=True)
     turn.decide("keep", turn.workers.num("present"), reason)
 
 

@@ -1,1 +1,1 @@
-"""What a layout of a model costs: its iteration time, its memory, the candidates of a count."""
+"""Layouts of a model: iteration time, memory, and the candidates of a count."""

@@ -1,10 +1,10 @@
-"""The layouts that a count of accelerators may have for a model: those that divide and fit, and
-those that ran.
+"""Enumerate the layouts of a model on a count of accelerators: those that divide and fit, and those
+that ran.
 
 Tensor ranks share a node and divide the heads, stages divide the layers (measured ones are cut
-where it is even) and replicas the batch; with every micro-batch that is a power of two, with and
-without recomputation and sharded states. Measured layers have tensor ranks where one of them says
-how many collectives it needs for that.
+evenly by time) and replicas divide the batch; with every power-of-two micro-batch, with and without
+recomputation and sharded states. Measured layers have tensor ranks if one of them gives its number
+of collectives.
 """
 
 from collections.abc import Iterator
@@ -20,16 +20,15 @@ from supple.core.words import in_words
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutSpace:
-    """A model and the accelerators it may be laid out on. Raises `ValueError` for what neither can
-    be."""
+    """A model and its accelerators. Raises `ValueError` for impossible numbers."""
 
     model: Model
     times: LayoutModel
     memory_bytes: float
     """Memory of one accelerator."""
     optimizer: str = "adam"
-    """For a transformer, a key of `supple.core.layouts.memory.OPTIMIZER_BYTES`. Layers were
-    measured with one, whose name says its family."""
+    """For a transformer, a key of `supple.core.layouts.memory.OPTIMIZER_BYTES`. For measured
+    layers, the name of the optimizer they were measured with."""
 
     def __post_init__(self) -> None:
         check_layers(self.model)
@@ -37,14 +36,14 @@ class LayoutSpace:
             optimizer_bytes(self.optimizer)
         if not is_positive(self.memory_bytes):
             raise ValueError(
-                f"layouts were asked for with memory_bytes={self.memory_bytes}: it must be "
+                f"layouts were requested with memory_bytes={self.memory_bytes}: it must be "
                 "positive and finite. Give the bytes of one accelerator."
             )
 
 
 def runs_for(space: LayoutSpace, count: int, batch: int) -> Iterator[LayoutRun]:
-    """Every layout of `count` accelerators for a global batch of `batch` sequences that fits, and
-    those that ran, whatever is expected of their memory."""
+    """Yield every layout of `count` accelerators for a global batch of `batch` sequences that ran,
+    or that is predicted to fit."""
     ran = dict.fromkeys(
         row.run
         for row in space.times.measured
@@ -62,7 +61,7 @@ def runs_for(space: LayoutSpace, count: int, batch: int) -> Iterator[LayoutRun]:
 def layouts_for(
     space: LayoutSpace, count: int, batch: int
 ) -> Iterator[tuple[ParallelLayout, bool]]:
-    """Every layout whose numbers divide, with and without recomputation; it need not fit."""
+    """Yield every layout whose numbers divide, with and without recomputation; it may not fit."""
     for tp, pp, dp in degrees(space, count):
         if batch % dp:
             continue
@@ -75,7 +74,7 @@ def layouts_for(
 
 
 def degrees(space: LayoutSpace, count: int) -> Iterator[tuple[int, int, int]]:
-    """Tensor ranks, stages and replicas of `count` accelerators that the model allows, whatever the
+    """Yield (tensor ranks, stages, replicas) of `count` accelerators that the model allows, for any
     batch."""
     for tp in _divisors(count):
         if tp > space.times.workers_per_node or not _cuts_into(space.model, tp):
@@ -88,8 +87,8 @@ def degrees(space: LayoutSpace, count: int) -> Iterator[tuple[int, int, int]]:
 def _micro_batches(
     space: LayoutSpace, layout: ParallelLayout, share: int, recompute: bool
 ) -> Iterator[LayoutRun]:
-    """A replica's `share` of the batch in micro-batches of every power of two that divides it, up
-    to the first that does not fit: memory rises with the micro-batch."""
+    """Yield runs of a replica's `share` of the batch with every power-of-two micro-batch that
+    divides it, up to the first that does not fit: memory grows with the micro-batch."""
     micro = 1
     while share % micro == 0:
         run = LayoutRun(
@@ -116,7 +115,8 @@ def _stages_into(model: Model, pp: int) -> bool:
 
 
 def describe(layout: ParallelLayout) -> str:
-    """Degrees above one, from the inside out: "tp8 pp2 dp4"; sharded replicas as "fsdp4"."""
+    """Name a layout by its degrees above 1, innermost first: "tp8 pp2 dp4"; sharded replicas as
+    "fsdp4"."""
     parts = [
         f"{name}{degree}"
         for name, degree in (
@@ -131,7 +131,7 @@ def describe(layout: ParallelLayout) -> str:
 
 
 def run_in_words(layout: ParallelLayout, micro_batch_size: int, recompute: bool) -> str:
-    """4 workers as tp4 with a micro-batch of 2 (recomputed)."""
+    """Describe a run: "4 workers as tp4 with a micro-batch of 2 (recomputed)"."""
     count = layout.world_size
     how = f" as {describe(layout)}" if count > 1 else ""
     again = " (recomputed)" if recompute else ""
@@ -139,7 +139,7 @@ def run_in_words(layout: ParallelLayout, micro_batch_size: int, recompute: bool)
 
 
 def planned_in_words(row: Plan) -> str:
-    """The run of a plan's row."""
+    """Describe the run of a plan's row."""
     return run_in_words(row.layout, row.batch.micro_batch_size, row.recompute)
 
 

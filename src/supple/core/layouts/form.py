@@ -1,5 +1,5 @@
-"""What an iteration costs under a layout: the form that `model.py` fits, the nouns it is
-about, and what is believed of its parameters before anything is measured.
+"""Iteration time of a layout: the form that `model.py` fits, its inputs, and the priors of its
+parameters.
 
 A transformer layer, forward and backward, of a micro-batch of `tok` tokens, on t tensor ranks:
 
@@ -17,22 +17,21 @@ A transformer layer, forward and backward, of a micro-batch of `tok` tokens, on 
     hop         lambda' + 2 tok h / W_hop   with p > 1; one for each stage a micro-batch passes
     iteration   (1 + sigma log2 K) [ sum over stages + (m-1) slowest stage + gradients + optimizer
                 + constant ]                each stage with its hop
-    gradients   2 (r-1)/r 2 P / (f W_dp) + 2 gather    all-reduced by r replicas of what a data rank
-                holds; of the first micro-batch's three gathers two stand here, not behind it
+    gradients   2 (r-1)/r 2 P / (f W_dp) + 2 gather    all-reduce over r replicas of a data rank's
+                part; two of the first micro-batch's three gathers are here, not overlapped
 
 The sizes are those of Korthikanti et al. 2022 (activations, equation 1) and Narayanan et al. 2021
 (operations, equation 3; pipeline). Sharded data ranks are those of Zhao et al. 2023 (PyTorch FSDP,
-full sharding, prefetched), of which no row is fitted: the rows are of replicas whose all-reduce
-nothing hides, so as much of the gathers is not hidden either, and sharding alone saves no time. A
-small micro-batch costs what its launches cost and a large one what the device needs: that maximum,
-softened by q, is what plain sums get wrong. A micro-batch
-really hops p - 1 times forward and as often back; lambda' is fitted, so that a hop here stands for
-both ways. Counted apart they explain no more (docs/accuracy.md, "Layouts"). A measured layer has a
-host part and a part per sample instead, the latter divided by t where it says how many collectives
-that takes. Tensor ranks are neighbours, then data, then pipeline ranks; a group that does not fit
-on a node runs at the speed between nodes, and the groups that run beside it share the node's
-network cards. Parameters are positive and fitted as logarithms, with priors from the device's data
-sheet.
+full sharding, prefetched). They are not fitted: in the measured runs the all-reduce of replicas is
+not overlapped, so the same part of the gathers is not either, and sharding alone saves no time. A
+small micro-batch is limited by its kernel launches and a large one by the device: hence the
+maximum, softened by q, and not a sum. A micro-batch has p - 1 hops forward and p - 1 back; lambda'
+is fitted, so that one hop here stands for both directions (separate ones fit no better:
+docs/accuracy.md, "Layouts"). A measured layer has a host part and a part per sample instead; the
+latter is divided by t if its number of collectives is given. Tensor ranks are neighbours, then
+data, then pipeline ranks. A group that does not fit on a node runs at the speed between nodes, and
+concurrent groups share the node's network cards. Parameters are positive and fitted as logarithms,
+with priors from the device's data sheet.
 """
 
 import math
@@ -59,11 +58,11 @@ class Device:
 
     name: str
     flops_per_s: float
-    """Dense, in the 16 bits that a matrix unit is fastest with."""
+    """Dense, in the faster 16-bit format."""
     memory_bytes_per_s: float
     memory_bytes: float
     local_link: str
-    """What joins those of a node, a name of `INTERCONNECTS`; `SpecError` for any other."""
+    """Link inside a node, a name of `INTERCONNECTS`; `SpecError` for any other."""
 
     def __post_init__(self) -> None:
         lookup(self.local_link, what=f"the local_link of {self.name}")
@@ -82,6 +81,7 @@ def _device(name: str, teraflops: float, terabytes: float, gigabytes: float, lin
     )
 
 
+# Vendors' data sheets: TFLOP/s (dense, 16 bits), TB/s, GB.
 DEVICES = {
     device.name: device
     for device in (
@@ -102,7 +102,7 @@ DEVICES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transformer:
-    """A decoder of equal layers with feed-forward width 4h, in 16-bit activations."""
+    """Sizes of a decoder of equal layers, with feed-forward width 4h and 16-bit activations."""
 
     hidden_size: int
     num_layers: int
@@ -111,12 +111,12 @@ class Transformer:
     """Tokens of one sample."""
     vocab_size: int
     stores_scores: bool = True
-    """Attention writes every score to memory and keeps it for the backward pass, 5 bytes a head and
-    pair of tokens; False: it keeps none (FlashAttention, Dao et al. 2022; but a sum a token)."""
+    """Whether attention stores all scores for the backward pass, 5 bytes per head and pair of
+    tokens; False for FlashAttention (Dao et al. 2022)."""
 
     @property
     def score_bytes(self) -> float:
-        """Kept of a token's attention in one layer."""
+        """Bytes stored per token for the attention scores of one layer."""
         return 5.0 * self.num_heads * self.seq_length if self.stores_scores else 0.0
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ Model = Transformer | tuple[MeasuredLayer, ...]
 
 
 def check_layers(model: Model) -> None:
-    """`ValueError` for measured layers of which no iteration can be made."""
+    """Raise `ValueError` for measured layers that are no model: none, or all of 0 s."""
     if isinstance(model, Transformer):
         return
     if not model:
@@ -151,7 +151,7 @@ def check_layers(model: Model) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutRun:
-    """One model under one layout: `num_micro_batches` of `micro_batch_size` samples a replica."""
+    """A model in a layout, with `num_micro_batches` of `micro_batch_size` samples per replica."""
 
     model: Model
     layout: ParallelLayout
@@ -167,39 +167,38 @@ class LayoutRun:
         check_layers(self.model)
         layout = self.layout
         degrees = (layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp, layout.pp)
-        told = ", ".join(f"{field.name}={getattr(layout, field.name)}" for field in fields(layout))
+        text = ", ".join(f"{field.name}={getattr(layout, field.name)}" for field in fields(layout))
         counts = (self.micro_batch_size, self.num_micro_batches, *degrees)
         if not all(map(is_count, counts)):
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size}, num_micro_batches="
-                f"{self.num_micro_batches}, {told}: each must be a whole number of at least 1."
+                f"{self.num_micro_batches}, {text}: each must be a whole number of at least 1."
             )
         layers = self.model.num_layers if isinstance(self.model, Transformer) else len(self.model)
         if layout.cp != 1:
             raise ValueError(
-                f"a layout of {told}: context parallelism has no iteration-time model. Ask for "
-                "cp=1."
+                f"a layout of {text}: context parallelism has no iteration-time model. Give cp=1."
             )
         if layout.pp > layers:
             raise ValueError(
-                f"a layout of {told}: {layout.pp} stages of {layers} layers, and a stage needs at "
-                f"least 1 layer. Ask for pp of 1 to {layers}."
+                f"a layout of {text}: {layout.pp} stages of {layers} layers, and a stage needs at "
+                f"least 1 layer. Give a pp of 1 to {layers}."
             )
         if isinstance(self.model, Transformer) and self.model.num_heads % layout.tp:
             raise ValueError(
-                f"a layout of {told}: {self.model.num_heads} heads over {layout.tp} tensor ranks, "
-                "and each needs whole heads. Ask for a tp that divides the heads."
+                f"a layout of {text}: {self.model.num_heads} heads over {layout.tp} tensor ranks, "
+                "and each needs whole heads. Give a tp that divides the heads."
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the parameters multiply: one number (or a row of stages) per run."""
+    """Factors of the parameters in the form, arrays of shape (runs,)."""
 
     flops: Any
     """FLOPs of the slowest stage, without the head."""
     masked_flops: Any
-    """What a causal mask spares of them."""
+    """FLOPs of them that a causal mask saves."""
     traffic: Any
     host_layers: Any
     fixed_s: Any
@@ -208,26 +207,26 @@ class Sizes:
     head_flops: Any
     head_traffic: Any
     rest: Any
-    """All stages over the slowest."""
+    """Sum of all stages over the slowest."""
     micro_batches: Any
     hops: Any
     hop_bytes: Any
     tp: Any
     replicas: Any
     shards: Any
-    """Data ranks over which each replica's parameters are cut."""
+    """Number of data ranks that share each replica's parameters."""
     parameters: Any
-    """Parameters of the fullest stage, before they are cut."""
+    """Parameters of the fullest stage, before sharding."""
     tp_across: Any
     shards_across: Any
     dp_across: Any
     pp_across: Any
     shard_rings: Any
-    """Rings of sharing data ranks that use one network card."""
+    """Rings of sharing data ranks per network card."""
     rings: Any
-    """The same of replicas."""
+    """Rings of replicas per network card."""
     doublings: Any
-    """Doublings of the number of workers."""
+    """log2 of the number of workers."""
 
     @staticmethod
     def of(runs: Sequence[LayoutRun], workers_per_node: int, cards_per_node: int) -> "Sizes":
@@ -260,7 +259,7 @@ def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[
         slowest = stages[int(np.argmax(costs))]
         flops = masked = traffic = host_layers = head_flops = head_traffic = 0.0
         fixed = max(costs)
-        # Recomputed, half of them, the forward pass's, come again: 6 for 4, as above.
+        # With recomputation the forward half is repeated: 6 instead of 4, as above.
         collectives = sum(layer.num_collectives for layer in slowest) * (1.5 if again > 1 else 1.0)
         output = float(max(layer.output_bytes_per_sample for layer in slowest))
         output *= run.micro_batch_size
@@ -297,14 +296,14 @@ def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[
 
 
 def least_flops(s: Sizes) -> Vector:
-    """Operations that one device after another has to do before an iteration ends."""
+    """Sequential operations of an iteration, its critical path over the stages, (runs,)."""
     stage = s.flops - s.masked_flops
     later = (s.micro_batches - 1.0) * (stage + s.head_flops)
     return cast("Vector", s.rest * stage + s.head_flops + later)
 
 
 def iteration(x: Any, s: Sizes) -> Vector:
-    """(parameter sets, runs), seconds."""
+    """Seconds of an iteration, (parameter sets, runs)."""
     beta_tp = _either(s.tp_across > 0, np.maximum(x[_BETA_TP], x[_BETA_X]), x[_BETA_TP])
     per_ring = 2.0 * (s.tp - 1.0) / s.tp
     comm = s.collectives * (x[_LAMBDA] + per_ring * s.collective_bytes * beta_tp)
@@ -328,13 +327,13 @@ def iteration(x: Any, s: Sizes) -> Vector:
 
 
 def _larger(one: Any, other: Any, power: Any) -> Any:
-    """The larger of two times, softened where they are close."""
+    """Softened maximum of two times."""
     larger = np.maximum(np.maximum(one, other), 1e-12)
     return larger * (1.0 + (np.minimum(one, other) / larger) ** power) ** (1.0 / power)
 
 
 def _data_beta(x: Any, across: Any, rings: Any) -> Any:
-    """Seconds a byte between data ranks."""
+    """Seconds per byte between data ranks."""
     return _either(across > 0, np.maximum(x[_BETA_DP], x[_BETA_X] * rings), x[_BETA_DP])
 
 
@@ -343,9 +342,10 @@ def _either(condition: Any, then: Any, otherwise: Any) -> Any:
 
 
 def priors(device: Device, link: Interconnect, local_link: Interconnect) -> tuple[Vector, Vector]:
-    """Centre and width. Arithmetic reaches 60 % of the data sheet and element-wise kernels half of
-    the memory's; a layer's launches take 2 ms, within a factor of e; Adam moves 16 bytes a
-    parameter; stragglers cost 1 % a doubling of the workers (`supple.core.training.step_form`)."""
+    """Prior centres (logarithms) and widths, each (parameters,). Arithmetic reaches 60 % of the
+    data sheet and element-wise kernels half of the memory bandwidth; a layer's launches take 2 ms,
+    within a factor of e; Adam moves 16 bytes a parameter; stragglers cost 1 % per doubling of the
+    workers (`supple.core.training.step_form`)."""
     memory = 0.5 * device.memory_bytes_per_s
     beta = 1.0 / local_link.bandwidth_bytes_per_s
     centre = [

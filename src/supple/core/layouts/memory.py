@@ -1,5 +1,5 @@
-"""Peak bytes on one accelerator under a layout, before anybody ran it: of a transformer by its
-sizes, of any other model by what was measured of its layers.
+"""Predict peak bytes on one accelerator in a layout, without running it: for a transformer from its
+sizes, for any other model from its measured layers.
 
     states       (2 + 4 + 12) bytes a parameter: bf16 weights, fp32 gradients, fp32 weights and two
                  Adam moments (other optimizers: `OPTIMIZER_BYTES`); over tp and pp, and over
@@ -9,14 +9,14 @@ sizes, of any other model by what was measured of its layers.
                  (5 a s only where attention keeps its scores) or, recomputed, its input  2 tok h;
                  and once, the layer being recomputed whole
     in flight    stage i of p, from 0, holds min(p - i, m) micro-batches (1F1B): the first of equal
-                 stages is the fullest, of measured layers each stage is looked at
+                 stages is the fullest; of measured layers each stage is checked
     head         logits and their gradient in fp32, on the last stage:  8 tok V / t
-    overhead     what the runtime and its communicators take, and fragmentation
+    overhead     the runtime, its communicators, and fragmentation
 
 Activations: Korthikanti et al. 2022, equation 2 (tensor parallel, no sequence parallel) and section
-5 (recomputation). States: Rajbhandari et al. 2020 (ZeRO), section 3, with fp32 gradients, which is
-the larger of what frameworks do: this errs on the safe side. So does charging a transformer's
-fullest accelerator the first stage's activations and the last one's head together.
+5 (recomputation). States: Rajbhandari et al. 2020 (ZeRO), section 3, with fp32 gradients. The
+prediction is conservative: some frameworks have 16-bit gradients, and a transformer's fullest
+accelerator is charged both the first stage's activations and the last stage's head.
 """
 
 from collections.abc import Sequence
@@ -35,17 +35,17 @@ OPTIMIZER_BYTES = {
     "sgd-momentum": 8.0,
     "sgd": 4.0,
 }
-"""A parameter's weights in fp32, and what the optimizer keeps of it: two moments; two of 8 bits
-(Dettmers et al. 2022); a row's and a column's share of one (Shazeer and Stern 2018); one; none."""
+"""Bytes per parameter: the fp32 weight, and the optimizer's state: two moments; two of 8 bits
+(Dettmers et al. 2022); one factored by row and column (Shazeer and Stern 2018); one; none."""
 _LAYERS_SHARE = 8.0
-"""Bytes of a measured layer's parameter: its weight and its gradient, in fp32 at most."""
+"""Bytes per parameter of a measured layer: weight and gradient, in fp32 at most."""
 _GROUP_BYTES = 2**29
-"""The buffers of one more communicator. `RUNTIME_BYTES` counts one, that of the replicas; a layout
-has up to two more, of tensor and of pipeline ranks. Both are charged to every layout, so that this
-errs on the safe side: 1 to 2.5 GiB are seen for all of it."""
+"""Buffer bytes of one more communicator. `RUNTIME_BYTES` includes that of the replicas; a layout
+has up to two more, of tensor and of pipeline ranks. Both are always charged, which is conservative:
+1 to 2.5 GiB are usual in total."""
 _OVERHEAD_BYTES = RUNTIME_BYTES + 2 * _GROUP_BYTES
 _SURE = 0.85
-"""The low end: buffers that a framework frees early, gradients in 16 bits."""
+"""Low end over the value: frameworks may free buffers early or have 16-bit gradients."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,25 +63,25 @@ class MemoryParts:
 
 
 def num_parameters(model: Transformer) -> int:
-    """Parameters of the layers (four h^2 of attention, eight of the MLP, norms and biases) and
-    of the embedding, which the head shares."""
+    """Number of parameters: layers (four h^2 of attention, eight of the MLP, norms and biases) and
+    the embedding, which the head shares."""
     h = model.hidden_size
     return model.num_layers * (12 * h * h + 13 * h) + (model.vocab_size + model.seq_length) * h
 
 
 def optimizer_bytes(optimizer: str) -> float:
-    """What `OPTIMIZER_BYTES` says of it; `ValueError` with the known ones for any other."""
+    """Look up `OPTIMIZER_BYTES`; `ValueError` with the known names for any other."""
     if optimizer not in OPTIMIZER_BYTES:
         raise ValueError(
-            f"the memory of optimizer {optimizer!r} was asked for: what it keeps of a parameter is "
-            f"not known. Name the one nearest to it: {', '.join(OPTIMIZER_BYTES)}."
+            f"the memory of optimizer {optimizer!r} was requested: its bytes per parameter are "
+            f"unknown. Give the most similar one: {', '.join(OPTIMIZER_BYTES)}."
         )
     return OPTIMIZER_BYTES[optimizer]
 
 
 def memory_parts(run: LayoutRun, optimizer: str = "adam") -> MemoryParts:
-    """Where the bytes go, on the fullest stage. `optimizer` is a key of `OPTIMIZER_BYTES`, or a
-    `ValueError` comes; measured layers have their own."""
+    """Predict the bytes of the fullest stage by kind. `optimizer` is a key of `OPTIMIZER_BYTES`,
+    else `ValueError`; it has no effect for measured layers."""
     model = run.model
     if not isinstance(model, Transformer):
         return _of_layers(run, model)
@@ -92,7 +92,7 @@ def memory_parts(run: LayoutRun, optimizer: str = "adam") -> MemoryParts:
     parameters = (layers * 12 * h * h + embedding) / tp
     states = parameters * (_WEIGHTS + _GRADIENTS + optimizer_bytes(optimizer)) / shard
     if shard > 1:
-        # One layer at a time is gathered whole, and its gradients before they are scattered.
+        # One layer at a time is gathered, with its gradients before they are scattered.
         states += 12 * h * h / tp * (_WEIGHTS + _GRADIENTS)
     whole = tok * (h * (10 + 24 / tp) + model.score_bytes / tp)
     in_flight = min(pp, run.num_micro_batches)
@@ -116,7 +116,7 @@ def _of_layers(run: LayoutRun, layers: Sequence[MeasuredLayer]) -> MemoryParts:
     for index, stage in enumerate(split(layers, pp, run.micro_batch_size, tp)):
         states = sum(layer.state_bytes / layer.shards(tp) for layer in stage) / shard
         if shard > 1:
-            # One layer at a time is gathered whole, without what the optimizer keeps of it.
+            # One layer at a time is gathered, without its optimizer state.
             states += max(
                 min(layer.state_bytes, _LAYERS_SHARE * layer.num_parameters) / layer.shards(tp)
                 for layer in stage
@@ -124,7 +124,7 @@ def _of_layers(run: LayoutRun, layers: Sequence[MeasuredLayer]) -> MemoryParts:
         in_flight = min(pp - index, run.num_micro_batches)
         kept = in_flight * sum(layer.activation_bytes_per_sample for layer in stage)
         if run.recompute:
-            # Every layer keeps its input of every micro-batch; one of one is computed again whole.
+            # Every layer stores its input of every micro-batch; one is recomputed at a time.
             inputs = sum(layer.output_bytes_per_sample for layer in stage)
             whole = max(layer.activation_bytes_per_sample for layer in stage)
             kept = min(kept, in_flight * inputs + whole)
@@ -140,6 +140,6 @@ def _of_layers(run: LayoutRun, layers: Sequence[MeasuredLayer]) -> MemoryParts:
 
 
 def peak_memory(run: LayoutRun, optimizer: str = "adam") -> Estimate:
-    """Bytes; `value` and `high` are the safe ones, `assumed` since nothing was run."""
+    """Predict peak bytes; `value` and `high` are conservative, `assumed` since nothing ran."""
     total = memory_parts(run, optimizer).total
     return Estimate(value=total, low=total * _SURE, high=total, source="assumed")

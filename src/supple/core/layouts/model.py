@@ -1,5 +1,5 @@
-"""Iteration time of a layout: tensor, pipeline and data degrees, from a model's sizes or its
-measured layers, fitted to a few iterations.
+"""Fit iteration time against tensor, pipeline and data degrees, from a model's sizes or its
+measured layers, to a few measured iterations.
 
 The form is `supple.core.layouts.form`; its parameters are positive and fitted as logarithms, with
 priors from the device's data sheet.
@@ -46,54 +46,54 @@ __all__ = [
 ]
 
 _TYPICAL = 0.05
-"""Scatter the priors are weighed against before any is known."""
-_DOUBT = 0.04
-"""Relative standard deviation of the form, per doubling of workers beyond the most measured."""
+"""Assumed relative scatter of measurements before it is estimated."""
+_MODEL_ERROR = 0.04
+"""Model error (relative standard deviation) per doubling of workers beyond the most measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutMeasurement:
-    """The median iteration time of a run."""
+    """Measured median iteration time of a run."""
 
     run: LayoutRun
     iteration_s: float
 
 
 class ImpossibleMeasurement(ValueError):
-    """A time that no such device takes; `index` is its place among the measurements."""
+    """A time that is impossible on the device; `index` is its index among the measurements."""
 
-    def __init__(self, index: int, told: str, advice: str) -> None:
-        super().__init__(f"measurement {index + 1}: {told}. {advice}.")
+    def __init__(self, index: int, message: str, advice: str) -> None:
+        super().__init__(f"measurement {index + 1}: {message}. {advice}.")
         self.index = index
-        self.told = told
+        self.message = message
         self.advice = advice
 
 
 _ENOUGH_TO_DOUBT = 5
-"""With fewer runs measured a surprising one is news, not an outlier."""
+"""Fewest measured runs at which outliers are removed."""
 _ODD, _ODD_SCATTERS = math.log(1.5), 6.0
-"""How far off an outlier is at least, as a logarithm, and in scatters."""
+"""Smallest deviation of an outlier, as a logarithm, and in units of the scatter."""
 _FASTER = 4.0
-"""Times its data sheet that no device computes: twice for half the bits, twice for sparsity."""
+"""Largest possible speed over the data sheet's: twice for half the bits, twice for sparsity."""
 _IDLE = 1e-3
-"""Share of its data sheet that no accelerator is kept for. Poor training reaches a few per cent;
-milliseconds read as seconds make less than this of the best."""
+"""Share of the data sheet's speed below which a time is suspect: poor training reaches a few per
+cent; seconds given in milliseconds are below this even for the best."""
 _SLOWER = 100.0
-"""Times the priors' expectation that is beyond any doubt about them: a small model, whose launches
-are all it does, uses little of an accelerator and is expected to."""
+"""Ratio to the priors' prediction above which a time is suspect: small models, which are limited by
+kernel launches, have a low share of the data sheet's speed but are predicted so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutModel:
-    """A fitted model; make it with `fit_layouts`."""
+    """Fitted iteration-time model, made by `fit_layouts`."""
 
     measured: tuple[LayoutMeasurement, ...]
     odd: tuple[LayoutMeasurement, ...]
-    """Measured too, and left out: of several, most others contradict them."""
+    """Measured outliers, left out of the fit."""
     workers_per_node: int
     cards_per_node: int
     flops_per_s: float
-    """By the device's data sheet."""
+    """From the device's data sheet."""
     log_parameters: tuple[float, ...]
     covariance: tuple[tuple[float, ...], ...]
     scatter: float
@@ -104,10 +104,10 @@ class LayoutModel:
         return max((row.run.layout.world_size for row in self.measured), default=0)
 
     def predict(self, run: LayoutRun) -> Estimate:
-        """Seconds of an iteration with an 80 % interval. A run that was measured is given as
-        measured; others are `assumed` from priors alone or across nodes when no run crossed, else
-        `fitted`. Before anything is measured, the low end is no less than the device's peak
-        allows."""
+        """Predict the seconds of an iteration, with an 80 % interval. The source is `measured` for
+        a measured run; `assumed` without measurements, and across nodes when no measured run
+        crossed nodes; else `fitted`. Without measurements the low end is at least the time at the
+        device's peak."""
         return self.predict_all([run])[0]
 
     def predict_all(self, runs: Sequence[LayoutRun]) -> list[Estimate]:
@@ -117,7 +117,7 @@ class LayoutModel:
         sizes = self._sizes(runs)
         times, slopes = self._slopes(sizes)
         least = least_flops(sizes) / self.flops_per_s
-        if self.measured:  # in other bits than the data sheet's, perhaps
+        if self.measured:  # perhaps in fewer bits than those of the data sheet
             least = np.zeros_like(least)
         spread = np.sum((slopes @ np.asarray(self.covariance)) * slopes, axis=1)
         seen, most = self._seen(), self.most_workers
@@ -133,13 +133,13 @@ class LayoutModel:
         return found
 
     def by_form(self, run: LayoutRun) -> float:
-        """Seconds of an iteration by the form, measured or not."""
+        """Predict the seconds of an iteration from the fitted form alone."""
         x = np.exp(np.asarray(self.log_parameters))[:, None, None]
         return float(iteration(x, self._sizes([run]))[0, 0])
 
     def ratio(self, one: LayoutRun, other: LayoutRun) -> Estimate:
-        """How many times an iteration of `other` takes one of `one`. What the parameters make long
-        or short in both divides out of the interval; what a run has of its own does not."""
+        """Predict the iteration time of `other` over that of `one`. Parameter errors common to both
+        cancel in the interval; the scatter of each run does not."""
         if one == other:
             return exact(1.0)
         under, over = self.predict_all([one, other])
@@ -150,8 +150,8 @@ class LayoutModel:
         return _about(over.value / under.value, variance, less_certain(under.source, over.source))
 
     def half_width(self, run: LayoutRun, *, also: Sequence[LayoutRun] = ()) -> float:
-        """Relative half-width of a run's 80 % interval if the runs `also` were measured too; what
-        comes out of them need not be known (linear regression)."""
+        """Relative half-width of a run's 80 % interval if the runs `also` were measured too; it
+        does not depend on their results (linear regression)."""
         seen = self._seen()
         if run in seen or run in also:
             _, variance = self._as_measured(run, {run: [1.0], **seen})
@@ -178,9 +178,8 @@ class LayoutModel:
         return as_measured(seen[run], [times for other, times in seen.items() if other != run])
 
     def _own(self, workers: int, most: int) -> float:
-        """Variance of a run about the form: its scatter, and a doubt about the form itself for the
-        doublings beyond the most measured."""
-        beyond = _DOUBT * math.log2(max(1.0, workers / max(1, most)))
+        """Variance of a run about the form: scatter, and model error beyond the most measured."""
+        beyond = _MODEL_ERROR * math.log2(max(1.0, workers / max(1, most)))
         return self.scatter**2 + beyond**2
 
     def _source(self, run: LayoutRun, most: int) -> Source:
@@ -191,7 +190,7 @@ class LayoutModel:
         return Sizes.of(runs, self.workers_per_node, self.cards_per_node)
 
     def _slopes(self, sizes: Sizes) -> tuple[Vector, Vector]:
-        """Seconds of every run, and how their logarithms move with those of the parameters."""
+        """Seconds, (runs,), and the gradients of their logarithms, (runs, parameters)."""
         logs, slopes = forward_slope(
             lambda sets: np.log(iteration(np.exp(sets).T[..., None], sizes)),
             np.asarray(self.log_parameters),
@@ -200,7 +199,7 @@ class LayoutModel:
 
 
 def _about(value: float, variance: float, source: Source) -> Estimate:
-    """With the 80 % interval of a logarithm of this variance."""
+    """Estimate with the 80 % interval of a logarithm of this variance."""
     width = math.exp(Z80 * math.sqrt(variance))
     return Estimate(value=value, low=value / width, high=value * width, source=source)
 
@@ -213,23 +212,23 @@ def _refuse_impossible(
     rows = zip(measurements, operations.tolist(), expected.tolist(), strict=True)
     for index, (row, count, typical_s) in enumerate(rows):
         share = count / row.iteration_s / device.flops_per_s
-        told = (
+        text = (
             f"an iteration of {row.iteration_s:g} s for {count:.3g} "
             f"operations of every accelerator, {count / row.iteration_s / 1e12:,.3g} TFLOP/s: the "
-            f"data sheet of {device.name} says {device.flops_per_s / 1e12:,.3g}, "
+            f"data sheet of {device.name} states {device.flops_per_s / 1e12:,.3g}, "
         )
         if share > _FASTER:
             raise ImpossibleMeasurement(
                 index,
-                f"{told}and nothing is more than {_FASTER:g} times as fast",
+                f"{text}and no device is more than {_FASTER:g} times as fast",
                 "Check the unit, the batch and the model's sizes",
             )
         if 0 < share < _IDLE and row.iteration_s > _SLOWER * typical_s:
             raise ImpossibleMeasurement(
                 index,
-                f"{told}and {typical_s:.3g} s are expected. Nothing that is less than "
-                f"{_IDLE:.1%} of the data sheet and {_SLOWER:g} times as slow as expected is "
-                "training on it",
+                f"{text}and {typical_s:.3g} s are expected. A time that reaches less than "
+                f"{_IDLE:.1%} of the data sheet and is {_SLOWER:g} times as long as expected is "
+                "not a time of training on it",
                 "Give seconds, not milliseconds; or check the batch, the model's sizes, the "
                 "accelerator and the links",
             )
@@ -243,17 +242,16 @@ def fit_layouts(
     local_link: Interconnect,
     workers_per_node: int,
 ) -> LayoutModel:
-    """The model that explains the measurements; with none, the priors and a wide interval.
+    """Fit iteration time to the measurements; without any, return the priors with a wide interval.
 
-    Twenty runs spread over degrees, micro-batches and sizes are a good number. Of five or more,
-    those far from what the others say are left out (`LayoutModel.odd`). Raises
-    `ImpossibleMeasurement` for a time shorter than the device can be (`_FASTER`) or longer than
-    anything that trains on it (`_IDLE`, `_SLOWER`), and `ValueError` for one that is not positive
-    and finite and for no worker per node.
+    About twenty runs over different degrees, micro-batches and sizes are enough. Of five or more,
+    outliers are left out (`LayoutModel.odd`). Raises `ImpossibleMeasurement` for a time that is too
+    short for the device (`_FASTER`) or too long for training on it (`_IDLE`, `_SLOWER`), and
+    `ValueError` for one that is not positive and finite and for no worker per node.
     """
     if not is_count(workers_per_node):
         raise ValueError(
-            f"layouts were to be fitted with workers_per_node={workers_per_node}: it must be a "
+            f"a layout fit was requested with workers_per_node={workers_per_node}: it must be a "
             "whole number of at least 1. Give the accelerators of one node."
         )
     for row in measurements:
@@ -292,14 +290,15 @@ def fit_layouts(
 def _errors(
     rows: Sequence[LayoutMeasurement], workers_per_node: int, cards_per_node: int
 ) -> Callable[[Any], Vector]:
-    """Logarithms of predicted over measured, for sets of parameters."""
+    """Function from parameter sets to log(predicted / measured), (sets, runs)."""
     sizes = Sizes.of([row.run for row in rows], workers_per_node, cards_per_node)
     observed = np.log([row.iteration_s for row in rows])
     return lambda x: np.log(iteration(x, sizes)) - observed
 
 
 def _far(errors: Vector) -> npt.NDArray[np.bool_]:
-    """Which are so far off, of enough to tell, that they are not of this machine."""
+    """Whether each run is an outlier, (runs,); none is if there are too few runs, or if half of
+    them would be."""
     away = np.abs(errors)
     usual = 1.4826 * float(np.median(away))
     far = away > max(_ODD, _ODD_SCATTERS * usual)
@@ -310,7 +309,7 @@ def _far(errors: Vector) -> npt.NDArray[np.bool_]:
 def _solve(
     errors: Callable[[Any], Vector], prior: Vector, width: Vector
 ) -> tuple[Vector, Vector, float]:
-    """Parameters, their covariance and the scatter; soft L1, so that an outlier bends it little."""
+    """Fit parameters, their covariance and the scatter, with a soft L1 loss for robustness."""
 
     def bent(sets: Vector) -> Vector:
         raw = errors(np.exp(sets).T[..., None]) / _TYPICAL
@@ -329,7 +328,7 @@ def _solve(
     raw = errors(np.exp(x_log)[:, None, None])[0]
     jacobian: Vector = found.jac
     loose = np.linalg.pinv(jacobian.T @ jacobian)
-    # What the priors did not hold back was bought with freedom of the measurements.
+    # Degrees of freedom that the fit used.
     own = jacobian[: len(raw)]
     spent = float(np.trace(own @ loose @ own.T))
     freedom = max(1.0, len(raw) - spent)

@@ -1,4 +1,4 @@
-"""Layers measured one by one, and the pipeline stages they are cut into."""
+"""Measured layers, and how they are cut into pipeline stages."""
 
 import math
 from collections.abc import Sequence
@@ -7,22 +7,22 @@ from functools import lru_cache
 from itertools import pairwise
 
 _CLOSE = 1e-9
-"""Bounds of a stage's time that are this close, relatively, are one."""
+"""Relative tolerance of the bound of a stage's time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredLayer:
-    """One layer of any module as it ran on one worker, forward and backward."""
+    """One layer of any module, measured on one worker, forward and backward."""
 
     host_s: float
-    """Time that does not shrink with the micro-batch."""
+    """Time that does not depend on the micro-batch."""
     device_s_per_sample: float
     num_parameters: int
     output_bytes_per_sample: int
     num_collectives: int = 0
-    """All-reduces of the output that the layer needs per micro-batch, forward and backward, where
-    tensor ranks share it. A layer that says so may be cut over any number of them; 0: none is
-    known, and every tensor rank computes the whole layer. `supple plan SCRIPT` knows of none."""
+    """All-reduces of the output per micro-batch, forward and backward, if tensor ranks share the
+    layer; then it may be cut over any number of them. 0: unknown, and every tensor rank computes
+    the whole layer. `supple plan SCRIPT` always gives 0."""
     state_bytes: float = 0.0
     """Parameters, gradients and the optimizer's state."""
     activation_bytes_per_sample: float = 0.0
@@ -49,12 +49,12 @@ class MeasuredLayer:
             )
 
     def shards(self, tp: int) -> int:
-        """Over how many of `tp` tensor ranks the layer is cut."""
+        """Number of tensor ranks, of `tp`, that the layer is cut over."""
         return tp if self.num_collectives else 1
 
 
 def stage_s(layers: Sequence[MeasuredLayer], micro_batch_size: int, tp: int) -> float:
-    """Seconds of these layers, forward and backward, for one micro-batch; communication apart."""
+    """Seconds of these layers, forward and backward, for one micro-batch, without communication."""
     return sum(_layer_s(layer, micro_batch_size, tp) for layer in layers)
 
 
@@ -65,12 +65,12 @@ def _layer_s(layer: MeasuredLayer, micro_batch_size: int, tp: int) -> float:
 def split(
     layers: Sequence[MeasuredLayer], num_stages: int, micro_batch_size: int, tp: int = 1
 ) -> list[Sequence[MeasuredLayer]]:
-    """`num_stages` contiguous stages, none empty, whose slowest takes the least time possible.
-    `ValueError` for more stages than layers."""
+    """Cut layers into `num_stages` contiguous, non-empty stages, such that the slowest takes the
+    least time. `ValueError` for more stages than layers."""
     if not 1 <= num_stages <= len(layers):
         raise ValueError(
-            f"{num_stages} stages of {len(layers)} layers: a stage needs at least 1 layer. Ask "
-            f"for 1 to {len(layers)} stages."
+            f"{num_stages} stages of {len(layers)} layers: a stage needs at least 1 layer. Give "
+            f"1 to {len(layers)} stages."
         )
     costs = tuple([_layer_s(layer, micro_batch_size, tp) for layer in layers])
     cuts = best_cuts(costs, num_stages)
@@ -79,11 +79,11 @@ def split(
 
 @lru_cache(maxsize=1024)
 def best_cuts(costs: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
-    """Where the stages after the first begin, so that the slowest is within 1e-9 of the fastest it
-    can be.
+    """Return the start indices of the stages after the first, such that the slowest stage is within
+    1e-9 (relative) of the optimum.
 
-    Halves the range in which the smallest bound lies that filling stages one by one can keep.
-    Every layout of a plan asks for the same few cuts several times, so they are remembered.
+    Bisection over the bound of a stage's time, with greedy filling. Cached, since the layouts of a
+    plan need the same few cuts several times.
     """
     low, high = max(max(costs), sum(costs) / num_stages), sum(costs)
     cuts = _cuts(costs, num_stages, low)
@@ -102,7 +102,7 @@ def best_cuts(costs: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
 
 
 def _cuts(costs: Sequence[float], num_stages: int, bound: float) -> list[int] | None:
-    """Where stages of at most `bound` begin, the first apart; None if they do not suffice."""
+    """Start indices of stages of at most `bound`, without the first; None if impossible."""
     bound *= 1.0 + _CLOSE
     if max(costs) > bound:
         return None

@@ -1,1 +1,1 @@
-"""A served language model that nobody has run."""
+"""Plans for a served language model without running it."""

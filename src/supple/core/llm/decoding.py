@@ -1,23 +1,23 @@
-"""One step of a served language model: how long, from its sizes and a data sheet.
+"""Step time of a served language model, from its sizes and a data sheet.
 
 One decoding step of B sequences on n accelerators, L layers, P parameters of which a share `a` is
 activated, w bytes each, context c, output O tokens, prompt I tokens:
 
     weights    read w P / (n W);  of a mixture of experts the share  a + (1-a) d,
-               d = 1 - (1-a)^(g B), in 8 bits more: kernels that pad go through experts nobody drew
+               d = 1 - (1-a)^(g B), in 8 bits more: padding kernels also read experts not drawn
     cache      read B c k L / (n W)
     arithmetic 2 a P B / (n F)
     launches   host + L (launch + routing to experts + tensor-parallel latency log2 n
                + unpacking of 8-bit weights)
     sequences  B s: sampling, bookkeeping
-    step       the sum; where no captured graph is replayed (more than 512 sequences, or a step that
-               also takes in prompts) at least L times an eager layer
+    step       the sum; without a captured graph (more than 512 sequences, or a step with prompts)
+               at least L times an eager layer
 
 The faster a device, the smaller the share of its speed and peak that kernels reach; wide matrices
-reach more of the peak. A share 1 - exp(-B/O) of steps also takes in prompts and takes longer; the
-mean step gives tokens per second. Prompts differ in length, so that the extra time is about
+reach more of the peak. A share 1 - exp(-B/O) of the steps also processes prompts and takes longer;
+the mean step gives tokens per second. Prompts differ in length, so that the extra time is about
 exponential: with a rate r of such steps a quantile 1-p of the latency lies log(r/p) of it above a
-plain step once r > p. Memory left beside the weights bounds the sequences that run at once.
+plain step if r > p. Memory left beside the weights limits the concurrent sequences.
 L = 17 (P / 1e9)^(1/3) where it is not given: 34 layers for 8e9 parameters, 126 for 405e9.
 
 The roofline of weights, cache and arithmetic is Pope et al. 2022 (section 2 and 3); the share of
@@ -40,33 +40,33 @@ from supple.core.words import in_digits
 _Array = npt.NDArray[np.float64]
 
 _GRAPH_LIMIT = 512.0
-"""Sequences up to which common engines capture a step as a graph."""
+"""Largest number of sequences for which common engines capture a step as a graph."""
 USABLE = 0.9
-"""Share of the memory engines take."""
+"""Share of the memory that engines use."""
 _CACHE_ATTENTION = 0.7
-"""Share of the memory's speed that attention over the cache reaches."""
+"""Share of the memory bandwidth that attention over the cache reaches."""
 _TENTH, _HALF = -math.log(0.9), -math.log(0.5)
-"""Rates of mixed steps at which a tenth, or half, are mixed."""
+"""Rates of mixed steps (with prompts) at which a tenth, or half, of all steps are mixed."""
 _REFERENCE_SPEED, _REFERENCE_WIDTH = 3.35e12, 4096.0
-"""Bytes per second and hidden size at which the shares reached are those of `_PRIORS`."""
+"""Memory bandwidth (bytes/s, of an h100) and hidden size at which `_PRIORS` hold."""
 _REFERENCE_LINK = lookup("nvlink-h100")
 FIGURES = 4
-"""What is predicted of a run: tokens per second, the 90th percentile and the median of the latency,
-and the sequences that run at once."""
+"""Number of predicted figures: tokens per second, 90th percentile and median of the time between
+tokens, and concurrent sequences."""
 
 # Centre and standard deviation of the logarithm.
 _PRIORS: dict[str, tuple[float, float]] = {
     "weights": (0.75, 0.2),  # of the memory's speed
-    "experts": (0.6, 0.3),  # the same, for experts
+    "experts": (0.6, 0.3),  # of the memory's speed, for experts
     "fill": (0.3, 0.3),  # exponent: how the share reached falls with a device's speed
     "width": (0.2, 0.5),  # exponent: how the share of the peak grows with the hidden size
     "routing": (0.5, 0.4),  # independent draws of experts per token
-    "experts_8bit": (1.4, 0.4),  # times slower a byte
+    "experts_8bit": (1.4, 0.4),  # factor on the time per byte
     "padded_8bit": (0.05, 2.0),  # weight of experts not drawn against those drawn
     "imbalance": (0.1, 0.7),  # of the experts, per doubling of devices
     "cache": (4e3, 0.3),  # bytes per token and layer
-    "cache_experts": (0.5, 0.4),  # the same of a mixture, relative
-    "capacity": (1.0, 0.3),  # cache taken at the fullest, relative
+    "cache_experts": (0.5, 0.4),  # the same for a mixture of experts, relative
+    "capacity": (1.0, 0.3),  # largest cache of a request, relative
     "arithmetic": (0.55, 0.5),  # of the peak, decoding
     "prefill": (0.5, 0.5),  # of the peak
     "sequence": (2e-5, 0.7),  # s
@@ -81,23 +81,23 @@ _PRIORS: dict[str, tuple[float, float]] = {
     "sharpness": (4.0, 0.5),  # of the onset of mixed steps in a quantile
 }
 _WORKLOAD_SPREADS = (0.5, 0.7, 0.7, 0.5)
-"""Prompt tokens, the fixed part of a mixed step, the part per prompt, and how many steps mix."""
+"""Prior spreads: prompt tokens, fixed part of a mixed step, part per prompt, mixed-step rate."""
 _SITE_CENTRES = (5e-4, 8.0, 0.06)
 _SITE_SPREADS = (1.5, 0.7, 0.7)
-"""A host that stalls: seconds a step, sequences from which on, and spread of the steps."""
+"""Priors of host stalls: seconds per step, onset in sequences, spread of the steps."""
 _STALLS = 0.7
-"""Standard deviation of a stall's logarithm between sessions of one site."""
+"""Standard deviation of the logarithm of a stall between sessions of one site."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """A decoder by its sizes."""
+    """Sizes of a decoder."""
 
     family: str
-    """Variants of one base model share it: they are wrong together."""
+    """Base model; variants of one family have correlated errors."""
     num_parameters: float
     num_activated: float
-    """Per token; fewer than `num_parameters` in a mixture of experts."""
+    """Parameters used per token; fewer than `num_parameters` in a mixture of experts."""
     bytes_per_weight: float = 2.0
     num_layers: int | None = None
 
@@ -130,12 +130,12 @@ class Decoder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is asked of the model; rough figures, corrected by measurements of the same name."""
+    """Requests to the model; rough figures, corrected by measurements of the same name."""
 
     name: str
     prompt_tokens: float
     media_s: float = 0.0
-    """To encode the images or the video of one prompt."""
+    """Time to encode the images or the video of one prompt, in s."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.prompt_tokens < math.inf:
@@ -152,7 +152,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodingRun:
-    """One copy of a model, kept busy by `concurrency` requests at a time."""
+    """One copy of a model under `concurrency` simultaneous requests."""
 
     model: Decoder
     device: Device
@@ -164,13 +164,13 @@ class DecodingRun:
 
     def __post_init__(self) -> None:
         check_counts(
-            "a serving run was asked for",
+            "a serving run was requested",
             num_devices=self.num_devices,
             concurrency=self.concurrency,
         )
         if not 1 <= self.output_tokens < math.inf:
             raise ValueError(
-                f"a serving run was asked for with output_tokens={self.output_tokens:g}: it must "
+                f"a serving run was requested with output_tokens={self.output_tokens:g}: it must "
                 "be at least 1 and finite. Correct the number."
             )
 
@@ -180,12 +180,12 @@ def weight_bytes(model: Decoder) -> float:
 
 
 def weights_fit(run: DecodingRun) -> bool:
-    """Whether the weights leave room for a cache."""
+    """Whether the weights leave memory for a cache."""
     return weight_bytes(run.model) < USABLE * run.num_devices * run.device.memory_bytes
 
 
 def weights_and_room(run: DecodingRun) -> str:
-    """A sentence's part and its rule: the weights, and what of the memory may hold them."""
+    """Message part with the bytes of the weights, the usable memory and the rule."""
     held, total = weight_bytes(run.model), run.num_devices * run.device.memory_bytes
     return (
         f"{in_digits(held / 1e9)} GB of weights on {in_accelerators(run.num_devices)} "
@@ -195,20 +195,20 @@ def weights_and_room(run: DecodingRun) -> str:
 
 
 def in_accelerators(count: int) -> str:
-    """1 accelerator, 2 accelerators."""
+    """Format a count: "1 accelerator", "2 accelerators"."""
     return f"{count:,} accelerator{'s' * (count != 1)}"
 
 
 class Groups:
-    """Where each parameter lies in a vector of logarithms, all 0 at their priors: those of every
-    run first, then a block for each workload and each site (workload, device, one or several)."""
+    """Order of the parameter vector, logarithms relative to the priors: first the common ones, then
+    a block for each workload and each site (workload, device, one or several)."""
 
     def __init__(self, runs: Sequence[DecodingRun]) -> None:
         self.workloads = sorted({run.workload.name for run in runs})
         self.sites = sorted({site(run) for run in runs})
 
     def spreads(self) -> _Array:
-        """Standard deviations of the priors."""
+        """Standard deviations of the priors, (parameters,)."""
         return np.array(
             [spread for _, spread in _PRIORS.values()]
             + list(_WORKLOAD_SPREADS) * len(self.workloads)
@@ -216,19 +216,19 @@ class Groups:
         )
 
     def loose(self) -> _Array:
-        """Standard deviations by which parameters differ from one session to the next."""
+        """Standard deviations of the parameters between sessions, (parameters,)."""
         found = np.zeros(len(self.spreads()))
         found[len(found) - len(_SITE_SPREADS) * len(self.sites) :: len(_SITE_SPREADS)] = _STALLS
         return found
 
 
 def site(run: DecodingRun) -> tuple[str, str, bool]:
-    """Runs that share a host's habits."""
+    """Key of runs with the same host behaviour: workload, device, one device or several."""
     return run.workload.name, run.device.name, run.num_devices == 1
 
 
 class Rows:
-    """Many runs as columns of numbers, for one evaluation."""
+    """Many runs as arrays of shape (runs,), for a vectorized evaluation."""
 
     def __init__(self, runs: Sequence[DecodingRun], groups: Groups) -> None:
         def column(values: Sequence[float]) -> _Array:
@@ -258,14 +258,14 @@ class Rows:
         self.hidden = np.sqrt(self.activated / (12.0 * self.layers))
         workloads = {name: index for index, name in enumerate(groups.workloads)}
         sites = {key: index for index, key in enumerate(groups.sites)}
-        # An index beyond the last stands for a group never measured: at its prior.
+        # An index beyond the last means a group that was not measured: its prior.
         self.workload = [workloads.get(run.workload.name, len(workloads)) for run in runs]
         self.site = [sites.get(site(run), len(sites)) for run in runs]
         self.num_workloads, self.num_sites = len(workloads), len(sites)
 
 
 def request_bytes(x: _Array, rows: Rows) -> _Array:
-    """What the cache of one request takes at its fullest: (vectors, runs)."""
+    """Largest cache of one request in bytes, (vectors, runs)."""
     p = _common(x)
     prompt = rows.prompt * _block(x, len(_PRIORS), rows.num_workloads, 4, rows.workload)[0]
     return p["capacity"] * _token_bytes(p, rows) * (prompt + rows.output / 2.0)
@@ -323,7 +323,7 @@ def logs(x: _Array, rows: Rows) -> _Array:
     mean = step - np.expm1(-often) * mixed + arrivals * each
 
     def quantile(rate: float) -> _Array:
-        """Above a plain step: nothing while mixed steps are rarer than `rate`."""
+        """Time above a plain step, about 0 where mixed steps are rarer than `rate`."""
         beyond = np.logaddexp(0.0, p["sharpness"] * np.log(often / rate)) / p["sharpness"]
         return (mixed + each) * p["tail"] * beyond + each * often
 
@@ -333,7 +333,7 @@ def logs(x: _Array, rows: Rows) -> _Array:
 
 
 def _common(x: _Array) -> dict[str, _Array]:
-    """The parameters of every run by name, each of (vectors, 1)."""
+    """Common parameters by name, each (vectors, 1)."""
     return {
         name: centre * np.exp(x[:, [index]])
         for index, (name, (centre, _)) in enumerate(_PRIORS.items())
@@ -347,7 +347,7 @@ def _token_bytes(p: Mapping[str, _Array], rows: Rows) -> _Array:
 
 
 def _block(x: _Array, at: int, groups: int, width: int, index: Sequence[int]) -> list[_Array]:
-    """Factors on the priors of each run's group, one array of (vectors, runs) per parameter."""
+    """Factors on the priors of each run's group, one array (vectors, runs) per parameter."""
     part = x[:, at : at + groups * width].reshape(len(x), groups, width)
     part = np.concatenate([part, np.zeros((len(x), 1, width))], axis=1)
     return [np.exp(part[:, list(index), k]) for k in range(width)]

@@ -1,11 +1,11 @@
-"""Throughput and token latency of a served language model that nobody has run: fitted to runs of
-other models, or from data sheets alone.
+"""Predict throughput and token latency of a served language model, fitted to runs of other models
+or from data sheets alone.
 
-The form is `decoding.py`, the fit and its intervals `core/fitting/grouped_fit.py`: variants of
-one base model are one group, and what they were measured at on one kind of machine, alone or not,
-in one workload is one session. A run that was measured itself is given as measured. The median
-latency and the sequences that ran at once are not
-predicted, but tell a plain step from one that takes in prompts, and how large the cache was.
+The form is `decoding.py`, the fit and its intervals `core/fitting/grouped_fit.py`: variants of one
+base model are one group, and their runs on one kind of machine, on one device or several, in one
+workload are one session. A measured run is returned as measured. The median latency and the number
+of concurrent sequences are not predicted; they help to separate plain steps from steps with
+prompts, and to estimate the cache.
 """
 
 import math
@@ -35,25 +35,25 @@ from supple.core.types import Estimate, Source
 from supple.core.words import in_digits
 
 _SCATTERS = (0.2, 0.2, 0.4, 0.1)
-"""Scatter of one row's logarithms, by figure. What is only there to tell parameters apart counts
-for less; the sequences that ran at once are an average over thousands of steps."""
+"""Scatter of a row's logarithms, by figure. The median, which only helps to separate parameters,
+counts less; the concurrent sequences are an average over thousands of steps."""
 TOKENS_REPEAT, ITL_REPEAT = 0.03, 0.1
-"""Standard deviations of the logarithms of a repeat of one configuration. Two of the public rows
-were measured twice: tokens per second differ by 3 and 4 %, the percentile by 4 and 22 %."""
+"""Standard deviations of the logarithms of repeats of one configuration. Two public rows were
+measured twice: tokens per second differ by 3 and 4 %, the percentile by 4 and 22 %."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingMeasurement:
     run: DecodingRun
     tokens_per_s: float
-    """Tokens per second of the whole copy, prompts not counted."""
+    """Tokens per second of the whole copy, without prompts."""
     itl_p90_s: float
     """90th percentile of the time between two tokens of a request."""
     itl_p50_s: float | None = None
-    """Its median; None where it is not known."""
+    """Median of the same; None if unknown."""
     running: float | None = None
-    """Requests worked on at once, on average: fewer than were allowed where the cache was full.
-    None where it is not known."""
+    """Mean number of concurrent requests, fewer than allowed where the cache was full; None if
+    unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,23 +64,23 @@ class ServingPrediction:
 
 @dataclass(frozen=True, slots=True)
 class InferenceModel:
-    """A fit: predictions for any run. Make it with `fit_inference`."""
+    """Fitted serving model, made by `fit_inference`."""
 
     _fit: GroupedFit
     _groups: Groups
     measured: tuple[ServingMeasurement, ...] = ()
 
     def predict(self, run: DecodingRun) -> ServingPrediction:
-        """A run that was measured as measured; others `assumed` from the priors alone, or `fitted`.
+        """Predict a run: `measured` if it was, else `fitted`, or `assumed` without measurements.
         Raises `ValueError` if the weights alone do not fit."""
         return self.predict_all([run])[0]
 
     def predict_all(self, runs: Sequence[DecodingRun]) -> list[ServingPrediction]:
-        """The same of many at once."""
+        """`predict` for every run."""
         for run in runs:
             if not weights_fit(run):
                 raise ValueError(
-                    f"a prediction was asked for of {weights_and_room(run)} Use more accelerators "
+                    f"a prediction was requested for {weights_and_room(run)} Use more accelerators "
                     "or fewer bits a weight."
                 )
         rows = Rows(runs, self._groups)
@@ -99,8 +99,8 @@ class InferenceModel:
         ]
 
     def cache_room(self, runs: Sequence[DecodingRun]) -> list[tuple[float, float]]:
-        """Bytes left beside the weights of each run, below 0 where they do not fit, and bytes that
-        the cache of one request takes."""
+        """Return for each run the bytes left beside the weights, below 0 where they do not fit, and
+        the bytes of the cache of one request."""
         rows = Rows(runs, self._groups)
         taken = request_bytes(self._fit.x[None, : len(self._fit.loose)], rows)[0]
         return list(zip(rows.left.tolist(), taken.tolist(), strict=True))
@@ -109,7 +109,7 @@ class InferenceModel:
 def _repeated(
     seen: Sequence[ServingMeasurement], others: Sequence[Sequence[ServingMeasurement]]
 ) -> ServingPrediction:
-    """One more measurement of the same run; `others` are those of each other run."""
+    """Predict a repeat of a measured run; `others` are the measurements of each other run."""
     return ServingPrediction(
         tokens_per_s=measured_estimate(
             [m.tokens_per_s for m in seen],
@@ -131,7 +131,7 @@ def _estimate(log: float, half: float, source: Source) -> Estimate:
 
 
 def fit_inference(measurements: Sequence[ServingMeasurement]) -> InferenceModel:
-    """Fit to measurements of any models, workloads and devices; without any, the priors alone.
+    """Fit to measurements of any models, workloads and devices; without any, return the priors.
 
     Raises `ValueError` for a measurement that is not a positive number, one whose weights do not
     fit, and two of one configuration that contradict each other.
@@ -172,7 +172,7 @@ def _check(m: ServingMeasurement) -> None:
 
 
 def _refuse_contradictions(measurements: Sequence[ServingMeasurement]) -> None:
-    """Rows of one configuration that no noise lets differ so: a fit to both explains neither."""
+    """Raise `ValueError` for two measurements of one configuration that contradict each other."""
     for what, scale, seen in (
         ("tokens/s", 1.0, [(m.run, m.tokens_per_s) for m in measurements]),
         ("ms between tokens", 1e3, [(m.run, m.itl_p90_s) for m in measurements]),
@@ -190,10 +190,10 @@ def _refuse_contradictions(measurements: Sequence[ServingMeasurement]) -> None:
 
 
 def _labels(runs: Sequence[DecodingRun]) -> tuple[list[str], list[str]]:
-    """Groups and kinds: families, and where and at what they were run."""
+    """Return the group (family) and the kind (site) of each run."""
     return [run.model.family for run in runs], ["|".join(map(str, site(run))) for run in runs]
 
 
 def _figures(m: ServingMeasurement) -> tuple[float, float, float, float]:
-    """In the order of `logs`, NaN where one is not known."""
+    """Figures in the order of `logs`, NaN where unknown."""
     return m.tokens_per_s, m.itl_p90_s, m.itl_p50_s or math.nan, m.running or math.nan

@@ -1,7 +1,7 @@
-"""How a language model should be served: accelerators per copy, requests at a time, copies.
+"""Plan the serving of a language model: accelerators per copy, concurrency, number of copies.
 
 Every (accelerators, concurrency) of one copy is a row with its tokens per second and the 90th
-percentile of the time between two tokens; the load says how many copies of it are needed.
+percentile of the time between two tokens; the load determines the number of copies.
 """
 
 import math
@@ -25,11 +25,11 @@ from supple.core.types import Estimate, Infeasible
 from supple.core.words import in_digits
 
 KEPT, LIKELY = 0.9, 0.5
-"""Chances of keeping the promise: what counts as kept (the upper end of an 80 % interval does), and
-the least that is recommended where no row has that."""
+"""Chance of keeping the promise that counts as kept (the upper end of an 80 % interval), and the
+least that is recommended where no row has it."""
 MANY = 3
-"""Times the accelerators of the cheapest likely row: more are not recommended for a better chance
-that still does not count as kept, and more for one that does are told of."""
+"""Factor on the accelerators of the cheapest likely row: a row with more is not recommended unless
+it counts as kept, and then the cheaper one is mentioned."""
 RULE = (
     f"among the rows that keep --itl with a chance of at least {KEPT:.0%}, the one that serves "
     "--rate with the fewest accelerators, and of those the one with the shortest time between "
@@ -39,16 +39,16 @@ RULE = (
 )
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _NARROW = 1.5
-"""An interval whose ends are closer than this is not worth a measurement."""
+"""Ratio of an interval's ends up to which a row needs no measurement."""
 _ALIKE = 1.02
-"""Rows whose tokens per accelerator differ by less are equal; of those fewer requests wait less."""
+"""Ratio of tokens per accelerator up to which rows count as equal; the lower latency decides."""
 _HEADROOM = 0.8
-"""Share of a copy's tokens that arrivals may ask for: they come unevenly."""
+"""Share of a copy's tokens that arrivals may use, since they are uneven."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceJob:
-    """What is to be served, on what, and what is promised. Times in seconds."""
+    """The model to serve, its load, accelerators and promise. Times in seconds."""
 
     model: Decoder
     device: Device
@@ -56,13 +56,13 @@ class InferenceJob:
     output_tokens: float
     """Mean length of an answer."""
     itl_s: float | None = None
-    """Nine of ten tokens come within it after the one before."""
+    """Promised 90th percentile of the time between tokens."""
     rate_per_s: float | None = None
-    """Requests that arrive, on average."""
+    """Mean rate of requests."""
     max_devices: int = 8
-    """Accelerators of a copy: those of a node."""
+    """Most accelerators of a copy: those of a node."""
     max_accelerators: int = MAX_WORKERS
-    """Accelerators of all copies; by default more than any known pool has."""
+    """Most accelerators of all copies."""
     price_per_hour: float | None = None
     """Price of one accelerator."""
 
@@ -88,21 +88,21 @@ class InferenceJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceRow:
-    """One way to run a copy."""
+    """Prediction for one configuration of a copy."""
 
     num_devices: int
     """Accelerators of one copy, tensor parallel."""
     concurrency: int
-    """Requests a copy works on at a time."""
+    """Concurrent requests of one copy."""
     tokens_per_s: Estimate
     """Tokens per second of one copy."""
     itl_p90_s: Estimate
     chance: float | None
-    """That `itl_s` is kept; None where nothing is promised."""
+    """Probability that `itl_s` is kept; None without a promise."""
     num_copies: int | None
-    """For the rate, at the low end of the tokens' interval; None where no rate was given."""
+    """Copies for the rate, at the low end of the tokens' interval; None without a rate."""
     cost_per_million: Estimate | None
-    """Money for a million tokens of a copy that is busy; None where no price was given."""
+    """Cost of a million tokens of a busy copy; None without a price."""
 
     @property
     def num_accelerators(self) -> int:
@@ -114,20 +114,19 @@ class InferenceRow:
 
     @property
     def is_measured(self) -> bool:
-        """It is what was measured, not a prediction."""
+        """Whether the row was measured."""
         return self.itl_p90_s.source == "measured"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceTable:
-    """Every row, and the one to take."""
+    """All rows, the index of the recommended one, and the reason in words."""
 
     rows: tuple[InferenceRow, ...]
     recommended: int
-    """Its index among the rows."""
     reason: str
-    told: tuple[InferenceRow, ...]
-    """The rows that the reason speaks of."""
+    mentioned: tuple[InferenceRow, ...]
+    """Rows that the reason mentions."""
 
     @property
     def choice(self) -> InferenceRow:
@@ -135,12 +134,13 @@ class InferenceTable:
 
 
 def plan_inference(fit: InferenceModel, job: InferenceJob) -> InferenceTable | Infeasible:
-    """All rows of accelerators 1, 2, 4 … and concurrencies whose memory holds the weights and the
-    cache of at least one request, and the recommended one (`RULE`). Of concurrencies beyond what
-    the cache holds only the least is a row, besides those that were measured: more only wait.
+    """Return a table with a recommended row (`RULE`): all of 1, 2, 4 … accelerators and
+    concurrencies whose memory holds the weights and the cache of at least one request. Of
+    concurrencies beyond the cache only the least, and measured ones, are rows: further requests
+    only wait.
 
     A row keeps the promise if the upper end of its 80 % interval does. Raises `ValueError` for
-    nonsense.
+    invalid numbers.
     """
     counts = [2**power for power in range(20) if 2**power <= job.max_devices]
     runs = [_run(job, count, concurrency) for count in counts for concurrency in CONCURRENCIES]
@@ -173,13 +173,13 @@ def plan_inference(fit: InferenceModel, job: InferenceJob) -> InferenceTable | I
         rows=rows,
         recommended=rows.index(best),
         reason=_what(best, job) + promise,
-        told=(best,) if other is None else (best, other),
+        mentioned=(best,) if other is None else (best, other),
     )
 
 
 def worth_measuring(job: InferenceJob, table: InferenceTable) -> InferenceRow | None:
-    """The row whose measurement is worth most: that which would be taken if every prediction were
-    right. None where it was measured, or its time between tokens is known closely already."""
+    """Return the row whose measurement is most useful: the one that would be chosen if every
+    prediction were exact. None where it was measured, or its interval is already narrow."""
     likely = [row for row in table.rows if _is_allowed(row, job)]
     likely = [row for row in likely if job.itl_s is None or row.itl_p90_s.value <= job.itl_s]
     row = _cheapest(likely, job, _likely_need) if likely else table.choice
@@ -188,12 +188,12 @@ def worth_measuring(job: InferenceJob, table: InferenceTable) -> InferenceRow | 
 
 
 def measure_first(row: InferenceRow) -> str:
-    """A sentence: what to measure, and what that would make of the time between tokens."""
+    """Return a sentence: the row to measure, and the resulting interval between tokens."""
     itl = row.itl_p90_s
     return (
         f"Measure one copy on {in_accelerators(row.num_devices)} with {row.concurrency} at a time "
-        f"first, and hand it to --measured: what is now {_ms(itl.low)} to {_ms(itl.high)} ms "
-        f"between tokens would be known within a factor of {math.exp(Z80 * ITL_REPEAT):.2f}."
+        f"first, and give it with --measured: the time between tokens, now {_ms(itl.low)} to "
+        f"{_ms(itl.high)} ms, would be known within a factor of {math.exp(Z80 * ITL_REPEAT):.2f}."
     )
 
 
@@ -234,12 +234,12 @@ def _row(job: InferenceJob, run: DecodingRun, found: ServingPrediction) -> Infer
 
 
 def _num_copies(job: InferenceJob, rate_per_s: float, tokens_per_s: float) -> int:
-    """That the rate needs where a copy does so many tokens; one for the smallest."""
+    """Number of copies for the rate, at `tokens_per_s` of one copy; at least 1."""
     return max(1, math.ceil(rate_per_s * job.output_tokens / (_HEADROOM * tokens_per_s) - 1e-9))
 
 
 def _chance(estimate: Estimate, within_s: float) -> float:
-    """That the true value is at most `within_s`, the logarithm being normal."""
+    """Probability that the true value is at most `within_s`; its logarithm is normal."""
     half = math.log(estimate.high / estimate.value)
     away = math.log(within_s / estimate.value)
     if half <= 0.0:
@@ -256,26 +256,26 @@ def _cheapest(
     job: InferenceJob,
     need: Callable[[InferenceRow, InferenceJob], float],
 ) -> InferenceRow:
-    """The least need, and of equals the shortest time between tokens. Without a rate needs are no
-    whole numbers: what hardly differs is equal."""
+    """Row with the least need, and of equals the shortest time between tokens. Without a rate needs
+    are not whole numbers, and nearly equal ones count as equal."""
     most = min(need(row, job) for row in rows) * (_ALIKE if job.rate_per_s is None else 1.0)
     return min((row for row in rows if need(row, job) <= most), key=lambda row: row.itl_p90_s.value)
 
 
 def _likely_need(row: InferenceRow, job: InferenceJob) -> float:
-    """`_needed`, were every prediction right."""
+    """`_needed` if every prediction were exact."""
     if job.rate_per_s is None:
         return _needed(row, job)
     return _num_copies(job, job.rate_per_s, row.tokens_per_s.value) * row.num_devices
 
 
 def _needed(row: InferenceRow, job: InferenceJob) -> float:
-    """Accelerators for the rate; without one, for a token a second."""
+    """Accelerators for the rate; without a rate, for one token a second."""
     return 1.0 / row.tokens_per_device_s if job.rate_per_s is None else row.num_accelerators
 
 
 def _where(row: InferenceRow) -> str:
-    """On what a copy runs, and what it works on."""
+    """Describe the accelerators and the concurrency of a copy."""
     at_once = "one request" if row.concurrency == 1 else f"{row.concurrency} requests"
     return f"on {in_accelerators(row.num_devices)}, {at_once} at a time"
 
@@ -305,22 +305,22 @@ def _ms(seconds: float) -> str:
 def _promise(
     choice: InferenceRow, cheapest: InferenceRow, job: InferenceJob, *, sure: bool
 ) -> tuple[str, InferenceRow | None]:
-    """Sentences: with what chance the promise is kept, what counts as kept, and which row would
-    probably do with far less, which comes second; empty where nothing is promised."""
+    """Return sentences about the chance of keeping the promise, and the row that they recommend to
+    measure because it may need far fewer accelerators; empty without a promise."""
     if job.itl_s is None:
         return "", None
     chance, promise = _chance_of(choice), f"{_ms(job.itl_s)} ms"
     if not sure:
-        measure = ": measure it before you promise it, and hand the figure to --measured"
+        measure = ": measure it before you promise it, and give the figure with --measured"
         return (
             f" No row keeps {promise} with the {KEPT:.0%} that count as kept. This one does with "
             f"{chance:.0%}, the best chance for at most {MANY} times the fewest accelerators"
             f"{measure * (not choice.is_measured)}."
         ), None
-    said = f" That keeps {promise} with a chance of {chance:.0%}; {KEPT:.0%} count as kept."
+    text = f" That keeps {promise} with a chance of {chance:.0%}; {KEPT:.0%} count as kept."
     saved = _needed(choice, job) / _needed(cheapest, job)
     if saved <= MANY:
-        return said, None
+        return text, None
     copies = f"copies {_where(cheapest)}"
     if cheapest.num_copies is None:
         who = f"{copies.capitalize()}, with {saved:.0f} times the tokens per accelerator,"
@@ -328,15 +328,15 @@ def _promise(
         who = in_accelerators(cheapest.num_accelerators)
         one = cheapest.num_copies == 1
         who += f" (one copy {_where(cheapest)})" if one else f" ({copies} each)"
-    measure = ": measure that row first, and hand the figure to --measured"
+    measure = ": measure that row first, and give the figure with --measured"
     return (
-        f"{said} {who} would keep it with {_chance_of(cheapest):.0%}"
+        f"{text} {who} would keep it with {_chance_of(cheapest):.0%}"
         f"{', as measured' if cheapest.is_measured else measure}."
     ), cheapest
 
 
 def _chance_of(row: InferenceRow) -> float:
-    """That of keeping the promise, where there is one."""
+    """Probability of keeping the promise; 1 without one."""
     return 1.0 if row.chance is None else row.chance
 
 
@@ -394,6 +394,6 @@ def _out_of_reach(
     return Infeasible(
         asked=f"--itl {_ms(job.itl_s)} ms",
         numbers=f"the fastest is {_what(fastest, job).rstrip('.')}",
-        rule="No row keeps the promise with even chances",
+        rule="No row keeps the promise with a chance of at least one half",
         advice="Promise more time, or use faster accelerators, more of them, or fewer bits.",
     )

@@ -1,1 +1,1 @@
-"""The planner: candidates, rows, the one to take, and what to measure first."""
+"""The planner: candidates, rows, the recommended row, and the next measurement."""

@@ -1,6 +1,5 @@
-"""Which row of a table to take: the cheapest that meets a deadline, the fastest within a budget, or
-the knee of the curve; and the reason in words.
-"""
+"""Choose a row of a plan: the cheapest that meets a deadline, the fastest within a budget, or the
+knee of the speed-up curve; and give the reason in words."""
 
 import math
 from collections.abc import Sequence
@@ -12,18 +11,19 @@ from supple.core.types import Estimate, Infeasible, Plan
 from supple.core.words import accelerator_hours, in_digits, in_words
 
 KEEP_SHARE = 0.8 * KNEE_SHARE
-"""A running job gives workers back only where they add less than this: between the two shares
-nothing changes, so that the scatter of measurements does not send it to and fro."""
+"""A running job releases workers only where they add less than this share. Between it and
+`KNEE_SHARE` nothing changes, so that measurement noise causes no resizes (hysteresis)."""
 _A_GUESS, _MEANINGLESS = 10.0, 1000.0
-"""High over low of a step time from which a recommendation says that it is a guess, and is none."""
+"""Ratios of high to low of a step time from which a recommendation is marked as a guess, and
+refused."""
 _DISAGREE = 2.0
-"""The same of a measured one, from which its repeats are said to disagree."""
+"""The same ratio of a measured step time from which repeats are reported to disagree."""
 _FEWEST = "the fewest here that the job fits on"
 _LARGEST = "the largest count looked at; --max-workers N looks further"
 
 
 class Outcome(Protocol):
-    """What a row must say of its number of workers."""
+    """Fields of a row that the choice needs."""
 
     @property
     def num_workers(self) -> int: ...
@@ -35,13 +35,13 @@ class Outcome(Protocol):
     def accelerator_hours(self) -> Estimate: ...
     @property
     def cost(self) -> Estimate | None:
-        """None where no price is known."""
+        """None without a price."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The index of the row to take, and the reason in words."""
+    """Index of the chosen row, and the reason in words."""
 
     recommended: int
     reason: str
@@ -49,13 +49,13 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanTable:
-    """All rows, by count, the index of the recommended one, and the reason in words."""
+    """All rows by count, the index of the recommended one, and the reason in words."""
 
     rows: tuple[Plan, ...]
     recommended: int
     reason: str
     unit: int = 1
-    """Workers whose speed-up is their own number: 1, or the fewest that a job fits on."""
+    """Reference count of the speed-ups: 1, or the fewest workers that the job fits on."""
 
     @property
     def choice(self) -> Plan:
@@ -65,16 +65,16 @@ class PlanTable:
 def choose(
     rows: tuple[Plan, ...], limits: Limits, objective: Objective, *, unit: int = 1
 ) -> PlanTable | Infeasible:
-    """The row that `take` takes. A step time that is hardly known is said to be; where it says
-    nothing, a knee is refused, but not what surely meets a deadline or a budget."""
+    """Choose a row as `take` does, and report an uncertain step time. A knee is refused where the
+    interval is meaningless; a row that meets a deadline or a budget is not."""
     taken = take(rows, limits, objective, unit=unit)
     if isinstance(taken, Infeasible):
         return taken
     found = PlanTable(rows=rows, recommended=taken.recommended, reason=taken.reason, unit=unit)
     step = found.choice.step_time_s
     ends = f"a step may take {in_digits(step.low)} s or {in_digits(step.high)} s"
-    asked_for_a_limit = objective.deadline_s is not None or objective.budget is not None
-    if step.high > _MEANINGLESS * step.low and not asked_for_a_limit:
+    has_limit = objective.deadline_s is not None or objective.budget is not None
+    if step.high > _MEANINGLESS * step.low and not has_limit:
         return Infeasible(
             asked="a plan",
             numbers=f"on {in_words(found.choice.num_workers)} {ends}, as far as is known",
@@ -82,7 +82,7 @@ def choose(
             advice="Check the measurements against each other (units, batches, sizes) and leave "
             "out what does not fit, or measure again.",
         )
-    compared = found.rows[found.recommended :][: 1 if asked_for_a_limit else 2]
+    compared = found.rows[found.recommended :][: 1 if has_limit else 2]
     doubt = _disagreement(compared)
     if not doubt and is_a_guess(found.choice):
         doubt = f" This is a guess: {ends}. Measure first."
@@ -97,9 +97,8 @@ def take(
     unit: int = 1,
     fewest: str = _FEWEST,
 ) -> Choice | Infeasible:
-    """The row to take, by the objective: the cheapest that meets the deadline, the fastest within
-    the budget, else the knee. Speed-ups are such that `unit` workers have `unit`, which are
-    `fewest` in words."""
+    """Choose a row by the objective: the cheapest that meets the deadline, the fastest within the
+    budget, else the knee. `unit` workers have a speed-up of `unit`; `fewest` describes them."""
     if objective.deadline_s is not None:
         return _for_deadline(rows, objective.deadline_s, limits)
     if objective.budget is not None:
@@ -109,12 +108,12 @@ def take(
 
 
 def is_a_guess(row: Plan) -> bool:
-    """Is the step time too uncertain to rely on?"""
+    """Whether the step time is too uncertain to rely on."""
     return row.step_time_s.high > _A_GUESS * row.step_time_s.low
 
 
 def _disagreement(rows: Sequence[Plan]) -> str:
-    """A sentence on the first of the rows that was measured and is hardly known all the same."""
+    """A sentence about the first measured row whose repeats disagree; empty for none."""
     for row in rows:
         step = row.step_time_s
         if step.source == "measured" and step.high > _DISAGREE * step.low:
@@ -127,8 +126,8 @@ def _disagreement(rows: Sequence[Plan]) -> str:
 
 
 def knee(rows: Sequence[Outcome], *, held: int = 0) -> int:
-    """See `KNEE_RULE`. Speeds are relative to one worker; a step down in speed ends the curve. Up
-    to `held`, the count a job has now, `KEEP_SHARE` is enough."""
+    """Index of the knee by `KNEE_RULE`. Speeds are relative to one worker; the first decrease ends
+    the curve. Up to `held`, the current count of a job, `KEEP_SHARE` is enough."""
     best = 0
     for index in range(1, len(rows)):
         added = rows[index].num_workers - rows[best].num_workers
@@ -141,7 +140,7 @@ def knee(rows: Sequence[Outcome], *, held: int = 0) -> int:
 
 
 def _ends_uncapped(rows: Sequence[Outcome], limits: Limits) -> bool:
-    """Whether the table ends where plans do that nobody gave a cap."""
+    """Whether the table ends at `LARGEST_COUNT`, without a cap by the user."""
     return limits.max_workers is None and rows[-1].num_workers >= LARGEST_COUNT
 
 
@@ -163,7 +162,7 @@ def _knee_reason(
     beyond = _faster_beyond(rows, index, unit)
     if gained <= 0.0:
         return f"{head}; {after.num_workers} would be slower{beyond}. Rule: {KNEE_RULE}."
-    # Rounded down, for 0.498 is less than a share of 0.5 and is not to be read as it.
+    # Rounded down, so that 0.498 is not shown as the share 0.5.
     share = math.floor(100 * gained / (after.num_workers - row.num_workers)) / 100
     return (
         f"{head}; going to {after.num_workers} would add {share:.2f} of a worker's speed "

@@ -1,4 +1,4 @@
-"""Cost of a data-parallel step: every worker has the whole model and a share of the batch."""
+"""Step cost of data parallelism: every worker has the whole model and a share of the batch."""
 
 import math
 from collections.abc import Sequence
@@ -14,25 +14,25 @@ from supple.core.types import Estimate, Infeasible, ParallelLayout, Plan
 from supple.core.words import in_words
 
 _MEMORY_SHARE = 0.92
-"""The share of a device's memory that a plan may use."""
+"""Share of a device's memory that a plan may use."""
 _MAX_ACCUMULATION = 256
-"""Micro-batches of a step up to which a batch is grown; the script's own batch is cut into as many
-as memory needs."""
+"""Most micro-batches of a step for a batch larger than the script's; the script's own batch may
+have as many as memory requires."""
 _SAMPLE_RULE = "every worker takes at least one sample of a batch"
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataParallel:
-    """A `StepCost` from measured step times. Raises `ValueError` for what no job can be."""
+    """`StepCost` from measured step times. Raises `ValueError` for an impossible job."""
 
     step_time: StepTimeModel
     script_batch_size: int
-    """The script's own batch: the largest micro-batch where memory is not known, for it ran."""
+    """The script's batch: the largest micro-batch where memory is unknown, since it ran."""
     memory_model: MemoryModel | None = None
     device_memory_bytes: int | None = None
     largest_micro_batch: int | None = None
-    """What the script caps a micro-batch at, whatever memory would hold."""
+    """The script's own cap of the micro-batch; None: no cap."""
 
     def __post_init__(self) -> None:
         for what, size in (
@@ -41,13 +41,13 @@ class DataParallel:
         ):
             if size is not None and not is_count(size):
                 raise ValueError(
-                    f"a plan was asked for with {what}={size}: it must be a whole number of at "
+                    f"a plan was requested with {what}={size}: it must be a whole number of at "
                     "least 1. Give the script's batch, and no cap where it has none."
                 )
         room = self.device_memory_bytes or 0.0
         if not (isinstance(room, Real) and 0.0 <= room < math.inf):
             raise ValueError(
-                f"a plan was asked for with device_memory_bytes={room}: it must be finite and not "
+                f"a plan was requested with device_memory_bytes={room}: it must be finite and not "
                 "negative. Give None for a memory that is unknown."
             )
 
@@ -57,8 +57,8 @@ class DataParallel:
         return tuple(sorted({step.num_workers for step in self.step_time.steps}))
 
     def candidates(self, count: int, batch_size: int) -> Sequence[Candidate]:
-        """The one with the largest micro-batch that fits; without a known limit, that of the
-        script, which was seen to run."""
+        """Return the candidate with the largest micro-batch that fits; where memory is unknown,
+        the script's batch is the limit, since it ran."""
         most = self._largest_micro_batch()
         if batch_size < count or most < 1:
             return ()
@@ -88,7 +88,7 @@ class DataParallel:
         return self.step_time.ratio(_shape(one), _shape(other))
 
     def memory(self, candidate: Candidate) -> Estimate:
-        """See `StepCost`; 0, assumed, where nothing is known."""
+        """See `StepCost`; 0, `assumed`, without a memory model."""
         if self.memory_model is None:
             return Estimate(value=0.0, low=0.0, high=0.0, source="assumed")
         return self.memory_model.predict(candidate.micro_batch_size)
@@ -115,7 +115,7 @@ class DataParallel:
             asked=f"a plan for at least {in_words(limits.min_workers)}",
             numbers=f"the largest batch this job may have is {most} sample{'s' * (most > 1)}",
             rule=_SAMPLE_RULE,
-            advice="Ask for fewer workers, or give the job a larger batch.",
+            advice="Request fewer workers, or give the job a larger batch.",
         )
 
     def remarks(self, rows: Sequence[Plan], without: Sequence[int], batches: Sequence[int]) -> str:
@@ -125,7 +125,7 @@ class DataParallel:
         return f" Counts above {max(batches)} are left out: {_SAMPLE_RULE}."
 
     def _largest_micro_batch(self) -> int:
-        """By memory, and by the script's own cap; 0 where not one sample fits."""
+        """Largest micro-batch by memory and by the script's cap; 0 where not one sample fits."""
         most = self.script_batch_size
         if self.memory_model is not None and self.device_memory_bytes is not None:
             most = self.memory_model.largest_micro_batch(self.device_memory_bytes * _MEMORY_SHARE)

@@ -1,4 +1,4 @@
-"""How many workers a task deserves, from runs of it that finished on some other numbers."""
+"""Plan the number of workers of a task from its finished runs on other numbers of workers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ _FEWEST = "the fewest in the table"
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
-    """What is predicted of a run on `num_workers`."""
+    """Prediction for a run on `num_workers`."""
 
     num_workers: int
     batch_size: float | None
-    """Samples; None where the runs do not say theirs."""
+    """Global batch size in samples; None where the runs have none."""
     time_to_end_s: Estimate
-    """From the first step to the target."""
+    """Time from the first step to the target."""
     accelerator_hours: Estimate
     cost: Estimate | None
     speedup: Estimate
-    """Relative to the fewest workers in the table, whose speed-up is their own number."""
+    """Relative to the fewest workers in the table, whose speed-up is defined as their number."""
 
 
 @final
@@ -46,8 +46,8 @@ def plan_runs(
     limits: Limits,
     objective: Objective,
 ) -> RunTable | Infeasible:
-    """A row for each of `counts`, one or more, at a global batch of `batch_size` samples (None
-    where the runs do not say theirs), and the one to take by the objective."""
+    """Predict a row for each of `counts`, at least one, at a global batch of `batch_size` samples
+    (None where the runs have none), and choose one by the objective."""
     ordered = sorted(set(counts))
     unit = ordered[0]
     slowest = model.predict(unit, batch_size)

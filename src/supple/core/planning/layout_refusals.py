@@ -1,4 +1,4 @@
-"""Why a plan of layouts has no row for a count, or none at all, and what would give it one."""
+"""Messages for counts without a layout: the reason, and what would give one."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from supple.core.words import in_digits, in_words
 
 
 def none_fits(space: LayoutSpace, limits: Limits, counts: Sequence[int], batch: int) -> Infeasible:
-    """Why none of `counts` has a layout for the script's batch."""
+    """Explain why none of `counts` has a layout for the script's batch."""
     tried = [
         LayoutRun(
             model=space.model,
@@ -35,7 +35,7 @@ def none_fits(space: LayoutSpace, limits: Limits, counts: Sequence[int], batch: 
             asked=f"a layout of {' or '.join(map(str, counts))} accelerators",
             numbers=f"the batch is {batch} sequence{'s' * (batch > 1)}",
             rule=_what_divides(space, batch),
-            advice=_another_batch(space, batch, counts).strip() or "Ask for another count.",
+            advice=_another_batch(space, batch, counts).strip() or "Request another count.",
         )
     least = min(tried, key=lambda run: memory_parts(run, space.optimizer).total)
     parts = memory_parts(least, space.optimizer)
@@ -52,25 +52,25 @@ def none_fits(space: LayoutSpace, limits: Limits, counts: Sequence[int], batch: 
 
 
 def _advice(model: Model, limits: Limits, *, kept: bool) -> str:
-    """`kept`: activations take more than states."""
-    wishes = ["accelerators with more memory"]
+    """Advice for a job that does not fit. `kept`: activations take more than states."""
+    options = ["accelerators with more memory"]
     if limits.max_workers is not None:
-        wishes.append("more of them")
+        options.append("more of them")
     if not kept:
-        wishes.append("a batch that more replicas divide")
+        options.append("a batch that more replicas divide")
     if isinstance(model, Transformer):
         if kept and model.stores_scores:
-            wishes.append("an attention that keeps no scores")
-        wishes.append("shorter sequences" if kept else "an optimizer that keeps less")
-    *others, last = wishes
+            options.append("an attention that keeps no scores")
+        options.append("shorter sequences" if kept else "an optimizer that keeps less")
+    *others, last = options
     return f"Take {', '.join(others)} or {last}." if others else f"Take {last}."
 
 
 def left_out(
     space: LayoutSpace, rows: Sequence[int], without: Sequence[int], batches: Sequence[int]
 ) -> str:
-    """Sentences about the counts beyond the fewest of `rows` that have no row with any of
-    `batches`; empty for none. On smaller ones the job does not fit."""
+    """Sentences about the counts without a row for any of `batches`, above the fewest of `rows`;
+    empty for none. On smaller counts the job does not fit."""
     beyond = [count for count in without if count > rows[0]]
     undivided = [
         count
@@ -79,17 +79,17 @@ def left_out(
     ]
     full = [count for count in beyond if count not in undivided]
     last = rows[-1] if not (undivided and full) else max(beyond)
-    told = ""
+    text = ""
     if undivided:
         another = _another_batch(space, batches[0], undivided)
-        told += f" {_named(undivided, last)} left out: {_what_divides(space, batches[0])}.{another}"
+        text += f" {_named(undivided, last)} left out: {_what_divides(space, batches[0])}.{another}"
     if full:
-        told += f" {_named(full, last)} left out: no layout of them fits into the memory."
-    return told
+        text += f" {_named(full, last)} left out: no layout of them fits into the memory."
+    return text
 
 
-def ran_all_the_same(space: LayoutSpace, rows: Sequence[Plan]) -> str:
-    """Sentences about the rows that were measured although they were not expected to fit."""
+def ran_unexpectedly(space: LayoutSpace, rows: Sequence[Plan]) -> str:
+    """Sentences about measured rows that were not expected to fit."""
     return "".join(
         f" {planned_in_words(row)} ran, though {_gigabytes(row.memory_bytes.high)} were expected "
         f"of {_gigabytes(space.memory_bytes)}."
@@ -99,7 +99,7 @@ def ran_all_the_same(space: LayoutSpace, rows: Sequence[Plan]) -> str:
 
 
 def _named(counts: Sequence[int], last: int) -> str:
-    """All beyond the last count of the table are named by that."""
+    """Name counts in words, as "Counts above N" where all are above the last of the table."""
     if len(counts) == 1:
         return f"{in_words(counts[0])} {'is' if counts[0] == 1 else 'are'}"
     if counts[0] > last:
@@ -115,8 +115,8 @@ def _what_divides(space: LayoutSpace, batch: int) -> str:
 
 
 def _another_batch(space: LayoutSpace, batch: int, counts: Sequence[int]) -> str:
-    """The batch nearest to the job's that replicas of most of `counts` divide, in a sentence; empty
-    where it would be another order of magnitude."""
+    """A sentence with the nearest batch that the replicas of most of `counts` divide; empty where
+    it differs by more than a factor of two."""
     replicas = {count: {dp for _, _, dp in degrees(space, count)} for count in counts}
     near = {
         multiple * dp
@@ -133,8 +133,8 @@ def _another_batch(space: LayoutSpace, batch: int, counts: Sequence[int]) -> str
     if not best:
         return ""
     some = served(best)
-    told = "them" if len(some) == len(counts) else ", ".join(map(str, some))
-    return f" A batch of {best} has layouts of {told}."
+    which = "them" if len(some) == len(counts) else ", ".join(map(str, some))
+    return f" A batch of {best} has layouts of {which}."
 
 
 def _num_parameters(model: Model) -> int:

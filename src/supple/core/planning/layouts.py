@@ -1,4 +1,4 @@
-"""Cost of a step in a layout: replicas, shards, tensor ranks and stages of a model."""
+"""Step cost of layouts: replicas, shards, tensor ranks and stages of a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import final
 from supple.core.layouts.candidates import LayoutSpace, runs_for
 from supple.core.layouts.memory import peak_memory
 from supple.core.layouts.model import LayoutRun
-from supple.core.planning.layout_refusals import left_out, none_fits, ran_all_the_same
+from supple.core.planning.layout_refusals import left_out, none_fits, ran_unexpectedly
 from supple.core.planning.view import Candidate
 from supple.core.spec import Limits
 from supple.core.types import Estimate, Infeasible, Plan
@@ -16,7 +16,7 @@ from supple.core.types import Estimate, Infeasible, Plan
 @final
 @dataclass(frozen=True, slots=True)
 class Layouts:
-    """A `StepCost` of every layout in a space that divides and fits, and of those that ran."""
+    """`StepCost` of all layouts in a space that divide and fit, and of those that ran."""
 
     space: LayoutSpace
 
@@ -26,8 +26,7 @@ class Layouts:
         return tuple(sorted({row.run.layout.world_size for row in self.space.times.measured}))
 
     def candidates(self, count: int, batch_size: int) -> Sequence[Candidate]:
-        """Every layout, with every micro-batch that is a power of two, with and without
-        recomputation."""
+        """Return every layout, every power-of-two micro-batch, with and without recomputation."""
         return [
             Candidate(
                 layout=run.layout,
@@ -67,10 +66,10 @@ class Layouts:
     def remarks(self, rows: Sequence[Plan], without: Sequence[int], batches: Sequence[int]) -> str:
         """See `StepCost`."""
         counts = [row.num_workers for row in rows]
-        return left_out(self.space, counts, without, batches) + ran_all_the_same(self.space, rows)
+        return left_out(self.space, counts, without, batches) + ran_unexpectedly(self.space, rows)
 
     def run_of(self, row: Plan) -> LayoutRun:
-        """What a row of the table runs."""
+        """Return the run of a table row."""
         return LayoutRun(
             model=self.space.model,
             layout=row.layout,

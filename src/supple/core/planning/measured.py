@@ -1,4 +1,4 @@
-"""What was measured of a script, and the job that it is."""
+"""Measurements of a script by `supple plan`, and the planner's view made from them."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -15,21 +15,21 @@ from supple.core.training.throughput import fit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptMeasurements:
-    """Everything that `supple plan` measured of one script on one machine."""
+    """All measurements of one script on one machine by `supple plan`."""
 
     steps: tuple[StepMeasurement, ...]
     collectives: tuple[CollectiveMeasurement, ...]
     memory: tuple[MemoryMeasurement, ...]
     noise_scale: float | None
     startups_s: tuple[float, ...]
-    """From a worker's start to the end of its first step, of every group that was measured."""
+    """Time from a worker's start to the end of its first step, for every measured group."""
     gradient_bytes: int
     dataset_size: int
     epochs: int
     base_batch_size: int
-    """The script's, no more than the dataset has."""
+    """The script's global batch, at most the size of the dataset."""
     largest_micro_batch: int | None
-    """The script's cap, where it has one."""
+    """The script's cap of the micro-batch; None: no cap."""
     base_lr: float
     optimizer_name: str
     device_memory_bytes: int
@@ -38,8 +38,8 @@ class ScriptMeasurements:
 def job_view(
     found: ScriptMeasurements, *, interconnect: str, workers_per_node: int, lr_rule: LrRule
 ) -> JobView:
-    """The job as `supple.core.planning.planner.plan` takes it: measured inside one node, and
-    predicted across nodes with the data sheet of `interconnect`."""
+    """Make the planner's view of a job: measured inside one node, and predicted across nodes with
+    the data sheet of `interconnect`."""
     return JobView(
         cost=DataParallel(
             step_time=fit(

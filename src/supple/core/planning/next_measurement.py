@@ -1,9 +1,9 @@
-"""What to measure before betting on a plan: the cheapest count whose step time, once known, narrows
-the recommended row's interval the most.
+"""Choose the next measurement for a plan: the cheapest count whose measured step time narrows the
+recommended row's interval the most.
 
-A measurement of another configuration, with gradient h of its logarithm and scatter s, takes
-`C h h^T C / (s^2 + h^T C h)` off the parameters' covariance C (linear regression, one observation
-more), and moves the end of what was measured outwards.
+A measurement of another configuration, with gradient h of its logarithm and scatter s, subtracts
+`C h h^T C / (s^2 + h^T C h)` from the parameters' covariance C (linear regression with one more
+observation), and extends the measured range.
 """
 
 import math
@@ -19,23 +19,23 @@ from supple.core.spec import Limits
 from supple.core.words import in_words
 
 _WIDE = 0.2
-"""Half-width, as a fraction, from which a step time is worth a measurement."""
+"""Relative half-width from which a step time is worth a measurement."""
 _CONTRADICTS = 0.5
-"""Scatter of measured layouts from which they are not those of one machine."""
+"""Relative scatter of measured layouts from which they are considered contradictory."""
 _NARROWS = 0.7
-"""A measurement is worth its cost if at most this much of the width is left."""
+"""Largest remaining share of the width at which a measurement is worth its cost."""
 
 
 def what_to_measure_first(table: PlanTable, job: JobView, limits: Limits) -> str:
-    """One sentence with the width of the recommended step time now and after; empty where it is
-    known well, or where nothing smaller would help. Of data parallelism, a count on at most a
-    quarter of the workers. Of layouts, a row of the table on at most a quarter; the recommended one
-    itself where all is a guess and no smaller one helps; or which rows to check."""
+    """Return a sentence that recommends a measurement, with the width of the interval before and
+    after; empty where the step time is well known, or where no smaller count would help. It is on
+    at most a quarter of the recommended workers. For layouts it may also be the recommended row
+    itself, if that is a guess, or the rows to check."""
     match job.cost:
         case DataParallel():
             return _which_count(table, job, job.cost, limits)
         case Layouts():
-            odd = _told_odd(job.cost.space)
+            odd = _describe_outliers(job.cost.space)
             return f"{odd} {_which_layout(table, job.cost)}".strip()
         case _:
             return ""
@@ -59,24 +59,24 @@ def _which_count(table: PlanTable, job: JobView, cost: DataParallel, limits: Lim
     )
 
 
-def _told_odd(space: LayoutSpace) -> str:
-    """Which measured runs were left out of the fit; empty for none."""
+def _describe_outliers(space: LayoutSpace) -> str:
+    """A sentence about measured runs that were left out of the fit; empty for none."""
     if not space.times.odd:
         return ""
-    told = [
+    outliers = [
         f"{run_in_words(row.run.layout, row.run.micro_batch_size, row.run.recompute)} took "
-        f"{row.iteration_s:.3g} s, where the others let "
-        f"{space.times.predict(row.run).value:.3g} s be expected"
+        f"{row.iteration_s:.3g} s, but the other measurements predict "
+        f"{space.times.predict(row.run).value:.3g} s"
         for row in space.times.odd
     ]
-    return f"Left out, check it: {'; '.join(told)}."
+    return f"Left out, check it: {'; '.join(outliers)}."
 
 
 def _which_layout(table: PlanTable, cost: Layouts) -> str:
     chosen = table.choice
     if cost.space.times.scatter > _CONTRADICTS:
         return (
-            "What was measured differs from what one such machine does by a factor of "
+            "The measurements differ from those of one such machine by a factor of "
             f"{math.exp(cost.space.times.scatter):.3g}: check units, batches, sizes and links "
             "first."
         )
@@ -96,13 +96,13 @@ def _which_layout(table: PlanTable, cost: Layouts) -> str:
             f"{chosen.num_workers} from {_shown(now)} to {_shown(left[best])}."
         )
     if is_a_guess(chosen):
-        return f"Measure {planned_in_words(chosen)} itself: no smaller count tells enough."
+        return f"Measure {planned_in_words(chosen)} itself: no smaller count narrows it enough."
     return ""
 
 
 def _cheapest(left: Mapping[int, float], now: float) -> int | None:
-    """The smallest count that narrows `now` enough, and at least half as far (in logarithms) as the
-    best of them; None where none narrows it enough."""
+    """Return the smallest count that narrows the width `now` enough, and at least half as far (in
+    logarithms) as the best one; None where none narrows it enough."""
     if min(left.values(), default=now) > _NARROWS * now:
         return None
     least = max(math.log(1.0 / _NARROWS), 0.5 * math.log(now / min(left.values())))
@@ -110,14 +110,14 @@ def _cheapest(left: Mapping[int, float], now: float) -> int | None:
 
 
 def _shown(half_width: float) -> str:
-    """In words: an interval from the value over a factor to the value times it."""
+    """Describe the interval from the value over a factor to the value times that factor."""
     factor = 1.0 + half_width
     return f"within a factor of {f'{factor:.2f}' if factor < 10 else f'{factor:,.0f}'}"
 
 
 def _candidates(cost: DataParallel, target: int) -> list[int]:
-    """Counts not measured yet: powers of two within a node, a whole node, two and three nodes; at
-    most a quarter of the count they are about, since its own step time needs no model."""
+    """Unmeasured counts: powers of two within a node, a whole node, two and three nodes; at most a
+    quarter of `target`."""
     node = cost.step_time.workers_per_node
     counts = {1 << power for power in range(1, 13) if 1 << power <= node}
     counts |= {node, 2 * node, 3 * node}

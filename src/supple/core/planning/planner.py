@@ -1,8 +1,7 @@
-"""The only place a number of workers, a layout, a batch and a learning rate are chosen.
+"""Plan a job: choose the number of workers, the layout, the batch and the learning rate.
 
-For every count 1, 2, 4, ... the fastest way to compute a step of every batch the job may have, one
-row with everything predicted for the best of them; one row recommended
-(`supple.core.planning.choice`).
+For every count 1, 2, 4, ... it finds the fastest candidate for every allowed batch, and predicts
+one row for the best of them; `supple.core.planning.choice` recommends one row.
 """
 
 from collections.abc import Sequence
@@ -17,18 +16,18 @@ from supple.core.training.learning_rate import planned_rate
 from supple.core.types import BatchPlan, Estimate, Infeasible, Plan
 
 WORTH_A_BATCH = 1.05
-"""Another batch must be faster than the one a job has by this factor."""
+"""Smallest speed-up, as a factor, for which the batch is changed."""
 _GAIN, _GAINLESS_ROWS = 1.05, 2
-"""A table without a cap ends after so many rows in a row that end less than so many times sooner
-than the one before."""
+"""A table without a cap ends after `_GAINLESS_ROWS` consecutive rows that are faster than the
+previous one by less than the factor `_GAIN`."""
 _STEPS_OF_A_DOUBLING = 4
-"""Batches looked at between one and its double."""
+"""Number of batch sizes per doubling."""
 
 
 def plan(job: JobView, limits: Limits, objective: Objective) -> PlanTable | Infeasible:
-    """Rows for 1, 2, 4, ... within the limits, up to where more workers stop helping, for every
-    count that has a way to compute a step, and the one to take; `Infeasible` with the arithmetic
-    where no count has one, or none does what was asked."""
+    """Return a table of rows for 1, 2, 4, ... workers within the limits, up to where more workers
+    stop helping, with a recommended row; `Infeasible` with the arithmetic where no count can
+    compute a step, or none meets the objective."""
     if limits.max_workers is not None and limits.min_workers > limits.max_workers:
         return Infeasible(
             asked=f"a plan for {limits.min_workers} to {limits.max_workers} workers",
@@ -62,8 +61,8 @@ def plan(job: JobView, limits: Limits, objective: Objective) -> PlanTable | Infe
 
 
 def counts_within(limits: Limits) -> list[int]:
-    """The counts a plan is made for: every power of two within the limits, and the limits' own.
-    Without a cap they end at `LARGEST_COUNT`, or at a least count beyond it."""
+    """Return the counts of a plan: the limits, and every power of two between them. Without a cap
+    they end at `LARGEST_COUNT`, or at the least count if that is larger."""
     least = limits.min_workers
     most = limits.max_workers or max(LARGEST_COUNT, least)
     own = {least} if limits.max_workers is None else {least, most}
@@ -72,10 +71,10 @@ def counts_within(limits: Limits) -> list[int]:
 
 
 def batches_for(job: JobView, limits: Limits, count: int = 1) -> list[int]:
-    """The global batches that `count` workers may have, in increasing order: the script's own, and
-    up to the largest that its optimizer allows in steps of a quarter of a doubling, where the batch
-    may grow and something is known of what a larger one is worth. `count` itself is one of them,
-    for with a smaller batch some workers would have no sample."""
+    """Return the allowed global batches of `count` workers, in increasing order: the script's own
+    and, where the batch may grow and its efficiency is known, larger ones in steps of a quarter of
+    a doubling, up to the largest for its optimizer. `count` is included: with a smaller batch some
+    workers would have no sample."""
     base = job.base_batch_size
     if limits.batch == "fixed" or (job.noise_scale is None and job.samples is None):
         return [base]
@@ -93,13 +92,13 @@ def batches_for(job: JobView, limits: Limits, count: int = 1) -> list[int]:
 def row_for(
     job: JobView, limits: Limits, count: int, *, batch_size: int | None = None
 ) -> Plan | None:
-    """Everything predicted for `count` workers, with the batch, layout and learning rate they
-    should have, or with a global batch of `batch_size`; None where they cannot compute it. Raises
-    `ValueError` where either is no whole number of at least 1."""
-    asked = (count,) if batch_size is None else (count, batch_size)
-    if not all(map(is_count, asked)):
+    """Predict the row of `count` workers, with the best batch, layout and learning rate, or with a
+    global batch of `batch_size`; None where they cannot compute it. Raises `ValueError` where
+    either is no whole number of at least 1."""
+    given = (count,) if batch_size is None else (count, batch_size)
+    if not all(map(is_count, given)):
         raise ValueError(
-            f"a row was asked for with count={count}, batch_size={batch_size}: both must be whole "
+            f"a row was requested with count={count}, batch_size={batch_size}: both must be whole "
             "numbers of at least 1. Leave the batch size out to have it chosen."
         )
     unit = _unit(job, limits)
@@ -107,8 +106,8 @@ def row_for(
 
 
 def times_faster(job: JobView, count: int, size: int, *, than: int) -> float:
-    """Goodput of `count` workers at a global batch of `size` over theirs at one of `than`, both by
-    the step time's form, so that no single measurement decides; 0 where they cannot compute it."""
+    """Ratio of the goodput of `count` workers at global batch `size` to that at batch `than`, both
+    by the fitted form, without the noise of single measurements; 0 where they cannot compute it."""
     one, other = _fastest(job, count, size), _fastest(job, count, than)
     if one is None or other is None:
         return 0.0
@@ -116,7 +115,7 @@ def times_faster(job: JobView, count: int, size: int, *, than: int) -> float:
 
 
 def rate_at(job: JobView, size: int) -> tuple[float, str]:
-    """The learning rate at a global batch of `size`, and why, in words."""
+    """Return the learning rate at a global batch of `size`, and the reason in words."""
     return planned_rate(
         job.tuned,
         rule=job.lr_rule,
@@ -129,7 +128,7 @@ def rate_at(job: JobView, size: int) -> tuple[float, str]:
 
 
 def _unit(job: JobView, limits: Limits) -> Candidate | None:
-    """What speed-ups are relative to: the script's batch on the fewest workers that can compute it;
+    """Reference of the speed-ups: the script's batch on the fewest workers that can compute it;
     None where no count can."""
     for count in counts_within(replace(limits, min_workers=1)):
         for size in batches_for(job, limits, count):
@@ -153,7 +152,7 @@ def _best_row(
 
 
 def _fastest(job: JobView, count: int, size: int) -> Candidate | None:
-    """The way to compute a batch that is predicted to take the least time; None for none."""
+    """Candidate with the least predicted step time; None for none."""
     ways: Sequence[Candidate] = job.cost.candidates(count, size)
     if len(ways) < 2:
         return ways[0] if ways else None
@@ -204,7 +203,7 @@ def _row(job: JobView, limits: Limits, way: Candidate, unit: Candidate) -> Plan:
 
 
 def _speedup(job: JobView, way: Candidate, unit: Candidate) -> Estimate:
-    """Goodput over that of the unit, times its workers."""
+    """Goodput relative to the reference `unit`, times its number of workers."""
     before = unit.batch_size
     samples = exact(unit.num_workers * way.batch_size / before)
     useful = worth(job.samples, job.noise_scale, before, way.batch_size)

@@ -1,8 +1,8 @@
-"""One service: what it sees now, and how many replicas it should have next.
+"""Autoscaler of one service: choose the number of replicas from a snapshot of its load.
 
-`scale` is the only place a replica count is chosen; which batches they run, their queues decide,
-request by request (`core.service.queue`). It is pure: the clock, the counters and what
-it remembers are handed in, and the same inputs give the same decision.
+`scale` is the only place where a replica count is chosen; the batches are chosen by each replica's
+queue (`core.service.queue`). It is pure: clock, counters and state are arguments, and the same
+inputs give the same decision.
 """
 
 import math
@@ -22,27 +22,25 @@ from supple.core.service.spec import Slo
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceView:
-    """A snapshot of one service. Counts are of requests unless they name replicas."""
+    """A snapshot of one service. Counts are requests unless replicas are named."""
 
     name: str
     profile: LatencyProfile
-    """Its `startup_s` is the cold start the scaler plans for."""
+    """Latency profile; its `startup_s` is the cold start that the scaler plans for."""
     slo: Slo
     num_arrived: int
-    """All requests since the service began, refused ones included, and one that was asked again as
-    often as it was: a counter, never a rate."""
+    """Counter of all requests since the service began, with refused ones and each retry."""
     num_waiting: int = 0
-    """In the ingress, and in the queues of replicas."""
+    """Requests in the ingress and in the queues of replicas."""
     num_running: int = 0
     num_ready: int = 0
     """Replicas that answer."""
     starting_for_s: tuple[float, ...] = ()
-    """For every replica that is starting: how long already."""
+    """Time since its start, in s, of every replica that is starting."""
     min_replicas: int = 1
     max_replicas: int = 100
     max_batch_size: int = 64
-    """The most a replica takes at once; capacity is planned with less, so that there is room to
-    wait."""
+    """Largest batch of a replica; capacity is planned with a smaller one, to leave time to wait."""
     idle_s: float = 300.0
     """Time without a request after which a service with `min_replicas=0` has none."""
     price_per_hour: float | None = None
@@ -52,57 +50,59 @@ class ServiceView:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleDecision:
-    """The number of replicas to have, ready and starting together."""
+    """The desired number of replicas, ready and starting together."""
 
     service: str
     num_replicas: int
     reason: str
     rate_per_s: float = 0.0
-    """Load planned for: the quantile at the horizon."""
+    """Load that is planned for: the quantile at the horizon."""
     feasible: bool = True
-    """False where a limit, or the model's own speed, keeps the promise from being kept."""
+    """False where a limit or the speed of the model prevents the promise from being kept."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScalerState:
-    """What `scale` remembers of one service between two calls. Start with `ScalerState()`."""
+    """State of `scale` for one service between two calls. Start with `ScalerState()`."""
 
     demand: Demand | None = None
     """None before the first call."""
     num_arrived: int = 0
     busy_s: float = 0.0
-    """When there last was a request."""
+    """Time of the last request."""
     num_replicas: int | None = None
-    """Last decided."""
+    """Last decision."""
     fewer_since_s: float | None = None
-    """Since when fewer would have sufficed without a break."""
+    """Time since which fewer replicas would have sufficed continuously."""
     most_since: int = 0
-    """The most that were needed since then."""
+    """Largest number of replicas needed since then."""
 
 
 USED_MISSES = 0.1
-"""Part of the permitted misses that the past may have used up; the rest is for the unforeseen."""
+"""Share of the permitted misses that the known load may use; the rest is for unforeseen load."""
 MEMORY_S, MEMORY_STARTS = 1200.0, 20.0
-"""Arrivals are remembered so long, and for so many cold starts."""
+"""Length of the memory of arrivals: the longer of a time in s and a number of cold starts."""
 HOLD_S, HOLD_STARTS = 60.0, 2.0
-"""Fewer replicas only after fewer have sufficed for so long, and for so many cold starts."""
+"""Scale down only after fewer replicas have sufficed for this time in s and number of cold starts.
+"""
 CLEARLY_FEWER, PATIENCE = 0.9, 4.0
-"""Fewer by less than a tenth wait so many times longer: every change costs something."""
+"""Factor on that time for a reduction to more than this share: small changes are not worth it."""
 _STEADY = 1e-9
+"""Tolerance of rounding."""
 DRAIN_SHARE = 0.5
-"""A backlog is worked off within this part of the horizon once its replicas are there."""
+"""Share of the horizon within which a backlog is served once its replicas are ready."""
 WOBBLE, WOBBLE_ARRIVALS = 0.05, 1.5
-"""Fewer replicas only if they would do for so much more load, relative and in arrivals."""
+"""Additional load, relative and in arrivals, that fewer replicas must be able to serve."""
 REACTION_S = 2.0
-"""From a change of load to a decision: one bin and one call."""
+"""Time from a change of load to a decision, in s: one bin and one call."""
 
 
 def scale(
     service: ServiceView, state: ScalerState, now: float
 ) -> tuple[ScaleDecision, ScalerState]:
-    """What to have from now on, and what to remember. Call it about once a second; any interval
-    works. `now` is in seconds on a clock that never goes back."""
+    """Return the decision and the next state. Call it about once a second; any interval works.
+    `now` is in seconds on a monotonic clock."""
     profile, slo = service.profile, service.slo
     batch = best_batch(profile, within_s=slo.within_s, most=service.max_batch_size)
     slack = slack_s(profile, batch_size=batch, within_s=slo.within_s)
@@ -119,7 +119,7 @@ def scale(
     target, limit = _limited(service, need.count, idle_for_s=now - busy_s)
     fewer_since, most = None, 0
     if limit != "idle" and target < current <= _ceiling(service):
-        # What one arrival more or less changes must not be let go and asked for in turn.
+        # Avoid repeated down- and upscaling because of single arrivals.
         wobble = max(WOBBLE * load.needed_per_s, WOBBLE_ARRIVALS / load.recent_s)
         safe = _need(service, load, demand, batch, more_per_s=wobble)
         target, limit = _limited(service, safe.count, idle_for_s=0.0)[0], "hold"
@@ -152,7 +152,7 @@ def scale(
 def _observed(
     service: ServiceView, state: ScalerState, now: float, slack: float
 ) -> tuple[Demand, int]:
-    """The demand up to now, and how many requests are new. A counter that fell began anew."""
+    """Return the current demand, and the number of new requests. A counter that fell was reset."""
     if state.demand is None:
         return Demand(begun_s=now, slack_s=slack), 0
     new = service.num_arrived - state.num_arrived
@@ -167,7 +167,7 @@ class _Need:
     count: int
     why: str
     in_time: bool
-    """Can the model, alone on a replica, keep the promise at all?"""
+    """Whether any number of replicas keeps the promise."""
 
 
 def _need(
@@ -178,12 +178,12 @@ def _need(
     *,
     more_per_s: float = 0.0,
 ) -> _Need:
-    """Replicas for the forecast, if it were so much more, and for what will wait; no limit."""
+    """Replicas for the forecast plus `more_per_s`, and for the backlog, without limits."""
     profile, slo = service.profile, service.slo
     capacity = profile.capacity_per_s(batch)
     needed, expected = load.needed_per_s + more_per_s, load.expected_per_s + more_per_s
     for_load = math.ceil(needed / capacity - _STEADY)
-    # What happens within a bin, counts cannot show: the stationary queue sees to that.
+    # Bursts within a bin are not visible in the counts: the stationary queue covers them.
     inside = BIN_S / (BIN_S + demand.slack_s)
     rate = expected + inside * max(0.0, needed - expected)
     stationary = fewest_replicas(
@@ -205,7 +205,7 @@ def _need(
     if for_backlog == count and for_backlog > for_load:
         why = (
             f"{backlog.requests:.0f} requests will wait in {load.horizon_s:.0f} s at "
-            f"{backlog.rate_per_s:.3g}/s, to be worked off in half as long"
+            f"{backlog.rate_per_s:.3g}/s, to be served in half that time"
         )
     else:
         why = _load_in_words(load)
@@ -236,9 +236,9 @@ class _Backlog:
 def _backlog(
     service: ServiceView, demand: Demand, capacity_per_s: float, horizon_s: float
 ) -> _Backlog:
-    """Requests that will wait at the horizon if no further replica is started, at the rate of a
-    quarter of the horizon or what is sure by now: starting replicas help once they are ready.
-    None, where nothing waits now: no replica is missing yet."""
+    """Predict the requests that wait at the horizon if no further replica is started, at the rate
+    of the last quarter of the horizon or the certain rate, if higher. Starting replicas count once
+    they are ready. Zero where no request waits now."""
     if not service.num_waiting:
         return _Backlog(requests=0.0, rate_per_s=0.0)
     recent_s = min(max(0.25 * horizon_s, 3.0), 30.0)
@@ -253,7 +253,7 @@ def _backlog(
 
 
 def _ceiling(service: ServiceView) -> int:
-    """The most replicas that `max_replicas` and the budget allow, never below the minimum."""
+    """Largest number of replicas that `max_replicas` and the budget allow, at least the minimum."""
     most = service.max_replicas
     if service.budget_per_hour is not None and service.price_per_hour is not None:
         most = min(most, math.floor(service.budget_per_hour / service.price_per_hour + _STEADY))
@@ -261,7 +261,7 @@ def _ceiling(service: ServiceView) -> int:
 
 
 def _limited(service: ServiceView, count: int, *, idle_for_s: float) -> tuple[int, str]:
-    """(the count within the limits, the limit that binds or "")."""
+    """Return the count within the limits, and the limit that applies or ""."""
     if service.min_replicas == 0 and idle_for_s >= service.idle_s:
         return 0, "idle"
     least, most = max(service.min_replicas, 1), _ceiling(service)
@@ -279,26 +279,26 @@ def _may_shrink(held_s: float, most: int, current: int, startup_s: float, seen_s
 def _reason(
     service: ServiceView, load: Forecast, need: _Need, current: int, target: int, limit: str
 ) -> str:
-    """The decision in words, with its numbers."""
-    asked = f"{service.slo} needs {need.count}: {need.why}"
+    """Describe the decision with its numbers."""
+    text = f"{service.slo} needs {need.count}: {need.why}"
     match limit:
         case "idle":
-            asked = f"no request for {service.idle_s:.0f} s"
+            text = f"no request for {service.idle_s:.0f} s"
         case "hold":
-            asked += "; fewer must suffice for a while before any is let go"
+            text += "; fewer must suffice for a while before any is stopped"
         case "max":
-            asked += f"; the limit is {target}"
+            text += f"; the limit is {target}"
         case "budget":
-            asked += f"; {service.budget_per_hour:g} an hour pays for {target}"
+            text += f"; {service.budget_per_hour:g} an hour pays for {target}"
         case "min":
-            asked += f"; the minimum is {target}"
+            text += f"; the minimum is {target}"
         case _:
             pass
     if not need.in_time:
-        asked += (
+        text += (
             f"; one prediction alone takes {service.profile.tail_s(1):.3g} s (p99): the promise "
             "cannot be kept at this load"
         )
     if target == current:
-        return f"keep {target}: {asked}"
-    return f"{current} to {target}: {asked}"
+        return f"keep {target}: {text}"
+    return f"{current} to {target}: {text}"

@@ -1,13 +1,11 @@
-"""The load a service must be ready for: a quantile at the time when a new replica could be ready.
+"""Forecast the load of a service: a quantile at the time when a new replica could be ready.
 
-Everything is a capacity, in requests per second, that keeps the promise.
-*Needed*: for every past second, the least constant capacity that would have served it in time.
-Its quantile, weighted by arrivals, is exact if the future is like the memory, whatever the
-distribution. *Projected*: level and trend at the horizon, with room for noise by the index of
-dispersion. *Surprise*: by how much earlier projections fell short of what was needed when their
-time came, as a quantile. A load that can be foreseen is followed; what came as a surprise lately is
-kept in reserve. Only arrivals count, never the queue: what gathers during a cold start is no
-demand.
+All quantities are capacities, in requests per second, that keep the promise. *Needed*: for every
+past second, the least constant capacity that would have served it in time. Its quantile, weighted
+by arrivals, is exact if the future is like the memory, for any distribution. *Projected*: level and
+trend at the horizon, plus noise by the index of dispersion. *Surprise*: the quantile of needed
+minus projected in the past. So predictable load is followed, and recent surprises are kept in
+reserve. Only arrivals count, never the queue: a backlog during a cold start is not demand.
 """
 
 import math
@@ -20,21 +18,23 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 BIN_S = 1.0
-"""Arrivals are counted in bins of so many seconds."""
+"""Width of a bin of arrivals, in s."""
 LONGEST_BACKLOG = 600
-"""Bins that one busy period is followed back."""
+"""Longest window of a busy period, in bins."""
 LEARNING_S = 300.0
-"""History after which the surprises alone tell how wrong a projection can be."""
+"""History, in s, after which the error of a projection is estimated from surprises alone."""
 LEAST_PAST_S = 30.0
-"""History that a projection needs."""
+"""Shortest history for a projection, in s."""
 REFRESH_S = 4.0
-"""After so long without a call, everything known of the memory is computed anew."""
+"""Time without a call, in s, after which all habits are recomputed."""
 LEVEL_Z = 1.2815515655446004
-"""Before that the level is projected at its 90 % quantile."""
+"""Until `LEARNING_S` the level is projected at its 90 % quantile."""
 _STEADY = 1e-9
+"""Tolerance of rounding."""
 _SURE_BINS = 30
+"""Longest window of the certain rate, in bins."""
 _GUESS = 0.9
-"""Quantiles over the memory are looked for above this part of what they were before."""
+"""A quantile over the memory is first searched above this share of its last value."""
 
 
 def _none() -> Floats:
@@ -42,10 +42,10 @@ def _none() -> Floats:
 
 
 def needed_rates(counts: Floats, slack_s: float) -> Floats:
-    """For every bin the least constant capacity (requests/s) with which its last arrival waits at
-    most `slack_s`: the maximum over windows w ending there of arrivals(w) / (w + slack).
+    """Return for every bin the least constant capacity (requests/s) with which its last arrival
+    waits at most `slack_s`: the maximum over windows w ending there of arrivals(w) / (w + slack).
 
-    That is Reich's formula for the backlog of a fluid queue, backlog(t) = max over w of
+    This is Reich's formula for the backlog of a fluid queue, backlog(t) = max over w of
     (arrivals(w) - capacity * w), solved for the capacity where backlog = capacity * slack.
     """
     total = totals(counts)
@@ -57,8 +57,8 @@ def needed_rates(counts: Floats, slack_s: float) -> Floats:
 
 
 def _widths(longest: int) -> list[int]:
-    """1, 2, 3, ... growing by at most an eighth: windows between two of them are covered within
-    that share."""
+    """Window widths 1, 2, 3, ... growing by at most an eighth, which bounds the error of the
+    maximum."""
     widths, width = list[int](), 1
     while width <= min(longest, LONGEST_BACKLOG):
         widths.append(width)
@@ -69,8 +69,8 @@ def _widths(longest: int) -> list[int]:
 def share_quantile(
     values: Floats, weights: Floats, share: float, *, guess: float = math.inf
 ) -> float:
-    """The least of `values` such that those up to it hold `share` of all weight; 0 without any.
-    A `guess` a little below the answer makes it faster to find, and changes nothing."""
+    """Weighted quantile: the least of `values` up to which they have `share` of all weight; 0
+    without weight. A `guess` slightly below the result makes it faster and does not change it."""
     total = float(weights.sum())
     if total <= 0.0:
         return 0.0
@@ -87,16 +87,16 @@ def share_quantile(
 
 
 def totals(counts: Floats) -> Floats:
-    """Running sum of the counts, from zero."""
+    """Running sum of the counts from zero, (bins + 1,)."""
     total = np.zeros(len(counts) + 1)
     np.cumsum(counts, out=total[1:])
     return total
 
 
 def dispersion(total: Floats, width: int) -> float:
-    """Index of dispersion of arrivals in `width` bins, from their `totals`, about a drifting mean:
-    half the mean squared difference of neighbours over their mean (Allan factor); at least 1,
-    Poisson, and drawn to it with the weight of two neighbours."""
+    """Index of dispersion of arrivals in windows of `width` bins, from their `totals`: half the
+    mean squared difference of neighbours over their mean (Allan factor), robust to a drifting mean.
+    At least 1 (Poisson), and shrunk to it with the weight of two neighbours."""
     if len(total) <= 2 * width or total[-1] <= 0.0:
         return 1.0
     sums = total[width:] - total[:-width]
@@ -120,36 +120,36 @@ def effective_bandwidth(mean: float, dispersion: float, slack_s: float, miss: fl
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Habits:
-    """What the memory tells of a load; it changes slowly. Capacities in requests per second."""
+    """Slowly changing statistics of the memory. Capacities in requests per second."""
 
     at_s: float
     turn: int
-    """Which of them is renewed next."""
+    """Index, 0 to 2, of the statistic that is updated next."""
     remembered_per_s: float
     """Capacity that would have kept the promise over the memory."""
     surprise_per_s: float
-    """The quantile of needed minus projected; inf where the past is too short to say."""
+    """The quantile of needed minus projected; inf where the past is too short."""
     dispersion: float
     """Index of dispersion of counts at the horizon's time scale."""
     burst_dispersion: float
-    """The same from bin to bin."""
+    """Index of dispersion from bin to bin."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Demand:
-    """Arrivals of the last while, per bin, what each bin needed, and what had been projected."""
+    """Recent arrivals, needed and projected capacities, three arrays of shape (bins,)."""
 
     begun_s: float
-    """When the bin that is not yet full began."""
+    """Start of the current, incomplete bin."""
     slack_s: float
-    """Seconds a request may wait."""
+    """Longest wait of a request, in s."""
     pending: float = 0.0
-    """Arrivals in it."""
+    """Arrivals in the current bin."""
     counts: Floats = field(default_factory=_none)
     needed: Floats = field(default_factory=_none)
     projected: Floats = field(default_factory=_none)
-    """What was projected at the end of each bin; inf where its past was too short for one."""
+    """Projection made at the end of each bin; inf where the past was too short."""
     habits: Habits | None = None
 
     @property
@@ -157,13 +157,13 @@ class Demand:
         return len(self.counts) * BIN_S
 
     def rate_over(self, seconds: float) -> float:
-        """Requests per second over the last so many seconds, or what there is of them."""
+        """Requests per second over the last `seconds`, or over the shorter history."""
         last = self.counts[-max(1, round(seconds / BIN_S)) :]
         return float(last.sum()) / (len(last) * BIN_S) if len(last) else 0.0
 
     def sure_rate(self) -> float:
-        """Requests per second that go on now, as far as is sure: the largest, over windows of up
-        to half a minute, of the count less two of its Poisson deviations over the window."""
+        """Lower bound of the current requests per second: the largest, over windows of up to half a
+        minute, of the count minus two Poisson standard deviations over the window."""
         last = self.counts[: -_SURE_BINS - 1 : -1]
         if not len(last):
             return 0.0
@@ -171,8 +171,8 @@ class Demand:
         return float(((number - 2.0 * np.sqrt(number)) / _WINDOWS[: len(last)]).max(initial=0.0))
 
     def advance(self, now: float, num_new: int, memory_s: float) -> "Demand":
-        """With `num_new` more arrivals, spread evenly since the last call, until `now`; only the
-        last `memory_s` are kept."""
+        """Return the demand at `now` with `num_new` more arrivals, spread evenly since the last
+        call, keeping the last `memory_s`."""
         elapsed = now - self.begun_s
         pending = self.pending + num_new
         full = math.floor(elapsed / BIN_S + _STEADY)
@@ -193,15 +193,15 @@ class Demand:
         )
 
     def with_slack(self, slack_s: float) -> "Demand":
-        """The same arrivals, asked for another slack."""
+        """Return the demand for another slack."""
         if abs(slack_s - self.slack_s) <= 0.01 * max(slack_s, self.slack_s):
             return self
         needed = needed_rates(self.counts, slack_s)
         return replace(self, slack_s=slack_s, needed=needed, habits=None)
 
     def habits_at(self, now: float, *, horizon_s: float, miss: float) -> Habits:
-        """The habits, up to date: all of them after a pause, else one of three in turn in every
-        bin, and at once what was exceeded. They change slowly, and each costs a pass."""
+        """Return the updated habits: all after a pause, else one of the three in turn per bin, and
+        an exceeded one at once. They change slowly, and each costs a pass over the memory."""
         known = self.habits
         if known is None or now - known.at_s >= REFRESH_S:
             turns, turn = {0, 1, 2}, 0
@@ -235,7 +235,7 @@ class Demand:
         )
 
     def exceeds(self, per_s: float) -> bool:
-        """Did the last bin need more?"""
+        """Whether the last bin needed more than `per_s`."""
         return len(self.needed) > 0 and bool(self.needed[-1] > per_s)
 
     def _surprise(self, horizon_s: float, miss: float, guess: float) -> float:
@@ -246,8 +246,8 @@ class Demand:
         short = self.needed[lag:] - self.projected[:-lag]
         return share_quantile(short, self.counts[lag:], 1.0 - miss, guess=guess)
 
-    def knowing(self, habits: Habits, projected_per_s: float) -> "Demand":
-        """Remembers its habits, and what was projected at the end of the last bin."""
+    def with_projection(self, habits: Habits, projected_per_s: float) -> "Demand":
+        """Return the demand with these habits and the projection at the end of the last bin."""
         projected = self.projected
         if self.seen_s >= LEAST_PAST_S and projected[-1] == math.inf:
             projected = projected.copy()
@@ -264,7 +264,7 @@ class Demand:
 
 
 def _extended(values: Floats, value: float, times: int, keep: int) -> Floats:
-    """`values` and then `value` so many times; the last `keep` of all."""
+    """Append `value` to `values` `times` times, and keep the last `keep` of all."""
     longer = np.empty(min(len(values) + times, keep))
     longer[-times:] = value
     kept = len(longer) - times
@@ -284,22 +284,22 @@ def _needed_last(counts: Floats, slack_s: float) -> float:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """Requests per second at the horizon."""
+    """Forecast of requests per second at the horizon."""
 
     horizon_s: float
     recent_s: float
-    """Over which the level is the mean."""
+    """Time over which the level is averaged."""
     level_per_s: float
     expected_per_s: float
     """Level and trend at the horizon."""
     projected_per_s: float
-    """Capacity for that and its noise."""
+    """Capacity for the expected rate and its noise."""
     habits: Habits
 
     @property
     def needed_per_s(self) -> float:
-        """Capacity for the projection and its usual surprise, but for no more than was needed
-        lately, and no less than projected."""
+        """Capacity for the projection plus the usual surprise, limited to the capacity needed in
+        the memory, and at least the projection."""
         surprised = self.projected_per_s + self.habits.surprise_per_s
         return max(self.projected_per_s, min(self.habits.remembered_per_s, surprised))
 
@@ -307,8 +307,8 @@ class Forecast:
 def forecast(
     demand: Demand, *, now: float, horizon_s: float, miss: float
 ) -> tuple[Forecast, Demand]:
-    """The load at `now + horizon_s`, where a share `miss` of the requests may wait longer than the
-    demand's slack; and the demand, which remembers what was projected."""
+    """Forecast the load at `now + horizon_s`, where a share `miss` of the requests may wait longer
+    than the demand's slack; also returns the demand with this projection."""
     habits = demand.habits_at(now, horizon_s=horizon_s, miss=miss)
     recent_s = min(max(horizon_s, 30.0), 300.0)
     level = demand.rate_over(recent_s)
@@ -328,11 +328,11 @@ def forecast(
         projected_per_s=projected,
         habits=habits,
     )
-    return found, demand.knowing(habits, projected)
+    return found, demand.with_projection(habits, projected)
 
 
 def _slope(counts: Floats, dispersion: float) -> float:
-    """Requests/s gained per second, by least squares, shrunk by how sure it is: t^2 / (1 + t^2)."""
+    """Least-squares trend in requests/s per second, shrunk by t^2 / (1 + t^2)."""
     number = len(counts)
     mean = float(counts.sum()) / max(number, 1)
     if number * BIN_S < LEAST_PAST_S or mean <= 0.0:

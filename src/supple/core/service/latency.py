@@ -1,8 +1,8 @@
-"""A service's latency: what was measured of its model, and the distribution under load.
+"""Latency of a service: the measured profile of its model, and the distribution under load.
 
 `LatencyProfile` holds measured seconds against batch size and the affine fit through them.
 `latency` turns (profile, rate, dispersion, replicas, batch) into a `Latency`. Stationary queueing
-formulas hold for short windows only: real traffic changes its rate, which `core.forecast` sees.
+formulas are valid for short windows only; `core.service.forecast` covers changes of the rate.
 """
 
 import math
@@ -15,8 +15,9 @@ from supple.core.spec import is_count
 from supple.core.types import ParallelLayout
 
 BATCH_SHARE = 0.5
-"""A batch that capacity is planned with, and the one it finds half done, may take this part of the
-promised time; the queue has the rest. When more has gathered, replicas run larger ones."""
+"""Share of the promised time for a batch, with the rest of the batch that a request finds running;
+the remainder is for the queue. Capacity is planned so; under a backlog, replicas run larger ones.
+"""
 
 _Z99 = 2.3263478740408408
 """The 99 % quantile of the standard normal distribution."""
@@ -25,12 +26,12 @@ _BISECTIONS = 60
 
 
 class ProfileError(ValueError):
-    """Measurements that cannot be a profile. The message is complete."""
+    """Invalid measurements of a profile, with a complete message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyPoint:
-    """Seconds one prediction of `batch_size` inputs took, over `num_samples` repetitions."""
+    """Measured seconds of a prediction of `batch_size` inputs, over `num_samples` repetitions."""
 
     batch_size: int
     p50_s: float
@@ -41,16 +42,16 @@ class LatencyPoint:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyProfile:
-    """What was measured of one model on one replica, and `seconds = fixed + item * batch`.
+    """Measurements of one model on one replica, and the fit `seconds = fixed + item * batch`.
 
-    The fit minimises squared *relative* errors of the medians with both terms at least zero.
+    The fit minimises squared *relative* errors of the medians, with both terms at least zero.
     """
 
     points: tuple[LatencyPoint, ...]
     startup_s: float
-    """From asking for a replica to its first answer."""
+    """Time from the request for a replica to its first answer, in s."""
     memory_bytes: int = 0
-    """Peak of one replica; 0 where nobody measured."""
+    """Peak memory of one replica; 0 where not measured."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     """Devices one replica spans."""
     fixed_s: float = field(init=False)
@@ -85,21 +86,21 @@ class LatencyProfile:
 
     @classmethod
     def constant(cls, service_s: float, *, startup_s: float) -> "LatencyProfile":
-        """One input at a time, always `service_s` seconds."""
+        """Return the profile of one input at a time, always `service_s` seconds."""
         point = LatencyPoint(batch_size=1, p50_s=service_s, p99_s=service_s)
         return cls(points=(point,), startup_s=startup_s)
 
     @property
     def largest_batch(self) -> int:
-        """The largest measured batch size: beyond it the fit is a guess."""
+        """Largest measured batch size; beyond it the fit is an extrapolation."""
         return self.points[-1].batch_size
 
     def seconds(self, batch_size: float) -> float:
-        """Median seconds of one prediction of `batch_size` inputs, by the fit."""
+        """Median seconds of a prediction of `batch_size` inputs, by the fit."""
         return self.fixed_s + self.item_s * batch_size
 
     def tail_s(self, batch_size: float) -> float:
-        """Its 99 % quantile in seconds."""
+        """99 % quantile of the seconds of a prediction of `batch_size` inputs, by the fit."""
         return self.spread * self.seconds(batch_size)
 
     def capacity_per_s(self, batch_size: int) -> float:
@@ -108,11 +109,11 @@ class LatencyProfile:
 
 
 def _affine(points: tuple[LatencyPoint, ...]) -> tuple[float, float]:
-    """(fixed, per input) seconds: relative least squares, both at least zero."""
+    """Fit (fixed, per input) seconds by relative least squares, both at least zero."""
     sizes = np.array([float(p.batch_size) for p in points])
     times = np.array([p.p50_s for p in points])
     if len(set(sizes.tolist())) == 1:
-        # One batch size says nothing about the slope: a batch costs its inputs.
+        # One batch size does not determine the slope: assume no fixed part.
         return 0.0, float(np.median(times) / sizes[0])
     rows = np.stack((1.0 / times, sizes / times), axis=1)
     solved = np.linalg.lstsq(rows, np.ones(len(points)))[0]
@@ -125,15 +126,15 @@ def _affine(points: tuple[LatencyPoint, ...]) -> tuple[float, float]:
 
 
 def _scale_of(column: np.ndarray) -> float:
-    """The factor that brings `column` closest to one in least squares."""
+    """Least-squares factor that brings `column` closest to one."""
     return float(column.sum() / (column @ column))
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """Latency of one request: normal seconds in a batch, plus, with `wait_probability`, an
-    exponential wait in the queue. All zero probability of an answer where `stable` is false."""
+    """Latency distribution of a request: normal time in a batch plus, with `wait_probability`, an
+    exponential wait in the queue. Where not `stable`, no request is answered in time."""
 
     stable: bool
     utilisation: float
@@ -146,7 +147,7 @@ class Latency:
     wait_decay_per_s: float
 
     def attainment(self, within_s: float) -> float:
-        """The share of requests answered within so many seconds."""
+        """Share of requests that are answered within `within_s` seconds."""
         if not self.stable:
             return 0.0
         served = _normal(within_s - self.middle_s, self.deviation_s)
@@ -158,7 +159,7 @@ class Latency:
         return (1.0 - self.wait_probability) * served + self.wait_probability * waited
 
     def quantile(self, share: float) -> float:
-        """The seconds within which this share of requests is answered; inf where unstable."""
+        """Seconds within which this share of requests is answered; inf where unstable."""
         if not self.stable:
             return math.inf
         low, high = 0.0, self.middle_s + 10.0 * self.deviation_s
@@ -193,16 +194,16 @@ def latency(
     num_replicas: int,
     max_batch_size: int,
 ) -> Latency:
-    """The latency of requests that arrive at `rate_per_s` with an index of dispersion of counts of
-    `dispersion` (1: Poisson), served in order by `num_replicas` that take what waits, up to
-    `max_batch_size`, whenever they are free.
+    """Predict the latency of requests that arrive at `rate_per_s` with an index of dispersion of
+    `dispersion` (1: Poisson), served in order by `num_replicas`, each of which takes the waiting
+    requests, up to `max_batch_size`, when it is free.
 
     Batch: the fixed point b = rate per replica * seconds(b) (Inoue 2021). Probability of a wait:
     Sakasegawa's form of Erlang C. Decay of the wait: the diffusion of a bulk-service queue,
     2 (m - r) / (d (r/m)^(1/3) + b s2) for rate r, capacity m, dispersion d, batch b and squared
     coefficient of variation s2 of service; with b = 1 and r near m that is Kingman and
     Allen-Cunneen. The cube root is our fit of the exact decay of M/D/1 (within 2 % from r = 0.2 m
-    on), where the diffusion is up to two times off.
+    on), where the diffusion is wrong by up to a factor of two.
     """
     share = rate_per_s / num_replicas
     capacity = num_replicas * profile.capacity_per_s(max_batch_size)
@@ -214,7 +215,7 @@ def latency(
     deviation = middle * (profile.spread - 1.0) / _Z99
     power = math.sqrt(2.0 * (num_replicas + 1)) - 1.0
     if max_batch_size > 1:
-        # A request finds batches half done, whatever the queue: up to one more batch of waiting.
+        # Even without a queue a request waits for the rest of a running batch.
         busy = min(1.0, share * profile.seconds(1)) ** power
         deviation = math.hypot(deviation, middle * math.sqrt(busy / 12.0))
         middle += 0.5 * busy * middle
@@ -252,8 +253,8 @@ def fewest_replicas(
     most: int,
     least: int = 1,
 ) -> int | None:
-    """The fewest replicas from `least` to `most` of which `latency` says that `share` of the
-    requests is answered within `within_s`; None where even `most` are too few."""
+    """Return the fewest replicas, from `least` to `most`, for which `latency` predicts that `share`
+    of the requests is answered within `within_s`; None where even `most` are too few."""
 
     def enough(count: int) -> bool:
         predicted = latency(
@@ -280,15 +281,15 @@ def fewest_replicas(
 
 
 def slack_s(profile: LatencyProfile, *, batch_size: int, within_s: float) -> float:
-    """Seconds a request may wait for others and still be answered in time: the promise, less its
-    own batch (p99) and less the part of a batch it may find half done."""
+    """Longest wait of a request that is still answered in time, in s: the promise minus its own
+    batch (p99) and minus the rest of a running batch."""
     found = profile.seconds(batch_size) * (1.0 - 1.0 / batch_size)
     return max(0.0, within_s - profile.tail_s(batch_size) - found)
 
 
 def best_batch(profile: LatencyProfile, *, within_s: float, most: int) -> int:
-    """The batch size (a measured power of two, at most `most`) with the highest capacity that takes
-    at most `BATCH_SHARE` of the promised time; else 1."""
+    """Return the batch size (a measured power of two, at most `most`) with the highest capacity
+    that takes at most `BATCH_SHARE` of the promised time; else 1."""
     best, size = 1, 2
     while size <= min(most, profile.largest_batch):
         room = slack_s(profile, batch_size=size, within_s=within_s)

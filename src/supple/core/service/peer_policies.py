@@ -1,10 +1,11 @@
-"""How others choose a replica count, from their published formulas and defaults, to compare with.
+"""Autoscaling policies of other systems, for comparison, from their published formulas and
+defaults.
 
-Ray Serve (`serve/autoscaling_policy.py`), Knative's pod autoscaler, the best constant count, and
-a clairvoyant. They decide on what a service shows at every simulated tick. Their services are
-Supple's (`simulator`), which refuse who would be late; with queues of their own, which answer late,
-those that scale on requests in hand would see longer queues and ask for more. Their proxies and
-measuring delays are left out, which flatters them.
+Ray Serve (`serve/autoscaling_policy.py`), Knative's pod autoscaler, the best constant count, and a
+clairvoyant policy. They decide at every simulated tick. Their services are Supple's (`simulator`),
+which refuse late requests; with their own queues, which answer late, policies that scale on ongoing
+requests would see longer queues and request more replicas. Their proxies and measuring delays are
+not simulated, which favours them.
 """
 
 import math
@@ -30,8 +31,8 @@ def _decision(service: ServiceView, count: int, reason: str) -> ScaleDecision:
 
 @final
 class RayServePolicy:
-    """Ongoing requests, averaged over a look-back and pushed at intervals, over a target; applied
-    when it points the same way for longer than a delay."""
+    """Ray Serve: ongoing requests, averaged over a look-back and reported at intervals, over a
+    target; applied when the direction is unchanged for longer than a delay."""
 
     def __init__(
         self,
@@ -70,13 +71,14 @@ class RayServePolicy:
         ):
             self.wanted, self.direction = desired, 0
         return _decision(
-            service, self.wanted, f"{self.ongoing:.3g} ongoing requests ask for {desired}"
+            service, self.wanted, f"{self.ongoing:.3g} ongoing requests need {desired}"
         )
 
 
 @final
 class KnativePolicy:
-    """Mean concurrency over a stable and a panic window, at 70 % of one request per replica."""
+    """Knative: mean concurrency over a stable and a panic window, at 70 % of one request per
+    replica."""
 
     tick_s, stable_s, panic_s, target, threshold = 2.0, 60.0, 6.0, 0.7, 2.0
 
@@ -122,7 +124,7 @@ class KnativePolicy:
 
 @final
 class StaticPolicy:
-    """Always the same count."""
+    """Constant count."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -133,8 +135,8 @@ class StaticPolicy:
 
 @final
 class ClairvoyantPolicy:
-    """The largest rate over five seconds that the trace will have until a cold start and half a
-    minute from now, at 90 % utilisation."""
+    """Clairvoyant: 90 % utilisation at the largest rate over five seconds that the trace will have
+    within the next cold start plus half a minute."""
 
     window_s, ahead_s, utilisation = 5.0, 30.0, 0.9
 
@@ -160,8 +162,8 @@ class ClairvoyantPolicy:
 
 
 def static_count(scenario: Scenario) -> int:
-    """The fewest constant replicas that keep the scenario's promise, by a fluid queue from which
-    what would be late is refused."""
+    """Return the fewest constant replicas that keep the scenario's promise, by a fluid queue that
+    refuses late requests."""
     profile, size = scenario.profile, scenario.max_batch_size
     seconds = np.arange(math.ceil(float(scenario.arrivals_s[-1])) + 2.0)
     counts: list[int] = np.histogram(scenario.arrivals_s, bins=seconds)[0].tolist()
@@ -182,11 +184,11 @@ def static_count(scenario: Scenario) -> int:
 
 
 PEERS = (*("supple", "ray_serve_default", "ray_serve_tuned", "knative", "static", "clairvoyant"),)
-"""Names of the policies that are compared."""
+"""Names of the compared policies."""
 
 
 def policies(scenario: Scenario) -> dict[str, Policy]:
-    """A fresh policy for this scenario under every name of `PEERS`."""
+    """Return a new policy for this scenario for every name of `PEERS`."""
     tuned = RayServePolicy(
         target_ongoing=1.0,
         upscale_delay_s=3.0,

@@ -1,15 +1,15 @@
-"""The queue of one replica: requests in the order of their deadlines, batches formed to them.
+"""Deadline queue of one replica: admission of requests and batches by deadline.
 
-`DeadlineQueue` keeps a plan: what is answered when, if nothing else comes and every batch takes
-the tail of the profile (replicas put their `PLANNED_QUANTILE` there, not the 99 % quantile). A
-request is taken in if the plan answers it in time and breaks no promise already given; otherwise it
-is refused at once, with the seconds after which it would be taken in. A batch grows while its most
-urgent request stays in time; nobody waits for company. Where time was lost and not all can be
-answered, requests that force small batches go first if that loses fewer (Nexus' early drop, SOSP
-2019, section 4.3).
+`DeadlineQueue` keeps a plan of answer times, assuming no further arrivals and that every batch
+takes the tail of the profile (in replicas the `PLANNED_QUANTILE`, not the 99 % quantile). A request
+is admitted if the plan answers it in time and all admitted ones stay in time; otherwise it is
+refused at once, with the seconds after which it would be admitted. A batch grows while its most
+urgent request stays in time; it never waits for more requests. Where time was lost and not all
+requests can be answered, those that force small batches are dropped first if that drops fewer
+(Nexus' early drop, SOSP 2019, section 4.3).
 
-The shell tells every event with its time: `offer`, `take` when the model is free, `done`, `cancel`.
-A replica is one shell (`serve.executor`), the simulator the other.
+The caller (a replica's `serve.executor`, or the simulator) reports every event with its time:
+`offer`, `take` when the model is free, `done`, `cancel`.
 """
 
 from bisect import bisect_left, insort
@@ -27,30 +27,30 @@ LAST_PRIORITY: Final = 9
 DEADLINE_SHARE: Final = 0.9
 """Share of the promised latency that the queue plans with; the rest is for reading and writing."""
 PLANNED_QUANTILE: Final = 0.9
-"""The quantile of a batch's time that the queue plans with: a plan is several batches, so that
-their sum is rarer."""
+"""Quantile of a batch's time that the queue plans with. A plan has several batches, and their sum
+exceeds the sum of the quantiles less often."""
 _SHORTEST_RETRY_S: Final = 1e-3
 _ROUNDING_S: Final = 1e-9
-"""What sums of seconds may be off by."""
+"""Rounding error of sums of seconds."""
 
 
 def deadline_at(now: float, within_s: float) -> float:
-    """The deadline of a request that reaches its replica `now` and allows `within_s` seconds."""
+    """Return the deadline of a request that reaches its replica `now` and allows `within_s` s."""
     return now + DEADLINE_SHARE * within_s
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ticket:
-    """One request as the queue knows it."""
+    """One request in the queue."""
 
     number: int
-    """Its name; later requests have larger ones."""
+    """Identifier; later requests have larger ones."""
     deadline_s: float
-    """On the clock of `now`; infinite for one that waits as long as it must."""
+    """Deadline on the clock of `now`; infinite for a request without one."""
     rows: int = 1
     priority: int = DEFAULT_PRIORITY
-    """Smaller is answered first, whatever the deadlines."""
+    """Smaller is answered first, before any deadline."""
     kind: Hashable = None
     """Only requests of equal kind can be in one batch."""
 
@@ -58,18 +58,18 @@ class Ticket:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """A request that is not answered by the model, and when it would be taken in."""
+    """A refused request, and when it would be admitted."""
 
     number: int
     retry_after_s: float
-    """If nothing else came until then."""
+    """Assuming no further arrivals."""
     reason: str
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextBatch:
-    """What to run now, and who is refused; the batch is empty if nobody is left waiting."""
+    """The batch to run now, and the refused requests; the batch is empty if none is left."""
 
     batch: tuple[Ticket, ...]
     refused: tuple[Refusal, ...]
@@ -80,8 +80,8 @@ _NOBODY: Final = NextBatch(batch=(), refused=())
 
 @final
 class _Plan:
-    """Batches laid one after another from `start_s`, each ticket in the last batch of its kind if
-    it has room and time. Requests of several kinds make it an estimate, one kind makes it exact."""
+    """Plan of consecutive batches from `start_s`: each ticket joins the last batch of its kind if
+    rows and time allow it. Exact for requests of one kind, an estimate for several."""
 
     __slots__ = ("_fixed_s", "_item_s", "_max_rows", "_open", "all_in_time", "end_s", "start_s")
 
@@ -94,9 +94,9 @@ class _Plan:
         self.end_s = start_s
         self.all_in_time = True
 
-    def add(self, ticket: Ticket, *, whatever: bool = False) -> float:
-        """When `ticket` is answered. It is in the plan now unless that is too late; `whatever`: it
-        is in any case."""
+    def add(self, ticket: Ticket, *, force: bool = False) -> float:
+        """Return when `ticket` is answered, and add it to the plan if that is in time, or if
+        `force`."""
         rows, deadline_s = self._open.get(ticket.kind, (self._max_rows, 0.0))
         rows += ticket.rows
         deadline_s = min(deadline_s, ticket.deadline_s)
@@ -104,18 +104,18 @@ class _Plan:
         if rows > self._max_rows or end_s > deadline_s + _ROUNDING_S:
             rows, deadline_s, end_s = ticket.rows, ticket.deadline_s, end_s + self._fixed_s
         in_time = end_s <= ticket.deadline_s + _ROUNDING_S
-        if whatever or in_time:
+        if force or in_time:
             self.all_in_time &= in_time
             self._open[ticket.kind] = rows, deadline_s
             self.end_s = end_s
         return end_s
 
     def add_all(self, tickets: Iterable[Ticket]) -> list[Ticket]:
-        """Add those that can be answered in time; returns the others."""
+        """Add the tickets that can be answered in time, and return the others."""
         return [t for t in tickets if self.add(t) > t.deadline_s + _ROUNDING_S]
 
     def shift_to(self, start_s: float) -> None:
-        """Begin later, if at all; who is in time then is not known."""
+        """Move the plan to a later start; `all_in_time` is then unknown and set to False."""
         if start_s > self.start_s:
             self.end_s += start_s - self.start_s
             self.start_s = start_s
@@ -124,10 +124,10 @@ class _Plan:
 
 @final
 class DeadlineQueue:
-    """Requests that wait for one model, which runs one batch at a time."""
+    """Queue of requests for one model, which runs one batch at a time."""
 
     def __init__(self, profile: LatencyProfile, *, max_batch_size: int, max_waiting: int) -> None:
-        """Holds at most `max_waiting` requests; a batch has at most `max_batch_size` rows."""
+        """Queue of at most `max_waiting` requests, batches of at most `max_batch_size` rows."""
         self._profile = profile
         self._max_rows = max_batch_size
         self._max_waiting = max_waiting
@@ -143,12 +143,12 @@ class DeadlineQueue:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all that wait."""
+        """Total rows of the waiting requests."""
         return self._num_rows
 
     @property
     def waiting(self) -> Sequence[Ticket]:
-        """In the order in which they are answered."""
+        """Waiting requests in the order in which they are answered."""
         return [self._tickets[number] for _, _, number in self._order]
 
     def renew(self, profile: LatencyProfile) -> None:
@@ -157,9 +157,9 @@ class DeadlineQueue:
         self._plan = None
 
     def offer(self, ticket: Ticket, now: float) -> tuple[Refusal, ...]:
-        """Who is refused because this request came: itself, or less important ones that it
-        displaced; mostly nobody. A model that has nothing to do refuses nobody whose deadline has
-        not passed: it may be late, but nothing is won by letting it idle."""
+        """Add a request, and return the requests that are refused because of it: itself, or less
+        important ones that it displaces; usually none. An idle model admits any request whose
+        deadline has not passed, even if its answer may be late."""
         if ticket.rows > self._max_rows:
             raise ValueError(f"{ticket.rows} rows do not fit a batch of {self._max_rows}")
         if not self._order and self._busy_until_s is None and ticket.deadline_s > now:
@@ -177,16 +177,16 @@ class DeadlineQueue:
         return self._offer_between(ticket, now)
 
     def take(self, now: float) -> NextBatch:
-        """The batch to run now and who is refused for lack of time. The model counts as busy until
-        `done` if the batch is not empty."""
+        """Return the batch to run now, and the requests refused for lack of time. The model counts
+        as busy until `done` if the batch is not empty."""
         if not self._order:
             return _NOBODY
         tickets = self.waiting
-        # One alone keeps the model at work, late or not.
+        # A single request is run even if it will be late.
         alone = len(tickets) == 1 and tickets[0].deadline_s > now
         lost = [] if alone else self._lost(tickets, now)
         if len(lost) == len(tickets):
-            # All are late: whoever has most time left, if anybody has, keeps the model at work.
+            # All would be late: run the request with the most time left, if any has time left.
             alive = [t for t in tickets if t.deadline_s > now]
             batch = [max(alive, key=lambda t: (-t.priority, t.deadline_s))] if alive else []
             lost = [t for t in tickets if t not in batch]
@@ -201,11 +201,11 @@ class DeadlineQueue:
         return NextBatch(batch=tuple(batch), refused=tuple(self._refusal(t, now) for t in lost))
 
     def done(self) -> None:
-        """The model is free."""
+        """Record that the model is free."""
         self._busy_until_s = None
 
     def cancel(self, number: int) -> bool:
-        """Let the request go; whether it was still waiting."""
+        """Remove the request, and return whether it was still waiting."""
         ticket = self._tickets.get(number)
         if ticket is not None:
             self._remove(ticket)
@@ -240,11 +240,11 @@ class DeadlineQueue:
         return tuple(self._refusal(displaced, now) for displaced in new)
 
     def _lost(self, tickets: Sequence[Ticket], now: float) -> list[Ticket]:
-        """Who cannot be answered in time: by the plan in order, or, if that loses fewer, by a plan
-        without those too urgent for as large a batch as could be run."""
+        """Requests that cannot be answered in time: by the plan in order or, if that loses fewer,
+        by a plan without those too urgent for the largest possible batch."""
         plan = self._plan
         if plan is not None and plan.all_in_time and now <= plan.start_s and len(self._kinds) == 1:
-            return []  # what begins earlier than planned ends earlier
+            return []  # batches that begin earlier than planned end earlier
         lost = _Plan(self._profile, self._max_rows, now).add_all(tickets)
         if not lost:
             return lost
@@ -256,8 +256,8 @@ class DeadlineQueue:
         return min(lost, fewer, key=_weight)
 
     def _form(self, tickets: Sequence[Ticket], now: float) -> list[Ticket]:
-        """The first batch of the plan for `tickets`, all of which can be answered in time. Later
-        ones of its kind join while that makes none of those they overtake late."""
+        """First batch of the plan for `tickets`, all of which can be answered in time. Later
+        tickets of its kind join while none of those they overtake becomes late."""
         head = tickets[0]
         if len(self._kinds) > 1:
             plan = _Plan(self._profile, self._max_rows, now)
@@ -294,20 +294,21 @@ class DeadlineQueue:
         if self._plan is None:
             self._plan = _Plan(self._profile, self._max_rows, start_s)
             for ticket in self.waiting:
-                self._plan.add(ticket, whatever=True)
+                self._plan.add(ticket, force=True)
         self._plan.shift_to(start_s)
         return self._plan
 
     def _refusal(self, ticket: Ticket, now: float, *, full: bool = False) -> Refusal:
-        """At the end of the plan the model is idle and takes anyone; earlier, whoever comes last
-        and has time for the rest of it and for a batch of its own."""
+        """Refusal with the time of the earliest retry: the end of the plan, when the model is idle,
+        or earlier if the request is last and has time for the rest of the plan and its own batch.
+        """
         plan = self._planned(now)
         left_s = max(0.0, plan.end_s - now)
         allowed_s = max(0.0, ticket.deadline_s - now)
         alone_s = self._profile.tail_s(ticket.rows)
         retry_s = min(left_s, max(0.0, left_s + alone_s - allowed_s))
         if self._order and _key(ticket) < self._order[-1]:
-            retry_s = left_s  # it would go before some, whose promises count
+            retry_s = left_s  # it would overtake admitted requests
         reason = (
             f"behind {len(self._order)} waiting requests of {self._num_rows} rows the answer would "
             f"take {latency_text(left_s + alone_s)}, and the request allows "
@@ -341,6 +342,6 @@ def _key(ticket: Ticket) -> tuple[int, float, int]:
 
 
 def _weight(tickets: Iterable[Ticket]) -> list[int]:
-    """How much it hurts to lose these: the important first, then how many."""
+    """Sort key for the cost of losing these: number of requests by priority."""
     lost = Counter(t.priority for t in tickets)
     return [lost[priority] for priority in range(FIRST_PRIORITY, LAST_PRIORITY + 1)]

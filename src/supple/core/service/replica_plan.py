@@ -1,5 +1,4 @@
-"""How many replicas keep a latency promise at a rate of requests, and which batch size one should
-take."""
+"""Plan the number of replicas for a latency promise and a request rate, and the batch size."""
 
 import math
 from dataclasses import dataclass
@@ -11,30 +10,30 @@ from supple.core.types import Infeasible
 from supple.core.words import in_digits
 
 _POISSON = 1.0
-"""Index of dispersion of the arrivals: of independent callers."""
+"""Index of dispersion of the arrivals of independent callers (Poisson)."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaRow:
-    """What is predicted of `num_replicas` under the rate."""
+    """Prediction for `num_replicas` at the given rate."""
 
     num_replicas: int
     batch_size: int
-    """The most requests in one prediction."""
+    """Largest number of requests in one prediction."""
     utilisation: float
-    """The rate over what they can answer with full batches; 1 and more cannot be kept up with."""
+    """Rate over the capacity with full batches; from 1 on the queue grows without limit."""
     latency_s: float | None
-    """The seconds within which the promised share is answered; None where the queue grows."""
+    """Time within which the promised share is answered, in s; None where the queue grows."""
     attainment: float
-    """The share of the requests that is answered within the promised time."""
+    """Share of the requests that is answered within the promised time."""
     cost_per_hour: float | None
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchRow:
-    """One replica that takes batches of `batch_size`."""
+    """Measurement of one replica with batches of `batch_size`."""
 
     batch_size: int
     p50_s: float
@@ -45,7 +44,7 @@ class BatchRow:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaTable:
-    """Rows by count, or by batch size; the index of the recommended one, and the reason."""
+    """Rows by count or by batch size, the index of the recommended row, and the reason."""
 
     rows: tuple[ReplicaRow, ...] | tuple[BatchRow, ...]
     recommended: int
@@ -60,8 +59,8 @@ def plan_replicas(
     most: int,
     price_per_hour: float | None = None,
 ) -> ReplicaTable | Infeasible:
-    """The fewest replicas, at most `most`, that keep the promise while independent callers send
-    `rate_per_s` requests a second (Poisson), and rows to compare with."""
+    """Plan the fewest replicas, at most `most`, that keep the promise at `rate_per_s` requests a
+    second from independent callers (Poisson), with rows for comparison."""
     size = best_batch(profile, within_s=slo.within_s, most=profile.largest_batch)
     needed = fewest_replicas(
         profile,
@@ -123,8 +122,8 @@ def _too_few(
 
 
 def plan_batch(profile: LatencyProfile, slo: Slo | None) -> ReplicaTable:
-    """The batch size for one replica: the highest capacity that leaves room to keep the promise, or
-    the highest of all where nothing is promised."""
+    """Plan the batch size of one replica: the highest capacity that can keep the promise, or the
+    highest of all without a promise."""
     rows = tuple(
         BatchRow(
             batch_size=point.batch_size,
@@ -136,7 +135,7 @@ def plan_batch(profile: LatencyProfile, slo: Slo | None) -> ReplicaTable:
     )
     if slo is None:
         chosen = max(range(len(rows)), key=lambda index: rows[index].requests_per_s)
-        why = "the most requests a second; --slo says how long one may take"
+        why = "the most requests a second; --slo gives the time that one may take"
     else:
         size = best_batch(profile, within_s=slo.within_s, most=profile.largest_batch)
         chosen = next(i for i, row in enumerate(rows) if row.batch_size == size)
@@ -146,5 +145,5 @@ def plan_batch(profile: LatencyProfile, slo: Slo | None) -> ReplicaTable:
         rows=rows,
         recommended=chosen,
         reason=f"batches of {row.batch_size}: {in_digits(row.requests_per_s)} requests/s from one "
-        f"replica, {why}. --rate says how many replicas.",
+        f"replica, {why}. --rate gives the number of replicas.",
     )

@@ -1,46 +1,46 @@
-"""Which replica the ingress sends a request to: the one with the fewest in hand (`leastconn`).
+"""Route a request to the replica with the fewest requests in hand (`leastconn`).
 
-In production Ray Serve's HAProxy does it, told so by `BALANCE`; the simulator does it by
-`LeastConnections`. Of equals HAProxy takes the one whose number changed longest ago: it keeps
-servers in the order of their connections, and puts one that changed behind its equals.
+In production Ray Serve's HAProxy routes, configured by `BALANCE`; in the simulator
+`LeastConnections` does. Of several with the fewest, HAProxy takes the one whose number changed
+longest ago: servers are ordered by connections, and a changed one goes behind its equals.
 """
 
 from typing import Final, final
 
 BALANCE: Final = "leastconn"
-"""HAProxy's name for it."""
+"""HAProxy's name of the algorithm."""
 
 
 @final
 class LeastConnections:
-    """Replicas by the number of requests each has in hand, waiting or at work."""
+    """Replicas by number of requests in hand, waiting or running."""
 
     def __init__(self) -> None:
         self._in_hand: dict[int, int] = {}
         self._levels: list[dict[int, None]] = [{}]
-        """By how many they have: replicas in the order in which they came to have so many."""
+        """Replicas by number of requests, in the order in which they reached that number."""
         self._lowest = 0
-        """No level below has a replica."""
+        """Lower bound of the first level with a replica."""
 
     def add(self, replica: int) -> None:
-        """From now on `replica` is sent requests; it has none."""
+        """Start routing to `replica`, which has no requests."""
         self._put(replica, 0)
 
     def remove(self, replica: int) -> None:
-        """`replica`, if it was here, is sent nothing more."""
+        """Stop routing to `replica`; no effect if it is not here."""
         in_hand = self._in_hand.pop(replica, None)
         if in_hand is not None:
             del self._levels[in_hand][replica]
 
     def change(self, replica: int, by: int) -> None:
-        """`replica` has `by` more in hand, or fewer; one that was removed is no longer counted."""
+        """Add `by` to the requests of `replica`; no effect after it was removed."""
         in_hand = self._in_hand.get(replica)
         if in_hand is not None:
             del self._levels[in_hand][replica]
             self._put(replica, in_hand + by)
 
     def least(self) -> int | None:
-        """The replica for the next request; None where there is none."""
+        """Return the replica for the next request; None without replicas."""
         if not self._in_hand:
             return None
         while not self._levels[self._lowest]:

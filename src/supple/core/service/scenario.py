@@ -1,4 +1,4 @@
-"""What is simulated of a service: when requests come, how long a batch takes, what fails."""
+"""Scenario of a simulated service: arrivals, latency profile, limits, failures."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,26 +15,26 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """What is simulated. Times in seconds."""
+    """Input of a simulation. Times in seconds."""
 
     arrivals_s: Floats
-    """Sorted, from 0."""
+    """Arrival times, sorted, from 0, (requests,)."""
     profile: LatencyProfile
     slo: Slo
     min_replicas: int = 1
     max_replicas: int = 100
     max_batch_size: int = 1
-    """The most a replica takes at once."""
+    """Largest batch of a replica."""
     max_waiting: int = MAX_WAITING
     """Requests that may wait in one replica."""
     initial_replicas: int | None = None
-    """Ready at the start; None: what the first minute needs at 70 % utilisation, since a trace is
-    a piece of a longer day."""
+    """Replicas that are ready at the start; None: enough for the first minute at 70 % utilisation,
+    since a trace is a part of a longer day."""
     tick_s: float = 1.0
     startup_spread: float = 1.0
-    """p99 over p50 of start-up times."""
+    """Ratio of p99 to p50 of the start-up times."""
     failures_s: tuple[float, ...] = ()
-    """When a replica, drawn at random, dies."""
+    """Times at which a random replica dies."""
     idle_s: float = 300.0
     price_per_hour: float | None = None
     budget_per_hour: float | None = None
@@ -44,7 +44,7 @@ class Scenario:
         arrivals = self.arrivals_s
         if len(arrivals) == 0:
             raise SpecError(
-                "the trace has no request: nothing can be simulated. Give one with at least one."
+                "the trace has 0 requests: a simulation needs at least 1. Give a longer trace."
             )
         if not np.isfinite(arrivals).all() or (np.diff(arrivals) < 0).any() or arrivals[0] < 0:
             raise SpecError(
@@ -52,7 +52,7 @@ class Scenario:
             )
 
     def starting_count(self) -> int:
-        """The replicas that are ready when the trace begins."""
+        """Number of replicas that are ready when the trace begins."""
         if self.initial_replicas is not None:
             return self.initial_replicas
         span = min(60.0, max(float(self.arrivals_s[-1]), 1.0))
@@ -62,8 +62,8 @@ class Scenario:
 
 
 def with_failures(scenario: Scenario, *, mean_between_s: float) -> Scenario:
-    """The same scenario in which one of all replicas dies every `mean_between_s` on average, at
-    random times drawn from the scenario's seed."""
+    """Return the scenario with failures: one random replica dies every `mean_between_s` on average,
+    at times drawn from the scenario's seed."""
     end_s = float(scenario.arrivals_s[-1])
     random = np.random.default_rng([scenario.seed, 1])
     at = np.sort(random.uniform(0.0, end_s, random.poisson(end_s / mean_between_s)))

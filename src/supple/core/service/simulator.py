@@ -1,14 +1,13 @@
-"""A service replayed over a trace in simulated time: the policy, the queue and the routing that run
-in production, discrete events, start-up times, failures. An hour of a few requests a second takes
-about a second.
+"""Discrete-event simulation of a service over a trace: the policy, the queue and the routing of
+production, with start-up times and failures. An hour of a few requests a second takes about 1 s.
 
-As in production: every replica has a `DeadlineQueue`, which forms its batches and refuses at once
-who would be late; a request goes to the replica with the fewest in hand; where none is ready it
-waits in the ingress, before its deadline begins; one whose replica died is asked again; of replicas
-too many those that start leave first, then the newest, once they have answered what they have.
+As in production: every replica has a `DeadlineQueue`, which forms its batches and refuses late
+requests at once; a request goes to the replica with the fewest in hand; where none is ready it
+waits in the ingress, before its deadline begins; a request whose replica died is sent again; of
+surplus replicas those that are starting stop first, then the newest, after their running batch.
 
-Left out: the ways between client, ingress and replica, the moment until the ingress knows of a
-change, and how replicas learn the times of their batches, which they know here from the start.
+Not simulated: the network between client, ingress and replica, the delay until the ingress has the
+current replicas, and how replicas learn their batch times, which are known here from the start.
 """
 
 import heapq
@@ -35,21 +34,21 @@ from supple.core.service.scenario import Floats, Scenario
 from supple.core.service.spec import Slo
 
 _AFTER_TRACE_S: Final = 3600.0
-"""Simulated time after the last arrival in which requests may still be answered."""
+"""Simulated time after the last arrival, in s, in which requests may still be answered."""
 _Z99: Final = NormalDist().inv_cdf(0.99)
 _READY, _DONE, _FAILED = 0, 1, 2
 _ANSWERED, _REFUSED = 1, 2
 
 
 class Policy(Protocol):
-    """Chooses a count from what a service shows. It may keep state between calls, no clock."""
+    """Choose a replica count from a snapshot. It may keep state between calls but has no clock."""
 
     def decide(self, service: ServiceView, now: float) -> ScaleDecision: ...
 
 
 @final
 class SupplePolicy:
-    """`core.autoscaler.scale` with its state."""
+    """`core.service.autoscaler.scale` with its state."""
 
     def __init__(self) -> None:
         self.state = ScalerState()
@@ -62,11 +61,11 @@ class SupplePolicy:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Timeline:
-    """One value per tick."""
+    """Time series of a simulation, arrays of shape (ticks,)."""
 
     at_s: Floats
     arrived: Floats
-    """Requests since the tick before."""
+    """Requests since the previous tick."""
     ready: Floats
     starting: Floats
     wanted: Floats
@@ -76,31 +75,31 @@ class Timeline:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ServingRun:
-    """What came of a scenario under one policy."""
+    """Result of a scenario under one policy."""
 
     latencies_s: Floats
-    """Per request, from its arrival; inf where it was not answered."""
+    """Latency from arrival, (requests,); inf where not answered."""
     refused: npt.NDArray[np.bool_]
-    """Per request: whether a replica refused it (429), for it would have been late."""
+    """Whether a replica refused the request (429) because it would have been late, (requests,)."""
     slo: Slo
     replica_hours: float
     """Up to the last arrival, starting replicas included."""
     num_scale_events: int
-    """Ticks at which the policy changed its mind."""
+    """Number of ticks at which the policy changed its count."""
     num_retried: int
-    """Times a request was asked again, for its replica died."""
+    """Number of requests sent again because their replica died."""
     timeline: Timeline
     decisions: tuple[tuple[float, ScaleDecision], ...]
-    """The first, and every one that changed the count."""
+    """The first decision, and every one that changed the count."""
 
     @property
     def in_time(self) -> npt.NDArray[np.bool_]:
-        """Per request: whether it was answered within the promise."""
+        """Whether the request was answered within the promise, (requests,)."""
         return self.latencies_s <= self.slo.within_s + 1e-9
 
     @property
     def slo_attainment(self) -> float:
-        """The share of all requests, refused ones included, that was answered in time."""
+        """Share of all requests, with refused ones, that was answered in time."""
         return float(self.in_time.mean())
 
     @property
@@ -109,11 +108,11 @@ class ServingRun:
 
     @property
     def num_late(self) -> int:
-        """Requests that were answered after the promise."""
+        """Number of requests that were answered later than promised."""
         return int((np.isfinite(self.latencies_s) & ~self.in_time).sum())
 
     def latency_s(self, share: float) -> float:
-        """The seconds within which this share of the answered was answered; inf without any."""
+        """Seconds within which this share of the answered requests was answered; inf if none."""
         answered = self.latencies_s[np.isfinite(self.latencies_s)]
         return float(np.quantile(answered, share, method="higher")) if len(answered) else math.inf
 
@@ -129,7 +128,7 @@ class _Replica:
 
 
 def simulate(scenario: Scenario, policy: Policy) -> ServingRun:
-    """Replay the scenario's arrivals under `policy`; the same scenario gives the same run."""
+    """Simulate the scenario under `policy`; the same scenario gives the same run."""
     return _Simulation(scenario, policy).run()
 
 
@@ -144,7 +143,7 @@ class _Simulation:
         self.ended = bytearray(len(self.arrivals))
         self.finished_s = [math.inf] * len(self.arrivals)
         self.held: deque[int] = deque()
-        """Requests in the ingress, which knows of no replica."""
+        """Requests in the ingress, while there is no replica."""
         self.routes = LeastConnections()
         self.replicas: dict[int, _Replica] = {}
         self.events: list[tuple[float, int, int, int]] = []
@@ -213,7 +212,7 @@ class _Simulation:
             self.remove(now, number)
 
     def send(self, now: float, request: int) -> None:
-        """To a replica's queue, or to the ingress' own where there is none."""
+        """Send a request to a replica's queue, or hold it in the ingress without replicas."""
         number = self.routes.least()
         if number is None:
             self.held.append(request)
@@ -229,12 +228,12 @@ class _Simulation:
             self.serve(now, number, replica)
 
     def release(self, now: float) -> None:
-        """Who waits in the ingress is sent on, if there is a replica by now."""
+        """Send the requests held in the ingress, if there is a replica now."""
         while self.held and self.routes.least() is not None:
             self.send(now, self.held.popleft())
 
     def serve(self, now: float, number: int, replica: _Replica) -> None:
-        """A free replica takes the next batch of its queue."""
+        """Start the next batch of a free replica."""
         turn = replica.queue.take(now)
         replica.running = turn.batch
         if turn.refused:
@@ -274,14 +273,14 @@ class _Simulation:
             self.schedule(now + startup_s, _READY, number)
 
     def remove(self, now: float, number: int) -> _Replica:
-        """The replica is gone; its time is paid up to the end of the trace."""
+        """Remove a replica; its time is counted up to the end of the trace."""
         replica = self.replicas.pop(number)
         self.routes.remove(number)
         self.replica_s += max(0.0, min(now, self.last_s) - replica.started_s)
         return replica
 
     def fail(self, now: float) -> None:
-        """A replica dies, and the ingress asks others for what it had."""
+        """Remove a random replica, and send its requests to others."""
         ready = [number for number, replica in self.replicas.items() if replica.ready]
         if not ready:
             return
@@ -364,8 +363,8 @@ class _Simulation:
 
 
 def _learnt(profile: LatencyProfile) -> LatencyProfile:
-    """What a replica plans with once it has seen batches whose times are log-normal as here:
-    `PLANNED_QUANTILE` of them in place of the 99 % quantile."""
+    """Profile that a replica plans with after it has measured its log-normal batch times: the
+    `PLANNED_QUANTILE` in place of the 99 % quantile."""
     spread = profile.spread ** (NormalDist().inv_cdf(PLANNED_QUANTILE) / _Z99)
     seconds = {size: profile.seconds(size) for size in (1, profile.largest_batch)}
     points = [

@@ -1,7 +1,7 @@
-"""What a user asks of a service: the promise, the limits, where it listens; nonsense is refused.
+"""Specification of a service: latency promise, limits, address; validated in the constructor.
 
-`parse_*` turn command-line text into numbers and raise `SpecError`, whose text says what was
-asked, the numbers, the rule that broke and what to do.
+`parse_*` turn command-line text into numbers and raise `SpecError`, whose text gives the request,
+the numbers, the rule that broke and what to do.
 """
 
 import ipaddress
@@ -15,10 +15,11 @@ from supple.core.spec import SpecError, check_name, parse_duration
 from supple.core.types import ParallelLayout
 
 MAX_REPLICAS = 65_536
-"""More than any pool known; a larger count is a typing error."""
+"""Largest allowed count: a larger one is a typing error."""
 MAX_BATCH = 65_536
+"""Largest allowed batch size of a prediction."""
 MAX_WAITING = 10_000
-"""Requests that wait in one replica, unless somebody says otherwise."""
+"""Default for the number of requests that may wait in one replica."""
 
 _SMALL_UNIT_S = {"ms": 1e-3, "us": 1e-6}
 _SLO = re.compile(r"p(\d+(?:\.\d+)?)=(.+)")
@@ -50,13 +51,13 @@ class Slo:
 
 
 def latency_text(seconds: float) -> str:
-    """`"100ms"`, `"2s"`: seconds as a person writes them."""
+    """Format seconds: `"100ms"`, `"2s"`."""
     return f"{seconds * 1e3:.4g}ms" if seconds < 1.0 else f"{seconds:.4g}s"
 
 
 def parse_latency(text: str, *, what: str, plain_seconds: bool = False) -> float:
-    """`"100ms"`, `"250us"`, `"2s"` or `"1m30s"`, as positive finite seconds. A number alone is
-    refused, since a latency is as often thought of in milliseconds, unless `plain_seconds`."""
+    """Parse `"100ms"`, `"250us"`, `"2s"` or `"1m30s"` as positive finite seconds. A number without
+    a unit is refused unless `plain_seconds`, since it could be milliseconds."""
     stripped = text.strip()
     if not plain_seconds and _is_bare_number(stripped):
         raise SpecError(
@@ -70,7 +71,7 @@ def parse_latency(text: str, *, what: str, plain_seconds: bool = False) -> float
 
 
 def _is_bare_number(text: str) -> bool:
-    """Whether it is a positive finite number, without a unit."""
+    """Whether the text is a positive finite number without a unit."""
     try:
         return 0.0 < float(text) < math.inf
     except ValueError:
@@ -78,7 +79,7 @@ def _is_bare_number(text: str) -> bool:
 
 
 def parse_slo(text: str) -> Slo:
-    """`"p99=100ms"` as a promise."""
+    """Parse `"p99=100ms"` as a latency promise."""
     matched = _SLO.fullmatch(text.strip())
     if matched is None:
         raise SpecError(
@@ -95,7 +96,7 @@ def parse_slo(text: str) -> Slo:
 
 
 def parse_replicas(text: str) -> tuple[int, int]:
-    """`"0:20"` or `"4"` as (min, max); only MIN may be 0."""
+    """Parse `"0:20"` or `"4"` as (min, max); only MIN may be 0."""
     low, colon, high = text.partition(":")
     counts: list[int] = []
     for part, which in ((low, "MIN"), (high if colon else low, "MAX")):
@@ -107,26 +108,26 @@ def parse_replicas(text: str) -> tuple[int, int]:
                 "1:20, or one number."
             ) from None
     minimum, maximum = counts
-    check_replicas(minimum, maximum, asked=f"--replicas {text}")
+    check_replicas(minimum, maximum, what=f"--replicas {text}")
     return minimum, maximum
 
 
-def check_replicas(minimum: int, maximum: int, *, asked: str) -> None:
+def check_replicas(minimum: int, maximum: int, *, what: str) -> None:
     """Raise `SpecError` unless 0 <= minimum <= maximum, 1 <= maximum <= `MAX_REPLICAS`."""
     if minimum < 0 or not 1 <= maximum <= MAX_REPLICAS:
         raise SpecError(
-            f"{asked}: MIN {minimum} must be at least 0 and MAX {maximum} between 1 and "
+            f"{what}: MIN {minimum} must be at least 0 and MAX {maximum} between 1 and "
             f"{MAX_REPLICAS}."
         )
     if minimum > maximum:
         raise SpecError(
-            f"{asked}: MIN {minimum} is above MAX {maximum}. Write the smaller first: "
+            f"{what}: MIN {minimum} is above MAX {maximum}. Write the smaller first: "
             f"--replicas {maximum}:{minimum}."
         )
 
 
 def refuse_impossible(slo: Slo, profile: LatencyProfile) -> None:
-    """Raise `SpecError` where one prediction alone takes longer than the promise."""
+    """Raise `SpecError` where a single prediction takes longer than the promise."""
     alone_s = profile.tail_s(1)
     if alone_s > slo.within_s:
         raise SpecError(
@@ -138,7 +139,7 @@ def refuse_impossible(slo: Slo, profile: LatencyProfile) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Can only programs of this machine reach a server bound to `host`?"""
+    """Whether only programs of this machine can reach a server bound to `host`."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -148,7 +149,7 @@ def is_loopback(host: str) -> bool:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSpec:
-    """One elastic service, as asked for. Times in seconds."""
+    """Specification of one elastic service. Times in seconds."""
 
     name: str
     target: str
@@ -157,12 +158,12 @@ class ServeSpec:
     min_replicas: int = 1
     max_replicas: int = 100
     initial_replicas: int | None = None
-    """To begin with; None: `min_replicas`, at least one."""
+    """Replicas at the start; None: `min_replicas`, at least one."""
     host: str = "127.0.0.1"
     port: int = 8000
-    """REST and metrics; 0: any free port."""
+    """Port of REST and metrics; 0: any free port."""
     grpc_port: int | None = None
-    """None: no gRPC; 0: any free port."""
+    """Port of gRPC; None: no gRPC; 0: any free port."""
     token: str | None = None
     """Bearer token every request must carry."""
     insecure: bool = False
@@ -171,7 +172,7 @@ class ServeSpec:
     max_waiting: int = MAX_WAITING
     """Requests that may wait in one replica; one more is refused."""
     retry_safe: bool = True
-    """A request whose replica died may be sent again."""
+    """Whether a request whose replica died may be sent again."""
     idle_s: float = 300.0
     """Time without a request after which a service with `min_replicas=0` has none."""
     address: str | None = None
@@ -183,7 +184,7 @@ class ServeSpec:
     price_per_hour: float | None = None
     """Price of one replica."""
     budget_per_hour: float | None = None
-    """Most the service may cost; money, so it needs a price."""
+    """Largest cost of the service per hour; requires `price_per_hour`."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -192,19 +193,19 @@ class ServeSpec:
         check_replicas(
             self.min_replicas,
             self.max_replicas,
-            asked=f"--replicas {self.min_replicas}:{self.max_replicas}",
+            what=f"--replicas {self.min_replicas}:{self.max_replicas}",
         )
         self._refuse_initial()
         self._refuse_numbers()
-        self._refuse_open_door()
+        self._refuse_open_access()
         self._refuse_cost()
 
     def _refuse_initial(self) -> None:
         least, most = max(1, self.min_replicas), self.max_replicas
         if self.initial_replicas is not None and not least <= self.initial_replicas <= most:
             raise SpecError(
-                f"--initial is {self.initial_replicas}: it must be between {least} and {most}, as "
-                f"--replicas {self.min_replicas}:{self.max_replicas} says."
+                f"--initial is {self.initial_replicas}: it must be between {least} and {most}, the "
+                f"range of --replicas {self.min_replicas}:{self.max_replicas}."
             )
 
     def _refuse_numbers(self) -> None:
@@ -229,7 +230,7 @@ class ServeSpec:
                 "two, or --grpc-port 0 for any free one."
             )
 
-    def _refuse_open_door(self) -> None:
+    def _refuse_open_access(self) -> None:
         if not _HOST.fullmatch(self.host):
             raise SpecError(
                 f"--host {self.host[:80]!r} is no address: give one such as 127.0.0.1 or 0.0.0.0."

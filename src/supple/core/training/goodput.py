@@ -1,4 +1,4 @@
-"""What another batch size is worth, and the learning rate that goes with it.
+"""Statistical efficiency and learning rate at another batch size.
 
 Statistical efficiency and gain follow Pollux (OSDI 2021, equations 5-7) and AdaScale (Johnson et
 al. 2020); E(B), the samples to a target, follows McCandlish et al. (2018, equation 2.11). Which
@@ -18,10 +18,10 @@ from supple.core.types import Estimate
 OptimizerFamily = Literal["sgd", "adam", "lars", "lamb", "other"]
 
 MAX_ADAM_RATIO = 4.0
-"""Batch growth up to which an Adam learning rate is scaled without a probe: beyond it, public
-grids show regrets of the rule that a probe must rule out first."""
+"""Largest batch growth at which an Adam learning rate is scaled without a probe: beyond it, the
+rule's rate is measurably worse than the best one on public grids."""
 MAX_BATCH_GROWTH = 64.0
-"""The same for the other families: where the trust in a noise scale measured once ends."""
+"""The same for the other families: beyond it, one measured noise scale is not trusted."""
 
 _WARM_UP_STEPS_PER_FACTOR = 20.0
 _WARM_UP_STEPS_MAX = 200
@@ -41,7 +41,7 @@ _SQUARE_ROOT: tuple[OptimizerFamily, ...] = ("adam", "lars", "lamb")
 
 
 def family_of(optimizer_name: str) -> OptimizerFamily:
-    """The family an optimizer's class name belongs to."""
+    """Return the family of an optimizer's class name."""
     lowered = optimizer_name.lower()
     for part, family in _FAMILIES:
         if part in lowered:
@@ -50,7 +50,7 @@ def family_of(optimizer_name: str) -> OptimizerFamily:
 
 
 def check_family(family: OptimizerFamily) -> None:
-    """Raise `SpecError` for a name that is no family, as an optimizer's own is none."""
+    """Raise `SpecError` for a name that is no family, such as an optimizer's class name."""
     check_one_of(
         family,
         get_args(OptimizerFamily),
@@ -61,18 +61,19 @@ def check_family(family: OptimizerFamily) -> None:
 
 def efficiency(noise_scale: float, base_batch: float, batch: float) -> float:
     """Progress per sample at `batch` relative to `base_batch`: (phi + M0) / (phi + M), above 0;
-    above 1 for a batch smaller than the base. Raises `ValueError` for batches that are not positive
-    and finite, and for a noise scale that is negative or not finite; so do all who rest on it."""
+    above 1 for a batch smaller than the base. This and all functions that call it raise
+    `ValueError` for batches that are not positive and finite, and for a noise scale that is
+    negative or not finite."""
     _check(noise_scale, base_batch, batch)
     return (noise_scale + base_batch) / (noise_scale + batch)
 
 
 def expected_efficiency(noise_scale: float, base_batch: float, batch: float) -> Estimate:
-    """What `efficiency` will turn out to be at a batch that never ran, with an 80 % interval.
+    """Predict `efficiency` at a batch that never ran, with an 80 % interval.
 
-    Near the base batch it is `efficiency`; far from it a noise scale measured at the base batch
-    says too little, see `NOISE_SCALE_RATIO`: the critical batch is about twice that. Used to plan;
-    a job that runs at `batch` measures its noise scale there."""
+    The critical batch is larger than the noise scale measured at the base batch, by
+    `NOISE_SCALE_RATIO`. Used for plans; a job that runs at `batch` measures its noise scale there.
+    """
     _check(noise_scale, base_batch, batch)
     if batch == base_batch:
         return exact(1.0)
@@ -86,8 +87,8 @@ def expected_efficiency(noise_scale: float, base_batch: float, batch: float) -> 
 def worth(
     samples: SamplesModel | None, noise_scale: float | None, base_batch: int, batch: int
 ) -> Estimate:
-    """Efficiency of `batch` from the best that is known: previous runs of the task, else the noise
-    scale, else 1, as if a batch cost nothing."""
+    """Predict the efficiency of `batch` from previous runs of the task, else from the noise scale,
+    else return 1 (`assumed`)."""
     _check(noise_scale, base_batch, batch)
     if batch == base_batch:
         return exact(1.0)
@@ -104,9 +105,8 @@ def _from_history(samples: SamplesModel, base_batch: int, batch: int) -> Estimat
 
 
 def steps_to_end(samples: float, epochs: int, batch: int, useful: Estimate) -> Estimate:
-    """Steps of `batch`, which is worth `useful`, for `epochs` of so many `samples` at the base
-    batch: whole ones in every epoch, since the last batch of one is smaller where the size does not
-    divide it."""
+    """Number of steps at `batch`, with efficiency `useful`, for `epochs` of `samples` at the base
+    batch. Each epoch has a whole number of steps: its last batch may be smaller."""
 
     def whole(efficiency: float) -> float:
         return float(epochs * math.ceil(samples / (batch * efficiency) - 1e-9))
@@ -120,7 +120,7 @@ def steps_to_end(samples: float, epochs: int, batch: int, useful: Estimate) -> E
 
 
 def gain(noise_scale: float, base_batch: float, batch: float) -> float:
-    """Steps of the base batch that one step at `batch` is worth: (M/M0) (phi + M0) / (phi + M)."""
+    """Base-batch steps that one step at `batch` is worth: (M/M0) (phi + M0) / (phi + M)."""
     return efficiency(noise_scale, base_batch, batch) * batch / base_batch
 
 
@@ -133,21 +133,20 @@ def learning_rate(
     batch: int,
     noise_scale: float | None,
 ) -> tuple[float, str]:
-    """The learning rate at `batch`, and why, in words.
+    """Return the learning rate at `batch`, and the reason in words.
 
-    `auto`: SGD takes AdaScale's gain (linear far below the noise scale, flat far above it), Adam,
-    LARS and LAMB the square root, an optimizer of no known family keeps its rate. Adam stops at
-    the noise scale, beyond which a larger rate is no longer better (Li et al. 2024, "Surge
-    Phenomenon"), and at `MAX_ADAM_RATIO`. AdaScale's Adam form is the gain's square root (Pollux).
-    Raises `ValueError` as `efficiency` does, for a base rate that is negative or not finite, and
-    for a rule or a family that there is not.
+    `auto`: AdaScale's gain for SGD (linear far below the noise scale, flat far above it), the
+    square root for Adam, LARS and LAMB, a constant rate for an unknown family. Adam's rate stops
+    growing at the noise scale (Li et al. 2024, "Surge Phenomenon") and at `MAX_ADAM_RATIO`.
+    AdaScale's Adam form is the gain's square root (Pollux). Raises `ValueError` as `efficiency`
+    does, for a base rate that is negative or not finite, and for an unknown rule or family.
     """
     _check(noise_scale, base_batch, batch)
     check_family(family)
     check_one_of(rule, get_args(LrRule), what="lr_rule")
     if not 0.0 <= base_lr < math.inf:
         raise ValueError(
-            f"a learning rate was asked for with base_lr={base_lr}: it must be finite and not "
+            f"a learning rate was requested with base_lr={base_lr}: it must be finite and not "
             "negative. Give the one tuned at the base batch."
         )
     ratio = batch / base_batch
@@ -162,7 +161,7 @@ def learning_rate(
         case "sqrt":
             capped, held = ratio, ""
             if rule == "auto" and family == "adam":
-                capped, held = _held_for_adam(ratio, base_batch, noise_scale)
+                capped, held = _capped_for_adam(ratio, base_batch, noise_scale)
             factor = math.sqrt(capped)
             why = f"square root, x{factor:.3g}{held}"
         case _ if noise_scale is None:
@@ -177,19 +176,19 @@ def learning_rate(
 
 
 def largest_batch_ratio(family: OptimizerFamily) -> float:
-    """How many times the tuned batch may be used without a probe of the learning rate. Raises
-    `SpecError` for a family that there is not."""
+    """Largest batch over the tuned batch that needs no probe of the learning rate. Raises
+    `SpecError` for an unknown family."""
     check_family(family)
     return MAX_ADAM_RATIO if family == "adam" else MAX_BATCH_GROWTH
 
 
 def warmup_steps(factor: float) -> int:
-    """Steps over which to walk a learning rate up by `factor` after a jump of the batch: 20 times
-    the factor, 200 at most (Goyal et al. 2017 warm up for the same reason); 0 for a fall. Raises
-    `ValueError` for a factor that is not positive."""
+    """Number of warm-up steps when the learning rate grows by `factor`: 20 times the factor, 200 at
+    most, 0 for a decrease (as in Goyal et al. 2017). Raises `ValueError` for a factor that is not
+    positive."""
     if not factor > 0.0:
         raise ValueError(
-            f"a warm-up was asked for by a factor of {factor}: it must be positive. Give the new "
+            f"a warm-up was requested by a factor of {factor}: it must be positive. Give the new "
             "learning rate over the old one."
         )
     if factor <= 1.0:
@@ -200,11 +199,11 @@ def warmup_steps(factor: float) -> int:
 def _check(noise_scale: float | None, *batches: float) -> None:
     known = noise_scale is None or 0.0 <= noise_scale < math.inf
     if not known or not all(0.0 < batch < math.inf for batch in batches):
-        told = " and ".join(str(batch) for batch in batches)
+        listed = " and ".join(str(batch) for batch in batches)
         raise ValueError(
-            f"the worth of a batch was asked for with batches of {told} samples and a noise scale "
-            f"of {noise_scale}: batches must be positive and finite, a noise scale finite and not "
-            "negative. Correct them, or measure the noise scale again."
+            f"the worth of a batch was requested with batches of {listed} samples and a noise "
+            f"scale of {noise_scale}: batches must be positive and finite, a noise scale finite "
+            "and not negative. Correct them, or measure the noise scale again."
         )
 
 
@@ -214,8 +213,8 @@ def _rule_for(family: OptimizerFamily, noise_scale: float | None) -> LrRule:
     return "sqrt" if family in _SQUARE_ROOT else "constant"
 
 
-def _held_for_adam(ratio: float, base_batch: int, noise_scale: float | None) -> tuple[float, str]:
-    """(the ratio that counts, what holds it there)."""
+def _capped_for_adam(ratio: float, base_batch: int, noise_scale: float | None) -> tuple[float, str]:
+    """Batch ratio after Adam's limits, and the limit that applies, in words."""
     critical = math.inf if noise_scale is None else max(1.0, noise_scale / base_batch)
     if ratio <= min(critical, MAX_ADAM_RATIO):
         return ratio, ""

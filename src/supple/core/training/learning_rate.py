@@ -1,14 +1,13 @@
-"""The learning rate that another batch size is likely to want, how sure that is, and how far.
+"""Predict the learning rate for another batch size, with an interval and a range of validity.
 
-Tuned rates are seen to follow a power of the batch, lr = lr_0 (B / B_0)^p. Theory has p = 1 for SGD
-far below the critical batch (Goyal et al. 2017), p = 1/2 for Adam, LARS and LAMB where noise
-dominates (Malladi et al. 2022; You et al. 2019), and less towards the critical batch, where a
-larger rate stops being better (McCandlish et al. 2018). Practice is in between and scattered, by
-optimizer family (`EXPONENTS`). Rates tuned before at other sizes of the same task move p from there
-(Bayesian regression with the family's prior).
+Tuned rates follow a power of the batch, lr = lr_0 (B / B_0)^p. In theory p = 1 for SGD far below
+the critical batch (Goyal et al. 2017), p = 1/2 for Adam, LARS and LAMB where noise dominates
+(Malladi et al. 2022; You et al. 2019), and p is smaller near the critical batch (McCandlish et al.
+2018). Measured exponents lie in between, with scatter, by optimizer family (`EXPONENTS`): they are
+the prior of a Bayesian regression on the rates tuned at other sizes of the same task.
 
-Not to be confused with `goodput.learning_rate`: that is the rule a running job follows step by
-step; this is what a plan expects, with its doubt, where there were previous runs (`planned_rate`).
+Not to be confused with `goodput.learning_rate`, the rule that a running job follows step by step;
+this is the prediction for a plan from previous runs (`planned_rate`).
 """
 
 import math
@@ -35,30 +34,29 @@ EXPONENTS: dict[OptimizerFamily, tuple[float, float]] = {
     "lamb": (0.45, 0.2),
     "other": (0.4, 0.4),
 }
-"""Centre and standard deviation of p over tasks, by family: what submitters to MLPerf training
-chose (see `docs/accuracy.md`)."""
+"""Mean and standard deviation of p over tasks, by family, in submissions to MLPerf training (see
+`docs/accuracy.md`)."""
 
 _ROUGH = 0.3
-"""Relative departure of tuned rates from their power: the optimum is flat, and nobody looks for it
-more closely."""
+"""Relative standard deviation of tuned rates from the power law: the optimum is flat."""
 _ROUGH_LENGTH = 1.5
-"""Over how many e-folds of the batch that is forgotten: rates of close sizes are chosen alike."""
+"""Correlation length of these deviations, in e-folds of the batch: close sizes have like rates."""
 _SCATTER = 0.1
-"""What is left of it between two rates tuned at one size."""
+"""Relative standard deviation between two rates tuned at one size."""
 _ABSURD = 4.0
-"""Squared deviations, in the mean, from which rates contradict each other."""
+"""Mean squared deviation from which rates contradict each other."""
 _REACH = 8.0
-"""Beyond so many times the tuned sizes nothing was seen to hold, for any family."""
+"""Validity range, as a factor beyond the only tuned size: no family's rates are known further."""
 _REACH_BEYOND_HISTORY = 2.0
-"""The same beyond the sizes of a task where at least two were tuned."""
+"""Validity range, as a factor beyond the tuned sizes of a task with at least two."""
 
 _TUNED_APART = math.exp(Z80 * math.sqrt(2.0) * _ROUGH)
-"""Two people who tune one size are, four times of five, no further apart: 1.7 times."""
+"""80 % bound on the ratio of two independently tuned rates at one size: 1.7."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunedRate:
-    """A learning rate somebody found good at a batch size."""
+    """A learning rate tuned at a batch size."""
 
     batch_size: float
     lr: float
@@ -68,20 +66,18 @@ class TunedRate:
 class ExpectedRate:
     lr: Estimate
     is_valid: bool
-    """Is the asked batch size one at which rates like these were seen to hold? If not, probe before
-    believing."""
+    """Whether the batch size is within the validity range of the rule. If not, probe the rate."""
     why: str
-    """Where the rate comes from; and the sizes at which it holds, where the asked one is not among
-    them."""
+    """Source of the rate, and the validity range where the batch size is outside."""
 
 
 def expected_rate(
     tuned: Sequence[TunedRate], batch_size: float, family: OptimizerFamily
 ) -> ExpectedRate:
-    """The rate at `batch_size` with an 80 % interval, from one tuned size on.
+    """Predict the rate at `batch_size` with an 80 % interval, from at least one tuned size.
 
-    Raises `ValueError` for no tuned rate, for numbers that are not positive and finite, and for a
-    family that there is not."""
+    Raises `ValueError` for no tuned rate, for numbers that are not positive and finite, and for an
+    unknown family."""
     _check(tuned, batch_size)
     check_family(family)
     centre, width = EXPONENTS[family]
@@ -89,7 +85,7 @@ def expected_rate(
     rates = np.log([rate.lr for rate in tuned])
     away = sizes - float(np.mean(sizes[:-1]))
     apart = np.abs(away[:, None] - away)
-    # The prior of the exponent and the rough path; the level is free.
+    # Covariance: the prior of the exponent, and the deviations; the level is free.
     alike = width**2 * np.outer(away, away) + _ROUGH**2 * np.exp(-apart / _ROUGH_LENGTH)
     inverse = np.linalg.inv(alike[:-1, :-1] + _SCATTER**2 * np.eye(len(tuned)))
     ones = inverse.sum(axis=0)
@@ -99,7 +95,7 @@ def expected_rate(
     value = math.exp(level + centre * float(away[-1]) + float(pull @ (rest - level)))
     lacking = 1.0 - float(pull.sum())
     variance = float(alike[-1, -1] - alike[:-1, -1] @ pull) + lacking**2 / float(ones.sum())
-    # Rates that contradict each other by more than the prior allows are no better known than that.
+    # Where rates contradict each other by more than the prior allows, the interval widens.
     freedom = max(1, len(tuned) - 1)
     misfit = float((rest - level) @ inverse @ (rest - level)) / freedom
     odd = math.sqrt(float(np.sum((rest - level) ** 2)) / freedom) if misfit > _ABSURD else 0.0
@@ -135,15 +131,15 @@ def planned_rate(
     batch: int,
     noise_scale: float | None,
 ) -> tuple[float, str]:
-    """The rate of a plan at `batch`, and why: from `tuned` rates of previous runs if there are any
-    and the rule is `auto`, else by the rule. At `base_batch` it is `base_lr`, whatever they say;
-    where they contradict it (`contradiction`), they tell how a rate changes with the batch, and
-    `base_lr` from where."""
+    """Return a plan's rate at `batch`, and the reason: from the `tuned` rates of previous runs if
+    there are any and the rule is `auto`, else by the rule. At `base_batch` it is always `base_lr`.
+    Where previous runs contradict it (`contradiction`), they give only the exponent, and `base_lr`
+    gives the level."""
     if tuned and rule == "auto" and base_lr > 0 and batch != base_batch:
-        said = said_by_previous_runs(tuned, base_batch, family)
-        if _contradicts(said, base_lr):
+        previous = rate_of_previous_runs(tuned, base_batch, family)
+        if _contradicts(previous, base_lr):
             found = expected_rate(tuned, batch, family)
-            lr = found.lr.value * base_lr / said.value
+            lr = found.lr.value * base_lr / previous.value
             return lr, f"from {base_lr:g} at batch {base_batch}: {found.why}"
         others = (rate for rate in tuned if rate.batch_size != base_batch)
         own = TunedRate(batch_size=base_batch, lr=base_lr)
@@ -159,12 +155,12 @@ def planned_rate(
     )
 
 
-def said_by_previous_runs(
+def rate_of_previous_runs(
     tuned: Sequence[TunedRate], batch: float, family: OptimizerFamily
 ) -> Estimate:
-    """The rate that previous runs found best at `batch`; where none ran there, what theirs let
-    expect; with an 80 % interval of what somebody else would find. Raises `ValueError` as
-    `expected_rate` does."""
+    """Return the best rate of previous runs at `batch`, or their prediction where none ran there,
+    with an 80 % interval for an independently tuned rate. Raises `ValueError` as `expected_rate`
+    does."""
     expected = expected_rate(tuned, batch, family).lr
     there = [rate.lr for rate in tuned if rate.batch_size == batch]
     if not there:
@@ -176,17 +172,18 @@ def said_by_previous_runs(
 def contradiction(
     tuned: Sequence[TunedRate], base_lr: float, base_batch: int, family: OptimizerFamily
 ) -> str:
-    """A sentence where the rate that somebody wrote for `base_batch` is not the one that previous
-    runs found; else empty. What is written wins: whoever wrote it may have another recipe. Raises
-    `ValueError` as `expected_rate` does."""
+    """Return a warning where the given rate for `base_batch` differs from that of previous runs;
+    else an empty string. The given rate is used, since its recipe may differ. Raises `ValueError`
+    as `expected_rate` does."""
     if not tuned or base_lr <= 0:
         return ""
     _check([TunedRate(batch_size=base_batch, lr=base_lr)], base_batch)
-    said = said_by_previous_runs(tuned, base_batch, family)
-    if not _contradicts(said, base_lr):
+    previous = rate_of_previous_runs(tuned, base_batch, family)
+    if not _contradicts(previous, base_lr):
         return ""
-    best = f"{said.value:.3g}"
-    what = f"was {best}" if said.source == "measured" else f"would be {best}, by their other sizes"
+    best = f"{previous.value:.3g}"
+    is_measured = previous.source == "measured"
+    what = f"was {best}" if is_measured else f"would be {best}, by their other sizes"
     return (
         f"the learning rate at batch {base_batch} is {base_lr:g} as given, but the best of the "
         f"previous runs there {what}. The given one is used, and other batch sizes start from it. "
@@ -194,8 +191,8 @@ def contradiction(
     )
 
 
-def _contradicts(said: Estimate, lr: float) -> bool:
-    return not said.low <= lr <= said.high
+def _contradicts(previous: Estimate, lr: float) -> bool:
+    return not previous.low <= lr <= previous.high
 
 
 def _range(known: Sequence[float], family: OptimizerFamily) -> tuple[float, float]:
@@ -217,12 +214,12 @@ def _why(known: Sequence[float], exponent: float, family: OptimizerFamily) -> st
 def _check(tuned: Sequence[TunedRate], batch_size: float) -> None:
     if not tuned:
         raise ValueError(
-            "a learning rate was asked for with 0 tuned rates: it needs at least 1. Tune one "
+            "a learning rate was requested with 0 tuned rates: it needs at least 1. Tune one "
             "batch size first."
         )
     numbers = [batch_size, *(n for rate in tuned for n in (rate.batch_size, rate.lr))]
     if not all(map(is_usable, numbers)):
         raise ValueError(
-            f"a learning rate was asked for at batch {batch_size} from {list(tuned)}: all numbers "
+            f"a learning rate was requested at batch {batch_size} from {list(tuned)}: all numbers "
             "must be positive and finite. Correct them, or leave the rate out."
         )

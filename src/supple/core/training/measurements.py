@@ -1,4 +1,4 @@
-"""What was measured of a job's steps and links, and the refusal of what cannot be fitted."""
+"""Measurements of a job's steps and links, and their validation."""
 
 import math
 from collections.abc import Sequence
@@ -12,23 +12,23 @@ from supple.core.words import in_words
 Configuration = tuple[int, int, int, int]
 """(workers, nodes, micro-batch, accumulation)."""
 _PART = 2.0
-"""Times the step that a part of it may take: no median of a part is above that of the step, and
-the sum of two such medians is not above twice it."""
+"""Largest valid time of a part of a step over the step: a part may be the sum of two medians, each
+at most the step's."""
 _ABSURD = 10.0
-"""Times as long as more workers that fewer of them may take for a step of the same micro-batch: in
-truth hardly longer at all."""
+"""Largest valid ratio of the step time on fewer workers to that on more, at equal micro-batch:
+expected is about 1."""
 _COMPARABLE = 4.0
-"""Micro-batches up to so many times apart are compared: a step of the larger takes so many times
-longer at most."""
+"""Largest ratio of two micro-batches that are compared: the step of the larger is longer by at most
+that ratio."""
 
 
 class ContradictoryMeasurements(SpecError):
-    """No job has all of these times: one was measured in another unit, or on a busy machine."""
+    """Times that cannot belong to one job: one is in another unit, or from a busy machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMeasurement:
-    """One configuration: medians in seconds. Parts are sums over the step's micro-batches."""
+    """Median times of one configuration, in seconds; parts are sums over the micro-batches."""
 
     num_workers: int
     num_nodes: int
@@ -41,7 +41,7 @@ class StepMeasurement:
     sync_s: float
     step_time_s: float
     most_per_node: int | None = None
-    """Workers on the fullest node; as if spread evenly where it is not given."""
+    """Workers on the fullest node; None: spread evenly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +59,17 @@ def check_measurements(
     gradient_bytes: int,
     workers_per_node: int,
 ) -> None:
-    """Raise `ValueError` for no measurement, counts that are no whole number of at least 1, and
-    times that are not positive and finite; `ContradictoryMeasurements` for parts far longer than
-    their step, and for fewer workers that are absurdly slower than more of them."""
+    """Validate measurements. Raise `ValueError` for no measurement, counts that are no whole number
+    of at least 1, and times that are not positive and finite; `ContradictoryMeasurements` for parts
+    far longer than their step, and for fewer workers far slower than more of them."""
     if not steps:
         raise ValueError(
-            "a step-time fit was asked for with 0 measurements: it needs at least 1. Measure one "
+            "a step-time fit was requested with 0 measurements: it needs at least 1. Measure one "
             "configuration first."
         )
     if not _are_counts(gradient_bytes, workers_per_node):
         raise ValueError(
-            f"a step-time fit was asked for with gradient_bytes={gradient_bytes}, "
+            f"a step-time fit was requested with gradient_bytes={gradient_bytes}, "
             f"workers_per_node={workers_per_node}: both must be whole numbers of at least 1. Give "
             "the bytes of all gradients, and the workers of one node."
         )
@@ -108,14 +108,15 @@ def _check_parts(step: StepMeasurement) -> None:
     for name, time_s in parts.items():
         if time_s > _PART * step.step_time_s:
             raise ContradictoryMeasurements(
-                f"a step-time fit was asked for with a step of {_told(step)}, of which {name} "
+                f"a step-time fit was requested with a step of {_described(step)}, of which {name} "
                 f"took {time_s:.3g} s: no part of a step is longer than the step. Give all times "
                 "in seconds and of the same steps, or measure it again."
             )
 
 
 def _check_counts(steps: Sequence[StepMeasurement]) -> None:
-    """By medians (the lower of two in the middle): one repeat may have met a busy machine."""
+    """Compare worker counts by their median step times (the lower of two), robust to a busy
+    machine."""
     groups: dict[Configuration, list[StepMeasurement]] = {}
     for step in steps:
         groups.setdefault(configuration(step), []).append(step)
@@ -127,19 +128,20 @@ def _check_counts(steps: Sequence[StepMeasurement]) -> None:
     workers, nodes, sizes, cuts = np.array(list(groups), dtype=float).T
     apart = sizes[:, None] / sizes
     alike = (cuts[:, None] == cuts) & (abs(np.log(apart)) <= math.log(_COMPARABLE) + 1e-9)
-    # Across more nodes fewer workers may well be slower.
+    # Fewer workers on more nodes may be slower.
     fewer = (workers[:, None] < workers) & (nodes[:, None] <= nodes)
     longer = times[:, None] / times
     absurd = fewer & alike & (longer > _ABSURD * np.maximum(1.0, apart))
     for few, many in np.argwhere(absurd).tolist():
         raise ContradictoryMeasurements(
-            f"a step-time fit was asked for with a step of {_told(typical[few])} and one of "
-            f"{_told(typical[many])}: fewer workers do not take {longer[few, many]:,.0f} times as "
-            "long for a step. Give all times in seconds, or measure both again on an idle machine."
+            f"a step-time fit was requested with a step of {_described(typical[few])} and one of "
+            f"{_described(typical[many])}: fewer workers do not take {longer[few, many]:,.0f} "
+            "times as long for a step. Give all times in seconds, or measure both again on an idle "
+            "machine."
         )
 
 
-def _told(step: StepMeasurement) -> str:
+def _described(step: StepMeasurement) -> str:
     return (
         f"{step.step_time_s:.3g} s on {in_words(step.num_workers)} with a micro-batch of "
         f"{step.micro_batch_size}"
@@ -151,7 +153,7 @@ def _are_counts(*numbers: float) -> bool:
 
 
 def _is_spread(step: StepMeasurement) -> bool:
-    """Can the workers lie on the nodes like that?"""
+    """Whether the fullest node's worker count is possible."""
     return (
         step.num_nodes <= step.num_workers
         and -(-step.num_workers // step.num_nodes)
@@ -160,19 +162,21 @@ def _is_spread(step: StepMeasurement) -> bool:
     )
 
 
-def check_asked(num_workers: int, num_nodes: int, micro_batch: int, accumulation: int) -> None:
-    """Raise `ValueError` for a configuration that cannot run, and so has no step time."""
+def check_configuration(
+    num_workers: int, num_nodes: int, micro_batch: int, accumulation: int
+) -> None:
+    """Raise `ValueError` for a configuration that cannot run."""
     counts = (num_workers, num_nodes, micro_batch, accumulation)
     if not _are_counts(*counts):
         raise ValueError(
-            f"a step time was asked for with num_workers={num_workers}, num_nodes={num_nodes}, "
+            f"a step time was requested with num_workers={num_workers}, num_nodes={num_nodes}, "
             f"micro_batch_size={micro_batch}, num_accumulation_steps={accumulation}: all must be "
-            "whole numbers of at least 1. Ask for a step that can run."
+            "whole numbers of at least 1. Give a step that can run."
         )
     if num_nodes > num_workers:
         raise ValueError(
-            f"a step time was asked for with {num_workers} workers on {num_nodes} nodes: every "
-            "node holds at least 1 worker. Ask for fewer nodes, or for more workers."
+            f"a step time was requested with {num_workers} workers on {num_nodes} nodes: every "
+            "node holds at least 1 worker. Give fewer nodes, or more workers."
         )
 
 
@@ -183,7 +187,7 @@ def most_per_node(step: StepMeasurement) -> int:
 
 
 def configuration(step: StepMeasurement) -> Configuration:
-    """What was measured: how they lie on the nodes is left out."""
+    """Configuration of a measurement, without its spread over the nodes."""
     return (
         step.num_workers,
         step.num_nodes,

@@ -1,9 +1,9 @@
-"""Peak memory of a worker against its micro-batch: a fixed part and a part per sample; and, from
-a trace, what is left of it when replicas shard their states.
+"""Fit peak memory of a worker against micro-batch size: a fixed part and a part per sample; and
+predict it from traces, with states sharded over replicas.
 
-Errs on the safe side: the line lies on or above every measurement, and where only one size was
-measured everything beyond it grows in proportion, since a plan that does not fit costs more than
-one that leaves some memory unused.
+Predictions are conservative, since a plan that does not fit costs more than one that leaves some
+memory unused: the line lies on or above every measurement, and where only one size was measured
+all bytes grow in proportion beyond it.
 """
 
 import itertools
@@ -16,8 +16,8 @@ from supple.core.spec import is_count
 from supple.core.types import Estimate
 
 _MARGIN = 0.05
-"""Margin on the bytes, and on the growth beyond what was measured: allocator fragmentation is 3-8 %
-in the literature."""
+"""Relative margin on the bytes, and on the growth beyond the measured sizes: allocator
+fragmentation is 3-8 % in the literature."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,18 +30,18 @@ class MemoryMeasurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryModel:
-    """`fixed_bytes + bytes_per_sample * micro_batch`, which lies on or above every measurement."""
+    """Upper line of peak memory, `fixed_bytes + bytes_per_sample * micro_batch`."""
 
     fixed_bytes: float
     bytes_per_sample: float
     measured: tuple[int, ...]
     noise: float = _MARGIN
-    """Share of the bytes by which two measurements may differ by chance."""
+    """Relative noise between two measurements."""
 
     def predict(self, micro_batch_size: int) -> Estimate:
-        """Bytes; `value` is the safe one, and neither it nor `high` ever falls as the size grows.
+        """Predict peak bytes; `value` is conservative, and it and `high` never fall with the size.
 
-        `measured` at a size that was, `fitted` elsewhere, `assumed` beyond the only one measured.
+        `measured` at a measured size, `fitted` elsewhere, `assumed` beyond the only measured size.
         Raises `ValueError` for a size that is no whole number of at least 1.
         """
         _check_size(micro_batch_size)
@@ -57,18 +57,20 @@ class MemoryModel:
 
     @property
     def grows(self) -> bool:
-        """Did the measurements grow with the batch, by more than chance might have them? One alone
-        is taken to."""
+        """Whether the measurements grow with the batch by more than noise; True for only one."""
         grown = self.bytes_per_sample * (max(self.measured) - min(self.measured))
         least = self.predict(min(self.measured)).value
         return len(self.measured) == 1 or grown > self.noise * least
 
     def largest_micro_batch(self, limit_bytes: float) -> int:
-        """The largest size whose `high` fits; 0 if none does. Measurements that do not grow with
-        the batch tell nothing of sizes beyond twice the largest one measured. Raises `ValueError`
-        for a limit that is no finite number."""
+        """Return the largest size whose `high` fits; 0 if none does. Where measurements do not grow
+        with the batch it is at most twice the largest measured size. Raises `ValueError` for a
+        limit that is not finite."""
         if not math.isfinite(limit_bytes):
-            raise ValueError(f"what fits {limit_bytes} bytes was asked for: give a finite number.")
+            raise ValueError(
+                f"the largest micro-batch within {limit_bytes} bytes was requested: the limit must "
+                "be finite. Give a number of bytes."
+            )
         low, high = 0, 2 * max(self.measured)
         while self.grows and self.predict(high).high <= limit_bytes:
             low, high = high, high * 2
@@ -84,28 +86,27 @@ class MemoryModel:
 def _check_size(micro_batch_size: int) -> None:
     if not is_count(micro_batch_size):
         raise ValueError(
-            f"the memory of a micro-batch of {micro_batch_size} was asked for: it has a whole "
-            "number of samples, at least 1. Ask for one that can be."
+            f"the memory of a micro-batch of {micro_batch_size} was requested: it must have a "
+            "whole number of samples, at least 1. Give such a number."
         )
 
 
 def fit_memory(measurements: Sequence[MemoryMeasurement], *, noise: float = _MARGIN) -> MemoryModel:
-    """The line of least squares, lifted until no measurement lies above it. Where one size was
-    measured all of it counts as fixed below that size. `noise` is 0 for bytes that were computed.
-    Raises `ValueError` for no measurement, and for sizes or bytes that are below 1 or not finite.
-    """
+    """Fit the least-squares line, raised until no measurement lies above it. Below the only
+    measured size all bytes count as fixed. `noise` is 0 for computed bytes. Raises `ValueError` for
+    no measurement, and for sizes or bytes that are below 1 or not finite."""
     if not measurements or not all(
         1 <= number < math.inf
         for m in measurements
         for number in (m.micro_batch_size, m.peak_bytes)
     ):
         raise ValueError(
-            f"a memory fit was asked for with {list(measurements)}: it needs at least one "
+            f"a memory fit was requested with {list(measurements)}: it needs at least one "
             "measurement, with sizes and bytes of at least 1. Measure the peak at two micro-batch "
             "sizes."
         )
     if not 0 <= noise < math.inf:
-        raise ValueError(f"noise={noise}: give the share of the bytes that is chance, from 0.")
+        raise ValueError(f"noise={noise}: give the relative noise of the bytes, at least 0.")
     sizes = [float(m.micro_batch_size) for m in measurements]
     peaks = [float(m.peak_bytes) for m in measurements]
     mean_size, mean_peak = sum(sizes) / len(sizes), sum(peaks) / len(peaks)
@@ -127,14 +128,15 @@ def fit_memory(measurements: Sequence[MemoryMeasurement], *, noise: float = _MAR
 # --- from a trace without an accelerator -------------------------------------------------------
 
 RUNTIME_BYTES = int(1.5 * 2**30)
-"""What an accelerator's runtime, its libraries' workspaces and a communicator take: 0.6 to 1.5 GiB
-are seen."""
+"""Bytes of an accelerator's runtime, its libraries' workspaces and a communicator: 0.6 to 1.5 GiB
+are usual."""
 FRAGMENTATION = 0.08
+"""Allocator fragmentation as a share of the bytes: 3-8 % in the literature."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedMemory:
-    """Peak bytes of one training step, and what of it does not depend on the micro-batch."""
+    """Peak bytes of one traced training step, and its parts independent of the micro-batch."""
 
     micro_batch_size: int
     peak_bytes: int
@@ -142,7 +144,7 @@ class TracedMemory:
     gradient_bytes: int
     optimizer_bytes: int
     largest_block_bytes: int
-    """Parameters of the largest block, which sharded replicas gather whole."""
+    """Bytes of the parameters of the largest block, which sharded replicas gather whole."""
 
     @property
     def state_bytes(self) -> int:
@@ -150,10 +152,10 @@ class TracedMemory:
 
 
 def device_bytes(trace: TracedMemory, *, shards: int = 1, runtime: int = RUNTIME_BYTES) -> Estimate:
-    """What an accelerator needs for the traced step, `assumed` since nothing ran: `low` is the
-    trace itself, `value` and `high` add fragmentation and the runtime. With `shards` replicas that
-    shard parameters, gradients and optimizer (ZeRO stage 3) each holds its share, and two blocks
-    gathered whole (one computed on, one prefetched), with their gradients."""
+    """Predict the bytes of an accelerator for the traced step, `assumed` since nothing ran: `low`
+    is the trace, `value` and `high` add fragmentation and the runtime. With parameters, gradients
+    and optimizer sharded over `shards` replicas (ZeRO stage 3), each holds its share and two
+    gathered blocks (one in use, one prefetched) with their gradients."""
     if not is_count(shards):
         raise ValueError(
             f"shards={shards}: at least 1 replica holds the states, and a whole number of them."
@@ -167,29 +169,28 @@ def device_bytes(trace: TracedMemory, *, shards: int = 1, runtime: int = RUNTIME
 
 
 FAR = 8
-"""Times the largest traced size; beyond it what the traced sizes tell is no more than a guess.
-Bytes that grow with the square of the batch (a loss over all pairs) hardly show in small ones."""
+"""Factor of the largest traced size beyond which the prediction is a guess: bytes that grow with
+the square of the batch (a loss over all pairs) are hardly visible at small sizes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LargestMicroBatch:
-    """What fits, and how well that is known."""
+    """The largest micro-batch that fits, its limit, and whether it is a guess."""
 
     num_samples: int
-    """0: not one."""
+    """0: not one sample fits."""
     limited_by: Literal["memory", "dataset", "traces"]
-    """By the traces where all sizes need the same: more may fit, but they do not tell."""
+    """`traces`: all traced sizes need the same bytes, so that the true limit is unknown."""
     is_guess: bool
-    """It lies further from the traced sizes than they can tell: beyond the only one, or beyond
-    `FAR` times the largest."""
+    """Whether it lies beyond the only traced size, or beyond `FAR` times the largest."""
 
 
 def safe_bytes(traces: Sequence[TracedMemory], num_samples: int, *, shards: int = 1) -> float:
-    """What a micro-batch of any size safely needs: on the lines between the traced sizes, and
-    beyond them by the steepest of those lines, since bytes bend upwards only (the peak of a small
-    batch is that of the optimizer's step). One size alone does not tell what a sample needs: below
-    it all of it counts as fixed, and beyond it all but the states grows with the batch. Raises
-    `ValueError` for a size that is no whole number of at least 1."""
+    """Return a conservative number of bytes for a micro-batch of any size: interpolated between the
+    traced sizes, and beyond them by the steepest slope, since bytes are convex in the size (the
+    peak of a small batch is that of the optimizer step). Below the only traced size all bytes count
+    as fixed, and beyond it all but the states grow with the batch. Raises `ValueError` for a size
+    that is no whole number of at least 1."""
     _check_size(num_samples)
     knots = _knots(traces, shards)
     slopes = _slopes(knots)
@@ -209,13 +210,13 @@ def largest_that_fits(
     shards: int = 1,
     dataset_size: int | None = None,
 ) -> LargestMicroBatch:
-    """The largest micro-batch whose `safe_bytes` stay within the limit: no more than there are
-    samples, and where the traced sizes all need the same no more than twice the largest of them.
-    Raises `ValueError` for no trace and for a limit that is no finite number."""
+    """Return the largest micro-batch whose `safe_bytes` are within the limit: at most the dataset's
+    size, and at most twice the largest traced size where all of them need the same bytes. Raises
+    `ValueError` for no trace and for a limit that is not finite."""
     if not traces or not math.isfinite(limit_bytes):
         raise ValueError(
-            f"what fits {limit_bytes} bytes was asked of {len(traces)} traces: give at least one "
-            "trace, and a finite number of bytes."
+            f"the largest micro-batch within {limit_bytes} bytes was requested from {len(traces)} "
+            "traces: there must be at least one, and the limit must be finite. Correct them."
         )
     largest = max(trace.micro_batch_size for trace in traces)
     grows = max(_slopes(_knots(traces, shards))) > 0
@@ -241,7 +242,7 @@ def largest_that_fits(
 
 
 def _knots(traces: Sequence[TracedMemory], shards: int) -> list[tuple[int, float]]:
-    """(micro-batch size, safe bytes), rising in both; at least two."""
+    """At least two points (micro-batch size, safe bytes), ascending in both."""
     ordered = sorted(traces, key=lambda trace: trace.micro_batch_size)
     if len(ordered) == 1:
         only = ordered[0]
@@ -261,7 +262,7 @@ def _knots(traces: Sequence[TracedMemory], shards: int) -> list[tuple[int, float
 
 
 def _slopes(knots: Sequence[tuple[int, float]]) -> list[float]:
-    """Bytes a sample, from each knot to the next."""
+    """Bytes per sample from each knot to the next."""
     return [
         (more - less) / (size - before)
         for (before, less), (size, more) in itertools.pairwise(knots)

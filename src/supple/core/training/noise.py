@@ -1,13 +1,13 @@
-"""The gradient noise scale: the batch size at which noise equals signal, in samples.
+"""Estimate the gradient noise scale: the batch size, in samples, at which noise equals signal.
 
 Unbiased estimates from gradient norms at two sizes (McCandlish et al. 2018, "An Empirical Model
 of Large-Batch Training", appendix A.1): with b samples a part and B = c b in all,
 
     |G|^2 = (B |G_B|^2 - b |G_b|^2) / (B - b)        tr(Sigma) = (|G_b|^2 - |G_B|^2) / (1/b - 1/B)
 
-The two are averaged apart and divided last: the mean of their ratio would be biased. Where noise
-drowns the signal, so that its average is less than its own standard error or below zero, the
-standard error stands in its place: the noise scale is then at least what is said.
+The two are averaged separately and then divided: the mean of their ratio would be biased. Where the
+average signal is less than its standard error, the standard error replaces it, and the result is a
+lower bound of the noise scale.
 """
 
 import math
@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 HORIZON_ESTIMATES = 20
-"""Time constant of the moving averages, in estimates. Not in training samples: how far a gradient
-drifts goes by optimizer steps, whatever the batch."""
+"""Time constant of the moving averages, in estimates and not in training samples: the drift of a
+gradient depends on the number of optimizer steps and not on the batch size."""
 FEWEST_ESTIMATES = 5
-"""Estimates before a noise scale is told: one or two may be off by a hundred times."""
+"""Fewest estimates for a noise scale: one or two may be wrong by a factor of a hundred."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseSample:
-    """Gradient norms of one step, seen as `num_parts` parts of about `samples_per_part` samples."""
+    """Gradient norms of one step of `num_parts` parts with about `samples_per_part` samples."""
 
     num_parts: int
     local_sq_norm: float
@@ -36,21 +36,22 @@ class NoiseSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseState:
-    """Moving averages of |G|^2 and tr(Sigma), not yet corrected for starting at zero."""
+    """Moving averages of |G|^2 and tr(Sigma), without correction for the start at zero."""
 
     sq_norm: float = 0.0
     sq_norm_squared: float = 0.0
-    """Average of the square of the estimates of |G|^2: it tells their scatter."""
+    """Average of the squared estimates of |G|^2, for their variance."""
     variance: float = 0.0
     weight: float = 0.0
     """Sum of the weights in the averages: 0 before the first sample, towards 1."""
     weight_squared: float = 0.0
-    """Sum of their squares: weight^2 / weight_squared estimates, equally weighted, tell as much."""
+    """Sum of the squared weights: weight^2 / weight_squared is the effective number of estimates.
+    """
 
     @property
     def noise_scale(self) -> float | None:
-        """tr(Sigma) / |G|^2 in samples, finite, a lower bound where the signal cannot be told from
-        its scatter; None before `FEWEST_ESTIMATES`, or where there is neither signal nor noise."""
+        """tr(Sigma) / |G|^2 in samples, finite; a lower bound where the signal is not significant.
+        None before `FEWEST_ESTIMATES`, or where there is neither signal nor noise."""
         if self.weight_squared <= 0.0:
             return None
         num_estimates = self.weight**2 / self.weight_squared
@@ -73,7 +74,7 @@ class NoiseState:
 
 
 def moments(sample: NoiseSample) -> tuple[float, float] | None:
-    """Unbiased (|G|^2, tr(Sigma)) of one sample; None if it says nothing: fewer than two parts,
+    """Unbiased (|G|^2, tr(Sigma)) of one sample. None for an unusable sample: fewer than two parts,
     or a norm that is not finite (an overflow in mixed precision)."""
     count, size = sample.num_parts, sample.samples_per_part
     if count < 2 or not size > 0:
@@ -84,7 +85,7 @@ def moments(sample: NoiseSample) -> tuple[float, float] | None:
 
 
 def update(state: NoiseState, sample: NoiseSample) -> NoiseState:
-    """The averages with one more sample; unchanged by one that says nothing."""
+    """Return the averages with one more sample; unusable samples are ignored."""
     found = moments(sample)
     if found is None:
         return state

@@ -1,18 +1,16 @@
-"""Samples to the same target at another batch size, from runs of the task at several sizes.
+"""Predict samples to the same target at another batch size, from runs of the task at several sizes.
 
     E(B) = E_min (1 + (B / B_crit)^p (lr_0(B) / lr)^g + B_low / B)
 
-McCandlish et al. (2018, equation 2.11) have p = 1 and g = B_low = 0: that is a learning rate tuned
-anew at every size. Real histories are not: with a rate that is too small progress per step, and so
-the samples, follow B / lr (g = 1); with one too large for a small batch the noise costs samples
-again (B_low). What no such curve explains is a rough path in log B and scatter. Nothing is chosen
-(`samples_curve.py`): every shape is weighed by how well it explains the runs, so that two runs give
-an answer with a wide interval and ten a narrow one. A run that stopped short of the target counts
-as what it is: the target is further than that (one pass of expectation propagation, Minka 2001).
+McCandlish et al. (2018, equation 2.11) have p = 1 and g = B_low = 0, for a learning rate tuned anew
+at every size. In practice rates are not: with a rate that is too small the samples follow B / lr
+(g = 1), and with one too large for a small batch the noise costs samples (B_low). The residuals are
+modelled as a process in log B plus scatter. All shapes are averaged by their posterior weight
+(`samples_curve.py`), so that two runs give a wide interval and ten a narrow one. A run that stopped
+short of the target is a lower bound (one pass of expectation propagation, Minka 2001).
 
-A question about a stated rate is answered from runs at every rate. One without a rate means the
-tuned one: of a batch size that was run at several rates the best counts, not all as if they were
-seeds.
+A prediction at a given rate uses runs at every rate. A prediction without a rate is for the tuned
+one: of several rates at one batch size, only the best counts.
 """
 
 import math
@@ -29,7 +27,7 @@ from supple.core.training.previous_runs import (
     Run,
     best_of_each_size,
     check,
-    check_asked,
+    check_request,
     gathered,
     refuse_contradictions,
     without_absurd,
@@ -53,50 +51,50 @@ __all__ = [
 
 
 _special: Any = special  # scipy ships no types
-_DOUBT = 0.06
-"""Standard deviation of log E, per square root of the doublings beyond the largest size that is
-known: the task's next larger sizes are where its recipe changes. Scored on MLPerf's reference
-points, round by round: docs/accuracy.md, "Samples to target at another batch size"."""
+_MODEL_ERROR = 0.06
+"""Model error: standard deviation of log E per square root of the doublings beyond the largest
+known size, where recipes change. Scored on MLPerf's reference points, round by round:
+docs/accuracy.md, "Samples to target at another batch size"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SamplesModel:
-    """A fitted curve; make it with `fit_samples`."""
+    """Fitted curve of samples to target, made by `fit_samples`."""
 
     tuned: tuple[Point, ...]
-    """One a batch size, of its best learning rate; and the short probes."""
+    """One point per batch size, of its best learning rate; and the short probes."""
     rated: tuple[Point, ...]
-    """One a batch size and learning rate; empty where some run does not say its rate."""
+    """One point per batch size and learning rate; empty where some run has no rate."""
     noise_scale: float | None
     evaluated_every: float
     source: Source
     why: str
-    """Where the numbers come from, as a sentence."""
+    """Source of the numbers, as a sentence."""
 
     @property
     def compares_sizes(self) -> bool:
-        """Whether runs, or probes, at two batch sizes or more are known: without them only the
-        noise scale tells what another size is worth."""
+        """Whether runs or probes at two or more batch sizes are known; else only the noise scale
+        relates one size to another."""
         runs, probes = _sizes(self.tuned)
         return max(runs, probes) >= 2
 
     def predict(self, batch_size: float, lr: float | None = None) -> Estimate:
-        """Samples until an evaluation finds the target reached, with an 80 % interval; at the
-        tuned learning rate, or at `lr` where every run said its own. Raises `ValueError` where only
-        probes are known: they tell ratios, not a level; and for numbers that are not positive and
-        finite."""
-        check_asked(batch_size, 1.0 if lr is None else lr)
+        """Predict the samples until an evaluation reaches the target, with an 80 % interval, at the
+        tuned learning rate, or at `lr` where every run has a rate. Raises `ValueError` where only
+        probes are known, since they give ratios and no level, and for numbers that are not positive
+        and finite."""
+        check_request(batch_size, 1.0 if lr is None else lr)
         if all(point.is_probe for point in self.tuned):
             raise ValueError(
-                f"samples to the target at batch {batch_size:g} were asked of short probes alone: "
-                "they compare batch sizes and do not reach the target. Add one run that did."
+                f"samples to the target at batch {batch_size:g} were requested from short probes "
+                "alone: they compare batch sizes and do not reach the target. Add one run that did."
             )
         points, rate = (self.rated, lr) if lr and self.rated else (self.tuned, None)
         mixture = posterior(points, self.noise_scale, [(batch_size, rate)], [1.0])
         low, value, high = mixture.quantiles()
         every = self.evaluated_every
-        far = Z80 * _DOUBT * math.sqrt(self._doublings_beyond(batch_size))
-        # Runs that all end at one evaluation hide from the fit how much they differ.
+        far = Z80 * _MODEL_ERROR * math.sqrt(self._doublings_beyond(batch_size))
+        # The scatter of runs that all end at one evaluation is not visible to the fit.
         luck = Z80 * min(SEED_SCATTER, every / math.exp(value))
         found = counted(math.exp(value), every)
         lowest = counted(math.exp(value - math.hypot(value - low, luck, far)), every)
@@ -106,18 +104,17 @@ class SamplesModel:
         )
 
     def efficiency(self, base_batch: float, batch_size: float) -> Estimate:
-        """Progress per sample at `batch_size` relative to `base_batch`, E(base) / E(batch), each at
-        its tuned learning rate, with an 80 % interval. Above 1 only where the runs show that the
-        larger batch needed fewer samples. Raises `ValueError` for sizes that are not positive and
-        finite."""
-        check_asked(base_batch, batch_size)
+        """Predict progress per sample at `batch_size` relative to `base_batch`, E(base) / E(batch),
+        each at its tuned learning rate, with an 80 % interval. Above 1 only where the larger batch
+        needed fewer samples. Raises `ValueError` for sizes that are not positive and finite."""
+        check_request(base_batch, batch_size)
         if batch_size == base_batch:
             return Estimate(value=1.0, low=1.0, high=1.0, source=self.source)
-        asked = [(base_batch, None), (batch_size, None)]
-        mixture = posterior(self.tuned, self.noise_scale, asked, [1.0, -1.0])
+        targets = [(base_batch, None), (batch_size, None)]
+        mixture = posterior(self.tuned, self.noise_scale, targets, [1.0, -1.0])
         low, value, high = mixture.quantiles()
         apart = self._doublings_beyond(batch_size) - self._doublings_beyond(base_batch)
-        far = Z80 * _DOUBT * math.sqrt(abs(apart))
+        far = Z80 * _MODEL_ERROR * math.sqrt(abs(apart))
         return Estimate(
             value=math.exp(value),
             low=math.exp(value - math.hypot(value - low, far)),
@@ -126,7 +123,7 @@ class SamplesModel:
         )
 
     def _doublings_beyond(self, batch_size: float) -> float:
-        """Beyond the largest size at which a run or probe got there; 0 up to it."""
+        """Doublings beyond the largest size whose runs or probes reached the target; at least 0."""
         largest = max(point.batch for point in self.tuned if point.beyond is None)
         return math.log2(max(1.0, batch_size / largest))
 
@@ -137,16 +134,15 @@ def fit_samples(
     *,
     noise_scale: float | None = None,
 ) -> SamplesModel:
-    """The curve through what is known, in this order of trust: runs of the task at several batch
-    sizes; short probes (branches of one checkpoint, to one loss, at several sizes: `samples` is
-    what each took); the gradient noise scale, which moves the critical batch. The order of the runs
-    does not matter.
+    """Fit samples to target against batch size, from (most trusted first) runs of the task at
+    several batch sizes; short probes (branches of one checkpoint to one loss, at several sizes);
+    and the gradient noise scale, which sets the prior of the critical batch. The order of the runs
+    has no effect.
 
     Raises `ValueError` for numbers that are not positive and finite, for runs of which most stopped
-    short at every batch size, for few sizes or for repeats that contradict each other, and where
-    nothing tells one batch size from another: no noise scale, and fewer than two sizes that were
-    run or probed. (A run that stopped before anybody expects it to end tells nothing, and its size
-    is none.)"""
+    short at every batch size, for few sizes or repeats that contradict each other, and where no two
+    batch sizes can be compared: no noise scale, and fewer than two sizes that were run or probed.
+    (A run that stopped earlier than any run is expected to end does not count.)"""
     check(runs, probes, noise_scale)
     usual, usual_branches = without_odd_repeats(runs, "runs"), without_odd_repeats(probes, "probes")
     every_rate = gathered(usual, is_probe=False)
@@ -155,14 +151,14 @@ def fit_samples(
         refuse_contradictions(best_of_each_size(points))
     agreed, agreed_branches = without_absurd(every_rate), without_absurd(every_branch)
     branches = best_of_each_size(agreed_branches)
-    # Without their rates: the bounds among them are about the tuned curve too.
+    # Without rates, since the bounds among them apply to the tuned curve too.
     best = [replace(point, lr=None) for point in best_of_each_size(agreed)]
     tuned = _with_stopped_runs([*best, *branches], noise_scale)
     sizes, compared = _sizes(tuned)
     if sizes < 2 and compared < 2 and noise_scale is None:
         raise ValueError(
-            f"the worth of another batch size was asked for with runs at {sizes} batch size(s), "
-            f"probes at {compared}, and no noise scale: nothing there compares two sizes. Give "
+            f"the worth of another batch size was requested with runs at {sizes} batch size(s), "
+            f"probes at {compared}, and no noise scale: none of these compares two sizes. Give "
             "runs or two short probes at different sizes, or measure the noise scale."
         )
     has_rates = all(point.lr is not None for point in agreed) and not branches
@@ -177,7 +173,7 @@ def fit_samples(
     left += [f"batch {p.batch:g}" for p in every_rate if p not in agreed]
     left += [f"probe at batch {p.batch:g}" for p in every_branch if p not in agreed_branches]
     if left:
-        why += f"; left out, as most others contradict it: {', '.join(left)}"
+        why += f"; left out, because most others contradict it: {', '.join(left)}"
     return SamplesModel(
         tuned=tuned,
         rated=_with_stopped_runs(agreed, noise_scale) if has_rates else (),
@@ -189,7 +185,7 @@ def fit_samples(
 
 
 def _sizes(points: Sequence[Point]) -> tuple[int, int]:
-    """How many batch sizes were run, and how many were probed."""
+    """Number of batch sizes that were run, and number that were probed."""
     runs, probes = ({p.batch for p in points if p.is_probe is kind} for kind in (False, True))
     return len(runs), len(probes)
 
@@ -208,9 +204,9 @@ def _source(points: Sequence[Point], noise_scale: float | None) -> tuple[Source,
 
 
 def _with_stopped_runs(points: list[Point], noise_scale: float | None) -> tuple[Point, ...]:
-    """Bounds turned into observations with the mean and variance that knowing them leaves, one
-    after another from the batch sizes nearest to those that reached the target, and of two equally
-    near the smaller first. There are none among probes (`check`)."""
+    """Replace lower bounds by observations with the same posterior mean and variance, nearest batch
+    size to those that reached the target first, the smaller first of two equally near. Probes have
+    no bounds (`check`)."""
     known = [point for point in points if point.beyond is None]
     bounds = [point for point in points if point.beyond is not None]
     if not known or not bounds:
@@ -222,7 +218,7 @@ def _with_stopped_runs(points: list[Point], noise_scale: float | None) -> tuple[
         mean, variance = found.moments()
         deviation = math.sqrt(variance)
         z = (point.beyond - mean) / deviation
-        # Mean and variance of a normal distribution cut off below.
+        # Mean and variance of a normal distribution truncated below.
         hazard = math.exp(-0.5 * z * z - 0.918938533 - float(_special.log_ndtr(-z)))
         cut_mean = mean + deviation * hazard
         cut_variance = variance * max(1e-6, 1.0 - hazard * (hazard - z))

@@ -1,14 +1,14 @@
-"""The curve behind `samples.py`: what runs at some batch sizes say about another one.
+"""Bayesian curve of samples to target against batch size and learning rate, for `samples.py`.
 
     E(B) = E_min (1 + (B / B_crit)^p (lr_0(B) / lr)^g + B_low / B)
 
-on a grid of shapes, each weighed by how well it explains the runs (Bayes' rule). What no such curve
-explains is a rough path in log B (an Ornstein-Uhlenbeck process) and scatter: Gaussian, so that
-level and path are integrated in closed form and only their two sizes are on the grid.
+on a grid of shapes, each weighted by its posterior (Bayes' rule). The residuals are modelled as an
+Ornstein-Uhlenbeck process in log B plus scatter. Both are Gaussian, so the level and the process
+are integrated in closed form and only their two sizes are on the grid.
 
-A rate is judged against lr_0: the same at every size, where steps are too short and progress
-follows B / lr; or growing as the root of the batch, where rates are tuned that way and only a
-departure from it costs samples. Either may be true of a task, so both are on the grid.
+lr_0 is the reference learning rate: either constant (where steps are too short and samples follow
+B / lr), or growing as the root of the batch (where rates are tuned that way and only a departure
+from it costs samples). Either may hold for a task, so both are on the grid.
 """
 
 import math
@@ -23,55 +23,55 @@ from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 _Vector = npt.NDArray[np.float64]
 _special: Any = special  # scipy ships no types
 
-# The grid. Weights are logarithms; where none are given all are alike.
+# The grid: (value, log prior weight); equal weights where none are given.
 _POWERS = ((0.5, -1.5), (0.7, -0.5), (1.0, 0.0), (1.4, -0.5), (2.0, -1.5))
 _RATES = ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.5, 0.5), (1.0, 0.5))
-"""g, and the power of the batch with which lr_0 grows."""
+"""(g, exponent of lr_0 against the batch)."""
 _CRITICAL = np.linspace(-4.0, 7.0, 34)
 """log(B_crit / typical batch of the runs)."""
 _CRITICAL_PRIOR = (1.5, 3.0)
-"""Centre and standard deviation of the same, where no noise scale was measured."""
+"""Prior centre and standard deviation of the same, where no noise scale was measured."""
 _LOW = ((0.0, 0.0), (0.1, -2.0), (0.4, -2.5), (1.6, -3.0))
 """B_low over the smallest batch."""
 _ROUGH = ((0.0, 0.0), (0.05, -1.0), (0.1, -1.5), (0.2, -2.0))
 _ROUGH_LENGTH = 1.0
-"""Over how many e-folds of the batch the rough path forgets itself: close sizes share a recipe."""
+"""Correlation length of the process, in e-folds of the batch: close sizes share a recipe."""
 _SCATTER = ((0.01, 0.0), (0.02, 0.0), (0.04, 0.0), (0.08, -0.5), (0.16, -2.0))
 
 NOISE_SCALE_RATIO = 2.0
-"""B_crit over the noise scale of the base batch: a run at a larger batch spends its steps where the
-noise is larger than where the small one was measured. On Pollux's traces about 2 at 16 to 64 times
-the base batch (see `docs/accuracy.md`); 1 is what Pollux's own efficiency assumes."""
+"""B_crit over the noise scale measured at the base batch: the noise grows during a run at a larger
+batch. About 2 on Pollux's traces at 16 to 64 times the base batch (see `docs/accuracy.md`);
+Pollux's own efficiency assumes 1."""
 NOISE_SCALE_ERROR = 0.7
-"""Standard deviation of log(B_crit / that)."""
+"""Standard deviation of log(B_crit / (NOISE_SCALE_RATIO * noise scale))."""
 
 _NEWTON_STEPS = 60
-"""At most; six or so will do, and bisection alone needs forty."""
+"""Maximum number of Newton steps: about six are usual, and bisection alone needs forty."""
 _ROOT_TWO_PI = math.sqrt(2.0 * math.pi)
 _NEGLIGIBLE = 1e-6
-"""Share of the weight that may be left out for speed."""
+"""Share of the total weight that is dropped for speed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What the runs at one batch size and learning rate say together, in logarithms."""
+    """Mean of the runs at one batch size and learning rate, in logarithms."""
 
     batch: float
-    """The size itself, not its logarithm."""
+    """Batch size, not its logarithm."""
     lr: float | None
     value: float
     """log of the samples."""
     variance: float
-    """Variance of that logarithm, as far as it is known; scatter comes on top."""
+    """Known variance of that logarithm, without the scatter."""
     is_probe: bool
-    """True for a short probe: only ratios count, because probes have a level of their own."""
+    """True for a short probe: only ratios count, because probes have their own level."""
     beyond: float | None = None
-    """Set where fewer than half of the runs reached the target: it is further than this."""
+    """Lower bound of `value`, set where fewer than half of the runs reached the target."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Normal distributions and their weights."""
+    """Weighted mixture of normal distributions; three arrays of equal length."""
 
     mean: _Vector
     deviation: _Vector
@@ -83,15 +83,15 @@ class Mixture:
         return mean, float(self.weight @ (self.deviation**2 + (self.mean - mean) ** 2))
 
     def quantiles(self) -> tuple[float, float, float]:
-        """10, 50 and 90 %, to a relative 1e-9, by Newton's method between bounds that close in."""
+        """The 10, 50 and 90 % quantiles within 1e-9, by Newton's method with bisection bounds."""
         low = np.full(3, float(np.min(self.mean - 6.0 * self.deviation)))
         high = np.full(3, float(np.max(self.mean + 6.0 * self.deviation)))
-        asked = np.array([0.1, 0.5, 0.9])
+        shares = np.array([0.1, 0.5, 0.9])
         mean, variance = self.moments()
         found = mean + math.sqrt(variance) * np.array([-1.28, 0.0, 1.28])
         for _ in range(_NEWTON_STEPS):
             z = (found[:, None] - self.mean) / self.deviation
-            over = _special.ndtr(z) @ self.weight - asked
+            over = _special.ndtr(z) @ self.weight - shares
             low, high = np.where(over < 0, found, low), np.where(over < 0, high, found)
             density = np.exp(-0.5 * z * z) @ (self.weight / self.deviation) / _ROOT_TWO_PI
             step = found - over / np.maximum(density, 1e-300)
@@ -105,13 +105,13 @@ class Mixture:
 def posterior(
     points: Sequence[Point],
     noise_scale: float | None,
-    asked: Sequence[tuple[float, float | None]],
+    targets: Sequence[tuple[float, float | None]],
     combination: Sequence[float],
 ) -> Mixture:
-    """The distribution of sum(combination * log E) at the `asked` (batch size, learning rate).
-    Rates count only where every point and every asked size has one."""
-    batch = np.log([p.batch for p in points] + [b for b, _ in asked])
-    rates = [p.lr for p in points] + [lr for _, lr in asked]
+    """Posterior distribution of sum(combination * log E) at the `targets` (batch size, learning
+    rate). Rates count only where every point and every target has one."""
+    batch = np.log([p.batch for p in points] + [b for b, _ in targets])
+    rates = [p.lr for p in points] + [lr for _, lr in targets]
     lr = np.log([rate for rate in rates if rate is not None])
     known_rates = len(lr) == len(rates)
     num = len(points)
@@ -121,7 +121,7 @@ def posterior(
     levels = np.array([~probe, probe], dtype=float).T
     levels = levels[:, levels.any(axis=0)]
     weights = np.asarray(combination, dtype=float)
-    # A level that no run tells cancels in a ratio, and `predict` refuses it alone.
+    # Without runs the level is unknown: it cancels in a ratio, and `predict` refuses it alone.
     wanted = np.zeros(levels.shape[1])
     wanted[0] = float(weights.sum())
     apart = np.exp(-np.abs(batch[:, None] - batch[None]) / _ROUGH_LENGTH)
@@ -137,7 +137,7 @@ def posterior(
             inverse = np.linalg.inv(path[:num, :num] + np.diag(scatter**2 + own))
             inner = levels.T @ inverse @ levels
             gain = np.linalg.solve(inner, levels.T @ inverse)
-            # What is left of a misfit once the levels are the best they can be.
+            # Misfit after the levels are fitted.
             free = inverse - inverse @ levels @ gain
             misfit = np.sum((rest @ free) * rest, axis=1)
             determinants = float(np.linalg.slogdet(inverse)[1] - np.linalg.slogdet(inner)[1])
@@ -145,7 +145,7 @@ def posterior(
             lacking = wanted - levels.T @ pull
             variance = float(weights @ path[num:, num:] @ weights - across @ pull)
             variance += float(lacking @ np.linalg.solve(inner, lacking))
-            if len(asked) == 1:
+            if len(targets) == 1:
                 variance += scatter**2
             means.append(ahead + rest @ (pull + gain.T @ lacking))
             deviations.append(math.sqrt(max(variance, 1e-12)))
@@ -162,8 +162,8 @@ def posterior(
 def _shapes(
     batch: _Vector, lr: _Vector | None, num: int, noise_scale: float | None
 ) -> tuple[_Vector, _Vector]:
-    """log(1 + (B / B_crit)^p (lr_0 / lr)^g + B_low / B) for every shape on the grid and every
-    point, and the logarithm of the shape's prior weight."""
+    """log(1 + (B / B_crit)^p (lr_0 / lr)^g + B_low / B), (shapes of the grid, points), and the
+    logarithm of each shape's prior weight, (shapes,)."""
     away = batch - float(np.mean(batch[:num]))
     centre, width = _CRITICAL_PRIOR
     critical = _CRITICAL
@@ -171,7 +171,7 @@ def _shapes(
         centre = math.log(NOISE_SCALE_RATIO * noise_scale) - float(np.mean(batch[:num]))
         width = NOISE_SCALE_ERROR
         critical = np.linspace(centre - 3.0 * width, centre + 3.0 * width, len(_CRITICAL))
-    doubt = -0.5 * ((critical - centre) / width) ** 2
+    log_prior = -0.5 * ((critical - centre) / width) ** 2
     small = np.exp(float(np.min(batch[:num])) - batch)
     shapes: list[_Vector] = []
     priors: list[_Vector] = []
@@ -183,5 +183,5 @@ def _shapes(
             large = 1.0 + np.exp(along[None] - power * critical[:, None])
             for low, low_weight in _LOW:
                 shapes.append(np.log(large + low * small))
-                priors.append(doubt + power_weight + low_weight)
+                priors.append(log_prior + power_weight + low_weight)
     return np.concatenate(shapes), np.concatenate(priors)

@@ -1,5 +1,5 @@
-"""What a step costs on K workers of n nodes, the fullest of which holds g: the form that
-`throughput.py` fits, and what is believed of its parameters before anything is measured.
+"""Step time on K workers of n nodes, the fullest of which holds g: the form that `throughput.py`
+fits, and the priors of its parameters.
 
     compute   C = (a + b m) (1 + chi log2 g)                    per micro-batch of m samples
     inside    w = (1 + eta (g-1)) / W                           seconds a byte, a hop in a node
@@ -8,15 +8,14 @@
     step      T = (1 + sigma log2 K) [ (s-1) C + (C^p + N^p)^(1/p) + o + d m s ]
 
 with s micro-batches a step and M gradient bytes; alpha and W inside a node, alpha' and W' across,
-where r network cards carry r rings, as many as there are cards and workers of a node; v counts from
-two nodes on, w where any node holds two workers. The network term is the textbook cost
-of a ring all-reduce through all workers, at the speed of its slowest hop. Neighbours slow each
-other: they share their host's processors (chi) and its memory or bus (eta; containers without
-direct memory access between accelerators feel it most), and its network card (kappa). The slowest
-of many links is slower (tau). With two nodes every flow has the same peer (pi, from the catalogue:
-providers of virtual machines limit a flow, and two peers get more than one). The p-norm that lets
-communication hide behind the backward pass is Pollux's (OSDI 2021, equation 11). All parameters
-are positive and fitted as logarithms.
+where r is the number of rings: the lesser of a node's network cards and its workers. v applies from
+two nodes on, w where a node holds two workers. The network term is the textbook cost of a ring
+all-reduce through all workers, at the speed of its slowest hop. Workers of a node share its
+processors (chi), its memory or bus (eta, largest in containers without direct memory access between
+accelerators) and its network card (kappa). The slowest of many links is slower (tau). With two
+nodes every flow has the same peer (pi, from the catalogue: providers of virtual machines limit a
+flow). The p-norm that overlaps communication with the backward pass is Pollux's (OSDI 2021,
+equation 11). All parameters are positive and fitted as logarithms.
 """
 
 from dataclasses import dataclass
@@ -33,12 +32,12 @@ PARAMETERS = (
     *("fixed", "per_sample", "latency", "per_byte", "latency_across", "per_byte_across"),
     *("overlap", "straggle", "slowest", "card", "pair", "crowd", "host"),
 )
-"""Names of a vector's entries, in order: a, b, alpha, 1/W, alpha', 1/W', p-1, sigma, tau, kappa,
-pi, chi, eta."""
+"""Names of the parameter vector's entries, in order: a, b, alpha, 1/W, alpha', 1/W', p-1, sigma,
+tau, kappa, pi, chi, eta."""
 _INDEX = {name: index for index, name in enumerate(PARAMETERS)}
 LOCAL_LINK, SHARED_HOST = _INDEX["per_byte"], _INDEX["host"]
 _SHARPNESS = 4.0
-"""Power of the norm that joins the hops inside and across: nearly the larger of the two."""
+"""Power of the norm of the two hop times, inside and across: close to their maximum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +64,8 @@ def compute_time(x: Any, shape: Shape) -> Any:
 
 
 def step_time(x: Any, shape: Shape, gradient_bytes: float, fixed: Any) -> Any:
-    """Seconds for every shape; for every parameter set too, where `x` is (parameters, sets, 1).
-    `fixed` is what a step takes beside: its optimizer and its data."""
+    """Seconds of a step for every shape; (sets, shapes) where `x` is (parameters, sets, 1).
+    `fixed` is the step's other time in seconds: optimizer and data."""
     compute = compute_time(x, shape)
     network = all_reduce(x, shape, gradient_bytes)
     power = 1.0 + x[_INDEX["overlap"]]
@@ -78,7 +77,7 @@ def step_time(x: Any, shape: Shape, gradient_bytes: float, fixed: Any) -> Any:
 
 
 def all_reduce(x: Any, shape: Shape, message_bytes: Any) -> Any:
-    """Seconds of one ring through all workers, node by node, or of one over every card."""
+    """Seconds of a ring all-reduce through all workers, node by node, one ring per card."""
     workers, nodes = shape.workers, shape.nodes
     hops = (workers - nodes) * x[_INDEX["latency"]] + (nodes - 1.0) * x[_INDEX["latency_across"]]
     host = 1.0 + x[_INDEX["host"]] * (shape.most_per_node - 1.0)
@@ -97,27 +96,27 @@ def all_reduce(x: Any, shape: Shape, message_bytes: Any) -> Any:
 def priors(
     compute: Vector, micro_batch: Vector, inside: Interconnect, link: Interconnect
 ) -> tuple[Vector, Vector]:
-    """Centres (as logarithms) and widths (standard deviations of the logarithm), from what was
-    measured of the compute and from the catalogue's links."""
+    """Prior centres (logarithms) and widths (standard deviations of the logarithm), each
+    (parameters,), from the measured compute times and the catalogue's links."""
     typical = float(np.median(compute))
     per_sample = float(np.median(compute / micro_batch))
-    believed = {
+    centres_and_widths = {
         "fixed": (0.2 * typical, 2.0),
         "per_sample": (0.8 * per_sample, 1.0),
         "latency": (inside.latency_s, 1.0),
         "per_byte": (1.0 / inside.bandwidth_bytes_per_s, 0.7),
         "latency_across": (link.latency_s, 0.7),
         "per_byte_across": (1.0 / link.bandwidth_bytes_per_s, 1.0),
-        # Between no overlap and a p-norm of 3.
+        # p - 1: between no overlap and a p-norm of 3.
         "overlap": (0.7, 0.7),
-        # A doubling of the workers, of the nodes, and of the workers a node.
+        # Per doubling of the workers, of the nodes, and of the workers a node.
         "straggle": (0.01, 0.5),
         "slowest": (0.08, 0.5),
         "card": (0.05, 1.0),
         "pair": (link.pair_slowdown, link.pair_doubt),
-        # A doubling of the workers of the fullest node; one more of them.
+        # Per doubling of the workers of the fullest node; per additional worker there.
         "crowd": (0.02, 1.0),
         "host": (0.01, 1.0),
     }
-    table = np.array([believed[name] for name in PARAMETERS])
+    table = np.array([centres_and_widths[name] for name in PARAMETERS])
     return np.log(table[:, 0]), table[:, 1]

@@ -1,11 +1,10 @@
-"""Step time against the number of workers and the micro-batch, fitted with its uncertainty.
+"""Fit step time against worker count and micro-batch size, with prediction intervals.
 
-The form is `step_form.py`. Its parameters are fitted together with what is believed of
-them beforehand, so that one count on one machine already gives an answer, with a wide interval.
-Errors are relative, so residuals are logarithms too, and large ones hardly count (Cauchy): an
-outlier bends the fit little. The interval is Laplace's: the curvature at the optimum, plus what the
-fit leaves unexplained, plus a doubt about the form itself that grows with every doubling beyond the
-largest count measured.
+The form is `step_form.py`. Its parameters are fitted with priors, so that one configuration on one
+machine already gives a prediction, with a wide interval. Errors are relative: residuals are
+differences of logarithms, with a Cauchy loss that limits the weight of outliers. The interval is
+Laplace's: the curvature at the optimum, the residual scatter, and a model error that grows with
+every doubling beyond the largest measured count.
 """
 
 import math
@@ -24,7 +23,7 @@ from supple.core.training.measurements import (
     CollectiveMeasurement,
     Configuration,
     StepMeasurement,
-    check_asked,
+    check_configuration,
     check_measurements,
     configuration,
     most_per_node,
@@ -41,35 +40,35 @@ from supple.core.training.step_form import (
 )
 from supple.core.types import Estimate, Source
 
-_DOUBT = 0.05
-"""Relative standard deviation of the model's form per doubling, of workers or of nodes, beyond the
-most that were measured."""
+_DOUBT_PER_DOUBLING = 0.05
+"""Model error (relative standard deviation) per doubling of workers or nodes beyond the largest
+measured count."""
 
-_TOGETHER = 0.25
-"""The same where only one worker at a time was measured: workers of a node share its memory, its
-host and its power, and one alone shows nothing of that."""
+_DOUBT_UNSHARED = 0.25
+"""Model error where only single workers were measured: the workers of a node share its memory, its
+host and its power, and one alone does not show the effect."""
 
-_ACROSS = 0.08
-"""The same where only one node was measured and several are asked for: on three public clusters
-(docs/accuracy.md) this much makes 80 % of the intervals hold."""
+_DOUBT_ACROSS_NODES = 0.08
+"""Model error where only one node was measured and several are requested. With this value 80 % of
+the intervals hold on three public clusters (docs/accuracy.md)."""
 
 _CAUCHY = 3.0
-"""Residuals beyond so many times the scatter count as outliers."""
+"""Scale of the Cauchy loss, in units of the scatter: larger residuals count as outliers."""
 _ENOUGH_TO_DOUBT = 5
-"""With fewer steps measured a surprising one is news, not an outlier."""
+"""Fewest measured steps at which outliers are down-weighted (Cauchy loss)."""
 
-_PECULIAR = 0.1
-"""Relative standard deviation by which a count departs from the form, whatever its micro-batch:
-measured at one, it is known in part at the others."""
-_ROUGHLY = 1e-4
-"""Relative precision of a first solution, where another starts from it."""
-_A_MAJORITY = 3
-"""With fewer measurements, an outlier is not outvoted."""
+_OFFSET = 0.1
+"""Relative standard deviation of a worker count's own offset from the form, the same at every
+micro-batch: measured at one, it is partly known at the others."""
+_FIRST_TOLERANCE = 1e-4
+"""Relative tolerance of the first solution, which the second one starts from."""
+_ENOUGH_FOR_A_START = 3
+"""Fewest measurements whose median is used as a start: with fewer, it may be an outlier."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimeModel:
-    """A fitted model; make it with `fit`."""
+    """Fitted step-time model, made by `fit`."""
 
     steps: tuple[StepMeasurement, ...]
     collectives: tuple[CollectiveMeasurement, ...]
@@ -92,41 +91,41 @@ class StepTimeModel:
         *,
         num_nodes: int | None = None,
     ) -> Estimate:
-        """Seconds of a step with an 80 % interval, on `num_nodes` (default: as few as hold the
-        workers). A configuration that was measured is given as measured. Others are `fitted`;
-        `assumed` if they cross to other nodes and none was measured doing so, and for several
-        workers where only single ones were measured and no collective.
+        """Predict the seconds of a step, with an 80 % interval, on `num_nodes` (default: the fewest
+        that hold the workers). The source is `measured` for a measured configuration and `fitted`
+        for others; `assumed` for several nodes where only one was measured, and for several
+        workers where only single ones and no collective were measured.
 
         Raises `ValueError` for counts below 1, and for fewer workers than nodes."""
-        asked = self._asked(num_workers, micro_batch_size, num_accumulation_steps, num_nodes)
-        value, variance = self._known(asked)
+        config = self._config(num_workers, micro_batch_size, num_accumulation_steps, num_nodes)
+        value, variance = self._mean_and_variance(config)
         width = math.exp(Z80 * math.sqrt(variance))
         return Estimate(
-            value=value, low=value / width, high=value * width, source=self._source(asked)
+            value=value, low=value / width, high=value * width, source=self._source(config)
         )
 
     def by_form(
         self, num_workers: int, micro_batch_size: int, num_accumulation_steps: int = 1
     ) -> float:
-        """Seconds of a step by the form and by what is odd about the count, measured or not: what
-        configurations of one count are compared by, since a measured one may have been unlucky
-        where the others are smooth. Raises `ValueError` as `predict` does."""
-        asked = self._asked(num_workers, micro_batch_size, num_accumulation_steps, None)
-        form = float(self._times(np.asarray(self.log_parameters), self._shape(asked)))
-        return form * math.exp(self._peculiar(asked)[0])
+        """Predict the seconds of a step from the fitted form and the worker count's offset, without
+        the configuration's own measurements: their noise would bias a comparison of configurations
+        of one count. Raises `ValueError` as `predict` does."""
+        config = self._config(num_workers, micro_batch_size, num_accumulation_steps, None)
+        form = float(self._times(np.asarray(self.log_parameters), self._shape(config)))
+        return form * math.exp(self._offset(config)[0])
 
     def ratio(self, one: tuple[int, int, int], other: tuple[int, int, int]) -> Estimate:
-        """How many times a step of `other` takes one of `one`, both as (workers, micro-batch,
-        accumulation). What makes both long or both short divides out of the interval. Where one of
-        them was measured, how far it lies off the form widens it: by luck, or truly."""
-        over, under = self._asked(*other), self._asked(*one)
+        """Predict the step time of `other` over that of `one`, both as (workers, micro-batch,
+        accumulation). Errors common to both cancel in the interval. Where only one of them was
+        measured, its distance from the form widens the interval."""
+        over, under = self._config(*other), self._config(*one)
         if over == under:
             return exact(1.0)
-        (above, own), (below, its) = self._known(over), self._known(under)
+        (above, own), (below, its) = self._mean_and_variance(over), self._mean_and_variance(under)
         value = above / below
-        variance = max(0.0, own + its - 2.0 * self._shared(over, under))
-        if bool(self._seen(over)) != bool(self._seen(under)):
-            seen, time_s = (over, above) if self._seen(over) else (under, below)
+        variance = max(0.0, own + its - 2.0 * self._covariance(over, under))
+        if bool(self._measured(over)) != bool(self._measured(under)):
+            seen, time_s = (over, above) if self._measured(over) else (under, below)
             variance += math.log(time_s / self.by_form(seen[0], *seen[2:])) ** 2
         width = math.exp(Z80 * math.sqrt(variance))
         return Estimate(
@@ -144,102 +143,102 @@ class StepTimeModel:
         *,
         also: Sequence[tuple[int, int, int]] = (),
     ) -> float:
-        """Relative half-width of the interval of `predict` if those of `also` (workers,
-        micro-batch, accumulation) were measured too. Their times need not be known: in a linear
-        model only what is measured narrows the interval, not what comes out."""
-        asked = self._asked(num_workers, micro_batch_size, num_accumulation_steps)
-        _, variance = self._known(asked, [self._asked(*other) for other in also])
+        """Relative half-width of the interval of `predict` if the configurations `also` (workers,
+        micro-batch, accumulation) were measured too. It does not need their times: in a linear
+        model the interval depends on which configurations are measured, not on the results."""
+        config = self._config(num_workers, micro_batch_size, num_accumulation_steps)
+        _, variance = self._mean_and_variance(config, [self._config(*other) for other in also])
         return math.exp(Z80 * math.sqrt(variance)) - 1.0
 
-    def _asked(
+    def _config(
         self, workers: int, micro_batch: int, accumulation: int, nodes: int | None = None
     ) -> Configuration:
         nodes = self._nodes(workers) if nodes is None else nodes
-        check_asked(workers, nodes, micro_batch, accumulation)
+        check_configuration(workers, nodes, micro_batch, accumulation)
         return workers, nodes, micro_batch, accumulation
 
-    def _seen(self, asked: Configuration) -> list[float]:
-        return [step.step_time_s for step in self.steps if configuration(step) == asked]
+    def _measured(self, config: Configuration) -> list[float]:
+        return [step.step_time_s for step in self.steps if configuration(step) == config]
 
-    def _others(self, asked: Configuration) -> list[list[float]]:
-        """What was measured of each other configuration."""
-        return [self._seen(other) for other in {*map(configuration, self.steps)} - {asked}]
+    def _others(self, config: Configuration) -> list[list[float]]:
+        """The measured step times of every other configuration, in seconds."""
+        return [self._measured(other) for other in {*map(configuration, self.steps)} - {config}]
 
-    def _known(
-        self, asked: Configuration, also: Sequence[Configuration] = ()
+    def _mean_and_variance(
+        self, config: Configuration, also: Sequence[Configuration] = ()
     ) -> tuple[float, float]:
-        """A step time, and the variance of its logarithm if those of `also` were measured too."""
-        seen = self._seen(asked)
+        """Step time in seconds, and the variance of its logarithm if `also` were measured too."""
+        seen = self._measured(config)
         if seen:
-            return as_measured(seen, self._others(asked))
-        form, g = self._slope(asked)
-        own, unsure = self._peculiar(asked, also)
+            return as_measured(seen, self._others(config))
+        form, g = self._slope(config)
+        own, unsure = self._offset(config, also)
         value = form * math.exp(own)
-        if asked in also:
-            return value, as_measured([value], self._others(asked))[1]
+        if config in also:
+            return value, as_measured([value], self._others(config))[1]
         covariance = np.asarray(self.covariance)
         for other in also:
             _, h = self._slope(other)
             gain = covariance @ h
             covariance = covariance - np.outer(gain, gain) / (self.scatter**2 + h @ gain)
         spread = max(0.0, float(g @ covariance @ g))
-        return value, spread + self.scatter**2 + self._doubt(asked, also) ** 2 + unsure
+        return value, spread + self.scatter**2 + self._model_error(config, also) ** 2 + unsure
 
-    def _shared(self, one: Configuration, other: Configuration) -> float:
-        """Covariance of the logarithms of two step times: that of the parameters where both are
-        predicted, and what a count has of its own at any micro-batch. A measurement's error counts
-        as its own, though the fit saw it: that is a little too wide."""
-        if self._seen(one) or self._seen(other):
+    def _covariance(self, one: Configuration, other: Configuration) -> float:
+        """Covariance of the logarithms of two step times: from the parameters where both are
+        predicted, and from the offset of a common worker count. 0 where one was measured, although
+        the fit used that measurement: this makes the interval slightly too wide."""
+        if self._measured(one) or self._measured(other):
             return 0.0
         (_, g), (_, h) = self._slope(one), self._slope(other)
         shared = float(g @ np.asarray(self.covariance) @ h)
         if one[:2] == other[:2]:
-            shared += self._doubt(one) ** 2 + self._peculiar(one)[1]
+            shared += self._model_error(one) ** 2 + self._offset(one)[1]
         return shared
 
-    def _slope(self, asked: Configuration) -> tuple[float, Vector]:
-        """Seconds of a step by the form, and how their logarithm moves with every parameter's."""
-        shape = self._shape(asked)
+    def _slope(self, config: Configuration) -> tuple[float, Vector]:
+        """Seconds of a step by the form, and the gradient of its logarithm, (parameters,)."""
+        shape = self._shape(config)
         values, slopes = forward_slope(
             lambda sets: np.log(self._times(sets.T[..., None], shape)),
             np.asarray(self.log_parameters),
         )
         return math.exp(values[0]), slopes[0]
 
-    def _peculiar(
-        self, asked: Configuration, also: Sequence[Configuration] = ()
+    def _offset(
+        self, config: Configuration, also: Sequence[Configuration] = ()
     ) -> tuple[float, float]:
-        """What is known to be odd about a count, as the logarithm of a factor and its variance (if
-        those of `also` were measured too): a random effect, shrunk (Laird & Ware 1982)."""
+        """A worker count's offset from the form, as the logarithm of a factor, and its variance if
+        `also` were measured too: a shrunken random effect (Laird & Ware 1982)."""
         x_log = np.asarray(self.log_parameters)
         off: list[float] = []
         for step in self.steps:
             seen = configuration(step)
-            if seen[:2] == asked[:2]:
+            if seen[:2] == config[:2]:
                 shape = replace(self._shape(seen), most_per_node=float(most_per_node(step)))
                 off.append(math.log(step.step_time_s / float(self._times(x_log, shape))))
-        num_seen = len(off) + sum(other[:2] == asked[:2] for other in also)
+        num_seen = len(off) + sum(other[:2] == config[:2] for other in also)
         if num_seen == 0:
             return 0.0, 0.0
         noise = self.scatter**2 / num_seen
-        known = _PECULIAR**2 / (_PECULIAR**2 + noise)
+        known = _OFFSET**2 / (_OFFSET**2 + noise)
         return known * float(np.mean(off or [0.0])), known * noise
 
-    def _doubt(self, asked: Configuration, also: Sequence[Configuration] = ()) -> float:
+    def _model_error(self, config: Configuration, also: Sequence[Configuration] = ()) -> float:
         seen = [*(configuration(step) for step in self.steps), *also]
         most, most_nodes = (max(other[index] for other in seen) for index in (0, 1))
-        num_workers, num_nodes, *_ = asked
-        unseen = _TOGETHER if most == 1 < num_workers else 0.0
-        crossed = _ACROSS if most_nodes == 1 < num_nodes else 0.0
+        num_workers, num_nodes, *_ = config
+        unseen = _DOUBT_UNSHARED if most == 1 < num_workers else 0.0
+        crossed = _DOUBT_ACROSS_NODES if most_nodes == 1 < num_nodes else 0.0
         beyond = max(1.0, num_workers / most, num_nodes / most_nodes)
-        return math.hypot(unseen, crossed, _DOUBT * math.log2(beyond))
+        return math.hypot(unseen, crossed, _DOUBT_PER_DOUBLING * math.log2(beyond))
 
     def _nodes(self, num_workers: int) -> int:
         return -(-num_workers // self.workers_per_node)
 
-    def _shape(self, asked: Configuration) -> Shape:
-        """Workers spread evenly over their nodes."""
-        workers, nodes, micro_batch, accumulation = map(float, asked)
+    def _shape(self, config: Configuration) -> Shape:
+        """Shape of a configuration, with workers spread evenly over their nodes."""
+        workers, nodes, micro_batch, accumulation = map(float, config)
         most = math.ceil(workers / nodes)
         return Shape(
             workers, nodes, float(most), micro_batch, accumulation, self.link.cards_per_node
@@ -250,10 +249,10 @@ class StepTimeModel:
         fixed = self.optimizer_s + self.data_s_per_sample * samples
         return step_time(np.exp(log_parameters), shape, self.gradient_bytes, fixed)
 
-    def _source(self, asked: Configuration) -> Source:
-        if self._seen(asked):
+    def _source(self, config: Configuration) -> Source:
+        if self._measured(config):
             return "measured"
-        num_workers, num_nodes, *_ = asked
+        num_workers, num_nodes, *_ = config
         crossed = num_nodes > 1 and all(step.num_nodes == 1 for step in self.steps)
         alone = all(step.num_workers == 1 for step in self.steps) and not self.collectives
         return "assumed" if crossed or (alone and num_workers > 1) else "fitted"
@@ -268,11 +267,11 @@ def fit(
     workers_per_node: int,
     local_link: Interconnect | None = None,
 ) -> StepTimeModel:
-    """The model that explains the measurements, from one configuration on.
+    """Fit step time to the measurements; one configuration is enough.
 
-    `link` joins nodes; `local_link` the workers of a node (default: the same). Raises `ValueError`
-    for no measurement, and for a time that is not positive and finite; `ContradictoryMeasurements`
-    for times that no job has together.
+    `link` joins nodes, `local_link` the workers of a node (default: the same). Raises `ValueError`
+    for no measurement and for a time that is not positive and finite, `ContradictoryMeasurements`
+    for times that cannot belong to one job.
     """
     check_measurements(steps, collectives, gradient_bytes, workers_per_node)
     inside = local_link or link
@@ -298,7 +297,7 @@ def fit(
     prior, width = priors(compute, shape.micro_batch, inside, link)
 
     def residuals(sets: Vector) -> Vector:
-        """(parameter sets, measurements), relative errors."""
+        """Relative errors, (parameter sets, measurements)."""
         x = np.exp(sets).T[..., None]
         own = np.log(compute_time(x, shape)) - np.log(compute)
         whole = np.log(step_time(x, shape, gradient_bytes, fixed)) - observed
@@ -308,8 +307,8 @@ def fit(
             parts.append(0.5 * rings)
         return np.concatenate(parts, axis=1)
 
-    # Losses by hand, so that they hold for the measurements and not for the priors. Soft L1 first:
-    # from far away, Cauchy would take every surprising measurement for an outlier.
+    # The loss applies to the measurements and not to the priors. Soft L1 first: far from the
+    # optimum, Cauchy would treat too many measurements as outliers.
     def soft(raw: Vector) -> Vector:
         return np.sign(raw) * np.sqrt(2.0 * (np.sqrt(1.0 + raw**2) - 1.0))
 
@@ -339,20 +338,20 @@ def fit(
         return max(NOISE_FLOOR, 1.4826 * float(np.median(np.abs(whole))))
 
     starts = [prior]
-    # From a link too fast to matter, what a slow one inside a node does is taken for something
-    # between nodes: once more from where all exposed communication inside is the transfer of bytes,
-    # one worker's after another's.
+    # The prior's local link is fast, so a slow one may be fitted as a slow link between nodes. The
+    # second start attributes all exposed communication inside a node to the transfer of bytes, one
+    # worker after another.
     seen_inside = [
         s.sync_s / (2.0 * (s.num_workers - 1) * gradient_bytes)
         for s in steps
         if s.num_nodes == 1 < s.num_workers and s.sync_s > 0
     ]
-    if len(seen_inside) >= _A_MAJORITY:
+    if len(seen_inside) >= _ENOUGH_FOR_A_START:
         slower = prior.copy()
         slower[LOCAL_LINK] = math.log(np.median(seen_inside))
         slower[SHARED_HOST] = 0.0
         starts.append(slower)
-    ends = [solve(soft, start, NOISE_FLOOR, _ROUGHLY) for start in starts]
+    ends = [solve(soft, start, NOISE_FLOOR, _FIRST_TOLERANCE) for start in starts]
     found = min(ends, key=lambda end: end.cost)
     scatter = spread(found.x)
     if len(steps) >= _ENOUGH_TO_DOUBT:
@@ -363,8 +362,8 @@ def fit(
     x_log: Vector = found.x
     jacobian: Vector = found.jac
     covariance = np.linalg.pinv(jacobian.T @ jacobian)
-    # What the priors did not hold back was bought with freedom of the measurements: few of them
-    # look closer to the form than others will be.
+    # Degrees of freedom that the fit used: without this correction, a fit to few measurements
+    # would underestimate the scatter of new ones.
     own = jacobian[: len(jacobian) - len(prior)]
     spent = float(np.sum((own @ covariance) * own))
     scatter *= math.sqrt(len(own) / max(1.0, len(own) - spent))

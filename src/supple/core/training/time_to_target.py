@@ -1,8 +1,8 @@
-"""How long a task takes on a number of workers nobody gave it, from finished runs on others.
+"""Predict the time to target on an untried number of workers, from finished runs on others.
 
-Two models joined: the samples to the target at each batch size (`samples.py`), and the time that
-so many samples take (`training_time.py`). What the runs do not say is estimated from the other
-runs, and weighs as little as the estimate is sure. Scored on MLPerf's results, family by family:
+It combines two models: the samples to the target at each batch size (`samples.py`), and the time
+for that number of samples (`training_time.py`). Sample counts missing from a run are estimated from
+the others and weighted by their uncertainty. Scored on MLPerf's results, family by family:
 docs/accuracy.md, "Minutes to train on the next larger count".
 """
 
@@ -21,14 +21,13 @@ from supple.core.types import Estimate
 from supple.core.words import in_words
 
 GUESSED_NOISE_SCALE = 2.0
-"""Over the only batch size whose samples are known, or, where none is, over the largest one seen: a
-critical batch of 4 of it. Nobody runs far beyond the critical batch: the largest one is the better
-guide to it."""
+"""Assumed noise scale, over the only batch size whose samples are known, or over the largest batch
+size where none is: a critical batch of 4 times that size. Runs rarely go far beyond the critical
+batch, so the largest size is the best indication of it."""
 _IMPOSSIBLE = 10.0
-"""Times that differ by this factor, besides the workers' and the batches', contradict each other.
-"""
+"""Times that differ by this factor beyond the ratios of workers and batches are contradictory."""
 _ENOUGH_TO_DOUBT = 5
-"""From so many configurations on, most of them show which is wrong: it hardly counts."""
+"""Number of configurations from which an outlier is down-weighted by the fit and not refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,40 +36,39 @@ class FinishedRun:
 
     num_workers: int
     time_s: float
-    """From the first step to the target, evaluations included: not the start-up of the job."""
+    """From the first step to the target, with evaluations and without the start-up of the job."""
     batch_size: float | None = None
-    """The global one; None: not known."""
+    """The global batch size; None if unknown."""
     samples: float | None = None
-    """To the target. Any unit, such as epochs, that all runs and the history share."""
+    """Samples to the target, or any unit, such as epochs, that all runs and the history share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeToTarget:
-    """Make it with `fit_time_to_target`."""
+    """Fitted time-to-target model, made by `fit_time_to_target`."""
 
     model: TrainingTimeModel
     samples_at: Callable[[float], Estimate] | None
-    """By batch size; None where the batch of some run is not known."""
+    """Samples to the target by batch size; None where the batch of some run is unknown."""
     why: str
-    """Where the samples come from, as a sentence."""
+    """Source of the sample counts, as a sentence."""
     elsewhere: str = ""
-    """What `why` goes on to say of batch sizes other than the only one there is; empty where it
-    says all."""
+    """Suffix of `why` for batch sizes other than `only_batch`; empty where there are several."""
     only_batch: float | None = None
 
-    def told(self, batch_size: float | None) -> str:
-        """`why` for a question about `batch_size`: a guess that has no part in it is not said."""
+    def why_at(self, batch_size: float | None) -> str:
+        """Source of the sample count at `batch_size`, without guesses that do not affect it."""
         return f"{self.why}{'' if batch_size == self.only_batch else self.elsewhere}"
 
     def predict(self, num_workers: int, batch_size: float | None) -> Estimate:
-        """Seconds to the target, with an 80 % interval. Where some run's batch is not known, as if
-        it were the same everywhere; else `batch_size` must be given."""
+        """Predict the seconds to the target, with an 80 % interval. Where the batch of some run is
+        unknown, all batches are assumed equal; else `batch_size` is required."""
         if self.samples_at is None:
             return self.model.predict(num_workers, 1.0, 1.0)
         if batch_size is None:
             raise ValueError(
-                f"the time on {in_words(num_workers)} was asked for without a batch size, and the "
-                "runs say theirs: give the global batch size."
+                f"the time on {in_words(num_workers)} was requested without a batch size, and the "
+                "runs have one: give the global batch size."
             )
         return self.model.predict(num_workers, batch_size, self.samples_at(batch_size))
 
@@ -78,8 +76,8 @@ class TimeToTarget:
 def fit_time_to_target(
     finished: Sequence[FinishedRun], history: Sequence[Run] = ()
 ) -> TimeToTarget:
-    """The model of a task from `finished` runs, one or more, and, if there are any, from other runs
-    of it (`history`) that tell the samples to the target at other batch sizes.
+    """Fit time to target to one or more `finished` runs of a task, and to other runs of it
+    (`history`), if any, that give the samples to the target at other batch sizes.
 
     Raises `ValueError` for no run, for numbers that are not positive and finite, for workers that
     are no whole number, for times that contradict each other, and for samples that do
@@ -95,15 +93,15 @@ def fit_time_to_target(
         return TimeToTarget(
             model=fit_training_time(runs),
             samples_at=None,
-            why="as if the batch were the same on any count: not every run says its own",
+            why="as if the batch were the same on any count: not every run gives its own",
         )
     samples_at, why = _samples(finished, history)
     runs = [_timed(run, samples_at) for run in finished]
-    told, elsewhere, only = why
+    at_only, elsewhere, only = why
     return TimeToTarget(
         model=fit_training_time(runs),
         samples_at=samples_at,
-        why=told,
+        why=at_only,
         elsewhere=elsewhere,
         only_batch=only,
     )
@@ -128,32 +126,32 @@ def _check(finished: Sequence[FinishedRun]) -> None:
     for a, b in pairs:
         if b.time_s > _IMPOSSIBLE * _apart(a, b) * a.time_s:
             raise ValueError(
-                f"{_told(a)} and {_told(b)}: times differ by no more than the workers and the "
-                f"batches do, and a factor of {_IMPOSSIBLE:g} besides. Check that all are minutes "
-                "to the same target, and that batches that differ are given."
+                f"{_described(a)} and {_described(b)}: times differ by no more than the workers "
+                f"and the batches do, times a factor of {_IMPOSSIBLE:g}. Check that all are "
+                "minutes to the same target, and that batches that differ are given."
             )
 
 
 def _apart(a: FinishedRun, b: FinishedRun) -> float:
-    """By what factor the workers and the batches of two runs differ together."""
+    """Product of the ratios of two runs' workers and batches, each at least 1."""
     batches = [run.batch_size for run in (a, b) if run.batch_size is not None]
     ratios = (a.num_workers / b.num_workers, batches[0] / batches[-1] if batches else 1.0)
     return math.prod(max(ratio, 1.0 / ratio) for ratio in ratios)
 
 
-def _told(run: FinishedRun) -> str:
+def _described(run: FinishedRun) -> str:
     batch = "" if run.batch_size is None else f" with batch {run.batch_size:g}"
     return f"a run on {in_words(run.num_workers)}{batch} took {run.time_s / 60:g} minutes"
 
 
 def most_workers(finished: Sequence[FinishedRun], batch_size: float | None) -> int | None:
-    """The most workers that can share a batch of `batch_size`: each takes at least one sample. None
-    where the batch is not known, and where some run had more workers than that: then several of
-    them work on one sample (tensor or pipeline parallel), and nothing here says how many can.
-    Raises `ValueError` for a batch of less than a sample."""
+    """Return the most workers that can share a batch of `batch_size`: one sample each. None where
+    the batch is unknown, and where some run had more workers than samples a batch: then several
+    workers share a sample (tensor or pipeline parallel), up to an unknown number. Raises
+    `ValueError` for a batch of less than one sample."""
     if batch_size is not None and not 1.0 <= batch_size < math.inf:
         raise ValueError(
-            f"the most workers for a batch of {batch_size} samples were asked for: a batch has at "
+            f"the most workers for a batch of {batch_size} samples were requested: a batch has at "
             "least 1. Give a global batch size, or None where it is not known."
         )
     shared = any(run.num_workers > (run.batch_size or math.inf) for run in finished)
@@ -163,7 +161,7 @@ def most_workers(finished: Sequence[FinishedRun], batch_size: float | None) -> i
 def _samples(
     finished: Sequence[FinishedRun], history: Sequence[Run]
 ) -> tuple[Callable[[float], Estimate], tuple[str, str, float | None]]:
-    """The samples at a batch size; and `why`, `elsewhere` and `only_batch`."""
+    """Samples to the target by batch size; and (`why`, `elsewhere`, `only_batch`)."""
     known = [
         Run(batch_size=run.batch_size, samples=run.samples)
         for run in finished
@@ -173,7 +171,7 @@ def _samples(
     if len({run.batch_size for run in known}) >= 2:
         curve = fit_samples(known)
         return curve.predict, (curve.why, "", None)
-    said = known
+    has_samples = bool(known)
     if not known:
         largest = max((run.batch_size for run in finished if run.batch_size), default=1.0)
         known = [Run(batch_size=largest, samples=1.0)]
@@ -181,13 +179,13 @@ def _samples(
     guessed = fit_samples(known, noise_scale=GUESSED_NOISE_SCALE * only)
     same = exact(float(np.median([run.samples for run in known])))
     alike = all(run.batch_size == only for run in finished)
-    why = f"known at batch {only:g} alone" if said else "given by no run"
-    if alike and not said:
+    why = f"known at batch {only:g} alone" if has_samples else "given by no run"
+    if alike and not has_samples:
         why = f"the same on any count, at batch {only:g}"
     critical = f"the critical batch were {4 * only:.15g}"
     guess = f"; from one batch size to another as if {critical}, a guess"
-    told = (why, guess, only) if alike else (why + guess, "", None)
-    return lambda batch: same if batch == only else guessed.predict(batch), told
+    reason = (why, guess, only) if alike else (why + guess, "", None)
+    return lambda batch: same if batch == only else guessed.predict(batch), reason
 
 
 def _timed(run: FinishedRun, samples_at: Callable[[float], Estimate]) -> TimedRun:

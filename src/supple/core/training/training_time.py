@@ -1,16 +1,15 @@
-"""Time of a whole training run on another number of workers, from runs on fewer.
+"""Predict the time of a training run on another number of workers, from runs on fewer.
 
-    time  t = f + E(B) / B * T        steps to the target, and what no worker count shortens
+    time  t = f + E(B) / B * T        start and evaluation, and the steps to the target
     step  T = c (B / n + r b_1 + l b_1 log2 n)
 
-with n workers, global batch B, E(B) samples to the target (`samples.py`) and b_1 the samples
-a worker holds in the smallest run: c seconds a sample on one worker; r what a step costs besides,
-in shares of a full worker's work (launches, latency: it is what makes small local batches slow); l
-the same for each doubling of the workers (collectives, stragglers); f minutes of start and
-evaluation. No times of parts are needed: finished runs are enough, where `throughput.py` has
+with n workers, global batch B, E(B) samples to the target (`samples.py`) and b_1 the local batch of
+the smallest run: c seconds a sample on one worker; r the fixed cost of a step (launches, latency),
+in units of c b_1; l the cost per doubling of the workers (collectives, stragglers), in the same
+units; f seconds of start and evaluation. It needs only finished runs; `throughput.py` needs
 measured steps. All four parameters are positive and fitted as logarithms with priors shared by all
-tasks; errors are relative. The interval is Laplace's, with the samples' own and a doubt about the
-form that grows with every doubling beyond the largest run.
+tasks; errors are relative. The interval is Laplace's, with the error of the samples and a model
+error that grows with every doubling beyond the largest run.
 """
 
 import math
@@ -32,15 +31,16 @@ _Vector = npt.NDArray[np.float64]
 _optimize: Any = optimize  # scipy ships no types
 
 _PRIOR = np.log([1.0, 0.05, 0.0025, 3.0])
-"""c over the smallest run's own; a step's fixed part; its growth a doubling; start in seconds."""
+"""Log prior centres: c over that of the smallest run, r, l, and f in seconds."""
 _WIDTH = np.array([3.0, 1.5, 1.2, 0.7])
-"""Standard deviations of the same logarithms."""
+"""Standard deviations of the same logarithms, (4,)."""
 _SCATTER = 0.04
-"""Relative scatter of runs around the form: software, hosts, the luck of seeds."""
-_DOUBT = 0.06
-"""Relative standard deviation of the form, per square root of the doublings beyond what ran."""
+"""Relative standard deviation of runs around the form: software, hosts, seeds."""
+_MODEL_ERROR = 0.06
+"""Model error (relative standard deviation) per square root of the doublings beyond the largest
+run."""
 _LARGE = 3.0
-"""Residuals beyond so many times the scatter count linearly."""
+"""Scale of the soft L1 loss, in units of the scatter: larger residuals count linearly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +58,10 @@ class TimedRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingTimeModel:
-    """A fitted model; make it with `fit_training_time`."""
+    """Fitted training-time model, made by `fit_training_time`."""
 
     runs: tuple[TimedRun, ...]
-    """From the smallest on."""
+    """Smallest first."""
     log_parameters: tuple[float, ...]
     covariance: tuple[tuple[float, ...], ...]
     scatter: float
@@ -70,24 +70,24 @@ class TrainingTimeModel:
     def predict(
         self, num_workers: int, global_batch_size: float, samples: Estimate | float
     ) -> Estimate:
-        """Seconds until the target on `num_workers`, with an 80 % interval, where `samples` are
-        needed at that batch: exactly, or with an interval of their own. Always `fitted`.
+        """Predict the seconds to the target on `num_workers`, with an 80 % interval. `samples` is
+        the number needed at that batch, exact or an estimate. The source is always `fitted`.
 
         Raises `ValueError` for numbers that are not positive and finite."""
         known = isinstance(samples, Estimate)
         ends = (samples.low, samples.high) if known else (float(samples),) * 2
-        _check_asked(num_workers, global_batch_size, *ends)
+        _check_request(num_workers, global_batch_size, *ends)
         needed = samples if known else exact(float(samples))
         x = np.asarray(self.log_parameters)
-        asked = _Shape.of([num_workers], [global_batch_size], [needed.value], self._held)
-        at, slopes = forward_slope(lambda sets: np.log(_times(sets.T[..., None], asked)), x)
+        request = _Shape.of([num_workers], [global_batch_size], [needed.value], self._b_1)
+        at, slopes = forward_slope(lambda sets: np.log(_times(sets.T[..., None], request)), x)
         value, slope = math.exp(at[0]), slopes[0]
         own = float(slope @ np.asarray(self.covariance) @ slope)
         largest = max(run.num_workers for run in self.runs)
         doublings = math.log2(max(1.0, num_workers / largest))
-        own += self.scatter**2 + _DOUBT**2 * doublings
+        own += self.scatter**2 + _MODEL_ERROR**2 * doublings
         width = Z80 * math.sqrt(own)
-        # What the samples' error does to the part of the time that is steps.
+        # The error of the samples affects only the share of the time that is steps.
         steps = 1.0 - min(1.0, math.exp(x[3]) / value)
         down = steps * math.log(needed.value / needed.low)
         up = steps * math.log(needed.high / needed.value)
@@ -99,13 +99,13 @@ class TrainingTimeModel:
         )
 
     @property
-    def _held(self) -> float:
-        return _held(self.runs)
+    def _b_1(self) -> float:
+        return _local_batch(self.runs)
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """Per run: samples a worker holds and the doublings, over `b_1`; and the number of steps."""
+    """Arrays of shape (runs,): local batch over `b_1`, log2 of the workers, number of steps."""
 
     local: _Vector
     doublings: _Vector
@@ -113,26 +113,26 @@ class _Shape:
 
     @staticmethod
     def of(
-        workers: Sequence[float], batch: Sequence[float], samples: Sequence[float], held: float
+        workers: Sequence[float], batch: Sequence[float], samples: Sequence[float], b_1: float
     ) -> "_Shape":
         n, size = np.array(workers, dtype=float), np.array(batch, dtype=float)
-        return _Shape(size / n / held, np.log2(n), np.array(samples, dtype=float) / size)
+        return _Shape(size / n / b_1, np.log2(n), np.array(samples, dtype=float) / size)
 
 
 def _times(x_log: Any, shape: _Shape) -> Any:
-    """Seconds per run; for every parameter set too, where `x_log` is (parameters, sets, 1)."""
+    """Seconds of every run; (sets, runs) where `x_log` is (parameters, sets, 1)."""
     per_worker, fixed, growth, start = np.exp(x_log)
     step = per_worker * (shape.local + fixed + growth * shape.doublings)
     return start + shape.num_steps * step
 
 
-def _held(runs: Sequence[TimedRun]) -> float:
-    """Samples a worker holds in the smallest of the runs, in their order."""
+def _local_batch(runs: Sequence[TimedRun]) -> float:
+    """Local batch b_1 of the smallest run; `runs` are in order of size."""
     return runs[0].global_batch_size / runs[0].num_workers
 
 
 def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
-    """The model that explains the runs, from one on: then the priors say how it scales.
+    """Fit training time to the runs. One is enough: the priors then determine how it scales.
 
     Raises `ValueError` for no run, and for numbers that are not positive and finite or counts that
     are not whole."""
@@ -142,18 +142,18 @@ def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
         [run.num_workers for run in runs],
         [run.global_batch_size for run in runs],
         [run.samples for run in runs],
-        _held(runs),
+        _local_batch(runs),
     )
     observed = np.log([run.time_s for run in runs])
     scatter = np.hypot(_SCATTER, [run.samples_error for run in runs])
     prior = _PRIOR.copy()
     prior[0] = observed[0] - math.log(shape.num_steps[0])
-    # The start can hardly be more than the shortest run.
+    # Prior of the start: at most a tenth of the shortest run.
     prior[3] = min(prior[3], float(np.min(observed)) - math.log(10.0))
 
     def residuals(sets: _Vector) -> _Vector:
         raw = (np.log(_times(sets.T[..., None], shape)) - observed) / scatter
-        # Soft L1 beyond some scatters, so that one absurd run does not bend the others' curve.
+        # Soft L1, so that an outlier has a limited weight.
         bent = raw * np.sqrt(2.0 / (1.0 + np.sqrt(1.0 + (raw / _LARGE) ** 2)))
         return np.concatenate([bent, (sets - prior) / _WIDTH], axis=1)
 
@@ -166,7 +166,7 @@ def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
     found = _optimize.least_squares(at, prior, jac=slope, x_scale=_WIDTH, max_nfev=60)
     jacobian: _Vector = found.jac
     covariance = np.linalg.pinv(jacobian.T @ jacobian)
-    # Where runs contradict each other, or the form, the interval is as wide as the fit's residuals.
+    # Where the residuals exceed the assumed scatter, the interval widens with them.
     off = np.log(_times(found.x[:, None, None], shape))[0] - observed
     misfit = float(np.sum((off / scatter) ** 2)) / len(runs)
     return TrainingTimeModel(
@@ -178,8 +178,8 @@ def fit_training_time(runs: Sequence[TimedRun]) -> TrainingTimeModel:
 
 
 def _size(run: TimedRun) -> tuple[float, ...]:
-    """The smallest run is what the others are relative to. Every number counts, so that the order
-    in which runs are told never does."""
+    """Sort key, smallest run first. It uses every field, so that the order of the input has no
+    effect."""
     return (
         run.num_workers,
         run.global_batch_size,
@@ -189,22 +189,22 @@ def _size(run: TimedRun) -> tuple[float, ...]:
     )
 
 
-def _check_asked(num_workers: int, global_batch_size: float, least: float, most: float) -> None:
+def _check_request(num_workers: int, global_batch_size: float, least: float, most: float) -> None:
     numbers = (num_workers, global_batch_size, least, most)
     counted = is_count(num_workers)
     if not counted or not all(map(is_usable, numbers)):
         samples = f"{least}" if least == most else f"{least} to {most}"
         raise ValueError(
-            f"a training time was asked for on {num_workers} workers, with a global batch of "
+            f"a training time was requested on {num_workers} workers, with a global batch of "
             f"{global_batch_size} and {samples} samples: workers must be a whole number of "
-            "at least 1, batch and samples positive and finite. Ask for a run that can be."
+            "at least 1, batch and samples positive and finite. Give numbers of a possible run."
         )
 
 
 def _check(runs: Sequence[TimedRun]) -> None:
     if not runs:
         raise ValueError(
-            "a training time was asked for with 0 finished runs: it needs at least 1. Run the "
+            "a training time was requested with 0 finished runs: it needs at least 1. Run the "
             "task once, on any number of workers."
         )
     for run in runs:
