@@ -1,5 +1,6 @@
 """The tree of docs/structure.md is the tree of the source, and no folder of it is a heap."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -48,3 +49,24 @@ def test_no_file_lies_loose_and_no_folder_has_too_many() -> None:
         if len(list(folder.glob("*.py"))) > MOST_FILES
     }
     assert heaps == {}
+
+
+LONGEST, MOST_PARAMETERS = 60, 10
+
+
+def test_a_long_function_or_one_with_many_parameters_says_why() -> None:
+    without_reason: list[str] = []
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            given = node.args
+            count = len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs)
+            if lines <= LONGEST and count <= MOST_PARAMETERS:
+                continue
+            if not re.search(r"^Long[:,]|^Many parameters:", ast.get_docstring(node) or "", re.M):
+                without_reason.append(
+                    f"{path.name}: {node.name}, {lines} lines, {count} parameters"
+                )
+    assert without_reason == []

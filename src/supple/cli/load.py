@@ -56,7 +56,7 @@ def load(
     """Load a service at a rate or with a trace, open-loop, and report latency and attainment.
 
     \f
-    Long, with many parameters: one for each option.
+    Long, many parameters: one for each option.
     """
     with messages(verbose):
         if (rate is None) == (trace is None):

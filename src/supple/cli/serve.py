@@ -97,7 +97,7 @@ def serve(
     """Serve TARGET to a latency promise: as many replicas as it needs, nothing dropped.
 
     \f
-    Long, with many parameters: one for each option, and the field of the spec that it sets.
+    Long, many parameters: one for each option, and the field of the spec that it sets.
     """
     with messages(verbose):
         low, high = parse_replicas(replicas)

@@ -95,7 +95,7 @@ def serve(
     """Replay TRACE under Supple's policy and others; print attainment and replica-hours.
 
     \f
-    Long, with many parameters: one for each option, and the field of the scenario that it sets.
+    Long, many parameters: one for each option, and the field of the scenario that it sets.
     """
     with messages(verbose):
         low, high = parse_replicas(replicas)

@@ -150,7 +150,7 @@ def train(
     """Train SCRIPT with a number of workers that changes while it runs.
 
     \f
-    Long, with many parameters: one for each option, and the field of the spec that it sets.
+    Long, many parameters: one for each option, and the field of the spec that it sets.
     """
     with messages(verbose):
         low, high = parse_workers(workers)

@@ -143,7 +143,18 @@ def measure(
                         )
     finally:
         stop_ray()
-    assert first is not None and first.dataset_size is not None
+    assert first is not None
+    return _found(first, steps, collectives, startups_s, psutil.virtual_memory().total // most)
+
+
+def _found(
+    first: ProbeReport,
+    steps: list[StepMeasurement],
+    collectives: list[CollectiveMeasurement],
+    startups_s: list[float],
+    memory_bytes: int,
+) -> ScriptMeasurements:
+    assert first.dataset_size is not None
     return ScriptMeasurements(
         steps=tuple(steps),
         collectives=tuple(collectives),
@@ -162,7 +173,7 @@ def measure(
         largest_micro_batch=first.largest_micro_batch,
         base_lr=first.base_lr,
         optimizer_name=first.optimizer_name,
-        device_memory_bytes=psutil.virtual_memory().total // most,
+        device_memory_bytes=memory_bytes,
     )
 
 

@@ -141,7 +141,6 @@ class WorkerBody:
     def _run(self) -> Event | None:
         """Run the user's function; return its final event, None if this worker was stopped."""
         setup, spec = self._setup, self._setup.spec
-        job_id = JobId(spec.name)
         run_path = Path(setup.run_path)
         host = setup.host or ray.util.get_node_ip_address()
         try:
@@ -158,17 +157,7 @@ class WorkerBody:
                     function = load(spec.script, spec.function)
                 job = self._job = Job(
                     spec,
-                    elastic=Elastic(
-                        identity=Identity(
-                            job_id=job_id,
-                            worker_id=setup.worker_id,
-                            node_id=ray.get_runtime_context().get_node_id(),
-                            host=host,
-                            rendezvous=setup.rendezvous,
-                        ),
-                        mailbox=self._mailbox,
-                        rehearsal_size=setup.rehearsal_size,
-                    ),
+                    elastic=self._elastic(host),
                     checkpoints=store,
                     ledger=Ledger(run_path / "ledger" / f"{setup.worker_id}.jsonl", self._lost_file)
                     if spec.ledger
@@ -194,10 +183,24 @@ class WorkerBody:
                 return self._lost(cause, f"{text}\n{advice}" if advice else text)
             job.saver.wait()
         return WorkerFinished(
-            job_id=job_id,
+            job_id=JobId(spec.name),
             generation=job.generation,
             worker_id=setup.worker_id,
             step=job.step_count,
+        )
+
+    def _elastic(self, host: str) -> Elastic:
+        setup = self._setup
+        return Elastic(
+            identity=Identity(
+                job_id=JobId(setup.spec.name),
+                worker_id=setup.worker_id,
+                node_id=ray.get_runtime_context().get_node_id(),
+                host=host,
+                rendezvous=setup.rendezvous,
+            ),
+            mailbox=self._mailbox,
+            rehearsal_size=setup.rehearsal_size,
         )
 
     @contextlib.contextmanager

@@ -211,7 +211,10 @@ async def run(
     stop: asyncio.Event | None = None,
     on_second: Callable[[float, Outcomes], None] | None = None,
 ) -> Outcomes:
-    """Send a request at each time in `due_s`; return when all have ended or `stop` is set."""
+    """Send a request at each time in `due_s`; return when all have ended or `stop` is set.
+
+    Long: its tasks share the session, the clock and the outcomes.
+    """
     loop = asyncio.get_running_loop()
     outcomes = Outcomes(due_s)
     stop = stop or asyncio.Event()

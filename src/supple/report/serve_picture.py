@@ -31,6 +31,10 @@ _NUM_SPANS = 60
 _DPI = 140
 
 
+_THIN = {"linewidth": 1.0, "alpha": 0.75}
+"""Lines of the other policies."""
+
+
 def draw_serving(
     scenario: Scenario, runs: Mapping[str, ServingRun], target: Path, *, title: str
 ) -> None:
@@ -60,7 +64,7 @@ def draw_serving(
         label="busy at least",
     )
     for name, run in reversed(list(runs.items())):
-        ours = name == "supple"
+        style = {"linewidth": 2.0, "alpha": 1.0} if name == "supple" else _THIN
         timeline = run.timeline
         shown = timeline.at_s <= end_s
         replicas.step(
@@ -68,19 +72,12 @@ def draw_serving(
             (timeline.ready + timeline.starting)[shown],
             where="post",
             color=_COLOURS[name],
-            linewidth=2.0 if ours else 1.0,
-            alpha=1.0 if ours else 0.75,
+            **style,
             label=f"{_LABELS[name]}: {run.slo_attainment:.2%} in time, "
             f"{run.replica_hours:.1f} replica-hours",
         )
         at, share = attained(scenario, run)
-        met.plot(
-            at / 60,
-            100 * share,
-            color=_COLOURS[name],
-            linewidth=2.0 if ours else 1.0,
-            alpha=1.0 if ours else 0.75,
-        )
+        met.plot(at / 60, 100 * share, color=_COLOURS[name], **style)
     replicas.set_ylabel("replicas, starting ones included")
     handles, labels = replicas.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside lower left", ncols=2, frameon=False)

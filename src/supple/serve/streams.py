@@ -101,19 +101,7 @@ class Streams:
         its consumer cancelled, `leaving` is signalled and `parts` closed. Raises `Refused`: 503 if
         too many streams are open, 429 if too many of them are `client`'s (None: unknown address),
         504 if a part takes too long."""
-        if self.num_open >= self._most:
-            raise Refused(
-                f"{self.num_open} streams are open here, the most allowed; try again later",
-                503,
-                _RETRY_AFTER_S,
-            )
-        if client is not None and self._open[client] >= max(1, int(_CLIENT_SHARE * self._most)):
-            raise Refused(
-                f"{self._open[client]} streams of this client are open here, the most allowed for "
-                "one; read them to the end, or close them",
-                429,
-                _RETRY_AFTER_S,
-            )
+        self._refuse_too_many(client)
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._open[client] += 1
@@ -152,6 +140,21 @@ class Streams:
             # The only thread closes the generator after the current part.
             thread.submit(close)
             thread.shutdown(wait=False)
+
+    def _refuse_too_many(self, client: bytes | None) -> None:
+        if self.num_open >= self._most:
+            raise Refused(
+                f"{self.num_open} streams are open here, the most allowed; try again later",
+                503,
+                _RETRY_AFTER_S,
+            )
+        if client is not None and self._open[client] >= max(1, int(_CLIENT_SHARE * self._most)):
+            raise Refused(
+                f"{self._open[client]} streams of this client are open here, the most allowed for "
+                "one; read them to the end, or close them",
+                429,
+                _RETRY_AFTER_S,
+            )
 
 
 def _look_at_error(following: "asyncio.Future[Any]") -> None:

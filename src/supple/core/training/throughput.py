@@ -272,6 +272,8 @@ def fit(
     `link` joins nodes, `local_link` the workers of a node (default: the same). Raises `ValueError`
     for no measurement and for a time that is not positive and finite, `ContradictoryMeasurements`
     for times that cannot belong to one job.
+
+    Long: residuals, losses and solver share the arrays of the measurements.
     """
     check_measurements(steps, collectives, gradient_bytes, workers_per_node)
     inside = local_link or link
