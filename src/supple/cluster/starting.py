@@ -17,10 +17,11 @@ import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, utils
+from ray._private.node import Node
 
 from supple.cluster.afterwards import MARK, watch_over
 from supple.cluster.ray_folder import RayFolder
@@ -29,6 +30,9 @@ from supple.core.spec import SpecError
 _TOKEN: Final = secrets.token_hex(32)
 """Without it Ray's processes answer nobody. Ray would write its own into the user's home, for every
 user to read, and where there is no home it would not start."""
+_UNASKED: Final = ("start_monitor", "start_log_monitor", "start_api_server")
+"""Processes of Ray that nobody here asks: its autoscaler, which has no node to add; the one that
+sends what workers print to a driver, which has them by itself; the dashboard."""
 _LEAST_FREE: Final = 100 * 1024 * 1024
 _LEAST_FILES: Final = 4096
 _folder: RayFolder | None = None
@@ -63,7 +67,7 @@ def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) 
     many_machines = ray_constants.ENABLE_RAY_CLUSTER  # read when Ray was imported
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        with to_its_end():
+        with to_its_end(), _as_small_as_it_gets():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -81,6 +85,21 @@ def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) 
         ) from None
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = many_machines
+
+
+@contextlib.contextmanager
+def _as_small_as_it_gets() -> Iterator[None]:
+    """Ray starts without the processes in `_UNASKED`, and with its agent as where the dashboard's
+    dependencies are not installed: without a web server, whose imports the raylet would wait for.
+    Ray has parameters for this which `ray.init` does not take."""
+    replaced: list[tuple[Any, str, Any]] = [(Node, name, None) for name in _UNASKED]
+    replaced.append((utils, "get_dashboard_dependency_error", "not needed"))
+    with contextlib.ExitStack() as back:
+        for owner, name, answer in replaced:
+            if hasattr(owner, name):
+                back.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, lambda *_, answer=answer, **__: answer)
+        yield
 
 
 def _guard(which: str) -> None:
