@@ -17,6 +17,7 @@ from tests.cluster.runs import TrainRun
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 SCRIPT = """
+import time
 import torch
 
 def train(job):
@@ -24,6 +25,7 @@ def train(job):
     model = job.model(lambda: torch.nn.Linear(4, 1))
     job.optimizer(torch.optim.SGD, lr=0.01)
     for (x,) in job.batches(data, batch_size=8, epochs=100_000):
+        time.sleep(0.01)
         job.step(model(x).square().mean())
 """
 
