@@ -67,7 +67,7 @@ def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) 
     many_machines = ray_constants.ENABLE_RAY_CLUSTER  # read when Ray was imported
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        with to_its_end(), _as_small_as_it_gets():
+        with to_its_end(), as_small_as_it_gets():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -88,7 +88,7 @@ def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) 
 
 
 @contextlib.contextmanager
-def _as_small_as_it_gets() -> Iterator[None]:
+def as_small_as_it_gets() -> Iterator[None]:
     """Ray starts without the processes in `_UNASKED`, and with its agent as where the dashboard's
     dependencies are not installed: without a web server, whose imports the raylet would wait for.
     Ray has parameters for this which `ray.init` does not take."""
