@@ -432,3 +432,13 @@ def test_a_grpc_message_that_may_be_compressed_is_refused(
     answer = grpc_answer(narrow, *encodings)
     assert b"grpc-message" in answer
     assert (b"compressed messages are not taken" in answer) is is_refused
+
+
+def test_a_free_port_is_taken_by_nobody_and_none_that_the_kernel_hands_out() -> None:
+    ports = [ingress.free_port() for _ in range(20)]
+    handed_out = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    assert len(set(ports)) == 20 and max(ports) < int(handed_out[0])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", ingress.free_port()))
+        again = {ingress.free_port() for _ in range(ingress._PORTS)}
+        assert taken.getsockname()[1] not in again and len(again) > 1000
