@@ -11,9 +11,10 @@ from ray.cluster_utils import Cluster
 class Nodes:
     """The head has one place for a worker; others are added and killed by the test."""
 
-    def __init__(self) -> None:
+    def __init__(self, head_cpus: int = 1) -> None:
         self._cluster: Any = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+            initialize_head=True,
+            head_node_args={"num_cpus": head_cpus, "include_dashboard": False, "no_monitor": True},
         )
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-_LIMIT_S = 90.0
+_LIMIT_S = 150.0
 
 
 class TrainRun:

@@ -30,11 +30,12 @@ ENDLESS = 100_000
 
 
 @pytest.fixture
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TrainRun]:
+def run(request: pytest.FixtureRequest, tmp_path: Path, shared_ray: str) -> Iterator[TrainRun]:
     script = tmp_path / "script.py"
     batch, epochs, pause, arguments = request.param
     script.write_text(SCRIPT.format(batch=batch, epochs=epochs, pause=pause))
-    started = TrainRun(script, tmp_path, *arguments.split(), name=f"advice-{tmp_path.name}"[:60])
+    where = ("--address", shared_ray, *arguments.split())
+    started = TrainRun(script, tmp_path, *where, name=f"advice-{tmp_path.name}"[:60])
     yield started
     started.close()
 

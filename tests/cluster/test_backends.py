@@ -46,6 +46,7 @@ JOB = JobId("contract")
 W0, W1 = WorkerId("w0"), WorkerId("w1")
 LIMIT_S = 120.0
 SCRIPT = """
+import time
 import torch
 
 def train(job):
@@ -53,6 +54,7 @@ def train(job):
     job.optimizer(torch.optim.SGD, lr=0.01)
     data = torch.utils.data.TensorDataset(torch.ones(64, 1))
     for (x,) in job.batches(data, batch_size=4, epochs=1_000_000):
+        time.sleep(0.01)
         job.step(model(x).square().mean())
 """
 Kind = TypeVar("Kind", bound=Event)

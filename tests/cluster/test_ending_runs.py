@@ -41,13 +41,14 @@ Start = Callable[..., TrainRun]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+def start(tmp_path: Path, shared_ray: str) -> Iterator[Start]:
     runs: list[TrainRun] = []
 
     def begin(*arguments: str, in_data: str = "pass", in_loop: str = "pass") -> TrainRun:
         script = tmp_path / "script.py"
         script.write_text(SCRIPT.replace("IN_DATA", in_data).replace("IN_LOOP", in_loop))
-        run = TrainRun(script, tmp_path, *arguments, name=f"ending-{os.getpid()}-{len(runs)}")
+        name = f"ending-{os.getpid()}-{len(runs)}"
+        run = TrainRun(script, tmp_path, "--address", shared_ray, *arguments, name=name)
         runs.append(run)
         return run
 

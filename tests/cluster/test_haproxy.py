@@ -432,3 +432,12 @@ def test_a_grpc_message_that_may_be_compressed_is_refused(
     answer = grpc_answer(narrow, *encodings)
     assert b"grpc-message" in answer
     assert (b"compressed messages are not accepted" in answer) is is_refused
+
+
+def test_a_free_port_is_taken_by_nobody_and_none_that_the_kernel_assigns_by_default() -> None:
+    ports = [ingress.free_port() for _ in range(20)]
+    assert len(set(ports)) == 20 and min(ports) >= 20_000 and max(ports) < 32_768
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", ingress.free_port()))
+        again = {ingress.free_port() for _ in range(ingress._PORTS)}
+        assert taken.getsockname()[1] not in again and len(again) > 1000

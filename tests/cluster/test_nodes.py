@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_a_worker_whose_raylet_died_is_given_up_and_ends_and_writes_no_more(
         assert survivor != there
         run.wait("CheckpointSaved")
         while orphan.is_running() and orphan.status() != psutil.STATUS_ZOMBIE:
-            pass  # pytest's time-out ends a wait in vain
+            time.sleep(0.02)  # pytest's time-out ends a wait in vain
         before = {path.name for path in (run.folder / "checkpoints").iterdir()}
         saved = run.wait("CheckpointSaved", lambda record: Path(record["path"]).name not in before)
         manifest = json.loads((Path(saved["path"]) / "manifest.json").read_text())

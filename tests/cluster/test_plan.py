@@ -102,22 +102,16 @@ class Stream(IterableDataset):
 
 def run(job, dataset):
     model = job.model(lambda: torch.nn.Linear(1, 1))
-    job.optimizer(torch.optim.SGD, lr=1e-3)
+    job.optimizer(torch.optim.SGD, lr=1e-3, schedule=lambda done: 1 - done)
     for x in job.batches(dataset, batch_size=5000, micro_batch_size=2, epochs=4):
         job.step(model(x if torch.is_tensor(x) else x[0]).square().mean())
+        job.report(lr=job.lr, epoch=job.epoch, first=job.is_leading, size=job.micro_batch_size)
 
 def train(job):
     run(job, TensorDataset(torch.ones(3, 1)))
 
 def stream(job):
     run(job, Stream())
-
-def reports(job):
-    model = job.model(lambda: torch.nn.Linear(1, 1))
-    job.optimizer(torch.optim.SGD, lr=1e-3, schedule=lambda done: 1 - done)
-    for (x,) in job.batches(TensorDataset(torch.ones(8, 1)), batch_size=4):
-        job.step(model(x).square().mean())
-        job.report(lr=job.lr, epoch=job.epoch, first=job.is_leading, size=job.micro_batch_size)
 
 def leaves(job):
     model = job.model(lambda: torch.nn.Linear(1, 1))
@@ -139,17 +133,21 @@ def planned_alone(folder: Path, function: str) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    return planned_alone(tmp_path_factory.mktemp("alone"), "train")
+
+
 def test_a_batch_beyond_the_dataset_is_told_and_the_cap_on_micro_batches_kept(
-    tmp_path: Path,
+    alone: subprocess.CompletedProcess[str],
 ) -> None:
-    result = planned_alone(tmp_path, "train")
     told = "batch_size=5000, but the dataset has only 3: all of them are one batch in this plan"
-    assert result.returncode == 0 and result.stderr.splitlines().count(told) == 1, result.stderr
-    batches = [row["batch"] for row in json.loads(result.stdout)["rows"]]
+    assert alone.returncode == 0 and alone.stderr.splitlines().count(told) == 1, alone.stderr
+    batches = [row["batch"] for row in json.loads(alone.stdout)["rows"]]
     assert {batch["global_batch_size"] for batch in batches} == {3}
-    alone = batches[0]
-    assert (alone["micro_batch_size"], alone["num_accumulation_steps"]) == (2, 2)
-    assert json.loads(result.stdout)["rows"][0]["step_time_s"]["source"] == "measured"
+    first = batches[0]
+    assert (first["micro_batch_size"], first["num_accumulation_steps"]) == (2, 2)
+    assert json.loads(alone.stdout)["rows"][0]["step_time_s"]["source"] == "measured"
 
 
 def test_a_dataset_without_a_length_is_told_to_give_one(tmp_path: Path) -> None:
@@ -159,11 +157,10 @@ def test_a_dataset_without_a_length_is_told_to_give_one(tmp_path: Path) -> None:
 
 
 def test_a_script_may_report_its_learning_rate_and_read_everything_of_its_job(
-    tmp_path: Path,
+    alone: subprocess.CompletedProcess[str],
 ) -> None:
-    result = planned_alone(tmp_path, "reports")
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["rows"][0]["batch"]["lr"] == 1e-3
+    assert alone.returncode == 0, alone.stderr
+    assert json.loads(alone.stdout)["rows"][0]["batch"]["lr"] == 1e-3
 
 
 def test_a_script_that_leaves_its_loop_before_all_is_measured_is_told_to_go_on(

@@ -192,7 +192,7 @@ def test_a_socket_of_another_user_is_not_talked_to(shared: Path) -> None:
         assert control.running_jobs() == []
         control.refuse_second("digits")
         with pytest.raises(SpecError, match="no running job 'digits'"):
-            control.ask("digits", {"ask": "status"})
+            control.send_request("digits", {"ask": "status"})
         with pytest.raises(BlockingIOError):
             listening.accept()
 
@@ -264,7 +264,7 @@ def test_a_job_does_not_hear_another_user_and_another_users_is_not_asked(shared:
         finally:
             os.seteuid(0)
         with pytest.raises(SpecError, match="no running job 'theirs'"):
-            control.ask("theirs", {"ask": "x"})
+            control.send_request("theirs", {"ask": "x"})
         listening.setblocking(False)
         connection, _ = listening.accept()
         with connection:
@@ -274,6 +274,6 @@ def test_a_job_does_not_hear_another_user_and_another_users_is_not_asked(shared:
 @pytest.mark.parametrize("name", ["../../x", "a/b", "..", ".hidden", "", "x" * 65, "a\n", "ä"])
 def test_a_name_that_leads_elsewhere_is_refused(shared: Path, name: str) -> None:
     with pytest.raises(SpecError, match="not usable as a folder"):
-        control.ask(name, {"ask": "status"})
+        control.send_request(name, {"ask": "status"})
     with pytest.raises(SpecError, match="not usable as a folder"):
         control.socket_path(name)

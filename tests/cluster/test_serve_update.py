@@ -161,7 +161,7 @@ spec = ServeSpec(
 )
 ingress.connect(spec)
 try:
-    short = {"predict_timeout_s": 1.0, "patience_s": 30.0}
+    short = {"predict_timeout_s": 1.0, "patience_s": 20.0}
     before = dataclasses.replace(serving.deployment_of(spec), **short)
     serving.deploy(before)
     file.write_text(source)
@@ -176,7 +176,7 @@ try:
 finally:
     serving.shut_down()
 """
-"""One replica of which the start may take 30 s, and the leaving of the one before 11 s."""
+"""One replica of which the start may take 20 s, and the leaving of the one before 11 s."""
 
 
 def test_replicas_that_do_not_come_up_in_time_are_given_up_and_the_old_go_on(
@@ -189,5 +189,5 @@ def test_replicas_that_do_not_come_up_in_time_are_given_up_and_the_old_go_on(
     command = [sys.executable, "-c", TIMED_OUT, str(file), "timed-out", loading(first)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "refused: its replicas did not start within 41 s" in done.stdout, done.stdout
+    assert "refused: its replicas did not start within 31 s" in done.stdout, done.stdout
     assert "running: 1" in done.stdout, done.stdout

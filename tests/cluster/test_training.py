@@ -15,6 +15,7 @@ DIGITS = ROOT / "examples" / "digits.py"
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 LONG = """
+import time
 import torch
 import torch.nn.functional as F
 from examples.digits import build_model, load
@@ -24,15 +25,17 @@ def train(job):
     model = job.model(build_model)
     job.optimizer(torch.optim.AdamW, lr=1e-3)
     for x, y in job.batches(dataset, batch_size=61, epochs=100_000):
+        time.sleep(0.01)
         loss = F.cross_entropy(model(x), y)
         job.step(loss)
         job.report(loss=loss)
 """
+"""Its steps leave the cores to the workers that start meanwhile."""
 
 SLOW_STEPS = (
-    LONG.replace("import torch\n", "import time\nimport torch\n", 1)
-    .replace("job.model(build_model)", "job.model(build)")
-    .replace("loss = F", "time.sleep(0.1)\n        loss = 0 * model.other.sum() + F")
+    LONG.replace("job.model(build_model)", "job.model(build)")
+    .replace("time.sleep(0.01)", "time.sleep(0.1)")
+    .replace("loss = F", "loss = 0 * model.other.sum() + F")
     + """
 def build():
     model = build_model()
@@ -47,14 +50,26 @@ Start = Callable[..., TrainRun]
 
 
 @pytest.fixture
-def start(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a run on a Ray of its own."""
+    yield from starting(tmp_path)
+
+
+@pytest.fixture
+def join(tmp_path: Path, shared_ray: str) -> Iterator[Start]:
+    """Starts a run on the Ray that tests share."""
+    yield from starting(tmp_path, "--address", shared_ray)
+
+
+def starting(folder: Path, *where: str) -> Iterator[Start]:
     runs: list[TrainRun] = []
 
     def begin(source: str | Path, *arguments: str) -> TrainRun:
-        script = source if isinstance(source, Path) else tmp_path / f"script{len(runs)}.py"
+        script = source if isinstance(source, Path) else folder / f"script{len(runs)}.py"
         if not isinstance(source, Path):
             script.write_text(source)
-        run = TrainRun(script, tmp_path, *arguments, name=f"test-{os.getpid()}-{len(runs)}")
+        name = f"test-{os.getpid()}-{len(runs)}"
+        run = TrainRun(script, folder, *where, *arguments, name=name)
         runs.append(run)
         return run
 
@@ -86,8 +101,8 @@ def test_a_run_grows_shrinks_loses_rank_0_and_uses_every_sample_once(start: Star
     assert set(members) <= survivors
 
 
-def test_a_silent_worker_is_found_by_its_heartbeat_and_replaced(start: Start) -> None:
-    run = start(LONG, "--workers", "2")
+def test_a_silent_worker_is_found_by_its_heartbeat_and_replaced(join: Start) -> None:
+    run = join(LONG, "--workers", "2")
     members = run.wait_running(2)
     os.kill(run.pid_of(members[1]), signal.SIGSTOP)
     killed = run.wait("KillWorker")
@@ -96,15 +111,15 @@ def test_a_silent_worker_is_found_by_its_heartbeat_and_replaced(start: Start) ->
     assert members[0] in run.wait_running(2)
 
 
-def test_ctrl_c_saves_and_a_resume_with_another_count_goes_on(start: Start) -> None:
-    run = start(LONG, "--workers", "2")
+def test_ctrl_c_saves_and_a_resume_with_another_count_goes_on(join: Start) -> None:
+    run = join(LONG, "--workers", "2")
     run.wait_running(2)
     run.wait("Progress", lambda record: record["step"] > 20)
     run.process.send_signal(signal.SIGINT)
     saved = run.wait("CheckpointSaved")
     assert run.end() == 0
     assert "--resume" in run.errors()
-    again = start(
+    again = join(
         LONG, "--workers", "3", "--resume", saved["path"], "--max-steps", str(saved["step"] + 10)
     )
     formed = again.wait("GroupFormed")
@@ -113,8 +128,8 @@ def test_ctrl_c_saves_and_a_resume_with_another_count_goes_on(start: Start) -> N
     assert again.of_type("WorkerFinished")[-1]["step"] == saved["step"] + 10
 
 
-def test_all_workers_gone_go_on_from_the_last_checkpoint(start: Start) -> None:
-    run = start(LONG, "--workers", "2", "--checkpoint-every", "1s")
+def test_all_workers_gone_go_on_from_the_last_checkpoint(join: Start) -> None:
+    run = join(LONG, "--workers", "2", "--checkpoint-every", "1s")
     members = run.wait_running(2)
     run.wait("CheckpointSaved")
     for member in members:
@@ -153,10 +168,10 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_script_ends_with_its_own_message_and_no_frame_of_ours(
-    start: Start, case: str
+    join: Start, case: str
 ) -> None:
     source, words = BROKEN[case]
-    run = start(source, "--workers", "2")
+    run = join(source, "--workers", "2")
     assert run.end() == 1
     errors = run.errors()
     for word in words:
@@ -165,12 +180,12 @@ def test_a_broken_script_ends_with_its_own_message_and_no_frame_of_ours(
     assert "ray" not in errors.lower().split()
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_name_and_is_still_there(start: Start) -> None:
-    first = start(LONG, "--workers", "1", "--max-steps", "3")
+def test_a_checkpoint_of_another_model_is_refused_by_name_and_is_still_there(join: Start) -> None:
+    first = join(LONG, "--workers", "1", "--max-steps", "3")
     assert first.end() == 0, first.errors()
     saved = sorted((first.folder / "checkpoints").iterdir())[-1]
     other = LONG.replace("job.model(build_model)", "job.model(lambda: torch.nn.Linear(64, 10))")
-    second = start(other, "--workers", "1", "--resume", str(saved))
+    second = join(other, "--workers", "1", "--resume", str(saved))
     assert second.end() == 1
     assert "of another model" in second.errors()
     assert [lost["cause"] for lost in second.of_type("WorkerLost")] == ["refused"]
@@ -179,8 +194,8 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_and_is_still_there(sta
     assert {"manifest.json", "state.pt"} <= {path.name for path in saved.iterdir()}
 
 
-def test_a_second_job_of_the_same_name_is_refused(start: Start) -> None:
-    run = start(LONG, "--workers", "1")
+def test_a_second_job_of_the_same_name_is_refused(join: Start) -> None:
+    run = join(LONG, "--workers", "1")
     run.wait_running(1)
     second = TrainRun(DIGITS, run.folder.parent, "--workers", "1", name=run.name)
     assert second.end() == 2

@@ -54,7 +54,6 @@ def run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     answers = True
     try:
-        serving.refuse_no_capacity(spec)
         deployment = serving.deployment_of(spec, weights=weights, profile=profile)
         began_s = time.monotonic()
         serving.deploy(deployment)

@@ -77,6 +77,9 @@ _MEMORY = {
     "RAY_maximum_gcs_dead_worker_cached_count": "100",
 }
 """Limits on the records of dead actors and processes in Ray's GCS (default: 100,000)."""
+_ON_DEMAND = {"RAY_prestart_worker_first_driver": "0"}
+"""Ray would start a process for every core in advance. None of them could become a Supple worker,
+as those have an environment of their own."""
 
 
 def connect(spec: TrainSpec) -> None:
@@ -92,7 +95,7 @@ def connect(spec: TrainSpec) -> None:
     ray_worker._worker_logs_enabled = False
     if spec.address is None:
         num_cpus = max(os.cpu_count() or 1, int(spec.max_workers * spec.cpus_per_worker) + 1)
-        start_ray(RayFolder(), num_cpus=num_cpus, settings=_HEALTH | _MEMORY)
+        start_ray(RayFolder(), num_cpus=num_cpus, settings=_HEALTH | _MEMORY | _ON_DEMAND)
         return
     try:
         with to_its_end():

@@ -17,10 +17,11 @@ import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, utils
+from ray._private.node import Node
 
 from supple.cluster.afterwards import MARK, watch_over
 from supple.cluster.ray_folder import RayFolder
@@ -29,6 +30,9 @@ from supple.core.spec import SpecError
 _TOKEN: Final = secrets.token_hex(32)
 """Ray's processes answer only to holders of it. Ray would write its own token into the user's home,
 readable by every user, and would not start without a home."""
+_UNUSED: Final = ("start_monitor", "start_log_monitor", "start_api_server")
+"""Starters of Ray processes without a use here: the autoscaler, which has no node to add; the log
+monitor, which sends the output of workers to a driver; the dashboard."""
 _LEAST_FREE: Final = 100 * 1024 * 1024
 """Free bytes below which a failed start is blamed on the disk."""
 _LEAST_FILES: Final = 4096
@@ -64,7 +68,7 @@ def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) 
     many_machines = ray_constants.ENABLE_RAY_CLUSTER  # read when Ray was imported
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        with to_its_end():
+        with to_its_end(), as_small_as_it_gets():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -82,6 +86,21 @@ def start_ray(folder: RayFolder, *, num_cpus: int, settings: Mapping[str, str]) 
         ) from None
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = many_machines
+
+
+@contextlib.contextmanager
+def as_small_as_it_gets() -> Iterator[None]:
+    """Ray starts without the processes in `_UNUSED`, and with its agent as where the dashboard's
+    dependencies are not installed: without a web server, whose imports the raylet would wait for.
+    Ray has parameters for this which `ray.init` does not take."""
+    replaced: list[tuple[Any, str, Any]] = [(Node, name, None) for name in _UNUSED]
+    replaced.append((utils, "get_dashboard_dependency_error", "not needed"))
+    with contextlib.ExitStack() as back:
+        for owner, name, answer in replaced:
+            if hasattr(owner, name):
+                back.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, lambda *_, answer=answer, **__: answer)
+        yield
 
 
 def _guard(which: str) -> None:

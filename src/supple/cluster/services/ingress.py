@@ -6,6 +6,7 @@ every setting here, with measurements without it.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import shlex
@@ -24,6 +25,7 @@ from starlette.middleware import Middleware
 from supple.cluster.ray_folder import RayFolder
 from supple.cluster.services import grpc_servers
 from supple.cluster.services.haproxy import EDITED, SILENCE_S, edits, max_connections
+from supple.cluster.services.service import refuse_no_capacity
 from supple.cluster.starting import start_ray, to_its_end
 from supple.core.service.routing import BALANCE
 from supple.core.service.spec import ServeSpec, is_loopback
@@ -39,6 +41,10 @@ _RETRIES: Final = 30
 """Attempts to connect: several replicas may be dead before the ingress detects it."""
 _PATIENCE_S: Final = 60.0
 """Time a request waits for another replica after its replica has died, in seconds."""
+_FIRST_PORT: Final = 20_000
+_PORTS: Final = 10_000
+_numbers = itertools.count(16 * os.getpid())
+"""Where to look for a free port next: two services that start together begin at different ports."""
 _LONGEST_FOLDER: Final = 97 - 56 - len("//admin.sock")
 """Bytes of the longest folder path: HAProxy allows 97 bytes for the path of its socket, and Ray
 adds a folder named after the node, 56 bytes."""
@@ -52,7 +58,7 @@ _MOST_BYTES: Final = "SUPPLE_MOST_BYTES"
 
 def connect(spec: ServeSpec) -> None:
     """Start Ray Serve with the ingress of `spec`, on this machine or on the cluster at its address.
-    Raises `SpecError` if that is impossible."""
+    Raises `SpecError` if that is impossible, or without capacity for the fewest replicas."""
     # Ray prints "(raylet) A worker died ..." on stdout, with no public switch; Supple reports it.
     ray_worker._worker_logs_enabled = False
     if not ray.is_initialized():
@@ -62,6 +68,7 @@ def connect(spec: ServeSpec) -> None:
             start_ray(folder, num_cpus=_num_cpus(spec), settings=settings)
         else:
             _join(spec.address)
+    refuse_no_capacity(spec)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         http_options=HTTPOptions(host=_inner_host(spec), port=spec.port, keep_alive_timeout_s=90),
@@ -175,10 +182,17 @@ def _private_haproxy(binary: str, spec: ServeSpec, folder: Path) -> Path:
 
 
 def free_port() -> int:
-    """Return a port of this machine that is free now."""
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port of this machine that is free now, below those that the kernel assigns: Ray
+    would get one of these before it is used."""
+    for number in itertools.islice(_numbers, _PORTS):
+        port = _FIRST_PORT + number % _PORTS
+        with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise SpecError(
+        f"no port from {_FIRST_PORT} to {_FIRST_PORT + _PORTS - 1} is free on this machine. Name "
+        "those to use with --port and --grpc-port."
+    )
 
 
 def prepare_process() -> list[Any]:
