@@ -22,7 +22,7 @@ from supple.train.data.loader import Loader, fraction_done
 from supple.train.generation.activity import Activity
 from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.generation.member import Elastic, LeaveLoop, Membership
-from supple.train.job_protocol import JobProtocol, Schedule
+from supple.train.job_protocol import JobProtocol, Schedule, Weight
 from supple.train.ledger import Ledger
 from supple.train.recipe import Batches, Hand, Recipe
 from supple.train.rehearsal import Rehearsal
@@ -119,7 +119,7 @@ class Job(JobProtocol):
         self._in_loop = False
         self._activity.enter("after")
 
-    def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
+    def step(self, loss: Tensor, *, weight: Weight = None, clip_norm: float | None = None) -> bool:
         micro = self._hand.take()
         if self._rehearsing:
             loss.backward()
@@ -130,7 +130,7 @@ class Job(JobProtocol):
         if group is not None and group.is_aborted:  # the rest of this step would be wasted
             committed = self._abandon("the generation was aborted")
         else:
-            self._steps.backward(loss, micro, group, self._heard_of_next)
+            self._steps.backward(loss, micro, group, self._heard_of_next, weight=weight)
             committed = self._commit(clip_norm) if micro.is_last else False
         self._activity.enter("script")
         return committed

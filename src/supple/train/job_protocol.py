@@ -5,13 +5,16 @@
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Schedule = Callable[[float], float] | None
 """Maps the fraction of the run done (0 to 1) to a factor of the learning rate."""
+
+Weight = float | Tensor | Literal["sum"] | None
+"""What a loss is the mean over, as a number; "sum" for a loss that is a sum; None: over samples."""
 
 
 class JobProtocol(Protocol):
@@ -61,11 +64,19 @@ class JobProtocol(Protocol):
         """
         ...
 
-    def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
-        """Run the backward pass; after the last micro-batch of a step, reduce, update and count.
+    def step(self, loss: Tensor, *, weight: Weight = None, clip_norm: float | None = None) -> bool:
+        """Backward, and on the last micro-batch of a step: reduce, update, count.
 
-        Returns True if this call committed a step: applied, or left out by `--on-non-finite skip`.
-        `clip_norm` limits the gradient's norm over the whole global batch.
+        Without `weight`, `loss` is the mean over the samples of the micro-batch. A mean over
+        something else, such as the tokens that are not padding, needs their number: `weight=`
+        number of tokens. A sum needs `weight="sum"`. Then the gradient is that of the whole global
+        batch, for any number of workers and micro-batches. Every step of a job has the same kind.
+
+        Returns whether a step was committed by this call: applied, or left out by
+        `--on-non-finite skip`. `clip_norm` bounds the gradient's norm over the global batch.
+
+        Do not call `loss.backward()` yourself; that raises `TrainingError`. `zero_grad()` in the
+        loop has no effect.
         """
         ...
 

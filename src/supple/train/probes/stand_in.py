@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from supple.train.data.loader import MicroBatch
-from supple.train.job_protocol import JobProtocol, Schedule
+from supple.train.job_protocol import JobProtocol, Schedule, Weight
 from supple.train.recipe import Batches, Hand, Recipe, no_batch_taken
 from supple.train.reporter import numbers
 from supple.train.script import run
@@ -108,7 +108,7 @@ class StandIn:
                 yield from self._hand.give(micro)
         raise MeasurementComplete
 
-    def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
+    def step(self, loss: Tensor, *, weight: Weight = None, clip_norm: float | None = None) -> bool:
         committed = self._instrument.step(loss, self._hand.take(), clip_norm)
         self.step_count += committed
         return committed
