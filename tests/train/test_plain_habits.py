@@ -303,3 +303,110 @@ def test_a_parameter_that_a_step_does_not_use_is_moved_by_nothing(
     with workers(HeadScript(token_loss("mean"), MEAN), count, **spec) as found:
         for trained in found:
             torch.testing.assert_close(trained, flat(expected), rtol=1e-4, atol=1e-6)
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.frozen = nn.Embedding(20, 8), nn.Linear(8, 20), nn.Linear(8, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x)
+        return self.head(features) + self.frozen(features)
+
+
+def groups(model: Any) -> list[dict[str, Any]]:
+    return [
+        {"params": model.body.parameters(), "lr": 0.01},
+        {"params": model.head.parameters(), "weight_decay": 0.5},
+        {"params": model.frozen.parameters(), "lr": 0.0},
+    ]
+
+
+def in_a_lambda(params: Any, lr: float) -> torch.optim.Optimizer:
+    body, *rest = list(params)
+    return torch.optim.SGD([{"params": [body], "lr": lr / 10}, {"params": rest}], lr=lr)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_parameter_groups_keep_their_own_rates_and_decay(count: int) -> None:
+    torch.manual_seed(0)
+    expected = Layers()
+    optimizer = torch.optim.SGD(groups(expected), lr=0.1)
+    before = expected.frozen.weight.clone()
+    for _ in range(EPOCHS):
+        for start in range(0, ROWS, BATCH):
+            part = slice(start, start + BATCH)
+            optimizer.zero_grad()
+            token_loss("mean")(expected, X[part], Y[part]).backward()
+            optimizer.step()
+    script = Script(token_loss("mean"), MEAN, make=Layers, params=groups)
+    with workers(script, count) as found:
+        for trained in found:
+            torch.testing.assert_close(trained, flat(expected), rtol=1e-5, atol=1e-6)
+    model: Any = next(iter(script.models.values()))
+    assert torch.equal(model.frozen.weight, before)
+
+
+def test_groups_made_by_the_scripts_own_function_keep_their_ratio_under_a_schedule() -> None:
+    seen: list[list[float]] = []
+
+    class Watching(Script):
+        def __call__(self, job: Job) -> None:
+            model = self.models[id(job)] = job.model(build)
+            optimizer = job.optimizer(in_a_lambda, lr=0.1, schedule=lambda done: 1 - done / 2)
+            for x, y in job.batches(
+                TensorDataset(X, Y), batch_size=BATCH, epochs=EPOCHS, shuffle=False
+            ):
+                if job.step(token_loss("mean")(model, x, y), weight=num_tokens(y)):
+                    seen.append([group["lr"] for group in optimizer.param_groups])
+
+    alone(Watching(token_loss("mean"), MEAN))
+    assert [pair[1] for pair in seen] == pytest.approx([0.1, 0.0875, 0.075, 0.0625])
+    assert [pair[0] / pair[1] for pair in seen] == pytest.approx([0.1] * 4)
+
+
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(20, 8, sparse=True), nn.Linear(8, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x))
+
+
+def scheduled(job: Job) -> None:
+    job.model(build)
+    torch.optim.lr_scheduler.StepLR(job.optimizer(torch.optim.SGD, lr=0.1), 4)
+    next(iter(job.batches(TensorDataset(X, Y), batch_size=BATCH)))
+
+
+def twice(job: Job) -> None:
+    job.model(build)
+    job.optimizer(torch.optim.SGD, lr=0.1)
+    job.optimizer(torch.optim.SGD, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (Script(token_loss("mean"), MEAN, optimizer=torch.optim.LBFGS), "LBFGS computes the loss"),
+        (Script(token_loss("mean"), MEAN, make=Sparse), "the gradient of table.weight is sparse"),
+        (scheduled, "a torch.optim.lr_scheduler was made for the job's optimizer"),
+        (twice, "job.optimizer was called twice"),
+    ],
+)
+def test_what_a_step_cannot_honour_is_refused_before_the_first(script: Any, words: str) -> None:
+    job = Job(TrainSpec(name="habits", script=""))
+    with pytest.raises(TrainingError, match=words):
+        script(job)
+    assert job.step_count == 0
+
+
+def test_a_step_of_the_optimizer_besides_the_jobs_is_refused_by_name() -> None:
+    def stepping(optimizer: Any, model: nn.Module) -> None:
+        if model.training and any(param.grad is not None for param in model.parameters()):
+            optimizer.step()
+
+    with pytest.raises(TrainingError, match=r"step\(\) was called in the loop, by the script"):
+        alone(Script(token_loss("mean"), MEAN, before=stepping))

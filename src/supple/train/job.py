@@ -22,8 +22,9 @@ from supple.train.data.loader import Loader, fraction_done
 from supple.train.generation.activity import Activity
 from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.generation.member import Elastic, LeaveLoop, Membership
-from supple.train.job_protocol import JobProtocol, Schedule, Weight
+from supple.train.job_protocol import JobProtocol, Params, Schedule, Weight
 from supple.train.ledger import Ledger
+from supple.train.own_steps import refuse_sparse
 from supple.train.recipe import Batches, Hand, Recipe
 from supple.train.rehearsal import Rehearsal
 from supple.train.reporter import Reporter
@@ -75,9 +76,15 @@ class Job(JobProtocol):
         return self._recipe.build_model(build)
 
     def optimizer(
-        self, cls: Callable[..., Optimizer], *, lr: float, schedule: Schedule = None, **options: Any
+        self,
+        cls: Callable[..., Optimizer],
+        *,
+        lr: float,
+        params: Params = None,
+        schedule: Schedule = None,
+        **options: Any,
     ) -> Optimizer:
-        return self._recipe.make_optimizer(cls, lr, schedule, options)
+        return self._recipe.make_optimizer(cls, lr, params, schedule, options)
 
     def keep(self, name: str, thing: Any) -> None:
         self._recipe.keep(name, thing)
@@ -123,6 +130,7 @@ class Job(JobProtocol):
         micro = self._hand.take()
         if self._rehearsing:
             loss.backward()
+            refuse_sparse(self._recipe.model)
             self._state.optimizer.step()
             return False
         self._activity.enter("backward")

@@ -4,7 +4,7 @@
 `tests/train/test_job_protocol.py`. All other attributes of a `Job` are internal to Supple.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 Schedule = Callable[[float], float] | None
 """Maps the fraction of the run done (0 to 1) to a factor of the learning rate."""
 
+Params = Callable[[nn.Module], Iterable[Any]] | None
+"""A function of the model: its parameters to train, or parameter groups, as torch.optim takes them.
+"""
 Weight = float | Tensor | Literal["sum"] | None
 """What a loss is the mean over, as a number; "sum" for a loss that is a sum; None: over samples."""
 
@@ -29,12 +32,22 @@ class JobProtocol(Protocol):
         ...
 
     def optimizer(
-        self, cls: Callable[..., Optimizer], *, lr: float, schedule: Schedule = None, **options: Any
+        self,
+        cls: Callable[..., Optimizer],
+        *,
+        lr: float,
+        params: Params = None,
+        schedule: Schedule = None,
+        **options: Any,
     ) -> Optimizer:
-        """Return `cls(model.parameters(), lr=lr, **options)`.
+        """Make `cls(params(model), lr=lr, **options)`; default: all parameters that need gradients.
 
         `lr` is the learning rate tuned at the `batch_size` given to `batches`; it is scaled when
         the global batch changes, and multiplied by `schedule(fraction of the run done, 0 to 1)`.
+        A parameter group with a rate of its own keeps its ratio to `lr`.
+
+        `job.step` steps the optimizer. A `torch.optim.lr_scheduler`, a `GradScaler` or another call
+        of its `step` raises `TrainingError`, as does an optimizer that needs a closure (LBFGS).
         """
         ...
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from supple.train.data.loader import MicroBatch
-from supple.train.job_protocol import JobProtocol, Schedule, Weight
+from supple.train.job_protocol import JobProtocol, Params, Schedule, Weight
 from supple.train.recipe import Batches, Hand, Recipe, no_batch_taken
 from supple.train.reporter import numbers
 from supple.train.script import run
@@ -82,9 +82,15 @@ class StandIn:
         return self._recipe.build_model(partial(self._build, build))
 
     def optimizer(
-        self, cls: Callable[..., Optimizer], *, lr: float, schedule: Schedule = None, **options: Any
+        self,
+        cls: Callable[..., Optimizer],
+        *,
+        lr: float,
+        params: Params = None,
+        schedule: Schedule = None,
+        **options: Any,
     ) -> Optimizer:
-        return self._recipe.make_optimizer(partial(self._make, cls), lr, schedule, options)
+        return self._recipe.make_optimizer(cls, lr, params, schedule, options, self._make)
 
     def keep(self, name: str, thing: Any) -> None:
         self._recipe.keep(name, thing)

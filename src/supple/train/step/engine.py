@@ -18,6 +18,7 @@ from supple.core.training.noise import NoiseState, update
 from supple.train.data.loader import Loader, MicroBatch
 from supple.train.generation.group import Group
 from supple.train.job_protocol import Weight
+from supple.train.own_steps import refuse_other_steps
 from supple.train.step.finite import FiniteSteps, TrainingError
 from supple.train.step.guard import GradientGuard
 from supple.train.step.meter import Meter
@@ -69,6 +70,7 @@ class StepEngine:
         self._reducer = self._tree or GradientReducer(
             params, changed_buffers, num_stats, self._guard
         )
+        refuse_other_steps(optimizer, lambda: self.is_updating)
         self._noise_meter = NoiseMeter(self._reducer.buckets, optimizer)
         trained = set(params)
         names = {param: name for name, param in model.named_parameters() if param in trained}
@@ -222,8 +224,7 @@ class StepEngine:
             param.grad = None
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(self._model.parameters(), clip_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self._rate.set_in(self._optimizer, lr)
         self.is_updating = True
         self._optimizer.step()
 
