@@ -22,8 +22,9 @@ from supple.train.data.loader import Loader, fraction_done
 from supple.train.generation.activity import Activity
 from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.generation.member import Elastic, LeaveLoop, Membership
-from supple.train.job_protocol import JobProtocol, Schedule
+from supple.train.job_protocol import JobProtocol, Params, Schedule, Weight
 from supple.train.ledger import Ledger
+from supple.train.own_steps import refuse_sparse
 from supple.train.recipe import Batches, Hand, Recipe
 from supple.train.rehearsal import Rehearsal
 from supple.train.reporter import Reporter
@@ -75,9 +76,15 @@ class Job(JobProtocol):
         return self._recipe.build_model(build)
 
     def optimizer(
-        self, cls: Callable[..., Optimizer], *, lr: float, schedule: Schedule = None, **options: Any
+        self,
+        cls: Callable[..., Optimizer],
+        *,
+        lr: float,
+        params: Params = None,
+        schedule: Schedule = None,
+        **options: Any,
     ) -> Optimizer:
-        return self._recipe.make_optimizer(cls, lr, schedule, options)
+        return self._recipe.make_optimizer(cls, lr, params, schedule, options)
 
     def keep(self, name: str, thing: Any) -> None:
         self._recipe.keep(name, thing)
@@ -119,10 +126,11 @@ class Job(JobProtocol):
         self._in_loop = False
         self._activity.enter("after")
 
-    def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
+    def step(self, loss: Tensor, *, weight: Weight = None, clip_norm: float | None = None) -> bool:
         micro = self._hand.take()
         if self._rehearsing:
             loss.backward()
+            refuse_sparse(self._recipe.model)
             self._state.optimizer.step()
             return False
         self._activity.enter("backward")
@@ -130,7 +138,7 @@ class Job(JobProtocol):
         if group is not None and group.is_aborted:  # the rest of this step would be wasted
             committed = self._abandon("the generation was aborted")
         else:
-            self._steps.backward(loss, micro, group, self._heard_of_next)
+            self._steps.backward(loss, micro, group, self._heard_of_next, weight=weight)
             committed = self._commit(clip_norm) if micro.is_last else False
         self._activity.enter("script")
         return committed

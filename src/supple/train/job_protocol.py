@@ -4,14 +4,20 @@
 `tests/train/test_job_protocol.py`. All other attributes of a `Job` are internal to Supple.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Schedule = Callable[[float], float] | None
 """Maps the fraction of the run done (0 to 1) to a factor of the learning rate."""
+
+Params = Callable[[nn.Module], Iterable[Any]] | None
+"""A function of the model: its parameters to train, or parameter groups, as torch.optim takes them.
+"""
+Weight = float | Tensor | Literal["sum"] | None
+"""What a loss is the mean over, as a number; "sum" for a loss that is a sum; None: over samples."""
 
 
 class JobProtocol(Protocol):
@@ -26,12 +32,22 @@ class JobProtocol(Protocol):
         ...
 
     def optimizer(
-        self, cls: Callable[..., Optimizer], *, lr: float, schedule: Schedule = None, **options: Any
+        self,
+        cls: Callable[..., Optimizer],
+        *,
+        lr: float,
+        params: Params = None,
+        schedule: Schedule = None,
+        **options: Any,
     ) -> Optimizer:
-        """Return `cls(model.parameters(), lr=lr, **options)`.
+        """Make `cls(params(model), lr=lr, **options)`; default: all parameters that need gradients.
 
         `lr` is the learning rate tuned at the `batch_size` given to `batches`; it is scaled when
         the global batch changes, and multiplied by `schedule(fraction of the run done, 0 to 1)`.
+        A parameter group with a rate of its own keeps its ratio to `lr`.
+
+        `job.step` steps the optimizer. A `torch.optim.lr_scheduler`, a `GradScaler` or another call
+        of its `step` raises `TrainingError`, as does an optimizer that needs a closure (LBFGS).
         """
         ...
 
@@ -61,11 +77,19 @@ class JobProtocol(Protocol):
         """
         ...
 
-    def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
-        """Run the backward pass; after the last micro-batch of a step, reduce, update and count.
+    def step(self, loss: Tensor, *, weight: Weight = None, clip_norm: float | None = None) -> bool:
+        """Backward, and on the last micro-batch of a step: reduce, update, count.
 
-        Returns True if this call committed a step: applied, or left out by `--on-non-finite skip`.
-        `clip_norm` limits the gradient's norm over the whole global batch.
+        Without `weight`, `loss` is the mean over the samples of the micro-batch. A mean over
+        something else, such as the tokens that are not padding, needs their number: `weight=`
+        number of tokens. A sum needs `weight="sum"`. Then the gradient is that of the whole global
+        batch, for any number of workers and micro-batches. Every step of a job has the same kind.
+
+        Returns whether a step was committed by this call: applied, or left out by
+        `--on-non-finite skip`. `clip_norm` bounds the gradient's norm over the global batch.
+
+        Do not call `loss.backward()` yourself; that raises `TrainingError`. `zero_grad()` in the
+        loop has no effect.
         """
         ...
 

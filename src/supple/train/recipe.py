@@ -4,6 +4,7 @@
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -14,7 +15,8 @@ from torch.optim import Optimizer
 
 from supple.core.spec import LrRule, SpecError, is_count
 from supple.train.data.loader import Loader, MicroBatch, make_loader
-from supple.train.job_protocol import Schedule
+from supple.train.job_protocol import Params, Schedule
+from supple.train.own_steps import refuse_closure, refuse_scheduler
 from supple.train.rehearsal import check_kept
 from supple.train.step.engine import TrainingError
 from supple.train.step.rate import LearningRate, constant
@@ -80,17 +82,32 @@ class Recipe:
         return self.model
 
     def make_optimizer(
-        self, cls: Callable[..., Optimizer], lr: Any, schedule: Schedule, options: Mapping[str, Any]
+        self,
+        cls: Callable[..., Optimizer],
+        lr: Any,
+        params: Params,
+        schedule: Schedule,
+        options: Mapping[str, Any],
+        make: Callable[..., Any] = operator.call,
     ) -> Optimizer:
         if "model" not in self._stated:
             raise TrainingError("job.optimizer was called before job.model: swap the two lines.")
-        params = [param for param in self.model.parameters() if param.requires_grad]
-        if not params:
+        if "optimizer" in self._stated:
+            raise TrainingError(
+                "job.optimizer was called twice: a job has one optimizer. Give parts of the model "
+                "their own settings as parameter groups: job.optimizer(..., params=lambda model: "
+                '[{"params": model.a.parameters()}, {"params": model.b.parameters(), "lr": 1e-4}]).'
+            )
+        trained = [param for param in self.model.parameters() if param.requires_grad]
+        if not trained:
             raise TrainingError("the model has no parameter that requires a gradient.")
         _check_rate(lr)
-        self.optimizer = cls(params, lr=float(lr), **options)
+        given = trained if params is None else list(params(self.model))
+        self.optimizer = make(cls, given, lr=float(lr), **options)
+        refuse_closure(self.optimizer)
         self._rate = LearningRate(self._lr_rule, type(self.optimizer).__name__)
         self._rate.base_lr = float(lr)
+        self._rate.ratios = [float(group["lr"]) / lr for group in self.optimizer.param_groups]
         self._rate.schedule = schedule or constant
         self._stated.add("optimizer")
         return self.optimizer
@@ -105,6 +122,7 @@ class Recipe:
             raise TrainingError("job.batches was called before job.model and job.optimizer.")
         if self.took_batches:
             raise TrainingError("job.batches was called twice: a job has one training loop.")
+        refuse_scheduler(self.optimizer)
         loader = batches.loader(self.seed)
         self.batches = batches
         self.rate.base_batch = int(batches.batch_size)

@@ -120,6 +120,7 @@ class Probe:
         size = options.batch_size if total is None else max(1, total // _ENDLESS)
         batch = min(options.batch_size, size)
         rate = LearningRate("auto", type(optimizer).__name__)  # no schedule: it may begin with 0
+        rate.ratios = recipe.rate.ratios
         rate.base_lr, rate.base_batch = recipe.rate.base_lr, batch
         spec = TrainSpec(name="probe", script="")
         engine = self._engine = StepEngine(spec, recipe.model, optimizer, loader, rate, [])

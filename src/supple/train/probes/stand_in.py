@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from supple.train.data.loader import MicroBatch
-from supple.train.job_protocol import JobProtocol, Schedule
+from supple.train.job_protocol import JobProtocol, Params, Schedule, Weight
 from supple.train.recipe import Batches, Hand, Recipe, no_batch_taken
 from supple.train.reporter import numbers
 from supple.train.script import run
@@ -82,9 +82,15 @@ class StandIn:
         return self._recipe.build_model(partial(self._build, build))
 
     def optimizer(
-        self, cls: Callable[..., Optimizer], *, lr: float, schedule: Schedule = None, **options: Any
+        self,
+        cls: Callable[..., Optimizer],
+        *,
+        lr: float,
+        params: Params = None,
+        schedule: Schedule = None,
+        **options: Any,
     ) -> Optimizer:
-        return self._recipe.make_optimizer(partial(self._make, cls), lr, schedule, options)
+        return self._recipe.make_optimizer(cls, lr, params, schedule, options, self._make)
 
     def keep(self, name: str, thing: Any) -> None:
         self._recipe.keep(name, thing)
@@ -108,7 +114,7 @@ class StandIn:
                 yield from self._hand.give(micro)
         raise MeasurementComplete
 
-    def step(self, loss: Tensor, *, clip_norm: float | None = None) -> bool:
+    def step(self, loss: Tensor, *, weight: Weight = None, clip_norm: float | None = None) -> bool:
         committed = self._instrument.step(loss, self._hand.take(), clip_norm)
         self.step_count += committed
         return committed

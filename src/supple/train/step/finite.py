@@ -6,13 +6,15 @@ Every rank checks the same reduced bits, so all decide alike without communicati
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor, nn
 
 from supple.core.spec import OnNonFinite
-from supple.train.step.reduce import Bucket
+
+if TYPE_CHECKING:
+    from supple.train.step.reduce import Bucket
 
 MOST_SKIPPED_IN_A_ROW = 10
 """Steps; one more stops the job."""
@@ -42,7 +44,7 @@ class FiniteSteps:
         self._looked_at: dict[Tensor, str] = {**names, **buffers}
 
     def must_skip(
-        self, loss: float, buckets: Sequence[Bucket], *, step: int, lr: float, num_samples: float
+        self, loss: float, buckets: Sequence["Bucket"], *, step: int, lr: float, num_samples: float
     ) -> bool:
         """Return whether step number `step` is left out, and count it if so.
 

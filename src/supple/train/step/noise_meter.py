@@ -125,11 +125,17 @@ class NoiseMeter:
 
 def _inverse_scale(bucket: Bucket, optimizer: Optimizer) -> Tensor | None:
     """Return 1 / (sqrt(v / (1 - beta2^t)) + eps) in the layout of the bucket's gradients; None if
-    the optimizer keeps no second moments or has made fewer than five steps."""
+    the optimizer keeps no second moments or has made fewer than five steps. A parameter that was
+    never used has no second moment, and no gradient to be scaled."""
     settings = {param: group for group in optimizer.param_groups for param in group["params"]}
     parts: list[Tensor] = []
+    if not any(optimizer.state.get(param) for param in bucket.params):
+        return None
     for param in bucket.params:
         state = optimizer.state.get(param, {})
+        if not state:
+            parts.append(torch.zeros(param.numel()))
+            continue
         second = state.get("exp_avg_sq")
         steps = float(state.get("step", 0.0))
         if second is None or steps < 5:

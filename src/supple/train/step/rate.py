@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
+from torch.optim import Optimizer
+
 from supple.core.spec import LrRule
 from supple.core.training.goodput import OptimizerFamily, family_of, learning_rate, warmup_steps
 
@@ -16,6 +18,8 @@ class LearningRate:
         self._rule: LrRule = rule
         self._family: OptimizerFamily = family_of(optimizer_name)
         self.base_lr = 0.0
+        self.ratios: list[float] = []
+        """Ratio of each parameter group's own rate to `base_lr`, in the script's order."""
         self.base_batch = 1
         self.schedule: Callable[[float], float] = constant
         self._factor = 1.0
@@ -40,6 +44,11 @@ class LearningRate:
         """Return the learning rate of `step`, with `fraction` (0 to 1) of the run done."""
         # A schedule may return another number type, which could not be saved.
         return float(self.base_lr * self._factor_at(step) * self.schedule(fraction))
+
+    def set_in(self, optimizer: Optimizer, lr: float) -> None:
+        """Write the learning rate of a step, `lr`, into the optimizer's parameter groups."""
+        for group, ratio in zip(optimizer.param_groups, self.ratios, strict=True):
+            group["lr"] = lr * ratio
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.step.buffers import ChangedBuffers
+from supple.train.step.guard import GradientGuard
 
 _BUCKET_BYTES = 25 * 1024 * 1024
 """Largest bucket."""
@@ -74,17 +75,25 @@ class GradientReducer:
     """
 
     def __init__(
-        self, params: Sequence[nn.Parameter], buffers: Sequence[Tensor], num_stats: int
+        self,
+        params: Sequence[nn.Parameter],
+        buffers: Sequence[Tensor],
+        num_stats: int,
+        guard: GradientGuard | None = None,
     ) -> None:
+        self.unused: list[nn.Parameter] = []
+        """Parameters without a gradient on any rank in the step that was reduced last."""
+        self._guard = guard
         self._changed = ChangedBuffers(buffers)
         self._num_stats = num_stats
-        tail = num_stats + self._changed.num_counts + self._changed.num_averaged
+        tail = num_stats + len(params) + self._changed.num_counts + self._changed.num_averaged
         self.buckets = _cut(list(params), tail)
         self._place = {
             param: (index, at)
             for index, bucket in enumerate(self.buckets)
             for at, param in enumerate(bucket.params)
         }
+        self._used: set[Tensor] = set()
         self._pending: list[int] = []
         self._launched = 0
         self._works: list[Any] = []
@@ -103,6 +112,7 @@ class GradientReducer:
             bucket.flat.zero_()
             bucket.attach()
         self._changed.begin()
+        self._used.clear()
         self._armed = False
 
     def arm(
@@ -144,8 +154,11 @@ class GradientReducer:
         self._works = []
         tail = self.buckets[-1].tail
         stats: list[float] = tail[: self._num_stats].tolist()
-        averaged = self._num_stats + self._changed.num_counts
-        self._changed.count(tail[self._num_stats : averaged].tolist())
+        counts = self._num_stats + len(self._place)
+        used = tail[self._num_stats : counts].tolist()
+        self.unused = [param for param, users in zip(self._place, used, strict=True) if not users]
+        averaged = counts + self._changed.num_counts
+        self._changed.count(tail[counts:averaged].tolist())
         if stats[0] > 0:
             self._changed.unpack(tail[averaged:] / stats[0])
         return stats
@@ -170,6 +183,9 @@ class GradientReducer:
         if grad is not None and grad.data_ptr() != view.data_ptr():
             view.copy_(grad)
             param.grad = view
+        self._used.add(param)
+        if self._guard is not None:
+            self._guard.note_gradient()
         if not self._armed:
             return
         self._pending[index] -= 1
@@ -188,7 +204,8 @@ class GradientReducer:
             weight = self._weight()
             leads = self._group is None or self._group.rank == 0
             counted = self._changed.counted() if leads else [0.0] * self._changed.num_counts
-            parts = [torch.tensor([*self._stats(), *counted], dtype=bucket.flat.dtype)]
+            used = [float(param in self._used) for param in self._place]
+            parts = [torch.tensor([*self._stats(), *used, *counted], dtype=bucket.flat.dtype)]
             parts += self._changed.packed(weight)
             bucket.tail.copy_(torch.cat(parts))
         if self._group is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from supple.core.job.order import share
 from supple.train.generation.group import Group
 from supple.train.step.buffers import ChangedBuffers
+from supple.train.step.guard import GradientGuard
 from supple.train.step.reduce import Bucket
 
 Node = tuple[int, int]
@@ -63,6 +64,7 @@ class TreeReducer:
         buffers: Sequence[Tensor],
         num_stats: int,
         num_shards: int,
+        guard: GradientGuard | None = None,
     ) -> None:
         other = {str(param.dtype) for param in params} - {"torch.float32"}
         if other:
@@ -74,6 +76,13 @@ class TreeReducer:
         self._counted: list[float] = []
         self._bucket = Bucket(params, self._changed.num_averaged)
         self.buckets = [self._bucket]
+        self.unused: list[nn.Parameter] = []
+        """Parameters without a gradient on any rank in the step that was reduced last."""
+        self._params = list(params)
+        self._used: set[Tensor] = set()
+        self._guard = guard
+        for param in self._params:
+            param.register_post_accumulate_grad_hook(self._on_gradient)
         self._num_stats = num_stats
         self._num_shards = num_shards
         self._nodes: dict[Node, Tensor] = {}
@@ -86,6 +95,7 @@ class TreeReducer:
         """Begin a step, without any shard added."""
         self._nodes.clear()
         self._added.clear()
+        self._used.clear()
         self._is_last = False
         self._changed.begin()
         self._counted = [0.0] * self._changed.num_counts
@@ -133,7 +143,8 @@ class TreeReducer:
             if shard not in self._added:
                 empty = torch.zeros_like(self._bucket.flat)
                 merge(self._nodes, (0, shard), empty, self._num_shards)
-        stats = torch.tensor([*self._stats(), *self._counted], dtype=torch.float64)
+        used = [float(param in self._used) for param in self._params]
+        stats = torch.tensor([*self._stats(), *used, *self._counted], dtype=torch.float64)
         if group is None or size == 1:
             (total,) = self._nodes.values()
             _put(total, self._bucket.flat)
@@ -143,7 +154,10 @@ class TreeReducer:
         self._nodes.clear()
         self._bucket.attach()
         self._changed.unpack(self._bucket.tail)
-        self._changed.count(stats[self._num_stats :].tolist())
+        counts = self._num_stats + len(used)
+        users = stats[self._num_stats : counts].tolist()
+        self.unused = [param for param, num in zip(self._params, users, strict=True) if not num]
+        self._changed.count(stats[counts:].tolist())
         return stats[: self._num_stats].tolist()
 
     def discard(self) -> None:
@@ -155,6 +169,11 @@ class TreeReducer:
         self._nodes.clear()
         self._bucket.renew()
         self.discard()
+
+    def _on_gradient(self, param: Tensor) -> None:
+        self._used.add(param)
+        if self._guard is not None:
+            self._guard.note_gradient()
 
     def _finish_tree(self, group: Group) -> None:
         """Sum this rank's slice of the gradient up to the root, then exchange the slices."""

@@ -1,0 +1,57 @@
+"""Refuses optimizers and habits that an elastic step cannot honour, by name and before they change
+what is learned."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from supple.train.step.finite import TrainingError
+
+
+def refuse_closure(optimizer: Optimizer) -> None:
+    """Raise `TrainingError` for an optimizer whose `step` needs a closure, such as LBFGS."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TrainingError(
+            f"{type(optimizer).__name__} computes the loss several times in a step, by a closure: "
+            "a step of a job computes every micro-batch once. Take an optimizer whose step() needs "
+            "no closure."
+        )
+
+
+def refuse_scheduler(optimizer: Optimizer) -> None:
+    """Raise `TrainingError` if a `torch.optim.lr_scheduler` was made for the optimizer."""
+    if any("initial_lr" in group for group in optimizer.param_groups):
+        raise TrainingError(
+            "a torch.optim.lr_scheduler was made for the job's optimizer: the job sets the rates, "
+            "so the scheduler would do nothing. Give the schedule as a factor of the fraction of "
+            "the run that is done: job.optimizer(..., schedule=lambda done: 1 - done)."
+        )
+
+
+def refuse_other_steps(optimizer: Optimizer, is_ours: Callable[[], bool]) -> None:
+    """Let `optimizer.step` raise `TrainingError` unless `is_ours()`: called by the script, or by a
+    `GradScaler` of it, it would apply a gradient twice, or that of one worker."""
+
+    def check(_optimizer: Optimizer, _args: Any, _options: Any) -> None:
+        if not is_ours():
+            raise TrainingError(
+                "the optimizer's step() was called in the loop, by the script or by a GradScaler: "
+                "job.step(loss) calls it when all micro-batches of all workers are in. Remove the "
+                "line; for mixed precision, use autocast with bfloat16, which needs no scaler."
+            )
+
+    optimizer.register_step_pre_hook(check)
+
+
+def refuse_sparse(model: nn.Module) -> None:
+    """Raise `TrainingError` if a parameter's gradient is sparse; call it after a backward pass."""
+    for name, param in model.named_parameters():
+        if param.grad is not None and param.grad.is_sparse:
+            raise TrainingError(
+                f"the gradient of {name} is sparse: gradients are summed over workers in dense "
+                "buckets. Make the layer with sparse=False."
+            )
