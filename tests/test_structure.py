@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "supple"
 MOST_FILES = 15
@@ -54,6 +56,7 @@ def test_no_file_lies_loose_and_no_folder_has_too_many() -> None:
 LONGEST, MOST_PARAMETERS = 60, 10
 
 
+@pytest.mark.slow
 def test_a_long_function_or_one_with_many_parameters_says_why() -> None:
     without_reason: list[str] = []
     for path in sorted((ROOT / "src").rglob("*.py")):

@@ -107,7 +107,9 @@ class Recipe:
         refuse_closure(self.optimizer)
         self._rate = LearningRate(self._lr_rule, type(self.optimizer).__name__)
         self._rate.base_lr = float(lr)
-        self._rate.ratios = [float(group["lr"]) / lr for group in self.optimizer.param_groups]
+        self._rate.ratios = [
+            float(group["lr"]) / float(lr) for group in self.optimizer.param_groups
+        ]
         self._rate.schedule = schedule or constant
         self._stated.add("optimizer")
         return self.optimizer
