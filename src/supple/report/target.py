@@ -11,9 +11,8 @@ def refuse_unwritable(path: Path, option: str) -> None:
     advice = "Give a file in a folder that may be written to."
     try:
         if path.is_dir():
-            raise SpecError(
-                f"{option} {path} is a folder. Give a file, such as {path / path.name}."
-            )
+            inside = path / (path.name or "plan.png")
+            raise SpecError(f"{option} {path} is a folder. Give a file, such as {inside}.")
         real = path.resolve()  # what a link names is made and removed, never the link
         if not real.parent.is_dir():
             raise SpecError(f"{option} {path}: there is no folder {path.parent}. Make it first.")

@@ -42,8 +42,11 @@ _DEFAULT_MAX_BATCH = 64
 def check_target(target: str) -> tuple[str, str]:
     """`"app.py:Model"` as (path, class), read without running it; the path of a saved program
     as (path, ""). Raises `SpecError`."""
-    if target.endswith(".pt2") and Path(target).is_file():
-        return target, ""
+    if target.lower().endswith(".pt2"):
+        if Path(target).is_file():
+            return target, ""
+        what = "is no ordinary file" if Path(target).exists() else "does not exist"
+        raise SpecError(f"the saved program {target} {what}. Give another.")
     path, class_name = split_target(target)
     if not class_name.isidentifier():
         raise SpecError(
