@@ -55,9 +55,13 @@ def in_a_folder_with_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "empty.toml": "",
         "typo.toml": "[train]\nhiden = 64\n",
         "flat.toml": "train = 3\n",
+        "a:b.toml": toml("train", SMALL) + toml("serve", {"parameters": "8B"}),
         "runs.csv": "num_workers,minutes\n8,400\n16,210\n",
     }.items():
         Path(name).write_text(source)
+    os.mkfifo("pipe.toml")
+    os.mkfifo("pipe.py")
+    Path("large.toml").write_text(f"# {'x' * 2**20}")
     Path("folder.py").mkdir()
     Path("folder.toml").mkdir()
     Path("pictures.png").mkdir()
@@ -158,6 +162,12 @@ REFUSALS: dict[str, tuple[str, list[str]]] = {
     "plan empty.toml": ("the file has neither", ["[train]"]),
     "plan typo.toml": ("an unknown key 'hiden'", ["Do you mean hidden?"]),
     "plan flat.toml": ("train is not a table", ["Write [train]"]),
+    "plan pipe.toml": ("pipe.toml is not a regular file", []),
+    "plan large.toml": ("large.toml is larger than 1048576 bytes", []),
+    "plan pipe.py": ("the script pipe.py is no", []),
+    "plan absent.pt2": ("absent.pt2 does not exist", []),
+    "plan a:b.toml": ("a:b.toml has [train] and [serve]", []),
+    "plan runs.csv:train": ("finished runs have no parts", ["Give runs.csv alone"]),
     "plan folder.toml": ("cannot be read: Is a directory", []),
     # an option of another subject
     "plan good.py --itl 30ms": ("--itl is for a language model to serve", ["Leave it out"]),

@@ -160,6 +160,8 @@ REFUSALS = {
     "--parameters 8B --itl=": "--itl is '': not a time",
     "--parameters 8B --workers-per-node 2000": "--workers-per-node is 2000: a copy is inside a",
     "--parameters 8B --prompt nan": "prompt is nan",
+    "--parameters 8B --prompt 0": "prompt is 0 tokens: it must be at least 1",
+    "--parameters 8B --answer 0": "answer is 0 tokens: it must be at least 1",
     "--parameters 8B --prompt 0.5": "prompt is 0.5 tokens: it must be at least 1",
     "--parameters 8B --answer 0.5": "answer is 0.5 tokens: it must be at least 1",
     "--parameters 8B --workers-per-node 0": "--workers-per-node is 0",

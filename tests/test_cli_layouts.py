@@ -189,6 +189,7 @@ def test_a_fixed_batch_too_has_the_learning_rate_that_previous_runs_found(tmp_pa
         (f"{SEVEN} --accelerator abacus", "Known: t4, v100"),
         (f"{SEVEN} --interconnect rope", "supple: --interconnect rope"),
         (f"{SEVEN} --local-link NVlink-H10", "--local-link NVlink-H10: unknown. Known: loopback"),
+        (f"{SEVEN} --local-link=", "--local-link : unknown. Known: loopback"),
         (f"{SEVEN} --batch-size 2000000", "a batch of 2000000 of 1000000 samples in all"),
         (f"{SEVEN} --attention none", "attention none: unknown. Known: flash, full."),
         (f"{SEVEN} --optimizer prayer", "Known: adam, adam-8bit"),

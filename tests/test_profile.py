@@ -193,15 +193,71 @@ def test_a_promise_and_a_rate_are_answered_with_replicas(model: Path) -> None:
     assert data["recommended"]["attainment"] >= 0.99
 
 
-def test_a_promise_that_no_replica_keeps_is_refused_and_one_too_few_may_keep_an_answer(
-    model: Path,
-) -> None:
+def test_a_promise_that_no_replica_keeps_is_an_answer_with_another_exit_code(model: Path) -> None:
     write(of_this_file(model), place("app.py:Model"))
-    refused = CliRunner().invoke(app, ["plan", "app.py:Model", "--slo", "p99=1ms", "--rate", "9"])
-    assert refused.exit_code == 2 and "no number of replicas changes that" in refused.stderr
+    for rate in ([], ["--rate", "9"]):
+        arguments = ["plan", "app.py:Model", "--slo", "p99=1ms", *rate, "--json"]
+        told = CliRunner().invoke(app, arguments)
+        assert told.exit_code == 1 and "No number of replicas" in told.stderr
+        data = json.loads(told.stdout)
+        assert data["infeasible"]["asked"] == "--slo p99=1ms" and data["profile"]["reused"]
     few = ["plan", "app.py:Model", "--slo", "p99=500ms", "--rate", "9000", "--max-workers", "2"]
     told = CliRunner().invoke(app, few)
     assert told.exit_code == 1 and "2 replicas answer at most" in told.stderr
+
+
+def test_lengths_that_were_not_measured_are_and_without_any_what_is_stored_will_do(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(target: str, *, lengths: list[int]) -> StoredProfile:
+        points = stored().lengths[0][1]
+        return dataclasses.replace(
+            of_this_file(model), target=target, lengths=tuple((n, points) for n in lengths)
+        )
+
+    monkeypatch.setattr(profiling, "measure", measured)
+
+    def found(*more: str) -> tuple[list[int], bool]:
+        result = CliRunner().invoke(app, ["plan", "app.py:Model", "--json", *more])
+        assert result.exit_code == 0 and "not used" not in result.stderr, result.output
+        profile = json.loads(result.stdout)["profile"]
+        return [length for length, _ in profile["lengths"]], profile["reused"]
+
+    assert found() == ([1], False)
+    assert found("--lengths", "16,4") == ([4, 16], False)
+    assert found("--lengths", "4,16") == ([4, 16], True)
+    assert found() == ([4, 16], True)
+    assert found("--lengths", "4") == ([4], False)
+    assert found("--again") == ([1], False)
+
+
+def test_lengths_of_a_model_without_an_open_dim_are_said_not_to_be_used(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "measure", lambda *_, **__: of_this_file(model))
+    result = CliRunner().invoke(app, ["plan", "app.py:Model", "--lengths", "16"])
+    assert result.exit_code == 0 and "--lengths: not used" in result.stderr
+
+
+def test_what_cannot_be_stored_is_an_answer_all_the_same_and_leaves_nothing_half(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(profiling, "measure", lambda *_, **__: of_this_file(model))
+    monkeypatch.setattr(Path, "replace", full)
+    result = CliRunner().invoke(app, ["plan", "app.py:Model", "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["recommended"]
+    assert "app-Model.json could not be written: No space left on device" in result.stderr
+    assert not list(place("app.py:Model").parent.iterdir())
+
+
+def test_a_damaged_profile_is_told_with_how_to_get_past_it(model: Path) -> None:
+    place("app.py:Model").parent.mkdir(parents=True)
+    place("app.py:Model").write_text("{")
+    result = CliRunner().invoke(app, ["plan", "app.py:Model"])
+    assert result.exit_code == 2 and "--again" in result.stderr
 
 
 def of_this_file(model: Path) -> StoredProfile:

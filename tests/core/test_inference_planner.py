@@ -114,7 +114,7 @@ def test_more_load_never_needs_fewer_and_a_looser_promise_never_more() -> None:
 def test_a_copy_has_no_fewer_accelerators_than_its_weights_need() -> None:
     large = replace(JOB, model=replace(EIGHT, num_parameters=70e9, num_activated=70e9))
     assert min(row.num_devices for row in planned(large).rows) == 2
-    assert "Raise --devices" in str(refused(replace(large, max_devices=1)))
+    assert "Raise --workers-per-node" in str(refused(replace(large, max_devices=1)))
 
 
 def test_no_row_that_keeps_the_promise_is_told_with_the_fastest() -> None:
@@ -131,7 +131,7 @@ def test_more_accelerators_than_any_pool_has_are_an_answer_with_the_rule() -> No
     told = str(refused(replace(JOB, rate_per_s=1e6)))
     assert told.startswith("1,000,000 requests/s on at most 65,536 accelerators: the fewest are 1")
     assert "more than 65,536 are more than any pool known. Lower --rate" in told
-    assert "--max-accelerators" not in told
+    assert "--max-workers" not in told
 
 
 def test_a_likely_row_is_recommended_with_its_chance_where_none_is_sure() -> None:

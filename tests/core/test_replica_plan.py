@@ -86,11 +86,33 @@ def test_a_rate_beyond_what_may_run_is_told_with_what_that_carries() -> None:
     assert "--max-workers" in found.advice
 
 
+@pytest.mark.parametrize("within_s", [0.0054, 0.0056])
+def test_a_promise_shorter_than_one_prediction_is_no_plan_however_many_replicas(
+    within_s: float,
+) -> None:
+    promise = Slo(share=0.99, within_s=within_s)
+    possible = within_s > 1.1 * 0.005
+    for found in (
+        plan_batch(profile(), promise),
+        plan_replicas(profile(), promise, rate_per_s=0.01, most=9),
+    ):
+        assert isinstance(found, ReplicaTable) == possible
+        assert possible or "No number of replicas" in str(found)
+
+
+def test_replicas_that_carry_the_rate_and_not_the_promise_are_told_by_what_they_keep() -> None:
+    found = plan_replicas(profile(), Slo(share=0.9999, within_s=0.0056), rate_per_s=1.0, most=1)
+    assert isinstance(found, Infeasible)
+    assert found.numbers.startswith("1 replica answers 99.") and "in time" in found.numbers
+
+
 def test_without_a_rate_the_batch_has_room_for_the_promise_or_the_most_capacity() -> None:
     free = plan_batch(profile(), None)
+    assert isinstance(free, ReplicaTable)
     assert all(isinstance(row, BatchRow) for row in free.rows)
     assert free.rows[free.recommended].batch_size == 32
     tight = plan_batch(profile(), Slo(share=0.99, within_s=0.03))
+    assert isinstance(tight, ReplicaTable)
     chosen = tight.rows[tight.recommended]
     assert chosen.batch_size < 32 and "leave room to keep p99=30ms" in tight.reason
     assert isinstance(chosen, BatchRow)

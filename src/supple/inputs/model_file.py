@@ -129,7 +129,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise SpecError(f"{path} is larger than {_MOST_BYTES} bytes: it is no model file.")
-        return tomllib.loads(path.read_text())
+        if not path.is_file() and not path.is_dir():  # reading would wait for a writer
+            raise SpecError(f"{path} is not a regular file. Give another.")
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except SpecError:
+        raise
     except OSError as error:
         raise SpecError(f"{path} cannot be read: {error.strerror}. Give another file.") from None
     except (ValueError, RecursionError) as error:  # tomllib's own error is a ValueError

@@ -11,9 +11,8 @@ def refuse_unwritable(path: Path, option: str) -> None:
     advice = "Give a file in a writable folder."
     try:
         if path.is_dir():
-            raise SpecError(
-                f"{option} {path} is a folder. Give a file, such as {path / path.name}."
-            )
+            inside = path / (path.name or "plan.png")
+            raise SpecError(f"{option} {path} is a folder. Give a file, such as {inside}.")
         real = path.resolve()  # a link's target may be created and removed, but not the link
         if not real.parent.is_dir():
             raise SpecError(f"{option} {path}: there is no folder {path.parent}. Create it first.")

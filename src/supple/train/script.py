@@ -31,6 +31,8 @@ def check(script: str, function: str) -> None:
         near = [] if is_folder else difflib.get_close_matches(path.name, _names_beside(path), n=1)
         hint = f" Did you mean {path.with_name(near[0])}?" if near else ""
         what = "is a folder" if is_folder else "does not exist"
+        if script and path.exists() and not is_folder:
+            what, hint = "is no ordinary file", ""
         name = script or "''"
         raise SpecError(f"the script {name} {what}.{hint} Give the path of a Python file.")
     try:

@@ -1,7 +1,8 @@
 """A plan's answer: the table or JSON on stdout, a picture, and what to do where there is none."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,17 @@ def check_plot(plot: Path | None) -> None:
         check_picture(plot)
 
 
+@contextmanager
+def picture(plot: Path) -> Iterator[None]:
+    """Around the drawing of `plot`, after the answer: a full disk is one message, and a failure."""
+    try:
+        yield
+    except OSError as error:
+        tell(f"supple: the picture {plot} could not be written: {error.strerror}.")
+        raise typer.Exit(FAILED) from None
+    tell(f"picture {plot}")
+
+
 def no_plan(why: Infeasible, plot: Path | None) -> typer.Exit:
     """Say why there is no plan; the exit to raise."""
     tell(f"supple: {why}")
@@ -66,5 +78,5 @@ def show_plan(
     if question.plot is not None:
         from supple.report.picture import draw_plan
 
-        draw_plan(table, question.plot, title=title, objective=objective)
-        tell(f"picture {question.plot}")
+        with picture(question.plot):
+            draw_plan(table, question.plot, title=title, objective=objective)

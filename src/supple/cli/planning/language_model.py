@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from supple.cli.output import console
-from supple.cli.planning.answer import check_plot, no_plan, print_json, tell
+from supple.cli.planning.answer import check_plot, no_plan, picture, print_json
 from supple.cli.planning.subject import Question, otherwise
 from supple.core.service.spec import parse_latency
 from supple.core.spec import MAX_WORKERS, SpecError, parse_count, parse_money, parse_name
@@ -45,15 +45,16 @@ def plan_language_model(question: Question, path: str) -> None:
     if not question.as_json:
         _show(table, len(known_runs), wanted, first)
     if question.plot is not None:
-        _draw(table, job, question.plot)
-        tell(f"picture {question.plot}")
+        with picture(question.plot):
+            _draw(table, job, question.plot)
 
 
 def _job(question: Question, described: ModelTable) -> "InferenceJob":
     prompt, answer = described.number("prompt", 500.0), described.number("answer", 300.0)
     bits, rate, devices = described.whole("bits", 16), question.rate, 8
     parameters = described.text("parameters")
-    assert prompt and answer and bits is not None and parameters is not None
+    assert prompt is not None and answer is not None, "there is a default"
+    assert bits is not None and parameters is not None
     check_tokens(prompt, described.named("prompt"))
     check_tokens(answer, described.named("answer"))
     if rate is not None and not 0 < rate <= _MOST_RATE:

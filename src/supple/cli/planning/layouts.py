@@ -73,7 +73,7 @@ def cluster_of(question: Question) -> Cluster:
         device=device,
         memory_bytes=memory,
         link=lookup(otherwise(question.interconnect, _INTERCONNECT)),
-        local_link=lookup(question.local_link or device.local_link, what="--local-link"),
+        local_link=lookup(otherwise(question.local_link, device.local_link), what="--local-link"),
         workers_per_node=per_node,
     )
 

@@ -96,7 +96,9 @@ def plan(
     ] = None,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Of inputs with a dim of any length: 16,64,256; default: 1."),
+        typer.Option(
+            help="Of inputs with a dim of any length: 16,64,256; default: those known, else 1."
+        ),
     ] = None,
     again: Annotated[
         bool | None, typer.Option("--again", help="Measure though it is known already.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from supple.cli.output import console
-from supple.cli.planning.answer import check_plot, no_plan, print_json, tell
+from supple.cli.planning.answer import check_plot, no_plan, picture, print_json, tell
 from supple.cli.planning.subject import Question
 from supple.core.planning.finished import RunRow, RunTable, plan_runs
 from supple.core.spec import MAX_WORKERS, SpecError, parse_count, parse_limits, parse_objective
@@ -65,8 +65,8 @@ def plan_finished(question: Question, path: str) -> None:
     if not question.as_json:
         _show(finished, table, model, size)
     if question.plot is not None:
-        _draw(finished, table, question.plot)
-        tell(f"picture {question.plot}")
+        with picture(question.plot):
+            _draw(finished, table, question.plot)
 
 
 def read_finished(path: Path) -> tuple[list[FinishedRun], list[Row]]:

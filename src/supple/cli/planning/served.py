@@ -9,8 +9,8 @@ from rich.table import Table
 
 from supple.cli.errors import FAILED
 from supple.cli.output import console
-from supple.cli.planning.answer import check_plot, no_plan, print_json, tell
-from supple.cli.planning.subject import Question, otherwise
+from supple.cli.planning.answer import check_plot, no_plan, picture, print_json, tell
+from supple.cli.planning.subject import Question
 from supple.core.service.replica_plan import (
     BatchRow,
     ReplicaRow,
@@ -18,7 +18,7 @@ from supple.core.service.replica_plan import (
     plan_batch,
     plan_replicas,
 )
-from supple.core.service.spec import latency_text, parse_slo, refuse_impossible
+from supple.core.service.spec import latency_text, parse_slo
 from supple.core.spec import MAX_WORKERS, SpecError, parse_count, parse_money
 from supple.core.types import Infeasible
 from supple.core.words import in_digits
@@ -38,7 +38,7 @@ def plan_served(question: Question) -> None:
     say which batch, or how many replicas."""
     target = question.subject
     check_target(target)
-    wanted = _lengths(otherwise(question.lengths, "1"))
+    wanted = None if question.lengths is None else _lengths(question.lengths)
     slo = None if question.slo is None else parse_slo(question.slo)
     rate, most, price = question.rate, MAX_WORKERS, None
     if rate is not None and slo is None:
@@ -57,9 +57,10 @@ def plan_served(question: Question) -> None:
         price = parse_money(question.price, what="--price")
     check_plot(question.plot)
     found, reused, stored = _profile(target, wanted, again=bool(question.again))
+    has = [length for length, _ in found.lengths]
+    if wanted not in (None, has):
+        tell("--lengths: not used, every input of the model has a shape of its own.")
     profile = found.profile()
-    if slo is not None:
-        refuse_impossible(slo, profile)
     table: ReplicaTable | Infeasible
     if rate is None or slo is None:
         table = plan_batch(profile, slo)
@@ -69,18 +70,22 @@ def plan_served(question: Question) -> None:
         print_json(_to_json(table) | {"profile": dataclasses.asdict(found) | {"reused": reused}})
     else:
         typer.echo("\n".join(_lines(found)))
-        tell(f"{'known from' if reused else 'stored in'} {stored}")
+        if stored is not None:
+            tell(f"{'known from' if reused else 'stored in'} {stored}")
     if isinstance(table, Infeasible):
         raise no_plan(table, question.plot)
     if not question.as_json:
         _show(table)
     if question.plot is not None:
-        _draw(found, question.plot)
-        tell(f"picture {question.plot}")
+        with picture(question.plot):
+            _draw(found, question.plot)
 
 
-def _profile(target: str, lengths: list[int], *, again: bool) -> "tuple[StoredProfile, bool, Path]":
-    """The profile, whether it was known already, and where it is stored."""
+def _profile(
+    target: str, lengths: list[int] | None, *, again: bool
+) -> "tuple[StoredProfile, bool, Path | None]":
+    """The profile, whether it was known already, and where it is stored (None: nowhere, which is
+    told: what was measured is an answer all the same)."""
     from supple.serve.models import profiling
 
     stored = profiling.place(target)
@@ -91,11 +96,15 @@ def _profile(target: str, lengths: list[int], *, again: bool) -> "tuple[StoredPr
     there = next(parent for parent in stored.parents if parent.exists())
     refuse_unwritable(there / stored.name, "the profile")
     try:
-        found = profiling.measure(target, lengths=lengths)
+        found = profiling.measure(target, lengths=lengths or [1])
     except ModelFault as fault:
         tell(f"supple: {target} cannot be measured: {fault}")
         raise typer.Exit(FAILED) from None
-    profiling.write(found, stored)
+    try:
+        profiling.write(found, stored)
+    except OSError as error:
+        tell(f"{stored} could not be written: {error.strerror}. What was measured is not kept.")
+        return found, False, None
     return found, False, stored
 
 
@@ -146,13 +155,14 @@ def _lengths(text: str) -> list[int]:
     return found
 
 
-def _known(path: Path, target: str, lengths: list[int]) -> "StoredProfile | None":
-    """The stored profile, if it is of this very model, machine and lengths."""
+def _known(path: Path, target: str, lengths: list[int] | None) -> "StoredProfile | None":
+    """The stored profile, if it is of this very model, machine and lengths (None: any). One at
+    length 1 may be of a model that has no open dim, or of one that was not asked for others."""
     from supple.serve.models import profiling
 
     found = profiling.known(target, path)
     has = [] if found is None else [length for length, _ in found.lengths]
-    return found if has in (lengths, [1]) else None
+    return found if lengths in (None, has) else None
 
 
 def _lines(found: "StoredProfile") -> list[str]:

@@ -6,7 +6,6 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar, final
 
-from supple.cli.errors import split_target
 from supple.core.spec import SpecError
 
 
@@ -100,14 +99,9 @@ def otherwise(value: T | None, default: T) -> T:
 def kind_of(question: Question) -> tuple[Kind, str, str]:
     """The kind of the subject, its path, and the function, class or table in it ("" for the one
     there is). Raises `SpecError` for options that mean nothing for it."""
-    path, name = (
-        split_target(question.subject)
-        if ":" in question.subject
-        else (
-            question.subject,
-            "",
-        )
-    )
+    path, colon, name = question.subject.rpartition(":")
+    if not colon or not name.isidentifier():  # a colon of the path itself
+        path, name = question.subject, ""
     kind = _kind(question, path, name)
     for option, kinds in _FOR.items():
         if getattr(question, option) is not None and kind not in kinds:
@@ -122,6 +116,8 @@ def kind_of(question: Question) -> tuple[Kind, str, str]:
 def _kind(question: Question, path: str, name: str) -> Kind:
     suffix = Path(path).suffix.lower()
     if suffix == ".csv":
+        if name:
+            raise SpecError(f"{path}:{name}: finished runs have no parts. Give {path} alone.")
         return Kind.RUNS
     if suffix == ".toml":
         return Kind.LANGUAGE_MODEL if _table(path, name) == "serve" else Kind.TRAINED
@@ -138,13 +134,13 @@ def _table(path: str, name: str) -> str:
 
 
 def _is_class(path: str, name: str) -> bool:
-    """Whether the file defines a class of this name; where it defines nothing of this name, whether
-    it is written as one. A file that cannot be read has no class; whoever needs it says why."""
+    """Whether what the file defines last by this name is a class; where it defines nothing of this
+    name, or cannot be read, whether the name is written as one."""
     try:
-        tree = ast.parse(Path(path).read_bytes())
+        body = ast.parse(Path(path).read_bytes()).body if Path(path).is_file() else []
     except (OSError, ValueError, SyntaxError):
-        return False
-    for node in tree.body:
+        body = []
+    for node in reversed(body):
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return isinstance(node, ast.ClassDef)
     return name[:1].isupper()

@@ -349,7 +349,7 @@ def _too_large(run: DecodingRun) -> Infeasible:
         numbers=f"{held} {in_digits(count * each)} GB, of which engines use {USABLE:.0%}: "
         f"{in_digits(USABLE * count * each)} GB",
         rule="A copy's weights must fit the accelerators of one node with room for a cache",
-        advice="Raise --devices, use fewer bits a weight, or larger accelerators.",
+        advice="Raise --workers-per-node, use fewer bits a weight, or larger accelerators.",
     )
 
 
@@ -361,8 +361,8 @@ def _too_long(job: InferenceJob, devices: int, left: float, taken: float) -> Inf
         f"left on {in_accelerators(devices)} beside "
         f"{in_digits(weight_bytes(job.model) / 1e9)} GB of weights",
         rule="A copy must hold its weights and the cache of at least one request",
-        advice="Raise --devices, shorten --prompt or --answer, use fewer bits a weight, or larger "
-        "accelerators.",
+        advice="Raise --workers-per-node, shorten the prompt or the answer, use fewer bits a "
+        "weight, or larger accelerators.",
     )
 
 
@@ -377,7 +377,7 @@ def _out_of_reach(
                 asked=f"a copy on at most {most}",
                 numbers=f"the smallest that holds the model is {_what(least, job).rstrip('.')}",
                 rule="The weights and the cache of one request must fit the accelerators allowed",
-                advice="Raise --max-accelerators, use fewer bits a weight, or larger accelerators.",
+                advice="Raise --max-workers, use fewer bits a weight, or larger accelerators.",
             )
         capped = job.max_accelerators < MAX_WORKERS
         return Infeasible(
@@ -385,9 +385,9 @@ def _out_of_reach(
             numbers=f"the fewest are {_what(least, job).rstrip('.')}",
             rule="The low end of the tokens' interval must cover the load"
             + ("" if capped else f", and more than {MAX_WORKERS:,} are more than any pool known"),
-            advice="Raise --max-accelerators or lower --rate."
+            advice="Raise --max-workers or lower --rate."
             if capped
-            else "Lower --rate, shorten --answer, or use faster accelerators.",
+            else "Lower --rate, shorten the answer, or use faster accelerators.",
         )
     fastest = min(allowed, key=lambda row: row.itl_p90_s.value)
     assert job.itl_s is not None

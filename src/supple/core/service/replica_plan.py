@@ -61,6 +61,8 @@ def plan_replicas(
 ) -> ReplicaTable | Infeasible:
     """Plan the fewest replicas, at most `most`, that keep the promise at `rate_per_s` requests a
     second from independent callers (Poisson), with rows for comparison."""
+    if (impossible := _impossible(profile, slo)) is not None:
+        return impossible
     size = best_batch(profile, within_s=slo.within_s, most=profile.largest_batch)
     needed = fewest_replicas(
         profile,
@@ -71,10 +73,6 @@ def plan_replicas(
         share=slo.share,
         most=most,
     )
-    if needed is None:
-        return _too_few(profile, slo, rate_per_s, most, size)
-    counts = {1 << power for power in range(needed.bit_length())} | {needed, needed + 1}
-    ordered = sorted(count for count in counts if count <= most)
 
     def row(count: int) -> ReplicaRow:
         found = latency(
@@ -94,6 +92,10 @@ def plan_replicas(
             cost_per_hour=None if price_per_hour is None else count * price_per_hour,
         )
 
+    if needed is None:
+        return _too_few(row(most), slo, rate_per_s, most * profile.capacity_per_s(size))
+    counts = {1 << power for power in range(needed.bit_length())} | {needed, needed + 1}
+    ordered = sorted(count for count in counts if count <= most)
     rows = tuple(map(row, ordered))
     chosen = ordered.index(needed)
     return ReplicaTable(
@@ -106,24 +108,11 @@ def plan_replicas(
     )
 
 
-def _too_few(
-    profile: LatencyProfile, slo: Slo, rate_per_s: float, most: int, batch_size: int
-) -> Infeasible:
-    capacity = most * profile.capacity_per_s(batch_size)
-    return Infeasible(
-        asked=f"{slo} at {in_digits(rate_per_s)} requests/s",
-        numbers=f"{most:,} replicas answer at most {in_digits(capacity)} requests/s in batches of "
-        f"{batch_size}",
-        rule=f"{slo.share:.6g} of the requests must be answered within "
-        f"{latency_text(slo.within_s)}",
-        advice="Allow more replicas (--max-workers) or more time (--slo), or make the model "
-        "faster.",
-    )
-
-
-def plan_batch(profile: LatencyProfile, slo: Slo | None) -> ReplicaTable:
+def plan_batch(profile: LatencyProfile, slo: Slo | None) -> ReplicaTable | Infeasible:
     """Plan the batch size of one replica: the highest capacity that can keep the promise, or the
     highest of all without a promise."""
+    if slo is not None and (impossible := _impossible(profile, slo)) is not None:
+        return impossible
     rows = tuple(
         BatchRow(
             batch_size=point.batch_size,
@@ -146,4 +135,35 @@ def plan_batch(profile: LatencyProfile, slo: Slo | None) -> ReplicaTable:
         recommended=chosen,
         reason=f"batches of {row.batch_size}: {in_digits(row.requests_per_s)} requests/s from one "
         f"replica, {why}. --rate gives the number of replicas.",
+    )
+
+
+def _impossible(profile: LatencyProfile, slo: Slo) -> Infeasible | None:
+    """Why no number of replicas keeps the promise: one prediction alone takes longer."""
+    alone_s = profile.tail_s(1)
+    if alone_s <= slo.within_s:
+        return None
+    return Infeasible(
+        asked=f"--slo {slo}",
+        numbers=f"one prediction of one input takes {latency_text(alone_s)} (the fit times the "
+        "worst measured p99 over p50)",
+        rule="no number of replicas makes one prediction shorter",
+        advice=f"Promise at least {latency_text(2 * alone_s)}, or make the model faster.",
+    )
+
+
+def _too_few(best: ReplicaRow, slo: Slo, rate_per_s: float, capacity_per_s: float) -> Infeasible:
+    """Why `best`, the most replicas allowed, do not keep the promise."""
+    count = best.num_replicas
+    have = "1 replica answers" if count == 1 else f"{count:,} replicas answer"
+    kept = f"{best.attainment:.4%} in time"
+    if best.utilisation >= 1.0:
+        kept = f"at most {in_digits(capacity_per_s)} requests/s"
+    return Infeasible(
+        asked=f"{slo} at {in_digits(rate_per_s)} requests/s",
+        numbers=f"{have} {kept}, in batches of {best.batch_size}",
+        rule=f"{slo.share:.6g} of the requests must be answered within "
+        f"{latency_text(slo.within_s)}",
+        advice="Allow more replicas (--max-workers) or more time (--slo), or make the model "
+        "faster.",
     )

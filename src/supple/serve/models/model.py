@@ -42,8 +42,11 @@ _DEFAULT_MAX_BATCH = 64
 def check_target(target: str) -> tuple[str, str]:
     """Validate a target such as `"app.py:Model"` without running it, and return (path, class); for
     a saved program return (path, ""). Raises `SpecError`."""
-    if target.endswith(".pt2") and Path(target).is_file():
-        return target, ""
+    if target.lower().endswith(".pt2"):
+        if Path(target).is_file():
+            return target, ""
+        what = "is not a regular file" if Path(target).exists() else "does not exist"
+        raise SpecError(f"the saved program {target} {what}. Give another.")
     path, class_name = split_target(target)
     if not class_name.isidentifier():
         raise SpecError(

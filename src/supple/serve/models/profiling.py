@@ -101,8 +101,12 @@ def write(profile: StoredProfile, path: Path) -> None:
     """Write the profile atomically: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f"{path.name}.{os.getpid()}")
-    half.write_text(json.dumps({"format": _FORMAT} | asdict(profile), indent=1), encoding="utf-8")
-    half.replace(path)
+    text = json.dumps({"format": _FORMAT} | asdict(profile), indent=1)
+    try:
+        half.write_text(text, encoding="utf-8")
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def read(path: Path) -> StoredProfile:
@@ -119,8 +123,8 @@ def read(path: Path) -> StoredProfile:
         profile.profile()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise SpecError(
-            f"{path} is no stored profile ({type(error).__name__}: {error}). Measure one with "
-            "supple plan."
+            f"{path} is no stored profile ({type(error).__name__}: {error}). Delete it, or "
+            "measure anew: supple plan FILE:CLASS --again."
         ) from None
     return profile
 
