@@ -15,11 +15,13 @@ GPT = str(Path(__file__).resolve().parent.parent / "examples" / "gpt.py")
 
 def supple(*arguments: str) -> Result:
     options = () if "--memory" in arguments else ("--memory", "80")
-    return CliRunner().invoke(app, ["plan", *arguments, *options, "--max-workers", "1"])
+    return CliRunner().invoke(app, ["plan", *arguments, *options])
 
 
 def memory(*arguments: str) -> dict[str, Any]:
-    return json.loads(supple(*arguments, "--json").stdout)["memory"]
+    data = json.loads(supple(*arguments, "--json").stdout)
+    assert (data["recommended"] in data["rows"]) is (data["infeasible"] is None)
+    return data
 
 
 @pytest.mark.slow

@@ -96,3 +96,42 @@ def test_a_budget_that_no_row_surely_keeps_is_refused_with_the_surest(
     refused = choose(rows, Limits(price_per_hour=price), Objective(budget=budget))
     assert isinstance(refused, Infeasible)
     assert refused.numbers == f"the cheapest is 2 workers: {told}"
+
+
+def with_speeds(*speeds: float) -> tuple[Plan, ...]:
+    """1, 2, 4, ... workers with these speed-ups."""
+    base = planned(job(), Limits(), 1)
+    return tuple(
+        replace(
+            base,
+            num_workers=2**power,
+            speedup=between(speed, high=speed * 2),
+            time_to_end_s=between(100.0 / speed, high=200.0 / speed),
+            accelerator_hours=between(2**power / speed, high=2**power / speed * 2),
+        )
+        for power, speed in enumerate(speeds)
+    )
+
+
+@pytest.mark.parametrize(
+    ("speeds", "count"),
+    [
+        ((1.0, 1.9, 3.5, 3.6, 3.7), 4),
+        ((1.0, 1.9, 1.2, 7.7, 8.0), 8),  # 4 workers are slow, 8 take less time and fewer hours
+        ((1.0, 1.9, 1.2, 7.5, 8.0), 2),  # 8 workers take less time and more hours
+        ((1.0, 1.9, 1.2, 1.9, 15.5), 16),
+        ((1.0, 0.5, 4.0, 6.1, 6.2), 8),  # behind the slow row the rule goes on
+    ],
+)
+def test_no_row_is_recommended_that_another_beats_on_time_and_on_hours(
+    speeds: tuple[float, ...], count: int
+) -> None:
+    found = choose(with_speeds(*speeds), Limits(), Objective())
+    assert isinstance(found, PlanTable)
+    assert found.choice.num_workers == count
+    chosen = found.choice
+    assert not any(
+        row.time_to_end_s.value < chosen.time_to_end_s.value
+        and row.accelerator_hours.value < chosen.accelerator_hours.value
+        for row in found.rows
+    )

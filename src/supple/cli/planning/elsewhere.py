@@ -11,11 +11,12 @@ import typer
 
 from supple.cli.errors import FAILED
 from supple.cli.planning import memory
-from supple.cli.planning.answer import check_plot, print_json, show_plan, tell
+from supple.cli.planning.answer import check_plot, no_plan, print_json, show_plan, tell
 from supple.cli.planning.layouts import Cluster, base_lr, cluster_of, worth_of_batches
 from supple.cli.planning.subject import Question, otherwise
 from supple.core.spec import SpecError, parse_limits, parse_name, parse_objective
 from supple.core.types import Infeasible
+from supple.inputs.rows import parse_gigabytes
 from supple.train.script import check
 
 if TYPE_CHECKING:  # numpy, scipy and torch are imported by what plans and measures
@@ -33,22 +34,13 @@ def plan_elsewhere(question: Question, path: str, function: str) -> None:
     check_plot(question.plot)
     check(path, function)
     from supple.inputs.script_measurements import kept
-    from supple.train.probes.memory_trace import OPTIMIZERS, TraceFailed
 
-    optimizer = question.optimizer
-    if optimizer is not None:
-        optimizer = parse_name(optimizer, OPTIMIZERS, what="--optimizer")
+    optimizer = _optimizer(question)
     before = kept(path, function)
     noise_scale = None if before is None or limits.batch == "fixed" else before.found.noise_scale
     where = f"Run `supple plan {question.subject}` first, which measures one"
     worth = worth_of_batches(question, limits, noise_scale, where)
-    try:
-        found = memory.trace(
-            path, function, cluster.memory_bytes, optimizer=optimizer, verbose=question.verbose
-        )
-    except TraceFailed as error:
-        tell(f"supple: {error}")
-        raise typer.Exit(FAILED) from None
+    found = _traced(question, path, function, cluster.memory_bytes, optimizer)
     if not question.as_json:
         memory.show(found)
     besides = {"memory": memory.to_json(found)}
@@ -72,6 +64,43 @@ def plan_elsewhere(question: Question, path: str, function: str) -> None:
     job = _job(layers, cluster, optimizer, noise_scale, worth)
     table = plan(job, limits, objective)
     show_plan(table, question, objective, title=Path(path).name, first="", besides=besides)
+
+
+def plan_memory(question: Question, path: str, function: str) -> None:
+    """Show what micro-batch fits so much memory. Nothing is computed."""
+    assert question.memory_size is not None
+    limit = parse_gigabytes(question.memory_size, what="--memory")
+    check_plot(question.plot)
+    check(path, function)
+    found = _traced(question, path, function, limit, _optimizer(question))
+    if question.as_json:
+        print_json(memory.to_json(found))
+    else:
+        memory.show(found)
+    if found.too_small is not None:
+        raise no_plan(found.too_small, question.plot)
+    if question.plot is not None:
+        tell("no picture: --memory alone has none, --accelerator has")
+
+
+def _optimizer(question: Question) -> str | None:
+    from supple.train.probes.memory_trace import OPTIMIZERS
+
+    if question.optimizer is None:
+        return None
+    return parse_name(question.optimizer, OPTIMIZERS, what="--optimizer")
+
+
+def _traced(
+    question: Question, path: str, function: str, limit: float, optimizer: str | None
+) -> memory.MemoryTable:
+    from supple.train.probes.memory_trace import TraceFailed
+
+    try:
+        return memory.trace(path, function, limit, optimizer=optimizer, verbose=question.verbose)
+    except TraceFailed as error:
+        tell(f"supple: {error}")
+        raise typer.Exit(FAILED) from None
 
 
 def _measured(

@@ -133,7 +133,29 @@ def to_json(table: MemoryTable) -> dict[str, object]:
     """The table as data: bytes, and samples."""
     job, rows = table.job, table.rows
     first, too_small = job.traces[0], table.too_small
+    data: list[dict[str, object]] = [
+        {
+            "activations": row.activations,
+            "shards": row.shards,
+            "largest_micro_batch": row.largest,
+            "limited_by": row.found.limited_by,
+            "guess": row.found.is_guess,
+            "whole_batch_fits": row.largest >= _in_a_step(job),
+            "bytes": {
+                str(trace.micro_batch_size): {
+                    "traced": device_bytes(trace, shards=row.shards).low,
+                    "safe": device_bytes(trace, shards=row.shards).high,
+                }
+                for trace in row.traces
+            },
+        }
+        for row in rows
+    ]
     return {
+        "recommended": None
+        if too_small is not None
+        else data[rows.index(_least_change(job, rows))],
+        "reason": None if too_small is not None else _advice(job, rows),
         "device_bytes": table.limit_bytes,
         "parameter_bytes": first.parameter_bytes,
         "gradient_bytes": first.gradient_bytes,
@@ -144,24 +166,7 @@ def to_json(table: MemoryTable) -> dict[str, object]:
         "dataset_size": job.dataset_size,
         "untraced": {str(size): why for size, why in job.untraced},
         "infeasible": None if too_small is None else dataclasses.asdict(too_small),
-        "rows": [
-            {
-                "activations": row.activations,
-                "shards": row.shards,
-                "largest_micro_batch": row.largest,
-                "limited_by": row.found.limited_by,
-                "guess": row.found.is_guess,
-                "whole_batch_fits": row.largest >= _in_a_step(job),
-                "bytes": {
-                    str(trace.micro_batch_size): {
-                        "traced": device_bytes(trace, shards=row.shards).low,
-                        "safe": device_bytes(trace, shards=row.shards).high,
-                    }
-                    for trace in row.traces
-                },
-            }
-            for row in rows
-        ],
+        "rows": data,
     }
 
 
@@ -245,6 +250,13 @@ def _largest(row: _Row) -> str:
 def _in_a_step(job: "TracedJob") -> int:
     """No step of the job takes more samples at once."""
     return job.batch_size if job.dataset_size is None else min(job.batch_size, job.dataset_size)
+
+
+def _least_change(job: "TracedJob", rows: Sequence[_Row]) -> _Row:
+    """The first row that fits the job's batch at once; if none does, the first that fits at all."""
+    whole = _in_a_step(job)
+    enough = next((row for row in rows if row.largest >= whole), None)
+    return enough or next(row for row in rows if row.largest)
 
 
 def _advice(job: "TracedJob", rows: Sequence[_Row]) -> str:

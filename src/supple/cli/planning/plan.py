@@ -33,8 +33,8 @@ from supple.core.spec import KNEE_RULE
 PLAN_EPILOG = (
     "SUBJECT is one of:\n\n"
     "  train.py or train.py:function: a script, measured here for half a minute or longer. With "
-    "--accelerator or --memory it is planned for accelerators that are not here: what micro-batch "
-    "fits, then count, layout, batch and learning rate.\n\n"
+    "--memory: what micro-batch fits an accelerator that is not here; nothing is computed. With "
+    "--accelerator: that, and count, layout, batch and learning rate there.\n\n"
     "  model.toml: a transformer by its sizes, [train], or a language model, [serve]. Nothing is "
     "run.\n\n"
     "  app.py:Model or model.pt2: a model to serve, measured once. With --slo and --rate: how many "
@@ -127,6 +127,10 @@ def _answer(question: Question) -> None:
         from supple.cli.planning.script import plan_script
 
         plan_script(question, path, name or "train")
+    elif kind is Kind.MEMORY:
+        from supple.cli.planning.elsewhere import plan_memory
+
+        plan_memory(question, path, name or "train")
     elif kind is Kind.ELSEWHERE:
         from supple.cli.planning.elsewhere import plan_elsewhere
 

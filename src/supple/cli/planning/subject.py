@@ -13,7 +13,8 @@ class Kind(Enum):
     """A kind of subject, and what it is called."""
 
     SCRIPT = "a script, measured here"
-    ELSEWHERE = "a script on an accelerator that is not here (--accelerator or --memory)"
+    MEMORY = "the memory of a script on an accelerator that is not here (--memory alone)"
+    ELSEWHERE = "a script on an accelerator that is not here (--accelerator)"
     TRAINED = "a transformer to train, [train] of a .toml"
     LANGUAGE_MODEL = "a language model to serve, [serve] of a .toml"
     SERVED = "a model to serve, FILE:CLASS or a .pt2"
@@ -54,8 +55,9 @@ class Question:
     verbose: bool
 
 
-_S, _E, _T, _L, _M, _R = (
+_S, _A, _E, _T, _L, _M, _R = (
     Kind.SCRIPT,
+    Kind.MEMORY,
     Kind.ELSEWHERE,
     Kind.TRAINED,
     Kind.LANGUAGE_MODEL,
@@ -70,8 +72,8 @@ _FOR: dict[str, tuple[Kind, ...]] = {
     "local_link": (_E, _T),
     "workers_per_node": (_S, _E, _T, _L),
     "accelerator": (_E, _T, _L),
-    "memory_size": (_E, _T),
-    "optimizer": (_E,),
+    "memory_size": (_A, _E, _T),
+    "optimizer": (_A, _E),
     "batch": (_S, _E, _T),
     "lr_rule": (_S,),
     "measure_workers": (_S,),
@@ -123,8 +125,9 @@ def _kind(question: Question, path: str, name: str) -> Kind:
         return Kind.LANGUAGE_MODEL if _table(path, name) == "serve" else Kind.TRAINED
     if suffix == ".pt2" or (name and _is_class(path, name)):
         return Kind.SERVED
-    elsewhere = question.accelerator is not None or question.memory_size is not None
-    return Kind.ELSEWHERE if elsewhere else Kind.SCRIPT
+    if question.accelerator is not None:
+        return Kind.ELSEWHERE
+    return Kind.SCRIPT if question.memory_size is None else Kind.MEMORY
 
 
 def _table(path: str, name: str) -> str:

@@ -126,16 +126,17 @@ def _disagreement(rows: Sequence[Plan]) -> str:
 
 
 def knee(rows: Sequence[Outcome], *, held: int = 0) -> int:
-    """Index of the knee by `KNEE_RULE`. Speeds are relative to one worker; the first decrease ends
-    the curve. Up to `held`, the current count of a job, `KEEP_SHARE` is enough."""
-    best = 0
+    """Index of the knee by `KNEE_RULE`. Speeds are relative to one worker. Up to `held`, the count
+    of a running job, `KEEP_SHARE` is enough. A row beyond the end of the curve is taken only if it
+    beats the knee on time and on accelerator-hours: one slow row hides nothing better."""
+    best, has_ended = 0, False
     for index in range(1, len(rows)):
-        added = rows[index].num_workers - rows[best].num_workers
-        gained = rows[index].speedup.value - rows[best].speedup.value
-        share = KNEE_SHARE if rows[index].num_workers > held else KEEP_SHARE
-        if gained / added < share:
-            break
-        best = index
+        count, speed = rows[index].num_workers, rows[index].speedup.value
+        best_count, best_speed = rows[best].num_workers, rows[best].speedup.value
+        share = KNEE_SHARE if count > held else KEEP_SHARE
+        has_ended |= (speed - best_speed) / (count - best_count) < share
+        if not has_ended or (speed > best_speed and speed * best_count >= best_speed * count):
+            best, has_ended = index, False
     return best
 
 
