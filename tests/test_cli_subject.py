@@ -23,10 +23,11 @@ class then: ...
 def then(job): ...
 """
 OPTIONS = {field.name for field in dataclasses.fields(Question)} - {"subject", "as_json", "verbose"}
-S, E, T, L, M, R = Kind
+S, A, E, T, L, M, R = Kind
 TAKEN = {
     S: "max_workers deadline budget price interconnect workers_per_node batch lr_rule "
     "measure_workers history probes plot",
+    A: "memory_size optimizer plot",
     E: "max_workers deadline budget price interconnect local_link workers_per_node accelerator "
     "memory_size optimizer batch history probes plot",
     T: "max_workers deadline budget price interconnect local_link workers_per_node accelerator "
@@ -36,7 +37,15 @@ TAKEN = {
     R: "deadline budget price history counts batch_size plot",
 }
 """What docs/planning.md and the help say each subject is planned with."""
-SUBJECTS = {S: "app.py", E: "app.py", T: "t.toml", L: "s.toml", M: "app.py:Model", R: "runs.csv"}
+SUBJECTS = {
+    S: "app.py",
+    A: "app.py",
+    E: "app.py",
+    T: "t.toml",
+    L: "s.toml",
+    M: "app.py:Model",
+    R: "runs.csv",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -81,15 +90,24 @@ def test_a_subject_is_known_by_its_name_and_what_the_file_defines(
     assert kind_of(asked(subject)) == (kind, path, name)
 
 
-@pytest.mark.parametrize("option", ["accelerator", "memory_size"])
-def test_a_script_is_planned_elsewhere_with_an_accelerator_or_its_memory(option: str) -> None:
-    assert kind_of(asked("app.py:train", **{option: ""}))[0] is E
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ({"accelerator": ""}, E),
+        ({"memory_size": ""}, A),
+        ({"accelerator": "", "memory_size": ""}, E),
+    ],
+)
+def test_a_script_is_planned_elsewhere_with_an_accelerator_and_its_memory_traced_with_that_alone(
+    given: dict[str, str], kind: Kind
+) -> None:
+    assert kind_of(asked("app.py:train", **given))[0] is kind
 
 
 @pytest.mark.parametrize("kind", Kind)
 def test_a_subject_takes_the_options_that_mean_something_for_it_and_no_other(kind: Kind) -> None:
     def takes(option: str) -> bool:
-        needed = {"memory_size": "80"} if kind is E else {}
+        needed = {A: {"memory_size": "80"}, E: {"accelerator": "h100"}}.get(kind, {})
         try:
             return kind_of(asked(SUBJECTS[kind], **needed | {option: "1"}))[0] is kind
         except SpecError as error:

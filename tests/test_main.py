@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FULL = Path("/dev/full")
-LAYOUTS = "layouts --hidden 4096 --layers 32 --heads 32 --samples 10M --batch-size 512"
+PLAN = f"plan {ROOT}/examples/model.toml:train"
 
 
 def supple(arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -31,7 +31,7 @@ def supple(arguments: str, **options: object) -> subprocess.CompletedProcess[str
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("arguments", ["--help", "status", "status --json", LAYOUTS])
+@pytest.mark.parametrize("arguments", ["--help", "status", "status --json", PLAN])
 def test_an_answer_that_cannot_be_written_is_one_line_and_a_failure(arguments: str) -> None:
     with FULL.open("w") as full:
         done = supple(arguments, stdout=full)
@@ -43,7 +43,7 @@ def test_an_answer_that_cannot_be_written_is_one_line_and_a_failure(arguments: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", ["--help", LAYOUTS])
+@pytest.mark.parametrize("arguments", ["--help", PLAN])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_went_away_ends_it_without_a_word(arguments: str, unbuffered: str) -> None:
     reader, writer = os.pipe()
