@@ -27,7 +27,7 @@ S, A, E, T, L, M, R = Kind
 TAKEN = {
     S: "max_workers deadline budget price interconnect workers_per_node batch lr_rule "
     "measure_workers history probes plot",
-    A: "memory_size optimizer plot",
+    A: "memory_size optimizer",
     E: "max_workers deadline budget price interconnect local_link workers_per_node accelerator "
     "memory_size optimizer batch history probes plot",
     T: "max_workers deadline budget price interconnect local_link workers_per_node accelerator "

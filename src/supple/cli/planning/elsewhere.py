@@ -70,7 +70,6 @@ def plan_memory(question: Question, path: str, function: str) -> None:
     """Show what micro-batch fits so much memory. Nothing is computed."""
     assert question.memory_size is not None
     limit = parse_gigabytes(question.memory_size, what="--memory")
-    check_plot(question.plot)
     check(path, function)
     found = _traced(question, path, function, limit, _optimizer(question))
     if question.as_json:
@@ -78,9 +77,7 @@ def plan_memory(question: Question, path: str, function: str) -> None:
     else:
         memory.show(found)
     if found.too_small is not None:
-        raise no_plan(found.too_small, question.plot)
-    if question.plot is not None:
-        tell("no picture: --memory alone has none, --accelerator has")
+        raise no_plan(found.too_small, None)
 
 
 def _optimizer(question: Question) -> str | None:

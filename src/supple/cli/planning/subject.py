@@ -68,6 +68,8 @@ _FOR: dict[str, tuple[Kind, ...]] = {
     "max_workers": (_S, _E, _T, _L, _M),
     "deadline": (_S, _E, _T, _R),
     "budget": (_S, _E, _T, _R),
+    "price": (_S, _E, _T, _L, _M, _R),
+    "plot": (_S, _E, _T, _L, _M, _R),
     "interconnect": (_S, _E, _T),
     "local_link": (_E, _T),
     "workers_per_node": (_S, _E, _T, _L),
@@ -88,7 +90,7 @@ _FOR: dict[str, tuple[Kind, ...]] = {
     "lengths": (_M,),
     "again": (_M,),
 }
-"""The kinds that an option means something for; every kind for one that is not here."""
+"""The kinds that an option means something for."""
 _FLAGS = {"memory_size": "--memory"}
 T = TypeVar("T")
 
