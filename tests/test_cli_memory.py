@@ -72,6 +72,7 @@ def test_another_optimizer_keeps_what_it_keeps(tmp_path: Path) -> None:
     assert memory(str(script)) == found["adam"]
 
 
+@pytest.mark.slow
 def test_a_script_may_report_its_learning_rate_and_read_everything_of_its_job(
     tmp_path: Path,
 ) -> None:
