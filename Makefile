@@ -34,10 +34,10 @@ contract: $(VENV)/.installed
 quick: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 -m "not ray and not slow"
 
-# Tests on Ray go file by file: those of a file share a service, or a Ray.
+# Ray's workers and their deadlines want the cores to themselves.
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 -m "not ray"
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m ray
+	$(BIN)/python -m pytest -q -m ray
 
 # MUTATE='supple.core.job.stalls*' for one module; `.venv/bin/mutmut show NAME` shows a survivor.
 mutants: $(VENV)/.installed
