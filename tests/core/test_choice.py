@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from supple.core.planning.choice import PlanTable, choose
+from supple.core.planning.choice import PlanTable, choose, knee
 from supple.core.spec import Limits, Objective
 from supple.core.types import Estimate, Infeasible, Plan
 from tests.core.test_planner import job, planned
@@ -96,3 +96,24 @@ def test_a_budget_that_no_row_surely_keeps_is_refused_with_the_surest(
     refused = choose(rows, Limits(price_per_hour=price), Objective(budget=budget))
     assert isinstance(refused, Infeasible)
     assert refused.numbers == f"the cheapest is 2 workers: {told}"
+
+
+def test_of_those_that_surely_do_the_likely_hours_and_the_likely_time_decide() -> None:
+    rows = rows_of(
+        (between(90, high=91), between(3, high=4)),
+        (between(80, high=99), between(2, high=5)),
+        price=None,
+    )
+    for objective in (Objective(deadline_s=100), Objective(budget=5)):
+        found = choose(rows, Limits(), objective)
+        assert isinstance(found, PlanTable)
+        assert found.choice.num_workers == 2
+
+
+def test_a_doubling_that_adds_exactly_half_a_worker_for_every_worker_is_still_worth_it() -> None:
+    (one,) = rows_of((between(90, high=91), between(3, high=4)), price=None)
+    rows = [
+        replace(one, num_workers=count, speedup=between(speed, high=2 * speed))
+        for count, speed in ((1, 1.0), (2, 1.5), (4, 2.5), (8, 4.25))
+    ]
+    assert knee(rows) == 2
