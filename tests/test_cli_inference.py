@@ -48,6 +48,18 @@ def test_a_model_of_today_has_a_sensible_answer(asked: str) -> None:
     assert chosen["num_accelerators"] <= 64 and chosen["chance"] >= 0.9
 
 
+def test_what_is_left_out_is_what_the_page_says() -> None:
+    said = "--prompt 500 --answer 300 --bits 16 --workers-per-node 8 --accelerator h100"
+    short = supple("--parameters 8B --activated 8B --json").stdout
+    assert json.loads(short)["rows"] and short == supple(f"--parameters 8B {said} --json").stdout
+
+
+def test_a_million_tokens_cost_the_hours_of_their_accelerators() -> None:
+    chosen = json.loads(supple("--parameters 8B --price 2.5 --json").stdout)["recommended"]
+    hours = chosen["num_devices"] * 1e6 / chosen["tokens_per_s"]["value"] / 3600
+    assert chosen["cost_per_million"]["value"] == pytest.approx(2.5 * hours)
+
+
 @pytest.mark.slow
 def test_json_has_the_same_as_data_and_a_picture_is_drawn(tmp_path: Path) -> None:
     result = supple(f"{EIGHT} --rate 20 --json --plot {tmp_path / 'rows.png'}")

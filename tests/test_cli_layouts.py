@@ -57,6 +57,16 @@ def test_iterations_that_ran_narrow_the_intervals(tmp_path: Path) -> None:
     assert width(f"--measured {path}") < 0.6 * width("")
 
 
+def test_what_is_left_out_is_what_the_page_and_the_help_say() -> None:
+    small = "--hidden 256 --layers 4 --heads 4 --batch-size 16 --samples 16 --max-workers 16 --json"
+    short = supple(small)
+    assert short.exit_code == 0, "one full step is a plan"
+    said = "--seq 2048 --vocab 50304 --attention flash --optimizer adam --accelerator h100"
+    said += " --workers-per-node 8 --interconnect infiniband-400x8 --local-link nvlink-h100"
+    assert short.stdout == supple(f"{small} {said} --memory 80 --batch fixed").stdout
+    assert json.loads(short.stdout)["recommended"]["batch"]["lr"] == 3e-4
+
+
 def test_attention_keeps_no_scores_unless_it_is_said_to() -> None:
     asked = f"{SEVEN} --seq 16384 --max-workers 8 --json"
 
@@ -329,6 +339,10 @@ def test_a_script_keeps_its_own_optimizers_rules_and_its_epochs(tmp_path: Path) 
     )
     (row,) = json.loads(supple(f"{path} --accelerator h100 --max-workers 1 --json").stdout)["rows"]
     assert row["time_to_end_s"]["value"] == pytest.approx(6 * row["step_time_s"]["value"])
+    adam = ["--accelerator", "h100", "--max-workers", "1", "--optimizer", "adam", "--json"]
+    other = CliRunner().invoke(app, ["plan", str(path), *adam]).stdout
+    (states,) = json.loads(other)["rows"]
+    assert states["memory_bytes"]["value"] > row["memory_bytes"]["value"], "two numbers a parameter"
     path.write_text(path.read_text().replace("randn(65", "randn(4096").replace("size=64", "size=8"))
     known = tmp_path / "runs.csv"
     known.write_text("batch_size,samples_to_target\n8,10000\n512,10100\n")

@@ -9,6 +9,13 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from supple.cli.app import app
+from supple.cli.planning.memory import show, to_json
+from supple.cli.planning.memory import trace as traced
+from supple.core.planning.measured import ScriptMeasurements
+from supple.core.training.memory import TracedMemory
+from supple.inputs.script_measurements import keep
+from supple.train.probes import memory_trace
+from tests.test_cli_plan import FOUND
 
 GPT = str(Path(__file__).resolve().parent.parent / "examples" / "gpt.py")
 
@@ -107,6 +114,44 @@ def test_where_nothing_fits_it_fails_and_says_what_to_do(tmp_path: Path) -> None
     assert "the accelerator's runtime alone takes 1.61 GB." in runtime
     assert "layouts with tp" not in runtime, "no cut of the layers makes room for it"
     assert memory(tiny)["infeasible"] is None
+
+
+def test_a_step_takes_no_more_samples_than_the_data_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traces = tuple(
+        TracedMemory(
+            micro_batch_size=size,
+            peak_bytes=10**6 * (2 + size),
+            parameter_bytes=10**5,
+            gradient_bytes=10**5,
+            optimizer_bytes=10**5,
+            largest_block_bytes=10**4,
+        )
+        for size in (4, 2, 1)
+    )
+    job = memory_trace.TracedJob(traces=traces, batch_size=8, dataset_size=4, untraced=())
+    monkeypatch.setattr(memory_trace, "trace_memory", lambda *_, **__: job)
+    found = traced("tiny.py", "train", 80e9, optimizer=None, verbose=False)
+    assert {row.largest for row in found.rows} == {4}
+    assert '"whole_batch_fits": false' not in json.dumps(to_json(found))
+    show(found)
+    assert "The job's batch of 4 fits at once" in capsys.readouterr().out
+
+
+def test_the_noise_scale_of_earlier_is_for_a_batch_that_may_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_trace(*_: object, **__: object) -> None:
+        raise memory_trace.TraceFailed("enough")
+
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.py").write_text(TINY)
+    keep(ScriptMeasurements(**FOUND), "tiny.py", "train")
+    monkeypatch.setattr(memory_trace, "trace_memory", no_trace)
+    for batch in ("fixed", "adaptive"):
+        result = supple("tiny.py", "--accelerator", "h100", "--batch", batch)
+        assert (result.exit_code, result.stderr) == (1, "supple: enough\n")
 
 
 @pytest.mark.slow

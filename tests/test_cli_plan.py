@@ -12,6 +12,7 @@ from supple.cli.app import app
 from supple.cluster import measure
 from supple.core.planning.measured import ScriptMeasurements
 from supple.core.training.memory import MemoryMeasurement
+from supple.inputs.script_measurements import kept
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
 
 FOUND: dict[str, Any] = {
@@ -178,3 +179,24 @@ def test_a_message_complete_in_itself_is_not_told_as_a_failure(
     assert result.exit_code == 1
     assert result.stderr.startswith(told) and error in result.stderr
     assert result.stderr.count("the script") <= 1
+
+
+@pytest.mark.usefixtures("machine")
+def test_what_was_measured_is_kept_and_every_row_costs_the_price_of_its_hours() -> None:
+    rows = json.loads(supple("--max-workers", "2", "--price", "2.5", "--json").stdout)["rows"]
+    for row in rows:
+        assert row["cost"]["value"] == pytest.approx(2.5 * row["accelerator_hours"]["value"])
+    before = kept("train.py", "train")
+    assert before is not None and before.found.noise_scale == FOUND["noise_scale"]
+
+
+@pytest.mark.usefixtures("machine")
+def test_links_are_those_that_were_given() -> None:
+    def last(*options: str) -> float:
+        found = supple("--max-workers", "16", "--json", *options)
+        return json.loads(found.stdout)["rows"][-1]["step_time_s"]["value"]
+
+    node = ("--workers-per-node", "2")
+    fast = last(*node, "--interconnect", "infiniband-400x8")
+    assert fast < last(*node) < last(*node, "--interconnect", "ethernet-10")
+    assert last(*node) != last("--workers-per-node", "16")  # all on the link measured here

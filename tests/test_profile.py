@@ -228,6 +228,7 @@ def test_lengths_that_were_not_measured_are_and_without_any_what_is_stored_will_
     assert found("--lengths", "4,16") == ([4, 16], True)
     assert found() == ([4, 16], True)
     assert found("--lengths", "4") == ([4], False)
+    assert found("--lengths", "1") == ([1], False)
     assert found("--again") == ([1], False)
 
 

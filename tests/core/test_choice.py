@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from supple.core.planning.choice import PlanTable, choose
+from supple.core.planning.choice import PlanTable, choose, knee
 from supple.core.spec import Limits, Objective
 from supple.core.types import Estimate, Infeasible, Plan
 from tests.core.test_planner import job, planned
@@ -135,3 +135,24 @@ def test_no_row_is_recommended_that_another_beats_on_time_and_on_hours(
         and row.accelerator_hours.value < chosen.accelerator_hours.value
         for row in found.rows
     )
+
+
+def test_of_those_that_surely_do_the_likely_hours_and_the_likely_time_decide() -> None:
+    rows = rows_of(
+        (between(90, high=91), between(3, high=4)),
+        (between(80, high=99), between(2, high=5)),
+        price=None,
+    )
+    for objective in (Objective(deadline_s=100), Objective(budget=5)):
+        found = choose(rows, Limits(), objective)
+        assert isinstance(found, PlanTable)
+        assert found.choice.num_workers == 2
+
+
+def test_a_doubling_that_adds_exactly_half_a_worker_for_every_worker_is_still_worth_it() -> None:
+    (one,) = rows_of((between(90, high=91), between(3, high=4)), price=None)
+    rows = [
+        replace(one, num_workers=count, speedup=between(speed, high=2 * speed))
+        for count, speed in ((1, 1.0), (2, 1.5), (4, 2.5), (8, 4.25))
+    ]
+    assert knee(rows) == 2

@@ -92,12 +92,42 @@ def test_a_promise_shorter_than_one_prediction_is_no_plan_however_many_replicas(
 ) -> None:
     promise = Slo(share=0.99, within_s=within_s)
     possible = within_s > 1.1 * 0.005
+    exactly = profile().tail_s(1)
+    assert isinstance(plan_batch(profile(), Slo(share=0.99, within_s=exactly)), ReplicaTable)
     for found in (
         plan_batch(profile(), promise),
         plan_replicas(profile(), promise, rate_per_s=0.01, most=9),
     ):
         assert isinstance(found, ReplicaTable) == possible
         assert possible or "No number of replicas" in str(found)
+
+
+def test_one_more_replica_is_a_row_unless_it_may_not_run() -> None:
+    free = plan_replicas(profile(), PROMISE, rate_per_s=2000.0, most=4096)
+    rows = replicas(free)
+    needed = rows[-2].num_replicas
+    assert isinstance(free, ReplicaTable) and free.recommended == len(rows) - 2
+    assert rows[-1].num_replicas == needed + 1 > 2
+    capped = plan_replicas(profile(), PROMISE, rate_per_s=2000.0, most=needed)
+    assert replicas(capped) == rows[:-1]
+
+
+def test_the_latency_of_a_row_is_within_the_promise_where_the_share_is_and_only_there() -> None:
+    rows = replicas(plan_replicas(profile(), PROMISE, rate_per_s=2000.0, most=4096))
+    for row in rows:
+        in_time = row.latency_s is not None and row.latency_s <= PROMISE.within_s
+        assert in_time == (row.attainment >= PROMISE.share)
+    median = plan_replicas(profile(), Slo(share=0.5, within_s=0.1), rate_per_s=2000.0, most=4096)
+    by_count = {row.num_replicas: row.latency_s for row in replicas(median)}
+    for row in rows:
+        faster = by_count.get(row.num_replicas)
+        assert faster is None or row.latency_s is None or faster < row.latency_s
+
+
+def test_a_rate_little_above_the_capacity_is_told_with_the_capacity() -> None:
+    found = plan_replicas(profile(), PROMISE, rate_per_s=1000.0, most=1)
+    assert isinstance(found, Infeasible)
+    assert found.numbers == "1 replica answers at most 800 requests/s, in batches of 16"
 
 
 def test_replicas_that_carry_the_rate_and_not_the_promise_are_told_by_what_they_keep() -> None:
