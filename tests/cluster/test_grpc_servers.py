@@ -100,10 +100,15 @@ def test_a_stream_is_passed_on_as_it_comes() -> None:
     assert received(proxy, stream=True) == [b"part", DIED]
 
 
-QUIET_S = 0.5
+QUIET_S = 1.5
+"""Longer than a busy machine keeps one call waiting for its turn."""
+NEVER_S = 1000.0
 
 
-def stopped(scenario: Callable[[Any, Callable[[], Awaitable[bytes]]], Awaitable[None]]) -> None:
+def stopped(
+    scenario: Callable[[Any, Callable[[], Awaitable[bytes]]], Awaitable[None]],
+    quiet_s: float = QUIET_S,
+) -> None:
     """Run `scenario` on a server of Ray's that stops when quiet, and a call of it that takes a
     moment and is answered with `b"done"`."""
 
@@ -115,7 +120,7 @@ def stopped(scenario: Callable[[Any, Callable[[], Awaitable[bytes]]], Awaitable[
         return answer
 
     async def go() -> None:
-        server = stopping_when_quiet(gRPCGenericServer, QUIET_S)(factory)
+        server = stopping_when_quiet(gRPCGenericServer, quiet_s)(factory)
         port = server.add_insecure_port("127.0.0.1:0")
         add_servicer(None, server)
         await server.start()
@@ -130,8 +135,10 @@ def test_calls_that_come_while_a_server_stops_are_answered() -> None:
     async def scenario(server: Any, call: Any) -> None:
         await call(b"")
         stopping = asyncio.create_task(server.stop(30.0))
-        answers = [await call(b"") for _ in range(20)]  # one after another, longer than QUIET_S
-        assert answers == [b"done"] * 20 and not stopping.done()
+        end_s = asyncio.get_running_loop().time() + 1.5 * QUIET_S
+        while asyncio.get_running_loop().time() < end_s:
+            assert await call(b"") == b"done"
+        assert not stopping.done()
         await stopping
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call(b"")
@@ -142,10 +149,10 @@ def test_calls_that_come_while_a_server_stops_are_answered() -> None:
 
 def test_a_server_that_nobody_calls_stops_at_once() -> None:
     async def scenario(server: Any, call: Any) -> None:
-        async with asyncio.timeout(QUIET_S / 2):
-            await server.stop(30.0)
+        async with asyncio.timeout(60.0):
+            await server.stop(NEVER_S)
 
-    stopped(scenario)
+    stopped(scenario, NEVER_S)
 
 
 def test_a_server_that_is_called_for_ever_stops_within_its_grace() -> None:
