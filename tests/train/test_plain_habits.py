@@ -381,6 +381,11 @@ def scheduled(job: Job) -> None:
     next(iter(job.batches(TensorDataset(X, Y), batch_size=BATCH)))
 
 
+def listed(job: Job) -> None:
+    model = job.model(build)
+    job.optimizer(torch.optim.SGD, lr=0.1, params=list(model.parameters()))  # type: ignore[arg-type]
+
+
 def twice(job: Job) -> None:
     job.model(build)
     job.optimizer(torch.optim.SGD, lr=0.1)
@@ -394,6 +399,7 @@ def twice(job: Job) -> None:
         (Script(token_loss("mean"), MEAN, make=Sparse), "the gradient of table.weight is sparse"),
         (scheduled, "a torch.optim.lr_scheduler was made for the job's optimizer"),
         (twice, "job.optimizer was called twice"),
+        (listed, "was given a list: it takes a function of the model"),
     ],
 )
 def test_what_a_step_cannot_honour_is_refused_before_the_first(script: Any, words: str) -> None:

@@ -102,6 +102,11 @@ class Recipe:
         if not trained:
             raise TrainingError("the model has no parameter that requires a gradient.")
         _check_rate(lr)
+        if params is not None and not callable(params):
+            raise TrainingError(
+                f"job.optimizer(params=...) was given a {type(params).__name__}: it takes a "
+                "function of the model. Write params=lambda model: model.parameters()."
+            )
         given = trained if params is None else list(params(self.model))
         self.optimizer = make(cls, given, lr=float(lr), **options)
         refuse_closure(self.optimizer)
