@@ -11,12 +11,25 @@ import typer
 from supple.cli.errors import FAILED
 from supple.cli.output import console
 from supple.cli.planning.subject import Question
-from supple.core.spec import Objective
+from supple.core.spec import Objective, SpecError
 from supple.core.types import Infeasible
 from supple.report.eventlog import to_plain
 
 if TYPE_CHECKING:  # numpy is imported by what makes a table, so that `--help` is immediate
     from supple.core.planning.choice import PlanTable
+
+
+_MOST_RATE = 1e6
+"""Requests a second: more than any service known."""
+
+
+def check_rate(rate: float | None) -> None:
+    """Raise `SpecError` for a `--rate` that no service has."""
+    if rate is not None and not 0 < rate <= _MOST_RATE:
+        raise SpecError(
+            f"--rate is {rate:g} requests a second: it must be positive and at most "
+            f"{_MOST_RATE:,.0f}, more than any service known. Give what arrives on average."
+        )
 
 
 def tell(line: str) -> None:

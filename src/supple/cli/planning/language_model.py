@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from supple.cli.output import console
-from supple.cli.planning.answer import check_plot, no_plan, picture, print_json
+from supple.cli.planning.answer import check_plot, check_rate, no_plan, picture, print_json
 from supple.cli.planning.subject import Question, otherwise
 from supple.core.service.spec import parse_latency
 from supple.core.spec import MAX_WORKERS, SpecError, parse_count, parse_money, parse_name
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # numpy and scipy are imported by what plans, so that `--help
     from supple.core.llm.inference_planner import InferenceJob, InferenceRow, InferenceTable
 
 _ACCELERATOR = "h100"
-_MOST_RATE, _MOST_DEVICES, _LONGEST_S = 1e6, 1_024, 3600.0
+_MOST_DEVICES, _LONGEST_S = 1_024, 3600.0
 _SHOWN = (1, 4, 16, 64, 256)
 
 
@@ -57,11 +57,7 @@ def _job(question: Question, described: ModelTable) -> "InferenceJob":
     assert bits is not None and parameters is not None
     check_tokens(prompt, described.named("prompt"))
     check_tokens(answer, described.named("answer"))
-    if rate is not None and not 0 < rate <= _MOST_RATE:
-        raise SpecError(
-            f"--rate is {rate:g} requests a second: it must be positive and at most "
-            f"{_MOST_RATE:,.0f}, more than any service known. Give what arrives on average."
-        )
+    check_rate(rate)
     if question.workers_per_node is not None:
         devices = parse_count(question.workers_per_node, what="--workers-per-node")
         if devices > _MOST_DEVICES:

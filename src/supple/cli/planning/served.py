@@ -9,7 +9,7 @@ from rich.table import Table
 
 from supple.cli.errors import FAILED
 from supple.cli.output import console
-from supple.cli.planning.answer import check_plot, no_plan, picture, print_json, tell
+from supple.cli.planning.answer import check_plot, check_rate, no_plan, picture, print_json, tell
 from supple.cli.planning.subject import Question
 from supple.core.service.replica_plan import (
     BatchRow,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # what measures is imported by the command, so that `--help` 
     from supple.serve.models.profiling import StoredProfile
 
 _MIB = 2**20
-_MOST_RATE = 1e6
 
 
 def plan_served(question: Question) -> None:
@@ -46,11 +45,7 @@ def plan_served(question: Question) -> None:
             f"--rate {rate:g} was given without --slo: how many replicas a rate needs depends on "
             "how long a request may take. Add --slo, such as p99=100ms."
         )
-    if rate is not None and not 0 < rate <= _MOST_RATE:
-        raise SpecError(
-            f"--rate is {rate:g} requests a second: it must be positive and at most "
-            f"{_MOST_RATE:,.0f}. Give what arrives on average."
-        )
+    check_rate(rate)
     if question.max_workers is not None:
         most = parse_count(question.max_workers, what="--max-workers")
     if question.price is not None:
