@@ -323,4 +323,4 @@ def test_a_buffer_that_a_forward_pass_ruined_is_named_and_one_built_infinite_is_
 def test_the_first_three_weights_that_are_not_finite_are_named(num_bad: int, named: str) -> None:
     bad = {nn.Parameter(torch.tensor([float("nan")])): name for name in "abcd"[:num_bad]}
     with pytest.raises(TrainingError, match=f"after step 7, in {named}"):
-        FiniteSteps("stop", bad, {}).check_weights(7, 0.1)
+        FiniteSteps("stop", bad).check_weights(7, 0.1)

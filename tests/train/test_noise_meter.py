@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from supple.core.training.noise import NoiseSample, moments
 from supple.train.generation.group import Group
+from supple.train.step.buffers import ChangedBuffers
 from supple.train.step.noise_meter import EVERY, NoiseMeter
 from supple.train.step.reduce import GradientReducer
 from tests.train.ranks import run_ranks
@@ -26,7 +27,7 @@ class Weights:
     def __init__(self, optimizer: type[torch.optim.Optimizer] = torch.optim.SGD) -> None:
         self.param = nn.Parameter(torch.zeros(3))
         self.optimizer = optimizer([self.param], lr=0.1)  # type: ignore[call-arg]
-        self.reducer = GradientReducer([self.param], [], num_stats=2)
+        self.reducer = GradientReducer([self.param], ChangedBuffers(nn.Module()), num_stats=2)
         self.meter = NoiseMeter(self.reducer.buckets, self.optimizer)
 
     def step(

@@ -386,19 +386,12 @@ def listed(job: Job) -> None:
     job.optimizer(torch.optim.SGD, lr=0.1, params=list(model.parameters()))  # type: ignore[arg-type]
 
 
-def twice(job: Job) -> None:
-    job.model(build)
-    job.optimizer(torch.optim.SGD, lr=0.1)
-    job.optimizer(torch.optim.SGD, lr=0.1)
-
-
 @pytest.mark.parametrize(
     ("script", "words"),
     [
         (Script(token_loss("mean"), MEAN, optimizer=torch.optim.LBFGS), "LBFGS computes the loss"),
         (Script(token_loss("mean"), MEAN, make=Sparse), "the gradient of table.weight is sparse"),
         (scheduled, "a torch.optim.lr_scheduler was made for the job's optimizer"),
-        (twice, "job.optimizer was called twice"),
         (listed, "was given a list: it takes a function of the model"),
     ],
 )
@@ -407,6 +400,37 @@ def test_what_a_step_cannot_honour_is_refused_before_the_first(script: Any, word
     with pytest.raises(TrainingError, match=words):
         script(job)
     assert job.step_count == 0
+
+
+def test_a_worker_without_samples_clips_as_the_others_do() -> None:
+    """Ten samples in batches of eight: of three workers, one has no sample in the second step."""
+
+    def train(job: Job) -> None:
+        model = models[id(job)] = job.model(build)
+        job.optimizer(torch.optim.SGD, lr=0.5)
+        for x, y in job.batches(TensorDataset(X[:10], Y[:10]), batch_size=BATCH, shuffle=False):
+            job.step(loss(model, x, y), weight=num_tokens(y), clip_norm=0.05)
+
+    loss = token_loss("mean")
+    models: dict[int, nn.Module] = {}
+    world = World("clipped", train)
+    try:
+        world.start("a", "b", "c")
+        world.form(1, ["a", "b", "c"])
+        world.finished(["a", "b", "c"])
+        found = [flat(models[id(world.jobs[name])]) for name in "abc"]
+    finally:
+        world.close()
+    torch.manual_seed(0)
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for rows in (slice(0, 8), slice(8, 10)):
+        optimizer.zero_grad()
+        loss(model, X[rows], Y[rows]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+    assert found[0].equal(found[2])
+    torch.testing.assert_close(found[0], flat(model))
 
 
 def test_a_step_of_the_optimizer_besides_the_jobs_is_refused_by_name() -> None:

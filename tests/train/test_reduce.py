@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from supple.train.generation.group import CollectiveFailed, Group
+from supple.train.step.buffers import ChangedBuffers
 from supple.train.step.reduce import Bucket, GradientReducer, _cut
 from tests.train.ranks import run_ranks
 
@@ -28,7 +29,7 @@ def reference() -> list[torch.Tensor]:
 
 
 def reduced(group: Group | None, model: nn.Module, lo: int, hi: int) -> list[float]:
-    reducer = GradientReducer(list(model.parameters()), [], num_stats=2)
+    reducer = GradientReducer(list(model.parameters()), ChangedBuffers(nn.Module()), num_stats=2)
     reducer.zero()
     reducer.arm(
         group,
@@ -61,7 +62,7 @@ def test_gradients_are_those_of_the_whole_batch_however_it_is_shared(bounds: lis
 
 def test_micro_batches_accumulate_before_the_reduction() -> None:
     model = make_model()
-    reducer = GradientReducer(list(model.parameters()), [], num_stats=1)
+    reducer = GradientReducer(list(model.parameters()), ChangedBuffers(nn.Module()), num_stats=1)
     reducer.zero()
     (F.mse_loss(model(X[:6]), Y[:6]) * 0.6).backward()
     reducer.arm(None, before_launch=lambda _: None, stats=lambda: [10.0], buffer_weight=10.0)
@@ -74,7 +75,9 @@ def test_micro_batches_accumulate_before_the_reduction() -> None:
 def test_a_parameter_without_gradient_counts_as_zero() -> None:
     model = make_model()
     unused = nn.Parameter(torch.ones(3))
-    reducer = GradientReducer([*model.parameters(), unused], [], num_stats=1)
+    reducer = GradientReducer(
+        [*model.parameters(), unused], ChangedBuffers(nn.Module()), num_stats=1
+    )
     reducer.zero()
     reducer.arm(None, before_launch=lambda _: None, stats=lambda: [10.0], buffer_weight=10.0)
     F.mse_loss(model(X), Y).backward()
@@ -85,7 +88,7 @@ def test_a_parameter_without_gradient_counts_as_zero() -> None:
 
 def test_gradients_that_the_user_set_to_none_are_collected_again() -> None:
     model = make_model()
-    reducer = GradientReducer(list(model.parameters()), [], num_stats=1)
+    reducer = GradientReducer(list(model.parameters()), ChangedBuffers(nn.Module()), num_stats=1)
     reducer.zero()
     for param in model.parameters():
         param.grad = None
@@ -98,14 +101,16 @@ def test_gradients_that_the_user_set_to_none_are_collected_again() -> None:
 
 
 def test_running_statistics_become_the_mean_weighted_by_samples() -> None:
-    buffers = [torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0])]
+    values = [torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0])]
     samples = [1.0, 3.0]
-    models = [make_model() for _ in range(2)]
 
     def body(group: Group) -> list[float]:
-        mine = buffers[group.rank]
-        reducer = GradientReducer(list(models[group.rank].parameters()), [mine], num_stats=1)
+        model = nn.BatchNorm1d(2)
+        buffers = ChangedBuffers(model, ["running_mean"])
+        reducer = GradientReducer(list(model.parameters()), buffers, num_stats=1)
         reducer.zero()
+        mine = model.get_buffer("running_mean")
+        mine.copy_(values[group.rank])
         reducer.arm(
             group,
             before_launch=lambda _: None,
@@ -143,7 +148,7 @@ def make_wide_model() -> nn.Module:
 def reducer_of(model: nn.Module, group: Group | None, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("supple.train.step.reduce._BUCKET_BYTES", 200)
     monkeypatch.setattr("supple.train.step.reduce._FIRST_BUCKET_BYTES", 200)
-    reducer = GradientReducer(list(model.parameters()), [], num_stats=1)
+    reducer = GradientReducer(list(model.parameters()), ChangedBuffers(nn.Module()), num_stats=1)
     assert len(reducer.buckets) == 3
     arm(reducer, group)
     return reducer

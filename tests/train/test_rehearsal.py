@@ -27,7 +27,7 @@ class Counting(nn.Module):
         return self.layer(self.norm(x))
 
 
-def rehearse() -> tuple[Counting, TrainState, dict[str, torch.Tensor], list[torch.Tensor]]:
+def rehearse() -> tuple[Counting, TrainState, dict[str, torch.Tensor], list[str]]:
     torch.manual_seed(0)
     model = Counting()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -50,10 +50,9 @@ def test_every_tensor_is_put_back_in_place_and_no_gradient_is_left() -> None:
 
 
 def test_the_buffers_a_forward_pass_changes_are_found_and_no_others() -> None:
-    model, _, _, changed = rehearse()
-    norm = model.norm
-    wanted = [norm.running_mean, norm.running_var, norm.num_batches_tracked, model.calls]
-    assert {id(buffer) for buffer in changed} == {id(buffer) for buffer in wanted}
+    *_, changed = rehearse()
+    norm = ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
+    assert sorted(changed) == sorted(["calls", *norm])
 
 
 def run_one(

@@ -12,6 +12,7 @@ from torch import nn
 
 from supple.core.job.order import share
 from supple.train.generation.group import CollectiveFailed, Group
+from supple.train.step.buffers import ChangedBuffers
 from supple.train.step.reproducible import TreeReducer, merge, partial_nodes
 from tests.examples import examples
 from tests.train.ranks import run_ranks
@@ -74,8 +75,8 @@ def make_model() -> nn.Module:
 
 
 def gradients(group: Group | None, model: nn.Module, num_shards: int) -> list[torch.Tensor]:
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    reducer = TreeReducer(list(model.parameters()), buffers, 1, num_shards)
+    buffers = dict(model.named_buffers())
+    reducer = TreeReducer(list(model.parameters()), ChangedBuffers(model, buffers), 1, num_shards)
     rank, size = (0, 1) if group is None else (group.rank, group.size)
     reducer.zero()
     first, count = share(num_shards, size, rank)
@@ -86,7 +87,9 @@ def gradients(group: Group | None, model: nn.Module, num_shards: int) -> list[to
         (F.mse_loss(model(X[lo : lo + n]), Y[lo : lo + n]) * (n / len(X))).backward()
         reducer.add(shard, n / len(X))
     assert reducer.finish() == [float(size)]
-    return [param.grad.clone() for param in model.parameters()] + [b.clone() for b in buffers]
+    return [param.grad.clone() for param in model.parameters()] + [
+        b.clone() for b in model.buffers()
+    ]
 
 
 @pytest.mark.parametrize("num_shards", [4, 6, 7, 8])
@@ -131,7 +134,9 @@ def test_a_lost_peer_fails_the_step_and_leaves_the_running_statistics() -> None:
 
 def test_half_precision_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match=r"float32.*bfloat16.*autocast"):
-        TreeReducer([nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))], [], 1, 4)
+        TreeReducer(
+            [nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))], ChangedBuffers(nn.Module()), 1, 4
+        )
 
 
 def test_an_abandoned_message_that_comes_late_changes_nothing_in_a_later_step(
@@ -162,7 +167,9 @@ def test_an_abandoned_message_that_comes_late_changes_nothing_in_a_later_step(
     models = [nn.Linear(6, 2), nn.Linear(6, 2)]
 
     def body(group: Group) -> None:
-        reducer = TreeReducer(list(models[group.rank].parameters()), [], 1, num_shards=2)
+        reducer = TreeReducer(
+            list(models[group.rank].parameters()), ChangedBuffers(nn.Module()), 1, num_shards=2
+        )
         reducer.zero()
         reducer.arm(group, before_launch=lambda _: None, stats=lambda: [1.0], buffer_weight=1.0)
         models[group.rank](X).sum().backward()

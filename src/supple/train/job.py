@@ -18,18 +18,20 @@ from supple.core.spec import TrainSpec
 from supple.core.types import Doing, Progress
 from supple.train.checkpoint.saver import Saver
 from supple.train.checkpoint.store import CheckpointStore
-from supple.train.data.loader import Loader, fraction_done
+from supple.train.data.loader import Loader, MicroBatch, fraction_done
 from supple.train.generation.activity import Activity
 from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.generation.member import Elastic, LeaveLoop, Membership
 from supple.train.job_protocol import JobProtocol, Params, Schedule, Weight
 from supple.train.ledger import Ledger
+from supple.train.optimizers import members_of
 from supple.train.own_steps import refuse_sparse
 from supple.train.recipe import Batches, Hand, Recipe
 from supple.train.rehearsal import Rehearsal
 from supple.train.reporter import Reporter
 from supple.train.state import TrainState
-from supple.train.step.engine import StepEngine
+from supple.train.step.engine import StepEngine, TrainingError
+from supple.train.step.updates import MOST, Updates
 
 
 @final
@@ -67,13 +69,15 @@ class Job(JobProtocol):
         self._engine: StepEngine | None = None
         self._has_state = False
         self._rehearsing = False
+        self._in_turns = False
+        """The script makes several updates in a step: found in the rehearsal."""
         self._in_loop = self._in_step = self._is_called = False
         self._replaced = False
 
     # -- the user's five lines -------------------------------------------------------------
 
-    def model(self, build: Callable[[], nn.Module]) -> nn.Module:
-        return self._recipe.build_model(build)
+    def model(self, build: Callable[[], nn.Module], *, name: str = "model") -> nn.Module:
+        return self._recipe.build_model(build, name)
 
     def optimizer(
         self,
@@ -81,10 +85,11 @@ class Job(JobProtocol):
         *,
         lr: float,
         params: Params = None,
+        model: nn.Module | None = None,
         schedule: Schedule = None,
         **options: Any,
     ) -> Optimizer:
-        return self._recipe.make_optimizer(cls, lr, params, schedule, options)
+        return self._recipe.make_optimizer(cls, lr, params, schedule, options, model=model)
 
     def keep(self, name: str, thing: Any) -> None:
         self._recipe.keep(name, thing)
@@ -126,13 +131,24 @@ class Job(JobProtocol):
         self._in_loop = False
         self._activity.enter("after")
 
-    def step(self, loss: Tensor, *, weight: Weight = None, clip_norm: float | None = None) -> bool:
-        micro = self._hand.take()
+    def step(
+        self,
+        loss: Tensor,
+        *,
+        weight: Weight = None,
+        clip_norm: float | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> bool:
+        in_turns = optimizer is not None or self._in_turns
+        micro = self._hand.take(again=in_turns)
         if self._rehearsing:
-            loss.backward()
-            refuse_sparse(self._recipe.model)
-            self._state.optimizer.step()
+            self._in_turns = in_turns
+            self._rehearse_update(loss, optimizer)
             return False
+        if in_turns:
+            committed = self._update(loss, micro, weight, clip_norm, optimizer)
+            self._activity.enter("script")
+            return committed
         self._activity.enter("backward")
         group = self._group
         if group is not None and group.is_aborted:  # the rest of this step would be wasted
@@ -219,20 +235,66 @@ class Job(JobProtocol):
             if self._replaced:
                 return
             self._activity.enter("data")
-        if not any_batch:
+        if self._steps.in_turns:
+            if not self._end_updates(has_samples=any_batch):
+                return
+        elif not any_batch:
             self._steps.arm(self._group, self._heard_of_next)
             if not self._commit(None):
                 return
         self._between_steps()
 
     def _commit(self, clip_norm: float | None) -> bool:
+        return self._end_step(lambda: self._steps.commit(clip_norm, self._fraction()))
+
+    def _end_updates(self, *, has_samples: bool) -> bool:
+        """End a step of several updates; on a rank without samples, make them first."""
+        steps = self._steps
+        end = steps.end_updates if has_samples else steps.follow_updates
+        return self._end_step(lambda: end(self._group, self._heard_of_next, self._fraction()))
+
+    def _end_step(self, end: Callable[[], bool]) -> bool:
+        """Call `end`, which returns whether a rank has heard of a next generation; return whether
+        the step was committed."""
         self._activity.enter("waiting")
         try:
-            someone_heard = self._steps.commit(clip_norm, self._fraction())
+            someone_heard = end()
         except CollectiveFailed as failure:
             return self._abandon(str(failure))
         self._in_step, self._is_called = False, someone_heard
         self._publish()
+        return True
+
+    def _update(
+        self,
+        loss: Tensor,
+        micro: MicroBatch,
+        weight: Weight,
+        clip_norm: float | None,
+        optimizer: Optimizer | None,
+    ) -> bool:
+        """Make one of several updates of a step; return whether it was committed."""
+        steps, group, heard = self._steps, self._group, self._heard_of_next
+        if not steps.in_turns:
+            raise TrainingError(
+                "job.step(loss, optimizer=...) after a first batch without it: all workers must "
+                "know from the first batch on that optimizers take turns. Give optimizer= in every "
+                "step of the first batch too."
+            )
+        if self._replaced:  # the batch of this update was abandoned in an earlier one
+            return False
+        if group is not None and group.is_aborted:
+            return self._abandon("the generation was aborted")
+        try:
+            self._activity.enter("waiting")
+            if not steps.open_update(optimizer, micro, group, heard):
+                return True
+            self._activity.enter("backward")
+            steps.backward(loss, micro, group, heard, weight=weight, optimizer=optimizer)
+            self._activity.enter("waiting")
+            steps.close_update(optimizer, clip_norm, self._fraction())
+        except CollectiveFailed as failure:
+            return self._abandon(str(failure))
         return True
 
     def _between_steps(self) -> None:
@@ -273,8 +335,24 @@ class Job(JobProtocol):
         self._rehearsing = False
         recipe, changed = self._recipe, rehearsal.undo()
         self._engine = StepEngine(
-            self._spec, recipe.model, recipe.optimizer, self._loader, recipe.rate, changed
+            self._spec,
+            recipe.model,
+            self._state.optimizer,
+            self._loader,
+            recipe.rate,
+            changed,
+            in_turns=self._in_turns,
         )
+
+    def _rehearse_update(self, loss: Tensor, optimizer: Optimizer | None) -> None:
+        everything = self._state.optimizer
+        if optimizer is not None:
+            Updates(members_of(everything)).index_of(optimizer)
+        loss.backward()
+        refuse_sparse(self._state.model)
+        (optimizer or everything).step()
+        if self._in_turns:
+            everything.zero_grad()
 
     def leave_loop(self) -> None:
         """If the script left its loop early (`break`, `return`, an exception), report it and save.
@@ -363,6 +441,11 @@ class Job(JobProtocol):
     @property
     def committed_step(self) -> int | None:
         return self.step_count if self._has_state and not self._steps.is_updating else None
+
+    @property
+    def version(self) -> int | None:
+        step = self.committed_step
+        return None if step is None else step * MOST + self._steps.updates.done
 
     @property
     def state(self) -> TrainState:

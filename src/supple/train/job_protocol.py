@@ -27,8 +27,11 @@ class JobProtocol(Protocol):
     each of them. Invalid input is refused with a message that names what to change.
     """
 
-    def model(self, build: Callable[[], nn.Module]) -> nn.Module:
-        """Return the model that `build()` makes, with the same initial weights on every worker."""
+    def model(self, build: Callable[[], nn.Module], *, name: str = "model") -> nn.Module:
+        """Return the model that `build()` makes, with the same initial weights on every worker.
+
+        Several models need a name each, which begins the names of their weights in a checkpoint.
+        """
         ...
 
     def optimizer(
@@ -37,10 +40,14 @@ class JobProtocol(Protocol):
         *,
         lr: float,
         params: Params = None,
+        model: nn.Module | None = None,
         schedule: Schedule = None,
         **options: Any,
     ) -> Optimizer:
         """Make `cls(params(model), lr=lr, **options)`; default: all parameters that need gradients.
+
+        `model`: the one of several models to train (default: all of them). A job may have several
+        optimizers, of different parameters: `step` steps all of them, or the one it is given.
 
         `lr` is the learning rate tuned at the `batch_size` given to `batches`; it is scaled when
         the global batch changes, and multiplied by `schedule(fraction of the run done, 0 to 1)`.
@@ -77,7 +84,14 @@ class JobProtocol(Protocol):
         """
         ...
 
-    def step(self, loss: Tensor, *, weight: Weight = None, clip_norm: float | None = None) -> bool:
+    def step(
+        self,
+        loss: Tensor,
+        *,
+        weight: Weight = None,
+        clip_norm: float | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> bool:
         """Backward, and on the last micro-batch of a step: reduce, update, count.
 
         Without `weight`, `loss` is the mean over the samples of the micro-batch. A mean over
@@ -87,6 +101,10 @@ class JobProtocol(Protocol):
 
         Returns whether a step was committed by this call: applied, or left out by
         `--on-non-finite skip`. `clip_norm` bounds the gradient's norm over the global batch.
+
+        `optimizer`: update the parameters of this one only, as in a GAN, whose discriminator and
+        generator take turns: call it once for each update of a batch, in their order. The step
+        counts when the next batch is taken; it has one micro-batch on every worker.
 
         Do not call `loss.backward()` yourself; that raises `TrainingError`. `zero_grad()` in the
         loop has no effect.

@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from supple.core.spec import LrRule, SpecError, is_count
 from supple.train.data.loader import Loader, MicroBatch, make_loader
 from supple.train.job_protocol import Params, Schedule
+from supple.train.optimizers import AnyOptimizer, Optimizers, params_of
 from supple.train.own_steps import refuse_closure, refuse_scheduler
 from supple.train.rehearsal import check_kept
 from supple.train.step.engine import TrainingError
-from supple.train.step.rate import LearningRate, constant
+from supple.train.step.rate import AnyRate, LearningRate, LearningRates, constant
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,6 @@ class Batches:
 class Recipe:
     """Records what a script wants to train. Every method raises for invalid arguments."""
 
-    model: nn.Module
-    optimizer: Optimizer
     batches: Batches
 
     def __init__(self, seed: int, lr_rule: LrRule = "auto") -> None:
@@ -71,15 +70,45 @@ class Recipe:
         self.kept: dict[str, Any] = {}
         self._lr_rule: LrRule = lr_rule
         self._stated: set[str] = set()
-        """Which of model, optimizer and batches have been set."""
+        """Whether "batches" has been set."""
+        self._models: dict[str, nn.Module] = {}
+        self._optimizers: list[Optimizer] = []
+        self._rates: list[LearningRate] = []
+        self._random_state: torch.Tensor | None = None
 
-    def build_model(self, build: Callable[[], nn.Module]) -> nn.Module:
-        if "model" in self._stated:
-            raise TrainingError("job.model was called twice: a job trains one model.")
-        torch.manual_seed(self.seed)
-        self.model = build()
-        self._stated.add("model")
-        return self.model
+    def build_model(self, build: Callable[[], nn.Module], name: str = "model") -> nn.Module:
+        self._refuse_in_loop("model")
+        if name in self._models:
+            raise TrainingError(
+                f"job.model was called twice for the name {name!r}: a job may train several "
+                'models, each with its own name. Write job.model(build, name="generator").'
+            )
+        is_text = isinstance(name, str) and name != "" and "." not in name
+        if not is_text or hasattr(nn.ModuleDict, name):
+            raise TrainingError(
+                f"job.model(name={name!r}): the name begins the names of the weights in the "
+                "checkpoint: it must be a text without dots that is no method of a ModuleDict. "
+                'Choose one such as "generator".'
+            )
+        # As in a script that seeds once and then builds its models one after another.
+        if self._random_state is None:
+            torch.manual_seed(self.seed)
+        else:
+            torch.set_rng_state(self._random_state)
+        built = self._models[name] = build()
+        self._random_state = torch.get_rng_state()
+        return built
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; of several, a `ModuleDict` by name."""
+        models = list(self._models.values())
+        return models[0] if len(models) == 1 else nn.ModuleDict(self._models)
+
+    @property
+    def optimizer(self) -> AnyOptimizer:
+        made = self._optimizers
+        return made[0] if len(made) == 1 else Optimizers(made)
 
     def make_optimizer(
         self,
@@ -89,16 +118,20 @@ class Recipe:
         schedule: Schedule,
         options: Mapping[str, Any],
         make: Callable[..., Any] = operator.call,
+        *,
+        model: nn.Module | None = None,
     ) -> Optimizer:
-        if "model" not in self._stated:
+        if not self._models:
             raise TrainingError("job.optimizer was called before job.model: swap the two lines.")
-        if "optimizer" in self._stated:
+        self._refuse_in_loop("optimizer")
+        if model is not None and not any(model is built for built in self._models.values()):
             raise TrainingError(
-                "job.optimizer was called twice: a job has one optimizer. Give parts of the model "
-                "their own settings as parameter groups: job.optimizer(..., params=lambda model: "
-                '[{"params": model.a.parameters()}, {"params": model.b.parameters(), "lr": 1e-4}]).'
+                "job.optimizer(model=...) was given a module that job.model did not return: only "
+                "those are saved and moved to a worker that joins. Give one of them, and a part "
+                "of it by params=lambda model: model.part.parameters()."
             )
-        trained = [param for param in self.model.parameters() if param.requires_grad]
+        model = model or self.model
+        trained = [param for param in model.parameters() if param.requires_grad]
         if not trained:
             raise TrainingError("the model has no parameter that requires a gradient.")
         _check_rate(lr)
@@ -107,17 +140,17 @@ class Recipe:
                 f"job.optimizer(params=...) was given a {type(params).__name__}: it takes a "
                 "function of the model. Write params=lambda model: model.parameters()."
             )
-        given = trained if params is None else list(params(self.model))
-        self.optimizer = make(cls, given, lr=float(lr), **options)
-        refuse_closure(self.optimizer)
-        self._rate = LearningRate(self._lr_rule, type(self.optimizer).__name__)
-        self._rate.base_lr = float(lr)
-        self._rate.ratios = [
-            float(group["lr"]) / float(lr) for group in self.optimizer.param_groups
-        ]
-        self._rate.schedule = schedule or constant
-        self._stated.add("optimizer")
-        return self.optimizer
+        given = trained if params is None else list(params(model))
+        optimizer: Optimizer = make(cls, given, lr=float(lr), **options)
+        refuse_closure(optimizer)
+        self._refuse_shared_parameters(optimizer)
+        rate = LearningRate(self._lr_rule, type(optimizer).__name__)
+        rate.base_lr = float(lr)
+        rate.ratios = [float(group["lr"]) / float(lr) for group in optimizer.param_groups]
+        rate.schedule = schedule or constant
+        self._optimizers.append(optimizer)
+        self._rates.append(rate)
+        return optimizer
 
     def keep(self, name: str, thing: Any) -> None:
         check_kept(name, thing, self.kept, in_loop=self.took_batches)
@@ -125,11 +158,12 @@ class Recipe:
 
     def take_batches(self, batches: Batches) -> Loader:
         """Record the arguments of `job.batches` and return their loader: the loop begins."""
-        if "optimizer" not in self._stated:
+        if not self._optimizers:
             raise TrainingError("job.batches was called before job.model and job.optimizer.")
         if self.took_batches:
             raise TrainingError("job.batches was called twice: a job has one training loop.")
-        refuse_scheduler(self.optimizer)
+        for optimizer in self._optimizers:
+            refuse_scheduler(optimizer)
         loader = batches.loader(self.seed)
         self.batches = batches
         self.rate.base_batch = int(batches.batch_size)
@@ -142,10 +176,32 @@ class Recipe:
         return "batches" in self._stated
 
     @property
-    def rate(self) -> LearningRate:
-        if "optimizer" not in self._stated:
+    def rate(self) -> AnyRate:
+        if not self._rates:
             raise TrainingError("job.lr was read before job.optimizer gave one: swap the lines.")
-        return self._rate
+        if len(self._rates) == 1:
+            return self._rates[0]
+        return LearningRates(list(zip(self._optimizers, self._rates, strict=True)))
+
+    def _refuse_in_loop(self, call: str) -> None:
+        if self.took_batches:
+            raise TrainingError(
+                f"job.{call} was called in the loop: put it before job.batches, so that what is "
+                "trained is known before the first step."
+            )
+
+    def _refuse_shared_parameters(self, optimizer: Optimizer) -> None:
+        names = {id(param): name for name, param in self.model.named_parameters()}
+        taken = {id(param) for other in self._optimizers for param in params_of(other)}
+        both = [param for param in params_of(optimizer) if id(param) in taken]
+        if both:
+            raise TrainingError(
+                f"two optimizers were given {names.get(id(both[0]), 'a parameter')} (and "
+                f"{len(both) - 1} more): each would step it. Give each optimizer its own, by "
+                "job.optimizer(..., model=generator) or params=lambda model: "
+                "model.head.parameters(); for other settings in one optimizer, give parameter "
+                "groups."
+            )
 
 
 @final
@@ -156,6 +212,7 @@ class Hand:
         self.size = 0
         """Samples in the last micro-batch that was given; 0 before the first."""
         self._micro: MicroBatch | None = None
+        self._stepped: MicroBatch | None = None
         self._unstepped = (
             "the loop took a batch and did not call job.step(loss): nothing would be learned."
         )
@@ -164,6 +221,7 @@ class Hand:
         """Yield the data. Raises `TrainingError` if the script goes on without a step."""
         self._micro, self.size = micro, micro.num_samples
         yield micro.data
+        self._stepped = None
         if self._micro is not None:
             raise TrainingError(self._unstepped)
         self._unstepped = (
@@ -171,14 +229,17 @@ class Hand:
             "job.batches yields must be stepped, or it would not count."
         )
 
-    def take(self) -> MicroBatch:
-        """Return the micro-batch to step. Raises `TrainingError` if there is none."""
-        micro, self._micro = self._micro, None
+    def take(self, *, again: bool = False) -> MicroBatch:
+        """Return the micro-batch to step; `again`: also one that was taken before. Raises
+        `TrainingError` if there is none."""
+        micro = self._micro or (self._stepped if again else None)
         if micro is None:
             raise TrainingError(
-                "job.step was called without a batch: call it once for every batch that "
-                "job.batches yields."
+                "job.step was called without a batch, or twice for one: call it once for every "
+                "batch that job.batches yields. For several updates with one batch, name the "
+                "optimizer of each: job.step(loss, optimizer=first)."
             )
+        self._micro, self._stepped = None, micro
         return micro
 
 

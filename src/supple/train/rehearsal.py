@@ -6,13 +6,16 @@ everything is as it was built, so a worker without a state has the initial one.
 """
 
 import copy
+import random
 from collections.abc import Mapping
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from supple.train.checkpoint.folder import refuse_unsafe
+from supple.train.optimizers import name_of
 from supple.train.state import TrainState, private
 from supple.train.step.engine import TrainingError
 
@@ -62,9 +65,10 @@ class Rehearsal:
         self._settings = [copy.deepcopy(_settings(group)) for group in optimizer.param_groups]
         self._optimizer_state = [(key, copy.deepcopy(of)) for key, of in optimizer.state.items()]
         self._kept = {name: _saved(name, thing) for name, thing in state.kept.items()}
+        self._random_state = _random_state()
 
-    def undo(self) -> list[Tensor]:
-        """Restore the state and drop the gradients; return the model's buffers that had changed.
+    def undo(self) -> list[str]:
+        """Restore the state and drop the gradients; return the names of buffers that had changed.
 
         They are found by value: a batch norm's forward pass does not raise the version counters of
         its buffers. Allocated memory stays with the state, for a state it receives. Raises
@@ -72,10 +76,20 @@ class Rehearsal:
         """
         self._refuse_what_cannot_be_saved()
         now = self._state.tensors()
-        changed = {name for name, kept in self._tensors.items() if not now[name].equal(kept)}
+        before = self._tensors
+        other = [
+            name for name in before if name not in now or now[name].shape != before[name].shape
+        ]
+        if other:
+            raise TrainingError(
+                f"the {other[0].replace('/', ' ')} had another shape before the first step, or is "
+                "gone after it: what all workers share must keep its shape. Build it with its "
+                "final shape."
+            )
+        changed = [name for name, tensor in before.items() if not _same(now[name], tensor)]
         with torch.no_grad():
-            for name, kept in self._tensors.items():
-                now[name].copy_(kept)
+            for name, tensor in before.items():
+                now[name].copy_(tensor)
         optimizer = self._state.optimizer
         optimizer.state.clear()
         optimizer.state.update(self._optimizer_state)
@@ -95,8 +109,8 @@ class Rehearsal:
                 ) from error
         made = {name: tensor for name, tensor in now.items() if name.startswith("optimizer/")}
         self._state.spare = made | self._tensors
-        buffers = self._state.model.named_buffers()
-        return [buffer for name, buffer in buffers if f"buffer/{name}" in changed]
+        _set_random_state(self._random_state)
+        return [name.removeprefix("buffer/") for name in changed if name.startswith("buffer/")]
 
     def _refuse_what_cannot_be_saved(self) -> None:
         """Raise `TrainingError` for state that cannot be saved; run before and after the step."""
@@ -109,7 +123,7 @@ class Rehearsal:
         for param, values in optimizer.state.items():
             if id(param) not in names:
                 raise TrainingError(
-                    f"the optimizer {type(optimizer).__name__} keeps state under {param!r}, "
+                    f"the optimizer {name_of(optimizer)} keeps state under {param!r}, "
                     "which is not one of the model's parameters: only their state is saved "
                     "and moved to a worker that joins. Put it into the parameter groups."
                 )
@@ -139,6 +153,22 @@ def _refuse_unsafe(value: Any, where: str, advice: str) -> None:
         refuse_unsafe(value, where, advice)
     except (TypeError, RecursionError) as error:
         raise TrainingError(f"{error}.") from None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal, with NaN equal to NaN."""
+    return one.equal(other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _random_state() -> Any:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def _set_random_state(state: Any) -> None:
+    of_torch, of_numpy, of_python = state
+    torch.set_rng_state(of_torch)
+    np.random.set_state(of_numpy)
+    random.setstate(of_python)
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from supple.core.types import Progress
 from supple.train.data.loader import Loader
 from supple.train.step.engine import StepEngine
 from supple.train.step.meter import StepTimes
-from supple.train.step.rate import LearningRate
+from supple.train.step.rate import AnyRate
 
 _EVERY_S = 0.2
 """Interval between two reports."""
@@ -41,7 +41,7 @@ class Reporter:
         self,
         steps: StepEngine,
         loader: Loader,
-        rate: LearningRate,
+        rate: AnyRate,
         *,
         generation: int,
         workers_of_nodes: Sequence[int],

@@ -16,15 +16,15 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from supple.train.generation.group import Group
+from supple.train.optimizers import AnyOptimizer, name_of, params_of
 from supple.train.step.finite import is_finite
 
 _BUCKET_BYTES = 16 * 1024 * 1024
 """Largest message of a transfer."""
 _NEVER = -1
-"""The committed step of a rank that holds no state."""
+"""The version of a rank that holds no state."""
 
 
 @final
@@ -35,7 +35,7 @@ class TrainState:
     dicts. `kept` are the user's extra objects with `state_dict` and `load_state_dict`.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, kept: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, optimizer: AnyOptimizer, kept: Mapping[str, Any]) -> None:
         self.model = model
         self.optimizer = optimizer
         self.kept = kept
@@ -53,7 +53,7 @@ class TrainState:
             found[f"param/{name}"] = param.detach()
         for name, buffer in self.model.named_buffers():
             found[f"buffer/{name}"] = buffer.detach()
-        for index, param in enumerate(_params(self.optimizer)):
+        for index, param in enumerate(params_of(self.optimizer)):
             for key, value in sorted(self.optimizer.state.get(param, {}).items()):
                 if isinstance(value, Tensor):
                     found[f"optimizer/{index}/{key}"] = value.detach()
@@ -70,7 +70,7 @@ class TrainState:
     def describe(self, scalars: dict[str, Any]) -> dict[str, Any]:
         """Return the state without the tensors of model and optimizer; safe for `weights_only`."""
         extra: dict[str, dict[str, Any]] = {}
-        for index, param in enumerate(_params(self.optimizer)):
+        for index, param in enumerate(params_of(self.optimizer)):
             rest = {
                 key: value
                 for key, value in self.optimizer.state.get(param, {}).items()
@@ -110,7 +110,7 @@ class TrainState:
         The optimizer may keep the given tensors, so the caller must not. Raises `ValueError`, with
         nothing changed, if they are of another model.
         """
-        params = _params(self.optimizer)
+        params = params_of(self.optimizer)
         mine = self.tensors()
         settings: list[dict[str, Any]] = [{} for _ in params]
         copies: list[tuple[Tensor, Tensor]] = []
@@ -163,7 +163,7 @@ class TrainState:
 
     def not_finite(self) -> list[str]:
         """Return names of trained parameters and initially finite buffers that are not finite."""
-        trained = {id(param) for param in _params(self.optimizer)}
+        trained = {id(param) for param in params_of(self.optimizer)}
         params = [
             name
             for name, param in self.model.named_parameters()
@@ -186,19 +186,19 @@ class Transfer:
 
 
 def share_state(
-    group: Group, state: TrainState, scalars: dict[str, Any] | None, step: int | None
+    group: Group, state: TrainState, scalars: dict[str, Any] | None, version: int | None
 ) -> tuple[dict[str, Any] | None, Transfer]:
-    """Bring every rank to the state of the ranks with the most committed steps.
+    """Bring every rank to the state of the ranks with the newest version.
 
-    `step` is None on a rank without state. Returns this rank's scalars (None: no rank had a state,
-    and nothing was done) and the transfer's statistics. Raises `CollectiveFailed`; a rank that had
-    a valid state before still has it then.
+    `version` grows with every update; None on a rank without state. Returns this rank's scalars
+    (None: no rank had a state, and nothing was done) and the transfer's statistics. Raises
+    `CollectiveFailed`; a rank that had a valid state before still has it then.
     """
-    mine = torch.tensor([_NEVER if step is None else step], dtype=torch.int64)
-    steps: list[int] = group.all_gather(mine).flatten().tolist()
-    newest = max(steps)
-    sources = [rank for rank, at in enumerate(steps) if at == newest]
-    receivers = [rank for rank, at in enumerate(steps) if at != newest]
+    mine = torch.tensor([_NEVER if version is None else version], dtype=torch.int64)
+    versions: list[int] = group.all_gather(mine).flatten().tolist()
+    newest = max(versions)
+    sources = [rank for rank, at in enumerate(versions) if at == newest]
+    receivers = [rank for rank, at in enumerate(versions) if at != newest]
     if newest == _NEVER:
         return None, Transfer(source_ranks=(), num_receivers=0, sent_bytes=0)
     if not receivers:
@@ -343,7 +343,7 @@ def _encode(description: dict[str, Any]) -> Tensor:
     return torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
 
 
-def _refuse_other_optimizer(description: Mapping[str, Any], optimizer: Optimizer) -> None:
+def _refuse_other_optimizer(description: Mapping[str, Any], optimizer: AnyOptimizer) -> None:
     """Raise `ValueError` if the described optimizer has other groups or parameters, or if each of
     the two has settings that the other lacks: a later step would fail, or differ."""
     there, here = description["groups"], optimizer.param_groups
@@ -354,7 +354,7 @@ def _refuse_other_optimizer(description: Mapping[str, Any], optimizer: Optimizer
         if only_there and only_here:
             raise ValueError(
                 f"its optimizer has {', '.join(sorted(only_there))} among its settings, this "
-                f"script's {type(optimizer).__name__} has {', '.join(sorted(only_here))}"
+                f"script's {name_of(optimizer)} has {', '.join(sorted(only_here))}"
             )
     owners = [
         name.split("/", 2)[1]
@@ -362,10 +362,6 @@ def _refuse_other_optimizer(description: Mapping[str, Any], optimizer: Optimizer
         if name.startswith("optimizer/")
     ]
     num_there = 1 + max((int(owner) for owner in owners), default=-1)
-    num_here = len(_params(optimizer))
+    num_here = len(params_of(optimizer))
     if num_there > num_here:
         raise ValueError(f"its optimizer has {num_there} parameters, this one {num_here}")
-
-
-def _params(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [param for group in optimizer.param_groups for param in group["params"]]

@@ -44,6 +44,11 @@ class Holder(Protocol):
         ...
 
     @property
+    def version(self) -> int | None:
+        """A number that grows with every update of the held state; None without a state."""
+        ...
+
+    @property
     def state(self) -> TrainState: ...
 
     def scalars(self) -> dict[str, Any]: ...
@@ -209,9 +214,9 @@ class Membership:
         )
 
     def _share(self, group: Group, holder: Holder) -> tuple[dict[str, Any] | None, Transfer]:
-        step = holder.committed_step
-        scalars = None if step is None else holder.scalars()
-        received, transfer = share_state(group, holder.state, scalars, step)
+        version = holder.version
+        scalars = None if version is None else holder.scalars()
+        received, transfer = share_state(group, holder.state, scalars, version)
         self._sources = transfer.source_ranks
         return received, transfer
 

@@ -5,7 +5,7 @@ position and noise scale change only in `commit`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -18,17 +18,21 @@ from supple.core.training.noise import NoiseState, update
 from supple.train.data.loader import Loader, MicroBatch
 from supple.train.generation.group import Group
 from supple.train.job_protocol import Weight
+from supple.train.optimizers import AnyOptimizer, members_of, name_of, params_of
 from supple.train.own_steps import refuse_other_steps
+from supple.train.step.buffers import ChangedBuffers
 from supple.train.step.finite import FiniteSteps, TrainingError
 from supple.train.step.guard import GradientGuard
 from supple.train.step.meter import Meter
 from supple.train.step.noise_meter import NoiseMeter
-from supple.train.step.rate import LearningRate
+from supple.train.step.rate import AnyRate
 from supple.train.step.reduce import GradientReducer
 from supple.train.step.reproducible import TreeReducer
+from supple.train.step.updates import Updates
 from supple.train.step.weights import LossWeights
 
-_SAMPLES, _WEIGHT, _IS_SUM, _HEARD, _LOSS, _SQ_NORM, _NUM_PARTS, _NUM_STATS = range(8)
+_SAMPLES, _WEIGHT, _IS_SUM, _HEARD, _LOSS, _SQ_NORM, _NUM_PARTS = range(7)
+_NUM_CLIPS, _CLIP_NORM, _NUM_STATS = range(7, 10)
 """Indices of the statistics that are reduced with the gradients; the loader's numbers follow."""
 _CHECK_WEIGHTS_EVERY = 16
 """Steps between two checks that all weights are finite, each a pass over the weights."""
@@ -38,17 +42,24 @@ __all__ = ["StepEngine", "TrainingError"]
 
 @final
 class StepEngine:
-    """Runs the steps of one model. `changed_buffers` are those that a forward pass changes."""
+    """Runs the steps of one model. `changed_buffers`: names of those that a forward pass changes.
+
+    `in_turns`: the script makes several updates in a step (`update`, then `end_updates`).
+    """
 
     def __init__(
         self,
         spec: TrainSpec,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: AnyOptimizer,
         loader: Loader,
-        rate: LearningRate,
-        changed_buffers: Sequence[Tensor],
+        rate: AnyRate,
+        changed_buffers: Collection[str] = (),
+        *,
+        in_turns: bool = False,
     ) -> None:
+        self.in_turns = in_turns
+        self.updates = Updates(members_of(optimizer))
         self.step = 0
         self.is_updating = False
         """An update is in progress: it may have been applied in part."""
@@ -60,33 +71,34 @@ class StepEngine:
         self._loader = loader
         self._rate = rate
         self._guard = GradientGuard()
-        params = [param for group in optimizer.param_groups for param in group["params"]]
+        params = params_of(optimizer)
         num_stats = _NUM_STATS + loader.num_stats
+        if spec.reproducible:  # a change must not be found only when some ranks have seen it
+            changed_buffers = [name for name, _ in model.named_buffers()]
+        buffers = ChangedBuffers(model, changed_buffers)
         self._tree = (
-            TreeReducer(params, changed_buffers, num_stats, spec.num_logical_shards, self._guard)
+            TreeReducer(params, buffers, num_stats, spec.num_logical_shards, self._guard)
             if spec.reproducible
             else None
         )
-        self._reducer = self._tree or GradientReducer(
-            params, changed_buffers, num_stats, self._guard
-        )
-        refuse_other_steps(optimizer, lambda: self.is_updating)
+        self._reducer = self._tree or GradientReducer(params, buffers, num_stats, self._guard)
+        for member in members_of(optimizer):
+            refuse_other_steps(member, lambda: self.is_updating)
         self._noise_meter = NoiseMeter(self._reducer.buckets, optimizer)
         trained = set(params)
         names = {param: name for name, param in model.named_parameters() if param in trained}
-        changed = {id(buffer) for buffer in changed_buffers if buffer.is_floating_point()}
-        buffers = {b: name for name, b in model.named_buffers() if id(b) in changed}
-        self.finite = FiniteSteps(spec.on_non_finite, names, buffers)
-        self.optimizer_name = type(optimizer).__name__
+        self.finite = FiniteSteps(spec.on_non_finite, names, buffers.floating)
+        self.optimizer_name = name_of(optimizer)
         self.gradient_bytes = sum(param.numel() * param.element_size() for param in params)
-        self._weights = LossWeights(spec.batch)
+        self._weights: dict[int | None, LossWeights] = {}
         self._loss_sum, self._weight_sum, self._num_samples = 0.0, 0.0, 0
+        self._is_sum = False
+        self._clip_norm: float | None = None
 
     def micro_batches(self, *, alone: bool) -> Iterator[MicroBatch]:
         """Begin a step: yield this rank's micro-batches, possibly none. `alone`: no other rank."""
-        self._loss_sum, self._weight_sum, self._num_samples = 0.0, 0.0, 0
-        self._reducer.zero()
-        self._guard.begin_step(self._reducer.buckets)
+        self._begin()
+        self.updates.begin()
         if self._tree is not None:
             for micro in self._loader.feed_shards(self._spec.num_logical_shards):
                 torch.manual_seed(mix(self._spec.seed, self.step, micro.shard_id or 0))
@@ -95,13 +107,13 @@ class StepEngine:
             return
         begun = False
         for micro in self._loader.feed():
-            if not begun:
+            if not begun and not self.in_turns:
                 count = 1 if micro.is_last else 2
                 self._noise_meter.begin(self.step, alone=alone, num_micro_batches=count)
                 begun = True
             self.meter.lap("data")
             yield micro
-        if not begun:
+        if not begun and not self.in_turns:
             self._noise_meter.begin(self.step, alone=False, num_micro_batches=0)
 
     def backward(
@@ -112,11 +124,14 @@ class StepEngine:
         heard: Callable[[], bool],
         *,
         weight: Weight = None,
+        optimizer: Optimizer | None = None,
     ) -> None:
         """Add the gradient of one micro-batch; with the last of a step, start the reduction."""
         self.meter.lap("forward")
         planned = self._loader.planned_samples
-        own, factor = self._weights.of(weight, micro.num_samples)
+        weights = self._weight_of(optimizer)
+        own, factor = weights.of(weight, micro.num_samples)
+        self._is_sum = weights.is_sum
         is_zero = self._tree is not None or self._num_samples == 0
         self._guard.begin_backward(self._reducer.buckets, is_zero=is_zero)
         self._num_samples += micro.num_samples
@@ -152,35 +167,78 @@ class StepEngine:
         `TrainingError` if a step that is not finite must stop the job (with the state of the step
         before), or if the weights are no longer finite.
         """
-        stats = self._reducer.finish()
-        self.meter.lap("sync")
-        lr = self._rate.at(self.step, fraction)
-        self._correct_weights(stats[_WEIGHT])
-        if self._must_skip(stats, lr):
-            self._reducer.discard()
-            self._noise_meter.discard()
-        else:
-            self._update(stats, clip_norm, lr)
-        self.is_updating = True
-        self.step += 1
-        self._loader.commit(stats[_NUM_STATS:])
-        self.is_updating = False
-        last = self._loader.done or self.step == self._spec.max_steps
-        if last or self.step % _CHECK_WEIGHTS_EVERY == 0:
-            self.finite.check_weights(self.step, lr)
-        self.meter.lap("optimizer")
-        self.meter.end_step()
+        stats = self._finish(clip_norm, fraction, self._optimizer)
+        self._end_step(stats[_NUM_STATS:], fraction)
         return stats[_HEARD] > 0
+
+    def open_update(
+        self,
+        optimizer: Optimizer | None,
+        micro: MicroBatch,
+        group: Group | None,
+        heard: Callable[[], bool],
+    ) -> bool:
+        """Begin one of several updates of a step, of `optimizer` (None: of all): `backward` and
+        `close_update` follow. Returns False if it was committed before a failure: then it is not
+        made again. Raises `CollectiveFailed`, and if the step has several micro-batches."""
+        if not micro.is_last or self._tree is not None:
+            raise TrainingError(
+                "job.step(loss, optimizer=...) in a step of several micro-batches: each optimizer "
+                "must see the whole batch before the next one takes its turn. Set micro_batch_size "
+                "to batch_size, or train with more workers, and without --reproducible."
+            )
+        if self.updates.is_repeated():
+            self._reducer.discard()
+            self._begin()
+            return False
+        self.updates.agree_on(group, optimizer, heard=heard(), stats=self._loader.stats())
+        return True
+
+    def close_update(
+        self, optimizer: Optimizer | None, clip_norm: float | None, fraction: float
+    ) -> None:
+        """Wait for the reduction and update; raises as `commit`."""
+        self._finish(clip_norm, fraction, optimizer or self._optimizer)
+        self.is_updating = True
+        self.updates.done += 1
+        self.is_updating = False
+        self._begin()
+        self.meter.lap("optimizer")
+
+    def follow_updates(
+        self, group: Group | None, heard: Callable[[], bool], fraction: float
+    ) -> bool:
+        """Make the updates of a step, and end it, on a rank without samples; returns and raises as
+        `commit`."""
+        while True:
+            ended, optimizer = self.updates.follow(group, heard=heard(), stats=self._loader.stats())
+            if ended:
+                self._end_step(self.updates.loader_stats, fraction)
+                return self.updates.heard
+            self.arm(group, heard)
+            self.close_update(optimizer, None, fraction)
+
+    def end_updates(self, group: Group | None, heard: Callable[[], bool], fraction: float) -> bool:
+        """End a step of several updates; returns and raises as `commit`."""
+        self.updates.agree_on_end(group, heard=heard(), stats=self._loader.stats())
+        self._end_step(self.updates.loader_stats, fraction)
+        return self.updates.heard
 
     def to_json(self) -> dict[str, Any]:
         """Return the engine's part of the train state, without tensors and optimizer settings."""
         skipped = [self.finite.num_skipped, self.finite.num_skipped_in_a_row]
-        return {"step": self.step, "noise": self.noise.to_json(), "skipped": skipped}
+        return {
+            "step": self.step,
+            "updates": self.updates.done,
+            "noise": self.noise.to_json(),
+            "skipped": skipped,
+        }
 
     def from_json(self, values: Mapping[str, Any]) -> None:
         self.step = int(values["step"])
         self.noise = NoiseState.from_json(values["noise"])
-        # Checkpoints of earlier versions do not have it.
+        # Checkpoints of earlier versions have neither.
+        self.updates.done = int(values.get("updates", 0))
         self.finite.num_skipped, self.finite.num_skipped_in_a_row = values.get("skipped", (0, 0))
 
     def measure_noise(self, every: int) -> None:
@@ -192,11 +250,52 @@ class StepEngine:
         self._reducer.abandon()
         self.meter.restart()
 
+    def _begin(self) -> None:
+        """Set gradients and sums to zero: nothing is computed of the next update yet."""
+        self._loss_sum, self._weight_sum, self._num_samples = 0.0, 0.0, 0
+        self._is_sum = False
+        self._reducer.zero()
+        self._guard.begin_step(self._reducer.buckets)
+
+    def _finish(
+        self, clip_norm: float | None, fraction: float, optimizer: AnyOptimizer
+    ) -> Sequence[float]:
+        """Wait for the reduction and update; return the summed statistics. See `commit`."""
+        self._clip_norm = clip_norm
+        stats = self._reducer.finish()
+        self.meter.lap("sync")
+        self._correct_weights(stats[_WEIGHT])
+        if self._must_skip(stats, self._rate.at(self.step, fraction)):
+            self._reducer.discard()
+            self._noise_meter.discard()
+        else:
+            self._update(stats, fraction, optimizer)
+        return stats
+
+    def _end_step(self, loader_stats: Sequence[float], fraction: float) -> None:
+        self.is_updating = True
+        self.step += 1
+        self.updates.done = 0
+        self._loader.commit(loader_stats)
+        self.is_updating = False
+        last = self._loader.done or self.step == self._spec.max_steps
+        if last or self.step % _CHECK_WEIGHTS_EVERY == 0:
+            self.finite.check_weights(self.step, self._rate.at(self.step - 1, fraction))
+        self.meter.lap("optimizer")
+        self.meter.end_step()
+
+    def _weight_of(self, optimizer: Optimizer | None) -> LossWeights:
+        """Return the weights of the losses of one optimizer: another may have another kind."""
+        key = None if optimizer is None else self.updates.index_of(optimizer)
+        return self._weights.setdefault(key, LossWeights(self._spec.batch))
+
     def _stats(self, heard: bool) -> Sequence[float]:
         share = self._weight_sum / self._loader.planned_samples
         sq_norm, num_parts = self._noise_meter.local_stats(share)
-        weights = float(self._num_samples), self._weight_sum, float(self._weights.is_sum)
-        return *weights, float(heard), self._loss_sum, sq_norm, num_parts, *self._loader.stats()
+        weights = float(self._num_samples), self._weight_sum, float(self._is_sum)
+        clip = (0.0, 0.0) if self._clip_norm is None else (1.0, self._clip_norm)
+        measured = self._loss_sum, sq_norm, num_parts
+        return *weights, float(heard), *measured, *clip, *self._loader.stats()
 
     def _must_skip(self, stats: Sequence[float], lr: float) -> bool:
         loss = 0.0
@@ -214,7 +313,12 @@ class StepEngine:
             self._reducer.discard()
             raise
 
-    def _update(self, stats: Sequence[float], clip_norm: float | None, lr: float) -> None:
+    def _update(
+        self,
+        stats: Sequence[float],
+        fraction: float,
+        optimizer: AnyOptimizer,
+    ) -> None:
         sample = self._noise_meter.sample(stats[_SQ_NORM], stats[_NUM_PARTS], stats[_SAMPLES])
         if sample is not None:
             self.noise = update(self.noise, sample)
@@ -222,11 +326,14 @@ class StepEngine:
             self._scale_gradients(stats[_SAMPLES])
         for param in self._reducer.unused:
             param.grad = None
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._model.parameters(), clip_norm)
-        self._rate.set_in(self._optimizer, lr)
+        if stats[_NUM_CLIPS] > 0:  # a rank without samples was not given the norm
+            clip_norm = stats[_CLIP_NORM] / stats[_NUM_CLIPS]
+            everything = optimizer is self._optimizer
+            clipped = self._model.parameters() if everything else params_of(optimizer)
+            nn.utils.clip_grad_norm_(clipped, clip_norm)
+        self._rate.set_in(optimizer, self.step, fraction)
         self.is_updating = True
-        self._optimizer.step()
+        optimizer.step()
 
     def _correct_weights(self, weight: float) -> None:
         """Make gradients the mean: losses were divided by the planned number of samples, while the

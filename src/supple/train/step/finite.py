@@ -5,7 +5,7 @@ Every rank checks the same reduced bits, so all decide alike without communicati
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -28,20 +28,20 @@ class TrainingError(Exception):
 
 @final
 class FiniteSteps:
-    """Decides which steps to skip. `buffers`: those that a forward pass changes."""
+    """Decides which steps to skip. `buffers()`: those that a forward pass changes, by name."""
 
     def __init__(
         self,
         choice: OnNonFinite,
         names: Mapping[nn.Parameter, str],
-        buffers: Mapping[Tensor, str],
+        buffers: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
         self.num_skipped = 0
         """Steps left out in the whole run."""
         self.num_skipped_in_a_row = 0
         self._choice: OnNonFinite = choice
         self._names = names
-        self._looked_at: dict[Tensor, str] = {**names, **buffers}
+        self._buffers = buffers
 
     def must_skip(
         self, loss: float, buckets: Sequence["Bucket"], *, step: int, lr: float, num_samples: float
@@ -82,8 +82,9 @@ class FiniteSteps:
 
     def check_weights(self, step: int, lr: float) -> None:
         """Raise `TrainingError` if weights after `step` are not finite: no step repairs them."""
-        looked_at = self._looked_at.items()
-        bad = [name for tensor, name in looked_at if not is_finite(tensor.detach())]
+        looked_at: list[tuple[str, Tensor]] = [(name, param) for param, name in self._names.items()]
+        looked_at += self._buffers().items()
+        bad = [name for name, tensor in looked_at if not is_finite(tensor.detach())]
         if bad:
             raise TrainingError(
                 f"the weights are not finite after step {step}, in {_named(bad)}. All applied "

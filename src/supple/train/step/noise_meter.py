@@ -11,9 +11,9 @@ from typing import final
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from supple.core.training.noise import NoiseSample
+from supple.train.optimizers import AnyOptimizer
 from supple.train.step.reduce import Bucket
 
 EVERY = 8
@@ -24,7 +24,9 @@ EVERY = 8
 class NoiseMeter:
     """Collects one `NoiseSample` every `every` steps (at least 2)."""
 
-    def __init__(self, buckets: Sequence[Bucket], optimizer: Optimizer, every: int = EVERY) -> None:
+    def __init__(
+        self, buckets: Sequence[Bucket], optimizer: AnyOptimizer, every: int = EVERY
+    ) -> None:
         self._every = every
         self._buckets = buckets
         self._optimizer = optimizer
@@ -123,7 +125,7 @@ class NoiseMeter:
         return float(torch.dot(scaled, scaled))
 
 
-def _inverse_scale(bucket: Bucket, optimizer: Optimizer) -> Tensor | None:
+def _inverse_scale(bucket: Bucket, optimizer: AnyOptimizer) -> Tensor | None:
     """Return 1 / (sqrt(v / (1 - beta2^t)) + eps) in the layout of the bucket's gradients; None if
     the optimizer keeps no second moments or has made fewer than five steps. A parameter that was
     never used has no second moment, and no gradient to be scaled."""

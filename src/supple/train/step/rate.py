@@ -1,12 +1,13 @@
 """Learning rate of a step: base rate, batch-size rule, warm-up after an increase, schedule."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 from torch.optim import Optimizer
 
 from supple.core.spec import LrRule
 from supple.core.training.goodput import OptimizerFamily, family_of, learning_rate, warmup_steps
+from supple.train.optimizers import AnyOptimizer, members_of
 
 
 @final
@@ -45,8 +46,9 @@ class LearningRate:
         # A schedule may return another number type, which could not be saved.
         return float(self.base_lr * self._factor_at(step) * self.schedule(fraction))
 
-    def set_in(self, optimizer: Optimizer, lr: float) -> None:
-        """Write the learning rate of a step, `lr`, into the optimizer's parameter groups."""
+    def set_in(self, optimizer: AnyOptimizer, step: int, fraction: float) -> None:
+        """Write the learning rate of `step` into the optimizer's parameter groups."""
+        lr = self.at(step, fraction)
         for group, ratio in zip(optimizer.param_groups, self.ratios, strict=True):
             group["lr"] = lr * ratio
 
@@ -69,6 +71,52 @@ class LearningRate:
             return self._factor
         walked = min(1.0, max(0, step - self._jumped_at + 1) / length)
         return self._jumped_from + (self._factor - self._jumped_from) * walked
+
+
+@final
+class LearningRates:
+    """The learning rates of several optimizers, with the interface of one: `at` is the first's."""
+
+    def __init__(self, rates: Sequence[tuple[Optimizer, LearningRate]]) -> None:
+        self._rates = list(rates)
+
+    @property
+    def base_lr(self) -> float:
+        return self._rates[0][1].base_lr
+
+    @property
+    def base_batch(self) -> int:
+        return self._rates[0][1].base_batch
+
+    @base_batch.setter
+    def base_batch(self, batch: int) -> None:
+        for _, rate in self._rates:
+            rate.base_batch = batch
+
+    def change_batch(self, batch: int, *, step: int, noise_scale: float | None) -> None:
+        for _, rate in self._rates:
+            rate.change_batch(batch, step=step, noise_scale=noise_scale)
+
+    def at(self, step: int, fraction: float) -> float:
+        return self._rates[0][1].at(step, fraction)
+
+    def set_in(self, optimizer: AnyOptimizer, step: int, fraction: float) -> None:
+        """Write the learning rates of `step` into the parameter groups of `optimizer`: one of the
+        optimizers, or all."""
+        chosen = {id(member) for member in members_of(optimizer)}
+        for member, rate in self._rates:
+            if id(member) in chosen:
+                rate.set_in(member, step, fraction)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"of": [rate.to_json() for _, rate in self._rates]}
+
+    def from_json(self, values: Mapping[str, Any]) -> None:
+        for (_, rate), saved in zip(self._rates, values["of"], strict=True):
+            rate.from_json(saved)
+
+
+AnyRate = LearningRate | LearningRates
 
 
 def constant(_fraction: float) -> float:

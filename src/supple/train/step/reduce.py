@@ -78,16 +78,16 @@ class GradientReducer:
     def __init__(
         self,
         params: Sequence[nn.Parameter],
-        buffers: Sequence[Tensor],
+        buffers: ChangedBuffers,
         num_stats: int,
         guard: GradientGuard | None = None,
     ) -> None:
         self.unused: list[nn.Parameter] = []
         """Parameters without a gradient on any rank in the step that was reduced last."""
         self._guard = guard
-        self._changed = ChangedBuffers(buffers)
+        self._changed = buffers
         self._num_stats = num_stats
-        tail = num_stats + len(params) + self._changed.num_counts + self._changed.num_averaged
+        tail = num_stats + len(params) + buffers.num_flags + buffers.num_averaged
         self.buckets = _cut(list(params), tail)
         self._place = {
             param: (index, at)
@@ -158,10 +158,10 @@ class GradientReducer:
         counts = self._num_stats + len(self._place)
         used = tail[self._num_stats : counts].tolist()
         self.unused = [param for param, users in zip(self._place, used, strict=True) if not users]
-        averaged = counts + self._changed.num_counts
-        self._changed.count(tail[counts:averaged].tolist())
-        if stats[0] > 0:
-            self._changed.unpack(tail[averaged:] / stats[0])
+        averaged = counts + self._changed.num_flags
+        if self._group is not None and self._group.size > 1 and stats[0] > 0:
+            self._changed.set_averaged(tail[averaged:] / stats[0])
+        self._changed.finish(tail[counts:averaged].tolist(), self._group)
         return stats
 
     def discard(self) -> None:
@@ -204,14 +204,16 @@ class GradientReducer:
         if index == len(self.buckets) - 1:
             weight = self._weight()
             leads = self._group is None or self._group.rank == 0
-            counted = self._changed.counted() if leads else [0.0] * self._changed.num_counts
             used = [float(param in self._used) for param in self._place]
-            parts = [torch.tensor([*self._stats(), *used, *counted], dtype=bucket.flat.dtype)]
-            parts += self._changed.packed(weight)
+            flags = self._changed.flags(leads=leads)
+            parts = [torch.tensor([*self._stats(), *used, *flags], dtype=bucket.flat.dtype)]
+            parts += self._changed.averaged(weight)
             bucket.tail.copy_(torch.cat(parts))
         if self._group is not None:
             try:
                 self._works.append(self._group.all_reduce(bucket.flat))
+                if index == len(self.buckets) - 1 and (work := self._changed.start(self._group)):
+                    self._works.append(work)
             except CollectiveFailed as failure:
                 self._failure = failure
 

@@ -61,7 +61,7 @@ class TreeReducer:
     def __init__(
         self,
         params: Sequence[nn.Parameter],
-        buffers: Sequence[Tensor],
+        buffers: ChangedBuffers,
         num_stats: int,
         num_shards: int,
         guard: GradientGuard | None = None,
@@ -72,8 +72,8 @@ class TreeReducer:
                 f"--reproducible needs float32 parameters, this model has {sorted(other)}. "
                 "Keep the parameters in float32 and use autocast for the forward pass."
             )
-        self._changed = ChangedBuffers(buffers)
-        self._counted: list[float] = []
+        self._changed = buffers
+        self._copies: list[Tensor] | None = None
         self._bucket = Bucket(params, self._changed.num_averaged)
         self.buckets = [self._bucket]
         self.unused: list[nn.Parameter] = []
@@ -98,7 +98,7 @@ class TreeReducer:
         self._used.clear()
         self._is_last = False
         self._changed.begin()
-        self._counted = [0.0] * self._changed.num_counts
+        self._copies = None
         self._zero_gradients()
 
     def arm(
@@ -119,10 +119,10 @@ class TreeReducer:
         for param, view in zip(self._bucket.params, self._bucket.views, strict=True):
             if param.grad is not None and param.grad.data_ptr() != view.data_ptr():
                 view.copy_(param.grad)
-        if parts := self._changed.packed(weight):
+        if parts := self._changed.averaged(weight):
             self._bucket.tail.copy_(torch.cat(parts))
         if shard == 0:
-            self._counted = self._changed.counted()
+            self._copies = self._changed.copies()
         self._added.add(shard)
         self._changed.restore()
         # The last shard of a step can be summed in place.
@@ -144,20 +144,24 @@ class TreeReducer:
                 empty = torch.zeros_like(self._bucket.flat)
                 merge(self._nodes, (0, shard), empty, self._num_shards)
         used = [float(param in self._used) for param in self._params]
-        stats = torch.tensor([*self._stats(), *used, *self._counted], dtype=torch.float64)
+        if self._copies is not None:
+            self._changed.set_copies(self._copies)
+        flags = self._changed.flags(leads=rank == 0)
+        stats = torch.tensor([*self._stats(), *used, *flags], dtype=torch.float64)
         if group is None or size == 1:
             (total,) = self._nodes.values()
             _put(total, self._bucket.flat)
         else:
-            group.wait([group.all_reduce(stats)])
+            work = self._changed.start(group)
+            group.wait([group.all_reduce(stats), *([] if work is None else [work])])
             self._finish_tree(group)
         self._nodes.clear()
         self._bucket.attach()
-        self._changed.unpack(self._bucket.tail)
+        self._changed.set_averaged(self._bucket.tail)
         counts = self._num_stats + len(used)
         users = stats[self._num_stats : counts].tolist()
         self.unused = [param for param, num in zip(self._params, users, strict=True) if not num]
-        self._changed.count(stats[counts:].tolist())
+        self._changed.finish(stats[counts:].tolist(), group)
         return stats[: self._num_stats].tolist()
 
     def discard(self) -> None:
