@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from supple.core.job.order import mix
-from supple.core.spec import TrainSpec
+from supple.core.spec import SpecError, TrainSpec
 from supple.core.training.noise import NoiseState, update
 from supple.train.data.loader import Loader, MicroBatch
 from supple.train.generation.group import Group
@@ -154,6 +154,7 @@ class StepEngine:
         """
         stats = self._reducer.finish()
         self.meter.lap("sync")
+        self._refuse_other_data(stats)
         lr = self._rate.at(self.step, fraction)
         self._correct_weights(stats[_WEIGHT])
         if self._must_skip(stats, lr):
@@ -197,6 +198,14 @@ class StepEngine:
         sq_norm, num_parts = self._noise_meter.local_stats(share)
         weights = float(self._num_samples), self._weight_sum, float(self._weights.is_sum)
         return *weights, float(heard), self._loss_sum, sq_norm, num_parts, *self._loader.stats()
+
+    def _refuse_other_data(self, stats: Sequence[float]) -> None:
+        """Raise `SpecError` if ranks read their data in different orders; nothing is changed."""
+        try:
+            self._loader.check(stats[_NUM_STATS:])
+        except SpecError:
+            self._reducer.discard()
+            raise
 
     def _must_skip(self, stats: Sequence[float], lr: float) -> bool:
         loss = 0.0
