@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -204,10 +205,11 @@ def test_batches_of_any_sizes_follow_one_another_within_their_epochs(
         assert start == position.offset
         assert 1 <= stop - start <= batch_size
         if stop == dataset_size:
-            assert after == Position(epoch=position.epoch + 1)
+            epoch = position.epoch + 1
+            assert after == Position(epoch=epoch, samples_before=epoch * dataset_size)
         else:
             assert stop - start == batch_size
-            assert after == Position(epoch=position.epoch, offset=stop)
+            assert after == replace(position, offset=stop)
         position = after
 
 

@@ -30,7 +30,7 @@ X = torch.randn(32, 5, generator=torch.Generator().manual_seed(1))
 DATA = TensorDataset(X)
 FOR_SUPPLE = {
     *("activity", "adopt", "begin", "committed_step", "leave_loop", "membership", "outlive"),
-    *("save", "scalars", "state", "took_batches", "version"),
+    *("save", "scalars", "state", "step_share", "took_batches", "version"),
 }
 """What a `Job` has besides, and no script may use."""
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from supple.train.data.prefetch import Prefetcher, Source, Task
+from supple.train.data.prefetch import Fetching, Prefetcher, Source, Task
 
 
 class Numbers(Dataset[Any]):
@@ -48,9 +48,11 @@ def task(*indices: int) -> Task:
     return Task(indices=indices, seed=None)
 
 
-def prefetcher(dataset: Any, num_workers: int = 1, collate: Callable | None = None) -> Prefetcher:
+def prefetcher(
+    dataset: Any, num_workers: int = 1, collate: Callable | None = None, **options: Any
+) -> Prefetcher:
     source = Source(dataset=dataset, collate_fn=collate)
-    return Prefetcher(source, num_workers, pin_memory=False)
+    return Prefetcher(source, Fetching(num_processes=num_workers, **options))
 
 
 def test_results_come_in_the_order_of_the_tasks() -> None:
@@ -168,12 +170,12 @@ def test_a_closed_prefetcher_starts_again_when_it_is_needed() -> None:
 _PARENT = """
 import multiprocessing, time
 from itertools import count
-from supple.train.data.prefetch import Prefetcher, Source, Task
+from supple.train.data.prefetch import Fetching, Prefetcher, Source, Task
 class Stuck:
     def __getitem__(self, index):
         time.sleep(3600 if index else 0)
         return index
-fetching = Prefetcher(Source(dataset=Stuck()), 2, pin_memory=False)
+fetching = Prefetcher(Source(dataset=Stuck()), Fetching(num_processes=2))
 fetching.restart(Task(indices=(number,), seed=None) for number in count())
 fetching.next()
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)

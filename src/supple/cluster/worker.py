@@ -42,9 +42,11 @@ from supple.train.script import (
     load,
     memory_advice,
     shared_memory_advice,
+    single_sample_advice,
     user_traceback,
     without_a_command_line,
 )
+from supple.train.seeding import seed_everything
 from supple.train.step.engine import TrainingError
 
 _COMPLETE = (TrainingError, CheckpointError, SpecError)
@@ -154,6 +156,7 @@ class WorkerBody:
         with self._captured_output(run_path / "logs" / f"{setup.worker_id}.log"):
             try:
                 with without_a_command_line(spec.script):
+                    seed_everything(spec.seed)
                     function = load(spec.script, spec.function)
                 job = self._job = Job(
                     spec,
@@ -164,6 +167,7 @@ class WorkerBody:
                     else None,
                 )
                 with without_a_command_line(spec.script):
+                    seed_everything(spec.seed)
                     function(job)
                 job.leave_loop()
                 if not job.took_batches:
@@ -179,6 +183,8 @@ class WorkerBody:
                 text = text or user_traceback(error, whole=setup.verbose)
                 num_samples = 0 if self._job is None else self._job.micro_batch_size
                 advice = memory_advice(error, num_samples)
+                if self._job is not None and self._job.took_batches:
+                    advice = advice or single_sample_advice(error, self._job.step_share)
                 cause = "refused" if isinstance(error, CheckpointRefused) else "raised"
                 return self._lost(cause, f"{text}\n{advice}" if advice else text)
             job.saver.wait()

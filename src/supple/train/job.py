@@ -7,9 +7,8 @@ the middle of the run. All changes of the membership happen inside `job.step`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, final
+from typing import Any, Unpack, final
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,7 +17,9 @@ from supple.core.spec import TrainSpec
 from supple.core.types import Doing, Progress
 from supple.train.checkpoint.saver import Saver
 from supple.train.checkpoint.store import CheckpointStore
+from supple.train.data.batches import Batches, refuse_adaptive
 from supple.train.data.loader import Loader, MicroBatch, fraction_done
+from supple.train.data.options import DataOptions
 from supple.train.generation.activity import Activity
 from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.generation.member import Elastic, LeaveLoop, Membership
@@ -26,9 +27,11 @@ from supple.train.job_protocol import JobProtocol, Params, Schedule, Weight
 from supple.train.ledger import Ledger
 from supple.train.optimizers import members_of
 from supple.train.own_steps import refuse_sparse
-from supple.train.recipe import Batches, Hand, Recipe
+from supple.train.recipe import Hand, Recipe
 from supple.train.rehearsal import Rehearsal
 from supple.train.reporter import Reporter
+from supple.train.script import StepShare
+from supple.train.seeding import seed_everything
 from supple.train.state import TrainState
 from supple.train.step.engine import StepEngine, TrainingError
 from supple.train.step.updates import MOST, Updates
@@ -98,18 +101,31 @@ class Job(JobProtocol):
         self,
         dataset: Any,
         *,
-        batch_size: int,
+        batch_size: int | None = None,
         epochs: int = 1,
-        shuffle: bool = True,
+        shuffle: bool | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
         micro_batch_size: int | None = None,
+        **options: Unpack[DataOptions],
     ) -> Iterator[Any]:
-        recipe, sizes = self._recipe, (num_workers, micro_batch_size)
-        options = Batches(dataset, batch_size, epochs, shuffle, collate_fn, *sizes)
-        self._loader = recipe.take_batches(options)
-        self._global_batch = int(batch_size)
-        self._micro_limit = micro_batch_size or batch_size
+        recipe, batches = (
+            self._recipe,
+            Batches.of(
+                dataset,
+                batch_size=batch_size,
+                epochs=epochs,
+                shuffle=shuffle,
+                collate_fn=collate_fn,
+                num_workers=num_workers,
+                micro_batch_size=micro_batch_size,
+                options=options,
+            ),
+        )
+        refuse_adaptive(batches, self._spec.batch)
+        self._loader = recipe.take_batches(batches)
+        self._global_batch = int(recipe.batches.batch_size)
+        self._micro_limit = micro_batch_size or self._global_batch
         self._state = TrainState(recipe.model, recipe.optimizer, recipe.kept)
         yield from self._rehearse()
         if self._membership is None:
@@ -211,6 +227,24 @@ class Job(JobProtocol):
     @property
     def lr(self) -> float:
         return self._recipe.rate.at(self.step_count, self._fraction())
+
+    @property
+    def step_share(self) -> StepShare:
+        """This worker's part of the step in flight, or of the rehearsed one."""
+        batch, ranks, rank = self._global_batch, self.world_size, self.rank
+        step = self._loader.planned_samples
+        if self._rehearsing and not self._recipe.batches.has_batch_sampler:
+            ranks = 1 if self._elastic is None else self._elastic.rehearsal_size
+            step = batch
+        total = self._loader.samples_total
+        return StepShare(
+            micro_batch=self._hand.size,
+            own=share(step, ranks, rank)[1],
+            step=step,
+            batch_size=batch,
+            num_workers=ranks,
+            epoch=None if total is None else total // self._recipe.batches.epochs,
+        )
 
     # -- one step --------------------------------------------------------------------------
 
@@ -326,7 +360,8 @@ class Job(JobProtocol):
         rehearsal = Rehearsal(self._state)
         size = 1 if self._elastic is None else self._elastic.rehearsal_size
         _, rehearsed = share(self._global_batch, size, 0)
-        self._loader.place(self._loader.position, 0, 1, rehearsed, self._micro_limit)
+        ranks = size if self._recipe.batches.has_batch_sampler else 1
+        self._loader.place(self._loader.position, 0, ranks, rehearsed, self._micro_limit)
         self._activity.enter("data")
         micro = next(iter(self._loader.feed()))
         self._activity.enter("script")
@@ -397,7 +432,7 @@ class Job(JobProtocol):
         self._set_global_batch(agreed.global_batch_size or self._recipe.rate.base_batch)
         self._place()
         if not self._spec.reproducible:
-            torch.manual_seed(mix(self._spec.seed, self.generation, self.rank))
+            seed_everything(mix(self._spec.seed, self.generation, self.rank))
 
     def _place(self) -> None:
         place = self._loader.position, self.rank, self.world_size

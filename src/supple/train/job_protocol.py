@@ -5,10 +5,12 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Unpack
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from supple.train.data.options import DataOptions
 
 Schedule = Callable[[float], float] | None
 """Maps the fraction of the run done (0 to 1) to a factor of the learning rate."""
@@ -69,18 +71,24 @@ class JobProtocol(Protocol):
         self,
         dataset: Any,
         *,
-        batch_size: int,
+        batch_size: int | None = None,
         epochs: int = 1,
-        shuffle: bool = True,
+        shuffle: bool | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
         micro_batch_size: int | None = None,
+        **options: Unpack[DataOptions],
     ) -> Iterator[Any]:
         """Yield this worker's micro-batches, in order, until all epochs are done.
 
         `dataset`: a map-style dataset, or a list of iterable shards. `batch_size`: samples of the
-        global batch, all workers together. `micro_batch_size`: limit on the samples that one worker
-        computes at once (default: `batch_size`). Every iteration must call `job.step`.
+        global batch, all workers together. `shuffle`: by default true without a sampler.
+        `micro_batch_size`: limit on the samples that one worker computes at once (default:
+        `batch_size`). Every iteration must call `job.step`.
+
+        `options`, as of torch's `DataLoader`: `drop_last`, `sampler`, `weights` (one for each
+        sample), `batch_sampler` (instead of `batch_size`), `generator`, `pin_memory`,
+        `worker_init_fn`, `prefetch_factor`, `timeout`; see `supple.train.data.options`.
         """
         ...
 

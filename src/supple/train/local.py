@@ -4,8 +4,11 @@ import sys
 import time
 from collections.abc import Callable
 
+from supple.core.spec import TrainSpec
 from supple.core.types import Progress
 from supple.train.job import Job
+from supple.train.script import single_sample_advice
+from supple.train.seeding import seed_everything
 
 _EVERY_S = 2.0
 
@@ -28,6 +31,13 @@ def run(train: Callable[[Job], None]) -> Job:
             file=sys.stderr,
         )
 
-    job = Job(observe=show)
-    train(job)
+    spec = TrainSpec(name="local", script="")
+    job = Job(spec, observe=show)
+    seed_everything(spec.seed)
+    try:
+        train(job)
+    except ValueError as error:
+        if job.took_batches and (advice := single_sample_advice(error, job.step_share)):
+            error.add_note(advice)
+        raise
     return job

@@ -6,57 +6,21 @@
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from supple.core.spec import LrRule, SpecError, is_count
-from supple.train.data.loader import Loader, MicroBatch, make_loader
+from supple.core.spec import LrRule, SpecError
+from supple.train.data.batches import Batches
+from supple.train.data.loader import Loader, MicroBatch
 from supple.train.job_protocol import Params, Schedule
 from supple.train.optimizers import AnyOptimizer, Optimizers, params_of
 from supple.train.own_steps import refuse_closure, refuse_scheduler
 from supple.train.rehearsal import check_kept
 from supple.train.step.engine import TrainingError
 from supple.train.step.rate import AnyRate, LearningRate, LearningRates, constant
-
-
-@dataclass(frozen=True, slots=True)
-class Batches:
-    """The arguments of `job.batches`."""
-
-    dataset: Any
-    batch_size: int
-    epochs: int
-    shuffle: bool
-    collate_fn: Callable[[list[Any]], Any] | None
-    num_loader_processes: int
-    micro_batch_size: int | None
-
-    def loader(self, seed: int) -> Loader:
-        """Return a loader for these arguments. Raises `SpecError` unless sizes are whole numbers
-        from 1, and for data that cannot be cut into batches."""
-        given = {"batch_size": self.batch_size, "epochs": self.epochs}
-        if self.micro_batch_size is not None:
-            given["micro_batch_size"] = self.micro_batch_size
-        wrong = [name for name, number in given.items() if not is_count(number)]
-        if wrong:
-            options = ", ".join(f"{name}={number!r}" for name, number in given.items())
-            raise SpecError(
-                f"job.batches({options}): {' and '.join(wrong)} must be a whole number of at least "
-                "1, since training takes whole samples, and all of them once in every epoch. "
-                "Change it in the script."
-            )
-        return make_loader(
-            self.dataset,
-            epochs=self.epochs,
-            shuffle=self.shuffle,
-            seed=seed,
-            collate_fn=self.collate_fn,
-            num_loader_processes=self.num_loader_processes,
-        )
 
 
 @final
@@ -165,8 +129,8 @@ class Recipe:
         for optimizer in self._optimizers:
             refuse_scheduler(optimizer)
         loader = batches.loader(self.seed)
-        self.batches = batches
-        self.rate.base_batch = int(batches.batch_size)
+        self.batches = batches.sized(loader)
+        self.rate.base_batch = int(self.batches.batch_size)
         self._stated.add("batches")
         return loader
 

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, redirect_stdout
+from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,18 @@ def without_a_command_line(script: str) -> Iterator[None]:
         sys.argv = ours
 
 
-def run(script: str, function: str, job: Any) -> None:
-    """Call the training function with `job` in this process. Its output goes to stderr, as stdout
-    is for the command's result; its changes of the working folder are undone. Raises the script's
-    errors, and `SpecError` if it ends the program."""
+def run(script: str, function: str, job: Any, seed: int = 0) -> None:
+    """Call the training function with `job` in this process, with random generators seeded.
+
+    Its output goes to stderr, as stdout is for the command's result; its changes of the working
+    folder are undone. Raises the script's errors, and `SpecError` if it ends the program."""
+    from supple.train.seeding import seed_everything  # the command line starts without torch
+
     with without_a_command_line(script), redirect_stdout(sys.stderr), chdir("."):
-        load(script, function)(job)
+        seed_everything(seed)
+        train = load(script, function)
+        seed_everything(seed)
+        train(job)
 
 
 def _ended(script: str, end: SystemExit) -> str:
@@ -173,6 +180,55 @@ def memory_advice(error: BaseException, num_samples: int) -> str:
     return (
         f"{what} does not fit into this worker's memory: take a smaller model or smaller samples, "
         "or recompute activations (torch.utils.checkpoint)."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShare:
+    """One worker's part of a step, in samples."""
+
+    micro_batch: int
+    """The micro-batch that was yielded last."""
+    own: int
+    """The worker's share of the step."""
+    step: int
+    """All workers together."""
+    batch_size: int
+    """Global batch size of a full step."""
+    num_workers: int
+    epoch: int | None
+    """The whole epoch; None if not known."""
+
+
+def single_sample_advice(error: BaseException, share: StepShare) -> str:
+    """Return advice if `error` means that a BatchNorm got one sample in training; else an empty
+    text. Detected by torch's wording."""
+    if share.micro_batch != 1 or "more than 1 value per channel" not in str(error):
+        return ""
+    of = "" if share.epoch is None else f" of {share.epoch} samples"
+    cut = f"this worker's share is {share.own} on {share.num_workers} workers"
+    if share.num_workers == 1:
+        cut = f"one worker computes all {share.own}" if share.own > 1 else "one worker computes it"
+    least = 2 * share.num_workers
+    if share.own > 1:
+        where = f"a step takes {share.step}, {cut}, and it is cut into micro-batches"
+        advice = "Give job.batches a larger micro_batch_size"
+    elif share.step < share.batch_size:
+        where = (
+            f"the last batch of an epoch{of} has {share.step} (batch_size={share.batch_size}), and "
+            f"{cut}"
+        )
+        advice = (
+            "Give job.batches(..., drop_last=True), which leaves that batch out, or another "
+            f"batch_size whose last batch has at least {least}"
+        )
+    else:
+        where = f"a step takes {share.step}, and {cut}"
+        advice = f"Give job.batches a batch_size of at least {least}"
+    fewer = ", or train with fewer workers" if 1 == share.own < share.step else ""
+    return (
+        f"A BatchNorm got 1 sample in training, and one value has no variance: {where}. "
+        f"{advice}{fewer}; a GroupNorm or LayerNorm takes single samples."
     )
 
 

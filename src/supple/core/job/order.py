@@ -71,6 +71,13 @@ class SampleOrder:
                 "than 2**62. Give a dataset that is not empty."
             )
 
+    def size(self, epoch: int) -> int:
+        """Return the number of samples of `epoch`: all."""
+        return self.dataset_size
+
+    def ends(self, epoch: int) -> None:
+        """Return None: batches have the job's global batch size."""
+
     def indices(self, epoch: int, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Return the samples at places `start` to `stop` of `epoch`, shape (stop - start,).
 
@@ -166,13 +173,21 @@ class Position:
 
     epoch: int = 0
     offset: int = 0
+    samples_before: int | None = 0
+    """Number of samples used in the epochs before this one; None: all of the dataset in each."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "offset": self.offset}
+        before = {"samples_before": self.samples_before}
+        return {"epoch": self.epoch, "offset": self.offset} | before
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Position":
-        return Position(epoch=int(data["epoch"]), offset=int(data["offset"]))
+        before = data.get("samples_before")  # checkpoints of earlier versions do not have it
+        return Position(
+            epoch=int(data["epoch"]),
+            offset=int(data["offset"]),
+            samples_before=None if before is None else int(before),
+        )
 
 
 def batch_bounds(position: Position, dataset_size: int, global_batch_size: int) -> tuple[int, int]:
@@ -193,8 +208,10 @@ def advance(position: Position, dataset_size: int, global_batch_size: int) -> Po
     """Return the position after the batch of `batch_bounds` was committed."""
     _, stop = batch_bounds(position, dataset_size, global_batch_size)
     if stop == dataset_size:
-        return Position(epoch=position.epoch + 1)
-    return Position(epoch=position.epoch, offset=stop)
+        before = position.samples_before
+        used = None if before is None else before + stop
+        return Position(epoch=position.epoch + 1, samples_before=used)
+    return replace(position, offset=stop)
 
 
 # --- iterable shards ---------------------------------------------------------------------------

@@ -11,10 +11,18 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from supple.core.job.epochs import Epochs, Order
+from supple.core.job.order import SampleOrder, mix
 from supple.core.spec import SpecError
+from supple.train.data.listed import ListedOrder
 from supple.train.data.map_loader import MapLoader
 from supple.train.data.micro_batch import MicroBatch
+from supple.train.data.options import DataOptions, check_for_shards, weighted
+from supple.train.data.prefetch import Fetching
 from supple.train.data.shards import ShardLoader
+
+_FETCHING = 0xFE7
+"""Separates the seeds of fetching processes from others."""
 
 __all__ = ["Loader", "MicroBatch", "fraction_done", "make_loader"]
 
@@ -69,6 +77,10 @@ class Loader(Protocol):
         micro-batch was yielded, or the feed ended without one."""
         ...
 
+    def check(self, summed_stats: Sequence[float]) -> None:
+        """Raise `SpecError` if the sum of all ranks' `stats` shows different orders of data."""
+        ...
+
     def commit(self, summed_stats: Sequence[float]) -> None:
         """Advance the position: the last step was committed on all ranks. `summed_stats`: the sum
         of all ranks' `stats`. The new position is the same on all."""
@@ -104,27 +116,48 @@ def make_loader(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     num_loader_processes: int = 0,
     device: torch.device | None = None,
+    batch_size: int | None = None,
+    options: DataOptions | None = None,
+    is_whole: bool = False,
+    to_measure: bool = False,
 ) -> Loader:
     """Return a loader for a map dataset (`__len__` and `__getitem__`), for a list of iterable
     shards (iterables or functions that return one), or for a single iterable as the only shard.
 
-    Raises `SpecError` for anything else, for no data, and for `num_loader_processes` with shards.
+    `batch_size`: the size that must fill one batch with `drop_last`. `is_whole`: a rank's share of
+    a batch sampler's batch is not cut. `to_measure`: batches of any size are read, none is dropped.
+
+    Raises `SpecError` for anything else, for no data, and for options that have no meaning with
+    shards.
     """
+    options = options or DataOptions()
     if isinstance(dataset, DataLoader):
         raise SpecError(
             "a DataLoader was given to job.batches, which cuts batches itself, anew at every "
             "resize. Give it the dataset, and batch_size, collate_fn and num_workers beside it."
         )
-    shards = _shards_of(dataset)
+    if (generator := options.get("generator")) is not None:
+        seed = mix(seed, generator.initial_seed()) >> 1
+    has_sampler = "sampler" in options or "batch_sampler" in options
+    shards = _shards_of(dataset, has_sampler=has_sampler)
     if shards is None:
+        order = _order(dataset, shuffle, seed, options)
+        drops = bool(options.get("drop_last")) and not to_measure
+        if drops and batch_size is not None and (size := order.size(0)) < batch_size:
+            raise SpecError(
+                f"job.batches(drop_last=True, batch_size={batch_size}) with {size} samples in an "
+                "epoch: no batch would be full, and nothing would be learned. Give a batch_size "
+                f"of at most {size}, or leave drop_last out."
+            )
         return MapLoader(
             dataset,
-            epochs=epochs,
-            shuffle=shuffle,
-            seed=seed,
+            epochs=Epochs(
+                order=order, num_epochs=epochs, drop_last=drops, has_own_cuts=not to_measure
+            ),
             collate_fn=collate_fn,
-            num_loader_processes=num_loader_processes,
+            fetching=_fetching(options, num_loader_processes, device, seed),
             device=device,
+            is_whole=is_whole and "batch_sampler" in options,
         )
     if num_loader_processes > 0:
         raise SpecError(
@@ -132,8 +165,15 @@ def make_loader(
             "training process, because a shard does not report its position. Leave num_workers at "
             "0, or give a dataset with __len__ and __getitem__."
         )
+    check_for_shards(options)
     return ShardLoader(
-        shards, epochs=epochs, shuffle=shuffle, seed=seed, collate_fn=collate_fn, device=device
+        shards,
+        epochs=epochs,
+        shuffle=shuffle,
+        seed=seed,
+        collate_fn=collate_fn,
+        device=device,
+        pin_memory=_pins(options),
     )
 
 
@@ -145,7 +185,45 @@ def fraction_done(loader: Loader, step: int, max_steps: int | None) -> float:
     return min(1.0, max(parts, default=0.0))
 
 
-def _shards_of(dataset: Any) -> Sequence[Any] | None:
+def _order(dataset: Any, shuffle: bool, seed: int, options: DataOptions) -> Order:
+    """Return the order of a map dataset: its sampler's, or the shuffled one. Raises `SpecError` if
+    the dataset is empty."""
+    num_samples = len(dataset) if hasattr(dataset, "__len__") else None
+    if num_samples == 0:
+        raise SpecError(
+            f"the dataset {type(dataset).__name__} is empty: its length is 0. There must be "
+            "at least one sample; check the path or the filter it was made with."
+        )
+    if (batches := options.get("batch_sampler")) is not None:
+        return ListedOrder(batches, seed=seed, num_samples=num_samples, gives_batches=True)
+    sampler = options.get("sampler")
+    if "weights" in options:
+        sampler = weighted(options["weights"], dataset)
+    if sampler is not None:
+        return ListedOrder(sampler, seed=seed, num_samples=num_samples, gives_batches=False)
+    assert num_samples is not None, "our bug: a map dataset without a sampler has a length"
+    return SampleOrder(dataset_size=num_samples, seed=seed, shuffle=shuffle)
+
+
+def _fetching(
+    options: DataOptions, num_processes: int, device: torch.device | None, seed: int
+) -> Fetching:
+    return Fetching(
+        num_processes=num_processes,
+        pin_memory=_pins(options) or (device is not None and device.type == "cuda"),
+        worker_init_fn=options.get("worker_init_fn"),
+        prefetch_factor=options.get("prefetch_factor"),
+        timeout_s=options.get("timeout", 0.0),
+        seed=mix(seed, _FETCHING) >> 1,
+    )
+
+
+def _pins(options: DataOptions) -> bool:
+    """Whether batches are page-locked: of use only with an accelerator, as in torch."""
+    return bool(options.get("pin_memory")) and torch.accelerator.is_available()
+
+
+def _shards_of(dataset: Any, *, has_sampler: bool) -> Sequence[Any] | None:
     """Return the iterable shards of `dataset`; None if it is a map dataset."""
     if _is_shard(dataset):
         return [dataset]
@@ -164,7 +242,8 @@ def _shards_of(dataset: Any) -> Sequence[Any] | None:
                 f"a list of {len(dataset)} datasets with __getitem__ was given as dataset. Join "
                 "them with torch.utils.data.ConcatDataset; only iterable shards come as a list."
             )
-    missing = [name for name in ("__len__", "__getitem__") if not hasattr(dataset, name)]
+    needed = ("__getitem__",) if has_sampler else ("__len__", "__getitem__")
+    missing = [name for name in needed if not hasattr(dataset, name)]
     if missing:
         raise SpecError(
             f"the dataset is a {type(dataset).__name__} without {' and '.join(missing)}. Give one "

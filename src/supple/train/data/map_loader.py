@@ -8,19 +8,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from supple.core.job.epochs import Epochs, Order
 from supple.core.job.order import (
     Position,
-    SampleOrder,
-    advance,
-    batch_bounds,
     micro_batches,
     mix,
     rank_shards,
     share,
 )
 from supple.core.spec import SpecError
-from supple.train.data.micro_batch import MicroBatch, check_sizes, to_device
-from supple.train.data.prefetch import Prefetcher, Source, Task
+from supple.train.data.listed import ListedOrder
+from supple.train.data.micro_batch import MicroBatch, check_sizes, pinned, to_device
+from supple.train.data.prefetch import Fetching, Prefetcher, Source, Task
 
 _WINDOW = 4096
 """Places looked up at once: 4,096 cost about as much as ten calls for 64."""
@@ -42,14 +41,14 @@ class _Piece:
 class _Lookup:
     """Caches the sample order, one window of an epoch at a time."""
 
-    def __init__(self, order: SampleOrder) -> None:
+    def __init__(self, order: Order) -> None:
         self.order = order
         self._window: tuple[int, int, npt.NDArray[np.int64]] = (-1, 0, np.zeros(0, np.int64))
 
     def indices(self, epoch: int, start: int, stop: int) -> list[int]:
         known_epoch, first, known = self._window
         if epoch != known_epoch or start < first or stop > first + len(known):
-            end = min(max(stop, start + _WINDOW), self.order.dataset_size)
+            end = min(max(stop, start + _WINDOW), self.order.size(epoch))
             first, known = start, self.order.indices(epoch, start, end)
             self._window = (epoch, first, known)
         return known[start - first : stop - first].tolist()
@@ -64,17 +63,19 @@ class _Plan:
     """
 
     lookup: _Lookup
-    num_epochs: int
+    epochs: Epochs
     rank: int
     world_size: int
     global_batch_size: int
     micro_batch_size: int
+    is_whole: bool
+    """Whether a rank's share is one micro-batch, of whatever size."""
     num_shards: int | None = None
     """Logical shards instead of micro-batches: reproducible mode."""
 
     def tasks(self, position: Position) -> Iterator[Task | None]:
         """Yield all tasks to fetch, step by step; None for a step without one."""
-        while position.epoch < self.num_epochs:
+        while (position := self.next_step(position)).epoch < self.epochs.num_epochs:
             pieces = self.pieces(position)
             for piece in pieces:
                 yield self.task(position.epoch, piece, seeded=True)
@@ -101,65 +102,65 @@ class _Plan:
         offset, size = share(end - begin, self.world_size, self.rank)
         pieces: list[_Piece] = []
         start = begin + offset
-        for count in micro_batches(size, self.micro_batch_size):
+        limit = max(1, size) if self.is_whole else self.micro_batch_size
+        for count in micro_batches(size, limit):
             pieces.append(_Piece(shard_id=0, start=start, stop=start + count))
             start += count
         return pieces
 
+    def next_step(self, position: Position) -> Position:
+        return self.epochs.next_step(position, self.global_batch_size)
+
     def bounds(self, position: Position) -> tuple[int, int]:
-        return batch_bounds(position, self.lookup.order.dataset_size, self.global_batch_size)
+        return self.epochs.bounds(position, self.global_batch_size)
 
     def after(self, position: Position) -> Position:
-        return advance(position, self.lookup.order.dataset_size, self.global_batch_size)
+        return self.epochs.after(position, self.global_batch_size)
 
 
 @final
 class MapLoader:
     """A loader for map datasets; see `supple.train.data.loader.Loader` for the interface.
 
-    `dataset` has `__len__` and `__getitem__` (and perhaps `__getitems__`). With
-    `num_loader_processes`, samples are fetched ahead in that many processes, except for a plain
-    `TensorDataset`, whose batches are cheaper to index than to send. Random augmentation in such a
-    process depends on the seed and on the samples, not on the process.
+    `dataset` has `__getitem__` (and perhaps `__getitems__`). With `fetching.num_processes`, samples
+    are fetched ahead in that many processes, except for a plain `TensorDataset`, whose batches are
+    cheaper to index than to send. Random augmentation in such a process depends on the seed and on
+    the samples, not on the process.
     """
 
-    num_stats = 0
+    num_stats = 3
 
     def __init__(
         self,
         dataset: Any,
         *,
-        epochs: int,
-        shuffle: bool,
-        seed: int,
+        epochs: Epochs,
         collate_fn: Callable[[list[Any]], Any] | None = None,
-        num_loader_processes: int = 0,
+        fetching: Fetching,
         device: torch.device | None = None,
+        is_whole: bool = False,
     ) -> None:
         self._source = Source(dataset=dataset, collate_fn=collate_fn)
-        self._size = len(dataset)
-        if self._size == 0:
-            raise SpecError(
-                f"the dataset {type(dataset).__name__} is empty: its length is 0. There must be "
-                "at least one sample; check the path or the filter it was made with."
-            )
-        self.num_epochs = epochs
+        self._epochs = epochs
+        self.num_epochs = epochs.num_epochs
         self.position = Position()
         self._plan = _Plan(
-            lookup=_Lookup(SampleOrder(dataset_size=self._size, seed=seed, shuffle=shuffle)),
-            num_epochs=epochs,
+            lookup=_Lookup(epochs.order),
+            epochs=epochs,
             rank=0,
             world_size=1,
             global_batch_size=1,
             micro_batch_size=1,
+            is_whole=is_whole,
         )
         self._device = device
         self._prefetcher: Prefetcher | None = None
         self._prefetched: tuple[Position, _Plan] | None = None
         """Position and plan of the step whose first micro-batch the prefetcher returns next."""
-        if num_loader_processes > 0 and not self._source.is_in_memory:
-            pin = device is not None and device.type == "cuda"
-            self._prefetcher = Prefetcher(self._source, num_loader_processes, pin_memory=pin)
+        in_process = self._source.is_in_memory and fetching.worker_init_fn is None
+        if fetching.num_processes > 0 and not in_process:
+            self._prefetcher = Prefetcher(self._source, fetching)
+        self._pins = fetching.pin_memory and self._prefetcher is None
 
     def place(
         self,
@@ -170,13 +171,8 @@ class MapLoader:
         micro_batch_size: int,
     ) -> None:
         check_sizes(global_batch_size, micro_batch_size)
-        if position.offset >= self._size:
-            raise SpecError(
-                f"the run must go on from sample {position.offset} of an epoch, but the dataset "
-                f"has {self._size} samples. A run goes on with the data it began with: give the "
-                "same dataset, or start a new run."
-            )
-        self.position = position
+        self.position = self._epochs.counted(position)
+        self._refuse_other_data()
         self._plan = replace(
             self._plan,
             rank=rank,
@@ -193,38 +189,92 @@ class MapLoader:
         return self._hand_out(replace(self._plan, num_shards=num_logical_shards))
 
     def stats(self) -> list[float]:
-        return []
+        """Return 1, for the number of ranks, and two 12-bit parts of a hash of the epoch's order:
+        their sum over 4,096 ranks is exact in 32-bit floats."""
+        own = self._fingerprint()
+        return [1.0, float(own & 0xFFF), float(own >> 12 & 0xFFF)]
+
+    def check(self, summed_stats: Sequence[float]) -> None:
+        if [summed_stats[0] * own for own in self.stats()] != list(summed_stats):
+            raise SpecError(
+                f"the workers read their data in different orders in epoch {self.epoch}, which has "
+                f"{self._epochs.order.size(self.epoch)} samples on this one. Make the dataset and "
+                "its sampler alike on all workers: no choice may depend on a random source that is "
+                "not seeded, on the time, or on values that only one worker has."
+            )
 
     def commit(self, summed_stats: Sequence[float]) -> None:
-        self.position = self._plan.after(self.position)
+        self.position = self._plan.after(self._at)
+        if isinstance(self._epochs.order, ListedOrder):
+            self._epochs.order.forget_before(self.position.epoch)
         if self.done and self._prefetcher is not None:
             self._prefetcher.close()
 
     @property
     def planned_samples(self) -> int:
-        start, stop = self._plan.bounds(self.position)
-        return 0 if self.done else stop - start
+        if self.done:
+            return 0
+        start, stop = self._plan.bounds(self._at)
+        return stop - start
 
     @property
     def done(self) -> bool:
-        return self.position.epoch >= self.num_epochs
+        return self.epoch >= self.num_epochs
 
     @property
     def epoch(self) -> int:
-        return self.position.epoch
+        return self._at.epoch
 
     @property
     def samples_done(self) -> int:
-        return self.position.epoch * self._size + self.position.offset
+        return self._epochs.samples_done(self.position)
 
     @property
     def samples_total(self) -> int:
-        return self.num_epochs * self._size
+        return self._epochs.samples_total(self.position, self._plan.global_batch_size)
+
+    @property
+    def mean_batch_size(self) -> int:
+        """Mean length of a batch sampler's batches in the first epoch, rounded, at least 1."""
+        order = self._epochs.order
+        ends = order.ends(0)
+        return max(1, round(order.size(0) / (1 if ends is None else len(ends))))
+
+    @property
+    def _at(self) -> Position:
+        """The position at which the next step reads."""
+        return self._plan.next_step(self.position)
+
+    def _fingerprint(self) -> int:
+        order, epoch = self._epochs.order, self._at.epoch
+        if isinstance(order, ListedOrder):
+            return order.fingerprint(epoch)
+        return mix(order.seed, order.size(epoch))
+
+    def _refuse_other_data(self) -> None:
+        """Raise `SpecError` if the position is not one of this data."""
+        position, order = self.position, self._epochs.order
+        if not position.offset or position.epoch >= self.num_epochs:
+            return
+        size, ends = order.size(position.epoch), order.ends(position.epoch)
+        if position.offset >= size:
+            what = "dataset" if ends is None else "batch sampler's epoch"
+            raise SpecError(
+                f"the run must go on from sample {position.offset} of an epoch, but the {what} "
+                f"has {size} samples. A run goes on with the data it began with: give the "
+                "same dataset, or start a new run."
+            )
+        if ends is not None and self._epochs.has_own_cuts and position.offset not in ends:
+            raise SpecError(
+                f"the run must go on from sample {position.offset} of epoch {position.epoch}, but "
+                "no batch of the batch sampler begins there. A run goes on with the data it began "
+                "with: give the same batch sampler, or start a new run."
+            )
 
     def _hand_out(self, plan: _Plan) -> Iterator[MicroBatch]:
         if self.done:
             return
-        position = self.position
+        position = self._at
         if self._prefetcher is not None and self._prefetched != (position, plan):
             self._prefetcher.restart(plan.tasks(position))
         self._prefetched = None
@@ -236,7 +286,9 @@ class MapLoader:
             else:
                 task, data = self._prefetcher.next()
             if number == len(pieces):
-                self._prefetched = (plan.after(position), plan)
+                self._prefetched = (plan.next_step(plan.after(position)), plan)
+            if self._pins:
+                data = pinned(data)
             yield MicroBatch(
                 data=data if self._device is None else to_device(data, self._device),
                 num_samples=piece.stop - piece.start,
@@ -245,4 +297,4 @@ class MapLoader:
                 shard_id=piece.shard_id,
             )
         if not pieces:
-            self._prefetched = (plan.after(position), plan)
+            self._prefetched = (plan.next_step(plan.after(position)), plan)

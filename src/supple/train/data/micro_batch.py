@@ -1,6 +1,6 @@
 """`MicroBatch`: the samples of one forward and backward pass, as loaders yield them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,21 @@ def check_sizes(global_batch_size: int, micro_batch_size: int) -> None:
 
 def to_device(data: Any, device: torch.device) -> Any:
     """Return `data` with all tensors in tuples, lists and mappings moved to `device`."""
+    return _each_tensor(data, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def pinned(data: Any) -> Any:
+    """Return `data` with all tensors in tuples, lists and mappings in page-locked memory."""
+    return _each_tensor(data, Tensor.pin_memory)
+
+
+def _each_tensor(data: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(data, Tensor):
-        return data.to(device, non_blocking=True)
+        return change(data)
     if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(to_device(part, device) for part in data))
+        return type(data)(*(_each_tensor(part, change) for part in data))
     if isinstance(data, list | tuple):
-        return type(data)(to_device(part, device) for part in data)
+        return type(data)(_each_tensor(part, change) for part in data)
     if isinstance(data, Mapping):
-        return {key: to_device(part, device) for key, part in data.items()}
+        return {key: _each_tensor(part, change) for key, part in data.items()}
     return data

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data._utils import worker
 
 _PR_SET_PDEATHSIG = 1
 """Option of Linux's prctl(2): signal to receive when the parent thread ends."""
@@ -71,22 +72,39 @@ class Source:
         return collate(samples)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetching:
+    """How samples are fetched ahead, with the meaning of torch's `DataLoader` options."""
+
+    num_processes: int = 0
+    pin_memory: bool = False
+    worker_init_fn: Callable[[int], None] | None = None
+    prefetch_factor: int | None = None
+    """Tasks for each process; None: torch's default."""
+    timeout_s: float = 0.0
+    """0: no limit."""
+    seed: int = 0
+    """Seed of the numbers in `torch.utils.data.get_worker_info().seed`."""
+
+
 @final
 class Prefetcher:
-    """Fetches the tasks of the current plan, in order, in `num_loader_processes` processes."""
+    """Fetches the tasks of the current plan, in order, in the processes of `fetching`."""
 
-    def __init__(self, source: Source, num_loader_processes: int, *, pin_memory: bool) -> None:
+    def __init__(self, source: Source, fetching: Fetching) -> None:
         self._plan = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._queue = _Queue(self._plan)
         self._loader: DataLoader[Any] = DataLoader(
             _Numbered(source, self._plan),
             sampler=self._queue,  # pyright: ignore[reportArgumentType]
             batch_size=None,
-            num_workers=num_loader_processes,
+            num_workers=fetching.num_processes,
             collate_fn=_unchanged,
-            pin_memory=pin_memory,
-            worker_init_fn=_EndWithParent() if num_loader_processes > 0 else None,
-            generator=torch.Generator().manual_seed(0),
+            pin_memory=fetching.pin_memory,
+            worker_init_fn=_FirstInProcess(source.dataset, fetching.worker_init_fn),
+            prefetch_factor=fetching.prefetch_factor,
+            timeout=fetching.timeout_s,
+            generator=torch.Generator().manual_seed(fetching.seed),
             # Only a forked process has the definitions of the user's script.
             multiprocessing_context="fork" if sys.platform == "linux" else None,
         )
@@ -162,22 +180,31 @@ class _Numbered(Dataset[Any]):
 
 
 @final
-class _EndWithParent:
-    """Runs first in every fetching process and makes it end with its parent process.
+class _FirstInProcess:
+    """Runs first in every fetching process, then calls the script's `worker_init_fn`.
 
-    It has inherited its parent's connections; while they are open, peers do not detect the parent's
-    death.
+    It makes the process end with its parent, whose connections it has inherited: while they are
+    open, peers do not detect the parent's death. It makes `torch.utils.data.get_worker_info()` give
+    the script's dataset, not the one that takes tasks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dataset: Any, then: Callable[[int], None] | None) -> None:
         self._parent = os.getpid()
+        self._dataset = dataset
+        self._then = then
 
-    def __call__(self, _number: int) -> None:
-        if sys.platform != "linux":
-            return
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != self._parent:  # the parent ended before the call to prctl
-            os._exit(1)
+    def __call__(self, number: int) -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != self._parent:  # the parent ended before the call to prctl
+                os._exit(1)
+        info = worker.get_worker_info()
+        if info is not None:
+            worker._worker_info = worker.WorkerInfo(
+                id=info.id, num_workers=info.num_workers, seed=info.seed, dataset=self._dataset
+            )
+        if self._then is not None:
+            self._then(number)
 
 
 def _unchanged(result: Any) -> Any:

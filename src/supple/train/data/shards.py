@@ -22,7 +22,7 @@ from supple.core.job.order import (
     share,
 )
 from supple.core.spec import SpecError
-from supple.train.data.micro_batch import MicroBatch, check_sizes, to_device
+from supple.train.data.micro_batch import MicroBatch, check_sizes, pinned, to_device
 
 Shard = Iterable[Any] | Callable[[], Iterable[Any]]
 """A re-iterable, or a function returning an iterable; the same samples every time."""
@@ -45,6 +45,7 @@ class ShardLoader:
         seed: int,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         device: torch.device | None = None,
+        pin_memory: bool = False,
     ) -> None:
         for number, shard in enumerate(shards):
             if isinstance(shard, Iterator):
@@ -59,6 +60,7 @@ class ShardLoader:
         self._order = SampleOrder(dataset_size=len(shards), seed=seed, shuffle=shuffle)
         self._collate = collate_fn or default_collate
         self._device = device
+        self._pins = pin_memory
         self._rank, self._world_size = 0, 1
         self._global_batch_size = self._micro_batch_size = 1
         self._assignment: tuple[tuple[int, ...], ...] = ()
@@ -106,6 +108,7 @@ class ShardLoader:
             used += len(samples)
             if samples:
                 data = self._collate(samples)
+                data = pinned(data) if self._pins else data
                 yield MicroBatch(
                     data=data if self._device is None else to_device(data, self._device),
                     num_samples=len(samples),
@@ -136,6 +139,9 @@ class ShardLoader:
         for shard, reader in self._readers.items():
             used[shard] = float(reader.num_taken)
         return used + [float(shard in self._found_ended) for shard in range(len(self._shards))]
+
+    def check(self, summed_stats: Sequence[float]) -> None:
+        """Do nothing: each rank reads its own shards."""
 
     def commit(self, summed_stats: Sequence[float]) -> None:
         num = len(self._shards)

@@ -66,7 +66,8 @@ class LayerProbe:
 
     def micro_batches(self, recipe: Recipe) -> Generator[MicroBatch, None, None]:
         options, self._recipe = recipe.batches, recipe
-        loader = replace(options, num_loader_processes=0).loader(recipe.seed)
+        options = replace(options, num_loader_processes=0)
+        loader = options.loader(recipe.seed, to_measure=True)
         known = loader.samples_total
         self._total = known or options.batch_size
         largest = min(

@@ -166,7 +166,8 @@ class MemoryTracer:
 
     def micro_batches(self, recipe: Recipe) -> Generator[MicroBatch, None, None]:
         options, self._optimizer = recipe.batches, recipe.optimizer
-        loader = replace(options, epochs=1, num_loader_processes=0).loader(recipe.seed)
+        options = replace(options, epochs=1, num_loader_processes=0)
+        loader = options.loader(recipe.seed, to_measure=True)
         if not self.found:
             self.batch_size, self.dataset_size = options.batch_size, loader.samples_total
             self.pending = _sizes(options.micro_batch_size or options.batch_size, self.dataset_size)

@@ -114,7 +114,7 @@ class Probe:
 
     def micro_batches(self, recipe: Recipe) -> Generator[MicroBatch, None, None]:
         options, optimizer = recipe.batches, recipe.optimizer
-        loader = replace(options, epochs=_ENDLESS).loader(recipe.seed)
+        loader = replace(options, epochs=_ENDLESS).loader(recipe.seed, to_measure=True)
         start = loader.position
         total = loader.samples_total
         size = options.batch_size if total is None else max(1, total // _ENDLESS)

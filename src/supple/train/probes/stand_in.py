@@ -9,14 +9,16 @@ import operator
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
-from typing import Any, Protocol, final
+from typing import Any, Protocol, Unpack, final
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from supple.train.data.batches import Batches
 from supple.train.data.loader import MicroBatch
+from supple.train.data.options import DataOptions
 from supple.train.job_protocol import JobProtocol, Params, Schedule, Weight
-from supple.train.recipe import Batches, Hand, Recipe, no_batch_taken
+from supple.train.recipe import Hand, Recipe, no_batch_taken
 from supple.train.reporter import numbers
 from supple.train.script import run
 
@@ -99,16 +101,25 @@ class StandIn:
         self,
         dataset: Any,
         *,
-        batch_size: int,
+        batch_size: int | None = None,
         epochs: int = 1,
-        shuffle: bool = True,
+        shuffle: bool | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
         micro_batch_size: int | None = None,
+        **options: Unpack[DataOptions],
     ) -> Iterator[Any]:
-        sizes = num_workers, micro_batch_size
-        options = Batches(dataset, batch_size, epochs, shuffle, collate_fn, *sizes)
-        self._recipe.take_batches(options)
+        batches = Batches.of(
+            dataset,
+            batch_size=batch_size,
+            epochs=epochs,
+            shuffle=shuffle,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            micro_batch_size=micro_batch_size,
+            options=options,
+        )
+        self._recipe.take_batches(batches)
         with closing(self._instrument.micro_batches(self._recipe)) as given:
             for micro in given:
                 yield from self._hand.give(micro)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from supple.core.job.order import mix
-from supple.core.spec import TrainSpec
+from supple.core.spec import SpecError, TrainSpec
 from supple.core.training.noise import NoiseState, update
 from supple.train.data.loader import Loader, MicroBatch
 from supple.train.generation.group import Group
@@ -264,6 +264,7 @@ class StepEngine:
         self._clip_norm = clip_norm
         stats = self._reducer.finish()
         self.meter.lap("sync")
+        self._refuse_other_data(stats)
         self._correct_weights(stats[_WEIGHT])
         if self._must_skip(stats, self._rate.at(self.step, fraction)):
             self._reducer.discard()
@@ -296,6 +297,14 @@ class StepEngine:
         clip = (0.0, 0.0) if self._clip_norm is None else (1.0, self._clip_norm)
         measured = self._loss_sum, sq_norm, num_parts
         return *weights, float(heard), *measured, *clip, *self._loader.stats()
+
+    def _refuse_other_data(self, stats: Sequence[float]) -> None:
+        """Raise `SpecError` if ranks read their data in different orders; nothing is changed."""
+        try:
+            self._loader.check(stats[_NUM_STATS:])
+        except SpecError:
+            self._reducer.discard()
+            raise
 
     def _must_skip(self, stats: Sequence[float], lr: float) -> bool:
         loss = 0.0
