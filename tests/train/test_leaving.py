@@ -193,7 +193,7 @@ def test_a_worker_whose_dataset_raised_saves_when_it_is_asked(
             for x, y in job.batches(data, batch_size=8, micro_batch_size=2):
                 take_step(job, model, F.mse_loss(model(x), y), held)
         except RuntimeError:
-            assert job.committed_step == 3
+            assert job.holder.committed_step == 3
             job.outlive()
             raise LeaveLoop from None
 
@@ -228,7 +228,7 @@ def test_a_state_that_an_update_was_torn_in_is_not_offered(worlds: list[World]) 
             for x, y in job.batches(DATA, batch_size=8):
                 job.step(F.mse_loss(model(x), y))
         except RuntimeError:
-            steps.append(job.committed_step)
+            steps.append(job.holder.committed_step)
             raise LeaveLoop from None
 
     world = World("torn", train)
@@ -262,9 +262,9 @@ def test_a_worker_that_hangs_in_its_dataset_is_saved_from_another_thread(
     assert job.membership is not None
     assert faulty[0].reached.wait(30)
     assert job.activity[0] == "data"
-    job.membership.save_beside(job)  # nobody has asked
+    job.membership.save_beside(job.holder)  # nobody has asked
     world.mailboxes["a"].post(command(SaveCheckpoint, "hang"))
-    job.membership.save_beside(job)
+    job.membership.save_beside(job.holder)
     assert world.wait("a", CheckpointSaved).step == 3
     step, weights = loaded(tmp_path)
     assert step == 3
@@ -293,7 +293,7 @@ def test_in_the_scripts_own_code_nobody_saves_beside(worlds: list[World], tmp_pa
     assert job.activity[0] == "script"
     assert job.membership is not None
     world.mailboxes["a"].post(command(SaveCheckpoint, "script"))
-    job.membership.save_beside(job)
+    job.membership.save_beside(job.holder)
     events: list[Event] = world.mailboxes["a"].collect(0.0)[0]
     assert not any(isinstance(event, CheckpointSaved) for event in events)
     world.abort(1, ["a"])

@@ -215,7 +215,7 @@ def test_two_optimizers_of_one_model_step_together() -> None:
     found: list[Tensor] = []
     job = alone(lambda job: found.append(two_optimizers(job)))
     close(found[0], flat(model))
-    names = [name for name, *_ in job.state.describe(job.scalars())["tensors"]]
+    names = [name for name, *_ in job.holder.state.describe(job.holder.scalars())["tensors"]]
     assert sum(name.startswith("optimizer/") for name in names) == 3 * len(vectors)
 
 

@@ -105,7 +105,9 @@ class WorkerBody:
         job = self._job
         if isinstance(action, SaveCheckpoint) and job is not None and job.membership is not None:
             # The training thread may hang in the dataset and never read its commands.
-            beside = threading.Thread(target=job.membership.save_beside, args=(job,), daemon=True)
+            beside = threading.Thread(
+                target=job.membership.save_beside, args=(job.holder,), daemon=True
+            )
             beside.start()
 
     @ray.method(concurrency_group="poll")
@@ -218,7 +220,7 @@ class WorkerBody:
 
     def _lost(self, cause: LossCause, detail: str) -> WorkerLost:
         job = self._job
-        step = None if job is None else job.committed_step
+        step = None if job is None else job.holder.committed_step
         return WorkerLost(
             job_id=JobId(self._setup.spec.name),
             generation=0 if job is None else job.generation,

@@ -6,35 +6,42 @@ the effects, and waits. When it becomes a member, it receives its peers' train s
 the middle of the run. All changes of the membership happen inside `job.step`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, Unpack, final
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from supple.core.job.order import micro_batches, mix, rank_shards, share
+from supple.core.job.order import mix, share
 from supple.core.spec import TrainSpec
 from supple.core.types import Doing, Progress
 from supple.train.checkpoint.saver import Saver
 from supple.train.checkpoint.store import CheckpointStore
 from supple.train.data.batches import Batches, refuse_adaptive
-from supple.train.data.loader import Loader, MicroBatch, fraction_done
+from supple.train.data.loader import MicroBatch
 from supple.train.data.options import DataOptions
 from supple.train.generation.activity import Activity
 from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.generation.member import Elastic, LeaveLoop, Membership
+from supple.train.holder import StateHolder
 from supple.train.job_protocol import JobProtocol, Params, Schedule, Weight
 from supple.train.ledger import Ledger
 from supple.train.optimizers import members_of
-from supple.train.own_steps import refuse_sparse
+from supple.train.own_steps import refuse_foreign_steps, refuse_sparse
 from supple.train.recipe import Hand, Recipe
 from supple.train.rehearsal import Rehearsal
 from supple.train.reporter import Reporter
 from supple.train.script import StepShare
 from supple.train.seeding import seed_everything
-from supple.train.state import TrainState
 from supple.train.step.engine import StepEngine, TrainingError
-from supple.train.step.updates import MOST, Updates
+from supple.train.step.updates import Updates
+
+_LEFT = (
+    "job.batches was called again after the loop was left early (break): the workers would read "
+    "different batches. Let the loop run to its end, or leave the training function; "
+    "--max-steps ends a run early."
+)
 
 
 @final
@@ -63,18 +70,13 @@ class Job(JobProtocol):
         listeners = [elastic.mailbox.publish] if elastic else []
         self._reporter = Reporter(*listeners, *([observe] if observe else []))
         self._recipe = Recipe(self._spec.seed, self._spec.lr_rule)
+        self.holder = StateHolder(self._spec, self._recipe, self.saver, lambda: self.generation)
         self._hand = Hand()
-        self._loader: Loader  # set by `batches`, as is `_state`
-        self._state: TrainState
-        self._micro_limit = 0
-        self._global_batch = 0
         self._workers_of_nodes: tuple[int, ...] = (1,)
-        self._engine: StepEngine | None = None
-        self._has_state = False
         self._rehearsing = False
         self._in_turns = False
         """The script makes several updates in a step: found in the rehearsal."""
-        self._in_loop = self._in_step = self._is_called = False
+        self._in_loop = self._has_left = self._is_called = False
         self._replaced = False
 
     # -- the user's five lines -------------------------------------------------------------
@@ -109,41 +111,54 @@ class Job(JobProtocol):
         micro_batch_size: int | None = None,
         **options: Unpack[DataOptions],
     ) -> Iterator[Any]:
-        recipe, batches = (
-            self._recipe,
-            Batches.of(
-                dataset,
-                batch_size=batch_size,
-                epochs=epochs,
-                shuffle=shuffle,
-                collate_fn=collate_fn,
-                num_workers=num_workers,
-                micro_batch_size=micro_batch_size,
-                options=options,
-            ),
+        batches = Batches.of(
+            dataset,
+            batch_size=batch_size,
+            epochs=epochs,
+            shuffle=shuffle,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            micro_batch_size=micro_batch_size,
+            options=options,
         )
         refuse_adaptive(batches, self._spec.batch)
-        self._loader = recipe.take_batches(batches)
-        self._global_batch = int(recipe.batches.batch_size)
-        self._micro_limit = micro_batch_size or self._global_batch
-        self._state = TrainState(recipe.model, recipe.optimizer, recipe.kept)
+        if self._has_left:
+            raise TrainingError(_LEFT)
+        is_first = not self.took_batches
+        if is_first:
+            self.holder.prepare(batches)
+        else:
+            self.holder.next_round(batches)
+        with refuse_foreign_steps(self.holder.state.optimizer, sys._getframe().f_back):
+            try:
+                if is_first:
+                    yield from self._begin()
+                if not self.holder.is_behind:
+                    yield from self._round()
+            except GeneratorExit:
+                self._has_left = True
+                self.leave_loop()
+                raise
+        self._recipe.end_round()
+
+    def _begin(self) -> Iterator[Any]:
+        """Rehearse, and join or begin the run."""
         yield from self._rehearse()
         if self._membership is None:
-            self.begin(self._spec.resume)
+            self.holder.begin(self._spec.resume)
             self._place()
         else:
             self._membership.ready()
             self._join()
+
+    def _round(self) -> Iterator[Any]:
+        """Train until all samples of the script's call of `batches` are used."""
         self._in_loop = True
-        try:
-            while True:
-                while not self._is_done():
-                    yield from self._one_step()
-                if self._pass_fence() and self._save_last():
-                    break
-        except GeneratorExit:
-            self.leave_loop()
-            raise
+        while True:
+            while not self.holder.is_done:
+                yield from self._one_step()
+            if self.holder.is_behind or (self._pass_fence() and self._save_last()):
+                break
         self._in_loop = False
         self._activity.enter("after")
 
@@ -176,7 +191,7 @@ class Job(JobProtocol):
         return committed
 
     def report(self, **metrics: Tensor | float) -> None:
-        if not self._rehearsing:
+        if not self._rehearsing and not self.holder.is_behind:
             self._reporter.note(metrics)
 
     @property
@@ -195,7 +210,7 @@ class Job(JobProtocol):
 
     @property
     def is_leading(self) -> bool:
-        return self._has_state and self.rank == 0
+        return self.holder.has_state and not self.holder.is_behind and self.rank == 0
 
     @property
     def micro_batch_size(self) -> int:
@@ -205,7 +220,7 @@ class Job(JobProtocol):
     def activity(self) -> tuple[Doing, float]:
         """The training thread's activity, and its duration in seconds."""
         doing, since_s = self._activity.report
-        return ("update" if self._engine and self._engine.is_updating else doing), since_s
+        return ("update" if self.holder.is_updating else doing), since_s
 
     @property
     def membership(self) -> Membership | None:
@@ -218,25 +233,25 @@ class Job(JobProtocol):
 
     @property
     def step_count(self) -> int:
-        return 0 if self._engine is None else self._engine.step
+        return self.holder.step
 
     @property
     def epoch(self) -> int:
-        return self._loader.epoch if self.took_batches else 0
+        return self.holder.loader.epoch if self.took_batches else 0
 
     @property
     def lr(self) -> float:
-        return self._recipe.rate.at(self.step_count, self._fraction())
+        return self._recipe.rate.at(self.step_count, self.holder.fraction)
 
     @property
     def step_share(self) -> StepShare:
         """This worker's part of the step in flight, or of the rehearsed one."""
-        batch, ranks, rank = self._global_batch, self.world_size, self.rank
-        step = self._loader.planned_samples
+        batch, ranks, rank = self.holder.global_batch, self.world_size, self.rank
+        step = self.holder.loader.planned_samples
         if self._rehearsing and not self._recipe.batches.has_batch_sampler:
             ranks = 1 if self._elastic is None else self._elastic.rehearsal_size
             step = batch
-        total = self._loader.samples_total
+        total = self.holder.loader.samples_total
         return StepShare(
             micro_batch=self._hand.size,
             own=share(step, ranks, rank)[1],
@@ -250,14 +265,13 @@ class Job(JobProtocol):
 
     @property
     def _steps(self) -> StepEngine:
-        assert self._engine is not None, "our bug: there are no steps before the first batch"
-        return self._engine
+        return self.holder.engine
 
     def _one_step(self) -> Iterator[Any]:
         self._replaced = False
         any_batch = False
         self._activity.enter("data")
-        self._in_step = True
+        self.holder.in_step = True
         for micro in self._steps.micro_batches(alone=self.world_size == 1):
             self._activity.enter("script")
             any_batch = True
@@ -279,13 +293,13 @@ class Job(JobProtocol):
         self._between_steps()
 
     def _commit(self, clip_norm: float | None) -> bool:
-        return self._end_step(lambda: self._steps.commit(clip_norm, self._fraction()))
+        return self._end_step(lambda: self._steps.commit(clip_norm, self.holder.fraction))
 
     def _end_updates(self, *, has_samples: bool) -> bool:
         """End a step of several updates; on a rank without samples, make them first."""
         steps = self._steps
         end = steps.end_updates if has_samples else steps.follow_updates
-        return self._end_step(lambda: end(self._group, self._heard_of_next, self._fraction()))
+        return self._end_step(lambda: end(self._group, self._heard_of_next, self.holder.fraction))
 
     def _end_step(self, end: Callable[[], bool]) -> bool:
         """Call `end`, which returns whether a rank has heard of a next generation; return whether
@@ -295,7 +309,7 @@ class Job(JobProtocol):
             someone_heard = end()
         except CollectiveFailed as failure:
             return self._abandon(str(failure))
-        self._in_step, self._is_called = False, someone_heard
+        self.holder.in_step, self._is_called = False, someone_heard
         self._publish()
         return True
 
@@ -326,7 +340,7 @@ class Job(JobProtocol):
             self._activity.enter("backward")
             steps.backward(loss, micro, group, heard, weight=weight, optimizer=optimizer)
             self._activity.enter("waiting")
-            steps.close_update(optimizer, clip_norm, self._fraction())
+            steps.close_update(optimizer, clip_norm, self.holder.fraction)
         except CollectiveFailed as failure:
             return self._abandon(str(failure))
         return True
@@ -335,7 +349,7 @@ class Job(JobProtocol):
         """Save or rejoin between two steps. The script has finished its work on the last step, so
         its kept objects (`job.keep`) and the weights are of the same step."""
         if self.rank == 0 and self.saver.due():
-            self.saver.save_async(self._state, self.scalars(), self.generation)
+            self.saver.save_async(self.holder.state, self.holder.scalars(), self.generation)
             self._steps.meter.restart()
         if self._is_called:
             self._is_called = False
@@ -357,34 +371,27 @@ class Job(JobProtocol):
 
     def _rehearse(self) -> Iterator[Any]:
         """Run one step on a real batch, undo its effects, and make the step engine."""
-        rehearsal = Rehearsal(self._state)
+        rehearsal = Rehearsal(self.holder.state)
         size = 1 if self._elastic is None else self._elastic.rehearsal_size
-        _, rehearsed = share(self._global_batch, size, 0)
+        _, rehearsed = share(self.holder.global_batch, size, 0)
         ranks = size if self._recipe.batches.has_batch_sampler else 1
-        self._loader.place(self._loader.position, 0, ranks, rehearsed, self._micro_limit)
+        self.holder.loader.place(
+            self.holder.loader.position, 0, ranks, rehearsed, self.holder.micro_limit
+        )
         self._activity.enter("data")
-        micro = next(iter(self._loader.feed()))
+        micro = next(iter(self.holder.loader.feed()))
         self._activity.enter("script")
         self._rehearsing = True
         yield from self._hand.give(micro)
         self._rehearsing = False
-        recipe, changed = self._recipe, rehearsal.undo()
-        self._engine = StepEngine(
-            self._spec,
-            recipe.model,
-            self._state.optimizer,
-            self._loader,
-            recipe.rate,
-            changed,
-            in_turns=self._in_turns,
-        )
+        self.holder.make_engine(rehearsal.undo(), in_turns=self._in_turns)
 
     def _rehearse_update(self, loss: Tensor, optimizer: Optimizer | None) -> None:
-        everything = self._state.optimizer
+        everything = self.holder.state.optimizer
         if optimizer is not None:
             Updates(members_of(everything)).index_of(optimizer)
         loss.backward()
-        refuse_sparse(self._state.model)
+        refuse_sparse(self.holder.state.model)
         (optimizer or everything).step()
         if self._in_turns:
             everything.zero_grad()
@@ -394,55 +401,43 @@ class Job(JobProtocol):
         The script may change the weights now, so rank 0 copies them at once and writes the copy in
         the background."""
         was_in_loop, self._in_loop = self._in_loop, False
-        if self._membership is None or self.committed_step is None or not was_in_loop:
+        if self._membership is None or self.holder.committed_step is None or not was_in_loop:
             return
         self._activity.enter("after")
         self._membership.report_left_loop(self.step_count)
-        self._undo_step()
+        self.holder.undo_step()
         self._publish(force=True)
         if self.rank == 0:
-            self.saver.save_on_leave(self._state, self.scalars(), self.generation)
+            self.saver.save_on_leave(self.holder.state, self.holder.scalars(), self.generation)
 
     def outlive(self) -> None:
         """After the script raised: save this worker's state on request, until it is stopped."""
         self._in_loop = False
         if self._membership is not None:
-            self._membership.outlive(self)
-
-    def _undo_step(self) -> None:
-        """Discard the step in flight, unless its update has begun."""
-        if self._in_step and not self._steps.is_updating:
-            self._in_step = False
-            self._steps.abandon()
+            self._membership.outlive(self.holder)
 
     def _rejoin(self, error: str) -> None:
         assert self._membership is not None
-        self._in_step = False
+        self.holder.in_step = False
         self._membership.leave(self.step_count, error)
         self._join()
 
     def _join(self) -> None:
         assert self._membership is not None
         try:
-            agreed = self._membership.join_next(self)
+            agreed = self._membership.join_next(self.holder)
         except LeaveLoop:
             self._in_loop = False
             raise
         self._workers_of_nodes = agreed.workers_of_nodes
-        self._set_global_batch(agreed.global_batch_size or self._recipe.rate.base_batch)
+        self.holder.set_global_batch(agreed.global_batch_size or self._recipe.rate.base_batch)
         self._place()
         if not self._spec.reproducible:
             seed_everything(mix(self._spec.seed, self.generation, self.rank))
 
     def _place(self) -> None:
-        place = self._loader.position, self.rank, self.world_size
-        self._loader.place(*place, self._global_batch, self._micro_limit)
+        self.holder.place(self.rank, self.world_size)
         self._replaced = True
-        self._steps.meter.forget()
-
-    def _is_done(self) -> bool:
-        limit = self._spec.max_steps
-        return self._loader.done or (limit is not None and self.step_count >= limit)
 
     def _pass_fence(self) -> bool:
         """Wait until all ranks have the last step; return whether this rank may leave the loop."""
@@ -456,7 +451,7 @@ class Job(JobProtocol):
         self._publish(force=True)
         if self.rank == 0:
             self._activity.enter("saving")
-            self.saver.save_final(self._state, self.scalars(), self.generation)
+            self.saver.save_final(self.holder.state, self.holder.scalars(), self.generation)
         return self._meet(0.0) is not None
 
     def _meet(self, number: float) -> float | None:
@@ -471,87 +466,19 @@ class Job(JobProtocol):
             self._rejoin(str(failure))
             return None
 
-    # -- the holder of the train state (see supple.train.generation.member.Holder) -----
-
-    @property
-    def committed_step(self) -> int | None:
-        return self.step_count if self._has_state and not self._steps.is_updating else None
-
-    @property
-    def version(self) -> int | None:
-        step = self.committed_step
-        return None if step is None else step * MOST + self._steps.updates.done
-
-    @property
-    def state(self) -> TrainState:
-        return self._state
-
-    def scalars(self) -> dict[str, Any]:
-        """Return the train state without tensors and optimizer settings, as JSON values."""
-        return self._steps.to_json() | {
-            "position": self._loader.position.to_json(),
-            "global_batch_size": self._global_batch,
-            "rate": self._recipe.rate.to_json(),
-        }
-
-    def adopt(self, scalars: Mapping[str, Any]) -> None:
-        """Set the job's scalars to those of the received state, whose tensors are in place."""
-        self._steps.from_json(scalars)
-        self._loader.position = type(self._loader.position).from_json(scalars["position"])
-        self._global_batch = int(scalars["global_batch_size"])
-        self._recipe.rate.from_json(scalars["rate"])
-        self._has_state = True
-
-    def begin(self, restore: str | None) -> None:
-        """Begin with the state of checkpoint `restore`, or with the initial state."""
-        if restore is not None:
-            is_named = restore == self._spec.resume
-            self.saver.restore(restore, self._state, self._take, is_named=is_named)
-        self._state.spare.clear()
-        self._has_state = True
-
-    def _take(self, scalars: Mapping[str, Any]) -> None:
-        """Adopt a checkpoint's scalars. Raises `SpecError` if their position is of other data."""
-        self.adopt(scalars)
-        self._loader.place(self._loader.position, 0, 1, self._global_batch, self._micro_limit)
-
-    def save(self) -> str | None:
-        """Save durably and return the path; None if this step was saved and reported before."""
-        self._undo_step()
-        return self.saver.save_now(self._state, self.scalars(), self.generation)
-
-    # -- batch size, learning rate, progress -------------------------------------------------
-
-    def _set_global_batch(self, size: int) -> None:
-        if size != self._global_batch:
-            noise_scale = self._steps.noise.noise_scale
-            self._recipe.rate.change_batch(size, step=self.step_count, noise_scale=noise_scale)
-            self._global_batch = size
-
-    def _fraction(self) -> float:
-        if not self.took_batches:
-            return 0.0
-        return fraction_done(self._loader, self.step_count, self._spec.max_steps)
+    # -- progress ----------------------------------------------------------------------------
 
     def _publish(self, *, force: bool = False) -> None:
         if self.rank != 0 or not (force or self._reporter.is_due()):
             return
         self._reporter.report(
             self._steps,
-            self._loader,
+            self.holder.loader,
             self._recipe.rate,
             generation=self.generation,
             workers_of_nodes=self._workers_of_nodes,
-            global_batch_size=self._global_batch,
-            micro_batches=self._cut(),
-            largest_micro_batch=self._micro_limit,
+            global_batch_size=self.holder.global_batch,
+            micro_batches=self.holder.cut(self.rank, self.world_size),
+            largest_micro_batch=self.holder.micro_limit,
             lr=self.lr,
         )
-
-    def _cut(self) -> list[int]:
-        """Return the size in samples of each of this rank's micro-batches in a full step."""
-        batch, size, rank = self._global_batch, self.world_size, self.rank
-        if self._spec.reproducible:
-            shards = rank_shards(batch, self._spec.num_logical_shards, size, rank)
-            return [num_samples for _, _, num_samples in shards]
-        return list(micro_batches(share(batch, size, rank)[1], self._micro_limit))

@@ -2,12 +2,16 @@
 what is learned."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from supple.train.optimizers import AnyOptimizer, members_of, params_of
 from supple.train.step.finite import TrainingError
 
 
@@ -45,6 +49,46 @@ def refuse_other_steps(optimizer: Optimizer, is_ours: Callable[[], bool]) -> Non
             )
 
     optimizer.register_step_pre_hook(check)
+
+
+@contextmanager
+def refuse_foreign_steps(own: AnyOptimizer, caller: FrameType | None) -> Iterator[None]:
+    """In the block, let the script's steps of other optimizers raise `TrainingError`: the
+    parameters that they train would differ between workers, and be neither saved nor moved.
+
+    `caller`: the frame that takes the batches. Only steps below its function are the loop's: after
+    an exception, a traceback may keep the block open. An optimizer of plain tensors (an adversarial
+    input, a latent) is the script's own business.
+    """
+    members = members_of(own)
+    while caller is not None and caller.f_code.co_flags & inspect.CO_GENERATOR:
+        caller = caller.f_back  # a progress bar's generator
+
+    def check(optimizer: Optimizer, _args: Any, _options: Any) -> None:
+        if any(optimizer is member for member in members) or not _is_running(caller):
+            return
+        if any(isinstance(param, nn.Parameter) for param in params_of(optimizer)):
+            raise TrainingError(
+                f"the loop stepped an optimizer, {type(optimizer).__name__}, that job.optimizer "
+                "did not make: the parameters it trains would be different on every worker, and "
+                "neither saved nor moved to a worker that joins. Make their model by "
+                "job.model(build, name=...), the optimizer by job.optimizer(..., model=...), and "
+                "step it by job.step(loss, optimizer=...)."
+            )
+
+    handle = register_optimizer_step_pre_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _is_running(frame: FrameType | None) -> bool:
+    """Return whether `frame` is one of the callers of this function."""
+    current = inspect.currentframe()
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is not None
 
 
 def refuse_sparse(model: nn.Module) -> None:

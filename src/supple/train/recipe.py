@@ -39,6 +39,7 @@ class Recipe:
         self._optimizers: list[Optimizer] = []
         self._rates: list[LearningRate] = []
         self._random_state: torch.Tensor | None = None
+        self._in_round = False
 
     def build_model(self, build: Callable[[], nn.Module], name: str = "model") -> nn.Module:
         self._refuse_in_loop("model")
@@ -124,8 +125,7 @@ class Recipe:
         """Record the arguments of `job.batches` and return their loader: the loop begins."""
         if not self._optimizers:
             raise TrainingError("job.batches was called before job.model and job.optimizer.")
-        if self.took_batches:
-            raise TrainingError("job.batches was called twice: a job has one training loop.")
+        self._refuse_in_round()
         for optimizer in self._optimizers:
             refuse_scheduler(optimizer)
         loader = batches.loader(self.seed)
@@ -133,6 +133,38 @@ class Recipe:
         self.rate.base_batch = int(self.batches.batch_size)
         self._stated.add("batches")
         return loader
+
+    def take_round(self, batches: Batches, max_steps: int | None) -> None:
+        """Record a further call of `job.batches`. Raises `TrainingError` if it differs from the
+        first, or if a schedule needs the length of the run."""
+        self._refuse_in_round()
+        first = self.batches
+        if not batches.is_like(first):
+            raise TrainingError(
+                "job.batches was called again with other arguments: a job trains on one dataset, "
+                "with one batch size. Give the same object and the same options in every epoch, "
+                "made before the loop over epochs."
+            )
+        if max_steps is None and any(rate.schedule is not constant for rate in self._rates):
+            raise TrainingError(
+                "job.batches was called once for each epoch, and the schedule of the learning rate "
+                "is a function of the fraction of the run: nobody knows how many epochs follow. "
+                "Write one loop, for batch in job.batches(..., epochs=10), and read the epoch as "
+                "job.epoch; or give --max-steps."
+            )
+
+    def end_round(self) -> None:
+        """The loop over the batches has ended."""
+        self._in_round = False
+
+    def _refuse_in_round(self) -> None:
+        """Begin a loop. Raises `TrainingError` if another has not ended."""
+        if self._in_round:
+            raise TrainingError(
+                "job.batches was called again before its loop had ended: a job has one loop at a "
+                "time. Call it once for the whole run, or once for each epoch after the other."
+            )
+        self._in_round = True
 
     @property
     def took_batches(self) -> bool:

@@ -57,6 +57,21 @@ class Batches:
     def has_batch_sampler(self) -> bool:
         return "batch_sampler" in self.options
 
+    def is_like(self, other: "Batches") -> bool:
+        """Whether two calls of `job.batches` were given the same objects and sizes."""
+        options, others = dict(self.options), dict(other.options)
+        same_options = options.keys() == others.keys() and all(
+            value is others[name] or (isinstance(value, bool | int | str) and value == others[name])
+            for name, value in options.items()
+        )
+        sizes = replace(self, dataset=None, options={}, batch_size=0)
+        return (
+            same_options
+            and self.dataset is other.dataset
+            and (self.has_batch_sampler or self.batch_size == other.batch_size)
+            and sizes == replace(other, dataset=None, options={}, batch_size=0)
+        )
+
     def sized(self, loader: Loader) -> "Batches":
         """Return the arguments with the batch size that `loader` has found, if none was given."""
         if self.batch_size or not isinstance(loader, MapLoader):

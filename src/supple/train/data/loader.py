@@ -61,6 +61,10 @@ class Loader(Protocol):
         that is not empty. Raises `SpecError` for iterable shards."""
         ...
 
+    def extend(self, num_epochs: int) -> None:
+        """Set the number of epochs; call it when `done`."""
+        ...
+
     @property
     def planned_samples(self) -> int:
         """Samples planned for the next step on all ranks together; 0 when done. Fewer may come if

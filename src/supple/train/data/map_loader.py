@@ -210,6 +210,13 @@ class MapLoader:
         if self.done and self._prefetcher is not None:
             self._prefetcher.close()
 
+    def extend(self, num_epochs: int) -> None:
+        self._epochs = replace(self._epochs, num_epochs=num_epochs)
+        self.num_epochs = num_epochs
+        self._plan = replace(self._plan, epochs=self._epochs)
+        self._prefetched = None
+        self._refuse_other_data()
+
     @property
     def planned_samples(self) -> int:
         if self.done:

@@ -157,6 +157,9 @@ class ShardLoader:
         if (self.position.epoch, self.position.ended) != (before.epoch, before.ended):
             self._take_shards()
 
+    def extend(self, num_epochs: int) -> None:
+        self.num_epochs = num_epochs
+
     @property
     def planned_samples(self) -> int:
         return 0 if self.done else self._global_batch_size

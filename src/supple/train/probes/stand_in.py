@@ -80,8 +80,8 @@ class StandIn:
             "there are batches"
         )
 
-    def model(self, build: Callable[[], nn.Module]) -> nn.Module:
-        return self._recipe.build_model(partial(self._build, build))
+    def model(self, build: Callable[[], nn.Module], *, name: str = "model") -> nn.Module:
+        return self._recipe.build_model(partial(self._build, build), name)
 
     def optimizer(
         self,
@@ -89,10 +89,12 @@ class StandIn:
         *,
         lr: float,
         params: Params = None,
+        model: nn.Module | None = None,
         schedule: Schedule = None,
         **options: Any,
     ) -> Optimizer:
-        return self._recipe.make_optimizer(cls, lr, params, schedule, options, self._make)
+        make = self._make
+        return self._recipe.make_optimizer(cls, lr, params, schedule, options, make, model=model)
 
     def keep(self, name: str, thing: Any) -> None:
         self._recipe.keep(name, thing)
@@ -125,7 +127,14 @@ class StandIn:
                 yield from self._hand.give(micro)
         raise MeasurementComplete
 
-    def step(self, loss: Tensor, *, weight: Weight = None, clip_norm: float | None = None) -> bool:
+    def step(
+        self,
+        loss: Tensor,
+        *,
+        weight: Weight = None,
+        clip_norm: float | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> bool:
         committed = self._instrument.step(loss, self._hand.take(), clip_norm)
         self.step_count += committed
         return committed
