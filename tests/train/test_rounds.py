@@ -192,10 +192,11 @@ def test_a_run_resumes_in_the_epoch_in_which_it_was_saved(
 
 def test_every_epoch_is_saved_at_its_end(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
-    job = Job(TrainSpec(name="saved", script=""), checkpoints=store)
-    Rounds()(job)
-    again = Rounds()
-    resumed = Job(TrainSpec(name="saved", script="", resume=str(store.latest())), checkpoints=store)
+    Rounds()(Job(TrainSpec(name="saved", script=""), checkpoints=store))
+    again, saved = Rounds(), store.latest()
+    assert saved is not None
+    spec = TrainSpec(name="saved", script="", resume=str(saved.path))
+    resumed = Job(spec, checkpoints=store)
     again(resumed)
     assert resumed.step_count == STEPS
     assert flat(again.models[id(resumed)]).equal(in_one_loop())
