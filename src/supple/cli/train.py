@@ -3,12 +3,11 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, final
+from typing import Annotated, final
 
 import typer
-from typer.core import TyperCommand
 
-from supple.cli.errors import FAILED, messages, refuse_used_port, split_target
+from supple.cli.errors import FAILED, file_of, messages, refuse_used_port, split_target
 from supple.cli.options import (
     Address,
     Batch,
@@ -24,6 +23,7 @@ from supple.cli.options import (
     Verbose,
 )
 from supple.cli.planning.subject import otherwise
+from supple.cli.script_arguments import ScriptArguments, ScriptCommand
 from supple.control.socket import refuse_second
 from supple.core.hardware import DEFAULT_INTERCONNECT, lookup
 from supple.core.spec import (
@@ -46,6 +46,7 @@ TRAIN_EPILOG = (
     "Examples:\n\n  supple train examples/digits.py --workers 1:4\n\n"
     "  supple train train.py --workers 2:4 --schedule 0s:2,60s:4\n\n"
     "  supple train train.py --workers 4 --resume\n\n"
+    "  supple train package.module --workers 4 -- --epochs 3\n\n"
     "Ctrl-C finishes the step in flight, saves, and prints how to resume. Exit codes: 0 finished, "
     "or stopped and saved; 1 failed, or stopped with nothing saved; 2 refused before any work; "
     "130 stopped by Ctrl-C before training began."
@@ -53,11 +54,11 @@ TRAIN_EPILOG = (
 
 
 @final
-class TrainCommand(TyperCommand):
+class TrainCommand(ScriptCommand):
     """`supple train`, where `--resume` may stand without a value."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, with_bare_resume(args))
+    def completed(self, own: list[str]) -> list[str]:
+        return with_bare_resume(own)
 
 
 def with_bare_resume(arguments: Sequence[str]) -> list[str]:
@@ -73,6 +74,7 @@ def with_bare_resume(arguments: Sequence[str]) -> list[str]:
 
 def train(
     script: Script,
+    arguments: ScriptArguments = None,
     workers: Annotated[str, typer.Option(help="MIN:MAX, or one number.")] = "1:4",
     name: Name = None,
     schedule: Annotated[
@@ -154,13 +156,16 @@ def train(
     """
     with messages(verbose):
         low, high = parse_workers(workers)
-        path, function = split_target(script)
+        target, function = split_target(script)
+        path, module = file_of(target)
         link = otherwise(interconnect, DEFAULT_INTERCONNECT)
         lookup(link)
         spec = TrainSpec(
-            name=name or Path(path).stem,
+            name=name or module.rpartition(".")[2] or Path(path).stem,
             script=path,
             function=function,
+            module=module,
+            arguments=tuple(arguments or ()),
             min_workers=low,
             max_workers=high,
             schedule=parse_schedule(schedule, minimum=low, maximum=high) if schedule else (),

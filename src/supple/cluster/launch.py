@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import shlex
 import signal
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from supple.control.socket import refuse_second, socket_path
 from supple.core.job import advisor
 from supple.core.planning.measured import ScriptMeasurements
 from supple.core.spec import SpecError, TrainSpec
+from supple.train.checkpoint.folder import meta_of
 from supple.train.checkpoint.store import CheckpointError, CheckpointStore
 from supple.train.script import check
 
@@ -84,6 +86,20 @@ def resumed(spec: TrainSpec, resume: str) -> tuple[TrainSpec, str]:
             "--resume, or check --name and --run-dir."
         )
     return replace(spec, resume=str(found.path)), f"resuming from step {found.step}.{problems}"
+
+
+def with_arguments(spec: TrainSpec) -> tuple[TrainSpec, str]:
+    """Return `spec` with the script's arguments of the checkpoint that it resumes, unless it has
+    its own; and a line about them, empty where there is nothing to report."""
+    assert spec.resume is not None
+    before = tuple(meta_of(Path(spec.resume)).get("arguments", ()))
+    if spec.arguments == before:
+        return spec, ""
+    if not spec.arguments:
+        text = f"the script's arguments are those of the run: {shlex.join(before)}"
+        return replace(spec, arguments=before), text
+    now, then = shlex.join(spec.arguments), shlex.join(before) or "none"
+    return spec, f"the script's arguments were {then}, and are {now} from here on"
 
 
 def set_aside(spec: TrainSpec) -> str:

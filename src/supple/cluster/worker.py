@@ -39,11 +39,12 @@ from supple.train.ledger import Ledger
 from supple.train.logfile import LogFile
 from supple.train.recipe import no_batch_taken
 from supple.train.script import (
+    Start,
+    command_line,
     load,
     memory_advice,
     shared_memory_advice,
     user_traceback,
-    without_a_command_line,
 )
 from supple.train.step.engine import TrainingError
 
@@ -149,12 +150,14 @@ class WorkerBody:
             return self._lost("raised", str(error))
         folder = run_path / "checkpoints"
         barrier = Barrier(folder, Writer(run=setup.run, worker_id=setup.worker_id))
-        store = CheckpointStore(folder, barrier=barrier)
+        about = {"arguments": list(spec.arguments)}
+        store = CheckpointStore(folder, barrier=barrier, about=about)
         watch(barrier, store)
         with self._captured_output(run_path / "logs" / f"{setup.worker_id}.log"):
+            start = Start(arguments=spec.arguments, module=spec.module)
             try:
-                with without_a_command_line(spec.script):
-                    function = load(spec.script, spec.function)
+                with command_line(spec.script, start):
+                    function = load(spec.script, spec.function, start)
                 job = self._job = Job(
                     spec,
                     elastic=self._elastic(host),
@@ -163,7 +166,7 @@ class WorkerBody:
                     if spec.ledger
                     else None,
                 )
-                with without_a_command_line(spec.script):
+                with command_line(spec.script, start):
                     function(job)
                 job.leave_loop()
                 if not job.took_batches:

@@ -149,18 +149,30 @@ def parse_name(text: str, known: Iterable[str], *, what: str) -> str:
 
 
 def parse_duration(text: str, *, what: str, such_as: str = "90s, 15m, 2h or 1h30m") -> float:
-    """Parse `"90s"`, `"2h"`, `"1h30m"` or plain seconds as positive finite seconds; a `SpecError`
-    gives `such_as` as examples."""
+    """Parse `"90s"`, `"2h"` or `"1h30m"` as positive finite seconds. A number without a unit is
+    refused; a `SpecError` gives `such_as` as examples."""
     stripped = text.strip()
     if _DURATION.fullmatch(stripped):
-        seconds = sum(
-            float(part[:-1]) * _UNIT_S[part[-1]] for part in re.findall(r"[\d.]+[smhd]", stripped)
-        )
-    else:
-        try:
-            seconds = float(stripped)
-        except ValueError:
-            raise SpecError(f"{what} is {text!r}: not a time. Write {such_as}.") from None
+        parts = re.findall(r"[\d.]+[smhd]", stripped)
+        seconds = sum(float(part[:-1]) * _UNIT_S[part[-1]] for part in parts)
+        return check_duration(seconds, text, what=what)
+    try:
+        number = float(stripped)
+    except ValueError:
+        raise SpecError(f"{what} is {text!r}: not a time. Write {such_as}.") from None
+    check_duration(number, text, what=what)
+    choices = f"{stripped}h? {stripped}m? {stripped}s?"
+    raise SpecError(f"{what} is {stripped}, a number without a unit: {choices} Write {such_as}.")
+
+
+def duration_option(seconds: float) -> str:
+    """Format positive seconds as an option takes them: `90.5` as `"90.5s"`."""
+    return f"{seconds:f}".rstrip("0").rstrip(".") + "s"
+
+
+def check_duration(seconds: float, text: str, *, what: str) -> float:
+    """Return `seconds`, written as `text`. Raises `SpecError` unless they are positive and at most
+    100,000 days."""
     if not is_positive(seconds):
         raise SpecError(f"{what} is {text}: a time must be positive and finite.")
     if seconds > _MOST_S:
@@ -213,6 +225,10 @@ class TrainSpec:
     name: str
     script: str
     function: str = "train"
+    module: str = ""
+    """Dotted name of the script as a module of a package; empty: run by its path."""
+    arguments: tuple[str, ...] = ()
+    """The script's command line, `sys.argv[1:]` on every worker."""
     min_workers: int = 1
     max_workers: int = 1
     schedule: tuple[tuple[float, int], ...] = ()
