@@ -94,3 +94,50 @@ def test_a_plan_measures_a_script_with_its_arguments(package: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr[-2000:]
     found = {tuple(line.split()[1:]) for line in seen.read_text().splitlines()}
     assert found == {("--epochs", "2", "--seen", str(seen))}
+
+
+PRINTS = """
+import logging
+import sys
+import torch
+
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+print("imported")
+
+def train(job):
+    model = job.model(lambda: torch.nn.Linear(3, 1))
+    job.optimizer(torch.optim.SGD, lr=0.1)
+    data = torch.utils.data.TensorDataset(torch.ones(8, 3))
+    for (x,) in job.batches(data, batch_size=4, epochs=2):
+        job.step(model(x).sum())
+        if job.step_count == 2:
+            print("printed by", job.rank)
+            logging.info("logged by %d", job.rank)
+            sys.stderr.write(f"\\r1/2 bar of {job.rank}")
+    print("after", job.rank)
+"""
+
+
+@pytest.mark.parametrize("output", ["leader", "all"])
+def test_what_ranks_print_and_log_is_shown_of_the_leader_or_of_all_behind_their_rank(
+    tmp_path: Path, shared_ray: str, output: str
+) -> None:
+    script = tmp_path / "prints.py"
+    script.write_text(PRINTS)
+    name = f"prints-{output}-{os.getpid()}"
+    options = ["--workers", "2", "--address", shared_ray, "--output", output]
+    run = TrainRun(script, tmp_path, *options, name=name)
+    try:
+        assert run.end() == 0, run.errors()
+    finally:
+        run.close()
+    lines = {record["line"] for record in run.of_type("Line")}
+    words = ("printed by {}", "logged by {}", "1/2 bar of {}", "after {}")
+    if output == "leader":
+        assert lines == {word.format(0) for word in words}
+    else:
+        ranked = {f"[rank {rank}] {word.format(rank)}" for rank in range(2) for word in words}
+        assert lines == ranked | {"[w0] imported", "[w1] imported"}
+    for worker in ("w0", "w1"):
+        log = (tmp_path / name / "logs" / f"{worker}.log").read_text()
+        assert "imported" in log and "logged by" in log and "1/2 bar" in log

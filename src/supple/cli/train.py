@@ -36,6 +36,7 @@ from supple.core.spec import (
     parse_money,
     parse_objective,
     parse_on_non_finite,
+    parse_output,
     parse_rule,
     parse_schedule,
     parse_workers,
@@ -143,6 +144,13 @@ def train(
             "fails. skip: it is counted and left out, up to 10 in a row."
         ),
     ] = "stop",
+    output: Annotated[
+        str,
+        typer.Option(
+            help="Whose stdout and stderr is shown: leader (rank 0) or all, each line behind its "
+            "rank. The run's logs have everybody's."
+        ),
+    ] = "leader",
     max_steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
     price: Price = None,
     run_dir: Annotated[str, typer.Option(help="Where runs keep their files.")] = "supple-runs",
@@ -188,6 +196,7 @@ def train(
             stall_timeout_s=parse_duration(stall_timeout, what="--stall-timeout"),
             max_failures=max_failures,
             on_non_finite=parse_on_non_finite(on_non_finite),
+            output=parse_output(output),
             max_steps=max_steps,
             price_per_hour=parse_money(price, what="--price") if price else None,
             objective=_objective(deadline, budget, knee),

@@ -44,6 +44,7 @@ OPTIONS = {
     "stall_timeout_s": "--stall-timeout",
     "max_failures": "--max-failures",
     "on_non_finite": "--on-non-finite",
+    "output": "--output",
     "max_steps": "--max-steps",
     "price_per_hour": "--price",
     "interconnect": "--interconnect",

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 BatchMode = Literal["fixed", "adaptive"]
 LrRule = Literal["auto", "linear", "sqrt", "adascale", "constant"]
 OnNonFinite = Literal["stop", "skip"]
+Shown = Literal["leader", "all"]
 MAX_WORKERS = 65_536
 """Largest allowed count: a larger one is a typing error."""
 _SEEDS_END = 2**63
@@ -133,6 +134,14 @@ def parse_on_non_finite(text: str) -> OnNonFinite:
         if text == choice:
             return choice
     raise SpecError(f"--on-non-finite {text}: choose {' or '.join(get_args(OnNonFinite))}.")
+
+
+def parse_output(text: str) -> Shown:
+    """Parse `"leader"` or `"all"`."""
+    for choice in get_args(Shown):
+        if text == choice:
+            return choice
+    raise SpecError(f"--output {text}: choose {' or '.join(get_args(Shown))}.")
 
 
 def parse_name(text: str, known: Iterable[str], *, what: str) -> str:
@@ -259,6 +268,8 @@ class TrainSpec:
     """Consecutive losses without a committed step between, after which a job is not retried."""
     on_non_finite: OnNonFinite = "stop"
     """Reaction to a step whose loss or gradient is not finite."""
+    output: Shown = "leader"
+    """Ranks whose stdout and stderr are shown while training."""
     max_steps: int | None = None
     """Number of committed steps at which training ends; None: after all epochs."""
     price_per_hour: float | None = None
@@ -274,6 +285,7 @@ class TrainSpec:
         check_one_of(self.batch, get_args(BatchMode), what="batch")
         check_one_of(self.lr_rule, get_args(LrRule), what="lr_rule")
         check_one_of(self.on_non_finite, get_args(OnNonFinite), what="on_non_finite")
+        check_one_of(self.output, get_args(Shown), what="output")
         for what, value, least in (
             ("--logical-shards", self.num_logical_shards, 1),
             ("--max-failures", self.max_failures, 0),
