@@ -141,3 +141,61 @@ def test_what_ranks_print_and_log_is_shown_of_the_leader_or_of_all_behind_their_
     for worker in ("w0", "w1"):
         log = (tmp_path / name / "logs" / f"{worker}.log").read_text()
         assert "imported" in log and "logged by" in log and "1/2 bar" in log
+
+
+BY_HAND = """
+import asyncio
+import sys
+import torch
+import supple
+from sizes import SIZE
+
+FACTOR = 2.0
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return torch.full((SIZE,), FACTOR)
+
+def made(epochs):
+    data = Data()
+
+    def train(job):
+        model = job.model(lambda: torch.nn.Linear(SIZE, 1))
+        job.optimizer(torch.optim.SGD, lr=0.01)
+        for x in job.batches(data, batch_size=4, epochs=epochs):
+            job.step(model(x).sum())
+        job.report(first=x[0, 0], words=len(sys.argv))
+
+    return train
+
+async def cell(**options):
+    return supple.run(made(3), **options)
+
+if __name__ == "__main__":
+    options = {"workers": 2, "name": sys.argv[1], "address": sys.argv[2]}
+    first = supple.run(made(2), **options)
+    again = asyncio.run(cell(**options, resume=first.checkpoint))
+    model = torch.nn.Linear(SIZE, 1)
+    print(first.steps, again.steps, supple.load_weights(model, again.folder), again.status)
+"""
+
+
+def test_a_function_of_main_is_trained_with_its_closure_and_from_a_running_loop_too(
+    tmp_path: Path, shared_ray: str
+) -> None:
+    (tmp_path / "sizes.py").write_text("SIZE = 3\n")
+    script = tmp_path / "by_hand.py"
+    script.write_text(BY_HAND)
+    done = subprocess.run(
+        [sys.executable, str(script), f"hand-{os.getpid()}", shared_ray],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "8 12 12 finished"

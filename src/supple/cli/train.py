@@ -1,9 +1,9 @@
 """`supple train`: train a script with a number of workers that changes while it runs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, final
+from typing import Annotated, Any, final
 
 import typer
 
@@ -162,55 +162,68 @@ def train(
     \f
     Long, many parameters: one for each option, and the field of the spec that it sets.
     """
+    given = locals()
     with messages(verbose):
-        low, high = parse_workers(workers)
-        target, function = split_target(script)
-        path, module = file_of(target)
-        link = otherwise(interconnect, DEFAULT_INTERCONNECT)
-        lookup(link)
-        spec = TrainSpec(
-            name=name or module.rpartition(".")[2] or Path(path).stem,
-            script=path,
-            function=function,
-            module=module,
-            arguments=tuple(arguments or ()),
-            min_workers=low,
-            max_workers=high,
-            schedule=parse_schedule(schedule, minimum=low, maximum=high) if schedule else (),
-            batch=parse_batch(otherwise(batch, "fixed")),
-            lr_rule=parse_rule(otherwise(lr_rule, "auto")),
-            reproducible=reproducible,
-            num_logical_shards=logical_shards,
-            seed=seed,
-            run_dir=run_dir,
-            checkpoint_every_s=parse_duration(checkpoint_every, what="--checkpoint-every"),
-            ledger=ledger,
-            address=address,
-            port=rendezvous_port,
-            cpus_per_worker=cpus_per_worker,
-            gpus_per_worker=gpus_per_worker,
-            heartbeat_timeout_s=parse_duration(heartbeat_timeout, what="--heartbeat-timeout"),
-            unresponsive_timeout_s=parse_duration(
-                unresponsive_timeout, what="--unresponsive-timeout"
-            ),
-            stall_timeout_s=parse_duration(stall_timeout, what="--stall-timeout"),
-            max_failures=max_failures,
-            on_non_finite=parse_on_non_finite(on_non_finite),
-            output=parse_output(output),
-            max_steps=max_steps,
-            price_per_hour=parse_money(price, what="--price") if price else None,
-            objective=_objective(deadline, budget, knee),
-            interconnect=link,
-            workers_per_node=_workers_per_node(address),
-        )
-        check(path, function)
-        refuse_second(spec.name)
-        if address is None:
-            refuse_used_port(rendezvous_port, "--rendezvous-port")
+        spec = spec_of(given)
+        check(spec.script, spec.function)
+        check_free(spec)
         from supple.cli.training import run
 
         succeeded = run(spec, resume=resume, as_json=as_json, verbose=verbose)
     raise typer.Exit(0 if succeeded else FAILED)
+
+
+def check_free(spec: TrainSpec) -> None:
+    """Raise `SpecError` if a job of this name runs here, or if the job's port is taken."""
+    refuse_second(spec.name)
+    if spec.address is None:
+        refuse_used_port(spec.port, "--rendezvous-port")
+
+
+def spec_of(given: Mapping[str, Any]) -> TrainSpec:
+    """The spec of the options of `supple train`, by their names in Python, as they were typed."""
+    low, high = parse_workers(given["workers"])
+    target, function = split_target(given["script"])
+    path, module = file_of(target)
+    link = otherwise(given["interconnect"], DEFAULT_INTERCONNECT)
+    lookup(link)
+    return TrainSpec(
+        name=given["name"] or module.rpartition(".")[2] or Path(path).stem,
+        script=path,
+        function=function,
+        module=module,
+        arguments=tuple(given["arguments"] or ()),
+        min_workers=low,
+        max_workers=high,
+        schedule=parse_schedule(given["schedule"], minimum=low, maximum=high)
+        if given["schedule"]
+        else (),
+        batch=parse_batch(otherwise(given["batch"], "fixed")),
+        lr_rule=parse_rule(otherwise(given["lr_rule"], "auto")),
+        reproducible=given["reproducible"],
+        num_logical_shards=given["logical_shards"],
+        seed=given["seed"],
+        run_dir=given["run_dir"],
+        checkpoint_every_s=parse_duration(given["checkpoint_every"], what="--checkpoint-every"),
+        ledger=given["ledger"],
+        address=given["address"],
+        port=given["rendezvous_port"],
+        cpus_per_worker=given["cpus_per_worker"],
+        gpus_per_worker=given["gpus_per_worker"],
+        heartbeat_timeout_s=parse_duration(given["heartbeat_timeout"], what="--heartbeat-timeout"),
+        unresponsive_timeout_s=parse_duration(
+            given["unresponsive_timeout"], what="--unresponsive-timeout"
+        ),
+        stall_timeout_s=parse_duration(given["stall_timeout"], what="--stall-timeout"),
+        max_failures=given["max_failures"],
+        on_non_finite=parse_on_non_finite(given["on_non_finite"]),
+        output=parse_output(given["output"]),
+        max_steps=given["max_steps"],
+        price_per_hour=parse_money(given["price"], what="--price") if given["price"] else None,
+        objective=_objective(given["deadline"], given["budget"], given["knee"]),
+        interconnect=link,
+        workers_per_node=_workers_per_node(given["address"]),
+    )
 
 
 def _objective(deadline: str | None, budget: str | None, knee: bool) -> Objective | None:

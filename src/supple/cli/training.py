@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 import sys
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, cast, final
 
 from rich.console import Console
 
@@ -52,9 +52,32 @@ OPTIONS = {
 """Fields of a `TrainSpec` and the options that set them."""
 
 
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How a run ended, and what was counted in it."""
+
+    outcome: Outcome
+    tally: Tally
+
+    @property
+    def is_well(self) -> bool:
+        """Whether it finished, or was stopped, and is saved."""
+        outcome = self.outcome
+        return outcome.saved and (
+            outcome.status == "finished"
+            or (outcome.status == "stopped" and outcome.checkpoint is not None)
+        )
+
+
 def run(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) -> bool:
-    """Train to the end; did it finish, or was it stopped, and is it saved? With `as_json` stdout
-    gets the event log's records and nothing else. Raises what `launch.train` raises."""
+    """`run_to_end`, and whether that is well."""
+    return run_to_end(spec, resume=resume, as_json=as_json, verbose=verbose).is_well
+
+
+def run_to_end(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) -> End:
+    """Train to the end. With `as_json` stdout gets the event log's records and nothing else. Raises
+    what `launch.train` raises."""
     folder = launch.prepare(spec)
     with only_job(spec.name, folder) as warning:  # before anything is moved, removed or started
         if warning:
@@ -70,7 +93,7 @@ def run(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) ->
         return _run(spec, folder, as_json, verbose)
 
 
-def _run(spec: TrainSpec, folder: Path, as_json: bool, verbose: bool) -> bool:
+def _run(spec: TrainSpec, folder: Path, as_json: bool, verbose: bool) -> End:
     spec = dataclasses.replace(spec, script=str(Path(spec.script).resolve()))
     if spec.ledger:
         launch.remove_ledger(folder)
@@ -103,10 +126,7 @@ def _run(spec: TrainSpec, folder: Path, as_json: bool, verbose: bool) -> bool:
     for line in [*ending(spec, outcome, tally), *losses.summary()]:
         _print(line)
     _tell_files(folder)
-    return outcome.saved and (
-        outcome.status == "finished"
-        or (outcome.status == "stopped" and outcome.checkpoint is not None)
-    )
+    return End(outcome=outcome, tally=tally)
 
 
 def _known(spec: TrainSpec, live: LiveLine) -> ScriptMeasurements | None:

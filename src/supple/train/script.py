@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import pickle
 import shlex
 import shutil
 import sys
@@ -36,6 +37,8 @@ class Start:
         return shlex.join(self.arguments)
 
 
+PICKLED = ".pkl"
+"""Suffix of a script that is a pickled function, written by `supple.run`."""
 PLAIN = Start()
 """A file, without arguments."""
 
@@ -77,6 +80,8 @@ def check(script: str, function: str) -> None:
             what, hint = "is no ordinary file", ""
         name = script or "''"
         raise SpecError(f"the script {name} {what}.{hint} Give the path of a Python file.")
+    if path.suffix == PICKLED:
+        return
     try:
         tree = ast.parse(source, filename=script)
     except (SyntaxError, ValueError) as error:
@@ -119,6 +124,8 @@ def load(script: str, function: str, start: Start = PLAIN) -> Callable[[Any], No
     """Import the script and return its training function. The module's name is not `__main__`, so a
     block under `if __name__ == "__main__"` does not run."""
     path = Path(script).resolve()
+    if path.suffix == PICKLED:
+        return pickle.loads(path.read_bytes())
     if start.module:
         above = start.module.count(".") + (path.name == "__init__.py")
         _search_first(path.parents[above])
