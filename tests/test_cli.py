@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from supple import __version__
 from supple.cli.app import app
-from supple.cli.errors import messages, split_target
+from supple.cli.errors import file_of, messages, split_target
 from supple.cli.train import with_bare_resume
 from supple.cli.training import OPTIONS, ending, resume_command
 from supple.control.controller import Outcome
@@ -128,6 +128,9 @@ REFUSALS: dict[str, tuple[str, list[str]]] = {
     "train good.py --price free": ("'free': not a number", []),
     "train good.py --price -1": ("positive and finite", []),
     "train good.py --price nan": ("positive and finite", []),
+    "plan good.py --deadline 2": ("--deadline is 2, a number without a unit: 2h? 2m? 2s?", []),
+    "preempt nobody w0 --in 30": ("--in is 30, a number without a unit", []),
+    "load http://x --rate 1 --duration 60": ("--duration is 60, a number without a unit", []),
     "plan good.py --deadline soon": ("'soon': not a time", []),
     "plan good.py --deadline inf": ("positive and finite", []),
     "plan good.py --budget 0": ("positive and finite", []),
@@ -347,6 +350,48 @@ def test_a_target_may_name_its_function() -> None:
     assert split_target("C:/train.py") == ("C:/train.py", "train")
 
 
+def test_a_script_may_be_named_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("package").mkdir()
+    Path("package/module.py").write_text(GOOD)
+    Path("named").write_text(GOOD)
+    here = str(Path.cwd() / "package" / "module.py")
+    assert file_of("package.module") == (here, "package.module")
+    for path in ("good.py", "named", "package.absent", "absent.py", "a/b.py", "no such.module"):
+        assert file_of(path) == (path, "")
+
+
+def test_what_stands_after_two_dashes_is_for_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    from supple.cli import training
+
+    seen: list[TrainSpec] = []
+
+    def run(spec: TrainSpec, **_: object) -> bool:
+        seen.append(spec)
+        return True
+
+    monkeypatch.setattr(training, "run", run)
+    for words in ("", "--", "-- --epochs 3 -- --json x", "--resume -- --resume"):
+        assert supple("train", "good.py", *words.split()).exit_code == 0
+    assert [spec.arguments for spec in seen] == [
+        (),
+        (),
+        ("--epochs", "3", "--", "--json", "x"),
+        ("--resume",),
+    ]
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+@pytest.mark.parametrize("words", ["--epochs 3", "--data=x -- --epochs 3", "3", "3 -- --epochs 3"])
+def test_what_is_for_the_script_and_stands_before_the_dashes_is_refused(
+    command: str, words: str
+) -> None:
+    result = supple(command, "good.py", *words.split())
+    assert result.exit_code == 2
+    first = words.split()[0]
+    assert f"{first} is no option of `supple {command}`. What is for the script" in result.stderr
+    assert f"-- {first}" in result.stderr
+
+
 def test_resume_may_stand_alone() -> None:
     assert with_bare_resume(["x.py", "--resume"]) == ["x.py", "--resume", "latest"]
     assert with_bare_resume(["--resume", "--json"]) == ["--resume", "latest", "--json"]
@@ -376,14 +421,16 @@ def test_the_command_that_goes_on_is_one_the_command_line_takes() -> None:
         checkpoint_every_s=90.5,
         on_non_finite="skip",
         price_per_hour=2.5,
+        arguments=("--epochs", "3", "a b"),
     )
     command = resume_command(spec, "/runs/step-00000010")
     for words in (
         "--reproducible",
         "--on-non-finite skip",
         "--seed 7",
-        "--checkpoint-every 90.5",
+        "--checkpoint-every 90.5s",
         "--price 2.5",
+        "--resume /runs/step-00000010 -- --epochs 3 'a b'",
     ):
         assert words in command
     assert "--ledger" not in command and "--batch" not in command
@@ -393,6 +440,7 @@ def test_the_command_that_goes_on_is_one_the_command_line_takes() -> None:
 
 def test_every_field_that_shapes_a_job_is_carried_over_when_it_goes_on() -> None:
     elsewhere = {"name", "script", "function", "min_workers", "max_workers", "run_dir", "resume"}
+    elsewhere |= {"module", "arguments"}
     fields = {field.name for field in dataclasses.fields(TrainSpec)}
     by_hand = {"schedule", "objective", "workers_per_node"}  # the last is the machine's
     assert fields - elsewhere - by_hand == OPTIONS.keys()
@@ -403,7 +451,7 @@ def test_every_field_that_shapes_a_job_is_carried_over_when_it_goes_on() -> None
     [
         (None, ""),
         (Objective(), "--knee"),
-        (Objective(deadline_s=90.0), "--deadline 90"),
+        (Objective(deadline_s=90.0), "--deadline 90s"),
         (Objective(budget=2.5), "--budget 2.5"),
     ],
 )

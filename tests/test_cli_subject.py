@@ -26,10 +26,10 @@ OPTIONS = {field.name for field in dataclasses.fields(Question)} - {"subject", "
 S, A, E, T, L, M, R = Kind
 TAKEN = {
     S: "max_workers deadline budget price interconnect workers_per_node batch lr_rule "
-    "measure_workers history probes plot",
-    A: "memory_size optimizer",
+    "measure_workers history probes plot arguments",
+    A: "memory_size optimizer arguments",
     E: "max_workers deadline budget price interconnect local_link workers_per_node accelerator "
-    "memory_size optimizer batch history probes plot",
+    "memory_size optimizer batch history probes plot arguments",
     T: "max_workers deadline budget price interconnect local_link workers_per_node accelerator "
     "memory_size batch measured history probes plot",
     L: "max_workers price workers_per_node accelerator measured rate itl plot",
@@ -112,7 +112,8 @@ def test_a_subject_takes_the_options_that_mean_something_for_it_and_no_other(kin
             return kind_of(asked(SUBJECTS[kind], **needed | {option: "1"}))[0] is kind
         except SpecError as error:
             told = str(error)
-        flag = {"memory_size": "memory"}.get(option, option.replace("_", "-"))
+        names = {"memory_size": "memory", "arguments": ""}
+        flag = names.get(option, option.replace("_", "-"))
         return not told.startswith(f"--{flag} was given, and {SUBJECTS[kind]} is ")
 
     assert {option for option in OPTIONS if takes(option)} == set(TAKEN[kind].split())

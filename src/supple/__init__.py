@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from supple.cli.function import Run, RunFailed, run
     from supple.train.checkpoint.published import load_weights
     from supple.train.job import Job
-    from supple.train.local import run
 
-__all__ = ["Job", "__version__", "load_weights", "run"]
+__all__ = ["Job", "Run", "RunFailed", "__version__", "load_weights", "run"]
 __version__ = "0.1.0"
 
 
@@ -17,10 +17,10 @@ def __getattr__(name: str) -> Any:
         from supple.train.job import Job
 
         return Job
-    if name == "run":
-        from supple.train.local import run
+    if name in ("Run", "RunFailed", "run"):
+        from supple.cli import function
 
-        return run
+        return getattr(function, name)
     if name == "load_weights":
         from supple.train.checkpoint.published import load_weights
 

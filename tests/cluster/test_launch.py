@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ def spec(folder: Path) -> TrainSpec:
     return TrainSpec(name="job", script="train.py", run_dir=str(folder))
 
 
-def saved(folder: Path, *steps: int) -> list[Path]:
-    store = CheckpointStore(folder / "job" / "checkpoints")
+def saved(folder: Path, *steps: int, about: dict[str, Any] | None = None) -> list[Path]:
+    store = CheckpointStore(folder / "job" / "checkpoints", about=about)
     return [store.save(step, state_of(step), {"signature": SIGNATURE}) for step in steps]
 
 
@@ -55,6 +56,29 @@ def test_resume_takes_the_last_one_that_is_whole_and_says_what_it_passed_over(
     assert resumed.resume == str(good)
     assert "step 10" in said
     assert "corrupt" in said
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "now", "told"),
+    [
+        (["--epochs", "3"], None, ["--epochs", "3"], "are those of the run: --epochs 3"),
+        (["--epochs", "3"], ["--epochs", "3"], ["--epochs", "3"], ""),
+        (["--epochs", "3"], ["--epochs", "4"], ["--epochs", "4"], "were --epochs 3, and are --epo"),
+        ([], None, [], ""),
+        ([], ["a b"], ["a b"], "were none, and are 'a b' from here on"),
+        (None, None, [], ""),
+    ],
+)
+def test_a_run_goes_on_with_the_arguments_it_had_and_a_change_is_told(
+    tmp_path: Path, before: list[str] | None, given: list[str] | None, now: list[str], told: str
+) -> None:
+    """A checkpoint of before this version has none."""
+    saved(tmp_path, 10, about=None if before is None else {"arguments": before})
+    wanted = replace(spec(tmp_path), arguments=tuple(given or ()))
+    resumed, _ = launch.resumed(wanted, "latest")
+    resumed, line = launch.with_arguments(resumed)
+    assert resumed.arguments == tuple(now)
+    assert told in line and bool(told) == bool(line)
 
 
 def test_resume_takes_a_folder_that_is_named(tmp_path: Path) -> None:

@@ -53,7 +53,6 @@ def test_nonsense_is_no_promise(text: str, said: str) -> None:
 def test_latencies_may_be_short_or_long() -> None:
     assert parse_latency("1m30s", what="--x") == 90.0
     assert parse_latency("20ms", what="--x") == pytest.approx(0.02)
-    assert parse_latency("300", what="--idle", plain_seconds=True) == 300.0
 
 
 @pytest.mark.parametrize("text", ["30", "0.5", "1e3", " 2 "])

@@ -9,6 +9,7 @@ from supple.core.spec import (
     Objective,
     SpecError,
     TrainSpec,
+    duration_option,
     parse_batch,
     parse_count,
     parse_duration,
@@ -47,7 +48,7 @@ def test_nonsense_workers_are_refused_with_the_rule(text: str, words: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90s", 90), ("15m", 900), ("2h", 7200), ("1h30m", 5400), ("7.5", 7.5)]
+    ("text", "seconds"), [("90s", 90), ("15m", 900), ("2h", 7200), ("1h30m", 5400), ("7.5s", 7.5)]
 )
 def test_times_have_units(text: str, seconds: float) -> None:
     assert parse_duration(text, what="--deadline") == seconds
@@ -60,8 +61,18 @@ def test_nonsense_times_are_refused_by_name(text: str) -> None:
 
 
 @given(st.floats(min_value=0.001, max_value=1e6, allow_nan=False))
-def test_plain_seconds_are_themselves(seconds: float) -> None:
-    assert parse_duration(repr(seconds), what="x") == seconds
+def test_seconds_that_supple_writes_are_seconds_that_it_reads(seconds: float) -> None:
+    assert parse_duration(duration_option(seconds), what="x") == pytest.approx(seconds, rel=1e-3)
+    assert duration_option(90.0) == "90s" and duration_option(90.5) == "90.5s"
+
+
+@pytest.mark.parametrize("text", ["2", " 7.5 ", "1e3"])
+def test_a_time_without_a_unit_is_refused_with_what_it_may_mean(text: str) -> None:
+    number = text.strip()
+    with pytest.raises(SpecError, match=rf"--deadline is {number}, .*unit: {number}h\? {number}m"):
+        parse_duration(text, what="--deadline")
+    with pytest.raises(SpecError, match="--schedule 5:2: time is 5, a number without a unit"):
+        parse_schedule("5:2", minimum=1, maximum=4)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "free"])

@@ -1,6 +1,7 @@
 """A script's errors, told as its author wants them."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from supple.core.spec import SpecError
-from supple.train.script import check, memory_advice, run, shared_memory_advice, user_traceback
+from supple.train.script import (
+    Start,
+    check,
+    find_module,
+    memory_advice,
+    run,
+    shared_memory_advice,
+    user_traceback,
+)
 
 
 def raised(act) -> BaseException:
@@ -58,13 +67,13 @@ def test_a_traceback_ends_in_the_script_not_in_the_machinery_below_it() -> None:
         assert internal in user_traceback(error, whole=True)
 
 
-def ended(tmp_path: Path, body: str) -> str:
+def ended(tmp_path: Path, body: str, *arguments: str) -> str:
     script = tmp_path / "ends.py"
     script.write_text(
         f"import argparse\nimport sys\n{body}\ndef train(job):\n    job.append(sys.argv)\n"
     )
     with pytest.raises(SpecError) as caught:
-        run(str(script), "train", [])
+        run(str(script), "train", [], Start(arguments=arguments))
     return str(caught.value)
 
 
@@ -85,6 +94,67 @@ def test_a_script_that_asks_for_arguments_is_told_which_and_what_to_do(tmp_path:
         "Give every argument a default",
     ):
         assert words in told
+
+
+def test_a_script_that_refuses_its_arguments_is_told_which_and_where_they_are_given(
+    tmp_path: Path,
+) -> None:
+    read = "p = argparse.ArgumentParser()\np.add_argument('--epochs', type=int)\np.parse_args()"
+    told = ended(tmp_path, read, "--epochs", "3 4")
+    for words in ("line 5, does not take the arguments --epochs '3 4'", "invalid int", "after --"):
+        assert words in told
+
+
+def test_a_script_sees_its_arguments_when_it_is_imported_and_when_it_is_called(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "sees.py"
+    script.write_text(
+        "import sys\nat_import = sys.argv[1:]\n"
+        "def train(job):\n    job.append((at_import, sys.argv))\n"
+    )
+    seen: list[tuple[list[str], list[str]]] = []
+    ours = list(sys.argv)
+    given = ["--epochs", "3", "--", "a b"]
+    run(str(script), "train", seen, Start(arguments=tuple(given)))
+    assert (seen, sys.argv) == ([(given, [str(script), *given])], ours)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package with a module that imports from it, relatively, and a folder with another."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = tmp_path / "theirs"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "sizes.py").write_text("SIZE = 8\n")
+    (folder / "inner" / "loop.py").write_text(
+        "from ..sizes import SIZE\ntimes = 0\n"
+        "def train(job):\n    global times\n    times += 1\n"
+        "    job.append((SIZE, times, __name__))\n"
+    )
+    yield folder
+    for name in [name for name in sys.modules if name.partition(".")[0] == "theirs"]:
+        del sys.modules[name]
+
+
+def test_a_module_of_a_package_imports_relatively_and_is_run_anew_each_time(package: Path) -> None:
+    script = find_module("theirs.inner.loop")
+    assert script == package / "inner" / "loop.py"
+    check(str(script), "train")
+    seen: list[tuple[int, int, str]] = []
+    for _ in range(2):
+        run(str(script), "train", seen, Start(module="theirs.inner.loop"))
+    assert seen == 2 * [(8, 1, "theirs.inner.loop")]
+
+
+def test_a_module_is_found_without_importing_its_package(package: Path) -> None:
+    (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    assert find_module("theirs") == package / "__init__.py"
+    assert find_module("theirs.sizes") == package / "sizes.py"
+    for absent in ("theirs.absent", "theirs.sizes.more", "theirs.inner", "absent_here", "sys"):
+        assert find_module(absent) is None
 
 
 def test_a_script_sees_an_empty_command_line_and_ours_comes_back(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ reported: one message on stderr, exit code 2 for a refusal and 1 for a failure."
 import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import typer
 
 from supple.cli import output
 from supple.core.spec import SpecError
+from supple.train.script import find_module
 
 REFUSED, FAILED = 2, 1
 
@@ -78,3 +80,13 @@ def split_target(target: str) -> tuple[str, str]:
     """`"train.py:main"` as ("train.py", "main"); the function is `train` unless named."""
     path, colon, function = target.rpartition(":")
     return (path, function) if colon and function.isidentifier() else (target, "train")
+
+
+def file_of(script: str) -> tuple[str, str]:
+    """The file of a script, and its dotted name where it was given as a module: ("train.py", "") or
+    ("package/module.py", "package.module"). A file of that very name wins."""
+    is_name = all(part.isidentifier() for part in script.split("."))
+    if not is_name or script.endswith(".py") or Path(script).exists():
+        return script, ""
+    found = find_module(script)
+    return (script, "") if found is None else (str(found), script)

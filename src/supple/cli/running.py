@@ -1,6 +1,7 @@
 """Commands about what runs, and about this machine: resize, preempt, stop, status, doctor."""
 
 import json
+import shlex
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -79,9 +80,11 @@ def _status_line(answer: dict[str, Any]) -> str:
     progress = answer["progress"] or {}
     where = f"step {progress['step']}, " if progress else ""
     doing = "".join(f"\n  {w}: {what}" for w, what in answer.get("doing", {}).items())
+    arguments = shlex.join(answer.get("arguments", ()))
+    started = f"\n  {answer['script']} -- {arguments}" if arguments else ""
     return (
         f"{answer['job']}: {answer['phase']}, {where}generation {answer['generation']}, "
-        f"{in_words(len(answer['members']))}{f': {members}' if members else ''}{doing}"
+        f"{in_words(len(answer['members']))}{f': {members}' if members else ''}{started}{doing}"
     )
 
 

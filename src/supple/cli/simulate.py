@@ -168,7 +168,7 @@ def _cold_start(text: str) -> float:
     """Seconds; zero is allowed here."""
     if text.strip() in {"0", "0s"}:
         return 0.0
-    return parse_latency(text, what="--cold-start", plain_seconds=True)
+    return parse_latency(text, what="--cold-start")
 
 
 def parse_service(text: str, *, startup_s: float) -> LatencyProfile:

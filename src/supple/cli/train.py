@@ -1,14 +1,13 @@
 """`supple train`: train a script with a number of workers that changes while it runs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, final
 
 import typer
-from typer.core import TyperCommand
 
-from supple.cli.errors import FAILED, messages, refuse_used_port, split_target
+from supple.cli.errors import FAILED, file_of, messages, refuse_used_port, split_target
 from supple.cli.options import (
     Address,
     Batch,
@@ -24,6 +23,7 @@ from supple.cli.options import (
     Verbose,
 )
 from supple.cli.planning.subject import otherwise
+from supple.cli.script_arguments import ScriptArguments, ScriptCommand
 from supple.control.socket import refuse_second
 from supple.core.hardware import DEFAULT_INTERCONNECT, lookup
 from supple.core.spec import (
@@ -36,6 +36,7 @@ from supple.core.spec import (
     parse_money,
     parse_objective,
     parse_on_non_finite,
+    parse_output,
     parse_rule,
     parse_schedule,
     parse_workers,
@@ -46,6 +47,7 @@ TRAIN_EPILOG = (
     "Examples:\n\n  supple train examples/digits.py --workers 1:4\n\n"
     "  supple train train.py --workers 2:4 --schedule 0s:2,60s:4\n\n"
     "  supple train train.py --workers 4 --resume\n\n"
+    "  supple train package.module --workers 4 -- --epochs 3\n\n"
     "Ctrl-C finishes the step in flight, saves, and prints how to resume. Exit codes: 0 finished, "
     "or stopped and saved; 1 failed, or stopped with nothing saved; 2 refused before any work; "
     "130 stopped by Ctrl-C before training began."
@@ -53,11 +55,11 @@ TRAIN_EPILOG = (
 
 
 @final
-class TrainCommand(TyperCommand):
+class TrainCommand(ScriptCommand):
     """`supple train`, where `--resume` may stand without a value."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, with_bare_resume(args))
+    def completed(self, own: list[str]) -> list[str]:
+        return with_bare_resume(own)
 
 
 def with_bare_resume(arguments: Sequence[str]) -> list[str]:
@@ -73,6 +75,7 @@ def with_bare_resume(arguments: Sequence[str]) -> list[str]:
 
 def train(
     script: Script,
+    arguments: ScriptArguments = None,
     workers: Annotated[str, typer.Option(help="MIN:MAX, or one number.")] = "1:4",
     name: Name = None,
     schedule: Annotated[
@@ -141,6 +144,13 @@ def train(
             "fails. skip: it is counted and left out, up to 10 in a row."
         ),
     ] = "stop",
+    output: Annotated[
+        str,
+        typer.Option(
+            help="Whose stdout and stderr is shown: leader (rank 0) or all, each line behind its "
+            "rank. The run's logs have everybody's."
+        ),
+    ] = "leader",
     max_steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
     price: Price = None,
     run_dir: Annotated[str, typer.Option(help="Where runs keep their files.")] = "supple-runs",
@@ -152,51 +162,68 @@ def train(
     \f
     Long, many parameters: one for each option, and the field of the spec that it sets.
     """
+    given = locals()
     with messages(verbose):
-        low, high = parse_workers(workers)
-        path, function = split_target(script)
-        link = otherwise(interconnect, DEFAULT_INTERCONNECT)
-        lookup(link)
-        spec = TrainSpec(
-            name=name or Path(path).stem,
-            script=path,
-            function=function,
-            min_workers=low,
-            max_workers=high,
-            schedule=parse_schedule(schedule, minimum=low, maximum=high) if schedule else (),
-            batch=parse_batch(otherwise(batch, "fixed")),
-            lr_rule=parse_rule(otherwise(lr_rule, "auto")),
-            reproducible=reproducible,
-            num_logical_shards=logical_shards,
-            seed=seed,
-            run_dir=run_dir,
-            checkpoint_every_s=parse_duration(checkpoint_every, what="--checkpoint-every"),
-            ledger=ledger,
-            address=address,
-            port=rendezvous_port,
-            cpus_per_worker=cpus_per_worker,
-            gpus_per_worker=gpus_per_worker,
-            heartbeat_timeout_s=parse_duration(heartbeat_timeout, what="--heartbeat-timeout"),
-            unresponsive_timeout_s=parse_duration(
-                unresponsive_timeout, what="--unresponsive-timeout"
-            ),
-            stall_timeout_s=parse_duration(stall_timeout, what="--stall-timeout"),
-            max_failures=max_failures,
-            on_non_finite=parse_on_non_finite(on_non_finite),
-            max_steps=max_steps,
-            price_per_hour=parse_money(price, what="--price") if price else None,
-            objective=_objective(deadline, budget, knee),
-            interconnect=link,
-            workers_per_node=_workers_per_node(address),
-        )
-        check(path, function)
-        refuse_second(spec.name)
-        if address is None:
-            refuse_used_port(rendezvous_port, "--rendezvous-port")
+        spec = spec_of(given)
+        check(spec.script, spec.function)
+        check_free(spec)
         from supple.cli.training import run
 
         succeeded = run(spec, resume=resume, as_json=as_json, verbose=verbose)
     raise typer.Exit(0 if succeeded else FAILED)
+
+
+def check_free(spec: TrainSpec) -> None:
+    """Raise `SpecError` if a job of this name runs here, or if the job's port is taken."""
+    refuse_second(spec.name)
+    if spec.address is None:
+        refuse_used_port(spec.port, "--rendezvous-port")
+
+
+def spec_of(given: Mapping[str, Any]) -> TrainSpec:
+    """The spec of the options of `supple train`, by their names in Python, as they were typed."""
+    low, high = parse_workers(given["workers"])
+    target, function = split_target(given["script"])
+    path, module = file_of(target)
+    link = otherwise(given["interconnect"], DEFAULT_INTERCONNECT)
+    lookup(link)
+    return TrainSpec(
+        name=given["name"] or module.rpartition(".")[2] or Path(path).stem,
+        script=path,
+        function=function,
+        module=module,
+        arguments=tuple(given["arguments"] or ()),
+        min_workers=low,
+        max_workers=high,
+        schedule=parse_schedule(given["schedule"], minimum=low, maximum=high)
+        if given["schedule"]
+        else (),
+        batch=parse_batch(otherwise(given["batch"], "fixed")),
+        lr_rule=parse_rule(otherwise(given["lr_rule"], "auto")),
+        reproducible=given["reproducible"],
+        num_logical_shards=given["logical_shards"],
+        seed=given["seed"],
+        run_dir=given["run_dir"],
+        checkpoint_every_s=parse_duration(given["checkpoint_every"], what="--checkpoint-every"),
+        ledger=given["ledger"],
+        address=given["address"],
+        port=given["rendezvous_port"],
+        cpus_per_worker=given["cpus_per_worker"],
+        gpus_per_worker=given["gpus_per_worker"],
+        heartbeat_timeout_s=parse_duration(given["heartbeat_timeout"], what="--heartbeat-timeout"),
+        unresponsive_timeout_s=parse_duration(
+            given["unresponsive_timeout"], what="--unresponsive-timeout"
+        ),
+        stall_timeout_s=parse_duration(given["stall_timeout"], what="--stall-timeout"),
+        max_failures=given["max_failures"],
+        on_non_finite=parse_on_non_finite(given["on_non_finite"]),
+        output=parse_output(given["output"]),
+        max_steps=given["max_steps"],
+        price_per_hour=parse_money(given["price"], what="--price") if given["price"] else None,
+        objective=_objective(given["deadline"], given["budget"], given["knee"]),
+        interconnect=link,
+        workers_per_node=_workers_per_node(given["address"]),
+    )
 
 
 def _objective(deadline: str | None, budget: str | None, knee: bool) -> Objective | None:

@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 import sys
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, cast, final
 
 from rich.console import Console
 
@@ -16,7 +16,7 @@ from supple.control.backend import Observer
 from supple.control.controller import Outcome
 from supple.control.lock import only_job
 from supple.core.planning.measured import ScriptMeasurements
-from supple.core.spec import Objective, TrainSpec
+from supple.core.spec import Objective, TrainSpec, duration_option
 from supple.core.types import FileLost, JobId
 from supple.core.words import in_words
 from supple.inputs.script_measurements import kept
@@ -25,6 +25,7 @@ from supple.report.eventlog import EventLog, LedgerLog
 from supple.report.live import LiveLine, Losses, Tally
 from supple.report.picture import draw_run
 from supple.train.logfile import LogFile
+from supple.train.script import Start
 
 OPTIONS = {
     "batch": "--batch",
@@ -43,6 +44,7 @@ OPTIONS = {
     "stall_timeout_s": "--stall-timeout",
     "max_failures": "--max-failures",
     "on_non_finite": "--on-non-finite",
+    "output": "--output",
     "max_steps": "--max-steps",
     "price_per_hour": "--price",
     "interconnect": "--interconnect",
@@ -50,24 +52,49 @@ OPTIONS = {
 """Fields of a `TrainSpec` and the options that set them."""
 
 
+@final
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How a run ended, and what was counted in it."""
+
+    outcome: Outcome
+    tally: Tally
+
+    @property
+    def is_well(self) -> bool:
+        """Whether it finished, or was stopped, and is saved."""
+        outcome = self.outcome
+        return outcome.saved and (
+            outcome.status == "finished"
+            or (outcome.status == "stopped" and outcome.checkpoint is not None)
+        )
+
+
 def run(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) -> bool:
-    """Train to the end; did it finish, or was it stopped, and is it saved? With `as_json` stdout
-    gets the event log's records and nothing else. Raises what `launch.train` raises."""
+    """`run_to_end`, and whether that is well."""
+    return run_to_end(spec, resume=resume, as_json=as_json, verbose=verbose).is_well
+
+
+def run_to_end(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: bool) -> End:
+    """Train to the end. With `as_json` stdout gets the event log's records and nothing else. Raises
+    what `launch.train` raises."""
     folder = launch.prepare(spec)
     with only_job(spec.name, folder) as warning:  # before anything is moved, removed or started
         if warning:
             _print(f"supple: {warning}")
-        return _run(spec, folder, resume, as_json, verbose)
+        if resume is None:
+            notices = [launch.set_aside(spec)]
+        else:
+            spec, notice = launch.resumed(spec, resume)
+            spec, change = launch.with_arguments(spec)
+            notices = [notice, change]
+        for notice in filter(None, notices):
+            _print(notice)
+        return _run(spec, folder, as_json, verbose)
 
 
-def _run(spec: TrainSpec, folder: Path, resume: str | None, as_json: bool, verbose: bool) -> bool:
+def _run(spec: TrainSpec, folder: Path, as_json: bool, verbose: bool) -> End:
     spec = dataclasses.replace(spec, script=str(Path(spec.script).resolve()))
-    if resume is not None:
-        spec, notice = launch.resumed(spec, resume)
-    else:
-        notice = launch.set_aside(spec)
-    if notice:
-        _print(notice)
     if spec.ledger:
         launch.remove_ledger(folder)
     tally = Tally()
@@ -99,10 +126,7 @@ def _run(spec: TrainSpec, folder: Path, resume: str | None, as_json: bool, verbo
     for line in [*ending(spec, outcome, tally), *losses.summary()]:
         _print(line)
     _tell_files(folder)
-    return outcome.saved and (
-        outcome.status == "finished"
-        or (outcome.status == "stopped" and outcome.checkpoint is not None)
-    )
+    return End(outcome=outcome, tally=tally)
 
 
 def _known(spec: TrainSpec, live: LiveLine) -> ScriptMeasurements | None:
@@ -110,7 +134,8 @@ def _known(spec: TrainSpec, live: LiveLine) -> ScriptMeasurements | None:
     for a cluster, whose machines are others, and where steps are made in logical shards."""
     if spec.schedule or spec.min_workers == spec.max_workers or spec.address or spec.reproducible:
         return None
-    earlier = kept(spec.script, spec.function)
+    start = Start(arguments=spec.arguments, module=spec.module)
+    earlier = kept(spec.script, spec.function, start)
     if earlier is not None:
         live.printed(
             f"advice on the count begins with what `supple plan` measured at {earlier.when}"
@@ -139,7 +164,8 @@ def ending(spec: TrainSpec, outcome: Outcome, tally: Tally) -> list[str]:
 def resume_command(spec: TrainSpec, checkpoint: str) -> str:
     """The command line that goes on from `checkpoint` as the same job, with every option that was
     not left at its default. A schedule is left out: it counts from the beginning of a run."""
-    target = spec.script if spec.function == "train" else f"{spec.script}:{spec.function}"
+    script = spec.module or spec.script
+    target = script if spec.function == "train" else f"{script}:{spec.function}"
     words = ["supple", "train", target, "--name", spec.name, "--run-dir", spec.run_dir]
     words += ["--workers", f"{spec.min_workers}:{spec.max_workers}"]
     words += _objective_options(spec)
@@ -148,9 +174,12 @@ def resume_command(spec: TrainSpec, checkpoint: str) -> str:
         if field.name not in OPTIONS or value == field.default:
             continue
         words.append(OPTIONS[field.name])
-        if value is not True:
+        if field.name.endswith("_s"):
+            words.append(duration_option(value))
+        elif value is not True:
             words.append(f"{value:g}" if isinstance(value, float) else str(value))
-    return shlex.join([*words, "--resume", checkpoint])
+    behind = ["--", *spec.arguments] if spec.arguments else []
+    return shlex.join([*words, "--resume", checkpoint, *behind])
 
 
 def _objective_options(spec: TrainSpec) -> list[str]:
@@ -159,7 +188,7 @@ def _objective_options(spec: TrainSpec) -> list[str]:
         case None:
             return []
         case Objective(deadline_s=float(deadline_s)):
-            return ["--deadline", f"{deadline_s:g}"]
+            return ["--deadline", duration_option(deadline_s)]
         case Objective(budget=float(budget)):
             return ["--budget", f"{budget:g}"]
         case _:

@@ -1,12 +1,18 @@
 """Run one training job from its spec to its end: connect Ray, wire the parts, handle Ctrl-C."""
 
 import asyncio
+import hashlib
 import itertools
 import os
+import shlex
 import signal
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from ray import cloudpickle
 
 from supple.cluster.ray import RayBackend, connect
 from supple.cluster.starting import stop_ray
@@ -16,8 +22,9 @@ from supple.control.socket import refuse_second, socket_path
 from supple.core.job import advisor
 from supple.core.planning.measured import ScriptMeasurements
 from supple.core.spec import SpecError, TrainSpec
+from supple.train.checkpoint.folder import meta_of
 from supple.train.checkpoint.store import CheckpointError, CheckpointStore
-from supple.train.script import check
+from supple.train.script import PICKLED, check
 
 _SOCKET_BYTES = 107
 """Longest path of a Unix socket on Linux."""
@@ -41,6 +48,31 @@ def prepare(spec: TrainSpec) -> Path:
             f"the run folder {run_path} cannot be made: {error.strerror}. Give another --run-dir."
         ) from None
     return run_path
+
+
+def with_function(spec: TrainSpec, function: Callable[..., Any]) -> TrainSpec:
+    """Write `function` into the run's folder, with the globals and the closure that it uses, and
+    return `spec` with that file as its script. Raises `SpecError` if it cannot be pickled."""
+    try:
+        pickled: bytes = cloudpickle.dumps(function)  # pyright: ignore[reportPrivateImportUsage]
+    except Exception as error:  # pickling calls code of every object
+        raise SpecError(
+            f"the function {spec.function} cannot be sent to workers: {error}. It is pickled with "
+            "the globals and the closure that it uses: make inside it what cannot be pickled."
+        ) from None
+    folder = run_path_of(spec)
+    script = folder / f"{spec.function}-{hashlib.sha256(pickled).hexdigest()[:12]}{PICKLED}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"*{PICKLED}"):
+            old.unlink()
+        script.write_bytes(pickled)
+    except OSError as error:
+        raise SpecError(
+            f"the function {spec.function} cannot be written to {script}: {error.strerror}. Give "
+            "another run_dir."
+        ) from None
+    return replace(spec, script=str(script))
 
 
 def _refuse_long_socket(name: str) -> None:
@@ -84,6 +116,20 @@ def resumed(spec: TrainSpec, resume: str) -> tuple[TrainSpec, str]:
             "--resume, or check --name and --run-dir."
         )
     return replace(spec, resume=str(found.path)), f"resuming from step {found.step}.{problems}"
+
+
+def with_arguments(spec: TrainSpec) -> tuple[TrainSpec, str]:
+    """Return `spec` with the script's arguments of the checkpoint that it resumes, unless it has
+    its own; and a line about them, empty where there is nothing to report."""
+    assert spec.resume is not None
+    before = tuple(meta_of(Path(spec.resume)).get("arguments", ()))
+    if spec.arguments == before:
+        return spec, ""
+    if not spec.arguments:
+        text = f"the script's arguments are those of the run: {shlex.join(before)}"
+        return replace(spec, arguments=before), text
+    now, then = shlex.join(spec.arguments), shlex.join(before) or "none"
+    return spec, f"the script's arguments were {then}, and are {now} from here on"
 
 
 def set_aside(spec: TrainSpec) -> str:
@@ -133,11 +179,12 @@ def train(
     `known`: earlier measurements of the script, for the advisor. If `verbose`, Ray's own logs are
     kept beside the workers'. Raises `SpecError` if Ray cannot be used."""
     run_path = run_path_of(spec)
-    connect(spec)
+    is_ours = connect(spec)
     try:
         return asyncio.run(_train(spec, run_path, tuple(observers), known, verbose))
     finally:
-        stop_ray(keep_logs=run_path / "logs" / "ray" if verbose else None)
+        if is_ours:
+            stop_ray(keep_logs=run_path / "logs" / "ray" if verbose else None)
 
 
 async def _train(
@@ -165,7 +212,8 @@ async def _train(
         known=known,
     )
     controllers.append(controller)
-    loop = asyncio.get_running_loop()
-    for number, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
-        loop.add_signal_handler(number, controller.request_stop, name)
+    if threading.current_thread() is threading.main_thread():  # signals come to no other
+        loop = asyncio.get_running_loop()
+        for number, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
+            loop.add_signal_handler(number, controller.request_stop, name)
     return await controller.run()

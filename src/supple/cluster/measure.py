@@ -20,7 +20,7 @@ from supple.train.generation.group import form
 from supple.train.generation.rendezvous import Address, Rendezvous
 from supple.train.probes.probe import Probe, ProbeReport, ProbeSize
 from supple.train.probes.stand_in import StandIn
-from supple.train.script import check, user_traceback
+from supple.train.script import PLAIN, Start, check, user_traceback
 from supple.train.step.engine import TrainingError
 
 MOST_MEASURED = 4
@@ -47,9 +47,10 @@ class ScriptFailed(Exception):
 class ProbeBody:
     """An actor that measures a script, alone or as one rank of a group."""
 
-    def __init__(self, script: str, function: str) -> None:
+    def __init__(self, script: str, function: str, start: Start) -> None:
         self._script = script
         self._function = function
+        self._start = start
         torch.set_num_threads(1)
 
     def measure(
@@ -82,7 +83,8 @@ class ProbeBody:
         )
         try:
             job = StandIn(probe, rank=rank, world_size=size)
-            return job.run(self._script, self._function) or probe.report_made
+            problem = job.run(self._script, self._function, start=self._start)
+            return problem or probe.report_made
         except BaseException as error:
             complete = isinstance(error, (TrainingError, SpecError, CheckpointError))
             return str(error) if complete else user_traceback(error, whole=verbose)
@@ -95,6 +97,7 @@ def measure(
     max_local_workers: int | None,
     verbose: bool,
     on_line: Callable[[str], None],
+    start: Start = PLAIN,
 ) -> ScriptMeasurements:
     """Measure on one worker at several micro-batch sizes, then on 2, 3, ... workers of this machine
     (as many as it has cores, `max_local_workers` at most), and all of it a second time: every
@@ -119,7 +122,7 @@ def measure(
                 what = "1 worker at several micro-batch sizes" if alone else f"{count} workers"
                 on_line(f"measuring {what}{', again' if again else ''}")
                 reports = _run(
-                    (script, function),
+                    (script, function, start),
                     count,
                     _ALONE if alone else (ProbeSize(divide_by=count), ProbeSize(divide_by=1)),
                     num_noise_steps=0 if first else _NOISE_STEPS,
@@ -187,7 +190,7 @@ def _refuse_unknown_length(report: ProbeReport) -> None:
 
 
 def _run(
-    script: tuple[str, str],
+    script: tuple[str, str, Start],
     count: int,
     phases: Sequence[ProbeSize],
     *,

@@ -82,10 +82,11 @@ _ON_DEMAND = {"RAY_prestart_worker_first_driver": "0"}
 as those have an environment of their own."""
 
 
-def connect(spec: TrainSpec) -> None:
-    """Join the cluster at `spec.address`, or start Ray inside this process for this machine."""
+def connect(spec: TrainSpec) -> bool:
+    """Join the cluster at `spec.address`, or start Ray inside this process for this machine. Return
+    False where this process is connected to a Ray already, which is used and left as it is."""
     if ray.is_initialized():
-        return
+        return False
     if spec.address is not None and spec.address.startswith("ray://"):
         raise SpecError(
             f"--address {spec.address} is the address of a Ray Client. A job's controller must run "
@@ -96,7 +97,7 @@ def connect(spec: TrainSpec) -> None:
     if spec.address is None:
         num_cpus = max(os.cpu_count() or 1, int(spec.max_workers * spec.cpus_per_worker) + 1)
         start_ray(RayFolder(), num_cpus=num_cpus, settings=_HEALTH | _MEMORY | _ON_DEMAND)
-        return
+        return True
     try:
         with to_its_end():
             ray.init(address=spec.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -106,6 +107,7 @@ def connect(spec: TrainSpec) -> None:
             f"no Ray cluster answers at {spec.address}: {why}. Check the address with `ray "
             "status`, or leave --address out to train on this machine."
         ) from None
+    return True
 
 
 @dataclass(slots=True)

@@ -1,15 +1,13 @@
 """`WorkerBody`: the actor of one worker; runs the user's function and serves the controller."""
 
 import contextlib
-import io
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import ray
 import torch
@@ -37,14 +35,16 @@ from supple.train.generation.rendezvous import Address
 from supple.train.job import Job
 from supple.train.ledger import Ledger
 from supple.train.logfile import LogFile
+from supple.train.output import Output
 from supple.train.recipe import no_batch_taken
 from supple.train.script import (
+    Start,
+    command_line,
     load,
     memory_advice,
     shared_memory_advice,
     single_sample_advice,
     user_traceback,
-    without_a_command_line,
 )
 from supple.train.seeding import seed_everything
 from supple.train.step.engine import TrainingError
@@ -89,7 +89,7 @@ class WorkerBody:
     def __init__(self, setup: WorkerSetup) -> None:
         self._setup = setup
         self._mailbox = Mailbox()
-        self._output: list[str] = []
+        self._output = Output()
         self._job: Job | None = None
         self._began = time.monotonic()
         torch.set_num_threads(max(1, int(setup.spec.cpus_per_worker)))
@@ -114,7 +114,7 @@ class WorkerBody:
     def poll(self, timeout_s: float) -> Report:
         """Return what happened since the last poll, after `timeout_s` at the latest."""
         events, progress = self._mailbox.collect(timeout_s)
-        output, self._output = self._output, []
+        is_end = any(isinstance(event, WorkerFinished | WorkerLost) for event in events)
         job = self._job
         doing, since_s = (
             ("starting", time.monotonic() - self._began) if job is None else job.activity
@@ -122,7 +122,7 @@ class WorkerBody:
         return Report(
             events=tuple(events),
             progress=progress,
-            output=tuple(output),
+            output=self._output.take(is_end=is_end),
             generation=0 if job is None else job.generation,
             step=0 if job is None else job.step_count,
             doing=doing,
@@ -153,13 +153,16 @@ class WorkerBody:
             return self._lost("raised", str(error))
         folder = run_path / "checkpoints"
         barrier = Barrier(folder, Writer(run=setup.run, worker_id=setup.worker_id))
-        store = CheckpointStore(folder, barrier=barrier)
+        about = {"arguments": list(spec.arguments)}
+        store = CheckpointStore(folder, barrier=barrier, about=about)
         watch(barrier, store)
-        with self._captured_output(run_path / "logs" / f"{setup.worker_id}.log"):
+        log = LogFile(run_path / "logs" / f"{setup.worker_id}.log", self._lost_file)
+        with self._captured_output(log):
+            start = Start(arguments=spec.arguments, module=spec.module)
             try:
-                with without_a_command_line(spec.script):
+                with command_line(spec.script, start):
                     seed_everything(spec.seed)
-                    function = load(spec.script, spec.function)
+                    function = load(spec.script, spec.function, start)
                 job = self._job = Job(
                     spec,
                     elastic=self._elastic(host),
@@ -168,7 +171,7 @@ class WorkerBody:
                     if spec.ledger
                     else None,
                 )
-                with without_a_command_line(spec.script):
+                with command_line(spec.script, start):
                     seed_everything(spec.seed)
                     function(job)
                 job.leave_loop()
@@ -178,7 +181,7 @@ class WorkerBody:
                 return None
             except BaseException as error:
                 # Only into the log: the job prints the error once, at its end.
-                print(user_traceback(error, whole=True), file=sys.stderr)
+                print(user_traceback(error, whole=True), file=log)
                 text = "" if setup.verbose else shared_memory_advice(error)
                 if isinstance(error, _COMPLETE) and not setup.verbose:
                     text = str(error)
@@ -212,10 +215,11 @@ class WorkerBody:
         )
 
     @contextlib.contextmanager
-    def _captured_output(self, path: Path) -> Iterator[None]:
-        """Redirect the script's output to the worker's log; rank 0's stdout also to the user."""
-        log = LogFile(path, self._lost_file)
-        with contextlib.redirect_stdout(_Tee(log, self._print)), contextlib.redirect_stderr(log):
+    def _captured_output(self, log: LogFile) -> Iterator[None]:
+        """Redirect the script's output to the worker's log; that of rank 0, or of every rank, also
+        to the user."""
+        stdout, stderr = (self._output.stream(log, self._prefix) for _ in range(2))
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             yield
 
     def _lost(self, cause: LossCause, detail: str) -> WorkerLost:
@@ -242,10 +246,14 @@ class WorkerBody:
             )
         )
 
-    def _print(self, line: str) -> None:
+    def _prefix(self) -> str | None:
+        """Return what stands before this worker's lines on the screen; None: they are not shown."""
         job = self._job
-        if job is not None and job.is_leading:
-            self._output.append(line)
+        if self._setup.spec.output == "leader":
+            return "" if job is not None and job.is_leading else None
+        if job is not None and job.generation > 0:
+            return f"[rank {job.rank}] "
+        return f"[{self._setup.worker_id}] "
 
 
 def refuse_unless_seen(script: str, run_path: Path, *, node: str) -> None:
@@ -261,25 +269,3 @@ def refuse_unless_seen(script: str, run_path: Path, *, node: str) -> None:
                 f"the script and the run folder at the same path: put {option} on a file system "
                 "that all nodes share."
             )
-
-
-class _Tee(io.TextIOBase):
-    """A text stream that writes to a file and passes whole lines to `on_line`."""
-
-    def __init__(self, file: Any, on_line: Any) -> None:
-        self._file = file
-        self._on_line = on_line
-        self._rest = ""
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        self._file.write(text)
-        *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            self._on_line(line)
-        return len(text)
-
-    def flush(self) -> None:
-        self._file.flush()

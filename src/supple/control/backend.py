@@ -61,5 +61,5 @@ class Observer(Protocol):
     def progressed(self, progress: Progress) -> None: ...
 
     def printed(self, line: str) -> None:
-        """The script printed a line on rank 0."""
+        """The script printed a line on rank 0, or on any rank with `--output all`."""
         ...

@@ -256,6 +256,8 @@ class Controller:
         state, progress = self._state, self._progress
         return {
             "job": self._spec.name,
+            "script": self._spec.module or self._spec.script,
+            "arguments": list(self._spec.arguments),
             "phase": (state.phase if state else Phase.STARTING).value,
             "generation": state.generation if state else 0,
             "members": [str(worker_id) for worker_id in state.members] if state else [],

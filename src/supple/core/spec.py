@@ -15,6 +15,7 @@ from typing import Literal, get_args
 BatchMode = Literal["fixed", "adaptive"]
 LrRule = Literal["auto", "linear", "sqrt", "adascale", "constant"]
 OnNonFinite = Literal["stop", "skip"]
+Shown = Literal["leader", "all"]
 MAX_WORKERS = 65_536
 """Largest allowed count: a larger one is a typing error."""
 _SEEDS_END = 2**63
@@ -135,6 +136,14 @@ def parse_on_non_finite(text: str) -> OnNonFinite:
     raise SpecError(f"--on-non-finite {text}: choose {' or '.join(get_args(OnNonFinite))}.")
 
 
+def parse_output(text: str) -> Shown:
+    """Parse `"leader"` or `"all"`."""
+    for choice in get_args(Shown):
+        if text == choice:
+            return choice
+    raise SpecError(f"--output {text}: choose {' or '.join(get_args(Shown))}.")
+
+
 def parse_name(text: str, known: Iterable[str], *, what: str) -> str:
     """Look up one of `known`, ignoring case; else `SpecError` with all of them and hints."""
     names = {name.casefold(): name for name in known}
@@ -149,18 +158,30 @@ def parse_name(text: str, known: Iterable[str], *, what: str) -> str:
 
 
 def parse_duration(text: str, *, what: str, such_as: str = "90s, 15m, 2h or 1h30m") -> float:
-    """Parse `"90s"`, `"2h"`, `"1h30m"` or plain seconds as positive finite seconds; a `SpecError`
-    gives `such_as` as examples."""
+    """Parse `"90s"`, `"2h"` or `"1h30m"` as positive finite seconds. A number without a unit is
+    refused; a `SpecError` gives `such_as` as examples."""
     stripped = text.strip()
     if _DURATION.fullmatch(stripped):
-        seconds = sum(
-            float(part[:-1]) * _UNIT_S[part[-1]] for part in re.findall(r"[\d.]+[smhd]", stripped)
-        )
-    else:
-        try:
-            seconds = float(stripped)
-        except ValueError:
-            raise SpecError(f"{what} is {text!r}: not a time. Write {such_as}.") from None
+        parts = re.findall(r"[\d.]+[smhd]", stripped)
+        seconds = sum(float(part[:-1]) * _UNIT_S[part[-1]] for part in parts)
+        return check_duration(seconds, text, what=what)
+    try:
+        number = float(stripped)
+    except ValueError:
+        raise SpecError(f"{what} is {text!r}: not a time. Write {such_as}.") from None
+    check_duration(number, text, what=what)
+    choices = f"{stripped}h? {stripped}m? {stripped}s?"
+    raise SpecError(f"{what} is {stripped}, a number without a unit: {choices} Write {such_as}.")
+
+
+def duration_option(seconds: float) -> str:
+    """Format positive seconds as an option takes them: `90.5` as `"90.5s"`."""
+    return f"{seconds:f}".rstrip("0").rstrip(".") + "s"
+
+
+def check_duration(seconds: float, text: str, *, what: str) -> float:
+    """Return `seconds`, written as `text`. Raises `SpecError` unless they are positive and at most
+    100,000 days."""
     if not is_positive(seconds):
         raise SpecError(f"{what} is {text}: a time must be positive and finite.")
     if seconds > _MOST_S:
@@ -213,6 +234,10 @@ class TrainSpec:
     name: str
     script: str
     function: str = "train"
+    module: str = ""
+    """Dotted name of the script as a module of a package; empty: run by its path."""
+    arguments: tuple[str, ...] = ()
+    """The script's command line, `sys.argv[1:]` on every worker."""
     min_workers: int = 1
     max_workers: int = 1
     schedule: tuple[tuple[float, int], ...] = ()
@@ -243,6 +268,8 @@ class TrainSpec:
     """Consecutive losses without a committed step between, after which a job is not retried."""
     on_non_finite: OnNonFinite = "stop"
     """Reaction to a step whose loss or gradient is not finite."""
+    output: Shown = "leader"
+    """Ranks whose stdout and stderr are shown while training."""
     max_steps: int | None = None
     """Number of committed steps at which training ends; None: after all epochs."""
     price_per_hour: float | None = None
@@ -258,6 +285,7 @@ class TrainSpec:
         check_one_of(self.batch, get_args(BatchMode), what="batch")
         check_one_of(self.lr_rule, get_args(LrRule), what="lr_rule")
         check_one_of(self.on_non_finite, get_args(OnNonFinite), what="on_non_finite")
+        check_one_of(self.output, get_args(Shown), what="output")
         for what, value, least in (
             ("--logical-shards", self.num_logical_shards, 1),
             ("--max-failures", self.max_failures, 0),

@@ -18,6 +18,7 @@ from platformdirs import user_cache_path
 from supple.core.planning.measured import ScriptMeasurements
 from supple.core.training.measurements import CollectiveMeasurement, StepMeasurement
 from supple.core.training.memory import MemoryMeasurement
+from supple.train.script import PLAIN, Start
 
 _MOST_KEPT = 100
 """Most files in the cache; the oldest are deleted."""
@@ -37,10 +38,10 @@ class Kept:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.measured_at))
 
 
-def keep(found: ScriptMeasurements, script: str, function: str) -> None:
+def keep(found: ScriptMeasurements, script: str, function: str, start: Start = PLAIN) -> None:
     """Cache the measurements of the current version of `script` on this machine. A write error is
     ignored: the cache is optional."""
-    path = _path(script, function)
+    path = _path(script, function, start)
     record = {
         "measured_at": time.time(),
         "machine": _machine(),
@@ -59,11 +60,11 @@ def keep(found: ScriptMeasurements, script: str, function: str) -> None:
         return
 
 
-def kept(script: str, function: str) -> Kept | None:
+def kept(script: str, function: str, start: Start = PLAIN) -> Kept | None:
     """Return the cached measurements of the current version of `script` on this machine; None if
     there are none, or if the file is damaged or of another version."""
     try:
-        record = json.loads(_path(script, function).read_text())
+        record = json.loads(_path(script, function, start).read_text())
         return Kept(found=_from_json(record["found"]), measured_at=float(record["measured_at"]))
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -80,11 +81,12 @@ def _from_json(values: Mapping[str, Any]) -> ScriptMeasurements:
     )
 
 
-def _path(script: str, function: str) -> Path:
-    """Path of the cache file, from a hash of the script's text and path, function, machine and
-    versions."""
+def _path(script: str, function: str, start: Start) -> Path:
+    """Path of the cache file, from a hash of the script's text and path, function, arguments,
+    machine and versions."""
     digest = hashlib.sha256(Path(script).read_bytes())
-    digest.update(json.dumps([os.path.abspath(script), function, _machine()]).encode())
+    what = [os.path.abspath(script), function, start.module, start.arguments, _machine()]
+    digest.update(json.dumps(what).encode())
     return user_cache_path("supple") / "measured" / f"{digest.hexdigest()[:32]}.json"
 
 

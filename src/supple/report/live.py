@@ -184,6 +184,7 @@ class Tally:
         self._first_step: int | None = None
         self.last_step = 0
         self.skipped_steps = 0
+        self.metrics: dict[str, float] = {}
         self.num_resizes = 0
         self.num_recoveries = 0
         self.sizes: set[int] = set()
@@ -227,6 +228,7 @@ class Tally:
     def progressed(self, progress: Progress) -> None:
         self.last_step = max(self.last_step, progress.step)
         self.skipped_steps = progress.skipped_steps
+        self.metrics = dict(progress.metrics)
 
     def printed(self, line: str) -> None:
         return

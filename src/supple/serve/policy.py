@@ -66,12 +66,10 @@ class SloPolicy:
         "startup_s": ...}, used until replicas report theirs. `max_batch_size` limits a batch below
         the largest one measured. Raises `SpecError` for invalid values."""
         self._slo = parse_slo(slo)
-        self._idle_s = parse_latency(idle, what="idle", plain_seconds=True)
+        self._idle_s = parse_latency(idle, what="idle")
         self._max_batch_size = max_batch_size
         self._price_per_hour, self._budget_per_hour = price_per_hour, budget_per_hour
-        self._startup_s = (
-            parse_latency(startup, what="startup", plain_seconds=True) if startup else None
-        )
+        self._startup_s = parse_latency(startup, what="startup") if startup else None
         self._points: tuple[LatencyPoint, ...] = ()
         if profile is not None:
             self._points = tuple(

@@ -2,14 +2,17 @@
 
 import ast
 import difflib
+import importlib
 import importlib.util
+import pickle
+import shlex
 import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import dataclass
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,47 @@ from supple.core.spec import SpecError
 
 _SHARED = "/dev/shm"
 _MODULE = "supple_user_script"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """How a script is started: its command line, and its name if it is a module of a package."""
+
+    arguments: tuple[str, ...] = ()
+    """`sys.argv[1:]` of the script."""
+    module: str = ""
+    """The dotted name to import it by; empty: the file is run by its path."""
+
+    @property
+    def text(self) -> str:
+        """The arguments as a shell takes them."""
+        return shlex.join(self.arguments)
+
+
+PICKLED = ".pkl"
+"""Suffix of a script that is a pickled function, written by `supple.run`."""
+PLAIN = Start()
+"""A file, without arguments."""
+
+
+def find_module(name: str) -> Path | None:
+    """Return the file of the module with this dotted name, searched in the working folder and where
+    Python imports from; None if there is none. Nothing is imported."""
+    top, *rest = name.split(".")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = importlib.util.find_spec(top)
+        for part in rest:
+            if found is None or found.submodule_search_locations is None:
+                return None
+            # By its last part alone: a dotted name needs its parents to be imported.
+            found = PathFinder.find_spec(part, list(found.submodule_search_locations))
+    except (ImportError, ValueError):
+        return None
+    finally:
+        sys.path.pop(0)
+    is_file = found is not None and found.has_location and found.origin is not None
+    return Path(found.origin).resolve() if found and is_file and found.origin else None
 
 
 def check(script: str, function: str) -> None:
@@ -36,6 +80,8 @@ def check(script: str, function: str) -> None:
             what, hint = "is no ordinary file", ""
         name = script or "''"
         raise SpecError(f"the script {name} {what}.{hint} Give the path of a Python file.")
+    if path.suffix == PICKLED:
+        return
     try:
         tree = ast.parse(source, filename=script)
     except (SyntaxError, ValueError) as error:
@@ -74,12 +120,18 @@ def check(script: str, function: str) -> None:
         )
 
 
-def load(script: str, function: str) -> Callable[[Any], None]:
+def load(script: str, function: str, start: Start = PLAIN) -> Callable[[Any], None]:
     """Import the script and return its training function. The module's name is not `__main__`, so a
     block under `if __name__ == "__main__"` does not run."""
-    folder = str(Path(script).resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    path = Path(script).resolve()
+    if path.suffix == PICKLED:
+        return pickle.loads(path.read_bytes())
+    if start.module:
+        above = start.module.count(".") + (path.name == "__init__.py")
+        _search_first(path.parents[above])
+        sys.modules.pop(start.module, None)  # a script is run anew, however it is named
+        return getattr(importlib.import_module(start.module), function)
+    _search_first(path.parent)
     # An explicit loader accepts any file extension.
     loader = SourceFileLoader(_MODULE, script)
     spec = importlib.util.spec_from_file_location(_MODULE, script, loader=loader)
@@ -90,33 +142,39 @@ def load(script: str, function: str) -> Callable[[Any], None]:
     return getattr(module, function)
 
 
+def _search_first(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
 @contextmanager
-def without_a_command_line(script: str) -> Iterator[None]:
-    """Run the block with an empty command line; turn `sys.exit` into `SpecError`."""
-    ours, sys.argv = sys.argv, [script]
+def command_line(script: str, start: Start = PLAIN) -> Iterator[None]:
+    """Run the block with the script's command line in `sys.argv`; turn `sys.exit` into
+    `SpecError`."""
+    ours, sys.argv = sys.argv, [script, *start.arguments]
     try:
         yield
     except SystemExit as end:
-        raise SpecError(_ended(script, end)) from None
+        raise SpecError(_ended(script, end, start)) from None
     finally:
         sys.argv = ours
 
 
-def run(script: str, function: str, job: Any, seed: int = 0) -> None:
+def run(script: str, function: str, job: Any, start: Start = PLAIN, *, seed: int = 0) -> None:
     """Call the training function with `job` in this process, with random generators seeded.
 
     Its output goes to stderr, as stdout is for the command's result; its changes of the working
     folder are undone. Raises the script's errors, and `SpecError` if it ends the program."""
     from supple.train.seeding import seed_everything  # the command line starts without torch
 
-    with without_a_command_line(script), redirect_stdout(sys.stderr), chdir("."):
+    with command_line(script, start), redirect_stdout(sys.stderr), chdir("."):
         seed_everything(seed)
-        train = load(script, function)
+        train = load(script, function, start)
         seed_everything(seed)
         train(job)
 
 
-def _ended(script: str, end: SystemExit) -> str:
+def _ended(script: str, end: SystemExit, start: Start) -> str:
     """Return the message for a script that ended the program."""
     frames = list(traceback.walk_tb(end.__traceback__))
     file = Path(script).resolve()
@@ -127,10 +185,15 @@ def _ended(script: str, end: SystemExit) -> str:
     if parsers:
         message = parsers[-2].f_locals.get("message") if len(parsers) > 1 else None
         detail = f" ({message})" if message else ""
+        if start.arguments:
+            return (
+                f"the script {script}{where} does not take the arguments {start.text}{detail}. "
+                "Everything after -- is its command line: correct it there."
+            )
         return (
-            f"the script {script}{where} reads a command line{detail}, and Supple runs it without "
-            "one: it imports the file and calls its function. Give every argument a default, or "
-            f"{advice}."
+            f"the script {script}{where} reads a command line{detail}, and it was given none. Give "
+            "every argument a default, give arguments after --, as in `supple train train.py -- "
+            f"--epochs 3`, or {advice}."
         )
     return (
         f"the script {script}{where} called sys.exit({end.code!r}) while Supple ran it: a script "

@@ -13,7 +13,7 @@ from supple.cli.errors import FAILED
 from supple.cli.planning import memory
 from supple.cli.planning.answer import check_plot, no_plan, print_json, show_plan, tell
 from supple.cli.planning.layouts import Cluster, base_lr, cluster_of, worth_of_batches
-from supple.cli.planning.subject import Question, otherwise
+from supple.cli.planning.subject import Question, otherwise, start_of
 from supple.core.spec import SpecError, parse_limits, parse_name, parse_objective
 from supple.core.types import Infeasible
 from supple.inputs.rows import parse_gigabytes
@@ -36,7 +36,7 @@ def plan_elsewhere(question: Question, path: str, function: str) -> None:
     from supple.inputs.script_measurements import kept
 
     optimizer = _optimizer(question)
-    before = kept(path, function)
+    before = kept(path, function, start_of(question))
     noise_scale = None if before is None or limits.batch == "fixed" else before.found.noise_scale
     where = f"Run `supple plan {question.subject}` first, which measures one"
     worth = worth_of_batches(question, limits, noise_scale, where)
@@ -44,7 +44,7 @@ def plan_elsewhere(question: Question, path: str, function: str) -> None:
     if not question.as_json:
         memory.show(found)
     besides = {"memory": memory.to_json(found)}
-    layers = _measured(path, function, found, question.verbose)
+    layers = _measured(question, path, function, found)
     if isinstance(layers, Infeasible):
         if question.as_json:
             print_json({"infeasible": dataclasses.asdict(layers), **besides})
@@ -94,21 +94,28 @@ def _traced(
     from supple.train.probes.memory_trace import TraceFailed
 
     try:
-        return memory.trace(path, function, limit, optimizer=optimizer, verbose=question.verbose)
+        return memory.trace(
+            path,
+            function,
+            limit,
+            optimizer=optimizer,
+            verbose=question.verbose,
+            start=start_of(question),
+        )
     except TraceFailed as error:
         tell(f"supple: {error}")
         raise typer.Exit(FAILED) from None
 
 
 def _measured(
-    path: str, function: str, found: memory.MemoryTable, verbose: bool
+    question: Question, path: str, function: str, found: memory.MemoryTable
 ) -> "LayerReport | Infeasible":
     from supple.train.probes.layer_probe import measure_layers
     from supple.train.script import user_traceback
     from supple.train.step.engine import TrainingError
 
     try:
-        return measure_layers(path, function, found.job.traces)
+        return measure_layers(path, function, found.job.traces, start_of(question))
     except (TrainingError, SpecError) as error:
         return Infeasible(
             asked=f"layouts of {path}",
@@ -117,7 +124,7 @@ def _measured(
             advice="What fits, above, holds for workers that have the whole model.",
         )
     except Exception as error:
-        told = user_traceback(error, whole=verbose)
+        told = user_traceback(error, whole=question.verbose)
         tell(f"supple: {path} failed while it was measured:\n{told}")
         raise typer.Exit(FAILED) from None
 

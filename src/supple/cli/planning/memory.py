@@ -23,6 +23,7 @@ from supple.core.training.memory import (
     safe_bytes,
 )
 from supple.core.types import Infeasible
+from supple.train.script import PLAIN, Start
 
 if TYPE_CHECKING:  # torch is imported by what traces, so that `--help` is immediate
     from supple.train.probes.memory_trace import TracedJob
@@ -44,7 +45,13 @@ class MemoryTable:
 
 
 def trace(
-    path: str, function: str, limit_bytes: float, *, optimizer: str | None, verbose: bool
+    path: str,
+    function: str,
+    limit_bytes: float,
+    *,
+    optimizer: str | None,
+    verbose: bool,
+    start: Start = PLAIN,
 ) -> MemoryTable:
     """Trace the script with activations kept and with them computed again. Raises `TraceFailed`
     where it cannot be traced."""
@@ -52,7 +59,12 @@ def trace(
 
     traced = {
         name: trace_memory(
-            path, function, recompute=recompute, optimizer=optimizer, verbose=verbose
+            path,
+            function,
+            recompute=recompute,
+            optimizer=optimizer,
+            verbose=verbose,
+            start=start,
         )
         for name, recompute in (("kept", False), ("recomputed", True))
     }

@@ -28,13 +28,15 @@ from supple.cli.options import (
     WorkersPerNode,
 )
 from supple.cli.planning.subject import Kind, Question, kind_of
+from supple.cli.script_arguments import ScriptArguments, ScriptCommand
 from supple.core.spec import KNEE_RULE
 
 PLAN_EPILOG = (
     "SUBJECT is one of:\n\n"
-    "  train.py or train.py:function: a script, measured here for half a minute or longer. With "
-    "--memory: what micro-batch fits an accelerator that is not here; nothing is computed. With "
-    "--accelerator: that, and count, layout, batch and learning rate there.\n\n"
+    "  train.py, train.py:function or package.module: a script, measured here for half a minute or "
+    "longer. With --memory: what micro-batch fits an accelerator that is not here; nothing is "
+    "computed. With --accelerator: that, and count, layout, batch and learning rate there. What "
+    "follows -- is the script's own command line.\n\n"
     "  model.toml: a transformer by its sizes, [train], or a language model, [serve]. Nothing is "
     "run.\n\n"
     "  app.py:Model or model.pt2: a model to serve, measured once. With --slo and --rate: how many "
@@ -50,13 +52,16 @@ PLAN_EPILOG = (
     "Examples:\n\n  supple plan examples/digits.py\n\n"
     "  supple plan train.py --deadline 2h --interconnect infiniband-200 --workers-per-node 8\n\n"
     "  supple plan train.py --budget 50 --price 2.50 --plot plan.png\n\n"
-    "  supple plan train.py --batch adaptive --history runs.csv\n\n"
+    "  supple plan train.py --batch adaptive --history runs.csv -- --epochs 3\n\n"
     "  supple plan train.py --accelerator a100-80 --price 2.5\n\n"
     "  supple plan model.toml --itl 30ms --rate 20\n\n"
     "  supple plan app.py:Model --slo p99=100ms --rate 200\n\n"
     "  supple plan runs.csv --counts 64,128\n\n"
     "Exit codes: 0 planned; 1 no plan does what was asked, or SUBJECT failed; 2 refused."
 )
+
+
+PlanCommand = ScriptCommand
 
 
 def plan(
@@ -66,6 +71,7 @@ def plan(
             metavar="SUBJECT", help="A script, model.toml, FILE:CLASS or runs.csv; see below."
         ),
     ],
+    arguments: ScriptArguments = None,
     max_workers: MaxWorkers = None,
     deadline: Deadline = None,
     budget: Budget = None,

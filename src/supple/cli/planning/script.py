@@ -9,7 +9,7 @@ import typer
 
 from supple.cli.errors import FAILED
 from supple.cli.planning.answer import check_plot, show_plan, tell
-from supple.cli.planning.subject import Question, otherwise
+from supple.cli.planning.subject import Question, otherwise, start_of
 from supple.core.hardware import DEFAULT_INTERCONNECT, lookup
 from supple.core.spec import (
     MAX_WORKERS,
@@ -55,9 +55,9 @@ def plan_script(question: Question, path: str, function: str) -> None:
     from supple.inputs.script_measurements import keep
 
     # More than may be used is not worth its time.
-    found = _measured(path, function, most, limits.max_workers or MAX_WORKERS, question.verbose)
+    found = _measured(question, path, function, most, limits.max_workers or MAX_WORKERS)
     job = job_view(found, interconnect=interconnect, workers_per_node=per_node, lr_rule=rule)
-    keep(found, path, function)
+    keep(found, path, function, start_of(question))
     if known is not None and limits.batch == "adaptive":
         job = _with_known(job, known)
     table = plan(job, limits, objective)
@@ -79,7 +79,7 @@ def _known(question: Question) -> "Known | None":
 
 
 def _measured(
-    path: str, function: str, most: int | None, cap: int, verbose: bool
+    question: Question, path: str, function: str, most: int | None, cap: int
 ) -> "ScriptMeasurements":
     from supple.cluster.measure import MOST_MEASURED, ScriptFailed, measure
 
@@ -88,8 +88,9 @@ def _measured(
             path,
             function,
             max_local_workers=min(most or MOST_MEASURED, cap),
-            verbose=verbose,
+            verbose=question.verbose,
             on_line=tell,
+            start=start_of(question),
         )
     except ScriptFailed as error:
         raised = str(error).startswith("Traceback")  # else a message, complete in itself

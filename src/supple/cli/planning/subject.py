@@ -6,7 +6,9 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar, final
 
+from supple.cli.errors import file_of
 from supple.core.spec import SpecError
+from supple.train.script import Start
 
 
 class Kind(Enum):
@@ -27,6 +29,7 @@ class Question:
     """What was asked, as it was typed; None for what was not."""
 
     subject: str
+    arguments: tuple[str, ...] | None
     max_workers: str | None
     deadline: str | None
     budget: str | None
@@ -65,6 +68,7 @@ _S, _A, _E, _T, _L, _M, _R = (
     Kind.RUNS,
 )
 _FOR: dict[str, tuple[Kind, ...]] = {
+    "arguments": (_S, _A, _E),
     "max_workers": (_S, _E, _T, _L, _M),
     "deadline": (_S, _E, _T, _R),
     "budget": (_S, _E, _T, _R),
@@ -91,7 +95,7 @@ _FOR: dict[str, tuple[Kind, ...]] = {
     "again": (_M,),
 }
 """The kinds that an option means something for."""
-_FLAGS = {"memory_size": "--memory"}
+_FLAGS = {"memory_size": "--memory", "arguments": "--"}
 T = TypeVar("T")
 
 
@@ -106,6 +110,7 @@ def kind_of(question: Question) -> tuple[Kind, str, str]:
     path, colon, name = question.subject.rpartition(":")
     if not colon or not name.isidentifier():  # a colon of the path itself
         path, name = question.subject, ""
+    path, _ = file_of(path)
     kind = _kind(question, path, name)
     for option, kinds in _FOR.items():
         if getattr(question, option) is not None and kind not in kinds:
@@ -115,6 +120,13 @@ def kind_of(question: Question) -> tuple[Kind, str, str]:
                 f"{'; or for '.join(each.value for each in kinds)}. Leave it out."
             )
     return kind, path, name
+
+
+def start_of(question: Question) -> Start:
+    """How the script that is the subject is started."""
+    path, colon, name = question.subject.rpartition(":")
+    _, module = file_of(path if colon and name.isidentifier() else question.subject)
+    return Start(arguments=question.arguments or (), module=module)
 
 
 def _kind(question: Question, path: str, name: str) -> Kind:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from supple.core.service.latency import LatencyProfile
-from supple.core.spec import SpecError, check_name, parse_duration
+from supple.core.spec import SpecError, check_duration, check_name, parse_duration
 from supple.core.types import ParallelLayout
 
 MAX_REPLICAS = 65_536
@@ -55,18 +55,18 @@ def latency_text(seconds: float) -> str:
     return f"{seconds * 1e3:.4g}ms" if seconds < 1.0 else f"{seconds:.4g}s"
 
 
-def parse_latency(text: str, *, what: str, plain_seconds: bool = False) -> float:
+def parse_latency(text: str, *, what: str) -> float:
     """Parse `"100ms"`, `"250us"`, `"2s"` or `"1m30s"` as positive finite seconds. A number without
-    a unit is refused unless `plain_seconds`, since it could be milliseconds."""
+    a unit is refused, since it could be milliseconds."""
     stripped = text.strip()
-    if not plain_seconds and _is_bare_number(stripped):
+    if _is_bare_number(stripped):
         raise SpecError(
             f"{what} is {stripped}, a number without a unit: write {stripped}ms or {stripped}s."
         )
     for unit, factor in _SMALL_UNIT_S.items():
         number = stripped.removesuffix(unit)
         if number != stripped and re.fullmatch(r"\d+(?:\.\d+)?", number):
-            return parse_duration(str(float(number) * factor), what=what)
+            return check_duration(float(number) * factor, text, what=what)
     return parse_duration(stripped, what=what, such_as="250us, 30ms or 2s")
 
 

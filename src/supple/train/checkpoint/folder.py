@@ -125,6 +125,11 @@ def verify(folder: Path) -> Manifest:
     return Manifest(step=manifest["step"], signature=manifest.get("signature", []), meta=manifest)
 
 
+def meta_of(folder: Path) -> dict[str, Any]:
+    """Return the entries of the manifest of a checkpoint that was verified before."""
+    return _read_manifest(folder / MANIFEST)
+
+
 def _read_manifest(file: Path) -> dict[str, Any]:
     """Return the validated contents of a manifest. Raises `ValueError`, `KeyError` or `TypeError`
     for anything that `write` does not write."""

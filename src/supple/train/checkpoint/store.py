@@ -62,12 +62,21 @@ class CheckpointInfo:
 class CheckpointStore:
     """A job's checkpoints: keeps the last `keep`, and writes while `barrier` allows it."""
 
-    def __init__(self, directory: Path, keep: int = 2, *, barrier: Barrier | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        keep: int = 2,
+        *,
+        barrier: Barrier | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`about`: JSON values that describe the run, written into every manifest."""
         if keep < 1:
             raise ValueError(f"keep={keep}: the last checkpoint is never removed. Keep 1 or more.")
         self._directory = Path(directory)
         self._keep = keep
         self._barrier = barrier
+        self._about = dict(about or {})
         self._writing: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -90,7 +99,7 @@ class CheckpointStore:
                 self._make_directory()
                 self._remove_leftovers()
                 temporary.mkdir()
-                write(temporary, step, payload, {**meta, **self._signed()})
+                write(temporary, step, payload, {**meta, **self._about, **self._signed()})
                 self._refuse_excluded(step)
                 number = 1 + max((_number(path) for path in self._paths()), default=0)
                 target = self._directory / f"{number:06d}-step-{step}"

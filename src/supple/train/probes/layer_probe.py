@@ -13,6 +13,7 @@ from supple.core.training.memory import TracedMemory
 from supple.train.data.loader import MicroBatch
 from supple.train.probes.stand_in import StandIn
 from supple.train.recipe import Recipe
+from supple.train.script import PLAIN, Start
 from supple.train.step.engine import TrainingError
 
 _WARM_UP, _STEPS = 2, 7
@@ -31,14 +32,16 @@ class LayerReport:
     optimizer_name: str
 
 
-def measure_layers(script: str, function: str, traces: Sequence[TracedMemory]) -> LayerReport:
+def measure_layers(
+    script: str, function: str, traces: Sequence[TracedMemory], start: Start = PLAIN
+) -> LayerReport:
     """Measure the time of every layer at the script's batch and at half of it.
 
     The backward pass is timed as a whole and divided among the layers like the forward pass. A
     layer is a child of the model, or of a `ModuleList` or `Sequential` in it. `traces` (largest
     first) give the bytes. Raises `TrainingError` for a model that calls a layer twice."""
     probe = LayerProbe()
-    if problem := StandIn(probe).run(script, function):
+    if problem := StandIn(probe).run(script, function, start=start):
         raise TrainingError(problem)
     return probe.report_made(traces)
 

@@ -30,7 +30,7 @@ from supple.core.training.memory import TracedMemory
 from supple.train.data.loader import Loader, MicroBatch
 from supple.train.probes.stand_in import StandIn
 from supple.train.recipe import Recipe
-from supple.train.script import user_traceback
+from supple.train.script import PLAIN, Start, user_traceback
 from supple.train.step.engine import TrainingError
 
 _TORCHS_OWN_LOG = logging.getLogger("torch._subclasses.fake_tensor")
@@ -74,6 +74,7 @@ def trace_memory(
     recompute: bool = False,
     optimizer: str | None = None,
     verbose: bool = False,
+    start: Start = PLAIN,
 ) -> TracedJob:
     """Trace peak bytes at the script's micro-batch, at a half, a quarter and an eighth of it, and
     at larger sizes if these do not show the bytes per sample.
@@ -86,7 +87,7 @@ def trace_memory(
     untraced: list[tuple[int, str]] = []
     num_found = 0
     while (tracer.pending or not tracer.found) and (
-        problem := _attempt(tracer, script, function, verbose)
+        problem := _attempt(tracer, script, function, verbose, start)
     ):
         if not tracer.found:
             raise TraceFailed(problem)
@@ -105,14 +106,16 @@ def trace_memory(
 _NEEDED = f"the {_STEPS} batches that a trace takes"
 
 
-def _attempt(tracer: "MemoryTracer", script: str, function: str, verbose: bool) -> str:
+def _attempt(
+    tracer: "MemoryTracer", script: str, function: str, verbose: bool, start: Start
+) -> str:
     """Trace the pending sizes; return why some could not be traced, else an empty text."""
     job = StandIn(tracer, build=tracer.build, make=tracer.make)
     before = _TORCHS_OWN_LOG.level
     if not verbose:  # torch logs the errors that it raises; they are reported here
         _TORCHS_OWN_LOG.setLevel(logging.CRITICAL)
     try:
-        problem = job.run(script, function, _NEEDED)
+        problem = job.run(script, function, _NEEDED, start)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         problem = (
             f"{script} reads a tensor's value while it trains ({error}), and a trace computes no "

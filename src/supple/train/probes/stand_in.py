@@ -20,7 +20,7 @@ from supple.train.data.options import DataOptions
 from supple.train.job_protocol import JobProtocol, Params, Schedule, Weight
 from supple.train.recipe import Hand, Recipe, no_batch_taken
 from supple.train.reporter import numbers
-from supple.train.script import run
+from supple.train.script import PLAIN, Start, run
 
 
 class Instrument(Protocol):
@@ -65,12 +65,18 @@ class StandIn:
         self._recipe = Recipe(seed=0)
         self._hand = Hand()
 
-    def run(self, script: str, function: str, needed: str = "all was measured") -> str:
+    def run(
+        self,
+        script: str,
+        function: str,
+        needed: str = "all was measured",
+        start: Start = PLAIN,
+    ) -> str:
         """Call the training function; return why the measurement is incomplete, else an empty text.
         Raises the script's errors, and `TrainingError` or `SpecError` as a job does."""
         job: JobProtocol = self
         try:
-            run(script, function, job)
+            run(script, function, job, start)
         except MeasurementComplete:
             return ""
         if not self._recipe.took_batches:
