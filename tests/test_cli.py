@@ -440,7 +440,7 @@ def test_the_command_that_goes_on_is_one_the_command_line_takes() -> None:
 
 def test_every_field_that_shapes_a_job_is_carried_over_when_it_goes_on() -> None:
     elsewhere = {"name", "script", "function", "min_workers", "max_workers", "run_dir", "resume"}
-    elsewhere |= {"module", "arguments"}
+    elsewhere |= {"module", "arguments", "allow_changes"}
     fields = {field.name for field in dataclasses.fields(TrainSpec)}
     by_hand = {"schedule", "objective", "workers_per_node"}  # the last is the machine's
     assert fields - elsewhere - by_hand == OPTIONS.keys()

@@ -274,7 +274,7 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_last_good_ones_stay(
     )
     assert re.match(why, refused[-1].error)
     with pytest.raises(CheckpointError, match=why):
-        world.jobs["a"].save()
+        world.jobs["a"].holder.save()
     found = store.latest()
     assert found is not None
     assert found.step <= 3

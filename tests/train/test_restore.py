@@ -91,10 +91,15 @@ def refusal(worlds: list[World], script: Script, path: Path) -> str:
         (Script(num_features=5), ["of another model", "weight is [1, 3]", "[1, 5] torch.float32"]),
         (
             Script(optimizer=torch.optim.SGD),
-            ["does not fit this script", "betas", "SGD", "momentum"],
+            [
+                "the optimizer was AdamW, and is SGD; what it",
+                "--allow-changes optimizer",
+            ],
         ),
-        (Script(optimizer=torch.optim.Adagrad), ["its optimizer has", "Adagrad", "lr_decay"]),
-        (Script(num_samples=24), ["does not fit this script", "32", "24"]),
+        (
+            Script(num_samples=24),
+            ["the dataset had 40 samples, and has 24; samples would", "--allow-changes data"],
+        ),
         (Script(shards=True), ["does not fit this script"]),
         (Script(kept=7), ["does not fit this script", "IndexError: 4 values for 7"]),
     ],

@@ -104,7 +104,9 @@ class Alone:
         assert found is not None
         layer = nn.Linear(1, 1, bias=False)
         state = TrainState(layer, torch.optim.SGD(layer.parameters()), {})
-        Saver(None, 0.0, None, None).restore(str(found.path), state, lambda _: None, is_named=True)
+        Saver(None, 0.0, None, None).restore(
+            str(found.path), state, lambda *_: None, lambda _: set(), is_named=True
+        )
         return layer.weight.item()
 
 

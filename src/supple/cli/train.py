@@ -32,6 +32,7 @@ from supple.core.spec import (
     SpecError,
     TrainSpec,
     parse_batch,
+    parse_changes,
     parse_duration,
     parse_money,
     parse_objective,
@@ -103,6 +104,10 @@ def train(
     resume: Annotated[
         str | None,
         typer.Option(help="A checkpoint's folder; alone, or latest: the newest good one."),
+    ] = None,
+    allow_changes: Annotated[
+        str | None,
+        typer.Option(help="What may differ from the run that is resumed: data, optimizer or both."),
     ] = None,
     checkpoint_every: Annotated[str, typer.Option(help="Time between checkpoints.")] = "5m",
     ledger: Annotated[
@@ -216,6 +221,7 @@ def spec_of(given: Mapping[str, Any]) -> TrainSpec:
         ),
         stall_timeout_s=parse_duration(given["stall_timeout"], what="--stall-timeout"),
         max_failures=given["max_failures"],
+        allow_changes=parse_changes(given["allow_changes"]) if given["allow_changes"] else (),
         on_non_finite=parse_on_non_finite(given["on_non_finite"]),
         output=parse_output(given["output"]),
         max_steps=given["max_steps"],

@@ -87,7 +87,7 @@ def run_to_end(spec: TrainSpec, *, resume: str | None, as_json: bool, verbose: b
         else:
             spec, notice = launch.resumed(spec, resume)
             spec, change = launch.with_arguments(spec)
-            notices = [notice, change]
+            notices = [notice, launch.script_change(spec), change]
         for notice in filter(None, notices):
             _print(notice)
         return _run(spec, folder, as_json, verbose)

@@ -24,7 +24,7 @@ from supple.core.planning.measured import ScriptMeasurements
 from supple.core.spec import SpecError, TrainSpec
 from supple.train.checkpoint.folder import meta_of
 from supple.train.checkpoint.store import CheckpointError, CheckpointStore
-from supple.train.script import PICKLED, check
+from supple.train.script import PICKLED, check, script_hash
 
 _SOCKET_BYTES = 107
 """Longest path of a Unix socket on Linux."""
@@ -130,6 +130,18 @@ def with_arguments(spec: TrainSpec) -> tuple[TrainSpec, str]:
         return replace(spec, arguments=before), text
     now, then = shlex.join(spec.arguments), shlex.join(before) or "none"
     return spec, f"the script's arguments were {then}, and are {now} from here on"
+
+
+def script_change(spec: TrainSpec) -> str:
+    """Return a line if the script is not the one that wrote the checkpoint that `spec` resumes."""
+    assert spec.resume is not None
+    before = meta_of(Path(spec.resume)).get("script_sha256")
+    if before is None or before == script_hash(spec.script):
+        return ""
+    return (
+        f"{Path(spec.script).name} has changed since this checkpoint: the run goes on with the "
+        "new one, and with its settings"
+    )
 
 
 def set_aside(spec: TrainSpec) -> str:

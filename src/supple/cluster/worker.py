@@ -42,6 +42,7 @@ from supple.train.script import (
     command_line,
     load,
     memory_advice,
+    script_hash,
     shared_memory_advice,
     single_sample_advice,
     user_traceback,
@@ -153,7 +154,7 @@ class WorkerBody:
             return self._lost("raised", str(error))
         folder = run_path / "checkpoints"
         barrier = Barrier(folder, Writer(run=setup.run, worker_id=setup.worker_id))
-        about = {"arguments": list(spec.arguments)}
+        about = {"arguments": list(spec.arguments), "script_sha256": script_hash(spec.script)}
         store = CheckpointStore(folder, barrier=barrier, about=about)
         watch(barrier, store)
         log = LogFile(run_path / "logs" / f"{setup.worker_id}.log", self._lost_file)

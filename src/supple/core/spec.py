@@ -16,6 +16,7 @@ BatchMode = Literal["fixed", "adaptive"]
 LrRule = Literal["auto", "linear", "sqrt", "adascale", "constant"]
 OnNonFinite = Literal["stop", "skip"]
 Shown = Literal["leader", "all"]
+Change = Literal["data", "optimizer"]
 MAX_WORKERS = 65_536
 """Largest allowed count: a larger one is a typing error."""
 _SEEDS_END = 2**63
@@ -134,6 +135,18 @@ def parse_on_non_finite(text: str) -> OnNonFinite:
         if text == choice:
             return choice
     raise SpecError(f"--on-non-finite {text}: choose {' or '.join(get_args(OnNonFinite))}.")
+
+
+def parse_changes(text: str) -> tuple[Change, ...]:
+    """Parse `"data"`, `"optimizer"` or `"data,optimizer"`."""
+    parts = [part.strip() for part in text.split(",")]
+    changes = tuple(choice for choice in get_args(Change) if choice in parts)
+    if len(changes) != len(set(parts)):
+        raise SpecError(
+            f"--allow-changes {text}: name what may differ from the run that is resumed: "
+            f"{', '.join(get_args(Change))}, or both with a comma."
+        )
+    return changes
 
 
 def parse_output(text: str) -> Shown:
@@ -268,6 +281,8 @@ class TrainSpec:
     """Consecutive losses without a committed step between, after which a job is not retried."""
     on_non_finite: OnNonFinite = "stop"
     """Reaction to a step whose loss or gradient is not finite."""
+    allow_changes: tuple[Change, ...] = ()
+    """What may differ from the run that is resumed."""
     output: Shown = "leader"
     """Ranks whose stdout and stderr are shown while training."""
     max_steps: int | None = None

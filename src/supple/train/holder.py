@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from supple.core.job.order import micro_batches, rank_shards, share
-from supple.core.spec import TrainSpec
+from supple.core.spec import Change, TrainSpec
 from supple.train.checkpoint.saver import Saver
 from supple.train.data.batches import Batches
 from supple.train.data.loader import Loader, fraction_done
+from supple.train.optimizers import members_of
 from supple.train.recipe import Recipe
+from supple.train.same_run import changes, data_identity
 from supple.train.state import TrainState, private
 from supple.train.step.engine import StepEngine
 from supple.train.step.updates import MOST
@@ -42,6 +44,7 @@ class StateHolder:
         """Number of the script's current call of `job.batches`, from 0."""
         self._reached_round = 0
         self._kept: dict[str, Any] = {}
+        self._identity: dict[str, Any] = {}
         self._has_engine = False
         self._spec, self._recipe, self._saver = spec, recipe, saver
         self._generation = generation
@@ -53,6 +56,8 @@ class StateHolder:
         self.global_batch = int(recipe.batches.batch_size)
         self.micro_limit = batches.micro_batch_size or self.global_batch
         self.state = TrainState(recipe.model, recipe.optimizer, recipe.kept)
+        names = [type(member).__name__ for member in members_of(self.state.optimizer)]
+        self._identity = {"data": data_identity(batches.dataset), "optimizers": names}
 
     def make_engine(self, changed_buffers: list[str], *, in_turns: bool) -> None:
         """Make the step engine, after the rehearsal."""
@@ -113,6 +118,7 @@ class StateHolder:
             "global_batch_size": self.global_batch,
             "rate": self._recipe.rate.to_json(),
             "round": self._own_round,
+            **self._identity,
         }
 
     def adopt(self, scalars: Mapping[str, Any]) -> None:
@@ -131,7 +137,7 @@ class StateHolder:
         """Begin with the state of checkpoint `restore`, or with the initial state."""
         if restore is not None:
             is_named = restore == self._spec.resume
-            self._saver.restore(restore, self.state, self._take, is_named=is_named)
+            self._saver.restore(restore, self.state, self._take, self._changes, is_named=is_named)
         self.state.spare.clear()
         self.has_state = True
 
@@ -185,8 +191,14 @@ class StateHolder:
     def _own_round(self) -> int:
         return max(self.round, self._reached_round)
 
-    def _take(self, scalars: Mapping[str, Any]) -> None:
+    def _changes(self, scalars: Mapping[str, Any]) -> set[Change]:
+        """Return what has changed since the checkpoint. Raises `SpecError` unless it is allowed."""
+        return changes(scalars, self._identity, self._spec.allow_changes)
+
+    def _take(self, scalars: Mapping[str, Any], changed: set[Change]) -> None:
         """Adopt a checkpoint's scalars. Raises `SpecError` if their position is of other data."""
         self.adopt(scalars)
+        if "data" in changed:
+            self.loader.restart_epoch()
         sizes = self.global_batch, self.micro_limit
         self.loader.place(self.loader.position, 0, 1, *sizes)

@@ -63,9 +63,11 @@ def refuse_foreign_steps(own: AnyOptimizer, caller: FrameType | None) -> Iterato
     members = members_of(own)
     while caller is not None and caller.f_code.co_flags & inspect.CO_GENERATOR:
         caller = caller.f_back  # a progress bar's generator
+    # The frame itself would keep the loop's generator alive, which must end with the function.
+    function, caller = id(caller), None
 
     def check(optimizer: Optimizer, _args: Any, _options: Any) -> None:
-        if any(optimizer is member for member in members) or not _is_running(caller):
+        if any(optimizer is member for member in members) or not _is_running(function):
             return
         if any(isinstance(param, nn.Parameter) for param in params_of(optimizer)):
             raise TrainingError(
@@ -83,10 +85,10 @@ def refuse_foreign_steps(own: AnyOptimizer, caller: FrameType | None) -> Iterato
         handle.remove()
 
 
-def _is_running(frame: FrameType | None) -> bool:
-    """Return whether `frame` is one of the callers of this function."""
+def _is_running(frame: int) -> bool:
+    """Return whether the frame with this id is one of the callers of this function."""
     current = inspect.currentframe()
-    while current is not None and current is not frame:
+    while current is not None and id(current) != frame:
         current = current.f_back
     return current is not None
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from supple.train.checkpoint.folder import refuse_unsafe
+from supple.train.names import named_params
 from supple.train.optimizers import name_of
 from supple.train.state import TrainState, private
 from supple.train.step.engine import TrainingError
@@ -119,7 +120,7 @@ class Rehearsal:
             for key, value in _settings(group).items():
                 where = f"the setting {key!r} of the optimizer's parameter group {number}"
                 _refuse_unsafe(value, where, _IN_A_SETTING)
-        names = {id(param): name for name, param in self._state.model.named_parameters()}
+        names = {id(param): name for name, param in named_params(self._state.model).items()}
         for param, values in optimizer.state.items():
             if id(param) not in names:
                 raise TrainingError(

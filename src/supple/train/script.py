@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import pickle
@@ -61,6 +62,14 @@ def find_module(name: str) -> Path | None:
         sys.path.pop(0)
     is_file = found is not None and found.has_location and found.origin is not None
     return Path(found.origin).resolve() if found and is_file and found.origin else None
+
+
+def script_hash(script: str) -> str | None:
+    """Return the SHA-256 of the script's file; None if it cannot be read."""
+    try:
+        return hashlib.sha256(Path(script).read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def check(script: str, function: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from supple.train.generation.group import Group
+from supple.train.names import named_buffers, named_params, plain_name
 from supple.train.optimizers import AnyOptimizer, name_of, params_of
 from supple.train.step.finite import is_finite
 
@@ -40,18 +41,19 @@ class TrainState:
         self.optimizer = optimizer
         self.kept = kept
         self._finite_buffers = {
-            name for name, buffer in model.named_buffers() if _is_number(buffer)
+            name for name, buffer in named_buffers(model).items() if _is_number(buffer)
         }
         """Buffers that were finite when built; others, such as masks, may hold infinities."""
+        self._initial_settings = [copy.deepcopy(_settings(g)) for g in optimizer.param_groups]
         self.spare: dict[str, Tensor] = {}
         """Allocated tensors by name, to be reused for the next state that this worker receives."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name, in the same order on every rank."""
         found: dict[str, Tensor] = {}
-        for name, param in self.model.named_parameters():
+        for name, param in named_params(self.model).items():
             found[f"param/{name}"] = param.detach()
-        for name, buffer in self.model.named_buffers():
+        for name, buffer in named_buffers(self.model).items():
             found[f"buffer/{name}"] = buffer.detach()
         for index, param in enumerate(params_of(self.optimizer)):
             for key, value in sorted(self.optimizer.state.get(param, {}).items()):
@@ -84,10 +86,8 @@ class TrainState:
                 [name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
                 for name, tensor in self.tensors().items()
             ],
-            "groups": [
-                {key: value for key, value in group.items() if key != "params"}
-                for group in self.optimizer.param_groups
-            ],
+            "groups": [_settings(group) for group in self.optimizer.param_groups],
+            "initial_groups": self._initial_settings,
             "extra": extra,
             "kept": {name: thing.state_dict() for name, thing in self.kept.items()},
         }
@@ -155,23 +155,47 @@ class TrainState:
             ],
         }
 
-    def restore(self, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """Set this state from `payload`, which is consumed; return the job's scalars. Raises
-        `ValueError` if it is of another model, or of another kind of optimizer."""
-        _refuse_other_optimizer(payload["description"], self.optimizer)
-        return self.take(payload["description"], payload["tensors"])
+    def restore(self, payload: Mapping[str, Any], *, with_optimizer: bool = True) -> dict[str, Any]:
+        """Set this state from `payload`, which is consumed; return the job's scalars.
+
+        Settings of the optimizer that the script has changed since, such as a weight decay, are the
+        script's. Without `with_optimizer`, the optimizer begins anew. Raises `ValueError` if the
+        payload is of another model, or of another kind of optimizer.
+        """
+        description, tensors = payload["description"], payload["tensors"]
+        described = [[plain_name(name), *rest] for name, *rest in description["tensors"]]
+        if not with_optimizer:
+            rows = zip(described, tensors, strict=True)
+            kept = [(row, t) for row, t in rows if not row[0].startswith("optimizer/")]
+            described, tensors = [row for row, _ in kept], [tensor for _, tensor in kept]
+            groups = [_settings(group) for group in self.optimizer.param_groups]
+            description = {**description, "extra": {}, "groups": groups}
+        else:
+            _refuse_other_optimizer(description, self.optimizer)
+            description = {**description, "groups": self._merged_settings(description)}
+        return self.take({**description, "tensors": described}, tensors)
+
+    def _merged_settings(self, description: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the described settings, with the script's own where the script has changed them:
+        others may be state of the optimizer."""
+        initial = description.get("initial_groups", self._initial_settings)
+        rows = zip(description["groups"], initial, self._initial_settings, strict=True)
+        return [
+            group | {key: new for key, new in now.items() if key in then and then[key] != new}
+            for group, then, now in rows
+        ]
 
     def not_finite(self) -> list[str]:
         """Return names of trained parameters and initially finite buffers that are not finite."""
         trained = {id(param) for param in params_of(self.optimizer)}
         params = [
             name
-            for name, param in self.model.named_parameters()
+            for name, param in named_params(self.model).items()
             if id(param) in trained and not is_finite(param.detach())
         ]
         return params + [
             name
-            for name, buffer in self.model.named_buffers()
+            for name, buffer in named_buffers(self.model).items()
             if name in self._finite_buffers and not is_finite(buffer)
         ]
 
@@ -320,6 +344,11 @@ def private(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(private(item) for item in value)
     return copy.deepcopy(value)
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a parameter group without its parameters."""
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _is_number(tensor: Tensor) -> bool:

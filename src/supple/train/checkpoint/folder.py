@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, final
 import torch
 
 from supple import __version__
+from supple.train.names import plain_name
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -197,7 +198,7 @@ def refuse_other_model(
     folder: Path, saved: Sequence[Sequence[Any]], expected: Sequence[Sequence[Any]]
 ) -> None:
     """Raise `CheckpointError` naming the first tensors that differ between two signatures."""
-    theirs = {row[0]: (list(row[1]), row[2]) for row in saved}
+    theirs = {plain_name(row[0]): (list(row[1]), row[2]) for row in saved}
     ours = {row[0]: (list(row[1]), row[2]) for row in expected}
     if [*theirs.items()] == [*ours.items()]:
         return

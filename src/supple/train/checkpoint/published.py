@@ -7,6 +7,7 @@ from torch import nn
 
 from supple.train.checkpoint.folder import MANIFEST, CheckpointError
 from supple.train.checkpoint.store import CheckpointStore
+from supple.train.names import named_buffers, named_params, plain_name
 
 
 def newest(path: str | Path) -> Path:
@@ -25,11 +26,12 @@ def newest(path: str | Path) -> Path:
     return found[0]
 
 
-def load_weights(model: nn.Module, path: str | Path) -> int:
+def load_weights(model: nn.Module, path: str | Path, *, name: str = "") -> int:
     """Load the weights that `supple train` saved at `path` into `model`; return their step.
 
     `path` is a run's folder (`supple-runs/NAME`) or one checkpoint in it. If that checkpoint has
-    been replaced by newer ones or is damaged, the newest whole one beside it is used. Raises
+    been replaced by newer ones or is damaged, the newest whole one beside it is used. `name`: which
+    of several models (`job.model(..., name=...)`). Raises
     `CheckpointError`, with `model` unchanged, if there is none or it is of another model.
     """
     path = Path(path)
@@ -44,14 +46,14 @@ def load_weights(model: nn.Module, path: str | Path) -> int:
                 "nor a checkpoint. Give supple-runs/NAME."
             )
         at = found.path
-    tensors = _tensors(model)
+    tensors = _tensors(model, f"{name}." if name else "")
     signature = [[name, list(t.shape), str(t.dtype)] for name, t in tensors.items()]
-    payload, manifest = store.load(at, expected_signature=signature)
+    payload, manifest = store.load(at, expected_signature=signature, model=name)
     described = payload["description"]["tensors"]
     with torch.no_grad():
-        for (name, *_), tensor in zip(described, payload["tensors"], strict=True):
-            if name in tensors:
-                tensors[name].copy_(tensor)
+        for (saved, *_), tensor in zip(described, payload["tensors"], strict=True):
+            if (own := tensors.get(plain_name(saved))) is not None:
+                own.copy_(tensor)
     return int(manifest["step"])
 
 
@@ -64,7 +66,8 @@ def _store_folder(path: Path) -> Path | None:
     return None
 
 
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def _tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
     """Return parameters and buffers by their names in a checkpoint."""
-    found = {f"param/{name}": p.detach() for name, p in model.named_parameters()}
-    return found | {f"buffer/{name}": b.detach() for name, b in model.named_buffers()}
+    found = {f"param/{prefix}{name}": p.detach() for name, p in named_params(model).items()}
+    buffers = named_buffers(model).items()
+    return found | {f"buffer/{prefix}{name}": b.detach() for name, b in buffers}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, final
 
-from supple.core.spec import SpecError
+from supple.core.spec import Change, SpecError
 from supple.core.types import CheckpointFailed, CheckpointPassedOver, CheckpointSaved
 from supple.train.checkpoint.store import (
     CheckpointError,
@@ -126,11 +126,13 @@ class Saver:
         self,
         path: str,
         state: TrainState,
-        take: Callable[[dict[str, Any]], None],
+        take: Callable[[dict[str, Any], set[Change]], None],
+        check: Callable[[dict[str, Any]], set[Change]],
         *,
         is_named: bool,
     ) -> None:
-        """Restore `state` from the checkpoint at `path`, and pass the job's scalars to `take`.
+        """Restore `state` from the checkpoint at `path`, and pass the job's scalars to `take`, with
+        what `check(scalars)` returned before anything was changed: the changes since.
 
         If it is damaged and the user did not name it (`is_named`), the last good checkpoint is used
         instead. Raises `CheckpointRefused`.
@@ -146,10 +148,11 @@ class Saver:
                 path = str(good.path)
                 payload, manifest = store.load(path, expected_signature=state.signature())
                 self._report_skipped(path, good.step, str(error))
-            scalars = state.restore(payload)
+            changes = check(payload["description"]["scalars"])
+            scalars = state.restore(payload, with_optimizer="optimizer" not in changes)
             if scalars["step"] != manifest["step"]:
                 raise ValueError(f"of step {scalars['step']}, and {manifest['step']} beside it")
-            take(scalars)
+            take(scalars, changes)
         except CheckpointError as error:
             raise CheckpointRefused(str(error)) from None
         except Exception as error:

@@ -208,13 +208,13 @@ class CheckpointStore:
             raise CheckpointError(f"{error}{_alternative_to(Path(path))}") from None
 
     def load(
-        self, path: str | Path, *, expected_signature: Sequence[Sequence[Any]]
+        self, path: str | Path, *, expected_signature: Sequence[Sequence[Any]], model: str = ""
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Load the checkpoint at `path`; return (payload, manifest).
 
         Raises `CheckpointError` if it is not whole or not safe to load, with the good checkpoint to
         resume from instead; or if its model differs from `expected_signature`: [name, shape, dtype]
-        of every parameter and buffer.
+        of every parameter and buffer. `model`: compare only the one of this name of several.
         """
         path = Path(path)
         try:
@@ -222,7 +222,9 @@ class CheckpointStore:
             payload = read_state(path)
         except CheckpointError as error:
             raise CheckpointError(f"{error}{_alternative_to(path)}") from None
-        refuse_other_model(path, manifest.signature, expected_signature)
+        begins = f"param/{model}.", f"buffer/{model}."
+        saved = [row for row in manifest.signature if not model or row[0].startswith(begins)]
+        refuse_other_model(path, saved, expected_signature)
         return payload, manifest.meta
 
     def refusal(self, step: int, why: str) -> str:

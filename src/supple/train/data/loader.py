@@ -61,6 +61,10 @@ class Loader(Protocol):
         that is not empty. Raises `SpecError` for iterable shards."""
         ...
 
+    def restart_epoch(self) -> None:
+        """Set the position to the beginning of its epoch: the data is not what it was."""
+        ...
+
     def extend(self, num_epochs: int) -> None:
         """Set the number of epochs; call it when `done`."""
         ...

@@ -210,6 +210,9 @@ class MapLoader:
         if self.done and self._prefetcher is not None:
             self._prefetcher.close()
 
+    def restart_epoch(self) -> None:
+        self.position = replace(self.position, offset=0)
+
     def extend(self, num_epochs: int) -> None:
         self._epochs = replace(self._epochs, num_epochs=num_epochs)
         self.num_epochs = num_epochs

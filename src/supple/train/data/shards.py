@@ -8,6 +8,7 @@ all alike. Samples of an uncommitted step are kept, so an abandoned step is read
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -156,6 +157,11 @@ class ShardLoader:
             reader.commit()
         if (self.position.epoch, self.position.ended) != (before.epoch, before.ended):
             self._take_shards()
+
+    def restart_epoch(self) -> None:
+        at = self.position
+        start = ShardPosition.start(len(self._shards))
+        self.position = replace(start, epoch=at.epoch, samples_before=at.samples_before)
 
     def extend(self, num_epochs: int) -> None:
         self.num_epochs = num_epochs

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from supple.train.generation.group import Group
+from supple.train.names import plain_name
 from supple.train.step.finite import TrainingError
 
 _MOST_BYTES_IN_TAIL = 4096
@@ -187,7 +188,7 @@ class ChangedBuffers:
 def _statistics(model: nn.Module) -> set[str]:
     """Return the names of running means and variances of norm layers."""
     return {
-        f"{prefix}.{name}".removeprefix(".")
+        plain_name(f"{prefix}.{name}".removeprefix("."))
         for prefix, module in model.named_modules()
         if isinstance(module, _NormBase)
         for name in ("running_mean", "running_var")
@@ -203,7 +204,7 @@ def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
             if buffer is not None and id(buffer) in seen:
                 continue
             seen.add(id(buffer))
-            found[f"{prefix}.{own}".removeprefix(".")] = (module, own)
+            found[plain_name(f"{prefix}.{own}".removeprefix("."))] = (module, own)
     return found
 
 

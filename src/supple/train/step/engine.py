@@ -18,6 +18,7 @@ from supple.core.training.noise import NoiseState, update
 from supple.train.data.loader import Loader, MicroBatch
 from supple.train.generation.group import Group
 from supple.train.job_protocol import Weight
+from supple.train.names import named_buffers, named_params
 from supple.train.optimizers import AnyOptimizer, members_of, name_of, params_of
 from supple.train.own_steps import refuse_other_steps
 from supple.train.step.buffers import ChangedBuffers
@@ -74,7 +75,7 @@ class StepEngine:
         params = params_of(optimizer)
         num_stats = _NUM_STATS + loader.num_stats
         if spec.reproducible:  # a change must not be found only when some ranks have seen it
-            changed_buffers = [name for name, _ in model.named_buffers()]
+            changed_buffers = list(named_buffers(model))
         buffers = ChangedBuffers(model, changed_buffers)
         self._tree = (
             TreeReducer(params, buffers, num_stats, spec.num_logical_shards, self._guard)
@@ -86,7 +87,7 @@ class StepEngine:
             refuse_other_steps(member, lambda: self.is_updating)
         self._noise_meter = NoiseMeter(self._reducer.buckets, optimizer)
         trained = set(params)
-        names = {param: name for name, param in model.named_parameters() if param in trained}
+        names = {param: name for name, param in named_params(model).items() if param in trained}
         self.finite = FiniteSteps(spec.on_non_finite, names, buffers.floating)
         self.optimizer_name = name_of(optimizer)
         self.gradient_bytes = sum(param.numel() * param.element_size() for param in params)
