@@ -17,6 +17,7 @@ from supple.core.planning.planner import plan
 from supple.core.planning.view import JobView
 from supple.core.spec import Limits, Objective, TrainSpec
 from supple.core.training.goodput import family_of
+from supple.core.training.loop_time import LoopTime
 from supple.core.training.measurements import (
     CollectiveMeasurement,
     StepMeasurement,
@@ -365,6 +366,7 @@ def _view(state: AdvisorState, progress: Progress, remaining: int) -> JobView:
         base_lr=progress.base_lr,
         optimizer_family=family_of(progress.optimizer),
         lr_rule=spec.lr_rule,
+        loop=LoopTime(every_s=progress.loop_time_s),
     )
 
 
