@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy.pictures import deviations, draw
-from benchmarks.accuracy.published_layouts import predict, published
+from benchmarks.accuracy.published_layouts import predict, published, published_nlg
 from benchmarks.accuracy.score import (
     NothingToAsk,
     Score,
@@ -151,3 +151,5 @@ def test_data_sheets_alone_hold_published_iterations_on_up_to_3072_accelerators(
     found = predict(model)
     assert all(estimate.low <= true <= estimate.high for estimate, true in found)
     assert median([estimate.value / true for estimate, true in found]) < 1.3
+    for run, seconds in published_nlg():
+        assert model.predict(run).value == pytest.approx(seconds, rel=0.1)

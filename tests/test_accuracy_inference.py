@@ -3,6 +3,9 @@
 import csv
 from pathlib import Path
 
+import pytest
+
+from benchmarks.accuracy import published_serving
 from benchmarks.accuracy.inference import measure, measurement, read, twin_ratios, weight_bytes
 
 FIELDS = (
@@ -90,3 +93,22 @@ def test_twins_are_rows_that_nothing_handed_in_tells_apart() -> None:
     apart = row("a/one", 8, 8, 10.0, gpu="B200")
     found = twin_ratios([measurement(r) for r in (one, other, apart)])
     assert sorted(found) == [(0.5, 2.0), (2.0, 0.5)]
+
+
+@pytest.mark.parametrize("load", [(128, 128), (1000, 1000), (2048, 2048)])
+def test_an_engine_that_nothing_was_fitted_to_lies_in_the_intervals_with_the_sizes_given(
+    load: tuple[int, int],
+) -> None:
+    """8B in 8 bits on one H100: above the intervals as long as its cache was not known."""
+    name, device, count, published = published_serving.TABLE[0]
+    assert (name, device, count) == ("Llama 3.1 8B", "h100", 1)
+    tokens = published[published_serving.LOADS.index(load)]
+    found = published_serving.predicted(name, device, count, load)
+    assert found.low <= tokens <= found.high
+    assert found.value == pytest.approx(tokens, rel=0.5)
+
+
+def test_the_published_models_have_the_parameters_of_their_names() -> None:
+    made = map(published_serving.decoder, published_serving.MODELS)
+    billions = [model.num_parameters / 1e9 for model in made]
+    assert billions == pytest.approx([8.03, 70.6, 405.9], rel=2e-3)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from supple.cli.app import app
 from supple.cluster import measure
 from supple.core.planning.measured import ScriptMeasurements
+from supple.core.training.loop_time import LoopTime
 from supple.core.training.memory import MemoryMeasurement
 from supple.inputs.script_measurements import kept
 from tests.core.test_throughput import ALONE, GRADIENT_BYTES, measured
@@ -200,3 +201,48 @@ def test_links_are_those_that_were_given() -> None:
     fast = last(*node, "--interconnect", "infiniband-400x8")
     assert fast < last(*node) < last(*node, "--interconnect", "ethernet-10")
     assert last(*node) != last("--workers-per-node", "16")  # all on the link measured here
+
+
+def test_a_busy_machine_is_said_above_the_table_which_ends_at_what_was_measured(
+    machine: Machine,
+) -> None:
+    idle = json.loads(supple("--json").stdout)
+    assert idle["busy"] == "" and idle["rows"][-1]["num_workers"] > 2
+    machine.found = FOUND | {"num_cores": 2, "used_cores": 1.9}
+    shown = supple().stdout
+    assert shown.startswith("Busy machine: other processes used 1.9 of its 2 cores.")
+    data = json.loads(supple("--json").stdout)
+    assert [row["num_workers"] for row in data["rows"]] == [1, 2]
+    assert data["busy"].startswith("Busy machine")
+
+
+def test_assumed_nodes_and_links_are_named_above_the_table(machine: Machine) -> None:
+    assert "ethernet-25 between nodes (--interconnect)" in supple().stdout.split("workers  ")[0]
+    given = ("--workers-per-node", "8", "--interconnect", "efa-400")
+    assert "Assumed" not in supple(*given).stdout
+    assert json.loads(supple("--json", *given).stdout)["assumed"] == ""
+
+
+def test_the_time_around_the_steps_is_shown_counted_and_named(machine: Machine) -> None:
+    before = json.loads(supple("--json").stdout)["rows"][0]
+    step_s = before["step_time_s"]["value"]
+    machine.found = FOUND | {"loop": LoopTime(every_s=3 * step_s)}
+    data = json.loads(supple("--json").stdout)
+    row, loop = data["rows"][0], data["loop"]
+    assert row["step_time_s"] == before["step_time_s"]
+    assert row["speedup"] == before["speedup"]
+    longer = row["time_to_end_s"]["value"] / before["time_to_end_s"]["value"]
+    assert longer == pytest.approx(4.0, rel=0.05), "but for the start"
+    assert loop["share"] == pytest.approx(0.75, rel=0.02)
+    assert loop["per_step_s"]["value"] == pytest.approx(3 * step_s)
+    assert (
+        "The loop spends" in data["reason"]
+        and "no number of workers shortens it" in (data["reason"])
+    )
+    assert "outside of the steps: " in supple().stdout
+
+
+def test_a_deadline_is_checked_with_the_time_around_the_steps(machine: Machine) -> None:
+    whole = json.loads(supple("--json").stdout)["rows"][-1]["time_to_end_s"]["high"]
+    machine.found = FOUND | {"loop": LoopTime(every_s=1.0)}
+    assert supple("--deadline", f"{2 * whole:.0f}s").exit_code == 1

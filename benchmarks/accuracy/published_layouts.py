@@ -4,9 +4,20 @@ Narayanan et al. 2021 (Megatron-LM, SC '21), table 1: sizes, tensor and pipeline
 batch and the operations a second that every GPU reached; sequences of 2,048, 51,200 tokens, nodes
 of eight A100 with a 200 Gbit/s card each. The micro-batch is not in the table: the fastest is
 taken, as a planner would.
+
+Smith et al. 2022 (Megatron-Turing NLG 530B, section 3.3): seconds of an iteration of 1,920
+sequences on 2,240, 2,800 and 3,360 A100 with 80 GB, eight tensor ranks and 35 stages.
+
+    python -m benchmarks.accuracy.published_layouts
+
+prints both tables as predicted by data sheets alone, with nothing measured.
 """
 
-from supple.core.layouts.model import LayoutModel, LayoutRun, Transformer
+import statistics
+from dataclasses import replace
+
+from supple.core.hardware import lookup
+from supple.core.layouts.model import DEVICES, LayoutModel, LayoutRun, Transformer, fit_layouts
 from supple.core.types import Estimate, ParallelLayout
 
 # heads, hidden size, layers, tensor and pipeline degree, GPUs, batch, TFLOP/s a GPU
@@ -22,6 +33,9 @@ _TABLE = (
     (128, 20480, 105, 8, 35, 2520, 2520, 163),
     (160, 25600, 128, 8, 64, 3072, 3072, 163),
 )
+# GPUs, seconds of an iteration
+_NLG_TABLE = ((2240, 60.1), (2800, 50.2), (3360, 44.4))
+_NLG_BATCH = 1920
 _SEQ_LENGTH, _VOCAB_SIZE = 2048, 51200
 _MICRO_BATCHES = (1, 2, 4, 8)
 
@@ -69,3 +83,38 @@ def predict(model: LayoutModel) -> list[tuple[Estimate, float]]:
         (min(model.predict_all(runs), key=lambda found: found.value), seconds)
         for runs, seconds in published()
     ]
+
+
+def published_nlg() -> list[tuple[LayoutRun, float]]:
+    """The runs of the 530B model, and their seconds an iteration."""
+    whole = _runs(128, 20480, 105, 8, 35, 2240, _NLG_BATCH)[0]
+    rows: list[tuple[LayoutRun, float]] = []
+    for gpus, seconds in _NLG_TABLE:
+        dp = gpus // (8 * 35)
+        layout = ParallelLayout(dp_replicate=dp, tp=8, pp=35)
+        rows.append((replace(whole, layout=layout, num_micro_batches=_NLG_BATCH // dp), seconds))
+    return rows
+
+
+def main() -> None:
+    model = fit_layouts(
+        [],
+        device=DEVICES["a100-80"],
+        link=lookup("infiniband-200x8"),
+        local_link=lookup("nvlink-a100"),
+        workers_per_node=8,
+    )
+    rows = predict(model)
+    rows += [(model.predict(run), seconds) for run, seconds in published_nlg()]
+    gpus = [row[5] for row in _TABLE] + [gpus for gpus, _ in _NLG_TABLE]
+    for count, (found, seconds) in zip(gpus, rows, strict=True):
+        ends = f"{found.low:.1f} to {found.high:.1f}"
+        off = found.value / seconds - 1.0
+        print(f"{count:5} GPUs: {found.value:6.1f} s ({ends}), {seconds:.1f} published, {off:+.0%}")
+    errors = [abs(found.value / seconds - 1.0) for found, seconds in rows]
+    held = sum(found.low <= seconds <= found.high for found, seconds in rows)
+    print(f"mean error {statistics.fmean(errors):.0%}, {held} of {len(rows)} in their interval")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from supple.core.job.advice import Advice, better_batch, better_count, rows_left
 from supple.core.planning.planner import plan
 from supple.core.spec import Limits, Objective
 from supple.core.training.goodput import MAX_ADAM_RATIO
+from supple.core.training.loop_time import LoopTime
 from supple.core.training.measurements import StepMeasurement
 from supple.core.training.throughput import StepTimeModel, fit
 from supple.core.types import Plan
@@ -344,3 +346,13 @@ def test_one_unlucky_measurement_of_a_batch_does_not_move_a_job_off_it(noise_sca
     )
     size, _ = ask_batch(128, step_time=unlucky, base_batch_size=64, noise_scale=noise_scale)
     assert size == 128
+
+
+def test_what_the_loop_does_around_its_steps_is_part_of_what_is_left() -> None:
+    """A deadline is measured on the clock, not in steps."""
+    around = replace(job(), loop=LoopTime(every_s=1.0))
+    plain, slow = (rows_left(view, Limits(), [1], 10**5)[0] for view in (job(), around))
+    num_steps = 10**5 / plain.batch.global_batch_size
+    longer_s = slow.time_to_end_s.value - plain.time_to_end_s.value
+    assert longer_s == pytest.approx(num_steps)
+    assert slow.step_time_s == plain.step_time_s

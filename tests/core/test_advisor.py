@@ -475,3 +475,76 @@ def test_the_count_held_is_planned_as_it_was_measured(
     """However its batch is cut: 64 samples in 0.2 s."""
     (event,) = events_of(spec(**given), **changes)
     assert isinstance(event, TargetChanged) and "320 at 1; saves" in event.reason
+
+
+def held(
+    state: AdvisorState, began: float, seconds: float, *, every_s: float = 1.0, **changes: Any
+) -> tuple[AdvisorState, list[Event]]:
+    """The state after `seconds` of thirty steps a second from `began` on, told every `every_s`."""
+    found: list[Event] = []
+    for tick in range(int(seconds / every_s)):
+        state, events = told(
+            state, progress(int(30 * tick * every_s), **changes), began + tick * every_s
+        )
+        found += events
+    return state, found
+
+
+ONE: dict[str, Any] = {"num_workers": 1, "step_time_s": 0.2}
+TWO: dict[str, Any] = {"num_workers": 2, "step_time_s": 0.3, "sync_time_s": 0.2}
+"""Two workers, slower than one: the machine is busy, or the job does not scale."""
+
+
+def given_up() -> AdvisorState:
+    """A job that was grown to two workers, measured them for 20 s, and gave one back at 130 s."""
+    state, events = held(begun(spec(max_workers=2)), 100.0, 10.0, generation=1, **ONE)
+    assert counts_of(events) == [2]
+    state, events = held(state, 110.0, 20.0, generation=2, **TWO)
+    assert counts_of(events) == [1]
+    return state
+
+
+def test_a_count_is_not_given_up_after_a_few_seconds() -> None:
+    state, _ = held(begun(spec(max_workers=2)), 100.0, 10.0, generation=1, **ONE)
+    state, events = held(state, 110.0, 14.0, generation=2, **TWO)
+    assert not events
+    _, events = held(state, 124.0, 6.0, generation=2, **TWO)
+    assert counts_of(events) == [1]
+
+
+def test_a_count_that_recovers_in_time_is_kept() -> None:
+    state, _ = held(begun(spec(max_workers=2)), 100.0, 10.0, generation=1, **ONE)
+    state, _ = held(state, 110.0, 10.0, generation=2, **TWO)
+    good = TWO | {"step_time_s": 0.11, "sync_time_s": 0.01}
+    _, events = held(state, 120.0, 60.0, generation=2, **good)
+    assert not events
+
+
+def test_a_count_that_was_given_up_is_left_alone_for_twenty_times_what_it_was_measured() -> None:
+    state, events = held(given_up(), 130.0, 300.0, every_s=30, generation=3, **ONE)
+    assert not events
+    state, events = held(state, 430.0, 150.0, every_s=30, generation=3, **ONE)
+    assert counts_of(events) == [2]
+
+
+def test_each_further_trial_waits_longer() -> None:
+    state, events = held(given_up(), 130.0, 450.0, every_s=50, generation=3, **ONE)
+    assert counts_of(events) == [2]
+    state, events = held(state, 580.0, 20.0, generation=4, **TWO)
+    assert counts_of(events) == [1]
+    state, events = held(state, 600.0, 700.0, every_s=50, generation=5, **ONE)
+    assert not events
+    _, events = held(state, 1300.0, 150.0, every_s=50, generation=5, **ONE)
+    assert counts_of(events) == [2]
+
+
+def test_it_is_tried_again_at_once_when_the_machine_has_changed() -> None:
+    """One worker is twice as fast as before: whatever slowed two may have gone with it."""
+    faster = ONE | {"step_time_s": 0.1}
+    _, events = held(given_up(), 130.0, 30.0, generation=3, **faster)
+    assert counts_of(events) == [2]
+
+
+def test_a_little_faster_is_the_same_machine() -> None:
+    _, events = held(given_up(), 130.0, 100.0, generation=3, **ONE | {"step_time_s": 0.16})
+    assert not events

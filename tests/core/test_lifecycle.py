@@ -407,3 +407,22 @@ def test_a_job_that_is_over_stays_so() -> None:
     for actions in (job.lost("w0"), job.target(4), job.stop(), job.tick(10.0), job.ready("w0")):
         assert actions == []
     assert job.state is before
+
+
+def test_the_reason_of_a_change_is_that_of_the_count_wanted_now() -> None:
+    """A grow was announced for the schedule's count; then the planner wanted fewer."""
+    job = running(2)
+    job.target(3, "the schedule sets 3 workers")
+    job.ready("w2")
+    job.target(1, "the others add too little")
+    assert job.stopped("w0 w1", 11) == [job.form("w0")]
+    assert (job.kind, job.reason) == ("shrink", "2 -> 1 worker: the others add too little")
+
+
+def test_a_loss_on_the_way_to_a_change_stays_the_reason_of_what_comes_of_it() -> None:
+    job = running(3)
+    job.target(2, "the schedule sets 2 workers")
+    job.lost("w1")
+    job.target(1, "the others add too little")
+    job.stopped("w0 w2", 11)
+    assert job.kind == "recover" and "w1 died" in job.reason

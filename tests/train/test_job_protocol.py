@@ -34,7 +34,8 @@ FOR_SUPPLE = {"activity", "leave_loop", "membership", "outlive", "step_share", "
 
 def timed() -> StandIn:
     sizes = [ProbeSize(), ProbeSize(divide_by=2, num_accumulation_steps=2)]
-    return StandIn(Probe(sizes, None, num_steps=2, num_noise_steps=2, step_budget_s=3600.0))
+    probe = Probe(sizes, None, num_steps=2, num_noise_steps=2, step_budget_s=3600.0)
+    return StandIn(probe, leads=True, epoch_of=lambda: probe.epoch)
 
 
 def traced() -> StandIn:
@@ -252,14 +253,19 @@ def test_one_awkward_script_reads_the_truth_everywhere(kind: str) -> None:
 
 
 @everyone
-def test_only_a_job_past_its_rehearsal_leads_and_goes_on_to_other_rates(kind: str) -> None:
-    """What is measured stays at the beginning of the run, and its steps are thrown away."""
+def test_a_job_and_a_plan_lead_past_the_first_turn_and_a_job_goes_on_to_other_rates(
+    kind: str,
+) -> None:
+    """What is measured stays at the beginning of the run, and its steps are thrown away. What the
+    leader does around its steps, such as an evaluation, belongs to a plan."""
     script = Awkward()
     run(kind, script)
     trains = kind in ("job", "elastic")
-    assert [seen.is_leading for seen, _, _ in script.inside[1:]] == [trains] * (
-        len(script.inside) - 1
-    )
+    leads = [seen.is_leading for seen, _, _ in script.inside]
+    if kind == "plan":
+        assert leads == [seen.step_count > 0 for seen, _, _ in script.inside]
+    else:
+        assert leads[1:] == [trains] * (len(leads) - 1)
     assert {seen.generation for seen, _, _ in script.inside[1:]} == {int(kind == "elastic")}
     rates = {seen.lr for seen, _, _ in script.inside}
     assert rates == ({0.5 - step / 32 for step in range(8)} if trains else {0.5})

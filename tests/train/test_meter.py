@@ -78,3 +78,15 @@ def test_the_medians_follow_the_last_fifty_steps_and_can_be_forgotten(clock: Clo
     assert medians.forward_s == 3.0
     meter.forget()
     assert meter.medians() is None
+
+
+def test_what_the_loop_does_between_steps_is_no_part_of_a_step(clock: Clock) -> None:
+    meter = Meter()
+    step(meter, clock, data=1.0, forward=1.0)
+    times = step(meter, clock, loop=500.0, data=1.0, forward=1.0)
+    assert (times.step_time_s, times.loop_s) == (2.0, 500.0)
+    assert meter.last == times and meter.mean_loop_s == 250.0
+    medians = meter.medians()
+    assert medians is not None and medians.step_time_s == 2.0
+    meter.forget()
+    assert meter.mean_loop_s == 0.0 and meter.last is None

@@ -1,5 +1,6 @@
 """What `supple plan` measures of a script: the sizes, and the samples that a step really has."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -177,3 +178,105 @@ def test_slow_steps_are_fewer_but_tell_the_noise_scale_still() -> None:
     report = measure(script, num_noise_steps=50, step_budget_s=0.0)
     assert [phase.num_steps for phase in report.phases] == [1] * 4
     assert report.noise_scale is not None
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+STEP_S = 0.002
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(time, "perf_counter", made)
+    monkeypatch.setattr(time, "monotonic", made)
+    return made
+
+
+def habit(clock: Clock, before: Callable[[Any], None], after: Callable[[Any], None]) -> ProbeReport:
+    """Measure a script whose steps take `STEP_S`, with habits before and after each step."""
+
+    def train(job: Any) -> None:
+        model = job.model(lambda: nn.Linear(1, 1))
+        job.optimizer(torch.optim.SGD, lr=1e-9)
+        for (x,) in job.batches(samples(640), batch_size=64):
+            before(job)
+            clock.now += STEP_S
+            job.step(F.mse_loss(model(x), x))
+            after(job)
+
+    probe = Probe(
+        _ALONE,
+        None,
+        num_steps=6,
+        num_noise_steps=12,
+        step_budget_s=0.25,
+        num_loop_steps=250,
+        loop_budget_s=3.0,
+    )
+    with pytest.raises(MeasurementComplete):
+        train(StandIn(probe, leads=True, epoch_of=lambda: probe.epoch))
+    return probe.report_made
+
+
+def evaluate(clock: Clock, seconds: float, every: int) -> Callable[[Any], None]:
+    def run(job: Any) -> None:
+        if job.is_leading and job.step_count % every == 0:
+            clock.now += seconds
+
+    return run
+
+
+def nothing(_job: Any) -> None:
+    return None
+
+
+@pytest.mark.parametrize("every", [2, 3, 10, 100])
+@pytest.mark.parametrize("is_before", [False, True])
+def test_an_evaluation_around_a_step_is_no_step_time(
+    clock: Clock, every: int, is_before: bool
+) -> None:
+    habits = evaluate(clock, 0.5, every), nothing
+    report = habit(clock, *(habits if is_before else habits[::-1]))
+    if is_before and every < 3:
+        return  # every other step is an evaluation: no median can tell
+    steps = [phase.times.step_time_s for phase in report.phases]
+    assert steps == pytest.approx([STEP_S, STEP_S, STEP_S, 2 * STEP_S])
+
+
+@pytest.mark.parametrize("every", [10, 50, 100])
+def test_its_share_of_the_loop_is_measured(clock: Clock, every: int) -> None:
+    """Micro-batches of one step meet the habit more than once, as in training."""
+    report = habit(clock, nothing, evaluate(clock, 0.5, every))
+    assert report.loop.per_step.value == pytest.approx(0.5 / every, rel=0.1)
+
+
+def test_logging_in_every_turn_is_measured_beside_the_step(clock: Clock) -> None:
+    def log(_job: Any) -> None:
+        clock.now += 0.001
+
+    report = habit(clock, nothing, log)
+    assert report.loop.per_step.value == pytest.approx(0.001, rel=0.05)
+    assert report.phases[0].times.step_time_s == pytest.approx(STEP_S)
+
+
+def test_a_script_reads_the_epochs_as_they_pass_and_never_one_beyond_the_last() -> None:
+    seen: list[int] = []
+
+    def train(job: Any) -> None:
+        model = job.model(lambda: nn.Linear(1, 1))
+        job.optimizer(torch.optim.SGD, lr=1e-9)
+        for (x,) in job.batches(samples(64), batch_size=32, epochs=3):
+            seen.append(job.epoch)
+            job.step(F.mse_loss(model(x), x))
+
+    probe = Probe([ProbeSize()], None, num_steps=9, num_noise_steps=2, step_budget_s=3600.0)
+    with pytest.raises(MeasurementComplete):
+        train(StandIn(probe, epoch_of=lambda: probe.epoch))
+    assert seen == [0, 0, 1, 1, 2, 2, 2, 2, 2, 2, 2]

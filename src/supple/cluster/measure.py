@@ -1,7 +1,9 @@
 """Measure a script's step times for `supple plan`, on real local workers, in about 30 s."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, final
 
 import psutil
@@ -18,6 +20,7 @@ from supple.core.training.memory import MemoryMeasurement
 from supple.train.checkpoint.store import CheckpointError
 from supple.train.generation.group import form
 from supple.train.generation.rendezvous import Address, Rendezvous
+from supple.train.probes.kept_files import files_restored, kept_files
 from supple.train.probes.probe import Probe, ProbeReport, ProbeSize
 from supple.train.probes.stand_in import StandIn
 from supple.train.script import PLAIN, Start, check, user_traceback
@@ -31,6 +34,10 @@ _STEPS, _NOISE_STEPS = 6, 12
 """Timed steps of a phase; untimed steps before the first phase, for the noise scale."""
 _STEP_BUDGET_S = 0.25
 """Mean step time up to which a phase runs all its steps; slower single workers run fewer."""
+_IDLE_LOOK_S = 0.5
+"""Seconds of a look at what other processes do."""
+_LOOP_STEPS, _LOOP_BUDGET_S = 250, 3.0
+"""Steps of a single worker, and seconds, to see what the script does around its steps."""
 _ALONE = (
     ProbeSize(divide_by=1),
     ProbeSize(divide_by=2, num_accumulation_steps=1),
@@ -61,9 +68,11 @@ class ProbeBody:
         size: int,
         rendezvous: Address,
         key: str,
+        kept: str,
         verbose: bool,
     ) -> ProbeReport | str:
-        """Return the report, or the script's error as text."""
+        """Return the report, or the script's error as text. Files that the script's loop changes
+        are copied to the folder `kept` before."""
         group = None
         if size > 1:
             group = form(
@@ -80,11 +89,19 @@ class ProbeBody:
             num_steps=_STEPS,
             num_noise_steps=num_noise_steps,
             step_budget_s=_STEP_BUDGET_S,
+            num_loop_steps=_LOOP_STEPS if num_noise_steps and size == 1 else 0,
+            loop_budget_s=_LOOP_BUDGET_S,
         )
         try:
-            job = StandIn(probe, rank=rank, world_size=size)
-            problem = job.run(self._script, self._function, start=self._start)
-            return problem or probe.report_made
+            job = StandIn(
+                probe,
+                rank=rank,
+                world_size=size,
+                leads=True,
+                epoch_of=lambda: probe.epoch,
+                in_loop=kept_files(kept),
+            )
+            return job.run(self._script, self._function, start=self._start) or probe.report_made
         except BaseException as error:
             complete = isinstance(error, (TrainingError, SpecError, CheckpointError))
             return str(error) if complete else user_traceback(error, whole=verbose)
@@ -112,9 +129,10 @@ def measure(
     steps: list[StepMeasurement] = []
     collectives: list[CollectiveMeasurement] = []
     startups_s: list[float] = []
+    used_cores = _used_cores()
     first: ProbeReport | None = None
     connect(TrainSpec(name="plan", script=script, max_workers=most))
-    try:
+    with files_restored() as kept, _stopping_ray():
         meeting = Rendezvous("127.0.0.1")
         for again in range(_ROUNDS):
             for count in range(1, most + 1):
@@ -128,6 +146,7 @@ def measure(
                     num_noise_steps=0 if first else _NOISE_STEPS,
                     rendezvous=meeting.address,
                     key=f"probe-{again}-{count}",
+                    kept=kept,
                     verbose=verbose,
                 )
                 startups_s.append(max(report.first_step_s for report in reports))
@@ -144,10 +163,18 @@ def measure(
                             f"batch_size={first.batch_size}, but the dataset has only "
                             f"{first.dataset_size}: all of them are one batch in this plan"
                         )
+    assert first is not None
+    memory_bytes = psutil.virtual_memory().total // most
+    found = _found(first, steps, collectives, startups_s, memory_bytes)
+    return replace(found, num_cores=_num_cores(), used_cores=max(used_cores, _used_cores()))
+
+
+@contextmanager
+def _stopping_ray() -> Iterator[None]:
+    try:
+        yield
     finally:
         stop_ray()
-    assert first is not None
-    return _found(first, steps, collectives, startups_s, psutil.virtual_memory().total // most)
 
 
 def _found(
@@ -168,6 +195,7 @@ def _found(
             for result in first.phases[:-1]  # the last repeats a size, with accumulation
         ),
         noise_scale=first.noise_scale,
+        loop=first.loop,
         startups_s=tuple(startups_s),
         gradient_bytes=first.gradient_bytes,
         dataset_size=first.dataset_size,
@@ -178,6 +206,15 @@ def _found(
         optimizer_name=first.optimizer_name,
         device_memory_bytes=memory_bytes,
     )
+
+
+def _num_cores() -> int:
+    return len(psutil.Process().cpu_affinity() or range(os.cpu_count() or 1))
+
+
+def _used_cores() -> float:
+    """Cores that other processes use now; call it while nothing is measured."""
+    return psutil.cpu_percent(_IDLE_LOOK_S) / 100.0 * (os.cpu_count() or 1)
 
 
 def _refuse_unknown_length(report: ProbeReport) -> None:
@@ -197,6 +234,7 @@ def _run(
     num_noise_steps: int,
     rendezvous: Address,
     key: str,
+    kept: str,
     verbose: bool,
 ) -> list[ProbeReport]:
     remote: Any = ray.remote
@@ -206,7 +244,9 @@ def _run(
     try:
         reports: list[ProbeReport | str] = ray.get(
             [
-                actor.measure.remote(phases, num_noise_steps, rank, count, rendezvous, key, verbose)
+                actor.measure.remote(
+                    phases, num_noise_steps, rank, count, rendezvous, key, kept, verbose
+                )
                 for rank, actor in enumerate(actors)
             ]
         )

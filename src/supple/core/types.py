@@ -421,7 +421,7 @@ class Progress:
     global_batch_size: int
     lr: float
     step_time_s: float
-    """Median of recent steps."""
+    """Median of recent steps, each from taking its first batch to its commit."""
     forward_time_s: float
     """Parts of it, sums over its micro-batches. The script's own code counts as forward."""
     backward_time_s: float
@@ -445,6 +445,8 @@ class Progress:
     optimizer: str
     """Its class name."""
     gradient_bytes: int
+    loop_time_s: float = 0.0
+    """Mean time per step that the script's loop spends outside of steps: evaluation, logging."""
     skipped_steps: int = 0
     """Steps of the run that were skipped because their loss or gradient was not finite."""
     metrics: dict[str, float] = field(default_factory=dict[str, float])

@@ -12,32 +12,46 @@ from typing import Any, final
 from supple.core.spec import SpecError
 from supple.inputs.rows import parse_amount
 
-TRAIN = {
+SIZES = {
+    "config": "a Hugging Face config.json, instead of all other sizes",
     "hidden": "width",
     "layers": "equal decoder layers",
     "heads": "attention heads",
+    "kv_heads": "key and value heads; default: as many as heads",
+    "head_size": "default: hidden / heads",
+    "ffn": "feed-forward width, of one expert; default: 4 * hidden",
+    "gated": "true for a feed-forward part of three matrices (SwiGLU); default: false",
+    "experts": "of a mixture; default: 1",
+    "experts_per_token": "how many of them a token uses; default: 1",
+    "shared_ffn": "width of an expert that every token uses besides; default: 0",
+    "vocab": "entries of the vocabulary; default: 50304",
+    "tied": "false for a head with weights of its own; default: true",
+}
+"""Sizes of a transformer, in both tables."""
+TRAIN = SIZES | {
     "samples": 'sequences to train on, such as "10M"',
     "batch_size": 'global batch, in sequences, such as "4K"',
     "seq": "tokens of a sequence; default: 2048",
-    "vocab": "entries of the vocabulary; default: 50304",
     "attention": '"flash" keeps no scores, as scaled_dot_product_attention (default); "full" does',
     "optimizer": "adam (default), adam-8bit, adafactor, sgd-momentum or sgd",
     "lr": "learning rate tuned at batch_size; default: the history's, or 3e-4",
     "noise_scale": "gradient noise scale, in sequences",
 }
-SERVE = {
-    "parameters": 'of the model, such as "8B"',
+SERVE = SIZES | {
+    "parameters": 'of the model, such as "8B"; default: what the sizes say',
     "activated": "per token, of a mixture of experts; default: all",
     "bits": "of a weight: 16 (default), 8 or 4",
-    "layers": "equal decoder layers; default: what is usual at the size",
+    "layers": "equal decoder layers; default: what is usual at the parameters",
+    "cache_bits": "of a key or a value in the cache: 16 (default) or 8",
     "prompt": "tokens of a prompt, on average; default: 500",
     "answer": "tokens of an answer, on average; default: 300",
 }
 _KEYS = {"train": TRAIN, "serve": SERVE}
 _REQUIRED = {
-    "train": ("hidden", "layers", "heads", "samples", "batch_size"),
-    "serve": ("parameters",),
+    "train": ("samples", "batch_size"),
+    "serve": (),
 }
+_REQUIRED_SIZES = ("hidden", "layers", "heads")
 _MOST_BYTES = 1 << 20
 
 
@@ -77,6 +91,12 @@ class ModelTable:
             raise SpecError(f"{self.named(key)} is {value!r}: give a number.")
         return float(value)
 
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise SpecError(f"{self.named(key)} is {value!r}: give true or false.")
+        return value
+
     def text(self, key: str, default: str | None = None) -> str | None:
         """Return a string, or a number as it is written."""
         value = self.values.get(key, default)
@@ -90,6 +110,8 @@ class ModelTable:
 def table_of(path: Path, name: str) -> str:
     """Return the table to use, "train" or "serve": `name`, or by default the only one in the file.
     Raises `SpecError` if it is missing or ambiguous."""
+    if path.suffix.lower() == ".json":
+        return name or "serve"
     tables = [key for key in _KEYS if key in _read(path)]
     if name in tables:
         return name
@@ -109,6 +131,8 @@ def table_of(path: Path, name: str) -> str:
 
 def read_model(path: Path, table: str) -> ModelTable:
     """Read the table `table` of a model file. Raises `SpecError` for unknown or missing keys."""
+    if path.suffix.lower() == ".json":
+        return _of_config(path, table)
     values = _read(path)[table]
     where = f"{path} [{table}]"
     known = _KEYS[table]
@@ -119,10 +143,41 @@ def read_model(path: Path, table: str) -> ModelTable:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Do you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
             raise SpecError(f"{where} has an unknown key {key!r}. {hint}")
-    missing = [f"{key} ({known[key]})" for key in _REQUIRED[table] if key not in values]
+    required = _REQUIRED[table]
+    if table == "train" or ("parameters" not in values and "config" not in values):
+        required = () if "config" in values else _REQUIRED_SIZES
+        required += _REQUIRED[table]
+    missing = [f"{key} ({known[key]})" for key in required if key not in values]
     if missing:
         raise SpecError(f"{where} lacks {', '.join(missing)}. Add what is missing.")
+    if "config" in values:
+        values = _with_config(values, where, path.parent)
     return ModelTable(where, values)
+
+
+def _with_config(values: dict[str, Any], where: str, folder: Path) -> dict[str, Any]:
+    """The values with the path of `config` from the file's folder. Raises `SpecError` for sizes
+    beside it."""
+    twice = [key for key in (*SIZES, "parameters", "activated") if key in values]
+    twice.remove("config")
+    if twice:
+        raise SpecError(
+            f"{where} has config and {', '.join(twice)}: the sizes are those of the config.json. "
+            "Leave one of the two out."
+        )
+    if not isinstance(values["config"], str):
+        raise SpecError(f"{where}: config is {values['config']!r}: give a path in quotes.")
+    return values | {"config": str(folder / values["config"])}
+
+
+def _of_config(path: Path, table: str) -> ModelTable:
+    """A `config.json` as the table [serve] that names it."""
+    if table != "serve":
+        raise SpecError(
+            f"{path} has a model's sizes, and training needs more. Write a model.toml: [train], "
+            f'config = "{path.name}", samples and batch_size.'
+        )
+    return ModelTable(str(path), {"config": str(path)})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import psutil
 from platformdirs import user_cache_path
 
 from supple.core.planning.measured import ScriptMeasurements
+from supple.core.training.loop_time import LoopTime
 from supple.core.training.measurements import CollectiveMeasurement, StepMeasurement
 from supple.core.training.memory import MemoryMeasurement
 from supple.train.script import PLAIN, Start
@@ -76,6 +77,7 @@ def _from_json(values: Mapping[str, Any]) -> ScriptMeasurements:
         steps=tuple(StepMeasurement(**row) for row in rest.pop("steps")),
         collectives=tuple(CollectiveMeasurement(**row) for row in rest.pop("collectives")),
         memory=tuple(MemoryMeasurement(**row) for row in rest.pop("memory")),
+        loop=LoopTime(**rest.pop("loop")),
         startups_s=tuple(rest.pop("startups_s")),
         **rest,
     )

@@ -2,11 +2,14 @@
 sizes, the lengths of its requests, its accelerator."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from supple.core.spec import SpecError, parse_name
+from supple.inputs.model_file import ModelTable
 from supple.inputs.rows import Row, parse_amount, read_rows
+from supple.inputs.sizes import config_of, described_transformer
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
     from supple.core.llm.decoding import Decoder, DecodingRun
@@ -23,6 +26,8 @@ _MOST_LAYERS = 1_000
 _MOST_TOKENS = 1e8
 _MOST_TOKENS_PER_S = 1e9
 _MOST_MS = 3.6e6
+_IN_16_BITS = 4.0
+"""Bytes of a key and a value of one width."""
 _LEAST_SHARE = 1e-4
 """Least share of parameters active per token: the sparsest published mixture has 1/2,000."""
 
@@ -64,6 +69,60 @@ def served_model(
         bytes_per_weight=_weight_bytes(bits, named("bits")),
         num_layers=layers,
     )
+
+
+def described_decoder(described: ModelTable) -> "Decoder":
+    """Return the model of a table [serve]: by its parameters, its sizes or its config.json. Raises
+    `SpecError`."""
+    from supple.core.llm.decoding import Decoder
+
+    parameters, named = described.text("parameters"), described.named
+    if parameters is not None:
+        whole = described.whole
+        model = served_model(
+            "asked",
+            parameters,
+            described.text("activated"),
+            whole("bits", 16) or 0,
+            whole("layers"),
+            named,
+        )
+        heads, width = whole("kv_heads"), whole("head_size")
+        if not (heads and width):
+            _refuse_cache_bits(described)
+            return model
+        at_16 = _IN_16_BITS * heads * width
+        return replace(model, cache_bytes=at_16 * _cache_share(described, 16))
+    bits, cache_bits = 16, 16
+    if "config" in described.values:
+        found = config_of(described)
+        sizes, bits, cache_bits = found.sizes, found.bits, found.cache_bits
+    else:
+        sizes = described_transformer(described)
+    return Decoder(
+        family="asked",
+        num_parameters=sizes.num_parameters,
+        num_activated=sizes.num_active_parameters,
+        bytes_per_weight=_weight_bytes(described.whole("bits", bits) or 0, named("bits")),
+        num_layers=sizes.num_layers,
+        cache_bytes=sizes.cache_bytes * _cache_share(described, cache_bits),
+    )
+
+
+def _cache_share(described: ModelTable, default: int) -> float:
+    """Bytes of the cache over those in 16 bits."""
+    bits = described.whole("cache_bits", default) or 0
+    if bits not in (16, 8):
+        raise SpecError(f"{described.named('cache_bits')} is {bits}: a cache has 16 bits or 8.")
+    return bits / 16
+
+
+def _refuse_cache_bits(described: ModelTable) -> None:
+    if "cache_bits" in described.values:
+        raise SpecError(
+            f"{described.named('cache_bits')}: the size of the cache is not known from parameters "
+            "alone. Give kv_heads and head_size too, or the sizes instead of the parameters."
+        )
 
 
 def check_tokens(tokens: float, what: str) -> float:

@@ -126,14 +126,19 @@ def progress_parts(name: str, progress: Progress, max_steps: int | None) -> Part
     The bar shows the share done of all samples or of `max_steps`, whichever is larger. If both
     totals are unknown, there is no bar.
     """
-    rate = _samples_per_s(progress)
+    rate, loop_s = _samples_per_s(progress), progress.loop_time_s
     ends: list[tuple[float, float]] = []
     if progress.samples_total:
         left = max(0, progress.samples_total - progress.samples_done)
-        ends.append((progress.samples_done / progress.samples_total, left / rate))
+        ends.append(
+            (
+                progress.samples_done / progress.samples_total,
+                left / rate + loop_s * left / progress.global_batch_size,
+            )
+        )
     if max_steps is not None:
         left = max(0, max_steps - progress.step)
-        ends.append((progress.step / max_steps, left * progress.step_time_s))
+        ends.append((progress.step / max_steps, left * (progress.step_time_s + loop_s)))
     parts: Parts = [(f"{name}  ", "bold")]
     if ends:
         done, left_s = max(ends)

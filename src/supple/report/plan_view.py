@@ -26,9 +26,19 @@ _WIDE_GAP, _NARROW_GAP = 2, 1
 Form = Callable[[float], str]
 
 
-def show(table: PlanTable, console: Console, *, measure_first: str = "") -> None:
-    """Print the table, the legend, the recommendation with its expected time and cost, and
-    `measure_first`. A table too wide for the console is split into parts, one above the other."""
+def show(
+    table: PlanTable,
+    console: Console,
+    *,
+    measure_first: str = "",
+    above: Sequence[str] = (),
+    below: Sequence[str] = (),
+) -> None:
+    """Print the lines `above`, the table, the legend, the lines `below`, the recommendation with
+    its expected time and cost, and `measure_first`. A table too wide for the console is split into
+    parts, one above the other."""
+    for line in above:
+        console.print(line, soft_wrap=not console.is_terminal)
     columns = _columns(table.rows)
     if _width(columns, _WIDE_GAP) <= console.width:
         console.print(_view(columns, table.recommended, gap=_WIDE_GAP))
@@ -36,6 +46,8 @@ def show(table: PlanTable, console: Console, *, measure_first: str = "") -> None
         for part in _parts(columns, console.width):
             console.print(_view(part, table.recommended, gap=_NARROW_GAP))
     console.print(LEGEND, style="dim")
+    for line in below:
+        console.print(line, style="dim", soft_wrap=not console.is_terminal)
     if table.unit > 1:
         console.print(_UNIT.format(table.unit), style="dim")
     console.print(f"\nRecommended: {table.reason}", soft_wrap=not console.is_terminal)

@@ -140,7 +140,7 @@ class JobProtocol(Protocol):
 
     @property
     def is_leading(self) -> bool:
-        """Whether this is rank 0 past its rehearsal; False while a script is measured."""
+        """Whether this is rank 0 past its first turn; False while memory or layers are measured."""
         ...
 
     @property

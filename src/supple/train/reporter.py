@@ -69,6 +69,7 @@ class Reporter:
             optimizer_time_s=times.optimizer_s,
             sync_time_s=times.sync_s,
             data_time_s=times.data_s,
+            loop_time_s=steps.meter.mean_loop_s,
             micro_batch_size=max(micro_batches),
             num_accumulation_steps=len(micro_batches),
             largest_micro_batch=largest_micro_batch,

@@ -1,7 +1,7 @@
 """A plan's answer: the table or JSON on stdout, a picture, and what to do where there is none."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,8 +77,11 @@ def show_plan(
     title: str,
     first: str,
     besides: Mapping[str, Any] | None = None,
+    above: Sequence[str] = (),
+    below: Sequence[str] = (),
 ) -> None:
-    """Show `table`, what to measure `first`, and `besides` it in the JSON. Raises `typer.Exit` of a
+    """Show `table` with lines above and below it, what to measure `first`, and `besides` it in the
+    JSON. Raises `typer.Exit` of a
     failure where there is no plan."""
     from supple.report import plan_view
 
@@ -87,7 +90,7 @@ def show_plan(
     if isinstance(table, Infeasible):
         raise no_plan(table, question.plot)
     if not question.as_json:
-        plan_view.show(table, console(), measure_first=first)
+        plan_view.show(table, console(), measure_first=first, above=above, below=below)
     if question.plot is not None:
         from supple.report.picture import draw_plan
 

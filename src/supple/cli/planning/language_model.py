@@ -13,7 +13,7 @@ from supple.core.spec import MAX_WORKERS, SpecError, parse_count, parse_money, p
 from supple.core.types import Estimate, Infeasible
 from supple.core.words import in_digits
 from supple.inputs.model_file import ModelTable, read_model
-from supple.inputs.served import check_tokens, read_served, served_model
+from supple.inputs.served import check_tokens, described_decoder, read_served
 
 if TYPE_CHECKING:  # numpy and scipy are imported by what plans, so that `--help` is immediate
     from supple.core.llm.inference_planner import InferenceJob, InferenceRow, InferenceTable
@@ -51,10 +51,8 @@ def plan_language_model(question: Question, path: str) -> None:
 
 def _job(question: Question, described: ModelTable) -> "InferenceJob":
     prompt, answer = described.number("prompt", 500.0), described.number("answer", 300.0)
-    bits, rate, devices = described.whole("bits", 16), question.rate, 8
-    parameters = described.text("parameters")
+    rate, devices = question.rate, 8
     assert prompt is not None and answer is not None, "there is a default"
-    assert bits is not None and parameters is not None
     check_tokens(prompt, described.named("prompt"))
     check_tokens(answer, described.named("answer"))
     check_rate(rate)
@@ -71,14 +69,7 @@ def _job(question: Question, described: ModelTable) -> "InferenceJob":
 
     most, name = question.max_workers, otherwise(question.accelerator, _ACCELERATOR)
     return InferenceJob(
-        model=served_model(
-            "asked",
-            parameters,
-            described.text("activated"),
-            bits,
-            described.whole("layers"),
-            described.named,
-        ),
+        model=described_decoder(described),
         device=DEVICES[parse_name(name, DEVICES, what="--accelerator")],
         workload=Workload(name="asked", prompt_tokens=prompt),
         output_tokens=answer,

@@ -1,7 +1,7 @@
 """`supple plan model.toml`, [train]: the joint answer for a transformer by its sizes, where nothing
 is run; and the parts of it that a script's layers share (`elsewhere.py`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
@@ -20,6 +20,7 @@ from supple.core.types import Infeasible
 from supple.inputs.layout_rows import read_layouts
 from supple.inputs.model_file import ModelTable, read_model
 from supple.inputs.rows import Row, parse_gigabytes
+from supple.inputs.sizes import described_transformer, in_range
 
 if TYPE_CHECKING:  # numpy and scipy are imported by what plans, so that `--help` is immediate
     from supple.core.hardware import Interconnect
@@ -28,11 +29,6 @@ if TYPE_CHECKING:  # numpy and scipy are imported by what plans, so that `--help
     from supple.core.training.samples import SamplesModel
 
 _MOST = {
-    "hidden": 10**6,
-    "layers": 10**4,
-    "heads": 10**5,
-    "seq": 10**9,
-    "vocab": 10**8,
     "samples": 10**15 - 1,
     "batch_size": 10**15 - 1,
     "lr": 1e3,
@@ -197,25 +193,11 @@ def _times(question: Question, model: "Transformer", cluster: Cluster) -> "Layou
 
 
 def _transformer(described: ModelTable) -> "Transformer":
-    from supple.core.layouts.model import Transformer
-
-    hidden, layers, heads = (_whole(described, key) for key in ("hidden", "layers", "heads"))
-    if hidden % heads:
-        raise SpecError(
-            f"{described.where}: hidden {hidden} does not divide into {heads} heads: the width of "
-            "a head must be whole. Change one of them."
-        )
+    model = described_transformer(described)
     attention = described.text("attention", "flash")
     assert attention is not None
     kind = parse_name(attention, _ATTENTION, what=described.named("attention"))
-    return Transformer(
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        seq_length=_whole(described, "seq", 2048),
-        vocab_size=_whole(described, "vocab", 50_304),
-        stores_scores=_ATTENTION[kind],
-    )
+    return replace(model, stores_scores=_ATTENTION[kind])
 
 
 def _optimizer(described: ModelTable) -> str:
@@ -227,13 +209,7 @@ def _optimizer(described: ModelTable) -> str:
 
 
 def _whole(described: ModelTable, key: str, default: int | None = None) -> int:
-    value = described.whole(key, default)
-    assert value is not None, "required, or there is a default"
-    if not 1 <= value <= _MOST[key]:
-        raise SpecError(
-            f"{described.named(key)} is {value}: it must be at least 1 and at most {_MOST[key]:,}."
-        )
-    return value
+    return in_range(described, key, int(_MOST[key]), default)
 
 
 def _number(described: ModelTable, key: str) -> float | None:

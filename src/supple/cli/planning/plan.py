@@ -37,8 +37,8 @@ PLAN_EPILOG = (
     "longer. With --memory: what micro-batch fits an accelerator that is not here; nothing is "
     "computed. With --accelerator: that, and count, layout, batch and learning rate there. What "
     "follows -- is the script's own command line.\n\n"
-    "  model.toml: a transformer by its sizes, [train], or a language model, [serve]. Nothing is "
-    "run.\n\n"
+    "  model.toml: a transformer by its sizes, [train], or a language model, [serve]; or a Hugging "
+    "Face config.json, to serve. Nothing is run.\n\n"
     "  app.py:Model or model.pt2: a model to serve, measured once. With --slo and --rate: how many "
     "replicas.\n\n"
     "  runs.csv: finished runs, a line each: num_workers,minutes and, if known, batch_size, "
@@ -55,6 +55,7 @@ PLAN_EPILOG = (
     "  supple plan train.py --batch adaptive --history runs.csv -- --epochs 3\n\n"
     "  supple plan train.py --accelerator a100-80 --price 2.5\n\n"
     "  supple plan model.toml --itl 30ms --rate 20\n\n"
+    "  supple plan config.json --accelerator h100\n\n"
     "  supple plan app.py:Model --slo p99=100ms --rate 200\n\n"
     "  supple plan runs.csv --counts 64,128\n\n"
     "Exit codes: 0 planned; 1 no plan does what was asked, or SUBJECT failed; 2 refused."
@@ -68,7 +69,8 @@ def plan(
     subject: Annotated[
         str,
         typer.Argument(
-            metavar="SUBJECT", help="A script, model.toml, FILE:CLASS or runs.csv; see below."
+            metavar="SUBJECT",
+            help="A script, model.toml, config.json, FILE:CLASS or runs.csv; see below.",
         ),
     ],
     arguments: ScriptArguments = None,

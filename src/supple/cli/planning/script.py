@@ -1,5 +1,6 @@
 """`supple plan train.py`: a script measured here, and how many workers it deserves."""
 
+import dataclasses
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from supple.core.types import Infeasible
 from supple.train.script import check
 
 if TYPE_CHECKING:  # numpy and scipy are imported by what plans, so that `--help` is immediate
+    from supple.core.planning.choice import PlanTable
     from supple.core.planning.measured import ScriptMeasurements
     from supple.core.planning.view import JobView
     from supple.inputs.history import Known
@@ -48,6 +50,7 @@ def plan_script(question: Question, path: str, function: str) -> None:
             tell(f"{', '.join(unused)}: not used, the batch is fixed. --batch adaptive does.")
     check_plot(question.plot)
     check(path, function)
+    from supple.core.planning.circumstances import busy, within_measured
     from supple.core.planning.measured import job_view
     from supple.core.planning.next_measurement import what_to_measure_first
     from supple.core.planning.planner import plan, rate_at
@@ -60,6 +63,9 @@ def plan_script(question: Question, path: str, function: str) -> None:
     keep(found, path, function, start_of(question))
     if known is not None and limits.batch == "adaptive":
         job = _with_known(job, known)
+    told_busy = busy(found)
+    if told_busy:
+        limits = within_measured(found, limits)
     table = plan(job, limits, objective)
     first = "" if isinstance(table, Infeasible) else what_to_measure_first(table, job, limits)
     if job.tuned and not isinstance(table, Infeasible):
@@ -67,7 +73,42 @@ def plan_script(question: Question, path: str, function: str) -> None:
         if rule == "auto" and (odd := contradiction(job.tuned, job.base_lr, at, family)):
             tell(odd)
         tell(f"learning rate: {rate_at(job, table.choice.batch.global_batch_size)[1]}")
-    show_plan(table, question, objective, title=Path(path).name, first=first)
+    told_assumed = _assumed(question, table, per_node, interconnect)
+    around, loop = _around_steps(job)
+    show_plan(
+        table,
+        question,
+        objective,
+        title=Path(path).name,
+        first=first,
+        above=[line for line in (told_busy, told_assumed) if line],
+        below=[around] if around else [],
+        besides={"busy": told_busy, "assumed": told_assumed, "loop": loop},
+    )
+
+
+def _around_steps(job: "JobView") -> tuple[str, dict[str, object]]:
+    """What the script does outside of its steps on one worker, in words and for the JSON."""
+    from supple.core.training.loop_time import in_loop_words, loop_share
+
+    step_s = job.cost.by_form(job.cost.candidates(1, job.base_batch_size)[0])
+    data: dict[str, object] = dataclasses.asdict(job.loop)
+    data["per_step_s"] = dataclasses.asdict(job.loop.per_step)
+    data["share"] = loop_share(job.loop, step_s)
+    return in_loop_words(job.loop, step_s), data
+
+
+def _assumed(question: Question, table: "PlanTable | Infeasible", per_node: int, link: str) -> str:
+    from supple.core.planning.circumstances import assumed
+
+    most = 0 if isinstance(table, Infeasible) else table.rows[-1].num_workers
+    return assumed(
+        workers_per_node=None if question.workers_per_node is None else per_node,
+        interconnect=question.interconnect,
+        cores=per_node,
+        link=link,
+        most=most,
+    )
 
 
 def _known(question: Question) -> "Known | None":

@@ -18,7 +18,7 @@ class Kind(Enum):
     MEMORY = "the memory of a script on an accelerator that is not here (--memory alone)"
     ELSEWHERE = "a script on an accelerator that is not here (--accelerator)"
     TRAINED = "a transformer to train, [train] of a .toml"
-    LANGUAGE_MODEL = "a language model to serve, [serve] of a .toml"
+    LANGUAGE_MODEL = "a language model to serve, [serve] of a .toml or a config.json"
     SERVED = "a model to serve, FILE:CLASS or a .pt2"
     RUNS = "finished runs, a .csv"
 
@@ -135,7 +135,7 @@ def _kind(question: Question, path: str, name: str) -> Kind:
         if name:
             raise SpecError(f"{path}:{name}: finished runs have no parts. Give {path} alone.")
         return Kind.RUNS
-    if suffix == ".toml":
+    if suffix in (".toml", ".json"):
         return Kind.LANGUAGE_MODEL if _table(path, name) == "serve" else Kind.TRAINED
     if suffix == ".pt2" or (name and _is_class(path, name)):
         return Kind.SERVED

@@ -7,7 +7,7 @@ measured cost, and small differences are ignored, so that measurement noise does
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from supple.core.fitting.estimates import exact, over, times
+from supple.core.fitting.estimates import exact, over, plus, times
 from supple.core.planning.choice import choose, knee
 from supple.core.planning.planner import WORTH_A_BATCH, row_for, times_faster
 from supple.core.planning.view import JobView
@@ -121,11 +121,15 @@ def rows_left(
     """Rows for the remaining samples at each count's own rate. The efficiency of the batch has no
     effect, since the number of epochs is fixed."""
     found = (row_for(job, limits, count) for count in counts)
-    return tuple(_left(row, limits, remaining_samples) for row in found if row is not None)
+    return tuple(_left(job, row, limits, remaining_samples) for row in found if row is not None)
 
 
-def _left(row: Plan, limits: Limits, remaining_samples: int) -> Plan:
+def _left(job: JobView, row: Plan, limits: Limits, remaining_samples: int) -> Plan:
     time = over(max(1, remaining_samples), row.samples_per_s)
+    loop, num_steps = job.loop.per_step, remaining_samples / row.batch.global_batch_size
+    if loop.high:
+        around = num_steps * loop.value
+        time = plus(time, around, low=num_steps * loop.low, high=num_steps * loop.high)
     hours = times(time, exact(row.num_workers / 3600.0))
     price = limits.price_per_hour
     cost = None if price is None else times(hours, exact(price))

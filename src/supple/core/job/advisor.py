@@ -11,14 +11,17 @@ from dataclasses import dataclass, field, replace
 
 from supple.core.hardware import lookup
 from supple.core.job.advice import Advice, better_batch, better_count
+from supple.core.job.evidence import LEAST_S, Seen, record
 from supple.core.planning.data_parallel import DataParallel
 from supple.core.planning.measured import ScriptMeasurements, job_view
 from supple.core.planning.planner import plan
 from supple.core.planning.view import JobView
 from supple.core.spec import Limits, Objective, TrainSpec
 from supple.core.training.goodput import family_of
+from supple.core.training.loop_time import LoopTime
 from supple.core.training.measurements import (
     CollectiveMeasurement,
+    Configuration,
     StepMeasurement,
     configuration,
 )
@@ -63,10 +66,12 @@ class AdvisorState:
     earlier: tuple[StepMeasurement, ...] = ()
     collectives: tuple[CollectiveMeasurement, ...] = ()
     """Measurements of `supple plan` for the same script on the same machine, as `earlier` is."""
-    measured: Mapping[tuple[int, ...], StepMeasurement] = field(
-        default_factory=dict[tuple[int, ...], StepMeasurement]
+    measured: Mapping[Configuration, StepMeasurement] = field(
+        default_factory=dict[Configuration, StepMeasurement]
     )
     """The newest measurement of this run for every configuration."""
+    seen: Mapping[Configuration, Seen] = field(default_factory=dict[Configuration, Seen])
+    """How long every configuration of `measured` was measured."""
     pause_s: float = _UNMEASURED_PAUSE_S
     formed: int = 0
     """The newest generation that a member has formed."""
@@ -76,6 +81,8 @@ class AdvisorState:
     evaluated_at: float = 0.0
     generation: int = -1
     first_step: int = 0
+    began_at: float = 0.0
+    """When the generation's first progress was reported."""
     wanted: tuple[int, int] | None = None
     """(generation, count) of the last request, valid until the next generation."""
     held: int = 0
@@ -205,13 +212,12 @@ def _on_progress(
     if progress.generation != state.generation:
         first = progress.step
         state = replace(state, generation=progress.generation, first_step=first, wanted=None)
-        return replace(state, held=progress.num_workers), ()
+        return replace(state, held=progress.num_workers, began_at=now), ()
     decides = state.may_resize or state.spec.batch == "adaptive"
     if not decides or progress.step - state.first_step < _MIN_STEPS or progress.step_time_s <= 0:
         return state, ()
     newest = _measurement(state.spec, progress)
-    measured = {**state.measured, configuration(newest): newest}
-    state = replace(state, measured=measured)
+    state = _record(state, newest, now)
     if now - state.evaluated_at < _EVERY_S:
         return state, ()
     state = replace(state, evaluated_at=now)
@@ -224,9 +230,22 @@ def _on_progress(
         view = _view(state, progress, remaining)
     except ValueError:
         # Contradictory measurements, from a busy machine: keep only the newest one.
-        only = {configuration(newest): newest}
-        return replace(state, measured=only, earlier=(), collectives=()), ()
+        key = configuration(newest)
+        state = replace(state, measured={key: newest}, seen={key: state.seen[key]})
+        return replace(state, earlier=(), collectives=()), ()
     return _evaluate(state, view, progress, remaining, now)
+
+
+def _record(state: AdvisorState, newest: StepMeasurement, now: float) -> AdvisorState:
+    measured, seen = record(
+        state.measured,
+        state.seen,
+        newest,
+        generation=state.generation,
+        began_at=state.began_at,
+        now=now,
+    )
+    return replace(state, measured=measured, seen=seen)
 
 
 def _remaining(spec: TrainSpec, progress: Progress) -> int | None:
@@ -269,7 +288,8 @@ def _evaluate(
         state, notices = _note_feasibility(state, found, now)
         wanted = (progress.generation, found.value)
         standing = progress.num_workers if state.wanted is None else state.wanted[1]
-        if found.value != standing:
+        is_known = now - state.began_at >= LEAST_S or not _may_wait(state, found, progress)
+        if found.value != standing and is_known:
             held = max(progress.num_workers, found.value)
             state = replace(state, wanted=wanted, held=held)
             return state, (*notices, _request(state, found.value, found.reason))
@@ -287,6 +307,13 @@ def _evaluate(
         job_id=job_id, generation=0, global_batch_size=batch.value, reason=batch.reason
     )
     return state, (*notices, change)
+
+
+def _may_wait(state: AdvisorState, found: Advice, progress: Progress) -> bool:
+    """Whether the advice is to give up a count for its speed: that is decided after `LEAST_S`, as
+    the first seconds of a count may be those of a busy machine."""
+    within = state.spec.min_workers <= progress.num_workers <= state.spec.max_workers
+    return within and found.value < progress.num_workers
 
 
 def _note_feasibility(
@@ -365,6 +392,7 @@ def _view(state: AdvisorState, progress: Progress, remaining: int) -> JobView:
         base_lr=progress.base_lr,
         optimizer_family=family_of(progress.optimizer),
         lr_rule=spec.lr_rule,
+        loop=LoopTime(every_s=progress.loop_time_s),
     )
 
 

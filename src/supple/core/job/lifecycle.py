@@ -220,6 +220,9 @@ def _on_target(turn: Turn, event: TargetChanged) -> None:
     elif desired == state.desired:
         turn.decide("keep", desired, f"{in_words(desired)} already wanted; {reason}")
     else:
+        if state.phase is Phase.DRAINING and state.why[1].endswith(state.desired_reason):
+            # The change under way was announced for the count wanted before.
+            turn.set(why=(state.why[0], reason))
         turn.set(desired=desired, desired_reason=reason, retry_at=turn.now)
         if desired < state.desired:
             turn.set(full_size=min(state.full_size, desired))

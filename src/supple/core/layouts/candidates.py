@@ -107,7 +107,7 @@ def _micro_batches(
 def _cuts_into(model: Model, tp: int) -> bool:
     if not isinstance(model, Transformer):
         return tp == 1 or any(layer.num_collectives for layer in model)
-    return model.num_heads % tp == model.hidden_size % tp == 0
+    return model.num_heads % tp == model.hidden_size % tp == model.ffn % tp == 0
 
 
 def _stages_into(model: Model, pp: int) -> bool:

@@ -6,6 +6,7 @@ A transformer layer, forward and backward, of a micro-batch of `tok` tokens, on 
     arithmetic  72 tok h^2 (1 + s/6h) / (t F)           with recomputation a third more of this
     memory      3 tok (34 h + 5 a s) / (t W_mem)        and of this: element-wise kernels; without
                 5 a s where attention keeps no scores
+                (72 h^2 and 34 h of grouped-query heads, other widths and experts: transformer.py)
     collective  c (lambda + 2 (t-1)/t 2 tok h / W_tp)   c = 4, or 6 with recomputation
     host        k + k' (with t > 1)                     launching the kernels
     layer       (host^q + (arithmetic + memory + collective)^q)^(1/q)
@@ -44,6 +45,7 @@ import numpy.typing as npt
 
 from supple.core.hardware import Interconnect, lookup
 from supple.core.layouts.stages import MeasuredLayer, split, stage_s
+from supple.core.layouts.transformer import Transformer
 from supple.core.spec import is_count, is_positive
 from supple.core.types import ParallelLayout
 
@@ -98,39 +100,6 @@ DEVICES = {
         _device("mi300x", 1307, 5.3, 192, "infinity-mi300x"),
     )
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Transformer:
-    """Sizes of a decoder of equal layers, with feed-forward width 4h and 16-bit activations."""
-
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    seq_length: int
-    """Tokens of one sample."""
-    vocab_size: int
-    stores_scores: bool = True
-    """Whether attention stores all scores for the backward pass, 5 bytes per head and pair of
-    tokens; False for FlashAttention (Dao et al. 2022)."""
-
-    @property
-    def score_bytes(self) -> float:
-        """Bytes stored per token for the attention scores of one layer."""
-        return 5.0 * self.num_heads * self.seq_length if self.stores_scores else 0.0
-
-    def __post_init__(self) -> None:
-        sizes = (self.hidden_size, self.num_layers, self.num_heads, self.seq_length)
-        if not all(map(is_count, (*sizes, self.vocab_size))):
-            raise ValueError(
-                f"{self}: every size must be a whole number of at least 1. Give the sizes of a "
-                "model that can run."
-            )
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"{self}: {self.hidden_size} does not divide into {self.num_heads} heads, and the "
-                "width of a head must be whole. Change one of them."
-            )
 
 
 Model = Transformer | tuple[MeasuredLayer, ...]
@@ -242,17 +211,18 @@ def _sizes(run: LayoutRun, workers_per_node: int, cards_per_node: int) -> tuple[
     if isinstance(model, Transformer):
         tok, h = run.micro_batch_size * model.seq_length, model.hidden_size
         layers = -(-model.num_layers // pp)
-        work = 72 * tok * h**2 * (1 + model.seq_length / (6 * h)) * again / tp
-        bytes_moved = tok * (34 * h + model.score_bytes) / tp
+        attention = 12 * model.attention_width * model.seq_length
+        work = tok * (6 * model.active_weights + attention) * again / tp
+        bytes_moved = tok * (model.kept_bytes + model.score_bytes) / tp
         flops, traffic = layers * work, layers * 3 * bytes_moved * again
-        masked = layers * 6 * tok * h * model.seq_length * again / tp
+        masked = layers * tok * attention / 2 * again / tp
         host_layers, fixed = float(layers), 0.0
         collectives = layers * (6.0 if run.recompute else 4.0)
         output = 2.0 * tok * h
         head_flops = 6 * tok * h * model.vocab_size / tp
         head_traffic = 36 * tok * model.vocab_size / tp
         rest = model.num_layers / layers
-        parameters = (12 * h**2 * layers + model.vocab_size * h) / tp
+        parameters = (model.layer_weights * layers + model.embedding_weights(pp)) / tp
     else:
         stages = split(model, pp, run.micro_batch_size, tp)
         costs = [stage_s(stage, run.micro_batch_size, tp) * again for stage in stages]

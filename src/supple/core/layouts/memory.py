@@ -63,10 +63,8 @@ class MemoryParts:
 
 
 def num_parameters(model: Transformer) -> int:
-    """Number of parameters: layers (four h^2 of attention, eight of the MLP, norms and biases) and
-    the embedding, which the head shares."""
-    h = model.hidden_size
-    return model.num_layers * (12 * h * h + 13 * h) + (model.vocab_size + model.seq_length) * h
+    """Number of parameters, with norms, biases, positions and embeddings."""
+    return model.num_parameters
 
 
 def optimizer_bytes(optimizer: str) -> float:
@@ -88,13 +86,14 @@ def memory_parts(run: LayoutRun, optimizer: str = "adam") -> MemoryParts:
     tp, pp, shard = run.layout.tp, run.layout.pp, run.layout.dp_shard
     layers = -(-model.num_layers // pp)
     h, tok = model.hidden_size, run.micro_batch_size * model.seq_length
-    embedding = model.vocab_size * h
-    parameters = (layers * 12 * h * h + embedding) / tp
+    weights = model.layer_weights
+    parameters = (layers * weights + model.embedding_weights(pp)) / tp
     states = parameters * (_WEIGHTS + _GRADIENTS + optimizer_bytes(optimizer)) / shard
     if shard > 1:
         # One layer at a time is gathered, with its gradients before they are scattered.
-        states += 12 * h * h / tp * (_WEIGHTS + _GRADIENTS)
-    whole = tok * (h * (10 + 24 / tp) + model.score_bytes / tp)
+        states += weights / tp * (_WEIGHTS + _GRADIENTS)
+    split_bytes = model.kept_bytes - model.whole_bytes
+    whole = tok * (model.whole_bytes + (split_bytes + model.score_bytes) / tp)
     in_flight = min(pp, run.num_micro_batches)
     if run.recompute:
         activations = in_flight * layers * 2.0 * tok * h + whole

@@ -100,6 +100,8 @@ class Decoder:
     """Parameters used per token; fewer than `num_parameters` in a mixture of experts."""
     bytes_per_weight: float = 2.0
     num_layers: int | None = None
+    cache_bytes: float | None = None
+    """Keys and values of one token in one layer; None: as usual."""
 
     def __post_init__(self) -> None:
         for what, size in (
@@ -112,6 +114,11 @@ class Decoder:
                     f"a served model has {size:g} as its {what}: it must be positive and finite. "
                     "Correct the number."
                 )
+        if self.cache_bytes is not None and not is_positive(self.cache_bytes):
+            raise ValueError(
+                f"a served model has {self.cache_bytes:g} bytes of cache per token and layer: it "
+                "must be positive and finite. Correct the number."
+            )
         if self.num_activated > self.num_parameters:
             raise ValueError(
                 f"a served model has {self.num_activated:g} activated of {self.num_parameters:g} "
@@ -243,6 +250,8 @@ class Rows:
         self.activated = column([model.num_activated for model in models])
         self.weight = column([model.bytes_per_weight for model in models])
         self.layers = column([model.layers for model in models])
+        self.cache = column([model.cache_bytes or math.nan for model in models])
+        """Bytes of the cache per token and layer; NaN where they are not given."""
         self.prompt = column([run.workload.prompt_tokens for run in runs])
         self.media_s = column([run.workload.media_s for run in runs])
         speeds = column([run.device.memory_bytes_per_s for run in runs])
@@ -343,7 +352,8 @@ def _common(x: _Array) -> dict[str, _Array]:
 def _token_bytes(p: Mapping[str, _Array], rows: Rows) -> _Array:
     """Bytes of the cache per token."""
     experts = np.where(rows.activated < rows.parameters, p["cache_experts"], 1.0)
-    return p["cache"] * rows.layers * experts
+    usual = p["cache"] * experts
+    return np.where(np.isnan(rows.cache), usual, rows.cache) * rows.layers
 
 
 def _block(x: _Array, at: int, groups: int, width: int, index: Sequence[int]) -> list[_Array]:

@@ -37,7 +37,7 @@ RULE = (
     f"a chance of at least {LIKELY:.0%}, the best chance for at most {MANY} times the fewest "
     "accelerators"
 )
-CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NARROW = 1.5
 """Ratio of an interval's ends up to which a row needs no measurement."""
 _ALIKE = 1.02

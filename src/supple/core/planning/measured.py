@@ -8,6 +8,7 @@ from supple.core.planning.data_parallel import DataParallel
 from supple.core.planning.view import JobView
 from supple.core.spec import LrRule
 from supple.core.training.goodput import family_of
+from supple.core.training.loop_time import NO_LOOP_TIME, LoopTime
 from supple.core.training.measurements import CollectiveMeasurement, StepMeasurement
 from supple.core.training.memory import MemoryMeasurement, fit_memory
 from supple.core.training.throughput import fit
@@ -33,6 +34,11 @@ class ScriptMeasurements:
     base_lr: float
     optimizer_name: str
     device_memory_bytes: int
+    loop: LoopTime = NO_LOOP_TIME
+    """Time outside of the steps, on one worker."""
+    num_cores: int = 1
+    used_cores: float = 0.0
+    """Cores of the machine, and how many of them other processes used."""
 
 
 def job_view(
@@ -64,4 +70,5 @@ def job_view(
         base_lr=found.base_lr,
         optimizer_family=family_of(found.optimizer_name),
         lr_rule=lr_rule,
+        loop=found.loop,
     )

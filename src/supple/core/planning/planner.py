@@ -13,7 +13,9 @@ from supple.core.planning.view import Candidate, JobView
 from supple.core.spec import LARGEST_COUNT, Limits, Objective, is_count
 from supple.core.training.goodput import largest_batch_ratio, steps_to_end, worth
 from supple.core.training.learning_rate import planned_rate
+from supple.core.training.loop_time import dominates, loop_share
 from supple.core.types import BatchPlan, Estimate, Infeasible, Plan
+from supple.core.words import in_digits, in_words
 
 WORTH_A_BATCH = 1.05
 """Smallest speed-up, as a factor, for which the batch is changed."""
@@ -56,8 +58,27 @@ def plan(job: JobView, limits: Limits, objective: Objective) -> PlanTable | Infe
     found = choose(tuple(rows), limits, objective, unit=unit.num_workers)
     remarks = job.cost.remarks(rows, without, batches_for(job, limits))
     if isinstance(found, PlanTable):
-        return replace(found, reason=found.reason + remarks)
+        return replace(found, reason=found.reason + remarks + _loop_remark(job, found))
     return replace(found, advice=found.advice + remarks)
+
+
+def _loop_remark(job: JobView, found: PlanTable) -> str:
+    """What the time outside of the steps means for the recommended row; empty if it is small."""
+    first, row = found.rows[0], found.choice
+    share = loop_share(job.loop, row.step_time_s.value)
+    if not dominates(share):
+        return ""
+    told = (
+        f" The loop spends {share:.0%} of its time there outside of the steps (evaluation, "
+        "logging, saving), which is in the times to the end, and no number of workers shortens it"
+    )
+    if row is first:
+        return f"{told}."
+    faster = first.time_to_end_s.value / row.time_to_end_s.value
+    return (
+        f"{told}: the whole run on {in_words(row.num_workers)} is {in_digits(faster)} times as "
+        f"fast as on {first.num_workers}."
+    )
 
 
 def counts_within(limits: Limits) -> list[int]:
@@ -174,7 +195,8 @@ def _row(job: JobView, limits: Limits, way: Candidate, unit: Candidate) -> Plan:
     step = job.cost.predict([way])[0]
     rate = over(size, step)
     useful = _efficiency(job, size)
-    training = times(step, steps_to_end(job.dataset_size, job.epochs, size, useful))
+    num_steps = steps_to_end(job.dataset_size, job.epochs, size, useful)
+    training = times(_turn(job, step), num_steps)
     shortest, longest = job.startup_range_s or (job.startup_s, job.startup_s)
     time_to_end = plus(training, job.startup_s, low=shortest, high=longest)
     hours = times(time_to_end, exact(count / 3600.0))
@@ -200,6 +222,12 @@ def _row(job: JobView, limits: Limits, way: Candidate, unit: Candidate) -> Plan:
         accelerator_hours=hours,
         cost=None if price is None else times(hours, exact(price)),
     )
+
+
+def _turn(job: JobView, step: Estimate) -> Estimate:
+    """Seconds of a step and of what the script's loop does around it."""
+    loop = job.loop.per_step
+    return plus(step, loop.value, low=loop.low, high=loop.high) if loop.high else step
 
 
 def _speedup(job: JobView, way: Candidate, unit: Candidate) -> Estimate:

@@ -9,6 +9,7 @@ from typing import Protocol, get_args
 from supple.core.spec import Limits, LrRule, check_one_of, is_count
 from supple.core.training.goodput import OptimizerFamily, check_family
 from supple.core.training.learning_rate import TunedRate
+from supple.core.training.loop_time import NO_LOOP_TIME, LoopTime
 from supple.core.training.samples import SamplesModel
 from supple.core.types import Estimate, Infeasible, ParallelLayout, Plan
 
@@ -96,6 +97,8 @@ class JobView:
     tuned: tuple[TunedRate, ...] = ()
     """Learning rates of those runs; preferred to the rule `auto`."""
     startup_s: float = 0.0
+    loop: LoopTime = NO_LOOP_TIME
+    """What the script does outside of its steps, on every count alike."""
     startup_range_s: tuple[float, float] | None = None
     """Shortest and longest measured start; None: exactly `startup_s`."""
 

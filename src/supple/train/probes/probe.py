@@ -8,12 +8,14 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from supple.core.spec import TrainSpec
+from supple.core.training.loop_time import LoopTime, Turn, loop_time
 from supple.train.data.loader import Loader, MicroBatch
 from supple.train.generation.group import Group
 from supple.train.recipe import Recipe
@@ -22,6 +24,9 @@ from supple.train.step.meter import StepTimes
 from supple.train.step.rate import LearningRate
 
 _WARM_UP, _FEWEST_NOISE_STEPS = 2, 4
+_ALIKE, _ALIKE_S = 1.5, 0.02
+"""Largest ratio of a timed step to the fastest of its phase at which one timed step is enough, and
+the seconds that are no difference."""
 _NOISE_EVERY, _NEVER = 2, sys.maxsize
 _ENDLESS = sys.maxsize
 """Epochs of the probe's loader: a loader that ends stops the processes that fetch its samples."""
@@ -80,6 +85,8 @@ class ProbeReport:
     """The script's limit; None without one."""
     base_lr: float
     optimizer_name: str
+    loop: LoopTime
+    """Time that the script's loop spends outside of its steps."""
     first_step_s: float
     """Seconds from the probe's construction to the end of the first step."""
 
@@ -90,7 +97,8 @@ class Probe:
 
     A phase has `num_noise_steps` for the noise scale, whose norms may take longer than the step, or
     a warm-up; then `num_steps` timed steps. A single worker runs fewer of both if their mean time
-    exceeds `step_budget_s`."""
+    exceeds `step_budget_s`. After the phases, `num_loop_steps` at the first one's sizes show what
+    the script does around its steps, for about `loop_budget_s` at most."""
 
     report_made: ProbeReport
     """The report of a complete measurement."""
@@ -103,12 +111,20 @@ class Probe:
         num_steps: int,
         num_noise_steps: int,
         step_budget_s: float,
+        num_loop_steps: int = 0,
+        loop_budget_s: float = 0.0,
     ) -> None:
         self._phases = phases
         self._group = group
         self._num_steps = num_steps
         self._num_noise_steps = num_noise_steps
         self._step_budget_s = step_budget_s
+        self._num_loop_steps, self._loop_budget_s = num_loop_steps, loop_budget_s
+        self._times: list[StepTimes] = []
+        self._late_s: list[float] = []
+        """How much longer than usual in its phase each step was."""
+        self._loader: Loader | None = None
+        self._num_epochs = 1
         self._began = time.monotonic()
         self._first_step_s = 0.0
 
@@ -116,6 +132,7 @@ class Probe:
         options, optimizer = recipe.batches, recipe.optimizer
         loader = replace(options, epochs=_ENDLESS).loader(recipe.seed, to_measure=True)
         start = loader.position
+        self._loader, self._num_epochs = loader, options.epochs
         total = loader.samples_total
         size = options.batch_size if total is None else max(1, total // _ENDLESS)
         batch = min(options.batch_size, size)
@@ -129,6 +146,9 @@ class Probe:
             micro, whole = phase.cut(batch, options.micro_batch_size or batch)
             full = _FullBatches(loader, start, size, micro, whole)
             results.append((yield from self._measure(full, micro, whole)))
+        if results and self._num_loop_steps:
+            micro, whole = self._phases[0].cut(batch, options.micro_batch_size or batch)
+            yield from self._watch(_FullBatches(loader, start, size, micro, whole))
         self.report_made = ProbeReport(
             phases=tuple(results),
             collectives=self._time_collectives(),
@@ -141,6 +161,7 @@ class Probe:
             largest_micro_batch=options.micro_batch_size,
             base_lr=rate.base_lr,
             optimizer_name=engine.optimizer_name,
+            loop=self._loop_time(results),
             first_step_s=self._first_step_s,
         )
 
@@ -148,13 +169,22 @@ class Probe:
         self._engine.backward(loss, micro, self._group, lambda: False)
         if micro.is_last:
             self._engine.commit(clip_norm, 0.0)
+            last = self._engine.meter.last
+            assert last is not None
+            self._times.append(last)
         return micro.is_last
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the script reads: the data is read in turn, as in training."""
+        return 0 if self._loader is None else min(self._loader.epoch, self._num_epochs - 1)
 
     def _measure(
         self, batches: "_FullBatches", micro: int, whole: int
     ) -> Generator[MicroBatch, None, ProbeResult]:
         """Measure one phase: steps of `whole` samples in micro-batches of `micro`."""
         engine = self._engine
+        begins = len(self._times)
         _reset_peak()
         if self._num_noise_steps:
             engine.measure_noise(_NOISE_EVERY)
@@ -167,6 +197,7 @@ class Probe:
         num_timed = yield from self._take(batches, self._num_steps, least=1)
         times = engine.meter.medians()
         assert times is not None
+        self._note_late(begins)
         return ProbeResult(
             micro_batch_size=micro,
             num_accumulation_steps=-(-whole // micro),
@@ -182,12 +213,47 @@ class Probe:
         began = time.monotonic()
         for done in range(num_steps):
             late = time.monotonic() - began > self._step_budget_s * num_steps
-            if late and self._group is None and done >= least:
+            enough = done >= least and (least > 1 or self._are_alike(done))
+            if late and self._group is None and enough:
                 return done
-            batches.turn()
-            yield from self._engine.micro_batches(alone=True)
-            self._first_step_s = self._first_step_s or time.monotonic() - self._began
+            yield from self._take_one(batches)
         return num_steps
+
+    def _take_one(self, batches: "_FullBatches") -> Generator[MicroBatch, None, None]:
+        batches.turn()
+        yield from self._engine.micro_batches(alone=True)
+        self._first_step_s = self._first_step_s or time.monotonic() - self._began
+
+    def _are_alike(self, num_timed: int) -> bool:
+        """Whether the median of the last steps is near the fastest of the last few: an evaluation
+        in one of two steps must not pass for a step."""
+        timed = [times.step_time_s for times in self._times[-num_timed:]]
+        recent = [times.step_time_s for times in self._times[-num_timed - _WARM_UP :]]
+        return median(timed) <= _ALIKE * min(recent) + _ALIKE_S
+
+    def _watch(self, batches: "_FullBatches") -> Generator[MicroBatch, None, None]:
+        """Run steps that are not timed as steps, to see what the loop does around them."""
+        begins, began = len(self._times), time.monotonic()
+        for _ in range(self._num_loop_steps):
+            if time.monotonic() - began > self._loop_budget_s:
+                break
+            yield from self._take_one(batches)
+        self._note_late(begins)
+
+    def _note_late(self, begins: int) -> None:
+        """Compare the steps of a phase, which began with step `begins`, with their median. Its
+        first steps may be longer for other reasons: a warm-up, a compilation."""
+        steps = [times.step_time_s for times in self._times[begins:]]
+        usual = median(steps[_WARM_UP:] or steps or [0.0])
+        self._late_s += [
+            0.0 if number < _WARM_UP else max(0.0, step_s - usual)
+            for number, step_s in enumerate(steps)
+        ]
+
+    def _loop_time(self, results: Sequence[ProbeResult]) -> LoopTime:
+        rows = zip(self._times, self._late_s, strict=True)
+        turns = [Turn(loop_s=times.loop_s, late_s=late_s) for times, late_s in rows]
+        return loop_time(turns, results[0].times.step_time_s if results else 0.0)
 
     def _time_collectives(self) -> tuple[tuple[int, float], ...]:
         group = self._group

@@ -7,7 +7,7 @@ batches and executes the steps: the timing of `supple plan`, or the memory trace
 
 import operator
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import Any, Protocol, Unpack, final
 
@@ -44,8 +44,10 @@ class MeasurementComplete(BaseException):
 class StandIn:
     """One run of a script, up to the end of its measurement.
 
-    Its epoch stays 0, and it never leads, as its steps are undone. `build(f)` makes the model from
-    the script's factory, and `make(cls, params, lr=..., ...)` its optimizer.
+    `build(f)` makes the model from the script's factory, and `make(cls, params, lr=..., ...)` its
+    optimizer. `leads`: whether rank 0 leads after its first step, as in a job, so that what the
+    script does there is measured too. `epoch_of()` is the epoch that the script reads.
+    `in_loop` is entered before the loop's first batch.
     """
 
     def __init__(
@@ -56,11 +58,15 @@ class StandIn:
         world_size: int = 1,
         build: Callable[..., Any] = operator.call,
         make: Callable[..., Any] = operator.call,
+        leads: bool = False,
+        epoch_of: Callable[[], int] = int,
+        in_loop: AbstractContextManager[None] | None = None,
     ) -> None:
         self._instrument = instrument
         self.rank, self.world_size = rank, world_size
-        self.generation = self.epoch = self.step_count = 0
-        self.is_leading = False
+        self.generation = self.step_count = 0
+        self._in_loop = in_loop or nullcontext()
+        self._leads, self._epoch_of = leads and rank == 0, epoch_of
         self._build, self._make = build, make
         self._recipe = Recipe(seed=0)
         self._hand = Hand()
@@ -128,7 +134,7 @@ class StandIn:
             options=options,
         )
         self._recipe.take_batches(batches)
-        with closing(self._instrument.micro_batches(self._recipe)) as given:
+        with self._in_loop, closing(self._instrument.micro_batches(self._recipe)) as given:
             for micro in given:
                 yield from self._hand.give(micro)
         raise MeasurementComplete
@@ -147,6 +153,17 @@ class StandIn:
 
     def report(self, **metrics: Tensor | float) -> None:
         numbers(metrics)
+
+    def save(self) -> None:
+        """A job's own saving, which a script has no need to call; nothing is saved here."""
+
+    @property
+    def is_leading(self) -> bool:
+        return self._leads and self.step_count > 0
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch_of()
 
     @property
     def micro_batch_size(self) -> int:

@@ -105,6 +105,7 @@ class StepEngine:
                 torch.manual_seed(mix(self._spec.seed, self.step, micro.shard_id or 0))
                 self.meter.lap("data")
                 yield micro
+                self.meter.lap("loop")
             return
         begun = False
         for micro in self._loader.feed():
@@ -114,6 +115,7 @@ class StepEngine:
                 begun = True
             self.meter.lap("data")
             yield micro
+            self.meter.lap("loop")
         if not begun and not self.in_turns:
             self._noise_meter.begin(self.step, alone=False, num_micro_batches=0)
 
