@@ -311,7 +311,7 @@ class Recorder:
         finally:
             self.closed = True
 
-    def step(self, loss: Tensor, micro: MicroBatch, clip_norm: float | None) -> bool:
+    def step(self, loss: Tensor, micro: MicroBatch, clip_norm: Any, optimizer: Any) -> bool:
         self.given.append((micro.num_samples, clip_norm))
         return True
 

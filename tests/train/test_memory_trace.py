@@ -47,9 +47,11 @@ class RealStep:
             now += event.nbytes()
             self.peak_bytes = max(self.peak_bytes, held + now)
 
-    def step(self, loss: torch.Tensor, micro: MicroBatch, clip_norm: float | None) -> bool:
+    def step(
+        self, loss: torch.Tensor, micro: MicroBatch, clip_norm: float | None, optimizer: Any
+    ) -> bool:
         loss.backward()
-        self.optimizer.step()
+        (optimizer or self.optimizer).step()
         self.optimizer.zero_grad(set_to_none=False)
         return True
 

@@ -14,6 +14,9 @@ from torch.utils.data import TensorDataset
 from supple.core.spec import TrainSpec
 from supple.core.types import CheckpointSaved, JobId, SaveCheckpoint, WorkerId
 from supple.train.job import Job
+from supple.train.probes.memory_trace import MemoryTracer
+from supple.train.probes.probe import Probe, ProbeSize
+from supple.train.probes.stand_in import MeasurementComplete, StandIn
 from supple.train.step.engine import TrainingError
 from tests.train.world import World
 
@@ -325,3 +328,22 @@ def test_workers_whose_scripts_step_different_optimizers_stop_with_the_reason(
     for name in "ab":
         with pytest.raises(TrainingError, match="step different optimizers at the same time"):
             world.finished([name])
+
+
+@pytest.mark.parametrize("of", [lambda: timed(), lambda: traced()])
+def test_a_script_that_takes_turns_is_measured_to_the_end(of: Callable[[], StandIn]) -> None:
+    job = of()
+    with pytest.raises(MeasurementComplete):
+        Gan()(job)  # type: ignore[arg-type]
+    assert job.step_count > 1
+
+
+def timed() -> StandIn:
+    sizes = [ProbeSize(), ProbeSize(divide_by=2, num_accumulation_steps=2)]
+    probe = Probe(sizes, None, num_steps=2, num_noise_steps=2, step_budget_s=3600.0)
+    return StandIn(probe, leads=True)
+
+
+def traced() -> StandIn:
+    tracer = MemoryTracer(recompute=False, optimizer=None)
+    return StandIn(tracer, build=tracer.build, make=tracer.make)

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from supple.core.layouts.stages import MeasuredLayer
 from supple.core.training.memory import TracedMemory
 from supple.train.data.loader import MicroBatch
+from supple.train.optimizers import name_of
 from supple.train.probes.stand_in import StandIn
 from supple.train.recipe import Recipe
 from supple.train.script import PLAIN, Start
@@ -93,7 +95,13 @@ class LayerProbe:
                 self._order = []
                 yield batch
 
-    def step(self, loss: Tensor, micro: MicroBatch, clip_norm: float | None) -> bool:
+    def step(
+        self,
+        loss: Tensor,
+        micro: MicroBatch,
+        clip_norm: float | None,
+        optimizer: Optimizer | None,
+    ) -> bool:
         called = len(set(self._order))
         if called < len(self._order) or not called:
             raise TrainingError(
@@ -104,7 +112,7 @@ class LayerProbe:
         loss.backward()
         if self._keeps:
             self._backward_s.setdefault(self._size, []).append(time.perf_counter() - began)
-        self._recipe.optimizer.step()
+        (optimizer or self._recipe.optimizer).step()
         self._recipe.optimizer.zero_grad()
         return True
 
@@ -144,7 +152,7 @@ class LayerProbe:
             base_lr=recipe.rate.base_lr,
             total_samples=self._total,
             epochs=self._epochs,
-            optimizer_name=type(recipe.optimizer).__name__,
+            optimizer_name=name_of(recipe.optimizer),
         )
 
     def _forward(self, key: int, size: int) -> float:

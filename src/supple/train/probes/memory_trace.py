@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from supple.core.spec import SpecError
 from supple.core.training.memory import TracedMemory
 from supple.train.data.loader import Loader, MicroBatch
+from supple.train.optimizers import members_of
 from supple.train.probes.stand_in import StandIn
 from supple.train.recipe import Recipe
 from supple.train.script import PLAIN, Start, user_traceback
@@ -52,6 +53,9 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
 
 class TraceFailed(Exception):
     """The script cannot be traced; the message is complete."""
+
+
+_STEP = "the step"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,9 +180,9 @@ class MemoryTracer:
             self.pending = _sizes(options.micro_batch_size or options.batch_size, self.dataset_size)
         while self.pending:
             batch = _first(loader, self.pending[0])
-            tracker = MemTracker()
+            tracker = _Tracker()
             with self._fake:
-                tracker.track_external(recipe.model, recipe.optimizer)
+                tracker.track_external(recipe.model, *members_of(recipe.optimizer))
                 with tracker:
                     for _ in range(_STEPS):
                         tracker.reset_mod_stats()
@@ -191,12 +195,30 @@ class MemoryTracer:
                 self.found.append(_account(recipe, batch.num_samples, tracker))
                 self.pending = self.pending or _larger(self.found, self.dataset_size)
 
-    def step(self, loss: Tensor, micro: MicroBatch, clip_norm: float | None) -> bool:
+    def step(
+        self,
+        loss: Tensor,
+        micro: MicroBatch,
+        clip_norm: float | None,
+        optimizer: Optimizer | None,
+    ) -> bool:
         loss.backward()
-        self._optimizer.step()
+        (optimizer or self._optimizer).step()
         # `GradientReducer` keeps the gradients, as views of flat buckets.
         self._optimizer.zero_grad(set_to_none=False)
         return True
+
+
+@final
+class _Tracker(MemTracker):
+    """torch's tracker, which refuses a second call of a whole model in a step (a critic, two views
+    of an image) and allows one of a part: here every model is part of the step."""
+
+    def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None:
+        parents = self._mod_tracker.parents
+        parents.add(_STEP)
+        super()._pre_fw_hook(module, inputs)
+        parents.discard(_STEP)
 
 
 def _account(recipe: Recipe, size: int, tracker: MemTracker) -> TracedMemory:

@@ -13,6 +13,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from supple.core.spec import TrainSpec
 from supple.core.training.loop_time import LoopTime, Turn, loop_time
@@ -21,7 +22,6 @@ from supple.train.generation.group import Group
 from supple.train.recipe import Recipe
 from supple.train.step.engine import StepEngine
 from supple.train.step.meter import StepTimes
-from supple.train.step.rate import LearningRate
 
 _WARM_UP, _FEWEST_NOISE_STEPS = 2, 4
 _ALIKE, _ALIKE_S = 1.5, 0.02
@@ -136,9 +136,7 @@ class Probe:
         total = loader.samples_total
         size = options.batch_size if total is None else max(1, total // _ENDLESS)
         batch = min(options.batch_size, size)
-        rate = LearningRate("auto", type(optimizer).__name__)  # no schedule: it may begin with 0
-        rate.ratios = recipe.rate.ratios
-        rate.base_lr, rate.base_batch = recipe.rate.base_lr, batch
+        rate = recipe.rate.to_measure(batch)
         spec = TrainSpec(name="probe", script="")
         engine = self._engine = StepEngine(spec, recipe.model, optimizer, loader, rate, [])
         results: list[ProbeResult] = []
@@ -165,14 +163,27 @@ class Probe:
             first_step_s=self._first_step_s,
         )
 
-    def step(self, loss: Tensor, micro: MicroBatch, clip_norm: float | None) -> bool:
-        self._engine.backward(loss, micro, self._group, lambda: False)
-        if micro.is_last:
-            self._engine.commit(clip_norm, 0.0)
-            last = self._engine.meter.last
-            assert last is not None
-            self._times.append(last)
+    def step(
+        self,
+        loss: Tensor,
+        micro: MicroBatch,
+        clip_norm: float | None,
+        optimizer: Optimizer | None,
+    ) -> bool:
+        engine = self._engine
+        engine.in_turns |= optimizer is not None
+        engine.backward(loss, micro, self._group, _never, optimizer=optimizer)
+        if micro.is_last and engine.in_turns:
+            engine.close_update(optimizer, clip_norm, 0.0)
+        elif micro.is_last:
+            engine.commit(clip_norm, 0.0)
+            self._note_step()
         return micro.is_last
+
+    def _note_step(self) -> None:
+        last = self._engine.meter.last
+        assert last is not None
+        self._times.append(last)
 
     @property
     def epoch(self) -> int:
@@ -222,6 +233,9 @@ class Probe:
     def _take_one(self, batches: "_FullBatches") -> Generator[MicroBatch, None, None]:
         batches.turn()
         yield from self._engine.micro_batches(alone=True)
+        if self._engine.in_turns:
+            self._engine.end_updates(self._group, _never, 0.0)
+            self._note_step()
         self._first_step_s = self._first_step_s or time.monotonic() - self._began
 
     def _are_alike(self, num_timed: int) -> bool:
@@ -307,3 +321,7 @@ def _peak_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _never() -> bool:
+    return False

@@ -31,8 +31,15 @@ class Instrument(Protocol):
         completes the measurement. Called when the loop begins, closed when the script leaves it."""
         ...
 
-    def step(self, loss: Tensor, micro: MicroBatch, clip_norm: float | None) -> bool:
-        """Execute a step for `loss`; return whether it completes an optimizer step."""
+    def step(
+        self,
+        loss: Tensor,
+        micro: MicroBatch,
+        clip_norm: float | None,
+        optimizer: Optimizer | None,
+    ) -> bool:
+        """Execute a step for `loss`, of `optimizer` (None: all of the script's); return whether it
+        completes an optimizer step."""
         ...
 
 
@@ -70,6 +77,7 @@ class StandIn:
         self._build, self._make = build, make
         self._recipe = Recipe(seed=0)
         self._hand = Hand()
+        self._in_turns = self._has_update = False
 
     def run(
         self,
@@ -137,6 +145,8 @@ class StandIn:
         with self._in_loop, closing(self._instrument.micro_batches(self._recipe)) as given:
             for micro in given:
                 yield from self._hand.give(micro)
+                self.step_count += self._has_update
+                self._has_update = False
         raise MeasurementComplete
 
     def step(
@@ -147,8 +157,13 @@ class StandIn:
         clip_norm: float | None = None,
         optimizer: Optimizer | None = None,
     ) -> bool:
-        committed = self._instrument.step(loss, self._hand.take(), clip_norm)
-        self.step_count += committed
+        self._in_turns |= optimizer is not None
+        micro = self._hand.take(again=self._in_turns)
+        committed = self._instrument.step(loss, micro, clip_norm, optimizer)
+        if self._in_turns:
+            self._has_update |= committed
+        else:
+            self.step_count += committed
         return committed
 
     def report(self, **metrics: Tensor | float) -> None:

@@ -17,6 +17,7 @@ class LearningRate:
 
     def __init__(self, rule: LrRule, optimizer_name: str) -> None:
         self._rule: LrRule = rule
+        self._optimizer_name = optimizer_name
         self._family: OptimizerFamily = family_of(optimizer_name)
         self.base_lr = 0.0
         self.ratios: list[float] = []
@@ -26,6 +27,13 @@ class LearningRate:
         self._factor = 1.0
         self._jumped_from = 1.0
         self._jumped_at = 0
+
+    def to_measure(self, batch: int) -> "LearningRate":
+        """Return the rate for timing steps of `batch` samples: constant, as a schedule may begin
+        with 0."""
+        rate = LearningRate("auto", self._optimizer_name)
+        rate.base_lr, rate.base_batch, rate.ratios = self.base_lr, batch, self.ratios
+        return rate
 
     def change_batch(self, batch: int, *, step: int, noise_scale: float | None) -> None:
         """Set the global batch to `batch` samples from `step` on."""
@@ -92,6 +100,9 @@ class LearningRates:
     def base_batch(self, batch: int) -> None:
         for _, rate in self._rates:
             rate.base_batch = batch
+
+    def to_measure(self, batch: int) -> "LearningRates":
+        return LearningRates([(member, rate.to_measure(batch)) for member, rate in self._rates])
 
     def change_batch(self, batch: int, *, step: int, noise_scale: float | None) -> None:
         for _, rate in self._rates:
