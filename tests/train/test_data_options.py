@@ -174,6 +174,54 @@ def test_the_words_of_a_plain_loader_for_no_processes_are_taken_as_they_are() ->
     assert steps_of(pin_memory=False, multiprocessing_context=None, **plain, **none)[0][-1] == 5
 
 
+def test_what_is_measured_has_any_size_and_drops_nothing() -> None:
+    """A probe reads batches of its own sizes, in the order of the script's samplers."""
+
+    def sizes(batch: int, **options: Any) -> list[int]:
+        loader = make_loader(
+            DATA, epochs=1, shuffle=False, seed=0, batch_size=8, options=options, to_measure=True
+        )  # type: ignore[arg-type]
+        loader.place(loader.position, 0, 1, batch, batch)
+        found = []
+        while not loader.done:
+            found += [micro.num_samples for micro in loader.feed()]
+            loader.commit([])
+        return found
+
+    assert sizes(30, drop_last=True) == [30, 7]
+    assert sizes(4, batch_sampler=[[0], [1, 2, 3, 4, 5]]) == [4, 2]
+
+
+def test_a_batch_samplers_batch_is_rehearsed_in_the_share_of_one_worker() -> None:
+    script = Script(batch_size=None, batch_sampler=[list(range(9)), [9, 10]])
+    world = World("rehearsed-share", script)
+    world.rehearsal_size = 3
+    try:
+        world.start("a")
+        world.form(1, ["a"])
+        world.finished(["a"])
+    finally:
+        world.close()
+    assert script.sizes[id(world.jobs["a"])] == [3, 9, 2]
+
+
+def test_workers_with_other_samples_stop_before_the_first_step_is_applied() -> None:
+    class Different(Script):
+        def __call__(self, job: Any) -> None:
+            self.options = self.options | {"sampler": [0, 1, 2] if self.sizes else [3, 4, 5]}
+            super().__call__(job)
+
+    script = Different()
+    world = World("different", script)
+    world.start("a")
+    world.start("b")
+    world.form(1, ["a", "b"])
+    with pytest.raises(SpecError, match="workers read their data in different orders in epoch 0"):
+        world.finished(["a", "b"])
+    world.close()
+    assert [job.step_count for job in world.jobs.values()] == [0, 0]
+
+
 # -- refusals ------------------------------------------------------------------------------------
 
 
@@ -291,6 +339,8 @@ import numpy as np, torch
 from torch import nn
 from torch.utils.data import TensorDataset, random_split
 
+np.random.rand(int(os.environ.get("DRAWS", 0)))
+
 def train(job):
     train_rows, held_out = random_split(TensorDataset(torch.ones(50, 2)), [40, 10])
     drawn = held_out.indices, np.random.permutation(9).tolist(), random.random()
@@ -318,6 +368,7 @@ def test_splits_are_equal_in_every_run_of_a_function(
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
+        monkeypatch.setenv("DRAWS", str(seed))
         StandIn(LayerProbe()).run(str(script), "train")
     assert len(set(drawn.read_text().splitlines())) == 1
 

@@ -120,7 +120,7 @@ def loader_of(dataset: Any = None, **options: Any) -> Loader:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SAMPLERS)
-@settings(max_examples=examples(25), deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 20), happenings(6))
 def test_every_index_of_a_sampler_is_used_once_in_any_history(
     kind: str, epochs: int, num_ranks: int, batch: int, history: list[Happening]
@@ -140,7 +140,7 @@ def test_every_index_of_a_sampler_is_used_once_in_any_history(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BATCH_SAMPLERS)
-@settings(max_examples=examples(25), deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 6), happenings(6))
 def test_every_batch_of_a_batch_sampler_is_one_step_in_any_history(
     kind: str, epochs: int, num_ranks: int, history: list[Happening]
@@ -208,6 +208,27 @@ def test_processes_fetch_what_a_sampler_gives_and_drop_what_is_left() -> None:
     assert not report.doubled and not report.unknown
     assert all(len(epoch.lost) < 7 for epoch in report.epochs)
     assert report.samples_seen == run.loaders[0].samples_done
+
+
+class Counted(Numbers):
+    """Counts its samples over processes."""
+
+    def __init__(self) -> None:
+        super().__init__(19)
+        self.fetched = torch.zeros(19, dtype=torch.int64).share_memory_()
+
+    def __getitem__(self, index: int) -> int:
+        self.fetched[index] += 1
+        return index
+
+
+def test_what_is_fetched_ahead_over_a_dropped_batch_is_not_fetched_again() -> None:
+    data = Counted()
+    loader = loader_of(data, drop_last=True, epochs=3, num_workers=1)
+    while not loader.done:
+        list(loader.feed())
+        loader.commit([])
+    assert data.fetched.tolist() == [3] * 16 + [0] * 3
 
 
 # -- the same list everywhere --------------------------------------------------------------------
