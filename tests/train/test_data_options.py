@@ -19,6 +19,7 @@ from supple.train.data import loader as loader_module
 from supple.train.data.loader import make_loader
 from supple.train.job import Job
 from supple.train.probes.layer_probe import LayerProbe
+from supple.train.probes.probe import Probe, ProbeSize
 from supple.train.probes.stand_in import StandIn
 from supple.train.script import StepShare, single_sample_advice
 from tests.train.world import World
@@ -178,9 +179,10 @@ def test_what_is_measured_has_any_size_and_drops_nothing() -> None:
     """A probe reads batches of its own sizes, in the order of the script's samplers."""
 
     def sizes(batch: int, **options: Any) -> list[int]:
+        given: Any = options
         loader = make_loader(
-            DATA, epochs=1, shuffle=False, seed=0, batch_size=8, options=options, to_measure=True
-        )  # type: ignore[arg-type]
+            DATA, epochs=1, shuffle=False, seed=0, batch_size=8, options=given, to_measure=True
+        )
         loader.place(loader.position, 0, 1, batch, batch)
         found = []
         while not loader.done:
@@ -310,6 +312,33 @@ def test_a_workers_share_of_one_sample_says_how_many_workers_there_are() -> None
     advice = single_sample_advice(raised.value, world.jobs["a"].step_share)
     assert "a step takes 2, and this worker's share is 1 on 2 workers" in advice
     assert "a batch_size of at least 4, or train with fewer workers" in advice
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("batch_size=2", "share is 1 on 4 workers. Give job.batches a batch_size of at least 8"),
+        ("batch_size=16, micro_batch_size=2", "Give job.batches a larger micro_batch_size"),
+    ],
+)
+def test_a_measured_share_of_one_sample_says_what_to_do(
+    tmp_path: Path, options: str, words: str
+) -> None:
+    script = tmp_path / "norm.py"
+    script.write_text(
+        "import torch\n"
+        "def train(job):\n"
+        "    model = job.model(lambda: torch.nn.BatchNorm1d(2))\n"
+        "    job.optimizer(torch.optim.SGD, lr=0.1)\n"
+        "    rows = torch.utils.data.TensorDataset(torch.randn(64, 2))\n"
+        f"    for (x,) in job.batches(rows, {options}):\n"
+        "        job.step(model(x).mean())\n"
+    )
+    phases = [ProbeSize(divide_by=4, num_accumulation_steps=1)]
+    probe = Probe(phases, None, num_steps=1, num_noise_steps=0, step_budget_s=9.0)
+    with pytest.raises(ValueError, match="more than 1 value per channel") as raised:
+        StandIn(probe).run(str(script), "train")
+    assert words in raised.value.__notes__[0]
 
 
 @pytest.mark.parametrize(

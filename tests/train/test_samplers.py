@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
@@ -31,7 +32,7 @@ from tests.train.histories import Abandon, Commit, Happening, Resize, Run, happe
 SIZE = 37
 
 
-class Numbers:
+class Numbers(Dataset[int]):
     """Sample i is i."""
 
     def __init__(self, size: int = SIZE) -> None:
