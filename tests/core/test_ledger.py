@@ -185,6 +185,22 @@ def test_the_epoch_a_run_was_stopped_in_may_lack_samples_but_not_repeat_any() ->
     assert proved(again, size=2).epochs[1].doubled == (1,)
 
 
+def test_each_epoch_may_have_its_own_samples_and_a_sample_its_own_number_of_uses() -> None:
+    wanted = [[0, 1, 1], [2, 2]]
+    records = [
+        begin(1, 0),
+        read(1, 0, 0, [1, 1]),
+        read(1, 1, 0, [0]),
+        read(1, 2, 0, [2, 2], epoch=1),
+        end(3),
+    ]
+    assert prove(records, expected=lambda epoch: wanted[epoch], num_epochs=2).is_exact
+    wanted = [[0, 1], [2, 2, 2]]
+    report = prove(records, expected=lambda epoch: wanted[epoch], num_epochs=2)
+    assert [epoch.doubled for epoch in report.epochs] == [(1,), ()]
+    assert [epoch.lost for epoch in report.epochs] == [(), (2,)]
+
+
 def test_samples_of_shards_are_proved_by_name() -> None:
     records = [begin(1, 0), read(1, 0, 0, ["0:0", "0:1"]), read(1, 0, 1, ["1:0", "1:0"]), end(1)]
     report = prove(records, expected=shard_ids([2, 0, 1]), num_epochs=1)

@@ -432,6 +432,30 @@ REFUSED: dict[str, tuple[type, Callable[[JobProtocol], Any]]] = {
         SpecError,
         lambda job: [prepared(job), next(batches(job, [lambda: iter(X)], num_workers=2))],
     ),
+    "drop_last=...) with iterable shards": (
+        SpecError,
+        lambda job: [prepared(job), next(batches(job, [lambda: iter(X)], drop_last=True))],
+    ),
+    "without batch_size": (
+        SpecError,
+        lambda job: [prepared(job), next(batches(job, batch_size=None))],
+    ),
+    "both decide the order": (
+        SpecError,
+        lambda job: [prepared(job), next(batches(job, sampler=[1], shuffle=True))],
+    ),
+    "gave index 32 in epoch 0": (
+        SpecError,
+        lambda job: [prepared(job), next(batches(job, sampler=[32]))],
+    ),
+    "no batch would be full": (
+        SpecError,
+        lambda job: [prepared(job), next(batches(job, batch_size=33, drop_last=True))],
+    ),
+    "Did you mean drop_last": (
+        SpecError,
+        lambda job: [prepared(job), next(batches(job, droplast=True))],
+    ),
     "without __len__": (SpecError, lambda job: [prepared(job), next(batches(job, object()))]),
     "without state_dict": (TrainingError, lambda job: job.keep("it", [])),
     "twice with different objects": (

@@ -34,6 +34,9 @@ _LIMIT_S = 60.0
 class World:
     """Workers by name; every wait is for an event and fails after a minute."""
 
+    rehearsal_size = 1
+    """Workers among which a rehearsed batch is divided."""
+
     def __init__(
         self, name: str, train: Callable[[Job], None], folder: Path | None = None, **spec: Any
     ) -> None:
@@ -62,7 +65,7 @@ class World:
                         rendezvous=rendezvous().address,
                     ),
                     mailbox=mailbox,
-                    rehearsal_size=1,
+                    rehearsal_size=self.rehearsal_size,
                 ),
                 checkpoints=CheckpointStore(self._folder) if self._folder else None,
             )

@@ -20,7 +20,7 @@ cut, so it shares no arithmetic with `supple.core.job.order`.
 
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ class LedgerReport:
 def prove(
     records: Iterable[Mapping[str, Any]],
     *,
-    expected: Iterable[SampleId],
+    expected: Iterable[SampleId] | Callable[[int], Iterable[SampleId]],
     num_epochs: int | None = None,
 ) -> LedgerReport:
     """Compare the samples that the run used with `expected`, the samples of one epoch.
@@ -111,7 +111,8 @@ def prove(
     written) and `end` (step: how many were committed); others are ignored.
     The first `num_epochs` epochs must be complete (default: all but the last that was begun); a
     later one, which the run ended within, may lack samples but not repeat any. For a map dataset
-    `expected` is `range(dataset_size)`.
+    `expected` is `range(dataset_size)`. With a sampler it is a function of the epoch: its samples,
+    each as often as the sampler gives it.
 
     Raises `LedgerError` where the records allow no proof.
     """
@@ -144,7 +145,7 @@ def prove(
     num_steps = max(ends)
     begun = _starts(reads, begun)
     used, by_generation, num_void = _committed(reads, begun, num_steps)
-    wanted = set(expected)
+    same = None if callable(expected) else Counter(expected)
     num_complete = max(used, default=0) if num_epochs is None else num_epochs
     last = max([num_complete - 1, *used])
     return LedgerReport(
@@ -152,7 +153,12 @@ def prove(
         num_generations=len(by_generation),
         num_void_reads=num_void,
         epochs=tuple(
-            _report(epoch, used.get(epoch, Counter()), wanted, is_complete=epoch < num_complete)
+            _report(
+                epoch,
+                used.get(epoch, Counter()),
+                Counter(expected(epoch)) if callable(expected) else same or Counter(),
+                is_complete=epoch < num_complete,
+            )
             for epoch in range(last + 1)
         ),
     )
@@ -217,14 +223,16 @@ def _committed(
 
 
 def _report(
-    epoch: int, uses: Counter[SampleId], wanted: set[SampleId], *, is_complete: bool
+    epoch: int, uses: Counter[SampleId], wanted: Counter[SampleId], *, is_complete: bool
 ) -> EpochReport:
     return EpochReport(
         epoch=epoch,
         samples_seen=uses.total(),
-        lost=_in_order(wanted - uses.keys()) if is_complete else (),
-        doubled=_in_order(sample for sample, times in uses.items() if times > 1),
-        unknown=_in_order(uses.keys() - wanted),
+        lost=_in_order(wanted - uses) if is_complete else (),
+        doubled=_in_order(
+            sample for sample, times in uses.items() if times > max(1, wanted[sample])
+        ),
+        unknown=_in_order(uses.keys() - wanted.keys()),
     )
 
 

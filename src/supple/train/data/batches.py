@@ -93,7 +93,7 @@ class Batches:
             collate_fn=self.collate_fn,
             num_loader_processes=self.num_loader_processes,
             options=self.options,
-            batch_size=None if to_measure else self.batch_size,
+            batch_size=self.batch_size,
             is_whole=self.micro_batch_size is None and not to_measure,
             to_measure=to_measure,
         )

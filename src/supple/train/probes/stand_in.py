@@ -20,7 +20,10 @@ from supple.train.data.options import DataOptions
 from supple.train.job_protocol import JobProtocol, Params, Schedule, Weight
 from supple.train.recipe import Hand, Recipe, no_batch_taken
 from supple.train.reporter import numbers
-from supple.train.script import PLAIN, Start, run
+from supple.train.script import PLAIN, Start, StepShare, run, single_sample_advice
+
+_DIVIDED = 4
+"""Workers for whose share of a batch a script is measured, see `supple.cluster.measure`."""
 
 
 class Instrument(Protocol):
@@ -93,6 +96,12 @@ class StandIn:
             run(script, function, job, start)
         except MeasurementComplete:
             return ""
+        except ValueError as error:
+            if self._recipe.took_batches:
+                advice = single_sample_advice(error, self._smallest_share())
+                if advice:
+                    error.add_note(advice)
+            raise
         if not self._recipe.took_batches:
             return no_batch_taken(script, function)
         return (
@@ -179,6 +188,21 @@ class StandIn:
     @property
     def epoch(self) -> int:
         return self._epoch_of()
+
+    def _smallest_share(self) -> StepShare:
+        """The smallest part of a step that is measured: a quarter of a batch, or of a micro-batch
+        that is smaller."""
+        batches = self._recipe.batches
+        batch, limit = batches.batch_size, batches.micro_batch_size
+        is_cut = limit is not None and limit < min(batch, 2 * _DIVIDED)
+        return StepShare(
+            micro_batch=self._hand.size,
+            own=batch if is_cut else 1,
+            step=batch,
+            batch_size=batch,
+            num_workers=1 if is_cut else _DIVIDED,
+            epoch=None,
+        )
 
     @property
     def micro_batch_size(self) -> int:
