@@ -402,6 +402,39 @@ def test_what_a_step_cannot_honour_is_refused_before_the_first(script: Any, word
     assert job.step_count == 0
 
 
+class OwnCritic:
+    """A second model that the script trains by itself, beside the job's."""
+
+    def __init__(self, params: Callable[[nn.Module], Any]) -> None:
+        self._params = params
+
+    def __call__(self, job: Job) -> None:
+        model = job.model(build)
+        job.optimizer(torch.optim.SGD, lr=0.1)
+        critic = nn.Linear(20, 1)
+        optimizer = torch.optim.Adam(self._params(critic), lr=0.1)
+        for x, y in job.batches(TensorDataset(X, Y), batch_size=BATCH):
+            scores = model(x)
+            optimizer.zero_grad()
+            critic(scores.detach()).mean().backward()
+            optimizer.step()
+            job.step(F.cross_entropy(scores.flatten(0, 1), y.flatten(), ignore_index=IGNORED))
+
+
+def test_an_optimizer_of_the_scripts_own_is_refused_in_the_loop_by_name() -> None:
+    job = Job(TrainSpec(name="habits", script=""))
+    with pytest.raises(TrainingError, match=r"stepped an optimizer, Adam, that job.optimizer did"):
+        OwnCritic(lambda critic: critic.parameters())(job)
+    assert job.step_count == 0
+    assert plain(token_loss("mean")).isfinite().all(), "outside of the loop it is no concern"
+
+
+def test_an_optimizer_of_tensors_that_are_no_parameters_is_the_scripts_own_business() -> None:
+    job = Job(TrainSpec(name="habits", script=""))
+    OwnCritic(lambda _: [torch.zeros(1, requires_grad=True)])(job)
+    assert job.step_count == ROWS // BATCH
+
+
 def test_a_worker_without_samples_clips_as_the_others_do() -> None:
     """Ten samples in batches of eight: of three workers, one has no sample in the second step."""
 

@@ -4,7 +4,7 @@ It is the `Holder` of `supple.train.generation.member`. `Job` steers it: it neve
 calls nothing of the script.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 from supple.core.job.order import micro_batches, rank_shards, share
@@ -12,12 +12,16 @@ from supple.core.spec import Change, TrainSpec
 from supple.train.checkpoint.saver import Saver
 from supple.train.data.batches import Batches
 from supple.train.data.loader import Loader, fraction_done
+from supple.train.evaluation import Evaluation
 from supple.train.optimizers import members_of
 from supple.train.recipe import Recipe
 from supple.train.same_run import changes, data_identity
 from supple.train.state import TrainState, private
 from supple.train.step.engine import StepEngine
 from supple.train.step.updates import MOST
+
+_NO_EVALUATIONS: Mapping[str, Any] = {"made_at": 0, "results": {}}
+"""Of a checkpoint of an earlier version."""
 
 
 @final
@@ -86,6 +90,11 @@ class StateHolder:
             self._kept = {}
 
     @property
+    def generation(self) -> int:
+        """Number of this worker's generation."""
+        return self._generation()
+
+    @property
     def is_behind(self) -> bool:
         """Whether the run has passed the script's current round: it has no batch for it."""
         return self.round < self._reached_round
@@ -108,8 +117,11 @@ class StateHolder:
     @property
     def version(self) -> int | None:
         step = self.committed_step
-        # Both grow: of two workers at the same step, one may have begun the next round.
-        return None if step is None else (step + self._own_round) * MOST + self.engine.updates.done
+        if step is None:
+            return None
+        # All grow: of two workers at the same step, one may have evaluated, or begun a round.
+        within = self.engine.updates.done + (self._recipe.evaluations.made_at == step)
+        return (step + self._own_round) * MOST + within
 
     def scalars(self) -> dict[str, Any]:
         """Return the train state without tensors and optimizer settings, as JSON values."""
@@ -118,6 +130,7 @@ class StateHolder:
             "global_batch_size": self.global_batch,
             "rate": self._recipe.rate.to_json(),
             "round": self._own_round,
+            "evaluations": self._recipe.evaluations.to_json(),
             **self._identity,
         }
 
@@ -127,6 +140,7 @@ class StateHolder:
         self.loader.position = type(self.loader.position).from_json(scalars["position"])
         self.global_batch = int(scalars["global_batch_size"])
         self._recipe.rate.from_json(scalars["rate"])
+        self._recipe.evaluations.from_json(scalars.get("evaluations", _NO_EVALUATIONS))
         self._reached_round = int(scalars.get("round", 0))
         if self.is_behind:  # the script's code between the rounds may change what is kept
             kept = self._recipe.kept.items()
@@ -144,7 +158,7 @@ class StateHolder:
     def save(self) -> str | None:
         """Save durably and return the path; None if this step was saved and reported before."""
         self.undo_step()
-        return self._saver.save_now(self.state, self.scalars(), self._generation())
+        return self._saver.save_now(self.state, self.scalars(), self.generation)
 
     def undo_step(self) -> None:
         """Discard the step in flight, unless its update has begun."""
@@ -171,6 +185,16 @@ class StateHolder:
         """Whether all samples of the round have been used, or all steps of the run made."""
         limit = self._spec.max_steps
         return self.loader.done or (limit is not None and self.step >= limit)
+
+    @property
+    def due_evaluations(self) -> Sequence[Evaluation]:
+        """Evaluations to make after the last committed step, before the next."""
+        if self.is_behind:
+            return ()
+        is_over = self._spec.max_steps is not None and self.step >= self._spec.max_steps
+        return self._recipe.evaluations.due(
+            self.step, at_epoch_end=self.loader.at_epoch_start, at_end=is_over
+        )
 
     @property
     def fraction(self) -> float:

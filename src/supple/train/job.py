@@ -7,7 +7,7 @@ the middle of the run. All changes of the membership happen inside `job.step`.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Unpack, final
 
 from torch import Tensor, nn
@@ -19,13 +19,13 @@ from supple.core.types import Doing, Progress
 from supple.train.checkpoint.saver import Saver
 from supple.train.checkpoint.store import CheckpointStore
 from supple.train.data.batches import Batches, refuse_adaptive
-from supple.train.data.loader import MicroBatch
 from supple.train.data.options import DataOptions
+from supple.train.evaluation import Evaluation
 from supple.train.generation.activity import Activity
 from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.generation.member import Elastic, LeaveLoop, Membership
 from supple.train.holder import StateHolder
-from supple.train.job_protocol import JobProtocol, Params, Schedule, Weight
+from supple.train.job_protocol import JobProtocol, Metric, Params, Schedule, Weight
 from supple.train.ledger import Ledger
 from supple.train.optimizers import members_of
 from supple.train.own_steps import refuse_foreign_steps, refuse_sparse
@@ -34,8 +34,9 @@ from supple.train.rehearsal import Rehearsal
 from supple.train.reporter import Reporter
 from supple.train.script import StepShare
 from supple.train.seeding import seed_everything
-from supple.train.step.engine import StepEngine, TrainingError
+from supple.train.step.engine import TrainingError
 from supple.train.step.updates import Updates
+from supple.train.step_loop import StepLoop
 
 _LEFT = (
     "job.batches was called again after the loop was left early (break): the workers would read "
@@ -66,7 +67,6 @@ class Job(JobProtocol):
         me, mailbox = (elastic.identity, elastic.mailbox) if elastic else (None, None)
         self._membership = Membership(me, mailbox, self._activity) if me and mailbox else None
         self.saver = Saver(checkpoints, self._spec.checkpoint_every_s, me, mailbox)
-        self._ledger = ledger
         listeners = [elastic.mailbox.publish] if elastic else []
         self._reporter = Reporter(*listeners, *([observe] if observe else []))
         self._recipe = Recipe(self._spec.seed, self._spec.lr_rule)
@@ -76,8 +76,17 @@ class Job(JobProtocol):
         self._rehearsing = False
         self._in_turns = False
         """The script makes several updates in a step: found in the rehearsal."""
-        self._in_loop = self._has_left = self._is_called = False
-        self._replaced = False
+        self._in_loop = self._has_left = False
+        self._loop = StepLoop(
+            self.holder,
+            self._hand,
+            self._membership,
+            self._activity,
+            self.saver,
+            ledger,
+            rejoin=self._rejoin,
+            publish=self._publish,
+        )
 
     # -- the user's five lines -------------------------------------------------------------
 
@@ -155,8 +164,10 @@ class Job(JobProtocol):
         """Train until all samples of the script's call of `batches` are used."""
         self._in_loop = True
         while True:
+            self._evaluate_if_due()
             while not self.holder.is_done:
-                yield from self._one_step()
+                yield from self._loop.one_step()
+                self._evaluate_if_due()
             if self.holder.is_behind or (self._pass_fence() and self._save_last()):
                 break
         self._in_loop = False
@@ -176,19 +187,32 @@ class Job(JobProtocol):
             self._in_turns = in_turns
             self._rehearse_update(loss, optimizer)
             return False
-        if in_turns:
-            committed = self._update(loss, micro, weight, clip_norm, optimizer)
-            self._activity.enter("script")
-            return committed
-        self._activity.enter("backward")
-        group = self._group
-        if group is not None and group.is_aborted:  # the rest of this step would be wasted
-            committed = self._abandon("the generation was aborted")
-        else:
-            self._steps.backward(loss, micro, group, self._heard_of_next, weight=weight)
-            committed = self._commit(clip_norm) if micro.is_last else False
-        self._activity.enter("script")
-        return committed
+        return self._loop.step(loss, micro, weight, clip_norm, optimizer)
+
+    def evaluate(
+        self,
+        dataset: Any,
+        compute: Callable[[Any], Mapping[str, Metric]],
+        *,
+        batch_size: int,
+        every_steps: int | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        self._recipe.evaluate(
+            Evaluation(
+                dataset=dataset,
+                compute=compute,
+                batch_size=batch_size,
+                every_steps=every_steps,
+                collate_fn=collate_fn,
+                num_workers=num_workers,
+            )
+        )
+
+    @property
+    def evaluation(self) -> Mapping[str, float]:
+        return dict(self._recipe.evaluations.results)
 
     def report(self, **metrics: Tensor | float) -> None:
         if not self._rehearsing and not self.holder.is_behind:
@@ -261,113 +285,11 @@ class Job(JobProtocol):
             epoch=None if total is None else total // self._recipe.batches.epochs,
         )
 
-    # -- one step --------------------------------------------------------------------------
-
-    @property
-    def _steps(self) -> StepEngine:
-        return self.holder.engine
-
-    def _one_step(self) -> Iterator[Any]:
-        self._replaced = False
-        any_batch = False
-        self._activity.enter("data")
-        self.holder.in_step = True
-        for micro in self._steps.micro_batches(alone=self.world_size == 1):
-            self._activity.enter("script")
-            any_batch = True
-            if self._ledger is not None:
-                self._ledger.read(
-                    self.generation, self.step_count, self.epoch, self.rank, micro.ids
-                )
-            yield from self._hand.give(micro)
-            if self._replaced:
-                return
-            self._activity.enter("data")
-        if self._steps.in_turns:
-            if not self._end_updates(has_samples=any_batch):
-                return
-        elif not any_batch:
-            self._steps.arm(self._group, self._heard_of_next)
-            if not self._commit(None):
-                return
-        self._between_steps()
-
-    def _commit(self, clip_norm: float | None) -> bool:
-        return self._end_step(lambda: self._steps.commit(clip_norm, self.holder.fraction))
-
-    def _end_updates(self, *, has_samples: bool) -> bool:
-        """End a step of several updates; on a rank without samples, make them first."""
-        steps = self._steps
-        end = steps.end_updates if has_samples else steps.follow_updates
-        return self._end_step(lambda: end(self._group, self._heard_of_next, self.holder.fraction))
-
-    def _end_step(self, end: Callable[[], bool]) -> bool:
-        """Call `end`, which returns whether a rank has heard of a next generation; return whether
-        the step was committed."""
-        self._activity.enter("waiting")
-        try:
-            someone_heard = end()
-        except CollectiveFailed as failure:
-            return self._abandon(str(failure))
-        self.holder.in_step, self._is_called = False, someone_heard
-        self._publish()
-        return True
-
-    def _update(
-        self,
-        loss: Tensor,
-        micro: MicroBatch,
-        weight: Weight,
-        clip_norm: float | None,
-        optimizer: Optimizer | None,
-    ) -> bool:
-        """Make one of several updates of a step; return whether it was committed."""
-        steps, group, heard = self._steps, self._group, self._heard_of_next
-        if not steps.in_turns:
-            raise TrainingError(
-                "job.step(loss, optimizer=...) after a first batch without it: all workers must "
-                "know from the first batch on that optimizers take turns. Give optimizer= in every "
-                "step of the first batch too."
-            )
-        if self._replaced:  # the batch of this update was abandoned in an earlier one
-            return False
-        if group is not None and group.is_aborted:
-            return self._abandon("the generation was aborted")
-        try:
-            self._activity.enter("waiting")
-            if not steps.open_update(optimizer, micro, group, heard):
-                return True
-            self._activity.enter("backward")
-            steps.backward(loss, micro, group, heard, weight=weight, optimizer=optimizer)
-            self._activity.enter("waiting")
-            steps.close_update(optimizer, clip_norm, self.holder.fraction)
-        except CollectiveFailed as failure:
-            return self._abandon(str(failure))
-        return True
-
-    def _between_steps(self) -> None:
-        """Save or rejoin between two steps. The script has finished its work on the last step, so
-        its kept objects (`job.keep`) and the weights are of the same step."""
-        if self.rank == 0 and self.saver.due():
-            self.saver.save_async(self.holder.state, self.holder.scalars(), self.generation)
-            self._steps.meter.restart()
-        if self._is_called:
-            self._is_called = False
-            self._rejoin("")
-
-    def _abandon(self, error: str) -> bool:
-        self._steps.abandon()
-        self._rejoin(error)
-        return False
-
-    def _heard_of_next(self) -> bool:
-        return self._membership is not None and self._membership.heard_of_next()
-
     # -- generations -----------------------------------------------------------------------
 
     @property
     def _group(self) -> Group | None:
-        return None if self._membership is None else self._membership.group
+        return self._loop.group
 
     def _rehearse(self) -> Iterator[Any]:
         """Run one step on a real batch, undo its effects, and make the step engine."""
@@ -437,11 +359,24 @@ class Job(JobProtocol):
 
     def _place(self) -> None:
         self.holder.place(self.rank, self.world_size)
-        self._replaced = True
+        self._loop.is_replaced = True
+
+    def _evaluate_if_due(self) -> None:
+        """Make the evaluations that are due after the last step, again after a failure."""
+        holder, evaluations = self.holder, self._recipe.evaluations
+        while due := holder.due_evaluations:
+            self._activity.enter("script")
+            try:
+                made = evaluations.make(due, self._recipe.model, self._group, holder.step)
+            except CollectiveFailed as failure:
+                self._rejoin(str(failure))
+                continue
+            self._reporter.note(made)
+            holder.engine.meter.restart()
 
     def _pass_fence(self) -> bool:
         """Wait until all ranks have the last step; return whether this rank may leave the loop."""
-        heard = self._meet(float(self._heard_of_next()))
+        heard = self._meet(float(self._loop.heard_of_next()))
         if heard is not None and heard > 0:
             self._rejoin("")
         return heard == 0.0
@@ -472,7 +407,7 @@ class Job(JobProtocol):
         if self.rank != 0 or not (force or self._reporter.is_due()):
             return
         self._reporter.report(
-            self._steps,
+            self.holder.engine,
             self.holder.loader,
             self._recipe.rate,
             generation=self.generation,

@@ -4,7 +4,7 @@
 `tests/train/test_job_protocol.py`. All other attributes of a `Job` are internal to Supple.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol, Unpack
 
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ Schedule = Callable[[float], float] | None
 Params = Callable[[nn.Module], Iterable[Any]] | None
 """A function of the model: its parameters to train, or parameter groups, as torch.optim takes them.
 """
+Metric = float | Tensor | tuple[float | Tensor, float | Tensor]
+"""A mean over the samples of a batch, or (a mean, its weight)."""
 Weight = float | Tensor | Literal["sum"] | None
 """What a loss is the mean over, as a number; "sum" for a loss that is a sum; None: over samples."""
 
@@ -117,6 +119,31 @@ class JobProtocol(Protocol):
         Do not call `loss.backward()` yourself; that raises `TrainingError`. `zero_grad()` in the
         loop has no effect.
         """
+        ...
+
+    def evaluate(
+        self,
+        dataset: Any,
+        compute: Callable[[Any], Mapping[str, Metric]],
+        *,
+        batch_size: int,
+        every_steps: int | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        """Evaluate on `dataset` at the end of every epoch, or after `every_steps` steps and at the
+        end of the run; call it before `batches`.
+
+        Between two steps, all workers divide the samples: each is used once. `compute(batch)` runs
+        in evaluation mode without gradients and returns metrics by name: means over the batch, or
+        pairs (mean, weight) for means over something else, such as tokens. The results over all
+        samples are in `evaluation` and beside the progress. It does not count as step time.
+        """
+        ...
+
+    @property
+    def evaluation(self) -> Mapping[str, float]:
+        """The metrics of the last evaluations, equal on all workers; empty before the first."""
         ...
 
     def report(self, **metrics: Tensor | float) -> None:

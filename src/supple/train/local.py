@@ -7,6 +7,7 @@ from collections.abc import Callable
 from supple.core.spec import TrainSpec
 from supple.core.types import Progress
 from supple.train.job import Job
+from supple.train.own_steps import forget_loop
 from supple.train.script import single_sample_advice
 from supple.train.seeding import seed_everything
 
@@ -40,4 +41,6 @@ def run(train: Callable[[Job], None]) -> Job:
         if job.took_batches and (advice := single_sample_advice(error, job.step_share)):
             error.add_note(advice)
         raise
+    finally:
+        forget_loop()
     return job

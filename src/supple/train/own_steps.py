@@ -2,9 +2,10 @@
 what is learned."""
 
 import inspect
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import nn
@@ -60,37 +61,52 @@ def refuse_foreign_steps(own: AnyOptimizer, caller: FrameType | None) -> Iterato
     an exception, a traceback may keep the block open. An optimizer of plain tensors (an adversarial
     input, a latent) is the script's own business.
     """
-    members = members_of(own)
     while caller is not None and caller.f_code.co_flags & inspect.CO_GENERATOR:
         caller = caller.f_back  # a progress bar's generator
     # The frame itself would keep the loop's generator alive, which must end with the function.
-    function, caller = id(caller), None
-
-    def check(optimizer: Optimizer, _args: Any, _options: Any) -> None:
-        if any(optimizer is member for member in members) or not _is_running(function):
-            return
-        if any(isinstance(param, nn.Parameter) for param in params_of(optimizer)):
-            raise TrainingError(
-                f"the loop stepped an optimizer, {type(optimizer).__name__}, that job.optimizer "
-                "did not make: the parameters it trains would be different on every worker, and "
-                "neither saved nor moved to a worker that joins. Make their model by "
-                "job.model(build, name=...), the optimizer by job.optimizer(..., model=...), and "
-                "step it by job.step(loss, optimizer=...)."
-            )
-
-    handle = register_optimizer_step_pre_hook(check)
+    _loop.function = None if caller is None else (id(caller), caller.f_code)
+    _loop.members, caller = members_of(own), None
     try:
         yield
     finally:
-        handle.remove()
+        forget_loop()
 
 
-def _is_running(frame: int) -> bool:
-    """Return whether the frame with this id is one of the callers of this function."""
-    current = inspect.currentframe()
-    while current is not None and id(current) != frame:
-        current = current.f_back
-    return current is not None
+def forget_loop() -> None:
+    """End `refuse_foreign_steps` in this thread."""
+    _loop.function, _loop.members = None, []
+
+
+class _Loop(threading.local):
+    """The loop over the batches in this thread."""
+
+    function: tuple[int, CodeType] | None = None
+    """Its function's frame, by id, and code; None: no loop."""
+    members: Sequence[Optimizer] = ()
+
+
+_loop = _Loop()
+
+
+def _refuse_foreign(optimizer: Optimizer, _args: Any, _options: Any) -> None:
+    if _loop.function is None or any(optimizer is member for member in _loop.members):
+        return
+    if any(isinstance(param, nn.Parameter) for param in params_of(optimizer)) and _is_running():
+        raise TrainingError(
+            f"the loop stepped an optimizer, {type(optimizer).__name__}, that job.optimizer did "
+            "not make: the parameters it trains would be different on every worker, and neither "
+            "saved nor moved to a worker that joins. Make their model by job.model(build, "
+            "name=...), the optimizer by job.optimizer(..., model=...), and step it by "
+            "job.step(loss, optimizer=...)."
+        )
+
+
+def _is_running() -> bool:
+    """Return whether the function with the loop is one of the callers of this function."""
+    frame = inspect.currentframe()
+    while frame is not None and (id(frame), frame.f_code) != _loop.function:
+        frame = frame.f_back
+    return frame is not None
 
 
 def refuse_sparse(model: nn.Module) -> None:
@@ -101,3 +117,7 @@ def refuse_sparse(model: nn.Module) -> None:
                 f"the gradient of {name} is sparse: gradients are summed over workers in dense "
                 "buckets. Make the layer with sparse=False."
             )
+
+
+# Once, and never removed: torch's hooks must not change while another thread makes a step.
+register_optimizer_step_pre_hook(_refuse_foreign)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from supple.core.spec import LrRule, SpecError
 from supple.train.data.batches import Batches
 from supple.train.data.loader import Loader, MicroBatch
+from supple.train.evaluation import Evaluation, Evaluations
 from supple.train.job_protocol import Params, Schedule
 from supple.train.optimizers import AnyOptimizer, Optimizers, params_of
 from supple.train.own_steps import refuse_closure, refuse_scheduler
@@ -33,6 +34,7 @@ class Recipe:
         self.seed = seed
         self.kept: dict[str, Any] = {}
         self._lr_rule: LrRule = lr_rule
+        self.evaluations = Evaluations()
         self._stated: set[str] = set()
         """Whether "batches" has been set."""
         self._models: dict[str, nn.Module] = {}
@@ -120,6 +122,11 @@ class Recipe:
     def keep(self, name: str, thing: Any) -> None:
         check_kept(name, thing, self.kept, in_loop=self.took_batches)
         self.kept[name] = thing
+
+    def evaluate(self, evaluation: Evaluation) -> None:
+        """Record an evaluation. Raises `SpecError` for invalid arguments."""
+        self._refuse_in_loop("evaluate")
+        self.evaluations.add(evaluation)
 
     def take_batches(self, batches: Batches) -> Loader:
         """Record the arguments of `job.batches` and return their loader: the loop begins."""

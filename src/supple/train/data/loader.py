@@ -100,6 +100,11 @@ class Loader(Protocol):
         ...
 
     @property
+    def at_epoch_start(self) -> bool:
+        """Whether the next step is the first of an epoch, or all epochs are done."""
+        ...
+
+    @property
     def epoch(self) -> int:
         """The epoch of the next step, from 0; `num_epochs` when done."""
         ...

@@ -232,6 +232,10 @@ class MapLoader:
         return self.epoch >= self.num_epochs
 
     @property
+    def at_epoch_start(self) -> bool:
+        return self.done or self._at.offset == 0
+
+    @property
     def epoch(self) -> int:
         return self._at.epoch
 

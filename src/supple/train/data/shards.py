@@ -175,6 +175,10 @@ class ShardLoader:
         return self.position.epoch >= self.num_epochs
 
     @property
+    def at_epoch_start(self) -> bool:
+        return self.done or not (any(self.position.offsets) or any(self.position.ended))
+
+    @property
     def epoch(self) -> int:
         return self.position.epoch
 

@@ -6,7 +6,7 @@ batches and executes the steps: the timing of `supple plan`, or the memory trace
 """
 
 import operator
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import Any, Protocol, Unpack, final
@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from supple.train.data.batches import Batches
 from supple.train.data.loader import MicroBatch
 from supple.train.data.options import DataOptions
-from supple.train.job_protocol import JobProtocol, Params, Schedule, Weight
+from supple.train.evaluation import Evaluation
+from supple.train.job_protocol import JobProtocol, Metric, Params, Schedule, Weight
 from supple.train.recipe import Hand, Recipe, no_batch_taken
 from supple.train.reporter import numbers
 from supple.train.script import PLAIN, Start, StepShare, run, single_sample_advice
@@ -174,6 +175,31 @@ class StandIn:
         else:
             self.step_count += committed
         return committed
+
+    def evaluate(
+        self,
+        dataset: Any,
+        compute: Callable[[Any], Mapping[str, Metric]],
+        *,
+        batch_size: int,
+        every_steps: int | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        self._recipe.evaluate(
+            Evaluation(
+                dataset=dataset,
+                compute=compute,
+                batch_size=batch_size,
+                every_steps=every_steps,
+                collate_fn=collate_fn,
+                num_workers=num_workers,
+            )
+        )
+
+    @property
+    def evaluation(self) -> Mapping[str, float]:
+        return {}
 
     def report(self, **metrics: Tensor | float) -> None:
         numbers(metrics)
