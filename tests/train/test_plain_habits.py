@@ -386,12 +386,26 @@ def listed(job: Job) -> None:
     job.optimizer(torch.optim.SGD, lr=0.1, params=list(model.parameters()))  # type: ignore[arg-type]
 
 
+class Wrapper(torch.optim.SGD):
+    """Steps another optimizer, as Lookahead does."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr)
+        self.inner = torch.optim.SGD(self.param_groups, lr)
+
+
+def wrapped(job: Job) -> None:
+    job.model(build)
+    job.optimizer(Wrapper, lr=0.1)
+
+
 @pytest.mark.parametrize(
     ("script", "words"),
     [
         (Script(token_loss("mean"), MEAN, optimizer=torch.optim.LBFGS), "LBFGS computes the loss"),
         (Script(token_loss("mean"), MEAN, make=Sparse), "the gradient of table.weight is sparse"),
         (scheduled, "a torch.optim.lr_scheduler was made for the job's optimizer"),
+        (wrapped, "Wrapper keeps another optimizer, SGD, in its attribute inner"),
         (listed, "was given a list: it takes a function of the model"),
     ],
 )

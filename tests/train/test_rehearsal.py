@@ -189,3 +189,28 @@ def test_an_optimizer_that_cannot_be_saved_is_refused(
 ) -> None:
     with pytest.raises(TrainingError, match=told):
         run_one(lambda params: Strange(params, key, value, **settings), {})
+
+
+class Outside(torch.optim.SGD):
+    """An optimizer that keeps something outside of its state and its groups."""
+
+    def __init__(self, params: Any, kept: Any, change: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.kept, self._change = kept, change
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.kept = self._change(self.kept)
+
+
+@pytest.mark.parametrize(
+    ("kept", "change"),
+    [
+        (0, lambda count: count + 1),
+        ([torch.zeros(2)], lambda means: [means[0] + 1]),
+        ({"a": 1}, lambda table: table | {"b": 2}),
+    ],
+)
+def test_an_optimizer_whose_state_is_elsewhere_is_refused_by_name(kept: Any, change: Any) -> None:
+    with pytest.raises(TrainingError, match=r"Outside keeps state in its attribute kept"):
+        run_one(lambda params: Outside(params, kept, change), {})
+    run_one(lambda params: Outside(params, kept, lambda same: same), {})

@@ -1,19 +1,23 @@
 """Refuses optimizers and habits that an elastic step cannot honour, by name and before they change
 what is learned."""
 
+import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from supple.train.optimizers import AnyOptimizer, members_of, params_of
 from supple.train.step.finite import TrainingError
+
+_SAVED = ("param_groups", "state", "defaults")
+"""Attributes of an optimizer that are saved, or never change."""
 
 
 def refuse_closure(optimizer: Optimizer) -> None:
@@ -25,6 +29,37 @@ def refuse_closure(optimizer: Optimizer) -> None:
             "a step of a job computes every micro-batch once. Take an optimizer whose step() needs "
             "no closure."
         )
+
+
+def refuse_wrapper(optimizer: Optimizer) -> None:
+    """Raise `TrainingError` for an optimizer that steps another one, such as Lookahead."""
+    for name, value in vars(optimizer).items():
+        if isinstance(value, Optimizer):
+            raise TrainingError(
+                f"{type(optimizer).__name__} keeps another optimizer, {type(value).__name__}, in "
+                f"its attribute {name}: the state of that one would be neither saved nor moved to "
+                "a worker that joins. Take one that keeps all its state in `state` and in its "
+                "parameter groups."
+            )
+
+
+def plain_attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """Return copies of the optimizer's own attributes that are numbers, texts, tensors, or lists
+    and dicts of these."""
+    own = {key: value for key, value in vars(optimizer).items() if key not in _SAVED}
+    return {key: copy.deepcopy(value) for key, value in own.items() if _is_plain(value)}
+
+
+def refuse_state_in_attributes(optimizer: Optimizer, before: Mapping[str, Any]) -> None:
+    """Raise `TrainingError` if a step has changed an attribute since `plain_attributes`: what it
+    counts there is not saved."""
+    for name, value in plain_attributes(optimizer).items():
+        if name not in before or not _is_equal(value, before[name]):
+            raise TrainingError(
+                f"{type(optimizer).__name__} keeps state in its attribute {name}: it is neither "
+                "saved nor moved to a worker that joins. Keep it in a parameter group or in "
+                "`state`, which are."
+            )
 
 
 def refuse_scheduler(optimizer: Optimizer) -> None:
@@ -50,6 +85,24 @@ def refuse_other_steps(optimizer: Optimizer, is_ours: Callable[[], bool]) -> Non
             )
 
     optimizer.register_step_pre_hook(check)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple | set):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    return value is None or isinstance(value, int | float | str | Tensor)
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and one.equal(other)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_is_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_is_equal(one[key], other[key]) for key in one)
+    return bool(one == other)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from supple.train.data.loader import Loader, MicroBatch
 from supple.train.evaluation import Evaluation, Evaluations
 from supple.train.job_protocol import Params, Schedule
 from supple.train.optimizers import AnyOptimizer, Optimizers, params_of
-from supple.train.own_steps import refuse_closure, refuse_scheduler
+from supple.train.own_steps import refuse_closure, refuse_scheduler, refuse_wrapper
 from supple.train.rehearsal import check_kept
 from supple.train.step.engine import TrainingError
 from supple.train.step.rate import AnyRate, LearningRate, LearningRates, constant
@@ -110,6 +110,7 @@ class Recipe:
         given = trained if params is None else list(params(model))
         optimizer: Optimizer = make(cls, given, lr=float(lr), **options)
         refuse_closure(optimizer)
+        refuse_wrapper(optimizer)
         self._refuse_shared_parameters(optimizer)
         rate = LearningRate(self._lr_rule, type(optimizer).__name__)
         rate.base_lr = float(lr)

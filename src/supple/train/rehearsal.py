@@ -16,7 +16,8 @@ from torch import Tensor
 
 from supple.train.checkpoint.folder import refuse_unsafe
 from supple.train.names import named_params
-from supple.train.optimizers import name_of
+from supple.train.optimizers import members_of, name_of
+from supple.train.own_steps import plain_attributes, refuse_state_in_attributes
 from supple.train.state import TrainState, private
 from supple.train.step.engine import TrainingError
 
@@ -67,6 +68,7 @@ class Rehearsal:
         self._optimizer_state = [(key, copy.deepcopy(of)) for key, of in optimizer.state.items()]
         self._kept = {name: _saved(name, thing) for name, thing in state.kept.items()}
         self._random_state = _random_state()
+        self._attributes = [(one, plain_attributes(one)) for one in members_of(optimizer)]
 
     def undo(self) -> list[str]:
         """Restore the state and drop the gradients; return the names of buffers that had changed.
@@ -76,6 +78,8 @@ class Rehearsal:
         `TrainingError` if the step has added something that could not be saved.
         """
         self._refuse_what_cannot_be_saved()
+        for one, attributes in self._attributes:
+            refuse_state_in_attributes(one, attributes)
         now = self._state.tensors()
         before = self._tensors
         other = [
