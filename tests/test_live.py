@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from supple.core.types import (
@@ -118,8 +119,15 @@ def test_more_samples_than_expected_do_not_overflow_the_bar() -> None:
     assert text.count("━") == 24 and "0s left" in text
 
 
-def test_a_step_time_of_zero_breaks_nothing() -> None:
-    assert "samples/s" in text_of(made_progress(step_time_s=0.0))
+def test_a_speed_that_is_not_known_yet_is_not_shown() -> None:
+    """As where a resumed run reports its state before its first step."""
+    text = text_of(made_progress(step_time_s=0.0, efficiency=0.9))
+    assert "25%" in text and not any(word in text for word in ("samples/s", "left", "goodput"))
+
+
+@pytest.mark.parametrize(("epoch", "shown"), [(0, "1/4"), (3, "4/4"), (4, "4/4"), (7, "4/4")])
+def test_the_epoch_is_never_beyond_the_last(epoch: int, shown: str) -> None:
+    assert f"epoch {shown}  " in text_of(made_progress(epoch=epoch, num_epochs=4))
 
 
 def test_a_pipe_gets_a_line_every_five_seconds_and_one_a_decision_without_escape_codes() -> None:

@@ -185,7 +185,7 @@ def test_the_command_asks_a_model_for_what_it_takes_and_reports(tmp_path: Path) 
 
     with served(handler) as url:
         result = supple(
-            *(f"{url}/v2/models/m", "--rate", "100", "--duration", "0.2", "--slo", "p99=20s"),
+            *(f"{url}/v2/models/m", "--rate", "100", "--duration", "0.2s", "--slo", "p99=20s"),
             *("--token", "sesame-sesame", "--json", "--plot", str(tmp_path / "load.png")),
         )
     assert result.exit_code == 0, result.output

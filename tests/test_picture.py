@@ -2,19 +2,24 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from supple.core.planning.choice import PlanTable
 from supple.core.spec import KNEE_RULE, Objective
 from supple.core.types import BatchPlan, Estimate, Infeasible, ParallelLayout, Plan, Source
 from supple.report import plan_view
-from supple.report.picture import changes, draw_plan, draw_run
+from supple.report.picture import draw_plan
+from supple.report.run_picture import changes, draw_run, parts_of
+from supple.report.style import count_ticks, exact_time, number_label, plain_log, round_times
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -162,6 +167,141 @@ def test_a_run_without_progress_leaves_no_picture(tmp_path: Path) -> None:
     log = write_log(tmp_path, *[r for r in records() if r["kind"] != "progress"])
     assert not draw_run(log, tmp_path / "run.png")
     assert not (tmp_path / "run.png").exists()
+
+
+def drawn(folder: Path, *lines: dict[str, Any]) -> str:
+    """The text of the picture of a run with this log, a line for each piece of it."""
+    target = folder / "run.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert draw_run(write_log(folder, *lines), target)
+    return "\n".join(re.findall(r">([^<>]*)</text>", target.read_text()))
+
+
+def resumed(folder: Path, step: int) -> list[dict[str, Any]]:
+    """A run of 5 steps that went on from the checkpoint after `step`."""
+    path = folder.resolve() / "checkpoints" / f"000003-step-{step}"
+    begin = {"t": 0.0, "kind": "begin", "type": "TrainSpec", "name": "digits", "resume": str(path)}
+    group = {"t": 2.0, "kind": "event", "type": "GroupFormed", "generation": 1, "step": step}
+    progress = {"kind": "progress", "type": "Progress", "global_batch_size": 64}
+    made = [begin, formed(2.0, 1, 2), decision(2.0, 1, "start", "2 workers ready"), group]
+    for more in (1, 5):
+        timed = {"t": 2.0 + more, "step": step + more, "step_time_s": 0.1}
+        made.append(progress | timed | {"metrics": {"loss": 0.1}})
+    outcome = {"t": 8.0, "kind": "end", "type": "Outcome", "status": "finished", "detail": ""}
+    return [*made, outcome]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_counts_its_own_steps_and_is_drawn_behind_the_earlier_one(
+    tmp_path: Path,
+) -> None:
+    text = drawn(tmp_path, *records(), *resumed(tmp_path, 200))
+    assert "digits: 5 steps in 8s, 2 workers" in text
+    assert "from step 200 to 205; no changes of the group while training; pale: an earlier" in text
+    earlier, newest = parts_of(tmp_path / "events.jsonl")
+    assert [record["step"] for record in earlier.progress] == list(range(0, 201, 20))
+    assert (earlier.until, newest.begins_at, newest.ends_at) == (9.5, 9.5, 17.5)
+    assert [change.kind for change in earlier.changes] == ["start", "grow"]
+
+
+def test_runs_belong_together_as_far_as_they_went_on_from_one_another(tmp_path: Path) -> None:
+    def lengths(*runs: list[dict[str, Any]]) -> list[int | None]:
+        log = write_log(tmp_path, *(record for run in runs for record in run))
+        return [part.last_step for part in parts_of(log)]
+
+    first, again, third = records(), resumed(tmp_path, 200), resumed(tmp_path, 205)
+    assert lengths(first) == [None]
+    assert lengths(first, again, third) == [200, 205, None]
+    assert lengths(first, records(), third) == [205, None], "the second began anew"
+    elsewhere = resumed(tmp_path / "another", 200)
+    assert lengths(first, elsewhere) == [None]
+    assert lengths(again) == [None], "its log was lost"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_progress", [1, 24])
+def test_a_failed_run_shows_where_and_why_also_where_groups_formed_after_its_last_step(
+    tmp_path: Path, num_progress: int
+) -> None:
+    made = [r for r in records() if r["kind"] != "progress"]
+    made += [r for r in records() if r["kind"] == "progress"][:num_progress]
+    for number, t in enumerate((100.0, 200.0, 300.0), start=4):
+        made += [formed(t, number, 2), decision(t, number, "recover", f"{number}\nagain")]
+    detail = "Traceback (most recent call last):\n  File x\nKeyError: 'lab<el'\nand a second line"
+    ending = {"t": 310.0, "kind": "end", "type": "Outcome", "status": "failed", "detail": detail}
+    text = drawn(tmp_path, *made, ending | {"reason": "the script raised"})
+    assert "KeyError: 'lab&lt;el'" in text and "; failed" in text and "310.0 s" in text
+    assert "5 min" in text and "starting" in text
+
+
+def test_a_failure_without_a_traceback_has_its_reason(tmp_path: Path) -> None:
+    ending = {"t": 30.0, "kind": "end", "type": "Outcome", "status": "failed", "detail": ""}
+    text = drawn(tmp_path, *records(), ending | {"reason": "no worker is left"})
+    assert "no worker is left" in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0.0, 21.0, "0 s|5 s|10 s|15 s|20 s"),
+        (0.0, 0.75, "0 s|0.1 s|0.2 s|0.3 s|0.4 s|0.5 s|0.6 s|0.7 s"),
+        (16.5, 17.3, "16.5 s|16.6 s|16.7 s|16.8 s|16.9 s|17 s|17.1 s|17.2 s|17.3 s"),
+        (3.0, 150.0, "20 s|40 s|1 min|1m20s|1m40s|2 min|2m20s"),
+        (0.0, 5400.0, "0 s|20 min|40 min|1 h|1h20m"),
+        (0.0, 300_000.0, "0 s|16 h|1d08h|2 d|2d16h|3d08h"),
+        (7199.9, 7200.2, "1h59m59.9s|2 h|2h00m00.1s|2h00m00.2s"),
+        (
+            86_400.0,
+            86_440.0,
+            "1 d|1d00h00m05s|1d00h00m10s|1d00h00m15s|1d00h00m20s|1d00h00m25s|"
+            "1d00h00m30s|1d00h00m35s|1d00h00m40s",
+        ),
+    ],
+)
+def test_ticks_of_time_are_round_and_say_what_they_are(
+    low: float, high: float, labels: str
+) -> None:
+    found = round_times(low, high)
+    shown = "|".join(exact_time(time) for time in found)
+    assert len(found) <= 10 and len(set(shown.split("|"))) == len(found)
+    assert shown == labels
+
+
+def axis(low: float, high: float) -> Axes:
+    axes = Figure().subplots()
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    plain_log(axes.yaxis, number_label, low, high)
+    return axes
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "some"),
+    [(0.08, 0.5, "0.1 0.2 0.3 0.5"), (20, 6000, "50 100 200 500 1,000 2,000"), (1, 1e7, "10 100")],
+)
+def test_a_logarithmic_axis_has_plain_numbers(low: float, high: float, some: str) -> None:
+    labels = [label.get_text() for label in axis(low, high).get_yticklabels()]
+    assert set(some.split()) <= set(labels)
+    assert not any("$" in label or "^" in label for label in labels)
+
+
+def test_counts_too_close_to_each_other_have_one_label_and_the_recommended_one_has_it() -> None:
+    axes = Figure().subplots()
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(1, 64)
+    for keep, shown in ((42, [1, 2, 32, 42]), (43, [1, 2, 32, 43])):
+        count_ticks(axes.xaxis, [1, 2, 32, 42, 43], keep)
+        assert list(axes.xaxis.get_majorticklocs()) == shown
+
+
+def test_a_count_that_is_faster_than_linear_is_explained_in_one_line() -> None:
+    assert "speed-up above the count" not in shown(table(), 200)
+    rows = list(table().rows)
+    for index in (1, 2):
+        faster = estimate(1.1 * rows[index].num_workers)
+        rows[index] = replace(rows[index], speedup=faster)
+    text = shown(PlanTable(rows=tuple(rows), recommended=2, reason="made up."), 200)
+    assert text.count("speed-up above the count (2, 4 workers): a worker's smaller") == 1
 
 
 def test_only_the_newest_run_of_a_log_is_drawn(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from supple.inputs.script_measurements import kept
 from supple.report.curves import Curves
 from supple.report.eventlog import EventLog, LedgerLog
 from supple.report.live import LiveLine, Losses, Tally
-from supple.report.picture import draw_run
+from supple.report.run_picture import draw_run
 from supple.train.logfile import LogFile
 from supple.train.script import Start
 

@@ -6,6 +6,11 @@ def in_words(count: int) -> str:
     return "1 worker" if count == 1 else f"{count} workers"
 
 
+def epoch_in_words(epoch: int, num_epochs: int) -> str:
+    """Format an epoch, given from 0: "epoch 2/4", and "epoch 4/4" when all are done."""
+    return f"epoch {min(epoch + 1, num_epochs)}/{num_epochs}"
+
+
 def in_digits(number: float) -> str:
     """Format with three digits: "0.00234", "12.3", "4,560"."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

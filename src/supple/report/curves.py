@@ -52,14 +52,17 @@ class Curves:
 
     def progressed(self, progress: Progress) -> None:
         self._step = progress.step
-        rate = progress.global_batch_size / max(progress.step_time_s, 1e-9)
+        is_timed = progress.step_time_s > 0.0  # not before the first step of a resumed run
+        rate = progress.global_batch_size / progress.step_time_s if is_timed else None
         scalars: dict[str, float | None] = {
             "supple/num_workers": float(progress.num_workers),
             "supple/global_batch_size": float(progress.global_batch_size),
             "supple/lr": progress.lr,
             "supple/samples_per_s": rate,
-            "supple/goodput": None if progress.efficiency is None else rate * progress.efficiency,
-            "supple/step_time_s": progress.step_time_s,
+            "supple/goodput": None
+            if progress.efficiency is None or rate is None
+            else rate * progress.efficiency,
+            "supple/step_time_s": progress.step_time_s if is_timed else None,
             "supple/sync_time_s": progress.sync_time_s,
             "supple/noise_scale": progress.noise_scale,
             **{f"script/{name}": value for name, value in progress.metrics.items()},

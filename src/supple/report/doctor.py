@@ -6,13 +6,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import ray
 import torch
 
-from supple import __version__
 from supple.cluster.ray import connect
 from supple.cluster.starting import stop_ray
 from supple.core.spec import SpecError, TrainSpec
@@ -41,7 +41,7 @@ class Finding:
 def examine(*, with_ray: bool) -> Iterator[Finding]:
     """Yield the result of each check when it is done: versions, cores, memory, disk, accelerators,
     telemetry, a process group and, `with_ray`, the start of Ray, which takes some seconds."""
-    yield Finding(what="supple", found=__version__)
+    yield Finding(what="supple", found=version("supple"))
     yield Finding(what="python", found=platform.python_version())
     yield Finding(what="torch", found=torch.__version__)
     yield Finding(what="ray", found=ray.__version__)

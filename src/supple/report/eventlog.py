@@ -146,18 +146,23 @@ class LedgerLog:
 
 
 def last_run(log: Path) -> list[dict[str, Any]]:
-    """Return the records of the newest run in an event log, in order. A truncated line (from a full
+    """Return the records of the newest run in an event log, in order."""
+    return next(reversed(all_runs(log)), [])
+
+
+def all_runs(log: Path) -> list[list[dict[str, Any]]]:
+    """Return the records of every run in an event log, in order. A truncated line (from a full
     disk) is skipped."""
-    records: list[dict[str, Any]] = []
+    runs: list[list[dict[str, Any]]] = []
     for line in log.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if record["kind"] == "begin":
-            records.clear()
-        records.append(record)
-    return records
+        if record["kind"] == "begin" or not runs:
+            runs.append([])
+        runs[-1].append(record)
+    return runs
 
 
 def to_plain(value: Any) -> Any:

@@ -26,7 +26,7 @@ from supple.core.types import (
     WorkerId,
     WorkerLost,
 )
-from supple.core.words import accelerator_hours, in_digits, in_words
+from supple.core.words import accelerator_hours, epoch_in_words, in_digits, in_words
 
 _PLAIN_EVERY_S = 5.0
 _BAR = 24  # width of the progress bar in characters
@@ -146,10 +146,11 @@ def progress_parts(name: str, progress: Progress, max_steps: int | None) -> Part
         parts += [
             ("━" * filled, "green"),
             ("─" * (_BAR - filled), "dim"),
-            (f" {min(done, 1.0):4.0%}  {duration(left_s)} left  ", ""),
+            (f" {min(done, 1.0):4.0%}  ", ""),
+            (f"{duration(left_s)} left  " if progress.step_time_s > 0.0 else "", ""),
         ]
-    epoch = min(progress.epoch + 1, progress.num_epochs)
-    parts.append((f"epoch {epoch}/{progress.num_epochs}  step {progress.step:,}", "dim"))
+    epoch = epoch_in_words(progress.epoch, progress.num_epochs)
+    parts.append((f"{epoch}  step {progress.step:,}", "dim"))
     return parts + [(f"  {name} {value:.4g}", "bold") for name, value in progress.metrics.items()]
 
 
@@ -160,12 +161,13 @@ def speed_parts(progress: Progress) -> Parts:
         (in_words(progress.num_workers), "cyan"),
         (f"  generation {progress.generation}", "dim"),
         (f"  batch {progress.global_batch_size}  lr {progress.lr:.3g}", ""),
-        (f"  {rate:,.0f} samples/s", "green"),
     ]
+    if progress.step_time_s > 0.0:  # a resumed run reports its state before its first step
+        parts.append((f"  {rate:,.0f} samples/s", "green"))
     if progress.skipped_steps:
         skipped = _count_of(progress.skipped_steps, "step", "steps")
         parts.append((f"  {skipped} skipped (not finite)", "yellow"))
-    if progress.efficiency is not None:
+    if progress.efficiency is not None and progress.step_time_s > 0.0:
         parts.append((f"  goodput {rate * progress.efficiency:,.0f}", "green"))
     return parts
 

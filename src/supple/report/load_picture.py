@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from supple.core.service.spec import Slo
 from supple.load.generator import Outcomes
+from supple.report.style import ACCENT, DPI, QUIET, WARN, number_label, plain_log, tidy
 
-_ACCENT, _WARN, _QUIET = "#2f6fde", "#d64545", "#9aa5b1"
 _MOST_POINTS = 20_000
 
 
@@ -23,9 +23,9 @@ def draw_load(outcomes: Outcomes, path: Path, *, title: str, slo: Slo | None) ->
     width_s = max(last_s / 120, 1e-3)
     edges = np.arange(0.0, last_s + width_s, width_s)
     for mask, color, label in (
-        (ended, _QUIET, "all"),
-        (good, _ACCENT, "answered"),
-        (ended & ~good, _WARN, "refused or failed"),
+        (ended, QUIET, "all"),
+        (good, ACCENT, "answered"),
+        (ended & ~good, WARN, "refused or failed"),
     ):
         counts, _ = np.histogram(outcomes.due_s[mask], edges)
         rates.step(edges[:-1], counts / width_s, where="post", color=color, label=label)
@@ -33,7 +33,7 @@ def draw_load(outcomes: Outcomes, path: Path, *, title: str, slo: Slo | None) ->
     rates.set_ylim(bottom=0)
     rates.legend(frameon=False, ncols=3)
     rates.set_title(title, loc="left")
-    for mask, color, marker in ((good, _ACCENT, "."), (ended & ~good, _WARN, "x")):
+    for mask, color, marker in ((good, ACCENT, "."), (ended & ~good, WARN, "x")):
         found = np.flatnonzero(mask)
         shown = found[:: max(1, len(found) // _MOST_POINTS)]
         latencies.plot(
@@ -45,10 +45,13 @@ def draw_load(outcomes: Outcomes, path: Path, *, title: str, slo: Slo | None) ->
             alpha=0.4,
         )
     if slo is not None:
-        latencies.axhline(slo.within_s * 1e3, color=_WARN, linewidth=1, linestyle="--")
+        latencies.axhline(slo.within_s * 1e3, color=WARN, linewidth=1, linestyle="--")
     latencies.set_yscale("log")
+    shown_ms = np.maximum(outcomes.latency_s[ended], 1e-5) * 1e3
+    if shown_ms.size:
+        plain_log(latencies.yaxis, number_label, float(shown_ms.min()), float(shown_ms.max()))
     latencies.set_ylabel("latency, ms")
     latencies.set_xlabel("seconds")
     for axes in (rates, latencies):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=140)
+        tidy(axes)
+    figure.savefig(path, dpi=DPI)

@@ -21,6 +21,8 @@ LEGEND = (
     "goodput: samples/s × efficiency   time: to the end"
 )
 _UNIT = "speed-up: {0} workers, the fewest here that the job fits on, count as {0}"
+_LINEAR = 1.02
+"""Speed-up per worker above which a count is reported as faster than linear: beyond rounding."""
 _FIRST = "workers"
 _WIDE_GAP, _NARROW_GAP = 2, 1
 Form = Callable[[float], str]
@@ -50,10 +52,28 @@ def show(
         console.print(line, style="dim", soft_wrap=not console.is_terminal)
     if table.unit > 1:
         console.print(_UNIT.format(table.unit), style="dim")
+    if faster := superlinear(table):
+        console.print(faster, style="dim", soft_wrap=not console.is_terminal)
     console.print(f"\nRecommended: {table.reason}", soft_wrap=not console.is_terminal)
     console.print(_expected(table.choice), soft_wrap=not console.is_terminal)
     if measure_first:
         console.print(measure_first, soft_wrap=not console.is_terminal)
+
+
+def superlinear(table: PlanTable) -> str:
+    """Return a note on the counts that are faster than linear; empty if there are none."""
+    counts = [
+        f"{row.num_workers:,}"
+        for row in table.rows
+        if row.speedup.value > _LINEAR * row.num_workers
+    ]
+    if not counts:
+        return ""
+    return (
+        f"speed-up above the count ({', '.join(counts)} workers): a worker's smaller share of the "
+        "batch fits its caches and memory better; or the smallest count was measured on a busier "
+        "machine"
+    )
 
 
 def to_json(table: PlanTable | Infeasible, *, measure_first: str = "") -> dict[str, Any]:

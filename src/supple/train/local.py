@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from supple.core.spec import TrainSpec
 from supple.core.types import Progress
+from supple.core.words import epoch_in_words
 from supple.train.job import Job
 from supple.train.own_steps import forget_loop
 from supple.train.script import single_sample_advice
@@ -24,11 +25,12 @@ def run(train: Callable[[Job], None]) -> Job:
         if time.monotonic() - last < _EVERY_S:
             return
         last = time.monotonic()
+        step_s, batch = progress.step_time_s, progress.global_batch_size
+        rate = f"{batch / step_s:.0f} samples/s  " if step_s > 0.0 else ""
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in progress.metrics.items())
         print(
-            f"epoch {progress.epoch + 1}/{progress.num_epochs}  step {progress.step}  "
-            f"{progress.global_batch_size / max(progress.step_time_s, 1e-9):.0f} samples/s  "
-            f"lr {progress.lr:.3g}  {numbers}",
+            f"{epoch_in_words(progress.epoch, progress.num_epochs)}  step {progress.step}  "
+            f"{rate}lr {progress.lr:.3g}  {numbers}",
             file=sys.stderr,
         )
 

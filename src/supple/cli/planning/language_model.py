@@ -167,6 +167,8 @@ def _draw(table: "InferenceTable", job: "InferenceJob", path: Path) -> None:
     """Tokens per accelerator against the time between tokens: the trade every row makes."""
     from matplotlib.figure import Figure
 
+    from supple.report.style import DPI, number_label, plain_log, tidy
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for index, count in enumerate(sorted({row.num_devices for row in table.rows})):
@@ -215,4 +217,9 @@ def _draw(table: "InferenceTable", job: "InferenceJob", path: Path) -> None:
     size = job.model.num_parameters / 1e9
     axes.set_title(f"{size:.3g}B parameters on {job.device.name}", loc="left")
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    tokens = [row.tokens_per_device_s for row in table.rows]
+    between_ms = [1e3 * row.itl_p90_s.value for row in table.rows]
+    plain_log(axes.yaxis, number_label, min(tokens), max(tokens))
+    plain_log(axes.xaxis, number_label, min(between_ms), max(between_ms))
+    tidy(axes)
+    figure.savefig(path, dpi=DPI)

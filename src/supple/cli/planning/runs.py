@@ -200,6 +200,8 @@ def _draw(finished: Sequence[FinishedRun], table: RunTable, path: Path) -> None:
     """Minutes against workers: what ran, and what is predicted with its interval."""
     from matplotlib.figure import Figure
 
+    from supple.report.style import DPI, count_ticks, number_label, plain_log, tidy
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     counts = [row.num_workers for row in table.rows]
@@ -213,10 +215,12 @@ def _draw(finished: Sequence[FinishedRun], table: RunTable, path: Path) -> None:
     axes.plot(chosen.num_workers, chosen.time_to_end_s.value / 60, "*", markersize=16, color="C2")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(counts, [str(count) for count in counts])
+    count_ticks(axes.xaxis, counts, chosen.num_workers)
     axes.set_xlabel("workers")
     axes.set_ylabel("minutes to the target")
     axes.set_title(f"recommended: {in_words(chosen.num_workers)}", loc="left")
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=140)
+    minutes = [*low, *high, *(minutes for _, minutes in ran)]
+    plain_log(axes.yaxis, number_label, min(minutes), max(minutes))
+    tidy(axes)
+    figure.savefig(path, dpi=DPI)

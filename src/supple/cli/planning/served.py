@@ -72,8 +72,11 @@ def plan_served(question: Question) -> None:
     if not question.as_json:
         _show(table)
     if question.plot is not None:
+        from supple.report.profile_picture import draw_profile
+
+        lengths = [(length, points, found.profile(length)) for length, points in found.lengths]
         with picture(question.plot):
-            _draw(found, question.plot)
+            draw_profile(lengths, table, question.plot, name=target, slo=slo)
 
 
 def _profile(
@@ -180,28 +183,3 @@ def _lines(found: "StoredProfile") -> list[str]:
         f"{found.machine}"
     )
     return lines
-
-
-def _draw(found: "StoredProfile", path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for index, (length, points) in enumerate(found.lengths):
-        color = f"C{index}"
-        sizes = [p.batch_size for p in points]
-        p50_ms = [1e3 * p.p50_s for p in points]
-        p99_ms = [1e3 * p.p99_s for p in points]
-        label = f"length {length}" if len(found.lengths) > 1 else "measured, p50 and p99"
-        axes.fill_between(sizes, p50_ms, p99_ms, color=color, alpha=0.2, linewidth=0)
-        axes.plot(sizes, p50_ms, "o", color=color, label=label)
-        fit = found.profile(length)
-        axes.plot(sizes, [1e3 * fit.seconds(size) for size in sizes], color=color, linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("rows in the batch")
-    axes.set_ylabel("milliseconds")
-    axes.set_title(found.target, loc="left")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=140)

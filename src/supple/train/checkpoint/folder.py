@@ -17,12 +17,12 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, final
 
 import torch
 
-from supple import __version__
 from supple.train.names import plain_name
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def write(folder: Path, step: int, payload: Mapping[str, Any], meta: Mapping[str
     manifest = {
         **meta,
         "step": step,
-        "supple": __version__,
+        "supple": version("supple"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "bytes": summed.num_bytes,
         "sha256": summed.sha256.hexdigest(),
