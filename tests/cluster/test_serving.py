@@ -113,8 +113,8 @@ class Service:
 
     def infer(self, value: float = 1.0, padding: int = 0) -> float:
         tensor = {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [value, value]}
-        document = {"inputs": [tensor], "parameters": {"padding": "x" * padding}}
-        return self.post(document)["outputs"][0]["data"][0] / value
+        body = json.dumps({"inputs": [tensor]}).encode() + b" " * padding
+        return self.post(body)["outputs"][0]["data"][0] / value
 
     def post(self, document: Any, path: str = URL) -> Any:
         body = document if isinstance(document, bytes) else json.dumps(document).encode()

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from supple.serve.protocol import grpc as oip
-from supple.serve.protocol.rest import Refused, RequestLimits, decode_request
+from supple.serve.protocol.refusal import Refused
+from supple.serve.protocol.rest import RequestLimits, decode_request
 from tests.examples import examples
 from tests.serve.test_surface import Service
 

@@ -18,7 +18,8 @@ from supple.serve.executor import Executor
 from supple.serve.meters import Meters, merge
 from supple.serve.models.faults import ModelFault
 from supple.serve.models.model import ServedModel
-from supple.serve.protocol.rest import Refused, RequestLimits
+from supple.serve.protocol.refusal import Refused
+from supple.serve.protocol.rest import RequestLimits
 from supple.serve.surface import Surface, SurfaceSettings
 from supple.testing.faults import FakeClock
 
@@ -481,6 +482,27 @@ def test_a_stream_that_breaks_ends_with_its_error() -> None:
             events = [json.loads(line[6:]) for line in text.splitlines() if line]
             assert events[0]["outputs"][0]["data"] == [1.0, 2.0]
             assert events[1]["error"].startswith("the model failed on this request (error ")
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parameters": {"priority": 1}}, "'priority' of a stream is not supported"),
+        ({"parameters": {"timeout": 1}}, "'timeout' of a stream is not supported"),
+        ({"parameters": {"binary_data_output": True}}, "events are text"),
+        ({"outputs": [{"name": "y", "parameters": {"binary_data": True}}]}, "events are text"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused_before_it_begins(
+    changes: dict[str, Any], words: str
+) -> None:
+    async def go() -> None:
+        async with Service() as service:
+            url = "/v2/models/m/generate_stream"
+            response = await service.client.post(url, json=asked(1, 2) | changes)
+            assert response.status_code == 400 and words in response.json()["error"]
 
     asyncio.run(go())
 

@@ -36,7 +36,8 @@ from supple.serve.models.answers import Outputs
 from supple.serve.models.faults import FAILED, ModelFault, places
 from supple.serve.models.model import ServedModel
 from supple.serve.pace import Pace
-from supple.serve.protocol.rest import Array, Refused
+from supple.serve.protocol.dtypes import Array
+from supple.serve.protocol.refusal import Refused
 
 _RETRY_AFTER_S: Final = 1.0
 INLINE_S: Final = 5e-5

@@ -12,7 +12,7 @@ import grpc
 from supple.serve.attempts import SERIAL
 from supple.serve.meters import Meters
 from supple.serve.protocol import grpc as oip
-from supple.serve.protocol.rest import Refused
+from supple.serve.protocol.refusal import Refused
 from supple.serve.surface import Surface
 
 _STATUS: Final[Mapping[int, grpc.StatusCode]] = {

@@ -14,7 +14,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, final
 
-from supple.serve.protocol.rest import Array, Refused
+from supple.serve.protocol.dtypes import Array
+from supple.serve.protocol.refusal import Refused
 
 _MOST: Final = 64
 """Most concurrent streams of one replica; each has a thread."""

@@ -25,15 +25,10 @@ from supple.serve.models.faults import FaultLog, ModelFault
 from supple.serve.models.model import ServedModel
 from supple.serve.models.tensor_spec import TensorSpec
 from supple.serve.pages import openapi, page
-from supple.serve.protocol.rest import (
-    Array,
-    InferRequest,
-    Refused,
-    RequestLimits,
-    decode_request,
-    encode_response,
-    refuse,
-)
+from supple.serve.protocol.dtypes import Array
+from supple.serve.protocol.parameters import STREAM_REQUEST, refuse_unsupported
+from supple.serve.protocol.refusal import Refused, refuse
+from supple.serve.protocol.rest import InferRequest, RequestLimits, decode_request, encode_response
 from supple.serve.streams import CLIENT, Leaving, Streams
 
 Scope = Mapping[str, Any]
@@ -255,6 +250,9 @@ class Surface:
         body = await self._body(scope, headers, receive)
         with self.recorded(headers.get(SERIAL)):
             request = self._decoded(body, headers)
+            refuse_unsupported(request.parameters, STREAM_REQUEST, "a stream")
+            if request.binary_output or any(wanted.binary for wanted in request.outputs):
+                refuse("events are text: leave binary data out, or use ModelStreamInfer of gRPC")
             self._model.check(request.inputs)
             return await self._send_parts(request, headers.get(CLIENT), send)
 
