@@ -58,7 +58,7 @@ class Service:
         self,
         timeout_s: float = 30.0,
         max_waiting: int = 100,
-        all_metrics: Callable[[], Awaitable[list[bytes]]] | None = None,
+        all_pages: Callable[[str], Awaitable[list[bytes]]] | None = None,
         user: Any = None,
         attempts: Attempts | None = None,
         clock: FakeClock | None = None,
@@ -79,7 +79,7 @@ class Service:
             self.executor,
             self.meters,
             SurfaceSettings(**settings),
-            all_metrics=all_metrics,
+            all_pages=all_pages,
             attempts=attempts,
             now=time.monotonic if clock is None else clock.now,
         )
@@ -309,13 +309,13 @@ def test_another_model_or_version_than_the_one_that_is_served_is_named_and_refus
     async def go() -> None:
         async with Service() as service:
             for version in ("", "1"):
-                service.surface.check_name("m", version)
+                service.surface.description.check_name("m", version)
             for name, version, words in (
                 ("other", "", "no model 'other'; 'm' version 1 is served here"),
                 ("m", "2", "no model 'm' version '2'; 'm' version 1 is served here"),
             ):
                 with pytest.raises(Refused, match=words) as refused:
-                    service.surface.check_name(name, version)
+                    service.surface.description.check_name(name, version)
                 assert refused.value.status == 404
             for path, words in (
                 ("/v2/models/other/versions/1", "no model 'other' version '1'"),
@@ -358,7 +358,7 @@ def test_only_inferences_are_counted() -> None:
             await service.client.get("/v2")
             lines = (await service.client.get("/metrics")).text.splitlines()
             counts = [line for line in lines if line.startswith("supple_requests_total{")]
-            assert [line.rpartition(" ")[2] for line in counts] == ["1"]
+            assert [line.rpartition(" ")[2] for line in counts] == ["1.0"]
 
     asyncio.run(go())
 
@@ -539,14 +539,14 @@ def test_the_metrics_of_all_replicas_are_told_by_whichever_is_asked() -> None:
     other.answered(200, 0.004)
 
     async def go() -> None:
-        async def pages() -> list[bytes]:
-            return [(await service.client.get("/metrics/replica")).content, other.text()]
+        async def pages(path: str) -> list[bytes]:
+            return [(await service.client.get(path)).content, other.text()]
 
-        async with Service(all_metrics=pages) as service:
+        async with Service(all_pages=pages) as service:
             assert (await service.infer(1, 2)).status_code == 200
             lines = (await service.client.get("/metrics")).text.splitlines()
             told = [line for line in lines if line.startswith("supple_requests_total{")]
-            assert len(told) == 2 and all(line.endswith("} 1") for line in told)
+            assert len(told) == 2 and all(line.endswith("} 1.0") for line in told)
             assert (await service.client.post("/metrics", json={})).status_code == 405
 
     asyncio.run(go())
@@ -559,9 +559,9 @@ def test_pages_of_several_replicas_merge_with_each_metric_in_one_place() -> None
         meters.answered(200, 0.004)
         meters.batch(3, 0.002)
         pages.append(meters.text())
-    lines = merge(pages).decode().splitlines()
+    lines = merge(pages)[0].decode().splitlines()
     assert lines.count("# TYPE supple_requests_total counter") == 1
     counters = [i for i, line in enumerate(lines) if line.startswith("supple_requests_total{")]
     assert counters[1] - counters[0] == 1
-    assert 'supple_batch_rows_bucket{model="m",replica="b",le="4"} 1' in lines
-    assert 'supple_batch_rows_bucket{model="m",replica="b",le="2"} 0' in lines
+    assert 'supple_batch_rows_bucket{le="4.0",model="m",replica="b"} 1.0' in lines
+    assert 'supple_batch_rows_bucket{le="2.0",model="m",replica="b"} 0.0' in lines

@@ -11,7 +11,7 @@ from typing import Final
 
 from supple.core.service.spec import ServeSpec
 from supple.serve.attempts import SERIAL
-from supple.serve.protocol.grpc import SERVICE
+from supple.serve.protocol.grpc import SERVICE, STREAM
 from supple.serve.streams import CLIENT
 
 HEAD_S: Final = 10
@@ -155,7 +155,9 @@ def _grpc_rules(spec: ServeSpec) -> list[str]:
         _status(12, "compressed messages are not accepted")
         + " if { req.hdr(grpc-encoding) -m found } !{ req.hdr(grpc-encoding) -m str identity }"
         + " or { req.hdr_cnt(grpc-encoding) gt 1 }",  # one `identity` would pass the test above
-        f"http-request wait-for-body time {SILENCE_S}s",
+        f"http-request set-header {CLIENT.decode()} %[src]",
+        # The requests of a stream come while it is answered.
+        f"http-request wait-for-body time {SILENCE_S}s unless {{ path /{SERVICE}/{STREAM} }}",
     ]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from supple.serve.protocol.dtypes import DTYPES, Array
+from supple.serve.protocol.grpc_messages import TRITON_ENUMS, TRITON_MESSAGES
 from supple.serve.protocol.parameters import GRPC_REQUEST, GRPC_TENSOR, refuse_unsupported
 from supple.serve.protocol.refusal import refuse
 from supple.serve.protocol.rest import (
@@ -31,8 +32,10 @@ from supple.serve.protocol.rest import (
 SERVICE: Final = "inference.GRPCInferenceService"
 METHODS: Final = (
     *("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata"),
-    "ModelInfer",
+    *("ModelConfig", "ModelStatistics", "RepositoryIndex", "ModelInfer"),
 )
+STREAM: Final = "ModelStreamInfer"
+"""The method whose requests are ModelInferRequest messages, and whose responses are too."""
 
 _CONTENTS: Final[Mapping[str, str]] = {
     "BOOL": "bool_contents",
@@ -89,6 +92,8 @@ _MESSAGES: Final[Mapping[str, Sequence[str]]] = {
         *("4 parameters %InferParameter", "5 outputs *InferOutputTensor"),
         "6 raw_output_contents *bytes",
     ),
+    "ModelStreamInferResponse": ("1 error_message string", "2 infer_response ModelInferResponse"),
+    **TRITON_MESSAGES,
 }
 
 _Field = descriptor_pb2.FieldDescriptorProto
@@ -109,6 +114,10 @@ def _file() -> descriptor_pb2.FileDescriptorProto:
     file = descriptor_pb2.FileDescriptorProto(
         name="supple/open_inference.proto", package="inference", syntax="proto3"
     )
+    for name, values in TRITON_ENUMS.items():
+        enum = file.enum_type.add(name=name)
+        for number, value in enumerate(values):
+            enum.value.add(name=value, number=number)
     for name, fields in _MESSAGES.items():
         described = file.message_type.add(name=name)
         for text in fields:
@@ -135,6 +144,9 @@ def _add_field(owner: descriptor_pb2.DescriptorProto, number: int, name: str, ki
         field.type_name = f".inference.{owner.name}.{entry.name}"
     elif bare in _SCALARS:
         field.type = _SCALARS[bare]
+    elif bare in TRITON_ENUMS:
+        field.type = _Field.TYPE_ENUM
+        field.type_name = f".inference.{bare}"
     else:
         field.type = _Field.TYPE_MESSAGE
         field.type_name = f".inference.{bare}"
