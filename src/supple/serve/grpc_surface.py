@@ -6,6 +6,7 @@ the order of the requests. A model with `stream(batch)` answers each with severa
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
@@ -134,7 +135,7 @@ class GrpcSurface:
     ) -> None:
         """Put the answers to each request into `ahead`, and None at the end. Tasks that compute an
         answer are in `computing`."""
-        try:
+        with contextlib.suppress(Exception):  # of the connection: the client has left
             async for wire in requests:
                 if self._surface.streams_parts:
                     await ahead.put(self._parts(wire, client))
@@ -143,8 +144,7 @@ class GrpcSurface:
                 computing.add(task)
                 task.add_done_callback(computing.discard)
                 await ahead.put(_one(task))
-        finally:
-            await ahead.put(None)
+        await ahead.put(None)
 
     async def _single(self, wire: bytes) -> Any:
         """Return the message that answers one request of a model without `stream(batch)`."""
