@@ -1,7 +1,7 @@
 """The HTTP surface of one replica: an ASGI application for the Open Inference Protocol v2.
 
 An inference takes few steps: match the path, check the token, decode, batch, encode. All other
-paths are routes of a Starlette application (`supple.serve.cold`). Responses without binary tensors
+paths are routes of a Starlette application (`supple.serve.about.cold`). Responses without binary tensors
 are JSON. An error is `{"error": "..."}` with an HTTP status.
 """
 
@@ -20,11 +20,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from supple.core.service.queue import DEFAULT_PRIORITY, LAST_PRIORITY
+from supple.serve.about.cold import ColdRoutes, Pages
+from supple.serve.about.description import Description
 from supple.serve.again import ANSWERED
 from supple.serve.attempts import SERIAL, Attempts, parse_serial
 from supple.serve.bodies import Bodies, Receive
-from supple.serve.cold import ColdRoutes, Pages
-from supple.serve.description import Description
 from supple.serve.meters import Meters
 from supple.serve.models.answers import Outputs
 from supple.serve.models.faults import FaultLog, ModelFault

@@ -16,10 +16,10 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from supple.serve.description import Description
+from supple.serve.about.description import Description
+from supple.serve.about.pages import openapi, page
 from supple.serve.meters import Meters, merge, merge_statistics
 from supple.serve.models.model import ServedModel
-from supple.serve.pages import openapi, page
 from supple.serve.protocol.refusal import Refused
 
 OWN_METRICS: Final = "/metrics/replica"
