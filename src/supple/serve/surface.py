@@ -1,8 +1,8 @@
 """The HTTP surface of one replica: an ASGI application for the Open Inference Protocol v2.
 
 An inference takes few steps: match the path, check the token, decode, batch, encode. All other
-paths are routes of a Starlette application (`supple.serve.about.cold`). Responses without binary tensors
-are JSON. An error is `{"error": "..."}` with an HTTP status.
+paths are routes of a Starlette application, `supple.serve.about.cold`. Responses without binary
+tensors are JSON. An error is `{"error": "..."}` with an HTTP status.
 """
 
 import contextlib
