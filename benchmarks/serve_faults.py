@@ -46,10 +46,9 @@ def infer_request(name: str, numbers: Iterable[int | str], padding: int = 0) -> 
     """(head, body) of a request."""
     data = list(numbers)
     document = {
-        "inputs": [{"name": "x", "shape": [1, len(data)], "datatype": "INT64", "data": data}],
-        "parameters": {"padding": "x" * padding},
+        "inputs": [{"name": "x", "shape": [1, len(data)], "datatype": "INT64", "data": data}]
     }
-    body = json.dumps(document).encode()
+    body = json.dumps(document).encode() + b" " * padding
     head = f"POST /v2/models/{name}/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
     return head.encode() + b"\r\n\r\n", body
 

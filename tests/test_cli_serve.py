@@ -39,6 +39,7 @@ REFUSALS = {
     "serve app.py:Model --host 203.0.113.7": "--host 203.0.113.7 cannot be listened on",
     "serve app.py:Model --token-file absent": "--token-file absent cannot be read",
     "serve app.py:Model --token-file short": "the token has 3 characters",
+    "serve app.py:Model --cors * --cors example.com": "--cors 'example.com' is no origin",
     "serve app.py:Model --max-body 0": "--max-body is 0",
     "serve app.py:Model --idle never": "--idle",
     "serve app.py:Model --name a/b": "not usable as a folder",

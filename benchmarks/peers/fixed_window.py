@@ -9,7 +9,8 @@ from typing import Any
 
 from supple.serve.executor import Outputs, run_batch
 from supple.serve.models.model import ModelFault, ServedModel
-from supple.serve.protocol.rest import Array, Refused
+from supple.serve.protocol.dtypes import Array
+from supple.serve.protocol.refusal import Refused
 
 _Waiting = tuple[Mapping[str, Array], int, asyncio.Future[Outputs], float]
 

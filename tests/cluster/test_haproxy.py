@@ -231,6 +231,42 @@ def test_without_the_token_nothing_is_read_but_health(served: Ingress, token: st
     assert status(served.answer(GOOD)) == 200
 
 
+PREFLIGHT = (
+    b"OPTIONS /v2 HTTP/1.1\r\nHost: m\r\nOrigin: http://a\r\n"
+    b"Access-Control-Request-Method: POST\r\n\r\n"
+)
+
+
+@pytest.fixture(scope="module")
+def called_by_pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ingress]:
+    made = Ingress(tmp_path_factory.mktemp("cors"), token=TOKEN, cors_origins=("http://a",))
+    yield made
+    made.close()
+
+
+def test_the_preflight_of_a_browser_needs_no_token_where_pages_may_call(
+    called_by_pages: Ingress, served: Ingress
+) -> None:
+    assert status(called_by_pages.answer(PREFLIGHT)) == 501, "the server behind knows no OPTIONS"
+    assert status(served.answer(PREFLIGHT)) == 401
+    for less in (b"Origin: http://a\r\n", b"Access-Control-Request-Method: POST\r\n"):
+        assert status(called_by_pages.answer(PREFLIGHT.replace(less, b""))) == 401
+    post = PREFLIGHT.replace(b"OPTIONS", b"POST")
+    assert status(called_by_pages.answer(post)) == 401
+
+
+def test_a_page_may_read_why_the_ingress_refused_it(
+    called_by_pages: Ingress, served: Ingress
+) -> None:
+    long = b"POST /v2 HTTP/1.1\r\nHost: m\r\nContent-Length: 9999999\r\n"
+    token = f"Authorization: Bearer {TOKEN}\r\n\r\n".encode()
+    for asked, refused in ((request(token=None), 401), (long + token, 413)):
+        for where, told in ((called_by_pages, True), (served, False)):
+            answer = where.answer(asked)
+            assert status(answer) == refused
+            assert (b"access-control-allow-origin: *" in answer.lower()) is told
+
+
 def test_grpc_without_the_token_is_refused_before_its_message(served: Ingress) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{served.grpc_port}") as channel:
         for method in (

@@ -113,8 +113,8 @@ class Service:
 
     def infer(self, value: float = 1.0, padding: int = 0) -> float:
         tensor = {"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [value, value]}
-        document = {"inputs": [tensor], "parameters": {"padding": "x" * padding}}
-        return self.post(document)["outputs"][0]["data"][0] / value
+        body = json.dumps({"inputs": [tensor]}).encode() + b" " * padding
+        return self.post(body)["outputs"][0]["data"][0] / value
 
     def post(self, document: Any, path: str = URL) -> Any:
         body = document if isinstance(document, bytes) else json.dumps(document).encode()
@@ -313,7 +313,7 @@ def test_ctrl_c_answers_the_requests_in_flight(service: Service) -> None:
     service.wait_until(service.working.exists)
     for thread in threads[1:]:
         thread.start()
-    waiting = re.compile(r"supple_requests_waiting{[^}]*} 20\n")
+    waiting = re.compile(r"supple_requests_waiting{[^}]*} 20\.0\n")
     service.wait_until(lambda: waiting.search(service.metrics_of(1)))
     service.process.send_signal(signal.SIGINT)
     assert service.process.wait(60) == 0
@@ -404,7 +404,7 @@ def test_the_weights_of_a_training_run_are_served_and_followed_without_a_loss(
         assert sorted(running.replica_pids()) == sorted(pids)
         # A replica that swaps its weights is out of the routing, and of the page, for a moment.
         told = running.wait_until(lambda: running.metrics_of(2))
-        counts = re.findall(r"^supple_requests_total{.*} (\d+)$", told, re.MULTILINE)
+        counts = re.findall(r"^supple_requests_total{.*} (\d+)\.0$", told, re.MULTILINE)
         assert sum(map(int, counts)) >= len(clients.answers), "one page has them all"
     finally:
         running.close()

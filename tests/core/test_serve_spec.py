@@ -91,6 +91,9 @@ def test_impossible_replica_counts_are_refused(text: str) -> None:
         ({"grpc_port": -1}, "--grpc-port is -1"),
         ({"port": 9000, "grpc_port": 9000}, "one port serves one protocol"),
         ({"max_body_bytes": 0}, "--max-body"),
+        ({"cors_origins": ("https://a.example/path",)}, "--cors 'https://a.example/path'"),
+        ({"cors_origins": ("https://a.example", "a.example")}, "--cors 'a.example'"),
+        ({"cors_origins": ("",)}, "--cors ''"),
         ({"max_waiting": 0}, "--max-waiting"),
         ({"cpus_per_replica": 0.0}, "--cpus-per-replica"),
         ({"gpus_per_replica": -1.0}, "--gpus-per-replica"),
@@ -127,3 +130,11 @@ def test_a_promise_faster_than_one_prediction_is_refused_with_both_times() -> No
     with pytest.raises(SpecError, match=r"takes 200ms .* longer than the 100ms promised"):
         refuse_impossible(SLO, slow)
     refuse_impossible(SLO, LatencyProfile.constant(0.1, startup_s=1.0))
+
+
+@pytest.mark.parametrize(
+    "origin", ["*", "https://app.example.com", "http://localhost:3000", "http://[::1]:80"]
+)
+def test_the_origin_of_a_web_page_has_no_path(origin: str) -> None:
+    spec = ServeSpec(name="digits", target="app.py:Model", slo=SLO, cors_origins=(origin,))
+    assert spec.cors_origins == (origin,)

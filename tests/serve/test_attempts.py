@@ -17,7 +17,8 @@ from supple.serve import executor as executors
 from supple.serve.attempts import Attempts, parse_serial
 from supple.serve.executor import Executor
 from supple.serve.models.model import ServedModel
-from supple.serve.protocol.rest import Array, Refused
+from supple.serve.protocol.dtypes import Array
+from supple.serve.protocol.refusal import Refused
 
 LIMIT_S = 60.0
 

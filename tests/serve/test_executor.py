@@ -14,7 +14,8 @@ from supple.serve.executor import Executor
 from supple.serve.models.faults import ModelFault
 from supple.serve.models.model import ServedModel
 from supple.serve.pace import Pace
-from supple.serve.protocol.rest import Array, Refused
+from supple.serve.protocol.dtypes import Array
+from supple.serve.protocol.refusal import Refused
 
 HOUR_S = 3600.0
 

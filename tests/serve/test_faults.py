@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from supple.serve.models.faults import FaultLog, ModelFault, places, raised, user_traceback
-from supple.serve.protocol.rest import Refused, refuse
+from supple.serve.protocol.refusal import Refused, refuse
 from supple.testing.faults import FakeClock
 
 

@@ -73,7 +73,7 @@ def test_an_inference_is_answered_and_counted() -> None:
     answer, _, meters = called("ModelInfer", infer(1.0, 2.0))
     assert np.frombuffer(answer.raw_output_contents[0], "<f4").tolist() == [2.0, 4.0]
     assert meters.num_arrived == 1
-    assert 'status="200"} 1\n' in meters.text().decode()
+    assert 'status="200"} 1.0\n' in meters.text().decode()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from supple.core.spec import SpecError
 from supple.serve.models.faults import ModelFault
 from supple.serve.models.model import ServedModel, check_target, declared, load_model
 from supple.serve.models.tensor_spec import parse_tensor
-from supple.serve.protocol.rest import Refused
+from supple.serve.protocol.refusal import Refused
 
 
 class Doubles:

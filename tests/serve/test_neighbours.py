@@ -15,7 +15,8 @@ import torch
 from supple.serve.batch import run_batch
 from supple.serve.models.faults import ModelFault
 from supple.serve.models.model import ServedModel
-from supple.serve.protocol.rest import Refused, RequestLimits, decode_request
+from supple.serve.protocol.refusal import Refused
+from supple.serve.protocol.rest import RequestLimits, decode_request
 from tests.serve.test_surface import Service
 
 SECRET = "the secret of another caller"

@@ -12,11 +12,10 @@ from hypothesis.extra import numpy as hnp
 
 from supple.serve.protocol import grpc as oip
 from supple.serve.protocol import rest as protocol
+from supple.serve.protocol.dtypes import BF16, DATATYPES, Array
+from supple.serve.protocol.refusal import Refused
 from supple.serve.protocol.rest import (
-    DATATYPES,
-    Array,
     InferRequest,
-    Refused,
     RequestLimits,
     decode_request,
     encode_response,
@@ -170,6 +169,10 @@ def test_any_grpc_bytes_are_a_request_or_refused(method: str, wire: bytes) -> No
         (body_of(x(parameters={"binary_data_size": 8})), "send one"),
         (body_of(x(), id=3), '"id" is a string'),
         (body_of(x(), outputs=[{}]), 'no "name"'),
+        (body_of(x(datatype="BF16", data=[1.0, 1e39])), "outside the range of BF16"),
+        (body_of(x(datatype="FP16", data=[1.0, 70_000.0])), "outside the range of FP16"),
+        (body_of(x(datatype="BYTES")).replace(b"1.0, 2.0", b'"a\xff", "b"'), "binary_data_size"),
+        (body_of(x(datatype="BYTES", data=["\ud800", "b"])), "binary_data_size"),
         (b'{"inputs": [{"name":"x","shape":[1],"datatype":"FP32","data":[NaN]}]}', "NaN"),
     ],
 )
@@ -198,7 +201,7 @@ def test_a_wrong_binary_tail_is_told_what_is_wrong(size: Any, tail: bytes, told:
     assert told in str(refusal.value)
 
 
-def test_bfloat16_arrives_as_float32() -> None:
+def test_bfloat16_arrives_with_its_values() -> None:
     tensor = {
         "name": "x",
         "shape": [2],
@@ -207,7 +210,7 @@ def test_bfloat16_arrives_as_float32() -> None:
     }
     head = body_of(tensor)
     array = decoded(head + b"\x80\x3f\x00\xc0", len(head)).inputs["x"]
-    assert array.dtype == np.float32 and array.tolist() == [1.0, -2.0]
+    assert array.dtype == BF16 and array.tolist() == [1.0, -2.0]
 
 
 def test_outputs_come_as_they_were_asked_for() -> None:

@@ -14,7 +14,7 @@ from supple.serve.executor import Executor
 from supple.serve.meters import Meters
 from supple.serve.models.faults import ModelFault
 from supple.serve.models.model import ServedModel
-from supple.serve.protocol.rest import Refused
+from supple.serve.protocol.refusal import Refused
 from supple.serve.streams import Leaving, Streams, in_this_thread
 from supple.serve.surface import Surface, SurfaceSettings
 

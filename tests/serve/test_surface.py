@@ -18,7 +18,8 @@ from supple.serve.executor import Executor
 from supple.serve.meters import Meters, merge
 from supple.serve.models.faults import ModelFault
 from supple.serve.models.model import ServedModel
-from supple.serve.protocol.rest import Refused, RequestLimits
+from supple.serve.protocol.refusal import Refused
+from supple.serve.protocol.rest import RequestLimits
 from supple.serve.surface import Surface, SurfaceSettings
 from supple.testing.faults import FakeClock
 
@@ -57,7 +58,7 @@ class Service:
         self,
         timeout_s: float = 30.0,
         max_waiting: int = 100,
-        all_metrics: Callable[[], Awaitable[list[bytes]]] | None = None,
+        all_pages: Callable[[str], Awaitable[list[bytes]]] | None = None,
         user: Any = None,
         attempts: Attempts | None = None,
         clock: FakeClock | None = None,
@@ -78,7 +79,7 @@ class Service:
             self.executor,
             self.meters,
             SurfaceSettings(**settings),
-            all_metrics=all_metrics,
+            all_pages=all_pages,
             attempts=attempts,
             now=time.monotonic if clock is None else clock.now,
         )
@@ -308,13 +309,13 @@ def test_another_model_or_version_than_the_one_that_is_served_is_named_and_refus
     async def go() -> None:
         async with Service() as service:
             for version in ("", "1"):
-                service.surface.check_name("m", version)
+                service.surface.description.check_name("m", version)
             for name, version, words in (
                 ("other", "", "no model 'other'; 'm' version 1 is served here"),
                 ("m", "2", "no model 'm' version '2'; 'm' version 1 is served here"),
             ):
                 with pytest.raises(Refused, match=words) as refused:
-                    service.surface.check_name(name, version)
+                    service.surface.description.check_name(name, version)
                 assert refused.value.status == 404
             for path, words in (
                 ("/v2/models/other/versions/1", "no model 'other' version '1'"),
@@ -357,7 +358,7 @@ def test_only_inferences_are_counted() -> None:
             await service.client.get("/v2")
             lines = (await service.client.get("/metrics")).text.splitlines()
             counts = [line for line in lines if line.startswith("supple_requests_total{")]
-            assert [line.rpartition(" ")[2] for line in counts] == ["1"]
+            assert [line.rpartition(" ")[2] for line in counts] == ["1.0"]
 
     asyncio.run(go())
 
@@ -485,6 +486,27 @@ def test_a_stream_that_breaks_ends_with_its_error() -> None:
     asyncio.run(go())
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parameters": {"priority": 1}}, "'priority' of a stream is not supported"),
+        ({"parameters": {"timeout": 1}}, "'timeout' of a stream is not supported"),
+        ({"parameters": {"binary_data_output": True}}, "events are text"),
+        ({"outputs": [{"name": "y", "parameters": {"binary_data": True}}]}, "events are text"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused_before_it_begins(
+    changes: dict[str, Any], words: str
+) -> None:
+    async def go() -> None:
+        async with Service() as service:
+            url = "/v2/models/m/generate_stream"
+            response = await service.client.post(url, json=asked(1, 2) | changes)
+            assert response.status_code == 400 and words in response.json()["error"]
+
+    asyncio.run(go())
+
+
 def test_the_openapi_document_shows_a_request_that_is_taken() -> None:
     async def go() -> None:
         async with Service() as service:
@@ -517,14 +539,14 @@ def test_the_metrics_of_all_replicas_are_told_by_whichever_is_asked() -> None:
     other.answered(200, 0.004)
 
     async def go() -> None:
-        async def pages() -> list[bytes]:
-            return [(await service.client.get("/metrics/replica")).content, other.text()]
+        async def pages(path: str) -> list[bytes]:
+            return [(await service.client.get(path)).content, other.text()]
 
-        async with Service(all_metrics=pages) as service:
+        async with Service(all_pages=pages) as service:
             assert (await service.infer(1, 2)).status_code == 200
             lines = (await service.client.get("/metrics")).text.splitlines()
             told = [line for line in lines if line.startswith("supple_requests_total{")]
-            assert len(told) == 2 and all(line.endswith("} 1") for line in told)
+            assert len(told) == 2 and all(line.endswith("} 1.0") for line in told)
             assert (await service.client.post("/metrics", json={})).status_code == 405
 
     asyncio.run(go())
@@ -537,9 +559,9 @@ def test_pages_of_several_replicas_merge_with_each_metric_in_one_place() -> None
         meters.answered(200, 0.004)
         meters.batch(3, 0.002)
         pages.append(meters.text())
-    lines = merge(pages).decode().splitlines()
+    lines = merge(pages)[0].decode().splitlines()
     assert lines.count("# TYPE supple_requests_total counter") == 1
     counters = [i for i, line in enumerate(lines) if line.startswith("supple_requests_total{")]
     assert counters[1] - counters[0] == 1
-    assert 'supple_batch_rows_bucket{model="m",replica="b",le="4"} 1' in lines
-    assert 'supple_batch_rows_bucket{model="m",replica="b",le="2"} 0' in lines
+    assert 'supple_batch_rows_bucket{le="4.0",model="m",replica="b"} 1.0' in lines
+    assert 'supple_batch_rows_bucket{le="2.0",model="m",replica="b"} 0.0' in lines

@@ -78,6 +78,13 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="No token, though others can reach --host.")
     ] = False,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose web pages may call the service, or *; may be given again. "
+            "Default: none."
+        ),
+    ] = None,
     weights: Weights = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Swap in what the run of --weights saves next.")
@@ -119,6 +126,7 @@ def serve(
             grpc_port=grpc_port,
             token=_token(token_file),
             insecure=insecure,
+            cors_origins=tuple(cors or ()),
             max_body_bytes=max_body * _MIB,
             max_waiting=max_waiting,
             retry_safe=retry and declared(target, "retry_safe", True),

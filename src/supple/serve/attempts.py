@@ -15,7 +15,7 @@ import struct
 from pathlib import Path
 from typing import Final, final
 
-from supple.serve.protocol.rest import Refused
+from supple.serve.protocol.refusal import Refused
 
 SERIAL: Final = b"x-supple-serial"
 """The HTTP header, or gRPC metadata key, of the serial number. The ingress replaces a client's."""

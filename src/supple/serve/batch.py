@@ -14,7 +14,8 @@ import numpy as np
 from supple.serve.models.answers import Outputs
 from supple.serve.models.faults import FAILED, ModelFault
 from supple.serve.models.model import ServedModel
-from supple.serve.protocol.rest import Array, Refused
+from supple.serve.protocol.dtypes import Array
+from supple.serve.protocol.refusal import Refused
 
 _RETRY_AFTER_S: Final = 1.0
 

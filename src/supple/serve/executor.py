@@ -36,7 +36,8 @@ from supple.serve.models.answers import Outputs
 from supple.serve.models.faults import FAILED, ModelFault, places
 from supple.serve.models.model import ServedModel
 from supple.serve.pace import Pace
-from supple.serve.protocol.rest import Array, Refused
+from supple.serve.protocol.dtypes import Array
+from supple.serve.protocol.refusal import Refused
 
 _RETRY_AFTER_S: Final = 1.0
 INLINE_S: Final = 5e-5
@@ -57,6 +58,7 @@ class _Call:
     inputs: Mapping[str, Array]
     rows: int
     answer: asyncio.Future[Outputs]
+    arrived_s: float
     serial: int | None = None
     """Serial number of a request that the ingress resends if this process ends."""
     suspect: bool = False
@@ -88,6 +90,9 @@ class Executor:
         self.model = model
         """The model that runs the batches; it may be replaced at any time, between two batches."""
         self.on_batch = on_batch
+        self.on_computed: Callable[[int, float, float], None] | None = None
+        """Receives the number of requests of every batch that was computed at once, the seconds
+        that they waited in all, and the seconds of the batch."""
         self.stuck: str | None = None
         """The reason why no more requests can be answered here; None in normal operation."""
         self._timeout_s = timeout_s
@@ -140,7 +145,7 @@ class Executor:
             return self._at_once(inputs, rows, serial)
         now = self._loop.time()
         allowed_s = self._within_s if within_s is None else within_s
-        call = _Call(inputs, rows, self._loop.create_future(), serial, suspect)
+        call = _Call(inputs, rows, self._loop.create_future(), now, serial, suspect)
         number = next(self._numbers)
         ticket = Ticket(
             number=number,
@@ -177,6 +182,8 @@ class Executor:
             self.on_batch(rows, took_s)
         if isinstance(result, Exception):
             raise result
+        if self.on_computed is not None:
+            self.on_computed(1, 0.0, took_s)
         return result
 
     def _launch(self) -> None:
@@ -259,12 +266,16 @@ class Executor:
             self._watch.cancel()
         self._note(Attempts.end, batch)
         rows = sum(call.rows for call in batch)
+        began_s = self._began_s
         if at_once:  # the time of a failed batch, retried in parts, is no batch time
             self._account(rows, took_s, self._loop.time() - self._began_s)
         self._queue.done()
         self._launch()  # first, so that the thread works while the answers are written
         if self.on_batch is not None and at_once:
             self.on_batch(rows, took_s)
+        if self.on_computed is not None and at_once:
+            waited_s = sum(began_s - call.arrived_s for call in batch)
+            self.on_computed(len(batch), waited_s, took_s)
         for call, result in zip(batch, results, strict=True):
             if call.answer.done():
                 continue

@@ -10,11 +10,12 @@ import asyncio
 import threading
 from asyncio import AbstractEventLoop
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, final
 
-from supple.serve.protocol.rest import Array, Refused
+from supple.serve.models.answers import Outputs
+from supple.serve.protocol.refusal import Refused
 
 _MOST: Final = 64
 """Most concurrent streams of one replica; each has a thread."""
@@ -93,10 +94,10 @@ class Streams:
 
     async def parts(
         self,
-        parts: Iterator[Mapping[str, Array]],
+        parts: Iterator[Outputs],
         client: bytes | None = None,
         leaving: Leaving | None = None,
-    ) -> AsyncGenerator[Mapping[str, Array], None]:
+    ) -> AsyncGenerator[Outputs, None]:
         """Yield the items of `parts`, a generator that may block. When this iterator is closed or
         its consumer cancelled, `leaving` is signalled and `parts` closed. Raises `Refused`: 503 if
         too many streams are open, 429 if too many of them are `client`'s (None: unknown address),

@@ -1,57 +1,48 @@
 """The HTTP surface of one replica: an ASGI application for the Open Inference Protocol v2.
 
 An inference takes few steps: match the path, check the token, decode, batch, encode. All other
-paths are entries of a table. Responses without binary tensors are JSON. An error is
-`{"error": "..."}` with an HTTP status.
+paths are routes of a Starlette application, `supple.serve.about.cold`. Responses without binary
+tensors are JSON. An error is `{"error": "..."}` with an HTTP status.
 """
 
-import asyncio
+import contextlib
 import hmac
 import json
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, final
 
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
 from supple.core.service.queue import DEFAULT_PRIORITY, LAST_PRIORITY
+from supple.serve.about.cold import ColdRoutes, Pages
+from supple.serve.about.description import Description
 from supple.serve.again import ANSWERED
 from supple.serve.attempts import SERIAL, Attempts, parse_serial
-from supple.serve.meters import Meters, merge
+from supple.serve.bodies import Bodies, Receive
+from supple.serve.meters import Meters
 from supple.serve.models.answers import Outputs
 from supple.serve.models.faults import FaultLog, ModelFault
 from supple.serve.models.model import ServedModel
-from supple.serve.models.tensor_spec import TensorSpec
-from supple.serve.pages import openapi, page
-from supple.serve.protocol.rest import (
-    Array,
-    InferRequest,
-    Refused,
-    RequestLimits,
-    decode_request,
-    encode_response,
-    refuse,
-)
+from supple.serve.protocol.codings import ACCEPTED, compress
+from supple.serve.protocol.dtypes import Array
+from supple.serve.protocol.parameters import STREAM_REQUEST, refuse_unsupported
+from supple.serve.protocol.refusal import Refused, refuse
+from supple.serve.protocol.rest import InferRequest, RequestLimits, decode_request, encode_response
 from supple.serve.streams import CLIENT, Leaving, Streams
 
 Scope = Mapping[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
-EXTENSIONS: Final = ("binary_tensor_data", "generate_stream")
 _HEAD_LENGTH: Final = b"inference-header-content-length"
-_PROMETHEUS: Final = b"text/plain; version=0.0.4"
 _JSON: Final[tuple[bytes, bytes]] = (b"content-type", b"application/json")
 _LONGEST_US: Final = 3_600_000_000  # largest `timeout` parameter: one hour in microseconds
-_BODY_S: Final = 300.0
-"""Seconds to receive a body that is larger than the ingress buffer."""
-_MOST_HALF_READ: Final = 16
-"""Memory for incomplete bodies, in multiples of `max_body_bytes`."""
 _OWN_FAULT: Final = "the server failed on this request"
-OWN_METRICS: Final = "/metrics/replica"
-"""Path of the metrics of this replica; `/metrics` has those of all replicas."""
 _OPEN: Final = ("/v2/health/live", "/v2/health/ready")
 """Paths that need no token: health probes have none."""
 
@@ -84,6 +75,8 @@ class SurfaceSettings:
 
     version: str = "1"
     tokens: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages a browser lets call the service; `*`: all; empty: no CORS."""
     limits: RequestLimits = field(default_factory=RequestLimits)
 
 
@@ -98,60 +91,35 @@ class Surface:
         meters: Meters,
         settings: SurfaceSettings,
         *,
-        all_metrics: Callable[[], Awaitable[Sequence[bytes]]] | None = None,
+        all_pages: Pages | None = None,
         attempts: Attempts | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`all_metrics` fetches the metrics pages of all replicas; None: there is only this one.
-        `attempts` records the requests being computed. `now` is the clock for body timeouts."""
-        self._now = now
+        """`all_pages` fetches a page from all replicas; None: there is only this one. `attempts`
+        records the requests being computed. `now` is the clock for body timeouts."""
         self._model = model
-        self._all_metrics = all_metrics
         self._answers = answers
         self._meters = meters
         self.settings = settings
-        self._half_read_bytes = 0
+        self.description = Description(model, settings.version)
         self._faults = FaultLog(logging.getLogger("ray.serve"))
         self.streams = Streams()
         self._attempts = attempts
+        self.bodies = Bodies(settings.limits.max_body_bytes, now)
         self._tokens = [f"Bearer {token}".encode() for token in settings.tokens]
         names = (f"/v2/models/{model.name}", f"/v2/models/{model.name}/versions/{settings.version}")
         self._infer_paths = frozenset(f"{name}/infer" for name in names)
         self._stream_paths = frozenset(f"{name}/generate_stream" for name in names)
-        self._gets: dict[str, Callable[[], tuple[int, bytes, bytes]]] = {
-            "/v2/health/live": lambda: _json({"live": True}),
-            "/v2/health/ready": self._ready,
-            "/v2": lambda: _json(self.server_metadata()),
-            OWN_METRICS: lambda: (200, meters.text(), _PROMETHEUS),
-            "/openapi.json": lambda: _json(openapi(model, settings.version)),
-            "/docs": lambda: (200, page(model, settings.version), b"text/html; charset=utf-8"),
-            **{name: lambda: _json(self.model_metadata()) for name in names},
-            **{f"{name}/ready": self._ready for name in names},
-        }
-
-    def server_metadata(self) -> dict[str, Any]:
-        """The response to `GET v2`."""
-        return {"name": "supple", "version": self.settings.version, "extensions": [*EXTENSIONS]}
-
-    def model_metadata(self) -> dict[str, Any]:
-        """The response to `GET v2/models/NAME`; lists are empty for undeclared tensors."""
-        return {
-            "name": self._model.name,
-            "versions": [self.settings.version],
-            "platform": "supple",
-            "inputs": [_described(spec) for spec in self._model.inputs],
-            "outputs": [_described(spec) for spec in self._model.outputs],
-        }
-
-    def check_name(self, name: str, version: str = "") -> None:
-        """Raise `Refused` (404) unless the served model has this name and version."""
-        if name != self._model.name or version not in ("", self.settings.version):
-            requested = f"{name[:80]!r}" + (f" version {version[:80]!r}" if version else "")
-            refuse(
-                f"no model {requested}; {self._model.name!r} version {self.settings.version} is "
-                "served here",
-                404,
-            )
+        self._cold = ColdRoutes(
+            model,
+            self.description,
+            meters,
+            stuck=lambda: self.stuck,
+            all_pages=all_pages,
+            answer_error=lambda error: _error_response(self.refusal(error)),
+        )
+        self.statistics = self._cold.statistics
+        self._cors = _with_cors(self._http, settings.cors_origins)
 
     def refusal(self, error: Exception) -> Refused:
         """Convert `error` to a `Refused` that is safe to send: a client error is returned as it is,
@@ -204,6 +172,9 @@ class Surface:
         if scope["type"] != "http":
             await send({"type": f"{scope['type']}.close"})  # refuses the connection
             return
+        await (self._http if self._cors is None else self._cors)(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         began_s = time.perf_counter()
         path: str = scope["path"]
         headers = dict(scope["headers"])
@@ -211,14 +182,13 @@ class Surface:
         try:
             if not self.authorized(headers.get(b"authorization", b"")) and path not in _OPEN:
                 raise Refused("the Authorization header has no known bearer token", 401)
-            if path in self._infer_paths:
-                status = await self._infer(scope, headers, receive, send)
-            elif path in self._stream_paths:
-                status = await self._stream(scope, headers, receive, send)
-            elif path == "/metrics":
-                status = await self._metrics(scope["method"], send)
+            if scope["method"] == "POST" and path in self._infer_paths:
+                status = await self._infer(headers, receive, send)
+            elif scope["method"] == "POST" and path in self._stream_paths:
+                status = await self._stream(headers, receive, send)
             else:
-                status = await self._get(scope["method"], path, send)
+                await self._other(scope, receive, send)
+                path = ""
         except Exception as error:
             refusal = self.refusal(error)
             status = refusal.status
@@ -227,11 +197,9 @@ class Surface:
             if path in self._infer_paths:
                 self._meters.answered(status, time.perf_counter() - began_s)
 
-    async def _infer(
-        self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
-    ) -> int:
+    async def _infer(self, headers: Mapping[bytes, bytes], receive: Receive, send: Send) -> int:
         self._meters.num_arrived += 1
-        body = await self._body(scope, headers, receive)
+        body = await self.bodies.read(headers, receive)
         with self.recorded(headers.get(SERIAL)) as serial:
             request = self._decoded(body, headers)
         outputs = await self.infer(request, serial)
@@ -244,23 +212,38 @@ class Surface:
                 (b"content-type", b"application/octet-stream"),
                 (_HEAD_LENGTH, str(json_bytes).encode()),
             ]
+        accept = headers.get(b"accept-encoding")
+        if accept is not None:
+            content, coding = await compress(content, accept)
+            if coding is not None:
+                extra += [(b"content-encoding", coding), (b"vary", b"accept-encoding")]
         await _send(send, 200, content, extra)
         return 200
 
-    async def _stream(
-        self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
-    ) -> int:
+    def parts(
+        self, request: InferRequest, client: bytes | None, *, supported: tuple[str, ...]
+    ) -> AsyncGenerator[Outputs, None]:
+        """Return the parts of a streamed answer; close the generator if the client leaves. `client`
+        is its address, None if it is unknown; `supported` are the parameters it may set."""
         if not self._model.streams:
             refuse(f"the model {self._model.name!r} has no stream(self, batch)", 501)
-        body = await self._body(scope, headers, receive)
+        refuse_unsupported(request.parameters, supported, "a stream")
+        self._model.check(request.inputs)
+        leaving = Leaving()
+        return self.streams.parts(self._model.stream(request.inputs, leaving), client, leaving)
+
+    async def _stream(self, headers: Mapping[bytes, bytes], receive: Receive, send: Send) -> int:
+        body = await self.bodies.read(headers, receive)
         with self.recorded(headers.get(SERIAL)):
             request = self._decoded(body, headers)
-            self._model.check(request.inputs)
-            return await self._send_parts(request, headers.get(CLIENT), send)
+            if request.binary_output or any(wanted.binary for wanted in request.outputs):
+                refuse("events are text: leave binary data out, or use ModelStreamInfer of gRPC")
+            parts = self.parts(request, headers.get(CLIENT), supported=STREAM_REQUEST)
+            return await self._send_parts(request, parts, send)
 
-    async def _send_parts(self, request: InferRequest, client: bytes | None, send: Send) -> int:
-        leaving = Leaving()
-        parts = self.streams.parts(self._model.stream(request.inputs, leaving), client, leaving)
+    async def _send_parts(
+        self, request: InferRequest, parts: AsyncGenerator[Outputs, None], send: Send
+    ) -> int:
         started = False
         try:
             async with aclosing(parts):
@@ -284,83 +267,34 @@ class Surface:
         await send({"type": "http.response.body", "body": b""})
         return 200
 
-    async def _get(self, method: str, path: str, send: Send) -> int:
-        found = self._gets.get(path.rstrip("/") if path != "/" else path)
-        if found is None:
-            parts = path.split("/")
-            if path.startswith("/v2/models/") and len(parts) > 3:
-                versioned = len(parts) > 5 and parts[4] == "versions"
-                self.check_name(parts[3], parts[5] if versioned else "")
-            refuse(f"no resource at {path[:200]}; GET /docs lists all of them", 404)
-        if method not in ("GET", "HEAD"):
-            refuse(f"{path} is read with GET, not {method}", 405)
-        status, content, kind = found()
-        await _send(send, status, content, [(b"content-type", kind)])
-        return status
+    async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that is no inference of the served model."""
+        head = scope["method"] == "HEAD"
 
-    async def _metrics(self, method: str, send: Send) -> int:
-        if method not in ("GET", "HEAD"):
-            refuse(f"/metrics is read with GET, not {method}", 405)
-        pages = () if self._all_metrics is None else await self._all_metrics()
-        content = merge(pages or [self._meters.text()])
-        await _send(send, 200, content, [(b"content-type", _PROMETHEUS)])
-        return 200
+        async def marked(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], ANSWERED]
+            elif head:
+                message["body"] = b""
+            await send(message)  # type: ignore[arg-type]
+
+        path = scope["path"].rstrip("/") or "/"
+        # Starlette answers an unexpected error with 500, and raises it again for its server's log.
+        with contextlib.suppress(Exception):
+            await self._cold.app({**scope, "path": path, "raw_path": None}, receive, marked)
 
     @property
-    def name(self) -> str:
-        """The model's name."""
-        return self._model.name
+    def streams_parts(self) -> bool:
+        """Whether the model has `stream(batch)`."""
+        return self._model.streams
 
     @property
     def stuck(self) -> str | None:
         """The reason why this replica must be replaced; None if it works."""
         return self._answers.stuck or self.streams.stuck
 
-    def _ready(self) -> tuple[int, bytes, bytes]:
-        if self.stuck is not None:
-            return _json({"error": self.stuck}, 503)
-        return _json({"ready": True, "name": self._model.name})
-
     def _decoded(self, body: bytes, headers: Mapping[bytes, bytes]) -> InferRequest:
         return decode_request(body, json_bytes=_head_length(headers), limits=self.settings.limits)
-
-    async def _body(self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
-        if scope["method"] != "POST":
-            refuse(f"{scope['path']} takes POST, not {scope['method']}", 405)
-        if headers.get(b"content-encoding", b"identity") != b"identity":
-            refuse("compressed bodies are not accepted; send it uncompressed", 415)
-        most = self.settings.limits.max_body_bytes
-        limit = f"and at most {most} are accepted (--max-body)"
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > most:
-            refuse(f"the body has {int(length)} bytes, {limit}", 413)
-        message = await receive()
-        if message["type"] == "http.request" and not message.get("more_body", False):
-            body: bytes = message.get("body", b"")
-            if len(body) > most:
-                refuse(f"the body has {len(body)} bytes, {limit}", 413)
-            return body
-        chunks: list[bytes] = []
-        size = 0
-        end_s = self._now() + _BODY_S
-        try:
-            while message["type"] == "http.request":
-                chunk = message.get("body", b"")
-                size += len(chunk)
-                self._half_read_bytes += len(chunk)
-                if size > most:
-                    refuse(f"the body has more than {size - len(chunk)} bytes, {limit}", 413)
-                if self._half_read_bytes > _MOST_HALF_READ * most:
-                    raise Refused("too many large requests are being read; try again", 503, 1.0)
-                if self._now() > end_s:
-                    refuse(f"the body was not complete within {_BODY_S:g} s", 408)
-                chunks.append(chunk)
-                if not message.get("more_body", False):
-                    return b"".join(chunks)
-                message = await receive()
-            raise asyncio.CancelledError  # the client left
-        finally:
-            self._half_read_bytes -= size
 
 
 def _priority(request: InferRequest) -> int:
@@ -381,10 +315,6 @@ def _allowed_s(request: InferRequest) -> float | None:
     return timeout_us / 1e6 if timeout_us else None
 
 
-def _described(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "datatype": spec.datatype, "shape": [-1, *spec.shape]}
-
-
 def _head_length(headers: Mapping[bytes, bytes]) -> int | None:
     length = headers.get(_HEAD_LENGTH)
     if length is None:
@@ -392,10 +322,6 @@ def _head_length(headers: Mapping[bytes, bytes]) -> int | None:
     if not length.isdigit() or len(length) > 12:
         refuse("Inference-Header-Content-Length is not a whole number")
     return int(length)
-
-
-def _json(document: Any, status: int = 200) -> tuple[int, bytes, bytes]:
-    return status, json.dumps(document).encode(), b"application/json"
 
 
 def _start(status: int, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
@@ -411,14 +337,43 @@ async def _send(
 
 
 async def _refusal(send: Send, error: Refused) -> None:
-    headers: list[tuple[bytes, bytes]] = [_JSON]
+    await _send(send, error.status, _error_body(error), [_JSON, *_error_headers(error)])
+
+
+def _error_response(error: Refused) -> Response:
+    response = Response(_error_body(error), error.status, media_type="application/json")
+    response.raw_headers += _error_headers(error)
+    return response
+
+
+def _error_body(error: Refused) -> bytes:
+    return json.dumps({"error": str(error)}).encode()
+
+
+def _error_headers(error: Refused) -> list[tuple[bytes, bytes]]:
+    headers: list[tuple[bytes, bytes]] = []
     if error.retry_after_s is not None:
         # The standard header has whole seconds; clients use retry-after-ms by convention.
         headers.append((b"retry-after", str(math.ceil(error.retry_after_s)).encode()))
         headers.append((b"retry-after-ms", str(math.ceil(error.retry_after_s * 1e3)).encode()))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    await _send(send, error.status, json.dumps({"error": str(error)}).encode(), headers)
+    if error.status == 415:
+        headers.append((b"accept-encoding", ACCEPTED))
+    return headers
+
+
+def _with_cors(app: Any, origins: tuple[str, ...]) -> Any:
+    """Wrap `app` to answer browsers that ask for a page of `origins`; None without origins."""
+    if not origins:
+        return None
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=("GET", "HEAD", "OPTIONS", "POST"),
+        allow_headers=("*",),
+        expose_headers=(_HEAD_LENGTH.decode(), "retry-after", "retry-after-ms"),
+    )
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -19,7 +19,7 @@ import grpc
 from ray.serve._private import proxy as ray_proxy
 
 from supple.serve.attempts import SERIAL
-from supple.serve.protocol.grpc import METHODS, SERVICE
+from supple.serve.protocol.grpc import METHODS, SERVICE, STREAM
 
 _PAUSE_S: Final = 0.25
 _QUIET_S: Final = 1.0
@@ -32,6 +32,7 @@ Supple's replicas is a successful call."""
 def add_servicer(_servicer: Any, server: Any) -> None:
     """Register the protocol's gRPC methods without decoding: replicas decode the messages."""
     handlers = {name: grpc.unary_unary_rpc_method_handler(None) for name in METHODS}  # type: ignore[arg-type]
+    handlers[STREAM] = grpc.stream_stream_rpc_method_handler(None)  # type: ignore[arg-type]
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 
@@ -48,7 +49,7 @@ def retrying(plain: Any, patience_s: float, *, pause_s: float = _PAUSE_S) -> Any
     request without a serial number is sent once, because its replica deaths cannot be counted."""
 
     async def proxy_request(self: Any, proxy_request: Any) -> AsyncIterator[Any]:
-        if proxy_request.stream or proxy_request.has_input_stream:  # the protocol has none
+        if proxy_request.stream or proxy_request.has_input_stream:  # what was read cannot be resent
             async for message in plain(self, proxy_request):
                 yield message
             return
@@ -97,7 +98,7 @@ def stopping_when_quiet(plain: Any, quiet_s: float) -> Any:
             def with_call_times(service_method: str, **named: Any) -> Any:
                 handler = service_handler_factory(service_method=service_method, **named)
                 if f"/{SERVICE}/" not in service_method or not inspect.iscoroutinefunction(handler):
-                    return handler  # HAProxy's health checks never end; the protocol has no streams
+                    return handler  # HAProxy's health checks never end; a stream has all the grace
 
                 @functools.wraps(handler)
                 async def timed(*arguments: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Final
 
 from supple.core.service.spec import ServeSpec
 from supple.serve.attempts import SERIAL
-from supple.serve.protocol.grpc import SERVICE
+from supple.serve.protocol.grpc import SERVICE, STREAM
 from supple.serve.streams import CLIENT
 
 HEAD_S: Final = 10
@@ -30,6 +30,11 @@ _GRPC_HEALTH: Final = (
     *(f"/{SERVICE}/{name}" for name in ("ServerLive", "ServerReady")),
     "/ray.serve.RayServeAPIService/Healthz",
 )
+_PREFLIGHT: Final = (
+    "{ method OPTIONS } { req.hdr(origin) -m found } "
+    "{ req.hdr(access-control-request-method) -m found }"
+)
+"""Condition of the request in which a browser asks whether a page may call; it has no token."""
 _RAYS_HEADERS: Final = (
     *("x-request-timeout-seconds", "x-request-disconnect-disabled", "x-session-id"),
     *("serve_multiplexed_model_id", "serve-multiplexed-model-id"),
@@ -122,17 +127,20 @@ def _has_token(token: str) -> str:
 
 def _http_rules(spec: ServeSpec) -> list[str]:
     rules: list[str] = []
+    # A page may read these two answers of any origin: they hold nothing of the service.
+    cors = "hdr access-control-allow-origin *" if spec.cors_origins else ""
     if spec.token is not None:
         rules += [
             f"acl is_open path {' '.join(_HEALTH)}",
             _has_token(spec.token),
-            _answer(401, NO_TOKEN, "hdr www-authenticate Bearer") + " unless is_open or has_token",
+            f"{_answer(401, NO_TOKEN, f'hdr www-authenticate Bearer {cors}')} unless is_open "
+            "or has_token" + (f" or {_PREFLIGHT}" if spec.cors_origins else ""),
         ]
     too_large = f"the body is too large: at most {spec.max_body_bytes} bytes (--max-body)"
     length = "{ req.hdr_val(content-length) gt " + f"{spec.max_body_bytes} }}"
     return [
         *rules,
-        f"{_answer(413, too_large)} if {length}",
+        f"{_answer(413, too_large, cors)} if {length}",
         *(f"http-request del-header {name}" for name in _RAYS_HEADERS),
         f"http-request set-header {CLIENT.decode()} %[src]",
         "http-request del-header x-request-id unless { req.hdr(x-request-id) -m reg ^[!-~]+$ }",
@@ -155,7 +163,9 @@ def _grpc_rules(spec: ServeSpec) -> list[str]:
         _status(12, "compressed messages are not accepted")
         + " if { req.hdr(grpc-encoding) -m found } !{ req.hdr(grpc-encoding) -m str identity }"
         + " or { req.hdr_cnt(grpc-encoding) gt 1 }",  # one `identity` would pass the test above
-        f"http-request wait-for-body time {SILENCE_S}s",
+        f"http-request set-header {CLIENT.decode()} %[src]",
+        # The requests of a stream come while it is answered.
+        f"http-request wait-for-body time {SILENCE_S}s unless {{ path /{SERVICE}/{STREAM} }}",
     ]
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
@@ -14,7 +14,7 @@ from typing import Any, Final, final
 from ray import serve
 from ray._private import worker as ray_worker
 
-from supple.cluster.services.scrape import metrics_pages
+from supple.cluster.services.scrape import replica_pages
 from supple.core.service.spec import MAX_WAITING
 from supple.serve.attempts import Attempts
 from supple.serve.executor import Executor
@@ -114,7 +114,7 @@ class Replica:
             self._meters,
             deployment.settings,
             attempts=attempts,
-            all_metrics=lambda: metrics_pages(deployment.name, headers),
+            all_pages=lambda path: replica_pages(deployment.name, path, headers),
         )
         self._grpc = GrpcSurface(self._surface, self._meters)
         await self._rehearse(model)
@@ -131,6 +131,7 @@ class Replica:
                     break
                 rows *= 2
         self._executor.on_batch = self._measure
+        self._executor.on_computed = self._meters.computed
 
     def _measure(self, rows: int, took_s: float) -> None:
         self._meters.batch(rows, took_s)
@@ -180,6 +181,21 @@ class Replica:
 
     async def ModelMetadata(self, wire: bytes, grpc_context: Any) -> _Wire:
         return _Wire(await self._grpc.call("ModelMetadata", wire, grpc_context))
+
+    async def ModelConfig(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return _Wire(await self._grpc.call("ModelConfig", wire, grpc_context))
+
+    async def ModelStatistics(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return _Wire(await self._grpc.call("ModelStatistics", wire, grpc_context))
+
+    async def RepositoryIndex(self, wire: bytes, grpc_context: Any) -> _Wire:
+        return _Wire(await self._grpc.call("RepositoryIndex", wire, grpc_context))
+
+    async def ModelStreamInfer(
+        self, requests: AsyncIterator[bytes], grpc_context: Any
+    ) -> AsyncIterator[_Wire]:
+        async for wire in self._grpc.stream(requests, grpc_context):
+            yield _Wire(wire)
 
     async def ModelInfer(self, wire: bytes, grpc_context: Any) -> _Wire:
         return _Wire(await self._grpc.call("ModelInfer", wire, grpc_context))

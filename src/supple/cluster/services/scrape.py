@@ -1,4 +1,4 @@
-"""Collect the metrics of all replicas of a service from within one of them."""
+"""Collect metrics or statistics of all replicas of a service from within one of them."""
 
 import asyncio
 import contextlib
@@ -9,10 +9,8 @@ import aiohttp
 import ray
 from ray.serve.context import _get_global_client
 
-from supple.serve.surface import OWN_METRICS
-
 _PATIENCE_S: Final = 2.0
-"""Timeout in seconds for the metrics of one replica; a slower replica is dying or overloaded."""
+"""Timeout in seconds for the page of one replica; a slower replica is dying or overloaded."""
 
 
 def replica_addresses(name: str) -> Sequence[tuple[str, int]]:
@@ -27,8 +25,8 @@ def replica_addresses(name: str) -> Sequence[tuple[str, int]]:
     ]
 
 
-async def metrics_pages(name: str, headers: Mapping[str, str]) -> Sequence[bytes]:
-    """Fetch the metrics page of every replica of the service that answers, including this one."""
+async def replica_pages(name: str, path: str, headers: Mapping[str, str]) -> Sequence[bytes]:
+    """Fetch the page at `path` of every replica of the service that answers, including this one."""
     addresses = await asyncio.to_thread(replica_addresses, name)
     here = ray.util.get_node_ip_address()
     timeout = aiohttp.ClientTimeout(total=_PATIENCE_S)
@@ -39,7 +37,7 @@ async def metrics_pages(name: str, headers: Mapping[str, str]) -> Sequence[bytes
             # Replicas of a service on loopback listen only on loopback.
             for address in ("127.0.0.1", shown) if host == here else (shown,):
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
-                    async with session.get(f"http://{address}:{port}{OWN_METRICS}") as response:
+                    async with session.get(f"http://{address}:{port}{path}") as response:
                         return await response.read() if response.status == 200 else b""
             return b""
 

@@ -59,6 +59,7 @@ def deployment_of(
         weights=weights,
         settings=SurfaceSettings(
             tokens=() if spec.token is None else (spec.token,),
+            cors_origins=spec.cors_origins,
             limits=RequestLimits(max_body_bytes=spec.max_body_bytes),
         ),
     )

@@ -24,6 +24,7 @@ MAX_WAITING = 10_000
 _SMALL_UNIT_S = {"ms": 1e-3, "us": 1e-6}
 _SLO = re.compile(r"p(\d+(?:\.\d+)?)=(.+)")
 _HOST = re.compile(r"[A-Za-z0-9.:%_-]{1,253}|\[[0-9A-Fa-f.:%]{2,80}\]")
+_ORIGIN = re.compile(r"\*|https?://(?:[a-z0-9.-]{1,253}|\[[0-9a-f:.]{2,45}\])(?::[0-9]{1,5})?")
 _LOOPBACK_NAMES = frozenset({"localhost"})
 
 
@@ -168,6 +169,8 @@ class ServeSpec:
     """Bearer token every request must carry."""
     insecure: bool = False
     """Allows a `host` that others can reach without a token."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose web pages a browser lets call the service; `*`: all; empty: none."""
     max_body_bytes: int = 64 * 2**20
     max_waiting: int = MAX_WAITING
     """Requests that may wait in one replica; one more is refused."""
@@ -245,6 +248,13 @@ class ServeSpec:
                 f"--host {self.host} lets other machines send requests, and no token was given. "
                 "Give --token, or --insecure if the network itself is trusted."
             )
+
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise SpecError(
+                    f"--cors {origin[:80]!r} is no origin of web pages: give scheme, host and port "
+                    "without a path, as in https://app.example.com, or * for all."
+                )
 
     def _refuse_cost(self) -> None:
         for what, amount in (

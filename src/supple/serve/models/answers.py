@@ -13,7 +13,7 @@ import numpy as np
 
 from supple.serve.models.faults import ModelFault
 from supple.serve.models.tensor_spec import TensorSpec
-from supple.serve.protocol.rest import DATATYPES, Array
+from supple.serve.protocol.dtypes import BF16, DATATYPES, Array, is_float, native
 
 Outputs = dict[str, Array]
 _NUMBERS: Final = frozenset({bool, int, float})
@@ -127,7 +127,7 @@ class AnswerCheck:
             )
 
     def _is_sent(self, array: Array) -> bool:
-        return array.dtype.kind != "f" or self.allow_nan or bool(np.isfinite(array).all())
+        return not is_float(array.dtype) or self.allow_nan or bool(np.isfinite(array).all())
 
     def _refuse_values(self, name: str, array: Array) -> None:
         if not self._is_sent(array):
@@ -166,11 +166,15 @@ def _tensor(name: str, value: Any, *, are_strings_checked: bool = True) -> Array
     torch: Any = sys.modules.get("torch")
     try:
         if torch is not None and isinstance(value, torch.Tensor):
-            value = value.detach().cpu().numpy()
+            value = value.detach().cpu()
+            if value.dtype == torch.bfloat16:
+                value = value.view(torch.int16).numpy().view(BF16)
+            else:
+                value = value.numpy()
         # A numpy text array is as wide as its longest element, so text is stored as objects.
         array = np.asarray(value, dtype=object if _is_text(value) else None)
         if not array.dtype.isnative:
-            array = array.astype(array.dtype.newbyteorder("="))
+            array = array.astype(native(array.dtype))
     except BaseException as error:
         raise ModelFault(
             f"output {name!r} is a {type(value).__name__}, which cannot be converted to an array: "

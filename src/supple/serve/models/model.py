@@ -2,8 +2,9 @@
 
 A model is a class with `load()` and `predict(batch)`; with `load(weights=None)` its weights can be
 swapped while it serves. `batch` is one array, or a dict of arrays by input name if the class names
-several inputs; rows are the first dim. `predict` receives torch tensors if its parameter is
-annotated with `torch.Tensor`, otherwise numpy arrays. Optional class attributes:
+several inputs; rows are the first dim. `predict` and `stream` receive torch tensors, or numpy
+arrays if their parameter is annotated with anything but a tensor, such as `np.ndarray`. An input of
+strings is always a numpy array of `bytes`. Optional class attributes:
 
     inputs = {"pixels": "float32[64]"}    # one row: dtype and shape, -1 for any length
     outputs = {"digit": "int64[]"}        # checked if given
@@ -32,7 +33,8 @@ from supple.core.spec import SpecError
 from supple.serve.models.answers import AnswerCheck, Outputs
 from supple.serve.models.faults import ModelFault, raised, user_traceback
 from supple.serve.models.tensor_spec import specs
-from supple.serve.protocol.rest import DATATYPES, Array, refuse
+from supple.serve.protocol.dtypes import BF16, DATATYPES, FP32, Array, native
+from supple.serve.protocol.refusal import refuse
 from supple.serve.streams import Leaving, in_this_thread
 
 _MODULE = "supple_user_model"
@@ -167,7 +169,11 @@ class ServedModel:
         self._answers = AnswerCheck(self.outputs, allow_nan=bool(getattr(user, "allow_nan", False)))
         self._predict: Callable[[Any], Any] = _method(user, "predict", what)
         self._by_name = {spec.name: spec for spec in self.inputs}
-        self._as_torch = _wants_torch(self._predict)
+        self._takes_torch = _takes_torch(self._predict)
+        if self._takes_torch and not (
+            self.inputs and all(s.dtype.kind == "O" for s in self.inputs)
+        ):
+            import torch  # noqa: F401  (seconds, which the first request should not wait)
         if self.max_batch < 1:
             raise SpecError(f"max_batch of {what} is {self.max_batch}; it must be at least 1.")
         load = getattr(user, "load", None)
@@ -210,8 +216,8 @@ class ServedModel:
                 )
             for name, array in inputs.items():
                 spec = self._by_name[name]
-                if not spec.admits(array):
-                    have = f"{DATATYPES[array.dtype.newbyteorder('=')]}{list(array.shape)}"
+                if not spec.accepts(array):
+                    have = f"{DATATYPES[native(array.dtype)]}{list(array.shape)}"
                     refuse(f"input {name!r} is {have}; the model takes {spec}")
         rows = {array.shape[0] for array in inputs.values()}
         if len(rows) != 1:
@@ -243,7 +249,7 @@ class ServedModel:
         their numbers of rows. Raises `ModelFault` for an error in the whole batch, or in an unknown
         part of it; its message may quote any of the requests."""
         try:
-            answer = self._predict(self._as_argument(inputs))
+            answer = self._predict(self._as_argument(inputs, as_torch=self._takes_torch))
         except BaseException as error:
             raise raised(f"predict() raised on a batch of {sum(rows)}", error) from None
         try:
@@ -261,7 +267,8 @@ class ServedModel:
         that one awaits."""
         parts: Any = None
         try:
-            parts = self.user.stream(self._as_argument(inputs))
+            stream = self.user.stream
+            parts = stream(self._as_argument(inputs, as_torch=_takes_torch(stream)))
             if hasattr(parts, "__anext__"):
                 parts = in_this_thread(parts, leaving or Leaving())
             for part in parts:
@@ -304,17 +311,32 @@ class ServedModel:
         finally:
             self._answers.allow_nan = before
 
-    def _as_argument(self, inputs: Mapping[str, Array]) -> Any:
-        arrays: dict[str, Any] = dict(inputs)
-        if self._as_torch:
-            import torch
-
-            arrays = {
-                # An array may share memory with the request's body, which torch must not write to.
-                name: torch.from_numpy(array if array.flags.writeable else array.copy())
-                for name, array in inputs.items()
-            }
+    def _as_argument(self, inputs: Mapping[str, Array], *, as_torch: bool) -> Any:
+        arrays: dict[str, Any] = {
+            name: self._widened(name, array) if array.dtype == BF16 else array
+            for name, array in inputs.items()
+        }
+        if as_torch:
+            arrays = {name: _tensor(array) for name, array in arrays.items()}
         return next(iter(arrays.values())) if len(arrays) == 1 else arrays
+
+    def _widened(self, name: str, array: Array) -> Array:
+        """Convert an array of BF16 to FP32, unless this input is declared as bfloat16."""
+        spec = self._by_name.get(name)
+        return array if spec is not None and spec.dtype == BF16 else array.astype(FP32)
+
+
+def _tensor(array: Array) -> Any:
+    """Convert an array to a torch tensor; an array of strings is returned as it is."""
+    import torch
+
+    if array.dtype.kind == "O":
+        return array
+    # An array may share memory with the request's body, which torch must not write to.
+    own = array if array.flags.writeable else array.copy()
+    if array.dtype == BF16:
+        return torch.from_numpy(own.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(own)
 
 
 def _method(user: Any, name: str, what: str) -> Callable[[Any], Any]:
@@ -327,6 +349,10 @@ def _method(user: Any, name: str, what: str) -> Callable[[Any], Any]:
     return method
 
 
-def _wants_torch(predict: Callable[[Any], Any]) -> bool:
-    parameters = list(inspect.signature(predict).parameters.values())
-    return bool(parameters) and "torch" in str(parameters[0].annotation).lower()
+def _takes_torch(method: Callable[[Any], Any]) -> bool:
+    """Whether the first parameter of `method` has no annotation, or names a tensor."""
+    parameters = list(inspect.signature(method).parameters.values())
+    if not parameters or parameters[0].annotation is inspect.Parameter.empty:
+        return True
+    annotation = str(parameters[0].annotation).lower()
+    return "torch" in annotation or "tensor" in annotation

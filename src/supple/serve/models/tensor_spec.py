@@ -8,7 +8,7 @@ from typing import Any, final
 import numpy as np
 
 from supple.core.spec import SpecError
-from supple.serve.protocol.rest import DATATYPES, DTYPES, Array
+from supple.serve.protocol.dtypes import BF16, DATATYPES, DTYPES, FP32, Array
 
 _SPEC = re.compile(r"([a-z]+[0-9]*)\[([-0-9, ]*)\]")
 
@@ -29,11 +29,17 @@ class TensorSpec:
 
     def admits(self, array: Array) -> bool:
         """Whether the rows of `array` have this dtype and shape."""
-        row = array.shape[1:]
-        return (
-            array.dtype == self.dtype
-            and len(row) == len(self.shape)
-            and all(want in (-1, have) for want, have in zip(self.shape, row, strict=True))
+        return array.dtype == self.dtype and self._fits(array.shape[1:])
+
+    def accepts(self, array: Array) -> bool:
+        """Whether a request may hold `array`: BF16 is accepted for FP32 too, which holds all of its
+        values."""
+        dtype = FP32 if array.dtype == BF16 != self.dtype else array.dtype
+        return dtype == self.dtype and self._fits(array.shape[1:])
+
+    def _fits(self, row: tuple[int, ...]) -> bool:
+        return len(row) == len(self.shape) and all(
+            want in (-1, have) for want, have in zip(self.shape, row, strict=True)
         )
 
     def __str__(self) -> str:

@@ -11,9 +11,11 @@ from typing import Any, Final
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
+from supple.serve.protocol.dtypes import DTYPES, Array
+from supple.serve.protocol.grpc_messages import TRITON_ENUMS, TRITON_MESSAGES
+from supple.serve.protocol.parameters import GRPC_REQUEST, GRPC_TENSOR, refuse_unsupported
+from supple.serve.protocol.refusal import refuse
 from supple.serve.protocol.rest import (
-    DTYPES,
-    Array,
     InferRequest,
     RequestLimits,
     WantedOutput,
@@ -22,7 +24,6 @@ from supple.serve.protocol.rest import (
     chosen,
     datatype_of,
     from_bytes,
-    refuse,
     refuse_many_strings,
     refuse_repeats,
     to_bytes,
@@ -31,8 +32,10 @@ from supple.serve.protocol.rest import (
 SERVICE: Final = "inference.GRPCInferenceService"
 METHODS: Final = (
     *("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata"),
-    "ModelInfer",
+    *("ModelConfig", "ModelStatistics", "RepositoryIndex", "ModelInfer"),
 )
+STREAM: Final = "ModelStreamInfer"
+"""The method whose requests are ModelInferRequest messages, and whose responses are too."""
 
 _CONTENTS: Final[Mapping[str, str]] = {
     "BOOL": "bool_contents",
@@ -89,6 +92,8 @@ _MESSAGES: Final[Mapping[str, Sequence[str]]] = {
         *("4 parameters %InferParameter", "5 outputs *InferOutputTensor"),
         "6 raw_output_contents *bytes",
     ),
+    "ModelStreamInferResponse": ("1 error_message string", "2 infer_response ModelInferResponse"),
+    **TRITON_MESSAGES,
 }
 
 _Field = descriptor_pb2.FieldDescriptorProto
@@ -109,6 +114,10 @@ def _file() -> descriptor_pb2.FileDescriptorProto:
     file = descriptor_pb2.FileDescriptorProto(
         name="supple/open_inference.proto", package="inference", syntax="proto3"
     )
+    for name, values in TRITON_ENUMS.items():
+        enum = file.enum_type.add(name=name)
+        for number, value in enumerate(values):
+            enum.value.add(name=value, number=number)
     for name, fields in _MESSAGES.items():
         described = file.message_type.add(name=name)
         for text in fields:
@@ -135,6 +144,9 @@ def _add_field(owner: descriptor_pb2.DescriptorProto, number: int, name: str, ki
         field.type_name = f".inference.{owner.name}.{entry.name}"
     elif bare in _SCALARS:
         field.type = _SCALARS[bare]
+    elif bare in TRITON_ENUMS:
+        field.type = _Field.TYPE_ENUM
+        field.type_name = f".inference.{bare}"
     else:
         field.type = _Field.TYPE_MESSAGE
         field.type_name = f".inference.{bare}"
@@ -194,14 +206,19 @@ def _varint(wire: bytes, at: int) -> tuple[int, int]:
     return value, len(wire)
 
 
-def decode_infer(parsed: Any, limits: RequestLimits) -> InferRequest:
-    """Convert a ModelInferRequest message. Raises only `Refused`."""
+def decode_infer(
+    parsed: Any, limits: RequestLimits, *, supported: tuple[str, ...] = GRPC_REQUEST
+) -> InferRequest:
+    """Convert a ModelInferRequest message with the parameters in `supported`. Raises only
+    `Refused`."""
     if not 0 < len(parsed.inputs) <= limits.max_tensors:
         refuse(f"{len(parsed.inputs)} inputs; 1 to {limits.max_tensors} are accepted")
     if len(parsed.outputs) > limits.max_tensors:
         refuse(f"{len(parsed.outputs)} outputs; at most {limits.max_tensors} are accepted")
     if len(parsed.parameters) > limits.max_parameters:
         refuse(f"{len(parsed.parameters)} parameters; at most {limits.max_parameters} are accepted")
+    parameters = _parameters(parsed)
+    refuse_unsupported(parameters, supported, "the request")
     raws = parsed.raw_input_contents
     if raws and len(raws) != len(parsed.inputs):
         refuse(f"{len(raws)} raw_input_contents for {len(parsed.inputs)} inputs")
@@ -210,6 +227,8 @@ def decode_infer(parsed: Any, limits: RequestLimits) -> InferRequest:
         name = tensor.name
         if not 0 < len(name) <= 256 or name in inputs:
             refuse(f"input {name[:80]!r}: names must be unique and have 1 to 256 characters")
+        if tensor.parameters:
+            refuse_unsupported(_parameters(tensor), GRPC_TENSOR, f"input {name[:40]!r}")
         shape = checked_shape(name, list(tensor.shape[: limits.max_dims + 1]), limits)
         dtype = checked_dtype(name, tensor.datatype)
         refuse_many_strings(name, dtype, shape, limits)
@@ -219,17 +238,23 @@ def decode_infer(parsed: Any, limits: RequestLimits) -> InferRequest:
             inputs[name] = from_bytes(name, raws[index], tensor.datatype, shape)
         else:
             inputs[name] = _from_contents(name, tensor, dtype, shape)
+    for output in parsed.outputs:
+        refuse_unsupported(_parameters(output), GRPC_TENSOR, f"output {output.name[:40]!r}")
     outputs = tuple(WantedOutput(name=o.name, binary=True) for o in parsed.outputs)
     refuse_repeats(outputs)
     return InferRequest(
         inputs=inputs,
         request_id=parsed.id[:1024],
         outputs=outputs,
-        parameters={
-            key: getattr(value, value.WhichOneof("parameter_choice") or "string_param")
-            for key, value in parsed.parameters.items()
-        },
+        parameters=parameters,
     )
+
+
+def _parameters(owner: Any) -> dict[str, Any]:
+    return {
+        key: getattr(value, value.WhichOneof("parameter_choice") or "string_param")
+        for key, value in owner.parameters.items()
+    }
 
 
 def _from_contents(name: str, tensor: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:

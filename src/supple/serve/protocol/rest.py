@@ -18,35 +18,26 @@ from typing import Any, Final, NoReturn, final
 import numpy as np
 import orjson
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
-DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
-    "BOOL": np.dtype(np.bool_),
-    "UINT8": np.dtype(np.uint8),
-    "UINT16": np.dtype(np.uint16),
-    "UINT32": np.dtype(np.uint32),
-    "UINT64": np.dtype(np.uint64),
-    "INT8": np.dtype(np.int8),
-    "INT16": np.dtype(np.int16),
-    "INT32": np.dtype(np.int32),
-    "INT64": np.dtype(np.int64),
-    "FP16": np.dtype(np.float16),
-    "FP32": np.dtype(np.float32),
-    "FP64": np.dtype(np.float64),
-    "BYTES": np.dtype(object),
-}
-"""The protocol's names of element types; BYTES is an object array of `bytes`."""
-
-DATATYPES: Final[Mapping[np.dtype[Any], str]] = {dtype: name for name, dtype in DTYPES.items()}
+from supple.serve.protocol.dtypes import DATATYPES, DTYPES, Array, is_float, native
+from supple.serve.protocol.parameters import (
+    REST_INPUT,
+    REST_OUTPUT,
+    REST_REQUEST,
+    flag,
+    refuse_unsupported,
+)
+from supple.serve.protocol.refusal import refuse
 
 _JSON_TYPES: Final[Mapping[str, frozenset[type]]] = {
     "b": frozenset({bool}),
     "u": frozenset({bool, int}),
     "i": frozenset({bool, int}),
     "f": frozenset({bool, int, float}),
+    "V": frozenset({bool, int, float}),
     "O": frozenset({str}),
 }
-"""Numpy kind of a tensor to the Python types its JSON data may hold. Bool counts as 0 and 1."""
+"""Numpy kind of a tensor to the Python types its JSON data may hold. Bool counts as 0 and 1; the
+kind of bfloat16 is V."""
 
 _SHOWN: Final[Mapping[type, str]] = {
     **{bool: "true or false", int: "whole numbers", float: "fractions"},
@@ -72,16 +63,6 @@ class RequestLimits:
     """Per tensor."""
     max_strings: int = 256 * 1024
     """Per tensor of BYTES. Its elements are created one by one, this many in about 0.1 s."""
-
-
-@final
-class Refused(Exception):
-    """A request is refused with an HTTP `status`; the message is the reason."""
-
-    def __init__(self, message: str, status: int = 400, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.retry_after_s = retry_after_s
 
 
 @final
@@ -136,19 +117,14 @@ def decode_request(
     request_id = document.get("id", "")
     if not isinstance(request_id, str) or len(request_id) > 1024:
         refuse('"id" is a string of at most 1024 characters')
-    parameters = _parameters(document, "the request", limits)
+    parameters = _parameters(document, "the request", REST_REQUEST, limits)
     return InferRequest(
         inputs=inputs,
         request_id=request_id,
         outputs=_wanted(document.get("outputs"), limits),
-        binary_output=parameters.get("binary_data_output") is True,
+        binary_output=flag(parameters, "binary_data_output"),
         parameters=parameters,
     )
-
-
-def refuse(message: str, status: int = 400) -> NoReturn:
-    """Raise `Refused`."""
-    raise Refused(message, status)
 
 
 def _parse_json(text: bytes) -> dict[str, Any]:
@@ -162,6 +138,8 @@ def _parse_json(text: bytes) -> dict[str, Any]:
         hint = ""
         if b"NaN" in text or b"Infinity" in text:
             hint = "; JSON has no NaN and no infinity, send them as binary data"
+        elif "UTF-8" in str(error) or "surrogate" in str(error):
+            hint = "; bytes that are not UTF-8 are sent as binary data (binary_data_size)"
         refuse(f"the body is not JSON: {str(error)[:200]}{hint}")
     if not isinstance(document, dict):
         refuse("the body is JSON, but not an object with inputs")
@@ -181,7 +159,9 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _parameters(owner: dict[str, Any], what: str, limits: RequestLimits) -> dict[str, Any]:
+def _parameters(
+    owner: dict[str, Any], what: str, supported: tuple[str, ...], limits: RequestLimits
+) -> dict[str, Any]:
     found = owner.get("parameters")
     if found is None:
         return {}
@@ -189,6 +169,7 @@ def _parameters(owner: dict[str, Any], what: str, limits: RequestLimits) -> dict
         refuse(f'"parameters" of {what} is not an object')
     if len(found) > limits.max_parameters:
         refuse(f"{len(found)} parameters of {what}; at most {limits.max_parameters} are accepted")
+    refuse_unsupported(found, supported, what)
     return found
 
 
@@ -203,7 +184,8 @@ def _decode_tensor(
     shape = checked_shape(name, tensor.get("shape"), limits)
     dtype = checked_dtype(name, tensor.get("datatype"))
     refuse_many_strings(name, dtype, shape, limits)
-    size = _parameters(tensor, f"input {name!r}", limits).get("binary_data_size")
+    parameters = _parameters(tensor, f"input {name[:40]!r}", REST_INPUT, limits)
+    size = parameters.get("binary_data_size")
     if size is None:
         if "data" not in tensor:
             refuse(f'input {name!r} has neither "data" nor parameters.binary_data_size')
@@ -245,12 +227,10 @@ def refuse_many_strings(
 
 
 def checked_dtype(name: str, datatype: object) -> np.dtype[Any]:
-    """Return the numpy dtype of a protocol `datatype`, float32 for BF16. Raises `Refused`."""
-    if datatype == "BF16":
-        return DTYPES["FP32"]
+    """Return the numpy dtype of a protocol `datatype`. Raises `Refused`."""
     if not isinstance(datatype, str) or datatype not in DTYPES:
         shown = repr(datatype[:40]) if isinstance(datatype, str) else "no string and"
-        refuse(f"input {name!r}: datatype {shown} is none of {', '.join(DTYPES)}, BF16")
+        refuse(f"input {name!r}: datatype {shown} is none of {', '.join(DTYPES)}")
     return DTYPES[datatype]
 
 
@@ -261,7 +241,7 @@ def _from_json(
     numpy makes an array of strings as wide as the longest one."""
     if not isinstance(data, list):
         refuse(f'input {name!r}: "data" is a list')
-    if dtype.kind == "f" and len(data) == math.prod(shape):
+    if is_float(dtype) and len(data) == math.prod(shape):
         try:  # fast path: packs a flat list of numbers, 8 bytes each, and raises for anything else
             return _floats(name, np.frombuffer(packed("d", data)), dtype, shape)
         except TypeError:
@@ -276,7 +256,7 @@ def _from_json(
         _refuse_count(name, shape, len(values))
     if dtype.kind == "O":
         return _objects(name, [value.encode() for value in values], shape)
-    if dtype.kind != "f":
+    if not is_float(dtype):
         try:
             return np.array(values, dtype=dtype).reshape(shape)
         except OverflowError:
@@ -318,16 +298,13 @@ def from_bytes(name: str, raw: memoryview | bytes, datatype: str, shape: tuple[i
     little-endian uint32. The array may share memory with `raw`. Raises `Refused`."""
     if datatype == "BYTES":
         return _objects(name, _split_strings(name, bytes(raw), math.prod(shape)), shape)
-    width = 2 if datatype == "BF16" else DTYPES[datatype].itemsize
+    width = DTYPES[datatype].itemsize
     count = math.prod(shape)
     if len(raw) != count * width:
         refuse(
             f"input {name!r}: shape {list(shape)} of {datatype} is {count * width} bytes, "
             f"{len(raw)} came"
         )
-    if datatype == "BF16":
-        halves = np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16
-        return halves.view(np.float32).reshape(shape)
     if datatype == "BOOL":
         return (np.frombuffer(raw, dtype=np.uint8) != 0).reshape(shape)
     little = DTYPES[datatype].newbyteorder("<")
@@ -366,8 +343,8 @@ def _wanted(outputs: object, limits: RequestLimits) -> tuple[WantedOutput, ...]:
         name = output.get("name") if isinstance(output, dict) else None
         if not isinstance(name, str):
             refuse('an output has no "name"')
-        parameters = _parameters(output, f"output {name[:40]!r}", limits)
-        found.append(WantedOutput(name=name, binary=parameters.get("binary_data") is True))
+        parameters = _parameters(output, f"output {name[:40]!r}", REST_OUTPUT, limits)
+        found.append(WantedOutput(name=name, binary=flag(parameters, "binary_data")))
     refuse_repeats(found)
     return tuple(found)
 
@@ -412,7 +389,7 @@ def encode_response(
         elif array.dtype.kind == "O":
             described["data"] = _texts(wanted.name, array)
         else:
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
+            if is_float(array.dtype) and not np.isfinite(array).all():
                 _refuse_in_json(wanted.name, "values that are NaN or infinite")
             described["data"] = array.ravel().tolist()
         tensors.append(described)
@@ -436,7 +413,7 @@ def _refuse_in_json(name: str, what: str) -> NoReturn:
 
 def datatype_of(array: Array) -> str:
     """Return the protocol datatype of an output. Raises `Refused` (500) if there is none."""
-    name = DATATYPES.get(array.dtype.newbyteorder("="))
+    name = DATATYPES.get(native(array.dtype))
     if name is None:
         refuse(f"the model returned {array.dtype}, which the protocol cannot carry", 500)
     return name

@@ -93,8 +93,14 @@ def _reads(base: str, version: str) -> list[tuple[str, str]]:
         (f"{base}/versions/{version}", "The same, by version."),
         (f"{base}/ready", "Whether the model answers requests."),
         (f"{base}/versions/{version}/ready", "The same, by version."),
+        (f"{base}/config", "Configuration of the model: tensors, largest batch, priorities."),
+        (f"{base}/versions/{version}/config", "The same, by version."),
+        (f"{base}/stats", "Counts and times of inferences, summed over all replicas."),
+        (f"{base}/versions/{version}/stats", "The same, by version."),
+        ("/v2/models/stats", "The same, of all models, which is one."),
         ("/metrics", "Prometheus metrics of all replicas, each with its label."),
         ("/metrics/replica", "The same for the replica that answers."),
+        ("/statistics/replica", "The statistics of the replica that answers."),
         ("/openapi.json", "This interface."),
     ]
 

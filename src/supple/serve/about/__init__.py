@@ -1,0 +1,1 @@
+"""What a service answers about itself: metadata, configuration, statistics, pages."""
