@@ -1,6 +1,7 @@
 """`supple plan SCRIPT --memory`: the memory part of a plan for accelerators that are not here."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from supple.cli.app import app
+from supple.cli.planning import memory as planning_memory
 from supple.cli.planning.memory import show, to_json
 from supple.cli.planning.memory import trace as traced
 from supple.core.planning.measured import ScriptMeasurements
@@ -270,3 +272,20 @@ def test_a_wrong_shape_is_told_once_by_the_scripts_line_and_whole_when_asked(
         assert "bug.py" in result.stderr and "same reduction dim" in result.stderr
         assert len(result.stderr.splitlines()) in lines
         assert ("failed while attempting" in caplog.text) == bool(more)
+
+
+def test_a_trace_that_takes_long_shows_what_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told, heard = list[str](), threading.Event()
+
+    def tell(line: str) -> None:
+        told.append(line)
+        heard.set()
+
+    monkeypatch.setattr(planning_memory, "tell", tell)
+    monkeypatch.setattr(planning_memory, "_SILENT_S", 0.0)
+    with planning_memory._told() as now:  # pyright: ignore[reportPrivateUsage]
+        now[:] = ["tracing a step of 64 samples, activations kept"]
+        assert heard.wait(10.0)
+    assert told[0].endswith("0 s so far")

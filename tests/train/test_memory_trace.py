@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.amp.autocast_mode import autocast
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
@@ -115,7 +117,7 @@ def test_a_model_of_640_gigabytes_of_states_is_traced_here(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("print(model(x).sum().item())", "reads a tensor's value while it trains"),
+        ("print(model(x).nonzero())", "reads a tensor's value while it trains"),
         ("pass", "did not call job.step"),
         ("model(x[:, :7])", "failed while it was traced"),
     ],
@@ -128,7 +130,7 @@ def test_a_script_that_cannot_be_traced_says_why(tmp_path: Path, body: str, word
 @pytest.mark.slow
 def test_nothing_fake_is_left_behind_after_a_failure(tmp_path: Path) -> None:
     with pytest.raises(TraceFailed):
-        trace_memory(write(tmp_path, "print(model(x).sum().item())"), "train")
+        trace_memory(write(tmp_path, "print(model(x).nonzero())"), "train")
     assert float(torch.ones(3).sum()) == 3.0
 
 
@@ -228,3 +230,98 @@ def test_what_a_script_prints_is_not_the_answer(
     said = capsys.readouterr()
     assert said.out == ""
     assert f"step ['{tmp_path}/job.py']" in said.err
+
+
+# -- ordinary habits -------------------------------------------------------------------------------
+
+HABIT = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+def build():
+    return nn.Sequential(
+        nn.Linear(256, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(), nn.Linear(2048, 10))
+
+def loss_of(model, x, y):
+    return F.cross_entropy(model(x).float(), y)
+
+def train(job):
+    model = job.model({build})
+    {after}
+    job.optimizer(torch.optim.AdamW, lr=1e-3)
+    data = torch.utils.data.TensorDataset(torch.zeros(512, 256), torch.zeros(512).long())
+    for x, y in job.batches(data, batch_size=512):
+        {each}
+        {step}
+"""
+PLAIN = {"build": "build", "after": "", "each": "", "step": "job.step(loss_of(model, x, y))"}
+AUTOCAST = "with torch.autocast('{}', {}): loss = loss_of(model, x, y)\n        job.step(loss)"
+ON_CPU = AUTOCAST.format("cpu", "torch.bfloat16")
+HABITS: dict[str, dict[str, str]] = {
+    "plain": {},
+    "bfloat16 in the factory": {
+        "build": "lambda: build().to(torch.bfloat16)", "each": "x = x.bfloat16()",
+    },
+    "bfloat16 after it": {
+        "after": "model = model.to(torch.bfloat16)", "each": "x = x.bfloat16()",
+    },
+    "half": {"after": "model.half()", "each": "x = x.half()"},
+    "device": {"after": "model.to(torch.device('cpu'))"},
+    "autocast": {"step": ON_CPU},
+    "a value read": {"step": "loss = loss_of(model, x, y); job.step(loss); print(loss.item())"},
+    "finite": {"step": "loss = loss_of(model, x, y); assert loss.isfinite(); job.step(loss)"},
+    "called twice": {"step": "job.step(loss_of(model, x, y) + loss_of(model, x + 1, y))"},
+    "evaluated": {
+        "each": "model.eval(); F.one_hot(model(x[:4]).detach().argmax(1), 10); model.train()",
+    },
+}  # fmt: skip
+
+
+def habit(tmp_path: Path, **changes: str) -> Path:
+    path = tmp_path / "habit.py"
+    path.write_text(HABIT.format(**PLAIN | changes))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HABITS)
+def test_the_memory_of_an_ordinary_habit_is_what_it_allocates(tmp_path: Path, name: str) -> None:
+    script = habit(tmp_path, **HABITS[name])
+    trace = trace_memory(str(script), "train").traces[0]
+    assert trace.micro_batch_size == 512
+    assert trace.peak_bytes == pytest.approx(really(script, 512), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "like"),
+    [
+        ({"build": "lambda: torch.compile(build())"}, {}),
+        ({"after": "step = torch.compile(model)", "step": "job.step(loss_of(step, x, y))"}, {}),
+        ({"after": "model.compile()"}, {}),
+        ({"step": AUTOCAST.format("cuda", "torch.bfloat16")}, {"step": ON_CPU}),
+        ({"step": AUTOCAST.format("cuda", "dtype=torch.float16")}, {"step": ON_CPU}),
+    ],
+)
+def test_what_is_not_here_is_traced_as_what_it_stands_for(
+    tmp_path: Path, changes: dict[str, str], like: dict[str, str]
+) -> None:
+    """A compiled model as it is written, autocast of an accelerator as the processor's."""
+    found, other = (
+        trace_memory(str(habit(tmp_path, **given)), "train").traces[0] for given in (changes, like)
+    )
+    assert found == other
+
+
+def test_every_size_is_told_before_it_is_traced(tmp_path: Path) -> None:
+    told: list[int] = []
+    found = trace_memory(job_of(tmp_path, batch=4), "train", on_size=told.append)
+    assert sorted(told) == sorted(sizes(found))
+
+
+@pytest.mark.slow
+def test_nothing_of_torch_is_changed_after_a_trace(tmp_path: Path) -> None:
+    before = (torch.compile, torch.utils.swap_tensors, nn.Module.compile, autocast.__init__)
+    trace_memory(job_of(tmp_path), "train")
+    assert before == (torch.compile, torch.utils.swap_tensors, nn.Module.compile, autocast.__init__)

@@ -5,13 +5,17 @@ Traced with tensors that have shapes and no values: nothing is computed.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event, Thread
 from typing import TYPE_CHECKING, final
 
 from rich.table import Table
 
 from supple.cli.output import console
+from supple.cli.planning.answer import tell
 from supple.core.training.memory import (
     FAR,
     FRAGMENTATION,
@@ -28,6 +32,8 @@ from supple.train.script import PLAIN, Start
 if TYPE_CHECKING:  # torch is imported by what traces, so that `--help` is immediate
     from supple.train.probes.memory_trace import TracedJob
 
+_SILENT_S, _EVERY_S = 2.0, 10.0
+"""A trace that takes longer shows what it does, and every so many seconds again."""
 _SHARDS = (1, 2, 4, 8, 16, 64)
 
 
@@ -44,6 +50,26 @@ class MemoryTable:
     """Why no row fits; None where one does."""
 
 
+@contextmanager
+def _told() -> Iterator[list[str]]:
+    """Tell the last line of the list while the block takes long."""
+    now, done, began = ["building the model without its values"], Event(), time.monotonic()
+
+    def tell_on() -> None:
+        wait_s = _SILENT_S
+        while not done.wait(wait_s):
+            tell(f"{now[-1]}: {time.monotonic() - began:.0f} s so far")
+            wait_s = _EVERY_S
+
+    teller = Thread(target=tell_on, daemon=True)
+    teller.start()
+    try:
+        yield now
+    finally:
+        done.set()
+        teller.join()
+
+
 def trace(
     path: str,
     function: str,
@@ -57,17 +83,22 @@ def trace(
     where it cannot be traced."""
     from supple.train.probes.memory_trace import trace_memory
 
-    traced = {
-        name: trace_memory(
-            path,
-            function,
-            recompute=recompute,
-            optimizer=optimizer,
-            verbose=verbose,
-            start=start,
-        )
-        for name, recompute in (("kept", False), ("recomputed", True))
-    }
+    traced: dict[str, TracedJob] = {}
+    with _told() as now:
+        for name, recompute in (("kept", False), ("recomputed", True)):
+
+            def on_size(size: int, name: str = name) -> None:
+                now[:] = [f"tracing a step of {size} samples, activations {name}"]
+
+            traced[name] = trace_memory(
+                path,
+                function,
+                recompute=recompute,
+                optimizer=optimizer,
+                verbose=verbose,
+                on_size=on_size,
+                start=start,
+            )
     rows = tuple(
         _row(name, job, shards, limit_bytes) for name, job in traced.items() for shards in _SHARDS
     )

@@ -30,6 +30,7 @@ from supple.core.training.memory import TracedMemory
 from supple.train.data.loader import Loader, MicroBatch
 from supple.train.optimizers import members_of
 from supple.train.probes.stand_in import StandIn
+from supple.train.probes.traceable import ReadableValues, traceable_habits
 from supple.train.recipe import Recipe
 from supple.train.script import PLAIN, Start, user_traceback
 from supple.train.step.engine import TrainingError
@@ -79,15 +80,16 @@ def trace_memory(
     optimizer: str | None = None,
     verbose: bool = False,
     start: Start = PLAIN,
+    on_size: Callable[[int], None] = lambda _size: None,
 ) -> TracedJob:
     """Trace peak bytes at the script's micro-batch, at a half, a quarter and an eighth of it, and
     at larger sizes if these do not show the bytes per sample.
 
     `recompute` checkpoints the activations of every block: each entry of a `ModuleList` or
     `Sequential`. `optimizer`, a key of `OPTIMIZERS`, replaces the script's. `verbose` keeps whole
-    tracebacks. Raises `SpecError` before any work, `TraceFailed` if the script cannot be traced at
-    its own micro-batch."""
-    tracer = MemoryTracer(recompute, optimizer)
+    tracebacks. `on_size` is told every micro-batch size before it is traced. Raises `SpecError`
+    before any work, `TraceFailed` if the script cannot be traced at its own micro-batch."""
+    tracer = MemoryTracer(recompute, optimizer, on_size)
     untraced: list[tuple[int, str]] = []
     num_found = 0
     while (tracer.pending or not tracer.found) and (
@@ -119,12 +121,13 @@ def _attempt(
     if not verbose:  # torch logs the errors that it raises; they are reported here
         _TORCHS_OWN_LOG.setLevel(logging.CRITICAL)
     try:
-        problem = job.run(script, function, _NEEDED, start)
+        with traceable_habits():
+            problem = job.run(script, function, _NEEDED, start)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         problem = (
             f"{script} reads a tensor's value while it trains ({error}), and a trace computes no "
-            "values. Take .item(), nonzero() and the like out of the loop (job.report takes "
-            "tensors), or measure with `supple plan`."
+            "values. Take nonzero(), masks and the like out of the loop, or measure with `supple "
+            "plan`."
         )
     except (TrainingError, SpecError) as error:
         problem = str(error)
@@ -139,7 +142,13 @@ def _attempt(
 class MemoryTracer:
     """An instrument that counts the bytes of `_STEPS` steps at several sizes, on fake tensors."""
 
-    def __init__(self, recompute: bool, optimizer: str | None) -> None:
+    def __init__(
+        self,
+        recompute: bool,
+        optimizer: str | None,
+        on_size: Callable[[int], None] = lambda _size: None,
+    ) -> None:
+        self._on_size = on_size
         self.found: list[TracedMemory] = []
         self.pending: list[int] = []
         """Sizes still to trace, the current one first."""
@@ -181,7 +190,8 @@ class MemoryTracer:
         while self.pending:
             batch = _first(loader, self.pending[0])
             tracker = _Tracker()
-            with self._fake:
+            self._on_size(batch.num_samples)
+            with self._fake, ReadableValues():
                 tracker.track_external(recipe.model, *members_of(recipe.optimizer))
                 with tracker:
                     for _ in range(_STEPS):
