@@ -23,7 +23,7 @@ from supple.core.types import (
     WorkerLost,
 )
 from supple.report.eventlog import EventLog, LedgerLog, last_run, to_plain
-from supple.train.logfile import LogFile
+from supple.train.start.logfile import LogFile
 
 JOB = JobId("digits")
 W0, W1 = WorkerId("w0"), WorkerId("w1")

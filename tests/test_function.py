@@ -13,7 +13,7 @@ from supple.cli import function, training
 from supple.control.controller import Outcome
 from supple.core.spec import SpecError, TrainSpec
 from supple.report.live import Tally
-from supple.train.script import check, load
+from supple.train.start.script import check, load
 
 Options = dict[str, Any]
 

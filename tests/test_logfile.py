@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from supple.cli.output import LossyStream
-from supple.train.logfile import LogFile
+from supple.train.start.logfile import LogFile
 
 Lost = list[tuple[str, str]]
 

@@ -24,7 +24,7 @@ from torch import nn
 from supple.control.socket import send_request
 from supple.core.spec import SpecError
 from supple.train.checkpoint.store import CheckpointStore
-from supple.train.state import TrainState
+from supple.train.state.train_state import TrainState
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 

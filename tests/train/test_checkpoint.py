@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supple.train.checkpoint.store import CheckpointError, CheckpointStore
-from supple.train.state import TrainState
+from supple.train.state.train_state import TrainState
 from tests.train.crashes import SIGNATURE, found_in, save, state_of
 
 META = {"signature": SIGNATURE}

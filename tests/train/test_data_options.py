@@ -21,7 +21,7 @@ from supple.train.job import Job
 from supple.train.probes.layer_probe import LayerProbe
 from supple.train.probes.probe import Probe, ProbeSize
 from supple.train.probes.stand_in import StandIn
-from supple.train.script import StepShare, single_sample_advice
+from supple.train.start.script import StepShare, single_sample_advice
 from tests.train.world import World
 
 X = torch.randn(37, 4, generator=torch.Generator().manual_seed(1))

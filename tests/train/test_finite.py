@@ -13,7 +13,7 @@ from supple.core.spec import TrainSpec
 from supple.core.types import CheckpointFailed, Progress
 from supple.train.checkpoint.store import CheckpointError, CheckpointStore
 from supple.train.job import Job
-from supple.train.state import TrainState
+from supple.train.state.train_state import TrainState
 from supple.train.step.engine import TrainingError
 from supple.train.step.finite import MOST_SKIPPED_IN_A_ROW, FiniteSteps
 from tests.train.world import World

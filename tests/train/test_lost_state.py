@@ -16,7 +16,7 @@ from supple.core.types import CheckpointFailed, WorkerStopped
 from supple.train.checkpoint.store import CheckpointStore
 from supple.train.generation.group import form
 from supple.train.job import Job
-from supple.train.state import TrainState, _buckets, _encode, _pack
+from supple.train.state.train_state import TrainState, _buckets, _encode, _pack
 from supple.train.step.engine import TrainingError
 from tests.train.ranks import rendezvous
 from tests.train.world import World
@@ -221,7 +221,7 @@ def trained_elsewhere() -> TrainState:
 def test_a_joiner_whose_only_source_died_half_way_begins_whole(
     worlds: list[World], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, restored: bool
 ) -> None:
-    monkeypatch.setattr("supple.train.state._BUCKET_BYTES", 600)
+    monkeypatch.setattr("supple.train.state.train_state._BUCKET_BYTES", 600)
     expected = alone(worlds, f"whole-{restored}")
     path: str | None = None
     if restored:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from supple.train.output import Output, Stream
+from supple.train.start.output import Output, Stream
 
 
 class Screen:

@@ -10,7 +10,7 @@ from torch import nn
 import supple
 from supple.train.checkpoint.published import newest
 from supple.train.checkpoint.store import CheckpointError, CheckpointStore
-from supple.train.state import TrainState
+from supple.train.state.train_state import TrainState
 
 
 class Tied(nn.Module):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from supple.train.rehearsal import Rehearsal
-from supple.train.state import TrainState
+from supple.train.state.rehearsal import Rehearsal
+from supple.train.state.train_state import TrainState
 from supple.train.step.engine import TrainingError
 
 

@@ -15,8 +15,8 @@ from supple.core.spec import TrainSpec
 from supple.train.checkpoint.folder import CheckpointError, CheckpointRefused
 from supple.train.checkpoint.store import CheckpointStore
 from supple.train.job import Job
-from supple.train.optimizers import params_of
-from supple.train.same_run import data_identity
+from supple.train.state.optimizers import params_of
+from supple.train.state.same_run import data_identity
 
 _random = torch.Generator().manual_seed(2)
 X, Y = torch.randn(40, 3, generator=_random), torch.randn(40, 1, generator=_random)

@@ -25,7 +25,7 @@ from supple.train.generation.mailbox import Mailbox
 from supple.train.generation.member import Identity
 from supple.train.generation.rendezvous import Address
 from supple.train.job import Job
-from supple.train.state import TrainState
+from supple.train.state.train_state import TrainState
 from tests.train.world import World
 
 X = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))

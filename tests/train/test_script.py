@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from supple.core.spec import SpecError
-from supple.train.script import (
+from supple.train.start.script import (
     Start,
     check,
     find_module,

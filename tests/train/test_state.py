@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from supple.train.generation.group import CollectiveFailed, Group
-from supple.train.rehearsal import Rehearsal
-from supple.train.state import TrainState, _buckets, _encode, _pack, share_state
+from supple.train.state.rehearsal import Rehearsal
+from supple.train.state.train_state import TrainState, _buckets, _encode, _pack, share_state
 from tests.examples import examples
 from tests.train.ranks import run_ranks
 

@@ -10,7 +10,7 @@ import typer
 
 from supple.cli import output
 from supple.core.spec import SpecError
-from supple.train.script import find_module
+from supple.train.start.script import find_module
 
 REFUSED, FAILED = 2, 1
 

@@ -76,7 +76,7 @@ def run(
                 f"supple.run(train, {', '.join(f'{name}=...' for name in given)}): options are for "
                 "a run on workers. Add workers=, such as workers='1:4', or leave them out."
             )
-        from supple.train.local import run
+        from supple.train.start.local import run
 
         return run(train)
     _refuse_wrong(train)

@@ -42,7 +42,7 @@ from supple.core.spec import (
     parse_schedule,
     parse_workers,
 )
-from supple.train.script import check
+from supple.train.start.script import check
 
 TRAIN_EPILOG = (
     "Examples:\n\n  supple train examples/digits.py --workers 1:4\n\n"

@@ -24,8 +24,8 @@ from supple.report.curves import Curves
 from supple.report.eventlog import EventLog, LedgerLog
 from supple.report.live import LiveLine, Losses, Tally
 from supple.report.run_picture import draw_run
-from supple.train.logfile import LogFile
-from supple.train.script import Start
+from supple.train.start.logfile import LogFile
+from supple.train.start.script import Start
 
 OPTIONS = {
     "batch": "--batch",

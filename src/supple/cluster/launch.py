@@ -24,7 +24,7 @@ from supple.core.planning.measured import ScriptMeasurements
 from supple.core.spec import SpecError, TrainSpec
 from supple.train.checkpoint.folder import meta_of
 from supple.train.checkpoint.store import CheckpointError, CheckpointStore
-from supple.train.script import PICKLED, check, script_hash
+from supple.train.start.script import PICKLED, check, script_hash
 
 _SOCKET_BYTES = 107
 """Longest path of a Unix socket on Linux."""

@@ -23,7 +23,7 @@ from supple.train.generation.rendezvous import Address, Rendezvous
 from supple.train.probes.kept_files import files_restored, kept_files
 from supple.train.probes.probe import Probe, ProbeReport, ProbeSize
 from supple.train.probes.stand_in import StandIn
-from supple.train.script import PLAIN, Start, check, user_traceback
+from supple.train.start.script import PLAIN, Start, check, user_traceback
 from supple.train.step.engine import TrainingError
 
 MOST_MEASURED = 4

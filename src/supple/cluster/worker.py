@@ -34,10 +34,10 @@ from supple.train.generation.member import Elastic, Identity, LeaveLoop
 from supple.train.generation.rendezvous import Address
 from supple.train.job import Job
 from supple.train.ledger import Ledger
-from supple.train.logfile import LogFile
-from supple.train.output import Output
 from supple.train.recipe import no_batch_taken
-from supple.train.script import (
+from supple.train.start.logfile import LogFile
+from supple.train.start.output import Output
+from supple.train.start.script import (
     Start,
     command_line,
     load,
@@ -47,7 +47,7 @@ from supple.train.script import (
     single_sample_advice,
     user_traceback,
 )
-from supple.train.seeding import seed_everything
+from supple.train.start.seeding import seed_everything
 from supple.train.step.engine import TrainingError
 
 _COMPLETE = (TrainingError, CheckpointError, SpecError)

@@ -19,7 +19,7 @@ from supple.core.planning.measured import ScriptMeasurements
 from supple.core.training.loop_time import LoopTime
 from supple.core.training.measurements import CollectiveMeasurement, StepMeasurement
 from supple.core.training.memory import MemoryMeasurement
-from supple.train.script import PLAIN, Start
+from supple.train.start.script import PLAIN, Start
 
 _MOST_KEPT = 100
 """Most files in the cache; the oldest are deleted."""

@@ -11,7 +11,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
 from supple.core.types import Action, Decision, Event, Progress
-from supple.train.logfile import LogFile, Lost
+from supple.train.start.logfile import LogFile, Lost
 
 _Record: Any = cast(Any, event_pb2).Event  # protobuf creates the class at import
 

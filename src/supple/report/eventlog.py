@@ -20,7 +20,7 @@ from typing import Any, Protocol, final
 
 from supple.core.spec import TrainSpec
 from supple.core.types import Action, Decision, Event, FileLost, GroupFormed, Progress
-from supple.train.logfile import Lost, append
+from supple.train.start.logfile import Lost, append
 
 
 class Lines(Protocol):
@@ -34,7 +34,7 @@ class Lines(Protocol):
 @final
 class EventLog:
     """An observer that writes records to open text files, line by line. The files must not raise on
-    a full disk or a closed reader, which would end the training: see `supple.train.logfile`."""
+    a full disk or a closed reader, which would end the training: `supple.train.start.logfile`."""
 
     def __init__(self, *files: Lines, clock: Callable[[], float] = time.monotonic) -> None:
         self._files = list(files)

@@ -24,16 +24,16 @@ from supple.train.evaluation import Evaluation
 from supple.train.generation.activity import Activity
 from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.generation.member import Elastic, LeaveLoop, Membership
-from supple.train.holder import StateHolder
 from supple.train.job_protocol import JobProtocol, Metric, Params, Schedule, Weight
 from supple.train.ledger import Ledger
-from supple.train.optimizers import members_of
 from supple.train.own_steps import refuse_foreign_steps, refuse_sparse
 from supple.train.recipe import Hand, Recipe
-from supple.train.rehearsal import Rehearsal
 from supple.train.reporter import Reporter
-from supple.train.script import StepShare
-from supple.train.seeding import seed_everything
+from supple.train.start.script import StepShare
+from supple.train.start.seeding import seed_everything
+from supple.train.state.holder import StateHolder
+from supple.train.state.optimizers import members_of
+from supple.train.state.rehearsal import Rehearsal
 from supple.train.step.engine import TrainingError
 from supple.train.step.updates import Updates
 from supple.train.step_loop import StepLoop

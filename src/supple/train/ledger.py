@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
-from supple.train.logfile import LogFile, Lost
+from supple.train.start.logfile import LogFile, Lost
 
 
 @final

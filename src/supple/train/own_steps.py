@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from supple.train.optimizers import AnyOptimizer, members_of, params_of
+from supple.train.state.optimizers import AnyOptimizer, members_of, params_of
 from supple.train.step.finite import TrainingError
 
 _SAVED = ("param_groups", "state", "defaults")

@@ -17,9 +17,9 @@ from supple.train.data.batches import Batches
 from supple.train.data.loader import Loader, MicroBatch
 from supple.train.evaluation import Evaluation, Evaluations
 from supple.train.job_protocol import Params, Schedule
-from supple.train.optimizers import AnyOptimizer, Optimizers, params_of
 from supple.train.own_steps import refuse_closure, refuse_scheduler, refuse_wrapper
-from supple.train.rehearsal import check_kept
+from supple.train.state.optimizers import AnyOptimizer, Optimizers, params_of
+from supple.train.state.rehearsal import check_kept
 from supple.train.step.engine import TrainingError
 from supple.train.step.rate import AnyRate, LearningRate, LearningRates, constant
 

@@ -14,10 +14,10 @@ from supple.train.data.loader import MicroBatch
 from supple.train.generation.activity import Activity
 from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.generation.member import Membership
-from supple.train.holder import StateHolder
 from supple.train.job_protocol import Weight
 from supple.train.ledger import Ledger
 from supple.train.recipe import Hand
+from supple.train.state.holder import StateHolder
 from supple.train.step.engine import TrainingError
 
 

@@ -17,7 +17,7 @@ from supple.cli.planning.subject import Question, otherwise, start_of
 from supple.core.spec import SpecError, parse_limits, parse_name, parse_objective
 from supple.core.types import Infeasible
 from supple.inputs.rows import parse_gigabytes
-from supple.train.script import check
+from supple.train.start.script import check
 
 if TYPE_CHECKING:  # numpy, scipy and torch are imported by what plans and measures
     from supple.core.planning.view import JobView
@@ -111,7 +111,7 @@ def _measured(
     question: Question, path: str, function: str, found: memory.MemoryTable
 ) -> "LayerReport | Infeasible":
     from supple.train.probes.layer_probe import measure_layers
-    from supple.train.script import user_traceback
+    from supple.train.start.script import user_traceback
     from supple.train.step.engine import TrainingError
 
     try:

@@ -27,7 +27,7 @@ from supple.core.training.memory import (
     safe_bytes,
 )
 from supple.core.types import Infeasible
-from supple.train.script import PLAIN, Start
+from supple.train.start.script import PLAIN, Start
 
 if TYPE_CHECKING:  # torch is imported by what traces, so that `--help` is immediate
     from supple.train.probes.memory_trace import TracedJob

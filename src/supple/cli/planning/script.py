@@ -20,7 +20,7 @@ from supple.core.spec import (
     parse_rule,
 )
 from supple.core.types import Infeasible
-from supple.train.script import check
+from supple.train.start.script import check
 
 if TYPE_CHECKING:  # numpy and scipy are imported by what plans, so that `--help` is immediate
     from supple.core.planning.choice import PlanTable

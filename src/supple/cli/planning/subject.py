@@ -8,7 +8,7 @@ from typing import TypeVar, final
 
 from supple.cli.errors import file_of
 from supple.core.spec import SpecError
-from supple.train.script import Start
+from supple.train.start.script import Start
 
 
 class Kind(Enum):

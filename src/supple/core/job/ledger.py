@@ -130,18 +130,7 @@ def prove(
             gaps.append(record)
         elif kind == "end":
             ends.append(int(record["step"]))
-    if gaps:
-        first = min(gaps, key=lambda gap: int(gap["step"]))
-        raise LedgerError(
-            f"the ledger is incomplete from step {first['step']} on: {first['file']} could not be "
-            f"written ({first['error']}). Training continued, and the samples it used then are "
-            "unknown. Make room, and run with --ledger again."
-        )
-    if not ends:
-        raise LedgerError(
-            "the ledger has no end: no record states how many steps were committed. Let the run "
-            "finish, or stop it so that it can save, before using its ledger as a proof."
-        )
+    _refuse_incomplete(gaps, ends)
     num_steps = max(ends)
     begun = _starts(reads, begun)
     used, by_generation, num_void = _committed(reads, begun, num_steps)
@@ -162,6 +151,21 @@ def prove(
             for epoch in range(last + 1)
         ),
     )
+
+
+def _refuse_incomplete(gaps: Sequence[Mapping[str, Any]], ends: Sequence[int]) -> None:
+    if gaps:
+        first = min(gaps, key=lambda gap: int(gap["step"]))
+        raise LedgerError(
+            f"the ledger is incomplete from step {first['step']} on: {first['file']} could not be "
+            f"written ({first['error']}). Training continued, and the samples it used then are "
+            "unknown. Make room, and run with --ledger again."
+        )
+    if not ends:
+        raise LedgerError(
+            "the ledger has no end: no record states how many steps were committed. Let the run "
+            "finish, or stop it so that it can save, before using its ledger as a proof."
+        )
 
 
 def shard_ids(lengths: Sequence[int]) -> list[str]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, final
 
 import torch
 
-from supple.train.names import plain_name
+from supple.train.state.names import plain_name
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -7,7 +7,7 @@ from torch import nn
 
 from supple.train.checkpoint.folder import MANIFEST, CheckpointError
 from supple.train.checkpoint.store import CheckpointStore
-from supple.train.names import named_buffers, named_params, plain_name
+from supple.train.state.names import named_buffers, named_params, plain_name
 
 
 def newest(path: str | Path) -> Path:

@@ -18,7 +18,7 @@ from supple.train.checkpoint.store import (
 )
 from supple.train.generation.mailbox import Mailbox
 from supple.train.generation.member import Identity
-from supple.train.state import TrainState
+from supple.train.state.train_state import TrainState
 
 
 @final

@@ -26,7 +26,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from supple.core.job.order import mix
 from supple.core.spec import SpecError
-from supple.train.seeding import seeded
+from supple.train.start.seeding import seeded
 
 _SAMPLING = 0x5A3
 """Separates the random streams of samplers from others with the same seed."""

@@ -142,6 +142,8 @@ def make_loader(
 
     Raises `SpecError` for anything else, for no data, and for options that have no meaning with
     shards.
+
+    Long, many parameters: the options of `job.batches`, and the refusals of each.
     """
     options = options or DataOptions()
     if isinstance(dataset, DataLoader):

@@ -28,7 +28,7 @@ from supple.train.generation.activity import Activity
 from supple.train.generation.group import CollectiveFailed, Group, form
 from supple.train.generation.mailbox import Mailbox
 from supple.train.generation.rendezvous import Address
-from supple.train.state import TrainState, Transfer, share_state
+from supple.train.state.train_state import TrainState, Transfer, share_state
 
 
 class LeaveLoop(BaseException):

@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 from supple.core.layouts.stages import MeasuredLayer
 from supple.core.training.memory import TracedMemory
 from supple.train.data.loader import MicroBatch
-from supple.train.optimizers import name_of
 from supple.train.probes.stand_in import StandIn
 from supple.train.recipe import Recipe
-from supple.train.script import PLAIN, Start
+from supple.train.start.script import PLAIN, Start
+from supple.train.state.optimizers import name_of
 from supple.train.step.engine import TrainingError
 
 _WARM_UP, _STEPS = 2, 7

@@ -28,11 +28,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from supple.core.spec import SpecError
 from supple.core.training.memory import TracedMemory
 from supple.train.data.loader import Loader, MicroBatch
-from supple.train.optimizers import members_of
 from supple.train.probes.stand_in import StandIn
 from supple.train.probes.traceable import ReadableValues, traceable_habits
 from supple.train.recipe import Recipe
-from supple.train.script import PLAIN, Start, user_traceback
+from supple.train.start.script import PLAIN, Start, user_traceback
+from supple.train.state.optimizers import members_of
 from supple.train.step.engine import TrainingError
 
 _TORCHS_OWN_LOG = logging.getLogger("torch._subclasses.fake_tensor")

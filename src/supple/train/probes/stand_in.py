@@ -21,7 +21,7 @@ from supple.train.evaluation import Evaluation
 from supple.train.job_protocol import JobProtocol, Metric, Params, Schedule, Weight
 from supple.train.recipe import Hand, Recipe, no_batch_taken
 from supple.train.reporter import numbers
-from supple.train.script import PLAIN, Start, StepShare, run, single_sample_advice
+from supple.train.start.script import PLAIN, Start, StepShare, run, single_sample_advice
 
 _DIVIDED = 4
 """Workers for whose share of a batch a script is measured, see `supple.cluster.measure`."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from supple.train.generation.group import Group
-from supple.train.names import plain_name
+from supple.train.state.names import plain_name
 from supple.train.step.finite import TrainingError
 
 _MOST_BYTES_IN_TAIL = 4096
@@ -47,7 +47,7 @@ class ChangedBuffers:
         is_small = sum(self._sizes[name] for name in stored) <= _MOST_BYTES_STORED
         self._stored = stored if is_small else []
         self._late: list[str] = []
-        """Of `_still`: those that have changed since."""
+        """Those of `_still` that have changed since."""
         self._before: dict[str, Tensor] = {}
         self._seen: dict[str, tuple[Tensor | None, int]] = {}
         self._message: Tensor | None = None

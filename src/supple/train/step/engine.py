@@ -18,9 +18,9 @@ from supple.core.training.noise import NoiseState, update
 from supple.train.data.loader import Loader, MicroBatch
 from supple.train.generation.group import Group
 from supple.train.job_protocol import Weight
-from supple.train.names import named_buffers, named_params
-from supple.train.optimizers import AnyOptimizer, members_of, name_of, params_of
 from supple.train.own_steps import refuse_other_steps
+from supple.train.state.names import named_buffers, named_params
+from supple.train.state.optimizers import AnyOptimizer, members_of, name_of, params_of
 from supple.train.step.buffers import ChangedBuffers
 from supple.train.step.finite import FiniteSteps, TrainingError
 from supple.train.step.guard import GradientGuard

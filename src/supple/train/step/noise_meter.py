@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from supple.core.training.noise import NoiseSample
-from supple.train.optimizers import AnyOptimizer
+from supple.train.state.optimizers import AnyOptimizer
 from supple.train.step.reduce import Bucket
 
 EVERY = 8

@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from supple.core.spec import LrRule
 from supple.core.training.goodput import OptimizerFamily, family_of, learning_rate, warmup_steps
-from supple.train.optimizers import AnyOptimizer, members_of
+from supple.train.state.optimizers import AnyOptimizer, members_of
 
 
 @final

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from supple.train.generation.group import Group
-from supple.train.names import named_buffers, named_params, plain_name
-from supple.train.optimizers import AnyOptimizer, name_of, params_of
+from supple.train.state.names import named_buffers, named_params, plain_name
+from supple.train.state.optimizers import AnyOptimizer, name_of, params_of
 from supple.train.step.finite import is_finite
 
 _BUCKET_BYTES = 16 * 1024 * 1024

@@ -13,15 +13,15 @@ from supple.train.checkpoint.saver import Saver
 from supple.train.data.batches import Batches
 from supple.train.data.loader import Loader, fraction_done
 from supple.train.evaluation import Evaluation
-from supple.train.optimizers import members_of
 from supple.train.recipe import Recipe
-from supple.train.same_run import changes, data_identity
-from supple.train.state import TrainState, private
+from supple.train.state.optimizers import members_of
+from supple.train.state.same_run import changes, data_identity
+from supple.train.state.train_state import TrainState, private
 from supple.train.step.engine import StepEngine
 from supple.train.step.updates import MOST
 
 _NO_EVALUATIONS: Mapping[str, Any] = {"made_at": 0, "results": {}}
-"""Of a checkpoint of an earlier version."""
+"""What a checkpoint of an earlier version stands for."""
 
 
 @final

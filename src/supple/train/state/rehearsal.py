@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from supple.train.checkpoint.folder import refuse_unsafe
-from supple.train.names import named_params
-from supple.train.optimizers import members_of, name_of
 from supple.train.own_steps import plain_attributes, refuse_state_in_attributes
-from supple.train.state import TrainState, private
+from supple.train.state.names import named_params
+from supple.train.state.optimizers import members_of, name_of
+from supple.train.state.train_state import TrainState, private
 from supple.train.step.engine import TrainingError
 
 _IN_A_SETTING = "Give it to the optimizer as a plain value, or leave it out"

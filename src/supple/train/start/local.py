@@ -9,8 +9,8 @@ from supple.core.types import Progress
 from supple.core.words import epoch_in_words
 from supple.train.job import Job
 from supple.train.own_steps import forget_loop
-from supple.train.script import single_sample_advice
-from supple.train.seeding import seed_everything
+from supple.train.start.script import single_sample_advice
+from supple.train.start.seeding import seed_everything
 
 _EVERY_S = 2.0
 

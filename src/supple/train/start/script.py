@@ -174,7 +174,7 @@ def run(script: str, function: str, job: Any, start: Start = PLAIN, *, seed: int
 
     Its output goes to stderr, as stdout is for the command's result; its changes of the working
     folder are undone. Raises the script's errors, and `SpecError` if it ends the program."""
-    from supple.train.seeding import seed_everything  # the command line starts without torch
+    from supple.train.start.seeding import seed_everything  # the command line starts without torch
 
     with command_line(script, start), redirect_stdout(sys.stderr), chdir("."):
         seed_everything(seed)

@@ -1,0 +1,1 @@
+"""How a script is found, seeded and called, and where its output goes."""
