@@ -13,6 +13,7 @@ import typer
 from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
+import supple
 from supple.cli.app import app
 from tests.cluster.runs import ROOT
 from tests.docs.blocks import BLOCKS, PAGES, Block, read
@@ -31,7 +32,13 @@ def build_model() -> torch.nn.Module:
 
 GIVEN: dict[str, Any] = {
     "__name__": "__main__",
+    "F": torch.nn.functional,
+    "build_critic": lambda: torch.nn.Linear(64, 1),
+    "build_generator": lambda: torch.nn.Linear(4, 64),
     "build_model": build_model,
+    "held_out": TensorDataset(torch.randn(32, 64), torch.randint(10, (32,))),
+    "supple": supple,
+    "torch": torch,
     "dataset": TensorDataset(torch.randn(128, 64), torch.randint(10, (128,))),
 }
 """What the examples leave to the reader."""
