@@ -10,7 +10,7 @@ from supple.core.spec import LARGEST_COUNT, MAX_WORKERS
 
 Script = Annotated[
     str,
-    typer.Argument(help="A Python file or a dotted module; with :FUNCTION, another than train."),
+    typer.Argument(help="A Python file or a dotted module; :FUNCTION, if not train."),
 ]
 Target = Annotated[
     str, typer.Argument(help="FILE:CLASS, as app.py:Model, or a saved program, model.pt2.")
