@@ -54,6 +54,16 @@ def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+def test_a_speed_that_is_not_known_yet_has_no_point(tmp_path: Path) -> None:
+    """As where a resumed run reports its state before its first step."""
+    with Curves(tmp_path, never) as curves:
+        curves.progressed(progress(10, step_time_s=0.0, efficiency=0.5))
+        curves.progressed(progress(11, efficiency=0.5))
+    found = read(tmp_path)
+    for name, value in (("samples_per_s", 256.0), ("goodput", 128.0), ("step_time_s", 0.25)):
+        assert found[f"supple/{name}"] == [(11, value)]
+
+
 def test_scalars_stand_against_the_committed_steps(tmp_path: Path) -> None:
     with Curves(tmp_path, never) as curves:
         curves.progressed(progress(10))

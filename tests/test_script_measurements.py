@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from supple.train.script import Start
 
 from supple.core.planning.measured import ScriptMeasurements
 from supple.inputs import script_measurements
@@ -46,6 +47,8 @@ def test_another_text_function_path_or_machine_is_another_script(
 ) -> None:
     keep(MEASURED, str(script), "train")
     assert found(script, "other") is None
+    for start in (Start(arguments=("--epochs", "3")), Start(module="theirs.train")):
+        assert kept(str(script), "train", start) is None
     twin = script.with_name("twin.py")
     twin.write_text(script.read_text())
     assert found(twin) is None

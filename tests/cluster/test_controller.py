@@ -128,6 +128,7 @@ def play(
     """Run a controller with `act` beside it."""
     name = f"shell-{tmp_path.name}"[:60]
     fields: dict[str, Any] = {"script": "train.py", "min_workers": 1, "max_workers": 3}
+    fields["arguments"] = ("--epochs", "3")
     spec = TrainSpec(name=name, **(fields | changes))
 
     async def both() -> tuple[Outcome, ObligingBackend, Witness, str]:
@@ -185,6 +186,7 @@ def test_a_resize_from_another_terminal_is_carried_out_and_said(tmp_path: Path) 
         await witness.until(formed(3))
         status = await asyncio.to_thread(send_request, name, {"ask": "status"})
         assert len(status["members"]) == len(status["pids"]) == 3
+        assert (status["script"], status["arguments"]) == ("train.py", ["--epochs", "3"])
         await asyncio.to_thread(send_request, name, {"ask": "stop"})
 
     outcome, _, witness, _ = play(tmp_path, resize)

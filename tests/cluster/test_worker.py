@@ -52,13 +52,13 @@ def train(job):
 """
 
 
-def worker(folder: Path, source: str, address: Address) -> Any:
+def worker(folder: Path, source: str, address: Address, **options: Any) -> Any:
     """The body of a worker that runs this script in the run's folder."""
     script = folder / "train.py"
     script.write_text(source)
     setup = WorkerSetup(
         worker_id=WorkerId("w0"),
-        spec=TrainSpec(name="job", script=str(script)),
+        spec=TrainSpec(name="job", script=str(script), **options),
         run_path=str(folder),
         run=1,
         rendezvous=address,
@@ -74,6 +74,17 @@ def events_of(folder: Path, source: str) -> list[Event]:
     body = worker(folder, source, Address("127.0.0.1", 1, b""))
     body.run()
     return list(body.poll(0.0).events)
+
+
+def test_with_all_output_a_worker_without_a_rank_shows_its_name_and_its_error_is_in_the_log_alone(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "logs").mkdir()
+    for output, shown in (("all", ("[w0] before",)), ("leader", ())):
+        body = worker(tmp_path, RAISES, Address("127.0.0.1", 1, b""), output=output)
+        body.run()
+        assert body.poll(0.0).output == shown
+        assert "the data is gone" in (tmp_path / "logs" / "w0.log").read_text()
 
 
 @pytest.mark.parametrize("source", [RAISES, UNSPEAKABLE])

@@ -207,12 +207,11 @@ class Ruins(torch.optim.SGD):
 
     def __init__(self, params: object, lr: float, at: int) -> None:
         super().__init__(params, lr=lr)  # type: ignore[arg-type]
-        self.left = at + 1  # the rehearsal's step comes first
+        self.left = iter(range(at, -1, -1))  # the rehearsal's step comes first
 
     def step(self, closure: object = None) -> None:  # type: ignore[override]
         super().step()
-        self.left -= 1
-        if self.left == 0:
+        if next(self.left, None) == 0:
             with torch.no_grad():
                 self.param_groups[0]["params"][0].fill_(float("inf"))
 

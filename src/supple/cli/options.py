@@ -8,7 +8,10 @@ import typer
 from supple.core.hardware import INTERCONNECTS
 from supple.core.spec import LARGEST_COUNT, MAX_WORKERS
 
-Script = Annotated[str, typer.Argument(help="A Python file or a dotted module, and :FUNCTION.")]
+Script = Annotated[
+    str,
+    typer.Argument(help="A Python file or a dotted module; :FUNCTION, if not train."),
+]
 Target = Annotated[
     str, typer.Argument(help="FILE:CLASS, as app.py:Model, or a saved program, model.pt2.")
 ]

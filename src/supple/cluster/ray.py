@@ -8,7 +8,6 @@ heartbeats itself.
 
 import asyncio
 import contextlib
-import logging
 import os
 import re
 import time
@@ -27,7 +26,7 @@ from supple.cluster.fencing import FenceKeeper
 from supple.cluster.life import Life, ProcessHandle, ProcessHandles
 from supple.cluster.node_reports import NodeReports
 from supple.cluster.ray_folder import RayFolder
-from supple.cluster.starting import start_ray, to_its_end
+from supple.cluster.starting import join_ray, start_ray
 from supple.cluster.worker import Report, WorkerBody, WorkerSetup
 from supple.control.backend import Backend
 from supple.core.spec import SpecError, TrainSpec
@@ -99,8 +98,9 @@ def connect(spec: TrainSpec) -> bool:
         start_ray(RayFolder(), num_cpus=num_cpus, settings=_HEALTH | _MEMORY | _ON_DEMAND)
         return True
     try:
-        with to_its_end():
-            ray.init(address=spec.address, log_to_driver=False, logging_level=logging.ERROR)
+        join_ray(spec.address)
+    except SpecError:
+        raise
     except Exception as error:  # Ray's exception type differs with the cause
         why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SpecError(

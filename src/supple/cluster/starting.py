@@ -13,6 +13,7 @@ import resource
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,8 @@ _LEAST_FREE: Final = 100 * 1024 * 1024
 """Free bytes below which a failed start is blamed on the disk."""
 _LEAST_FILES: Final = 4096
 """Limit on open files below which a failed start is blamed on that limit."""
+_JOIN_S: Final = 30.0
+"""Longest wait for the head of a running cluster, in s; it answers within 3 s on a busy machine."""
 _folder: RayFolder | None = None
 _guards: list[subprocess.Popen[bytes]] = []
 """At most one process, which ends what an earlier Ray leaves behind."""
@@ -141,6 +144,42 @@ def stop_ray(keep_logs: Path | None = None) -> None:
         _folder = None
     while _set:
         os.environ.pop(_set.pop(), None)
+
+
+def join_ray(address: str) -> None:
+    """Connect this process to the cluster whose head is at `address` (HOST:PORT, or "auto"). A
+    signal is handled at once: there is nothing to clean up. Raises `SpecError` if no head answers
+    within `_JOIN_S`, and Ray's errors.
+
+    Ray itself would try for minutes, in a call into C that no signal interrupts, so the call has a
+    thread of its own.
+    """
+    _refuse_unreachable(address)
+    joined = threading.Event()
+    problems: list[BaseException] = []
+
+    def join() -> None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except BaseException as error:
+            problems.append(error)
+        joined.set()
+
+    threading.Thread(target=join, name="join Ray", daemon=True).start()
+    if not joined.wait(_JOIN_S):
+        raise SpecError(
+            f"the head of the Ray cluster at {address} has not answered for {_JOIN_S:g} s. Check "
+            "it with `ray status`, or leave --address out to train on this machine."
+        )
+    if problems:
+        raise problems[0]
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Raise `ConnectionError` or another `OSError` if nothing listens at `address`."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_JOIN_S).close()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from supple.cluster.ray_folder import RayFolder
 from supple.cluster.services import grpc_servers
 from supple.cluster.services.haproxy import EDITED, SILENCE_S, edits, max_connections
 from supple.cluster.services.service import refuse_no_capacity
-from supple.cluster.starting import start_ray, to_its_end
+from supple.cluster.starting import join_ray, start_ray
 from supple.core.service.routing import BALANCE
 from supple.core.service.spec import ServeSpec, is_loopback
 from supple.core.spec import SpecError
@@ -81,11 +81,13 @@ def connect(spec: ServeSpec) -> None:
 
 def _join(address: str) -> None:
     try:
-        with to_its_end():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        join_ray(address)
+    except SpecError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SpecError(
-            f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}. Check the "
+            f"no Ray cluster answers at {address}: {why}. Check the "
             "address with `ray status`, or leave --address out to serve on this machine."
         ) from None
 
