@@ -85,4 +85,4 @@ def main(url: str, prompt: str = "def ", length: int = 400) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2] or ["http://127.0.0.1:8000"])
+    main(sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000")

@@ -116,7 +116,7 @@ def test_a_script_hands_its_arguments_on_and_a_notebook_has_none(
     monkeypatch.setattr(sys, "argv", ["train.py", "--epochs", "3"])
     supple.run(loop, workers=2)
     supple.run(loop, workers=2, arguments=["--epochs", "4"])
-    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     supple.run(loop, workers=2)
     assert [spec.arguments for spec, _ in runs] == [("--epochs", "3"), ("--epochs", "4"), ()]
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -242,6 +243,77 @@ def test_a_public_client_of_the_protocol_is_answered_over_grpc(service: Service)
         ):
             with pytest.raises(grpc.InferenceServerException, match=told):
                 client.infer(model, inputs, headers=sent)
+
+
+def test_a_public_client_compresses_and_reads_configuration_and_statistics(
+    service: Service,
+) -> None:
+    http: Any = pytest.importorskip("tritonclient.http")
+    x = np.zeros((32, 2), np.float32)
+    with http.InferenceServerClient(service.address) as client:
+        headers = service.headers
+        config = client.get_model_config(NAME, headers=headers)
+        assert config["max_batch_size"] == 64 and config["input"][0]["dims"] == [2]
+        (listed,) = client.get_model_repository_index(headers=headers)
+        assert listed["name"] == NAME and listed["state"] == "READY"
+        before = client.get_inference_statistics(NAME, headers=headers)["model_stats"][0]
+        asked = http.InferInput("x", x.shape, "FP32")
+        for coding in ("gzip", "deflate"):
+            for binary in (True, False):
+                asked.set_data_from_numpy(x, binary_data=binary)
+                answer = client.infer(
+                    NAME,
+                    [asked],
+                    outputs=[http.InferRequestedOutput("y", binary_data=binary)],
+                    headers=dict(headers),
+                    request_compression_algorithm=coding,
+                    response_compression_algorithm=coding,
+                )
+                assert (answer.as_numpy("y") == x).all()
+        after = client.get_inference_statistics(headers=headers)["model_stats"][0]
+        assert after["inference_count"] - before["inference_count"] == 4 * 32
+        assert after["inference_stats"]["queue"]["count"] >= 4
+
+
+def test_a_public_client_streams_over_grpc(service: Service) -> None:
+    grpc: Any = pytest.importorskip("tritonclient.grpc")
+    headers = {"authorization": service.headers["Authorization"]}
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    x = np.ones((1, 2), np.float32)
+    asked = grpc.InferInput("x", x.shape, "FP32")
+    asked.set_data_from_numpy(x)
+    with grpc.InferenceServerClient(service.grpc_address) as client:
+        config = client.get_model_config(NAME, headers=headers).config
+        assert config.name == NAME and config.model_transaction_policy.decoupled
+        assert client.get_inference_statistics(NAME, headers=headers).model_stats[0].name == NAME
+        client.start_stream(lambda result, error: answers.put((result, error)), headers=headers)
+        for number in ("1", "2"):
+            client.async_stream_infer(
+                NAME, [asked], request_id=number, enable_empty_final_response=True
+            )
+        for number in ("1", "2"):
+            for step in range(3):
+                result, error = answers.get(timeout=_LIMIT_S)
+                assert error is None and result.get_response().id == number
+                assert (result.as_numpy("y") == step).all()
+            assert not answers.get(timeout=_LIMIT_S)[0].get_response().outputs
+        client.async_stream_infer("other", [asked])
+        _, error = answers.get(timeout=_LIMIT_S)
+        assert "no model 'other'" in str(error)
+        client.stop_stream()
+
+
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS"])
+def test_head_and_options_are_answered_through_the_ingress(service: Service, method: str) -> None:
+    request = urllib.request.Request(
+        f"http://{service.address}/v2/models/{NAME}", method=method, headers=service.headers
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        assert response.read() == b""
+        if method == "HEAD":
+            assert response.status == 200 and int(response.headers["content-length"]) > 50
+        else:
+            assert response.status == 204 and response.headers["allow"] == "GET, HEAD, OPTIONS"
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\x00" * 1000, b'{"inputs": 3}', b"[" * 5000])
