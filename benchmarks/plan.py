@@ -6,9 +6,16 @@ with its prediction.
 
 The fit sees the counts up to k, and the all-reduce times at them; it predicts the larger ones, for
 every k. With two cores that is two workers from one: the link comes from the catalogue alone.
+
+`habits_script.py` has an evaluation, logging, a warm-up and checkpoints. `step_time_error` compares
+its step as measured for a plan with that of its twin that has none of it, run by `supple.run`;
+`turn_time_error` its step and what surrounds it, as the plan counts it, with a real run.
 """
 
+import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -28,7 +35,11 @@ from supple.core.training.measurements import configuration
 from supple.core.training.throughput import StepTimeModel
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("examples/digits.py", "examples/convnet.py", "examples/gpt.py", "benchmarks/workload.py")
+HABITS = "benchmarks/habits_script.py"
+SCRIPTS = (
+    *("examples/digits.py", "examples/convnet.py", "examples/gpt.py", "benchmarks/workload.py"),
+    HABITS,
+)
 _ROUNDS = 5
 
 
@@ -103,7 +114,37 @@ def unseen_sizes(found: ScriptMeasurements) -> list[tuple[float, bool]]:
     return rows
 
 
+def really(function: str) -> dict[str, float]:
+    """Seconds between two commits of a real run of the habits' script: typical and mean."""
+    found = subprocess.run(
+        [sys.executable, str(ROOT / HABITS), function],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def around_steps(found: ScriptMeasurements) -> dict[str, float]:
+    """Errors of the measured step of a script with habits, and of all that a turn takes."""
+    again = [s for s in found.steps if configuration(s) == configuration(found.steps[0])]
+    alone = statistics.median(step.step_time_s for step in again)
+    true, turn = really("plain")["typical_s"], really("train")["mean_s"]
+    counted = alone + found.loop.per_step.value
+    print(
+        f"  a step of {alone * 1e3:.2f} ms measured, {true * 1e3:.2f} ms in the twin's run; a turn "
+        f"of {counted * 1e3:.2f} ms counted, {turn * 1e3:.2f} ms in the real run"
+    )
+    return {
+        "step_time_error": abs(alone / true - 1.0),
+        "turn_time_error": abs(counted / turn - 1.0),
+        "loop_share": found.loop.per_step.value / counted,
+    }
+
+
 def main() -> None:
+    habits: dict[str, float] = {}
     counts: list[tuple[int, float, bool]] = []
     sizes: list[tuple[float, bool]] = []
     planned: list[float] = []
@@ -117,6 +158,8 @@ def main() -> None:
             on_line=lambda _: None,
         )
         planned.append(planning_s(found))
+        if script == HABITS:
+            habits = around_steps(found)
         counts += unseen(found)
         sizes += unseen_sizes(found)
     covered = [inside for _, _, inside in counts] + [inside for _, inside in sizes]
@@ -124,8 +167,9 @@ def main() -> None:
         "plan",
         {
             "plan_s": max(planned),
-            "step_time_error": statistics.median(error for _, error, _ in counts),
-            "step_time_error_max": max(error for _, error, _ in counts),
+            **habits,
+            "unseen_count_error": statistics.median(error for _, error, _ in counts),
+            "unseen_count_error_max": max(error for _, error, _ in counts),
             "unseen_counts": float(len(counts)),
             "unseen_size_error": statistics.median(error for error, _ in sizes),
             "unseen_sizes": float(len(sizes)),

@@ -203,16 +203,17 @@ def test_links_are_those_that_were_given() -> None:
     assert last(*node) != last("--workers-per-node", "16")  # all on the link measured here
 
 
-def test_a_busy_machine_is_said_above_the_table_which_ends_at_what_was_measured(
+def test_a_busy_machine_is_said_above_the_table_and_nothing_unmeasured_is_recommended(
     machine: Machine,
 ) -> None:
     idle = json.loads(supple("--json").stdout)
-    assert idle["busy"] == "" and idle["rows"][-1]["num_workers"] > 2
+    assert idle["busy"] == "" and idle["recommended"]["num_workers"] > 2
     machine.found = FOUND | {"num_cores": 2, "used_cores": 1.9}
     shown = supple().stdout
     assert shown.startswith("Busy machine: other processes used 1.9 of its 2 cores.")
     data = json.loads(supple("--json").stdout)
-    assert [row["num_workers"] for row in data["rows"]] == [1, 2]
+    assert data["rows"] == idle["rows"] and data["recommended"]["num_workers"] == 2
+    assert "it is the largest count that may be recommended. Rule" in data["reason"]
     assert data["busy"].startswith("Busy machine")
 
 

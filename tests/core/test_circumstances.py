@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from supple.core.planning.circumstances import assumed, busy, repeats_apart, within_measured
-from supple.core.spec import Limits
+from supple.core.planning.circumstances import assumed, busy, most_measured, repeats_apart
 from tests.core.test_advisor import MEASURED
 
 MOST = max(step.num_workers for step in MEASURED.steps)
@@ -30,10 +29,8 @@ def test_two_measurements_of_the_same_that_differ_are_too() -> None:
     assert "two measurements of the same differ by a factor of 2.5" in busy(found)
 
 
-def test_the_limits_of_a_busy_machine_end_at_what_was_measured() -> None:
-    assert within_measured(MEASURED, Limits()).max_workers == MOST
-    assert within_measured(MEASURED, Limits(max_workers=1)).max_workers == 1
-    assert within_measured(MEASURED, Limits(min_workers=64)).max_workers == 64
+def test_the_most_measured_is_the_largest_count() -> None:
+    assert most_measured(MEASURED) == MOST
 
 
 def told(*, given: int | None = None, link: str | None = None, most: int = 8) -> str:

@@ -250,6 +250,21 @@ def test_an_evaluation_around_a_step_is_no_step_time(
     assert steps == pytest.approx([STEP_S, STEP_S, STEP_S, 2 * STEP_S])
 
 
+@pytest.mark.parametrize("first", [12, 13])
+def test_an_evaluation_as_long_as_the_phase_is_not_the_only_step_that_is_timed(
+    clock: Clock, first: int
+) -> None:
+    """It comes with a timed step, before the forward pass, and uses up the phase's time."""
+
+    def before(job: Any) -> None:
+        if job.step_count % 30 == first:
+            clock.now += 20.0
+
+    report = habit(clock, before, nothing)
+    assert report.phases[0].times.step_time_s == pytest.approx(STEP_S)
+    assert report.phases[0].num_steps >= 2
+
+
 @pytest.mark.parametrize("every", [10, 50, 100])
 def test_its_share_of_the_loop_is_measured(clock: Clock, every: int) -> None:
     """Micro-batches of one step meet the habit more than once, as in training."""

@@ -50,7 +50,7 @@ def plan_script(question: Question, path: str, function: str) -> None:
             tell(f"{', '.join(unused)}: not used, the batch is fixed. --batch adaptive does.")
     check_plot(question.plot)
     check(path, function)
-    from supple.core.planning.circumstances import busy, within_measured
+    from supple.core.planning.circumstances import busy, most_measured
     from supple.core.planning.measured import job_view
     from supple.core.planning.next_measurement import what_to_measure_first
     from supple.core.planning.planner import plan, rate_at
@@ -64,9 +64,8 @@ def plan_script(question: Question, path: str, function: str) -> None:
     if known is not None and limits.batch == "adaptive":
         job = _with_known(job, known)
     told_busy = busy(found)
-    if told_busy:
-        limits = within_measured(found, limits)
-    table = plan(job, limits, objective)
+    up_to = most_measured(found) if told_busy else None
+    table = plan(job, limits, objective, recommend_up_to=up_to)
     first = "" if isinstance(table, Infeasible) else what_to_measure_first(table, job, limits)
     if job.tuned and not isinstance(table, Infeasible):
         family, at = job.optimizer_family, job.base_batch_size

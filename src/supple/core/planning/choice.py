@@ -19,6 +19,7 @@ refused."""
 _DISAGREE = 2.0
 """The same ratio of a measured step time from which repeats are reported to disagree."""
 _FEWEST = "the fewest here that the job fits on"
+_LAST = "the largest count in the table"
 _LARGEST = "the largest count looked at; --max-workers N looks further"
 
 
@@ -63,11 +64,16 @@ class PlanTable:
 
 
 def choose(
-    rows: tuple[Plan, ...], limits: Limits, objective: Objective, *, unit: int = 1
+    rows: tuple[Plan, ...],
+    limits: Limits,
+    objective: Objective,
+    *,
+    unit: int = 1,
+    last: str | None = None,
 ) -> PlanTable | Infeasible:
     """Choose a row as `take` does, and report an uncertain step time. A knee is refused where the
     interval is meaningless; a row that meets a deadline or a budget is not."""
-    taken = take(rows, limits, objective, unit=unit)
+    taken = take(rows, limits, objective, unit=unit, last=last)
     if isinstance(taken, Infeasible):
         return taken
     found = PlanTable(rows=rows, recommended=taken.recommended, reason=taken.reason, unit=unit)
@@ -96,15 +102,18 @@ def take(
     *,
     unit: int = 1,
     fewest: str = _FEWEST,
+    last: str | None = None,
 ) -> Choice | Infeasible:
     """Choose a row by the objective: the cheapest that meets the deadline, the fastest within the
-    budget, else the knee. `unit` workers have a speed-up of `unit`; `fewest` describes them."""
+    budget, else the knee. `unit` workers have a speed-up of `unit`; `fewest` describes them,
+    and `last` the last row."""
     if objective.deadline_s is not None:
         return _for_deadline(rows, objective.deadline_s, limits)
     if objective.budget is not None:
         return _for_budget(rows, objective.budget, limits)
     index = knee(rows)
-    return Choice(recommended=index, reason=_knee_reason(rows, index, unit, fewest, limits))
+    end = last or (_LARGEST if _ends_uncapped(rows, limits) else _LAST)
+    return Choice(recommended=index, reason=_knee_reason(rows, index, unit, fewest, end))
 
 
 def is_a_guess(row: Plan) -> bool:
@@ -145,9 +154,7 @@ def _ends_uncapped(rows: Sequence[Outcome], limits: Limits) -> bool:
     return limits.max_workers is None and rows[-1].num_workers >= LARGEST_COUNT
 
 
-def _knee_reason(
-    rows: Sequence[Outcome], index: int, unit: int, fewest: str, limits: Limits
-) -> str:
+def _knee_reason(rows: Sequence[Outcome], index: int, unit: int, fewest: str, end: str) -> str:
     row = rows[index]
     head = in_words(row.num_workers)
     if row.num_workers != unit:
@@ -156,7 +163,6 @@ def _knee_reason(
     elif unit > 1:
         head += f", {fewest}"
     if index + 1 == len(rows):
-        end = _LARGEST if _ends_uncapped(rows, limits) else "the largest count in the table"
         return f"{head}; it is {end}. Rule: {KNEE_RULE}."
     after = rows[index + 1]
     gained = after.speedup.value - row.speedup.value

@@ -1,10 +1,8 @@
 """What a plan of a measured script rests on: a busy machine, assumed nodes and links."""
 
-from dataclasses import replace
 from itertools import groupby
 
 from supple.core.planning.measured import ScriptMeasurements
-from supple.core.spec import Limits
 from supple.core.training.measurements import configuration
 from supple.core.words import in_words
 
@@ -16,7 +14,7 @@ _DIFFER = 1.5
 
 def busy(found: ScriptMeasurements) -> str:
     """Say in one line that the machine was busy while the script was measured; empty if not."""
-    most = max(step.num_workers for step in found.steps)
+    most = most_measured(found)
     reasons: list[str] = []
     if found.used_cores > _USED_CORES and found.num_cores - found.used_cores < most:
         reasons.append(
@@ -40,10 +38,9 @@ def repeats_apart(found: ScriptMeasurements) -> float:
     return max(max(times) / min(times) for times in groups)
 
 
-def within_measured(found: ScriptMeasurements, limits: Limits) -> Limits:
-    """The limits with no count above the largest measured one, or the least allowed."""
-    most = max(limits.min_workers, *(step.num_workers for step in found.steps))
-    return replace(limits, max_workers=min(most, limits.max_workers or most))
+def most_measured(found: ScriptMeasurements) -> int:
+    """The largest measured number of workers."""
+    return max(step.num_workers for step in found.steps)
 
 
 def assumed(

@@ -22,14 +22,17 @@ WORTH_A_BATCH = 1.05
 _GAIN, _GAINLESS_ROWS = 1.05, 2
 """A table without a cap ends after `_GAINLESS_ROWS` consecutive rows that are faster than the
 previous one by less than the factor `_GAIN`."""
+_LAST = "the largest count that may be recommended"
 _STEPS_OF_A_DOUBLING = 4
 """Number of batch sizes per doubling."""
 
 
-def plan(job: JobView, limits: Limits, objective: Objective) -> PlanTable | Infeasible:
+def plan(
+    job: JobView, limits: Limits, objective: Objective, *, recommend_up_to: int | None = None
+) -> PlanTable | Infeasible:
     """Return a table of rows for 1, 2, 4, ... workers within the limits, up to where more workers
-    stop helping, with a recommended row; `Infeasible` with the arithmetic where no count can
-    compute a step, or none meets the objective."""
+    stop helping, with a recommended row, of at most `recommend_up_to` workers; `Infeasible` with
+    the arithmetic where no count can compute a step, or none meets the objective."""
     if limits.max_workers is not None and limits.min_workers > limits.max_workers:
         return Infeasible(
             asked=f"a plan for {limits.min_workers} to {limits.max_workers} workers",
@@ -55,10 +58,15 @@ def plan(job: JobView, limits: Limits, objective: Objective) -> PlanTable | Infe
                 break
     if unit is None or not rows:
         return job.cost.why_none(limits, counts, batches_for(job, limits))
-    found = choose(tuple(rows), limits, objective, unit=unit.num_workers)
+    within, last = tuple(rows), None
+    if recommend_up_to is not None:
+        within = tuple(row for row in rows if row.num_workers <= recommend_up_to) or within
+        last = _LAST if len(within) < len(rows) else None
+    found = choose(within, limits, objective, unit=unit.num_workers, last=last)
     remarks = job.cost.remarks(rows, without, batches_for(job, limits))
     if isinstance(found, PlanTable):
-        return replace(found, reason=found.reason + remarks + _loop_remark(job, found))
+        reason = found.reason + remarks + _loop_remark(job, found)
+        return replace(found, rows=tuple(rows), reason=reason)
     return replace(found, advice=found.advice + remarks)
 
 
