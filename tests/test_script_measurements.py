@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from supple.train.script import Start
 
 from supple.core.planning.measured import ScriptMeasurements
 from supple.inputs import script_measurements
 from supple.inputs.script_measurements import keep, kept
+from supple.train.start.script import Start
 from tests.core.test_advisor import MEASURED
 
 

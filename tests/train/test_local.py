@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import supple
-from supple.train import local
+from supple.train.start import local
 
 
 def train(job: supple.Job) -> None:
