@@ -9,10 +9,9 @@ The scripts in `_THROUGH_RAY` are run by `supple train` besides.
 """
 
 import argparse
-import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.machine import report
 from benchmarks.parity_habits import HABITS, Habit
 from benchmarks.parity_workers import Outcome, Stage, initial, run_plain, run_workers, sizes
 
@@ -57,6 +55,14 @@ def difference(found: Outcome, wanted: Outcome, start: Outcome) -> float:
     return max(ratios)
 
 
+def order_of(outcomes: Sequence[Outcome]) -> list[list[int]]:
+    """Return the samples of every step, in the workers' order."""
+    reads = {row[:2]: row[2] for outcome in outcomes for row in outcome.reads}
+    steps = sorted({step for step, _ in reads})
+    ranks = sorted({rank for _, rank in reads})
+    return [[one for rank in ranks for one in reads.get((step, rank), [])] for step in steps]
+
+
 def compare(habit: Habit, run: str) -> tuple[str, float]:
     stages = RUNS[run]
     outcomes = run_workers(habit.name, habit.train, stages, **habit.spec)
@@ -66,6 +72,8 @@ def compare(habit: Habit, run: str) -> tuple[str, float]:
     options: dict[str, Any] = {}
     if habit.reference == "parts":
         options["workers"] = lambda step: sizes(stages, step)
+    if habit.reference == "order":
+        options["order"] = order_of(outcomes)
     wanted = run_plain(script, **options)
     if wanted.error:
         return f"plain: {wanted.error}", float("nan")

@@ -100,7 +100,7 @@ class Plain:
                 self._share = len(part) / len(indices)
                 self._set_buffers(start)
                 yield collate([dataset[index] for index in part])
-            self.step_count = before + at + 1
+            self.step_count = before + at + 1  # where optimizers take turns, it counts here
         self.epoch = first + epochs
 
     def step(
@@ -127,6 +127,7 @@ class Plain:
         for scheduler in self._schedulers:
             if any(scheduler.optimizer is one for one in stepped):
                 scheduler.step()
+        self.step_count += optimizer is None
         return True
 
     def _batches(self, dataset: Any, epochs: int, options: Any) -> list[list[int]]:

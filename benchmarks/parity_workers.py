@@ -156,7 +156,7 @@ class _Cast:
 
     def _start(self, name: str) -> None:
         ours, theirs = _FORK.Pipe()
-        process = _FORK.Process(target=self._work, args=(name, theirs), daemon=True)
+        process = _FORK.Process(target=self._work, args=(name, theirs))
         process.start()
         theirs.close()
         self._pipes[name] = ours
@@ -286,7 +286,7 @@ def _in_process(work: Callable[[], Outcome]) -> Outcome:
             theirs.send_bytes(pickle.dumps(Outcome(error=f"{type(error).__name__}: {error}")))
         os._exit(0)
 
-    process = _FORK.Process(target=answer, daemon=True)
+    process = _FORK.Process(target=answer)
     process.start()
     theirs.close()
     try:

@@ -269,13 +269,11 @@ class Job(JobProtocol):
 
     def _one_step(self) -> Iterator[Any]:
         self._replaced = False
-        any_batch = False
         self._activity.enter("data")
         self.holder.in_step = True
         for micro in self._steps.micro_batches(alone=self.world_size == 1):
             self._activity.enter("script")
-            any_batch = True
-            if self._ledger is not None:
+            if self._ledger is not None and micro.num_samples > 0:
                 self._ledger.read(
                     self.generation, self.step_count, self.epoch, self.rank, micro.ids
                 )
@@ -283,22 +281,16 @@ class Job(JobProtocol):
             if self._replaced:
                 return
             self._activity.enter("data")
-        if self._steps.in_turns:
-            if not self._end_updates(has_samples=any_batch):
-                return
-        elif not any_batch:
-            self._steps.arm(self._group, self._heard_of_next)
-            if not self._commit(None):
-                return
+        if self._steps.in_turns and not self._end_updates():
+            return
         self._between_steps()
 
     def _commit(self, clip_norm: float | None) -> bool:
         return self._end_step(lambda: self._steps.commit(clip_norm, self.holder.fraction))
 
-    def _end_updates(self, *, has_samples: bool) -> bool:
-        """End a step of several updates; on a rank without samples, make them first."""
-        steps = self._steps
-        end = steps.end_updates if has_samples else steps.follow_updates
+    def _end_updates(self) -> bool:
+        """End a step of several updates."""
+        end = self._steps.end_updates
         return self._end_step(lambda: end(self._group, self._heard_of_next, self.holder.fraction))
 
     def _end_step(self, end: Callable[[], bool]) -> bool:

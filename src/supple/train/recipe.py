@@ -215,7 +215,7 @@ class Hand:
 
     def give(self, micro: MicroBatch) -> Iterator[Any]:
         """Yield the data. Raises `TrainingError` if the script goes on without a step."""
-        self._micro, self.size = micro, micro.num_samples
+        self._micro, self.size = micro, micro.num_samples or self.size
         yield micro.data
         self._stepped = None
         if self._micro is not None:

@@ -97,27 +97,35 @@ class StepEngine:
         self._clip_norm: float | None = None
 
     def micro_batches(self, *, alone: bool) -> Iterator[MicroBatch]:
-        """Begin a step: yield this rank's micro-batches, possibly none. `alone`: no other rank."""
+        """Begin a step: yield this rank's micro-batches; without one, data that counts nothing, as
+        the loop's other lines may change what all ranks share. `alone`: no other rank."""
+        begun = False
         self._begin()
         self.updates.begin()
         if self._tree is not None:
             for micro in self._loader.feed_shards(self._spec.num_logical_shards):
                 torch.manual_seed(mix(self._spec.seed, self.step, micro.shard_id or 0))
+                begun = True
                 self.meter.lap("data")
                 yield micro
                 self.meter.lap("loop")
+            if not begun:
+                yield self._loader.again()
             return
-        begun = False
         for micro in self._loader.feed():
             if not begun and not self.in_turns:
                 count = 1 if micro.is_last else 2
                 self._noise_meter.begin(self.step, alone=alone, num_micro_batches=count)
-                begun = True
+            begun = True
             self.meter.lap("data")
             yield micro
             self.meter.lap("loop")
-        if not begun and not self.in_turns:
-            self._noise_meter.begin(self.step, alone=False, num_micro_batches=0)
+        if not begun:
+            if not self.in_turns:
+                self._noise_meter.begin(self.step, alone=False, num_micro_batches=0)
+            self.meter.lap("data")
+            yield self._loader.again()
+            self.meter.lap("loop")
 
     def backward(
         self,
@@ -131,12 +139,15 @@ class StepEngine:
     ) -> None:
         """Add the gradient of one micro-batch; with the last of a step, start the reduction."""
         self.meter.lap("forward")
+        is_zero = self._tree is not None or self._num_samples == 0
+        self._guard.begin_backward(self._reducer.buckets, is_zero=is_zero)
+        if micro.num_samples == 0:
+            self.arm(group, heard)
+            return
         planned = self._loader.planned_samples
         weights = self._weight_of(optimizer)
         own, factor = weights.of(weight, micro.num_samples)
         self._is_sum = weights.is_sum
-        is_zero = self._tree is not None or self._num_samples == 0
-        self._guard.begin_backward(self._reducer.buckets, is_zero=is_zero)
         self._num_samples += micro.num_samples
         self._weight_sum += own
         if own > 0.0:  # a mean over nothing may be NaN
@@ -207,19 +218,6 @@ class StepEngine:
         self.is_updating = False
         self._begin()
         self.meter.lap("optimizer")
-
-    def follow_updates(
-        self, group: Group | None, heard: Callable[[], bool], fraction: float
-    ) -> bool:
-        """Make the updates of a step, and end it, on a rank without samples; returns and raises as
-        `commit`."""
-        while True:
-            ended, optimizer = self.updates.follow(group, heard=heard(), stats=self._loader.stats())
-            if ended:
-                self._end_step(self.updates.loader_stats, fraction)
-                return self.updates.heard
-            self.arm(group, heard)
-            self.close_update(optimizer, None, fraction)
 
     def end_updates(self, group: Group | None, heard: Callable[[], bool], fraction: float) -> bool:
         """End a step of several updates; returns and raises as `commit`."""
@@ -338,7 +336,7 @@ class StepEngine:
             self._scale_gradients(stats[_SAMPLES])
         for param in self._reducer.unused:
             param.grad = None
-        if stats[_NUM_CLIPS] > 0:  # a rank without samples was not given the norm
+        if stats[_NUM_CLIPS] > 0:
             clip_norm = stats[_CLIP_NORM] / stats[_NUM_CLIPS]
             everything = optimizer is self._optimizer
             clipped = self._model.parameters() if everything else params_of(optimizer)
