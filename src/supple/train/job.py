@@ -28,7 +28,7 @@ from supple.train.holder import StateHolder
 from supple.train.job_protocol import JobProtocol, Params, Schedule, Weight
 from supple.train.ledger import Ledger
 from supple.train.optimizers import members_of
-from supple.train.own_steps import refuse_foreign_steps, refuse_sparse
+from supple.train.own_steps import refuse_curved_hooks, refuse_foreign_steps, refuse_sparse
 from supple.train.recipe import Hand, Recipe
 from supple.train.rehearsal import Rehearsal
 from supple.train.reporter import Reporter
@@ -384,6 +384,7 @@ class Job(JobProtocol):
             Updates(members_of(everything)).index_of(optimizer)
         loss.backward()
         refuse_sparse(self.holder.state.model)
+        refuse_curved_hooks(self.holder.state.model)
         (optimizer or everything).step()
         if self._in_turns:
             everything.zero_grad()

@@ -108,10 +108,9 @@ class Recipe:
         given = trained if params is None else list(params(model))
         optimizer: Optimizer = make(cls, given, lr=float(lr), **options)
         refuse_closure(optimizer)
-        self._refuse_shared_parameters(optimizer)
+        self._refuse_parameters(optimizer)
         rate = LearningRate(self._lr_rule, type(optimizer).__name__)
         rate.base_lr = float(lr)
-        rate.ratios = [float(group["lr"]) / float(lr) for group in optimizer.param_groups]
         rate.schedule = schedule or constant
         self._optimizers.append(optimizer)
         self._rates.append(rate)
@@ -126,8 +125,9 @@ class Recipe:
         if not self._optimizers:
             raise TrainingError("job.batches was called before job.model and job.optimizer.")
         self._refuse_in_round()
-        for optimizer in self._optimizers:
+        for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
             refuse_scheduler(optimizer)
+            rate.take_from(optimizer)
         loader = batches.loader(self.seed)
         self.batches = batches.sized(loader)
         self.rate.base_batch = int(self.batches.batch_size)
@@ -186,8 +186,16 @@ class Recipe:
                 "trained is known before the first step."
             )
 
-    def _refuse_shared_parameters(self, optimizer: Optimizer) -> None:
+    def _refuse_parameters(self, optimizer: Optimizer) -> None:
+        """Raise `TrainingError` for parameters of no model, or of another optimizer."""
         names = {id(param): name for name, param in self.model.named_parameters()}
+        strange = [param for param in params_of(optimizer) if id(param) not in names]
+        if strange:
+            raise TrainingError(
+                f"job.optimizer was given a parameter of shape {list(strange[0].shape)} that no "
+                "model of the job has: it would be neither saved nor moved to a worker that joins. "
+                "Make it a part of a model, such as self.scale = nn.Parameter(...) in its __init__."
+            )
         taken = {id(param) for other in self._optimizers for param in params_of(other)}
         both = [param for param in params_of(optimizer) if id(param) in taken]
         if both:

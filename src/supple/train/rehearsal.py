@@ -67,6 +67,7 @@ class Rehearsal:
         self._optimizer_state = [(key, copy.deepcopy(of)) for key, of in optimizer.state.items()]
         self._kept = {name: _saved(name, thing) for name, thing in state.kept.items()}
         self._random_state = _random_state()
+        self._frozen = state.frozen()
 
     def undo(self) -> list[str]:
         """Restore the state and drop the gradients; return the names of buffers that had changed.
@@ -99,6 +100,7 @@ class Rehearsal:
                 del group[key]
             group.update(before)
         optimizer.zero_grad(set_to_none=True)
+        self._state.freeze(self._frozen)
         for name, before in self._kept.items():
             try:
                 self._state.kept[name].load_state_dict(before)

@@ -20,7 +20,7 @@ from supple.train.generation.group import Group
 from supple.train.job_protocol import Weight
 from supple.train.names import named_buffers, named_params
 from supple.train.optimizers import AnyOptimizer, members_of, name_of, params_of
-from supple.train.own_steps import refuse_other_steps
+from supple.train.own_steps import Unfrozen, refuse_other_steps
 from supple.train.step.buffers import ChangedBuffers
 from supple.train.step.finite import FiniteSteps, TrainingError
 from supple.train.step.guard import GradientGuard
@@ -91,6 +91,7 @@ class StepEngine:
         self.finite = FiniteSteps(spec.on_non_finite, names, buffers.floating)
         self.optimizer_name = name_of(optimizer)
         self.gradient_bytes = sum(param.numel() * param.element_size() for param in params)
+        self._unfrozen = Unfrozen(model, trained)
         self._weights: dict[int | None, LossWeights] = {}
         self._loss_sum, self._weight_sum, self._num_samples = 0.0, 0.0, 0
         self._is_sum = False
@@ -248,6 +249,7 @@ class StepEngine:
 
     def abandon(self) -> None:
         """Undo the step in flight, which did not commit."""
+        self._guard.forget()
         self._reducer.abandon()
         self.meter.restart()
 
@@ -255,6 +257,7 @@ class StepEngine:
         """Set gradients and sums to zero: nothing is computed of the next update yet."""
         self._loss_sum, self._weight_sum, self._num_samples = 0.0, 0.0, 0
         self._is_sum = False
+        self._guard.refuse_late_changes(self._reducer.buckets)
         self._reducer.zero()
         self._guard.begin_step(self._reducer.buckets)
 
@@ -272,6 +275,7 @@ class StepEngine:
             self._noise_meter.discard()
         else:
             self._update(stats, fraction, optimizer)
+        self._guard.end_step(self._reducer.buckets)
         return stats
 
     def _end_step(self, loader_stats: Sequence[float], fraction: float) -> None:
@@ -336,6 +340,7 @@ class StepEngine:
             self._scale_gradients(stats[_SAMPLES])
         for param in self._reducer.unused:
             param.grad = None
+        self._unfrozen.check()
         if stats[_NUM_CLIPS] > 0:
             clip_norm = stats[_CLIP_NORM] / stats[_NUM_CLIPS]
             everything = optimizer is self._optimizer
