@@ -119,7 +119,7 @@ def mlp(job: Any) -> None:
 class Words(nn.Module):
     """Next tokens; padded ones are left out of the loss."""
 
-    def __init__(self, cell: type[nn.RNNBase] | None = None) -> None:
+    def __init__(self, cell: Any = None) -> None:
         super().__init__()
         self.table, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
         self.cell = None if cell is None else cell(8, 8, batch_first=True)
@@ -546,7 +546,7 @@ def compiled(job: Any) -> None:
 
 @habit()
 def compiled_after_job_model(job: Any) -> None:
-    model = torch.compile(job.model(build), backend="eager")
+    model: Any = torch.compile(job.model(build), backend="eager")
     job.optimizer(torch.optim.SGD, lr=0.1)
     fit(job, model)
 
@@ -554,7 +554,7 @@ def compiled_after_job_model(job: Any) -> None:
 @habit()
 def spectral_and_weight_norm(job: Any) -> None:
     def build_normed() -> nn.Module:
-        model = build()
+        model: Any = build()
         nn.utils.parametrizations.weight_norm(model[0])
         nn.utils.parametrizations.orthogonal(model[2])
         return model

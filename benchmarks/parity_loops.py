@@ -349,9 +349,9 @@ def split_and_subset(job: Any) -> None:
     model = job.model(build)
     job.optimizer(torch.optim.SGD, lr=0.1)
     part, _ = random_split(Rows(80), [65, 15])  # type: ignore[arg-type]
-    ids = np.random.permutation(65)
+    ids: list[int] = np.random.permutation(65).tolist()
     random.shuffle(ids)
-    for x, y in batches(job, Subset(part, ids.tolist())):
+    for x, y in batches(job, Subset(part, ids)):
         job.step(F.cross_entropy(model(x), y))
 
 

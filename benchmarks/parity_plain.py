@@ -156,4 +156,4 @@ class Plain:
         if self._part == self._num_parts - 1:
             for index, buffer in enumerate(self.whole.buffers()):
                 if buffer.is_floating_point():
-                    buffer.data.copy_(sum(part[index] for part in self._buffers))
+                    buffer.data.copy_(torch.stack([part[index] for part in self._buffers]).sum(0))

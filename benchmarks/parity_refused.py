@@ -108,7 +108,8 @@ def own_second_optimizer(job: Any) -> None:
 
 @habit(refused="DistributedDataParallel")
 def distributed_data_parallel(job: Any) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     model = DistributedDataParallel(job.model(build))
     job.optimizer(torch.optim.SGD, lr=0.1)
     fit(job, model)

@@ -5,11 +5,12 @@ A resize happens at a known step: every worker holds its first sample of that st
 heard of the next generation.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -31,13 +32,14 @@ from supple.core.types import (
 )
 from supple.train.generation.mailbox import Mailbox
 from supple.train.generation.member import Elastic, Identity, LeaveLoop
-from supple.train.generation.rendezvous import Rendezvous
+from supple.train.generation.rendezvous import Address, Rendezvous
 from supple.train.job import Job
 from supple.train.seeding import seed_everything
 
 _LIMIT_S = 60.0
 _FORK = multiprocessing.get_context("fork")
-_rendezvous: list[Rendezvous] = []
+_rendezvous: list[Address] = []
+"""The rendezvous of all runs, once it has started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ class _Cast:
         self, name: str, train: Callable[[Any], None], stages: Sequence[Stage], spec: dict[str, Any]
     ) -> None:
         if not _rendezvous:
-            _rendezvous.append(Rendezvous("127.0.0.1"))
+            _rendezvous.append(_start_rendezvous())
         self._job = JobId(f"{name}-{os.urandom(4).hex()}")
         self._spec = TrainSpec(**({"name": name, "script": "", "max_workers": 8} | spec))
         self._train, self._stages = train, stages
@@ -189,6 +191,7 @@ class _Cast:
     # -- in a worker's process ---------------------------------------------------------------
 
     def _work(self, name: str, pipe: Connection) -> None:
+        faulthandler.dump_traceback_later(_LIMIT_S - 5)
         mailbox, lock = Mailbox(), threading.Lock()
 
         def send(event: Any) -> None:
@@ -216,7 +219,7 @@ class _Cast:
             worker_id=WorkerId(name),
             node_id="n",
             host="127.0.0.1",
-            rendezvous=_rendezvous[0].address,
+            rendezvous=_rendezvous[0],
         )
         elastic = Elastic(
             identity=identity, mailbox=mailbox, rehearsal_size=len(self._stages[0].members)
@@ -233,6 +236,19 @@ class _Cast:
             os._exit(0)
         send(_outcome(job.holder.state.model, job.holder.state.kept, tape.reads))
         os._exit(0)
+
+
+def _start_rendezvous() -> Address:
+    """Start it in a process of its own: this one is forked, so it must not have threads."""
+    ours, theirs = _FORK.Pipe()
+
+    def serve() -> None:
+        listening = Rendezvous("127.0.0.1")
+        theirs.send(tuple(listening.address))
+        threading.Event().wait()
+
+    _FORK.Process(target=serve, daemon=True).start()
+    return Address(*ours.recv())
 
 
 class _Tape:
@@ -266,7 +282,7 @@ def _plain(train: Callable[[Any], None], options: dict[str, Any]) -> Outcome:
     return _outcome(plain.whole, plain.kept, [])
 
 
-def _outcome(model: torch.nn.Module, kept: dict[str, Any], reads: list[Any]) -> Outcome:
+def _outcome(model: torch.nn.Module, kept: Mapping[str, Any], reads: list[Any]) -> Outcome:
     values = [value for thing in kept.values() for value in thing.state_dict().values()]
     return Outcome(
         params=[param.detach().clone() for param in model.parameters()],

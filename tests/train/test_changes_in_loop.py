@@ -1,5 +1,5 @@
-"""What the loop changes beside the loss (rates, groups, gradients, what is frozen) is honoured as in
-plain PyTorch, or refused by name."""
+"""What the loop changes beside the loss (rates, groups, gradients, what is frozen) is honoured, as
+in plain PyTorch, or refused by name."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,7 +39,7 @@ def script(
     def train(job: Job) -> Tensor:
         model = job.model(build)
         made(None, model)
-        optimizer = job.optimizer(torch.optim.SGD, **({"lr": 0.1} | options))
+        optimizer = job.optimizer(torch.optim.SGD, **{"lr": 0.1, **options})
         before(optimizer, model)
         for (x,) in job.batches(TensorDataset(X), batch_size=BATCH, epochs=EPOCHS, shuffle=False):
             top(job.step_count, optimizer, model)
@@ -229,7 +229,8 @@ def test_a_worker_that_joins_freezes_what_its_peers_froze_before(worlds: list[Wo
     models: dict[int, Any] = {}
 
     def train(job: Job) -> None:
-        model = models[id(job)] = job.model(build)
+        model: Any = job.model(build)
+        models[id(job)] = model
         job.optimizer(torch.optim.SGD, lr=0.1)
         for (x,) in job.batches(TensorDataset(X), batch_size=BATCH, epochs=10_000):
             if job.step_count == 1:

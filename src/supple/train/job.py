@@ -8,6 +8,7 @@ the middle of the run. All changes of the membership happen inside `job.step`.
 
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, Unpack, final
 
 from torch import Tensor, nn
@@ -34,7 +35,9 @@ from supple.train.rehearsal import Rehearsal
 from supple.train.reporter import Reporter
 from supple.train.script import StepShare
 from supple.train.seeding import seed_everything
+from supple.train.step.carried import frames_of, refuse_carried
 from supple.train.step.engine import StepEngine, TrainingError
+from supple.train.step.unkept import Unkept
 from supple.train.step.updates import Updates
 
 _LEFT = (
@@ -125,11 +128,14 @@ class Job(JobProtocol):
         if self._has_left:
             raise TrainingError(_LEFT)
         is_first = not self.took_batches
+        caller = sys._getframe().f_back
         if is_first:
             self.holder.prepare(batches)
+            self._watch(frames_of(caller))
         else:
             self.holder.next_round(batches)
-        with refuse_foreign_steps(self.holder.state.optimizer, sys._getframe().f_back):
+        with refuse_foreign_steps(self.holder.state.optimizer, caller):
+            caller = None
             try:
                 if is_first:
                     yield from self._begin()
@@ -141,9 +147,16 @@ class Job(JobProtocol):
                 raise
         self._recipe.end_round()
 
+    def _watch(self, frames: list[FrameType]) -> None:
+        """Refuse, and find later, what the script's loop changes by itself."""
+        state = self.holder.state
+        refuse_carried(frames, self, state.kept.values())
+        self._unkept = Unkept(frames, state)
+
     def _begin(self) -> Iterator[Any]:
         """Rehearse, and join or begin the run."""
         yield from self._rehearse()
+        self._unkept.check()
         if self._membership is None:
             self.holder.begin(self._spec.resume)
             self._place()
@@ -340,6 +353,7 @@ class Job(JobProtocol):
     def _between_steps(self) -> None:
         """Save or rejoin between two steps. The script has finished its work on the last step, so
         its kept objects (`job.keep`) and the weights are of the same step."""
+        self._unkept.check(self.step_count)
         if self.rank == 0 and self.saver.due():
             self.saver.save_async(self.holder.state, self.holder.scalars(), self.generation)
             self._steps.meter.restart()

@@ -5,6 +5,7 @@
 
 import math
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
@@ -21,6 +22,9 @@ from supple.train.own_steps import refuse_closure, refuse_scheduler
 from supple.train.rehearsal import check_kept
 from supple.train.step.engine import TrainingError
 from supple.train.step.rate import AnyRate, LearningRate, LearningRates, constant
+
+BUILT = weakref.WeakSet[nn.Module]()
+"""Models that jobs of this process have: threads may share variables that hold all of them."""
 
 
 @final
@@ -61,6 +65,7 @@ class Recipe:
         else:
             torch.set_rng_state(self._random_state)
         built = self._models[name] = build()
+        BUILT.add(built)
         self._random_state = torch.get_rng_state()
         return built
 
