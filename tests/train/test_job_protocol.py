@@ -384,12 +384,13 @@ def batches(job: JobProtocol, dataset: Any = DATA, **changes: Any) -> Iterator[A
 
 def loop(job: JobProtocol, turn: Callable[[JobProtocol, Tensor, int], None]) -> None:
     """A loop whose every turn steps, and then does what `turn(job, loss, number)` does."""
-    model = prepared(job)
-    for number, x in enumerate(batches(job)):
+    model, turns = prepared(job), list[Tensor]()
+    for x in batches(job):
         loss = model(x).square().mean()
-        if number < 1 or turn is not skip:
+        if not turns or turn is not skip:
             job.step(loss)
-        turn(job, loss, number)
+        turn(job, loss, len(turns))
+        turns.append(x)
 
 
 def skip(_job: JobProtocol, _loss: Tensor, _number: int) -> None:

@@ -280,8 +280,10 @@ def in_micro_batches(job: Job) -> None:
 def too_late(job: Job) -> None:
     model = job.model(build_critic)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
-    for number, (x,) in enumerate(job.batches(TensorDataset(X), batch_size=BATCH)):
-        job.step(model(x).mean(), optimizer=optimizer if number > 0 else None)
+    turns: list[Tensor] = []
+    for (x,) in job.batches(TensorDataset(X), batch_size=BATCH):
+        job.step(model(x).mean(), optimizer=optimizer if turns else None)
+        turns.append(x)
 
 
 @pytest.mark.parametrize(

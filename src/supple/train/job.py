@@ -8,6 +8,7 @@ the middle of the run. All changes of the membership happen inside `job.step`.
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any, Unpack, final
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from supple.train.generation.group import CollectiveFailed, Group
 from supple.train.generation.member import Elastic, LeaveLoop, Membership
 from supple.train.job_protocol import JobProtocol, Metric, Params, Schedule, Weight
 from supple.train.ledger import Ledger
-from supple.train.own_steps import refuse_foreign_steps, refuse_sparse
+from supple.train.own_steps import refuse_curved_hooks, refuse_foreign_steps, refuse_sparse
 from supple.train.recipe import Hand, Recipe
 from supple.train.reporter import Reporter
 from supple.train.start.script import StepShare
@@ -34,7 +35,9 @@ from supple.train.start.seeding import seed_everything
 from supple.train.state.holder import StateHolder
 from supple.train.state.optimizers import members_of
 from supple.train.state.rehearsal import Rehearsal
+from supple.train.step.carried import frames_of, refuse_carried
 from supple.train.step.engine import TrainingError
+from supple.train.step.unkept import Unkept
 from supple.train.step.updates import Updates
 from supple.train.step_loop import StepLoop
 
@@ -86,6 +89,7 @@ class Job(JobProtocol):
             ledger,
             rejoin=self._rejoin,
             publish=self._publish,
+            check=lambda: self._unkept.check(self.step_count),
         )
 
     # -- the user's five lines -------------------------------------------------------------
@@ -134,11 +138,14 @@ class Job(JobProtocol):
         if self._has_left:
             raise TrainingError(_LEFT)
         is_first = not self.took_batches
+        caller = sys._getframe().f_back
         if is_first:
             self.holder.prepare(batches)
+            self._watch(frames_of(caller))
         else:
             self.holder.next_round(batches)
-        with refuse_foreign_steps(self.holder.state.optimizer, sys._getframe().f_back):
+        with refuse_foreign_steps(self.holder.state.optimizer, caller):
+            caller = None
             try:
                 if is_first:
                     yield from self._begin()
@@ -150,9 +157,16 @@ class Job(JobProtocol):
                 raise
         self._recipe.end_round()
 
+    def _watch(self, frames: list[FrameType]) -> None:
+        """Refuse, and find later, what the script's loop changes by itself."""
+        state = self.holder.state
+        refuse_carried(frames, self, state.kept.values())
+        self._unkept = Unkept(frames, state)
+
     def _begin(self) -> Iterator[Any]:
         """Rehearse, and join or begin the run."""
         yield from self._rehearse()
+        self._unkept.check()
         if self._membership is None:
             self.holder.begin(self._spec.resume)
             self._place()
@@ -314,6 +328,7 @@ class Job(JobProtocol):
             Updates(members_of(everything)).index_of(optimizer)
         loss.backward()
         refuse_sparse(self.holder.state.model)
+        refuse_curved_hooks(self.holder.state.model)
         (optimizer or everything).step()
         if self._in_turns:
             everything.zero_grad()

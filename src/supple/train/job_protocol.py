@@ -86,7 +86,8 @@ class JobProtocol(Protocol):
         `dataset`: a map-style dataset, or a list of iterable shards. `batch_size`: samples of the
         global batch, all workers together. `shuffle`: by default true without a sampler.
         `micro_batch_size`: limit on the samples that one worker computes at once (default:
-        `batch_size`). Every iteration must call `job.step`.
+        `batch_size`). Every iteration must call `job.step`. A worker whose share of a step is empty
+        is given data that counts nothing, so that the loop's other lines run on all workers.
 
         `options`, as of torch's `DataLoader`: `drop_last`, `sampler`, `weights` (one for each
         sample), `batch_sampler` (instead of `batch_size`), `generator`, `pin_memory`,

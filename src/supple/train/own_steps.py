@@ -4,15 +4,17 @@ what is learned."""
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from supple.train.state.names import named_params
 from supple.train.state.optimizers import AnyOptimizer, members_of, params_of
 from supple.train.step.finite import TrainingError
 
@@ -160,6 +162,59 @@ def _is_running() -> bool:
     while frame is not None and (id(frame), frame.f_code) != _loop.function:
         frame = frame.f_back
     return frame is not None
+
+
+@final
+class Unfrozen:
+    """Finds parameters that the loop begins to train, and that no optimizer has."""
+
+    def __init__(self, model: nn.Module, trained: Collection[Tensor]) -> None:
+        self._frozen = {
+            name: param
+            for name, param in named_params(model).items()
+            if not param.requires_grad and param not in trained
+        }
+
+    def check(self) -> None:
+        """Raise `TrainingError` if one of them requires a gradient."""
+        for name, param in self._frozen.items():
+            if param.requires_grad:
+                raise TrainingError(
+                    f"{name} was frozen when job.optimizer was called, and requires a gradient "
+                    "now: no optimizer has it, so it would not be trained. Give the optimizer all "
+                    "that is trained at some time: job.optimizer(..., params=lambda model: "
+                    "model.parameters()); frozen parameters are moved by nothing."
+                )
+
+
+def refuse_curved_hooks(model: nn.Module) -> None:
+    """Raise `TrainingError` if a hook on a parameter is not linear: it sees the gradient of one
+    worker's part of a batch, so a clamp of the parts is not that of the whole."""
+    for name, param in model.named_parameters():
+        for hook in (getattr(param, "_backward_hooks", None) or {}).values():
+            if not _is_linear(hook, param.detach()):
+                raise TrainingError(
+                    f"a hook on {name} (register_hook) is no multiple of the gradient, such as a "
+                    "clamp: it sees the gradient of one worker's part of the batch alone. Change "
+                    "the gradient of the whole batch by optimizer.register_step_pre_hook(change)."
+                )
+
+
+def _is_linear(hook: Callable[[Tensor], Tensor | None], like: Tensor) -> bool:
+    """Return whether `hook` gives the sum for a sum, also of large and small gradients."""
+    own = torch.Generator(like.device).manual_seed(0)
+    one, other = (torch.randn(like.shape, generator=own).to(like.dtype) for _ in range(2))
+
+    def changed(gradient: Tensor) -> Tensor:
+        result = hook(gradient.clone())
+        return gradient if result is None else result
+
+    parts = changed(one), changed(other)
+    scales = (2.0**-8, 1.0, 2.0**8)
+    return all(
+        torch.allclose(changed((one + other) * scale) / scale, parts[0] + parts[1], 1e-2, 1e-2)
+        for scale in scales
+    )
 
 
 def refuse_sparse(model: nn.Module) -> None:

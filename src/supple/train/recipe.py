@@ -5,6 +5,7 @@
 
 import math
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
@@ -22,6 +23,9 @@ from supple.train.state.optimizers import AnyOptimizer, Optimizers, params_of
 from supple.train.state.rehearsal import check_kept
 from supple.train.step.engine import TrainingError
 from supple.train.step.rate import AnyRate, LearningRate, LearningRates, constant
+
+BUILT = weakref.WeakSet[nn.Module]()
+"""Models that jobs of this process have: threads may share variables that hold all of them."""
 
 
 @final
@@ -63,6 +67,7 @@ class Recipe:
         else:
             torch.set_rng_state(self._random_state)
         built = self._models[name] = build()
+        BUILT.add(built)
         self._random_state = torch.get_rng_state()
         return built
 
@@ -111,10 +116,9 @@ class Recipe:
         optimizer: Optimizer = make(cls, given, lr=float(lr), **options)
         refuse_closure(optimizer)
         refuse_wrapper(optimizer)
-        self._refuse_shared_parameters(optimizer)
+        self._refuse_parameters(optimizer)
         rate = LearningRate(self._lr_rule, type(optimizer).__name__)
         rate.base_lr = float(lr)
-        rate.ratios = [float(group["lr"]) / float(lr) for group in optimizer.param_groups]
         rate.schedule = schedule or constant
         self._optimizers.append(optimizer)
         self._rates.append(rate)
@@ -134,8 +138,9 @@ class Recipe:
         if not self._optimizers:
             raise TrainingError("job.batches was called before job.model and job.optimizer.")
         self._refuse_in_round()
-        for optimizer in self._optimizers:
+        for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
             refuse_scheduler(optimizer)
+            rate.take_from(optimizer)
         loader = batches.loader(self.seed)
         self.batches = batches.sized(loader)
         self.rate.base_batch = int(self.batches.batch_size)
@@ -194,8 +199,16 @@ class Recipe:
                 "trained is known before the first step."
             )
 
-    def _refuse_shared_parameters(self, optimizer: Optimizer) -> None:
+    def _refuse_parameters(self, optimizer: Optimizer) -> None:
+        """Raise `TrainingError` for parameters of no model, or of another optimizer."""
         names = {id(param): name for name, param in self.model.named_parameters()}
+        strange = [param for param in params_of(optimizer) if id(param) not in names]
+        if strange:
+            raise TrainingError(
+                f"job.optimizer was given a parameter of shape {list(strange[0].shape)} that no "
+                "model of the job has: it would be neither saved nor moved to a worker that joins. "
+                "Make it a part of a model, such as self.scale = nn.Parameter(...) in its __init__."
+            )
         taken = {id(param) for other in self._optimizers for param in params_of(other)}
         both = [param for param in params_of(optimizer) if id(param) in taken]
         if both:
@@ -223,7 +236,7 @@ class Hand:
 
     def give(self, micro: MicroBatch) -> Iterator[Any]:
         """Yield the data. Raises `TrainingError` if the script goes on without a step."""
-        self._micro, self.size = micro, micro.num_samples
+        self._micro, self.size = micro, micro.num_samples or self.size
         yield micro.data
         self._stepped = None
         if self._micro is not None:

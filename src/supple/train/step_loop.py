@@ -24,7 +24,7 @@ from supple.train.step.engine import TrainingError
 @final
 class StepLoop:
     """The steps of one job. `rejoin(error)` leaves the generation and joins the next; `publish()`
-    reports progress after a commit."""
+    reports progress after a commit, `check()` is called between two steps."""
 
     def __init__(
         self,
@@ -37,12 +37,13 @@ class StepLoop:
         *,
         rejoin: Callable[[str], None],
         publish: Callable[[], None],
+        check: Callable[[], None],
     ) -> None:
         self.is_replaced = False
         """Another generation has formed during this step: it begins anew."""
         self._holder, self._hand, self._membership = holder, hand, membership
         self._activity, self._saver, self._ledger = activity, saver, ledger
-        self._rejoin, self._publish = rejoin, publish
+        self._rejoin, self._publish, self._check = rejoin, publish, check
         self._is_called = False
 
     @property
@@ -57,24 +58,17 @@ class StepLoop:
         """Yield this rank's micro-batches of one step; then save or rejoin, if that is due."""
         holder, group = self._holder, self.group
         self.is_replaced = False
-        any_batch = False
         self._activity.enter("data")
         holder.in_step = True
         for micro in holder.engine.micro_batches(alone=group is None or group.size == 1):
             self._activity.enter("script")
-            any_batch = True
             self._note(micro)
             yield from self._hand.give(micro)
             if self.is_replaced:
                 return
             self._activity.enter("data")
-        if holder.engine.in_turns:
-            if not self._end_updates(has_samples=any_batch):
-                return
-        elif not any_batch:
-            holder.engine.arm(group, self.heard_of_next)
-            if not self._commit(None):
-                return
+        if holder.engine.in_turns and not self._end_updates():
+            return
         self._between_steps()
 
     def step(
@@ -104,10 +98,10 @@ class StepLoop:
         holder = self._holder
         return self._end_step(lambda: holder.engine.commit(clip_norm, holder.fraction))
 
-    def _end_updates(self, *, has_samples: bool) -> bool:
-        """End a step of several updates; on a rank without samples, make them first."""
+    def _end_updates(self) -> bool:
+        """End a step of several updates."""
         holder = self._holder
-        end = holder.engine.end_updates if has_samples else holder.engine.follow_updates
+        end = holder.engine.end_updates
         return self._end_step(lambda: end(self.group, self.heard_of_next, holder.fraction))
 
     def _end_step(self, end: Callable[[], bool]) -> bool:
@@ -158,6 +152,7 @@ class StepLoop:
         """Save or rejoin between two steps. The script has finished its work on the last step, so
         its kept objects (`job.keep`) and the weights are of the same step."""
         holder = self._holder
+        self._check()
         if (self.group is None or self.group.rank == 0) and self._saver.due():
             self._saver.save_async(holder.state, holder.scalars(), holder.generation)
             holder.engine.meter.restart()
@@ -171,7 +166,7 @@ class StepLoop:
         return False
 
     def _note(self, micro: MicroBatch) -> None:
-        if self._ledger is not None:
+        if self._ledger is not None and micro.num_samples > 0:
             holder, group = self._holder, self.group
             rank = 0 if group is None else group.rank
             self._ledger.read(holder.generation, holder.step, holder.loader.epoch, rank, micro.ids)

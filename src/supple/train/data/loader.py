@@ -56,6 +56,11 @@ class Loader(Protocol):
         samples."""
         ...
 
+    def again(self) -> MicroBatch:
+        """Return a micro-batch without samples of its own, for a rank whose share of the step is
+        empty: data that another rank, or this one before, has counted."""
+        ...
+
     def feed_shards(self, num_logical_shards: int) -> Iterator[MicroBatch]:
         """Like `feed` for reproducible mode: one micro-batch for each logical shard of this rank
         that is not empty. Raises `SpecError` for iterable shards."""

@@ -18,7 +18,7 @@ from supple.core.job.order import (
 )
 from supple.core.spec import SpecError
 from supple.train.data.listed import ListedOrder
-from supple.train.data.micro_batch import MicroBatch, check_sizes, pinned, to_device
+from supple.train.data.micro_batch import MicroBatch, check_sizes, pinned, to_device, uncounted
 from supple.train.data.prefetch import Fetching, Prefetcher, Source, Task
 
 _WINDOW = 4096
@@ -184,6 +184,12 @@ class MapLoader:
 
     def feed(self) -> Iterator[MicroBatch]:
         return self._hand_out(self._plan)
+
+    def again(self) -> MicroBatch:
+        begin, _ = self._plan.bounds(self._at)
+        piece = _Piece(shard_id=0, start=begin, stop=begin + 1)
+        data = self._source.fetch(self._plan.task(self.epoch, piece, seeded=False))
+        return uncounted(data, self._device)
 
     def feed_shards(self, num_logical_shards: int) -> Iterator[MicroBatch]:
         return self._hand_out(replace(self._plan, num_shards=num_logical_shards))

@@ -17,12 +17,19 @@ class MicroBatch:
     data: Any
     """The collated samples, given to the user's loop."""
     num_samples: int
+    """0: the rank has no samples in this step, and `data` counts nothing."""
     ids: Sequence[int | str]
     """Ids of the samples, for the ledger: indices, or "shard:number" for iterable shards."""
     is_last: bool
     """Whether it is this rank's last micro-batch of the step."""
     shard_id: int = 0
     """Number of its logical shard, in reproducible mode."""
+
+
+def uncounted(data: Any, device: torch.device | None) -> MicroBatch:
+    """Return a micro-batch whose data counts nothing: the loop's other lines run on it."""
+    data = data if device is None else to_device(data, device)
+    return MicroBatch(data=data, num_samples=0, ids=(), is_last=True)
 
 
 def check_sizes(global_batch_size: int, micro_batch_size: int) -> None:

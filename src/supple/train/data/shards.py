@@ -23,7 +23,7 @@ from supple.core.job.order import (
     share,
 )
 from supple.core.spec import SpecError
-from supple.train.data.micro_batch import MicroBatch, check_sizes, pinned, to_device
+from supple.train.data.micro_batch import MicroBatch, check_sizes, pinned, to_device, uncounted
 
 Shard = Iterable[Any] | Callable[[], Iterable[Any]]
 """A re-iterable, or a function returning an iterable; the same samples every time."""
@@ -68,6 +68,7 @@ class ShardLoader:
         self._mine: list[int] = []
         self._readers: dict[int, _Reader] = {}
         self._found_ended: set[int] = set()
+        self._last_samples: list[Any] = []
 
     def place(
         self,
@@ -108,6 +109,7 @@ class ShardLoader:
             is_last = self._next_reader() is None or number == len(sizes)
             used += len(samples)
             if samples:
+                self._last_samples = samples
                 data = self._collate(samples)
                 data = pinned(data) if self._pins else data
                 yield MicroBatch(
@@ -122,6 +124,10 @@ class ShardLoader:
             self._next_reader()
         if not used:
             self._refuse_emptiness()
+
+    def again(self) -> MicroBatch:
+        # Every worker has read samples before its first step, in its rehearsal.
+        return uncounted(self._collate(self._last_samples), self._device)
 
     def feed_shards(self, num_logical_shards: int) -> Iterator[MicroBatch]:
         raise SpecError(

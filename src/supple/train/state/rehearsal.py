@@ -69,6 +69,7 @@ class Rehearsal:
         self._kept = {name: _saved(name, thing) for name, thing in state.kept.items()}
         self._random_state = _random_state()
         self._attributes = [(one, plain_attributes(one)) for one in members_of(optimizer)]
+        self._frozen = state.frozen()
 
     def undo(self) -> list[str]:
         """Restore the state and drop the gradients; return the names of buffers that had changed.
@@ -103,6 +104,7 @@ class Rehearsal:
                 del group[key]
             group.update(before)
         optimizer.zero_grad(set_to_none=True)
+        self._state.freeze(self._frozen)
         for name, before in self._kept.items():
             try:
                 self._state.kept[name].load_state_dict(before)

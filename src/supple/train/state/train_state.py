@@ -10,7 +10,7 @@ transfer loses no state, and a late message of a dead peer overwrites nothing in
 import copy
 import io
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -44,6 +44,7 @@ class TrainState:
             name for name, buffer in named_buffers(model).items() if _is_number(buffer)
         }
         """Buffers that were finite when built; others, such as masks, may hold infinities."""
+        self._initially_frozen = self.frozen()
         self._initial_settings = [copy.deepcopy(_settings(g)) for g in optimizer.param_groups]
         self.spare: dict[str, Tensor] = {}
         """Allocated tensors by name, to be reused for the next state that this worker receives."""
@@ -60,6 +61,17 @@ class TrainState:
                 if isinstance(value, Tensor):
                     found[f"optimizer/{index}/{key}"] = value.detach()
         return found
+
+    def frozen(self) -> list[str]:
+        """Return the names of the parameters that require no gradient."""
+        named = named_params(self.model).items()
+        return [name for name, param in named if not param.requires_grad]
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Let exactly the parameters of these names require no gradient."""
+        for name, param in named_params(self.model).items():
+            if param.requires_grad == (name in names):
+                param.requires_grad_(name not in names)
 
     def signature(self) -> list[list[Any]]:
         """Return [name, shape, dtype] of every parameter and buffer, which identify the model."""
@@ -88,6 +100,8 @@ class TrainState:
             ],
             "groups": [_settings(group) for group in self.optimizer.param_groups],
             "initial_groups": self._initial_settings,
+            "frozen": self.frozen(),
+            "initial_frozen": self._initially_frozen,
             "extra": extra,
             "kept": {name: thing.state_dict() for name, thing in self.kept.items()},
         }
@@ -139,6 +153,8 @@ class TrainState:
                 self.optimizer.state.pop(param, None)
         for group, values in zip(self.optimizer.param_groups, description["groups"], strict=True):
             group.update(values)
+        if "frozen" in description:  # checkpoints of earlier versions do not have it
+            self.freeze(description["frozen"])
         for name, thing in self.kept.items():
             if name in description["kept"]:
                 thing.load_state_dict(description["kept"][name])
@@ -162,7 +178,9 @@ class TrainState:
         script's. Without `with_optimizer`, the optimizer begins anew. Raises `ValueError` if the
         payload is of another model, or of another kind of optimizer.
         """
-        description, tensors = payload["description"], payload["tensors"]
+        description, tensors = dict(payload["description"]), payload["tensors"]
+        if description.get("initial_frozen") != self._initially_frozen:
+            description.pop("frozen", None)  # the script freezes other ones now
         described = [[plain_name(name), *rest] for name, *rest in description["tensors"]]
         if not with_optimizer:
             rows = zip(described, tensors, strict=True)

@@ -18,7 +18,7 @@ from supple.core.training.noise import NoiseState, update
 from supple.train.data.loader import Loader, MicroBatch
 from supple.train.generation.group import Group
 from supple.train.job_protocol import Weight
-from supple.train.own_steps import refuse_other_steps
+from supple.train.own_steps import Unfrozen, refuse_other_steps
 from supple.train.state.names import named_buffers, named_params
 from supple.train.state.optimizers import AnyOptimizer, members_of, name_of, params_of
 from supple.train.step.buffers import ChangedBuffers
@@ -91,33 +91,42 @@ class StepEngine:
         self.finite = FiniteSteps(spec.on_non_finite, names, buffers.floating)
         self.optimizer_name = name_of(optimizer)
         self.gradient_bytes = sum(param.numel() * param.element_size() for param in params)
+        self._unfrozen = Unfrozen(model, trained)
         self._weights: dict[int | None, LossWeights] = {}
         self._loss_sum, self._weight_sum, self._num_samples = 0.0, 0.0, 0
         self._is_sum = False
         self._clip_norm: float | None = None
 
     def micro_batches(self, *, alone: bool) -> Iterator[MicroBatch]:
-        """Begin a step: yield this rank's micro-batches, possibly none. `alone`: no other rank."""
+        """Begin a step: yield this rank's micro-batches; without one, data that counts nothing, as
+        the loop's other lines may change what all ranks share. `alone`: no other rank."""
+        begun = False
         self._begin()
         self.updates.begin()
         if self._tree is not None:
             for micro in self._loader.feed_shards(self._spec.num_logical_shards):
                 torch.manual_seed(mix(self._spec.seed, self.step, micro.shard_id or 0))
+                begun = True
                 self.meter.lap("data")
                 yield micro
                 self.meter.lap("loop")
+            if not begun:
+                yield self._loader.again()
             return
-        begun = False
         for micro in self._loader.feed():
             if not begun and not self.in_turns:
                 count = 1 if micro.is_last else 2
                 self._noise_meter.begin(self.step, alone=alone, num_micro_batches=count)
-                begun = True
+            begun = True
             self.meter.lap("data")
             yield micro
             self.meter.lap("loop")
-        if not begun and not self.in_turns:
-            self._noise_meter.begin(self.step, alone=False, num_micro_batches=0)
+        if not begun:
+            if not self.in_turns:
+                self._noise_meter.begin(self.step, alone=False, num_micro_batches=0)
+            self.meter.lap("data")
+            yield self._loader.again()
+            self.meter.lap("loop")
 
     def backward(
         self,
@@ -131,12 +140,15 @@ class StepEngine:
     ) -> None:
         """Add the gradient of one micro-batch; with the last of a step, start the reduction."""
         self.meter.lap("forward")
+        is_zero = self._tree is not None or self._num_samples == 0
+        self._guard.begin_backward(self._reducer.buckets, is_zero=is_zero)
+        if micro.num_samples == 0:
+            self.arm(group, heard)
+            return
         planned = self._loader.planned_samples
         weights = self._weight_of(optimizer)
         own, factor = weights.of(weight, micro.num_samples)
         self._is_sum = weights.is_sum
-        is_zero = self._tree is not None or self._num_samples == 0
-        self._guard.begin_backward(self._reducer.buckets, is_zero=is_zero)
         self._num_samples += micro.num_samples
         self._weight_sum += own
         if own > 0.0:  # a mean over nothing may be NaN
@@ -208,19 +220,6 @@ class StepEngine:
         self._begin()
         self.meter.lap("optimizer")
 
-    def follow_updates(
-        self, group: Group | None, heard: Callable[[], bool], fraction: float
-    ) -> bool:
-        """Make the updates of a step, and end it, on a rank without samples; returns and raises as
-        `commit`."""
-        while True:
-            ended, optimizer = self.updates.follow(group, heard=heard(), stats=self._loader.stats())
-            if ended:
-                self._end_step(self.updates.loader_stats, fraction)
-                return self.updates.heard
-            self.arm(group, heard)
-            self.close_update(optimizer, None, fraction)
-
     def end_updates(self, group: Group | None, heard: Callable[[], bool], fraction: float) -> bool:
         """End a step of several updates; returns and raises as `commit`."""
         self.updates.agree_on_end(group, heard=heard(), stats=self._loader.stats())
@@ -250,6 +249,7 @@ class StepEngine:
 
     def abandon(self) -> None:
         """Undo the step in flight, which did not commit."""
+        self._guard.forget()
         self._reducer.abandon()
         self.meter.restart()
 
@@ -257,6 +257,7 @@ class StepEngine:
         """Set gradients and sums to zero: nothing is computed of the next update yet."""
         self._loss_sum, self._weight_sum, self._num_samples = 0.0, 0.0, 0
         self._is_sum = False
+        self._guard.refuse_late_changes(self._reducer.buckets)
         self._reducer.zero()
         self._guard.begin_step(self._reducer.buckets)
 
@@ -274,6 +275,7 @@ class StepEngine:
             self._noise_meter.discard()
         else:
             self._update(stats, fraction, optimizer)
+        self._guard.end_step(self._reducer.buckets)
         return stats
 
     def _end_step(self, loader_stats: Sequence[float], fraction: float) -> None:
@@ -338,7 +340,8 @@ class StepEngine:
             self._scale_gradients(stats[_SAMPLES])
         for param in self._reducer.unused:
             param.grad = None
-        if stats[_NUM_CLIPS] > 0:  # a rank without samples was not given the norm
+        self._unfrozen.check()
+        if stats[_NUM_CLIPS] > 0:
             clip_norm = stats[_CLIP_NORM] / stats[_NUM_CLIPS]
             everything = optimizer is self._optimizer
             clipped = self._model.parameters() if everything else params_of(optimizer)

@@ -22,10 +22,41 @@ class GradientGuard:
         self._is_ours = False
         self._is_foreign = False
         self._version = 0
+        self._after: int | None = None
+        """Version of the gradients when the last update was made."""
 
     def note_gradient(self) -> None:
         """A backward pass has accumulated a gradient."""
         self._is_foreign |= not self._is_ours
+
+    def end_step(self, buckets: Sequence["Bucket"]) -> None:
+        """The update was made: a change of the gradients from here on would do nothing."""
+        self._after = _version(buckets)
+
+    def forget(self) -> None:
+        """The gradients are new memory."""
+        self._after = None
+
+    def refuse_late_changes(self, buckets: Sequence["Bucket"]) -> None:
+        """Raise `TrainingError` if the gradients of the last update were changed after it, other
+        than set to zero."""
+        after, self._after = self._after, None
+        if after is None:
+            return
+        replaced = any(
+            param.grad is not None and param.grad is not view
+            for bucket in buckets
+            for param, view in zip(bucket.params, bucket.views, strict=True)
+        )
+        changed = _version(buckets) != after and any(bool(b.grads.any()) for b in buckets)
+        if replaced or changed:
+            raise TrainingError(
+                "the gradients were changed after job.step, by a clip or another line of the loop: "
+                "job.step has made the update by then, so the line does nothing. To clip, write "
+                "job.step(loss, clip_norm=1.0); for any other change, "
+                "optimizer.register_step_pre_hook(change), which sees the gradients of the whole "
+                "batch."
+            )
 
     def begin_step(self, buckets: Sequence["Bucket"]) -> None:
         """The gradients are zero now."""

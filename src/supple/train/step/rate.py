@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from supple.core.spec import LrRule
 from supple.core.training.goodput import OptimizerFamily, family_of, learning_rate, warmup_steps
 from supple.train.state.optimizers import AnyOptimizer, members_of
+from supple.train.step.finite import TrainingError
 
 
 @final
@@ -24,9 +25,18 @@ class LearningRate:
         """Ratio of each parameter group's own rate to `base_lr`, in the script's order."""
         self.base_batch = 1
         self.schedule: Callable[[float], float] = constant
+        self._written: list[float] = []
+        """Rates that the parameter groups had last; empty if they come from elsewhere."""
         self._factor = 1.0
         self._jumped_from = 1.0
         self._jumped_at = 0
+
+    def take_from(self, optimizer: Optimizer) -> None:
+        """Take the rates of the parameter groups as the base: the loop begins."""
+        self._written = [float(group["lr"]) for group in optimizer.param_groups]
+        if len(self._written) == 1 and self._written[0] > 0:
+            self.base_lr = self._written[0]
+        self.ratios = [lr / self.base_lr for lr in self._written]
 
     def to_measure(self, batch: int) -> "LearningRate":
         """Return the rate for timing steps of `batch` samples: constant, as a schedule may begin
@@ -55,10 +65,14 @@ class LearningRate:
         return float(self.base_lr * self._factor_at(step) * self.schedule(fraction))
 
     def set_in(self, optimizer: AnyOptimizer, step: int, fraction: float) -> None:
-        """Write the learning rate of `step` into the optimizer's parameter groups."""
+        """Write the learning rate of `step` into the optimizer's parameter groups. Raises
+        `TrainingError` if the script has changed the rates, or added a group, in its loop."""
+        groups = optimizer.param_groups
+        refuse_changed_rates([float(group["lr"]) for group in groups], self._written, self.ratios)
         lr = self.at(step, fraction)
-        for group, ratio in zip(optimizer.param_groups, self.ratios, strict=True):
+        for group, ratio in zip(groups, self.ratios, strict=True):
             group["lr"] = lr * ratio
+        self._written = [lr * ratio for ratio in self.ratios]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -68,6 +82,7 @@ class LearningRate:
         }
 
     def from_json(self, values: Mapping[str, Any]) -> None:
+        self._written = []
         self._factor = float(values["factor"])
         self._jumped_from = float(values["jumped_from"])
         self._jumped_at = int(values["jumped_at"])
@@ -125,6 +140,26 @@ class LearningRates:
     def from_json(self, values: Mapping[str, Any]) -> None:
         for (_, rate), saved in zip(self._rates, values["of"], strict=True):
             rate.from_json(saved)
+
+
+def refuse_changed_rates(
+    now: Sequence[float], written: Sequence[float], ratios: Sequence[float]
+) -> None:
+    """Raise `TrainingError` unless the groups' rates are those that were `written` last."""
+    if len(now) != len(ratios):
+        raise TrainingError(
+            "add_param_group was called in the loop: what is trained must be known before the "
+            "first step. Call it before job.batches, and let the loop set requires_grad when the "
+            "group's parameters shall learn."
+        )
+    changed = [number for number, lr in enumerate(written) if now[number] != lr]
+    if changed:
+        raise TrainingError(
+            f"the loop changed the learning rate of the optimizer's parameter group {changed[0]} "
+            f"from {written[changed[0]]:g} to {now[changed[0]]:g}, by param_groups or by a "
+            "ReduceLROnPlateau: the job sets the rates at every step. Give them as a factor of the "
+            "fraction of the run that is done: job.optimizer(..., schedule=lambda done: 1 - done)."
+        )
 
 
 AnyRate = LearningRate | LearningRates

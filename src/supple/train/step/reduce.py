@@ -105,7 +105,10 @@ class GradientReducer:
         self._stats: Callable[[], Sequence[float]] = tuple
         self._weight: Callable[[], float] = lambda: 1.0
         for param in self._place:
+            requires_grad = param.requires_grad
+            param.requires_grad_(True)  # a frozen one may be trained later
             param.register_post_accumulate_grad_hook(self._on_gradient)
+            param.requires_grad_(requires_grad)
 
     def zero(self) -> None:
         """Set gradients to zero, and make them views into the buckets again."""

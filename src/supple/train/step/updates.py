@@ -4,9 +4,8 @@ Every update reduces and commits by itself; the step, and with it the samples, e
 takes its next batch. After a failure, workers repeat the batch from its first line; the updates
 that were committed are not made again.
 
-Only the scripts of ranks with samples know which update is next, or that the step has ended. So
-before each update, and at the end, all ranks sum one small message: a rank without samples follows
-the others.
+Before each update, and at the end, all ranks sum one small message: scripts that step different
+optimizers at the same time are stopped with the reason.
 """
 
 from collections.abc import Sequence
@@ -65,40 +64,25 @@ class Updates:
         heard: bool,
         stats: Sequence[float],
     ) -> None:
-        """Take part in the update of `optimizer` (None: of all), on a rank with samples. Raises
-        `CollectiveFailed`, and `TrainingError` on all ranks if their scripts differ."""
+        """Take part in the update of `optimizer` (None: of all). Raises `CollectiveFailed`, and
+        `TrainingError` on all ranks if their scripts differ."""
         choice = _ALL if optimizer is None else 2 + self.index_of(optimizer)
         self._sum(group, choice, heard, stats)
 
     def agree_on_end(self, group: Group | None, *, heard: bool, stats: Sequence[float]) -> None:
-        """Take part in the end of the step, on a rank with samples; raises as `agree_on`."""
+        """Take part in the end of the step; raises as `agree_on`."""
         self._sum(group, _END, heard, stats)
 
-    def follow(
-        self, group: Group | None, *, heard: bool, stats: Sequence[float]
-    ) -> tuple[bool, Optimizer | None]:
-        """Wait for the others' choice, on a rank without samples; return whether the step has
-        ended, and else the optimizer to step (None: all). Raises as `agree_on`."""
-        choice = self._sum(group, None, heard, stats)
-        if choice in (_END, _ALL):
-            return choice == _END, None
-        return False, self._optimizers[choice - 2]
-
-    def _sum(
-        self, group: Group | None, choice: int | None, heard: bool, stats: Sequence[float]
-    ) -> int:
-        own = (0, 0, 0) if choice is None else (1, choice, choice**2)
+    def _sum(self, group: Group | None, choice: int, heard: bool, stats: Sequence[float]) -> None:
+        own = (1, choice, choice**2)
         message = torch.tensor([*own, float(heard), *stats], dtype=torch.float64)
         if group is not None:
             group.wait([group.all_reduce(message)])
         ranks, total, squares, num_heard, *summed = message.tolist()
         self.heard, self.loader_stats = num_heard > 0, summed
-        if ranks == 0:
-            return _END
         if squares * ranks != total * total:
             raise TrainingError(
                 "workers step different optimizers at the same time: their scripts took different "
                 "branches, by the rank or by data of their own. Decide which optimizer to step "
                 "from what is equal on all workers, such as job.step_count."
             )
-        return round(total / ranks)
