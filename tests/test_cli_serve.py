@@ -8,6 +8,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from supple.cli.app import app
+from supple.control.lock import only_service
 from supple.core.service.latency import LatencyPoint
 from supple.serve.models.profiling import StoredProfile, machine, place, source_of, write
 
@@ -70,6 +71,13 @@ def test_a_port_in_use_is_refused_before_anything_starts(option: str) -> None:
         # The last of two values counts: the default port may be in use, too.
         result = supple("serve", "app.py:Model", "--port", "0", option, port)
     assert result.exit_code == 2 and f"{option} {port} cannot be used" in result.stderr
+
+
+def test_a_port_of_a_service_that_still_starts_is_refused_before_anything_starts() -> None:
+    with only_service("another", {"--grpc-port": 18_101}):
+        result = supple("serve", "app.py:Model", "--port", "0", "--grpc-port", "18101")
+    assert result.exit_code == 2, result.output
+    assert "--grpc-port 18101 cannot be used: another service" in result.stderr
 
 
 def test_a_promise_the_stored_profile_rules_out_is_refused_before_anything_starts() -> None:

@@ -85,7 +85,7 @@ def test_what_the_workers_load_is_the_function_with_its_closure(
 def test_what_the_command_would_refuse_is_refused_before_anything_is_written(
     runs: list[tuple[TrainSpec, Options]], options: Options, told: str
 ) -> None:
-    with pytest.raises(SpecError) as caught:
+    with pytest.raises(supple.SpecError) as caught:
         supple.run(loop, **{"workers": "1:4"} | options)
     assert told in str(caught.value)
     assert runs == [] and list(Path.cwd().iterdir()) == []

@@ -9,6 +9,7 @@ import pytest
 from supple.core.spec import SpecError
 from supple.inputs.hf_config import read_config
 
+W8 = {"num_bits": 8, "type": "float"}
 LLAMA = {"model_type": "llama", "tie_word_embeddings": False}
 NEOX = {"model_type": "gpt_neox", "tie_word_embeddings": False}
 
@@ -145,10 +146,28 @@ def test_the_cache_of_a_token_follows_from_the_key_value_heads(tmp_path: Path) -
         ({"quant_method": "awq", "bits": 4}, 4),
         ({"load_in_8bit": True}, 8),
         ({"load_in_4bit": True}, 4),
-        ({"quant_method": "unknown"}, 16),
+        ({"quant_method": "compressed-tensors", "config_groups": {"0": {"weights": W8}}}, 8),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, 8),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 4),
+        # Not known, and 16 would be a guess.
+        ({"quant_method": "compressed-tensors", "config_groups": {"0": {"weights": None}}}, None),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"0": {"weights": W8}, "1": {"weights": {"num_bits": 4}}},
+            },
+            None,
+        ),
+        ({"quant_method": "unknown"}, None),
+        ({"quant_method": "gptq", "bits": 4.5}, None),
+        ({"quant_method": "gptq", "bits": True}, None),
+        ({"quant_method": ["awq"]}, None),
+        ([], None),
     ],
 )
-def test_the_bits_are_those_of_the_quantization(tmp_path: Path, quantized: Any, bits: int) -> None:
+def test_the_bits_are_those_of_the_quantization(
+    tmp_path: Path, quantized: Any, bits: int | None
+) -> None:
     values = GPT2 | {"quantization_config": quantized}
     assert read_config(config(tmp_path, values)).bits == bits
 
@@ -167,6 +186,11 @@ def test_a_sequence_is_at_most_the_context_unless_one_is_given(tmp_path: Path) -
         (LLAMA, "lacks hidden_size: it is not the config.json of a llama"),
         (GPT2 | {"n_embd": 0}, "n_embd is 0: it must be a whole number of at least 1"),
         (GPT2 | {"n_embd": "768"}, "n_embd is '768'"),
+        (GPT2 | {"n_layer": True}, "n_layer is True: it must be a whole number"),
+        (GPT2 | {"n_layer": 10**400}, "at most 1,000,000,000"),
+        (GPT2 | {"n_layer": float("nan")}, "n_layer is nan"),
+        (LLAMA | {"hidden_size": "x" * 10**5}, "hidden_size is 'xxxxxxxxxxxx...xxxxxxxxxxxxx': it"),
+        (GPT2 | {"tie_word_embeddings": "false"}, "is 'false': it must be true or false"),
         (GPT2 | {"n_head": 7}, "768 does not divide into 7 heads"),
         (QWEN3_MOE | {"mlp_only_layers": [0]}, "its layers are not equal"),
         (PUBLISHED["OPT-125M"][0] | {"word_embed_proj_dim": 512}, "embedding has another width"),

@@ -144,6 +144,35 @@ def test_parameters_with_key_value_heads_have_a_cache_and_without_the_usual_one(
 # -- the files -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"hidden": 4096}, "has parameters and hidden: beside"),
+        ({"experts": 8, "experts_per_token": 2}, "has parameters and experts, experts_per_token"),
+        ({"kv_heads": 8}, "kv_heads and head_size together"),
+        ({"head_size": 128}, "Give both, or neither"),
+        ({"kv_heads": -8, "head_size": 128}, "kv_heads is -8: it must be at least 1"),
+        ({"kv_heads": 8, "head_size": 0}, "head_size is 0: it must be at least 1"),
+    ],
+)
+def test_a_size_that_means_nothing_beside_the_parameters_is_refused(
+    values: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(SpecError) as refused:
+        described_decoder(table(parameters="8B", **values))
+    assert words in str(refused.value)
+
+
+def test_a_quantization_without_known_bits_needs_them_from_the_file(tmp_path: Path) -> None:
+    sizes = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12}
+    sizes |= {"n_positions": 1024, "vocab_size": 50257}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(sizes | {"quantization_config": {"quant_method": "hqq"}}))
+    with pytest.raises(SpecError, match="a weight quantized by hqq are not known"):
+        described_decoder(table(config=str(path)))
+    assert described_decoder(table(config=str(path), bits=4)).bytes_per_weight == 0.55
+
+
 def test_a_model_file_names_a_config_beside_it_and_no_other_sizes(tmp_path: Path) -> None:
     config(tmp_path)
     file = tmp_path / "m.toml"

@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from supple.cli.function import Run, RunFailed, run
+    from supple.core.spec import SpecError
     from supple.train.checkpoint.published import load_weights
     from supple.train.job import Job
 
-__all__ = ["Job", "Run", "RunFailed", "__version__", "load_weights", "run"]
+__all__ = ["Job", "Run", "RunFailed", "SpecError", "__version__", "load_weights", "run"]
 __version__ = "0.1.0"
 
 
@@ -21,6 +22,10 @@ def __getattr__(name: str) -> Any:
         from supple.cli import function
 
         return getattr(function, name)
+    if name == "SpecError":
+        from supple.core.spec import SpecError
+
+        return SpecError
     if name == "load_weights":
         from supple.train.checkpoint.published import load_weights
 

@@ -16,6 +16,7 @@ with warnings.catch_warnings():
 
     from supple.cluster.services.grpc_servers import (
         add_servicer,
+        listening_alone,
         retrying,
         stopping_when_quiet,
     )
@@ -165,3 +166,18 @@ def test_a_server_that_is_called_for_ever_stops_within_its_grace() -> None:
         await stopping
 
     stopped(scenario)
+
+
+@pytest.mark.parametrize("inner", [gRPCGenericServer, stopping_when_quiet(gRPCGenericServer, 0.0)])
+def test_a_port_of_another_service_is_refused_so_that_ray_takes_the_next(inner: Any) -> None:
+    """With Ray's own options the kernel would give the calls of one service to either."""
+
+    async def go() -> None:
+        as_ray_does = {"extra_options": [("grpc.so_reuseport", "0")]}
+        first, second = (listening_alone(inner)(lambda **_: None, **as_ray_does) for _ in range(2))
+        port = first.add_insecure_port("127.0.0.1:0")
+        with pytest.raises(RuntimeError, match="Failed to bind"):
+            second.add_insecure_port(f"127.0.0.1:{port}")
+        await first.stop(0.0)
+
+    asyncio.run(go())

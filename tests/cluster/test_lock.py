@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from supple.control.lock import FILE, only_job
+from supple.control.lock import FILE, only_job, only_service
 from supple.control.socket import socket_path
 from supple.core.spec import SpecError
 from supple.train.checkpoint.store import CheckpointStore
@@ -138,6 +138,26 @@ def test_the_same_folder_under_another_name_is_refused(tmp_path: Path, name: str
     ):
         pass
     assert f"process {os.getpid()}" in str(refused.value) and "--run-dir" in str(refused.value)
+
+
+def test_a_service_that_starts_has_its_name_and_its_ports_before_it_listens(name: str) -> None:
+    ports = {"--port": 18_100, "--grpc-port": 18_101}
+    with only_service(name, ports):
+        with (
+            pytest.raises(SpecError, match=f"a job named '{name}' is already running"),
+            only_service(name, {}),
+        ):
+            pass
+        with (
+            pytest.raises(SpecError, match=r"--grpc-port 18101 cannot be used.*process") as refused,
+            only_service(f"{name}-2", {"--port": 0, "--grpc-port": 18_101}),
+        ):
+            pass
+        assert f"process {os.getpid()}" in str(refused.value) and "or 0" in str(refused.value)
+        with only_service(f"{name}-2", {"--port": 0, "--grpc-port": 0}):
+            pass
+    with only_service(f"{name}-2", ports):
+        pass
 
 
 @pytest.mark.slow

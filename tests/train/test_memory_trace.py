@@ -270,6 +270,9 @@ HABITS: dict[str, dict[str, str]] = {
     "device": {"after": "model.to(torch.device('cpu'))"},
     "autocast": {"step": ON_CPU},
     "a value read": {"step": "loss = loss_of(model, x, y); job.step(loss); print(loss.item())"},
+    "a value formatted": {
+        "step": "loss = loss_of(model, x, y); job.step(loss); print(f'{loss:.3f} {loss}')"
+    },
     "finite": {"step": "loss = loss_of(model, x, y); assert loss.isfinite(); job.step(loss)"},
     "called twice": {"step": "job.step(loss_of(model, x, y) + loss_of(model, x + 1, y))"},
     "evaluated": {

@@ -25,6 +25,7 @@ from supple.cli.options import (
     Verbose,
     Weights,
 )
+from supple.control.lock import only_service
 from supple.control.socket import refuse_second, send_request
 from supple.core.service.spec import (
     MAX_WAITING,
@@ -139,25 +140,28 @@ def serve(
         if address is None:
             refuse_used_port(port)
             refuse_used_port(grpc_port or 0, "--grpc-port")
-        from supple.serve.models import profiling
+        ports = {"--port": port, "--grpc-port": grpc_port or 0} if address is None else {}
+        with only_service(spec.name, ports):
+            _run(spec, target, published, weights if follow else None)
 
-        stored = profiling.known(target) if class_name else None
-        if stored is not None:
-            refuse_impossible(spec.slo, stored.profile())
-        from supple.cli.serving import run
 
-        refresh = functools.partial(profiling.refresh, target)
-        try:
-            run(
-                spec,
-                weights=published,
-                follow=weights if follow else None,
-                profile=None if stored is None else stored.profile(),
-                on_measured=None if stored is None else refresh,
-            )
-        except ModelFault as fault:
-            typer.echo(f"supple: {target} cannot be served: {fault}", err=True)
-            raise typer.Exit(FAILED) from None
+def _run(spec: ServeSpec, target: str, weights: str | None, follow: str | None) -> None:
+    """Serve until the end, with what is known of the model; what is measured is kept."""
+    from supple.serve.models import profiling
+
+    stored = profiling.known(target) if check_target(target)[1] else None
+    profile = None if stored is None else stored.profile()
+    if profile is not None:
+        refuse_impossible(spec.slo, profile)
+    from supple.cli.serving import run
+
+    refresh = functools.partial(profiling.refresh, target)
+    on_measured = None if profile is None else refresh
+    try:
+        run(spec, weights=weights, follow=follow, profile=profile, on_measured=on_measured)
+    except ModelFault as fault:
+        typer.echo(f"supple: {target} cannot be served: {fault}", err=True)
+        raise typer.Exit(FAILED) from None
 
 
 def _published(weights: str | None, *, follow: bool = False) -> str | None:

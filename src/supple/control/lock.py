@@ -1,4 +1,4 @@
-"""File locks that give a run's folder and a job's name to one job at a time.
+"""File locks that give a run's folder, a job's name and a service's ports to one job at a time.
 
 The driver holds a kernel lock on a file. It is released when the process ends in any way, so no
 stale lock must be removed by hand. On a shared file system it works between hosts only if that file
@@ -11,8 +11,8 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,14 +31,8 @@ def only_job(name: str, run_path: Path) -> Iterator[str]:
     Yields a warning for the user, if the folder's file system has no locks; else an empty line.
     Raises `SpecError` at once, with the holder, if another process has a lock.
     """
-    by_name = socket_path(name).with_suffix(".lock")
     with (
-        _held(
-            by_name,
-            f"a job named {name!r} is already running on this machine",
-            f"Choose another --name, watch it with `supple status {name}`, or stop it with Ctrl-C "
-            f"in its terminal or `supple stop {name}`.",
-        ),
+        _only_name(name),
         _held(
             run_path / FILE,
             f"a job is already running in the folder {run_path}",
@@ -52,6 +46,33 @@ def only_job(name: str, run_path: Path) -> Iterator[str]:
             else f"the file system of {run_path} has no locks: make sure yourself that no other "
             "job uses this folder while this one runs"
         )
+
+
+@contextmanager
+def only_service(name: str, ports: Mapping[str, int]) -> Iterator[None]:
+    """Hold the locks on a service's name and its ports, by option, within the block; port 0 is any.
+    A service listens only at the end of its start, so until then a second one could take them.
+    Raises `SpecError` at once, with the holder, if another process has a lock."""
+    with contextlib.ExitStack() as held:
+        held.enter_context(_only_name(name))
+        for option, port in ports.items():
+            if port:
+                lock = _held(
+                    socket_path(name).with_name(f"{port}.port"),
+                    f"{option} {port} cannot be used: another service on this machine takes it",
+                    "Give another, or 0 to take a free one.",
+                )
+                held.enter_context(lock)
+        yield
+
+
+def _only_name(name: str) -> AbstractContextManager[bool]:
+    return _held(
+        socket_path(name).with_suffix(".lock"),
+        f"a job named {name!r} is already running on this machine",
+        f"Choose another --name, watch it with `supple status {name}`, or stop it with Ctrl-C in "
+        f"its terminal or `supple stop {name}`.",
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ the same names may mean another model.
 """
 
 import json
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,11 @@ if TYPE_CHECKING:  # numpy is imported by what plans, so that `--help` is immedi
 
 _MOST_BYTES = 1 << 20
 _DEFAULT_SEQ = 2048
+_MOST_SIZE = 10**9
+"""Far above any published size; more is no model."""
 _BITS_OF_METHOD = {"fp8": 8, "fbgemm_fp8": 8, "awq": 4, "gptq": 4, "mxfp4": 4}
+_BITS_OF_ALGORITHM = {"FP8": 8, "NVFP4": 4}
+"""`quant_algo` of NVIDIA's ModelOpt."""
 
 
 @final
@@ -29,8 +34,10 @@ class HfModel:
     name: str
     """Its `model_type`."""
     sizes: "Transformer"
-    bits: int
-    """Bits of a weight: 16, or those of its quantization."""
+    bits: int | None
+    """Bits of a weight: 16, or those of its quantization; None: that is not known."""
+    quantization: str
+    """Its method, for messages."""
     cache_bits: int
     """Bits of a key or a value: 16, or 8."""
 
@@ -49,10 +56,10 @@ class _Config:
             value = self.values.get(name)
             if value is None:
                 continue
-            if not is_count(value):
+            if not is_count(value) or isinstance(value, bool) or value > _MOST_SIZE:
                 raise SpecError(
-                    f"{self.path}: {name} is {value!r}: it must be a whole number of at least 1. "
-                    "Correct the file."
+                    f"{self.path}: {name} is {reprlib.repr(value)}: it must be a whole number of "
+                    f"at least 1 and at most {_MOST_SIZE:,}. Correct the file."
                 )
             return int(value)
         if default is None:
@@ -64,14 +71,20 @@ class _Config:
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.values.get(name)
-        return default if value is None else bool(value)
+        if value is not None and not isinstance(value, bool):
+            raise SpecError(
+                f"{self.path}: {name} is {reprlib.repr(value)}: it must be true or false. Correct "
+                "the file."
+            )
+        return default if value is None else value
 
     def refuse_unless(self, name: str, wanted: Any, why: str) -> None:
         """Raise `SpecError` where a key has another value than the one that is understood."""
         value = self.values.get(name)
         if value is not None and value != wanted:
             raise SpecError(
-                f"{self.path}: {name} is {value!r}: {why}. Describe the model in a model.toml."
+                f"{self.path}: {name} is {reprlib.repr(value)}: {why}. Describe the model in a "
+                "model.toml."
             )
 
 
@@ -243,8 +256,8 @@ def read_config(path: Path, *, seq: int | None = None) -> HfModel:
         )
     if kind not in _KNOWN:
         raise SpecError(
-            f"{path} describes a {kind}, which is not known: {', '.join(_KNOWN)} are. Describe its "
-            "sizes in a model.toml."
+            f"{path} describes a {kind:.50}, which is not known: {', '.join(_KNOWN)} are. Describe "
+            "its sizes in a model.toml."
         )
     config = _Config(path, values)
     sizes = _KNOWN[kind](config)
@@ -255,18 +268,43 @@ def read_config(path: Path, *, seq: int | None = None) -> HfModel:
         )
     except ValueError as error:
         raise SpecError(f"{path}: {error}") from None
-    return HfModel(name=kind, sizes=model, bits=_bits(values), cache_bits=_cache_bits(values))
-
-
-def _bits(values: Mapping[str, Any]) -> int:
     quantized = values.get("quantization_config")
-    if not isinstance(quantized, Mapping):
+    method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+    return HfModel(
+        name=kind,
+        sizes=model,
+        bits=_bits(quantized),
+        quantization=method if isinstance(method, str) else reprlib.repr(quantized),
+        cache_bits=_cache_bits(values),
+    )
+
+
+def _bits(quantized: Any) -> int | None:
+    """Bits of a weight; None: the quantization does not say it in a way that is known."""
+    if quantized is None:
         return 16
-    if isinstance(quantized.get("bits"), int):
-        return quantized["bits"]
+    if not isinstance(quantized, Mapping):
+        return None
+    if "bits" in quantized:
+        bits = quantized["bits"]
+        return bits if is_count(bits) and not isinstance(bits, bool) else None
     if quantized.get("load_in_4bit") or quantized.get("load_in_8bit"):
         return 4 if quantized.get("load_in_4bit") else 8
-    return _BITS_OF_METHOD.get(str(quantized.get("quant_method")).lower(), 16)
+    algorithm, method = quantized.get("quant_algo"), quantized.get("quant_method")
+    if isinstance(algorithm, str):
+        return _BITS_OF_ALGORITHM.get(algorithm)
+    if method == "compressed-tensors":
+        return _bits_of_groups(quantized.get("config_groups"))
+    return _BITS_OF_METHOD.get(method) if isinstance(method, str) else None
+
+
+def _bits_of_groups(groups: Any) -> int | None:
+    """Bits of the weights of all groups of layers; None where they differ."""
+    each = list(groups.values()) if isinstance(groups, Mapping) else []
+    weights = [group.get("weights") if isinstance(group, Mapping) else None for group in each]
+    found = {part.get("num_bits") if isinstance(part, Mapping) else None for part in weights}
+    bits = found.pop() if len(found) == 1 else None
+    return bits if is_count(bits) and not isinstance(bits, bool) else None
 
 
 def _cache_bits(values: Mapping[str, Any]) -> int:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from supple.core.spec import SpecError, parse_name
-from supple.inputs.model_file import ModelTable
+from supple.inputs.model_file import SIZES, ModelTable
 from supple.inputs.rows import Row, parse_amount, read_rows
-from supple.inputs.sizes import config_of, described_transformer
+from supple.inputs.sizes import MOST, config_of, described_transformer, in_range
 
 if TYPE_CHECKING:  # numpy and scipy are imported by the command, so that `--help` is immediate
     from supple.core.llm.decoding import Decoder, DecodingRun
@@ -26,6 +26,8 @@ _MOST_LAYERS = 1_000
 _MOST_TOKENS = 1e8
 _MOST_TOKENS_PER_S = 1e9
 _MOST_MS = 3.6e6
+_OF_CACHE = ("kv_heads", "head_size")
+_BESIDE_PARAMETERS = ("layers", *_OF_CACHE)
 _IN_16_BITS = 4.0
 """Bytes of a key and a value of one width."""
 _LEAST_SHARE = 1e-4
@@ -87,16 +89,23 @@ def described_decoder(described: ModelTable) -> "Decoder":
             whole("layers"),
             named,
         )
-        heads, width = whole("kv_heads"), whole("head_size")
-        if not (heads and width):
+        _refuse_sizes(described)
+        if "kv_heads" not in described.values:
             _refuse_cache_bits(described)
             return model
+        heads, width = (in_range(described, key, MOST[key]) for key in _OF_CACHE)
         at_16 = _IN_16_BITS * heads * width
         return replace(model, cache_bytes=at_16 * _cache_share(described, 16))
     bits, cache_bits = 16, 16
     if "config" in described.values:
         found = config_of(described)
-        sizes, bits, cache_bits = found.sizes, found.bits, found.cache_bits
+        sizes, cache_bits = found.sizes, found.cache_bits
+        bits = found.bits
+        if bits is None and "bits" not in described.values:
+            raise SpecError(
+                f"{described.where}: the bits of a weight quantized by {found.quantization} are "
+                "not known. Give bits in a model.toml, in [serve] beside config."
+            )
     else:
         sizes = described_transformer(described)
     return Decoder(
@@ -115,6 +124,22 @@ def _cache_share(described: ModelTable, default: int) -> float:
     if bits not in (16, 8):
         raise SpecError(f"{described.named('cache_bits')} is {bits}: a cache has 16 bits or 8.")
     return bits / 16
+
+
+def _refuse_sizes(described: ModelTable) -> None:
+    """Refuse sizes that mean nothing beside the number of parameters."""
+    unused = [key for key in SIZES if key in described.values and key not in _BESIDE_PARAMETERS]
+    if unused:
+        raise SpecError(
+            f"{described.where} has parameters and {', '.join(unused)}: beside the number of "
+            f"parameters count {', '.join(_BESIDE_PARAMETERS)}, and activated for a mixture. Leave "
+            "one of the two out."
+        )
+    if ("kv_heads" in described.values) != ("head_size" in described.values):
+        raise SpecError(
+            f"{described.where}: kv_heads and head_size together are the cache of a token. Give "
+            "both, or neither."
+        )
 
 
 def _refuse_cache_bits(described: ModelTable) -> None:

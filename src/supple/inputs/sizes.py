@@ -10,7 +10,7 @@ from supple.inputs.model_file import ModelTable
 if TYPE_CHECKING:  # numpy is imported by what plans, so that `--help` is immediate
     from supple.core.layouts.transformer import Transformer
 
-_MOST = {
+MOST = {
     "hidden": 10**6,
     "layers": 10**4,
     "heads": 10**5,
@@ -86,7 +86,7 @@ def config_of(described: ModelTable) -> HfModel:
 
 
 def _size(described: ModelTable, key: str, default: int | None = None) -> int:
-    return in_range(described, key, _MOST[key], default)
+    return in_range(described, key, MOST[key], default)
 
 
 def _perhaps(described: ModelTable, key: str) -> int | None:

@@ -1,5 +1,5 @@
 """Changes to the gRPC servers of Ray Serve for which it has no settings: their methods, address,
-message size and shutdown, and the retry of requests whose replica dies.
+port, message size and shutdown, and the retry of requests whose replica dies.
 
 The retry is the counterpart of `supple.serve.again`: if no replica can be reached, the ingress
 passes requests to Ray's proxy, which waits for one; if that replica dies too, the proxy retries.
@@ -24,6 +24,7 @@ from supple.serve.protocol.grpc import METHODS, SERVICE, STREAM
 _PAUSE_S: Final = 0.25
 _QUIET_S: Final = 1.0
 """After this time without a call, no client uses the stopping replica any more."""
+_SHARED: Final = "grpc.so_reuseport"
 _OWN_ERRORS: Final = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE)
 """Status codes of the proxy if a replica died or none exists. To the proxy, a refusal by one of
 Supple's replicas is a successful call."""
@@ -116,6 +117,31 @@ def stopping_when_quiet(plain: Any, quiet_s: float) -> Any:
                 await asyncio.sleep(min(quiet_at_s, end_s) - now_s)
                 now_s = time.monotonic()
             await super().stop(None if grace is None else max(0.0, end_s - now_s))
+
+    return Server
+
+
+def listen_alone() -> None:
+    """Patch Ray's gRPC servers to refuse a port on which another process listens: Ray then takes
+    the next. Replicas of two services on one machine would share a port otherwise, and the kernel
+    would give a call of one service to either."""
+    from ray.serve._private import grpc_util
+
+    plain: Any = grpc_util.gRPCGenericServer
+    if not getattr(plain, "listens_alone", False):
+        grpc_util.gRPCGenericServer = listening_alone(plain)  # type: ignore[misc]
+
+
+def listening_alone(plain: Any) -> Any:
+    """Subclass `plain`, the class of Ray's gRPC servers, for `listen_alone`."""
+
+    class Server(plain):
+        listens_alone = True
+
+        def __init__(self, *given: Any, extra_options: Any = None, **named: Any) -> None:
+            # Ray gives "0" for 0, and gRPC ignores a text where it expects a number.
+            options = [(k, int(v) if k == _SHARED else v) for k, v in extra_options or ()]
+            super().__init__(*given, extra_options=options, **named)
 
     return Server
 

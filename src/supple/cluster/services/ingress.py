@@ -205,6 +205,7 @@ def prepare_process() -> list[Any]:
         grpc_servers.limit_messages(int(os.environ[_MOST_BYTES]))
     if os.environ.get(_LOOPBACK) == "1":
         grpc_servers.listen_on_loopback()
+    grpc_servers.listen_alone()
     grpc_servers.stop_when_quiet()
     name = ray.get_runtime_context().get_actor_name() or ""
     if SERVE_PROXY_NAME not in name:

@@ -1,5 +1,5 @@
 """Make ordinary habits of a script work on fake tensors: `.to(torch.bfloat16)`, `.half()`,
-`torch.compile`, autocast on an accelerator that is not here, and `.item()`."""
+`torch.compile`, autocast on an accelerator that is not here, `.item()` and `f"{loss:.3f}"`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +37,7 @@ def traceable_habits() -> Iterator[None]:
         (torch, "compile", _as_written),
         (nn.Module, "compile", _nothing),
         (autocast_mode.autocast, "__init__", _here(autocast_mode.autocast.__init__)),
+        (Tensor, "__format__", _formatted(Tensor.__format__)),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in given]
     for owner, name, made in given:
@@ -80,3 +81,13 @@ def _here(real: Callable[..., None]) -> Callable[..., None]:
         real(self, kind, *args, **options)
 
     return init
+
+
+def _formatted(real: Callable[[Tensor, str], str]) -> Callable[[Tensor, str], str]:
+    """torch formats only its own class as a number."""
+
+    def write(self: Tensor, form: str) -> str:
+        is_number = isinstance(self, FakeTensor) and self.dim() == 0
+        return format(self.detach().item(), form) if is_number else real(self, form)
+
+    return write
