@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from supple.cluster.starting import as_small_as_it_gets
 from tests.cluster.nodes import Nodes
 
 
@@ -15,7 +14,6 @@ def shared_ray() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_prestart_worker_first_driver", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        with as_small_as_it_gets():
-            nodes = Nodes(head_cpus=16)
+        nodes = Nodes(head_cpus=16)
     with nodes:
         yield nodes.address

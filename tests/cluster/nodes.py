@@ -7,15 +7,16 @@ from typing import Any, Self
 
 from ray.cluster_utils import Cluster
 
+from supple.cluster.starting import as_small_as_it_gets
+
 
 class Nodes:
     """The head has one place for a worker; others are added and killed by the test."""
 
     def __init__(self, head_cpus: int = 1) -> None:
-        self._cluster: Any = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": head_cpus, "include_dashboard": False, "no_monitor": True},
-        )
+        head = {"num_cpus": head_cpus, "include_dashboard": False, "no_monitor": True}
+        with as_small_as_it_gets():
+            self._cluster: Any = Cluster(initialize_head=True, head_node_args=head)
 
     @property
     def address(self) -> str:
@@ -23,7 +24,8 @@ class Nodes:
 
     def add(self, num_cpus: int) -> Any:
         """A node with room for so many workers, once the cluster knows it."""
-        return self._cluster.add_node(num_cpus=num_cpus)
+        with as_small_as_it_gets():
+            return self._cluster.add_node(num_cpus=num_cpus)
 
     def kill(self, node: Any) -> None:
         """All processes of the node's own at once, as a power cut would."""

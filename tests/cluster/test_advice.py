@@ -8,7 +8,7 @@ import pytest
 from supple.core.job.ledger import prove
 from tests.cluster.runs import TrainRun
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(240)]
 
 SCRIPT = """
 import time

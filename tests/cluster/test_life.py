@@ -311,30 +311,35 @@ def test_each_node_gets_a_monitor_of_its_own_that_can_be_nowhere_else() -> None:
     assert placed == [(a, False), (b, False)]
 
 
-def test_what_a_ray_left_behind_is_ended_and_nothing_else() -> None:
+def test_what_a_ray_left_behind_is_ended_and_nothing_else(tmp_path: Path) -> None:
     sleep = [sys.executable, "-c", READY + "import time; time.sleep(60)"]
-    mine = subprocess.Popen(
-        ["ray::Agent", *sleep[1:]],
-        executable=sleep[0],
-        env=os.environ | {"SUPPLE_RAY": "one"},
-        stdout=subprocess.PIPE,
-    )
-    other = subprocess.Popen(
-        ["ray::Agent", *sleep[1:]],
-        executable=sleep[0],
-        env=os.environ | {"SUPPLE_RAY": "another"},
-        stdout=subprocess.PIPE,
-    )
+    one, another = tmp_path / "one", tmp_path / "another"
+    one.mkdir()
+
+    def titled(mark: str, log: Path) -> "subprocess.Popen[bytes]":
+        with log.open("wb") as opened:
+            return subprocess.Popen(
+                ["ray::Agent", *sleep[1:]],
+                executable=sleep[0],
+                env=os.environ | {"SUPPLE_RAY": mark},
+                stdout=subprocess.PIPE,
+                stderr=opened,
+            )
+
+    marked, other = (titled(str(folder), tmp_path / "log") for folder in (one, another))
+    # Its title has overwritten its environment; its log is open.
+    logging = titled("", one / "log")
+    started = (marked, logging, other)
     try:
-        for process in (mine, other):
+        for process in started:
             assert process.stdout is not None
             process.stdout.readline()
-        assert left_behind("one") == [mine.pid]
-        end_left_behind("one", grace_s=0.0)
-        assert mine.wait() == -signal.SIGKILL
+        assert sorted(left_behind(str(one))) == sorted([marked.pid, logging.pid])
+        end_left_behind(str(one), grace_s=0.0)
+        assert {marked.wait(), logging.wait()} == {-signal.SIGKILL}
         assert other.poll() is None
     finally:
-        for process in (mine, other):
+        for process in started:
             process.kill()
             process.wait()
             assert process.stdout is not None

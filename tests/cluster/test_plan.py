@@ -42,6 +42,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
     return Planned(json.loads(result.stdout), result.stderr.splitlines(), folder / "plan.png")
 
 
+@pytest.mark.alone
 def test_there_is_a_row_for_every_doubling_and_one_is_recommended_with_the_reason(
     planned: Planned,
 ) -> None:
@@ -52,6 +53,7 @@ def test_there_is_a_row_for_every_doubling_and_one_is_recommended_with_the_reaso
     assert answer["knee_rule"] in answer["reason"]
 
 
+@pytest.mark.alone
 def test_every_count_is_measured_in_turn_and_then_once_more(planned: Planned) -> None:
     """What the machine does besides is another thing a little later."""
     told = [line for line in planned.told if line.startswith("measuring ")]
@@ -60,6 +62,7 @@ def test_every_count_is_measured_in_turn_and_then_once_more(planned: Planned) ->
     assert first[0] == "measuring 1 worker at several micro-batch sizes"
 
 
+@pytest.mark.alone
 def test_every_number_stands_in_an_interval_and_says_where_it_comes_from(planned: Planned) -> None:
     for row in planned.answer["rows"]:
         for name in ESTIMATES:
@@ -72,6 +75,7 @@ def test_every_number_stands_in_an_interval_and_says_where_it_comes_from(planned
     assert planned.answer["rows"][2]["step_time_s"]["source"] != "measured"
 
 
+@pytest.mark.alone
 def test_what_a_row_says_fits_together(planned: Planned) -> None:
     for row in planned.answer["rows"]:
         count, batch = row["num_workers"], row["batch"]
@@ -85,6 +89,7 @@ def test_what_a_row_says_fits_together(planned: Planned) -> None:
         assert row["cost"]["value"] == pytest.approx(2 * hours)
 
 
+@pytest.mark.alone
 def test_the_picture_is_a_png_of_some_size(planned: Planned) -> None:
     content = planned.picture.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")

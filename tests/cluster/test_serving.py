@@ -46,7 +46,7 @@ class Model:
         self.factor = FACTOR if weights is None else 5
 
     def predict(self, batch):
-        time.sleep(0.002)
+        time.sleep(0.02)
         if (batch == 7).any():
             pathlib.Path(WORKING).touch()
             time.sleep(4)
@@ -405,7 +405,7 @@ def test_ctrl_c_answers_the_requests_in_flight(service: Service) -> None:
             "ZeroDivisionError: division by zero",
         ),
         (
-            SOURCE.replace("FACTOR", "1").replace("0.002", "0.05"),
+            SOURCE.replace("FACTOR", "1").replace("0.02", "0.05"),
             ["--slo", "p99=10ms"],
             2,
             "one prediction of one input takes",
@@ -432,6 +432,7 @@ def test_what_cannot_be_served_says_why_with_its_numbers(
 
 
 TRAINED = """
+import time
 import torch
 import supple
 
@@ -445,6 +446,7 @@ class Model:
 
     @torch.inference_mode()
     def predict(self, batch: torch.Tensor):
+        time.sleep(0.02)
         return self.net(batch)
 """
 

@@ -40,21 +40,33 @@ def watch_over(which: str) -> "subprocess.Popen[bytes] | None":
 
 def left_behind(which: str) -> list[int]:
     """Return the pids of this Ray's agents and workers, and of the workers' forked children."""
-    mark = f"{MARK}={which}".encode()
     found: list[int] = []
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
         try:
             with open(f"/proc/{name}/cmdline", "rb") as file:
-                if file.read(5) != b"ray::":
-                    continue
-            with open(f"/proc/{name}/environ", "rb") as file:
-                if mark in file.read().split(b"\0"):
-                    found.append(int(name))
+                is_titled = file.read(5) == b"ray::"
+            if is_titled and (_is_marked(name, which) or _has_open_file(name, which)):
+                found.append(int(name))
         except OSError:
             continue
     return found
+
+
+def _is_marked(pid: str, which: str) -> bool:
+    with open(f"/proc/{pid}/environ", "rb") as file:
+        return f"{MARK}={which}".encode() in file.read().split(b"\0")
+
+
+def _has_open_file(pid: str, folder: str) -> bool:
+    """True if the process has a file of `folder` open. An agent has its log there; the title that
+    it gives itself overwrites its environment, and the mark with it."""
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.readlink(f"/proc/{pid}/fd/{number}").startswith(f"{folder}/"):
+                return True
+    return False
 
 
 def end_left_behind(which: str, *, grace_s: float = _GRACE_S) -> None:
