@@ -107,10 +107,8 @@ def test_the_first_occurrence_is_no_example_of_the_length_of_later_ones() -> Non
 
 
 def test_something_rare_is_told_however_little_it_is() -> None:
-    little = LoopTime(
-        every_s=0.0, rare_s=1.0, rate=1e-4, highest_rate=1e-3, num_rare=1, num_turns=9
-    )
-    assert "1 s more in 1 of 9" in in_loop_words(little, 1.0)
+    little = LoopTime(every_s=0.0, rare_s=1.0, rate=1e-4, highest_rate=1e-3, num_rare=2)
+    assert loop_share(little, 1.0) < 0.001 and "1 s more in 2 of" in in_loop_words(little, 1.0)
 
 
 def test_three_tenths_of_the_loop_dominate() -> None:
