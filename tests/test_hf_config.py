@@ -132,6 +132,13 @@ def test_the_activated_parameters_of_a_mixture_are_too(
     assert sizes.num_active_parameters / 1e9 == pytest.approx(billions, abs=0.01)
 
 
+def test_a_llama_with_biases_has_more_parameters(tmp_path: Path) -> None:
+    plain = PUBLISHED["Llama-3-8B"][0]
+    biased = plain | {"attention_bias": True}
+    more = read_config(config(tmp_path, biased)).sizes.num_parameters
+    assert more - PUBLISHED["Llama-3-8B"][1] == 32 * (4096 + 2 * 1024 + 4096)
+
+
 def test_the_cache_of_a_token_follows_from_the_key_value_heads(tmp_path: Path) -> None:
     """Llama-3-8B keeps 128 KiB a token."""
     sizes = read_config(config(tmp_path, PUBLISHED["Llama-3-8B"][0])).sizes

@@ -6,6 +6,7 @@ from supple.core.training.loop_time import (
     NO_LOOP_TIME,
     LoopTime,
     Turn,
+    dominates,
     in_loop_words,
     loop_share,
     loop_time,
@@ -77,3 +78,38 @@ def test_the_words_tell_every_turn_from_what_is_rare() -> None:
 def test_a_rate_is_never_above_one_in_a_turn() -> None:
     found = loop_time(turns(9, 3, 4, 5), STEP_S)
     assert isinstance(found, LoopTime) and found.highest_rate <= 1.0
+
+
+def test_the_interval_of_a_rate_is_one_occurrence_wide() -> None:
+    often = loop_time(turns(250, 1, 101, 201), STEP_S)
+    ends = (often.lowest_rate, often.rate, often.highest_rate)
+    assert ends == pytest.approx((0.0075, 0.01, 0.01 * 4 / 3))
+    once = loop_time(turns(200, 1), STEP_S)
+    assert (once.lowest_rate, once.rate, once.highest_rate) == (0.0, 0.5 / 200, 1 / 200)
+
+
+def test_what_is_less_than_a_few_turns_is_not_rare() -> None:
+    """Ten milliseconds are much beside a step of two, and nothing beside one of a hundred."""
+    found = loop_time(turns(100, *range(0, 100, 10), rare_s=0.02), 0.1)
+    assert found.num_rare == 0
+
+
+def test_an_occurrence_that_is_late_too_counts_with_both_parts() -> None:
+    both = [Turn(loop_s=0.3 * (i % 50 == 49), late_s=0.2 * (i % 50 == 49)) for i in range(200)]
+    assert loop_time(both, STEP_S).rare_s == pytest.approx(0.5)
+
+
+def test_the_first_occurrence_is_no_example_of_the_length_of_later_ones() -> None:
+    first = [Turn(loop_s=9.0 * (i == 1) + 0.5 * (i in (101, 201))) for i in range(250)]
+    assert loop_time(first, STEP_S).rare_s == pytest.approx(0.5)
+    even = [Turn(loop_s=9.0 * (i == 1) + 0.5 * (i == 101)) for i in range(150)]
+    assert loop_time(even, STEP_S).rare_s == pytest.approx(0.5)
+
+
+def test_something_rare_is_told_however_little_it_is() -> None:
+    little = LoopTime(every_s=0.0, rare_s=1.0, rate=1e-4, highest_rate=1e-3, num_rare=2)
+    assert loop_share(little, 1.0) < 0.001 and "1 s more in 2 of" in in_loop_words(little, 1.0)
+
+
+def test_three_tenths_of_the_loop_dominate() -> None:
+    assert dominates(0.3) and not dominates(0.29)
