@@ -58,7 +58,8 @@ def plain(every: int = 1) -> Tensor:
         of_critic.step()
         if number % every == 0:
             of_generator.zero_grad()
-            F.softplus(-critic(fake)).mean().backward()
+            F.softplus(-critic(fake)).mean().backward()  # reaches the critic, which is not clipped
+            nn.utils.clip_grad_norm_(generator.parameters(), 0.05)
             of_generator.step()
     return flat(generator, critic)
 
@@ -92,7 +93,8 @@ class Gan:
                 assert self.gate[job.step_count].wait(30)
             if job.step_count % self.every == 0:
                 of_generator.zero_grad()
-                job.step(F.softplus(-critic(fake)).mean(), optimizer=of_generator)
+                loss = F.softplus(-critic(fake)).mean()
+                job.step(loss, optimizer=of_generator, clip_norm=0.05)
 
     def trained(self, job: Job) -> Tensor:
         return flat(*self.models[id(job)])
