@@ -307,3 +307,26 @@ def test_the_end_of_a_run_with_a_controller_is_saved_after_its_evaluation(
     world.finished(["a"])
     assert world.wait("a", CheckpointSaved).step == 8
     assert world.jobs["a"].evaluation["mean"] == 3.0
+
+
+def test_what_is_kept_is_in_evaluation_mode_too_and_as_before_after_it() -> None:
+    modes: list[bool] = []
+
+    def train(job: Job) -> None:
+        model = job.model(build)
+        job.optimizer(torch.optim.SGD, lr=0.1)
+        average = torch.optim.swa_utils.AveragedModel(model)
+        job.keep("average", average)
+
+        def compute(_batch: Any) -> dict[str, Metric]:
+            modes.append(average.training or average.module.training)
+            return {"it": 1.0}
+
+        job.evaluate(TensorDataset(HELD), compute, batch_size=9)
+        for x, y in job.batches(TensorDataset(X, Y), batch_size=BATCH):
+            if job.step(F.mse_loss(model(x), y)):
+                average.update_parameters(model)
+        modes.append(average.training and average.module.training)
+
+    alone(train)
+    assert modes == [False, True]

@@ -119,12 +119,16 @@ class Evaluations:
         return [one for one in self._all if one.is_due(step, **ends)]
 
     def make(
-        self, due: Sequence[Evaluation], model: nn.Module, group: Group | None, step: int
+        self,
+        due: Sequence[Evaluation],
+        modules: Sequence[nn.Module],
+        group: Group | None,
+        step: int,
     ) -> Mapping[str, float]:
-        """Make the evaluations; return their metrics, equal on all ranks. Raises
-        `CollectiveFailed` with nothing changed."""
+        """Make the evaluations, with `modules` in evaluation mode; return their metrics, equal on
+        all ranks. Raises `CollectiveFailed` with nothing changed."""
         rank, size = (0, 1) if group is None else (group.rank, group.size)
-        with _undisturbed(model):
+        with _undisturbed(modules):
             own = [one.sums(rank, size) for one in due]
         everyone = [own] if group is None else _gathered(own, group)
         results: dict[str, float] = {}
@@ -166,12 +170,13 @@ def _gathered(own: list[dict[str, list[float]]], group: Group) -> list[list[dict
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(whole: Sequence[nn.Module]) -> Iterator[None]:
     """Run the block in evaluation mode and without gradients; modes and random states are as before
     after it."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for model in whole for module in model.modules()]
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    model.eval()
+    for model in whole:
+        model.eval()
     try:
         with torch.no_grad():
             yield

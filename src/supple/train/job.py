@@ -382,7 +382,7 @@ class Job(JobProtocol):
         while due := holder.due_evaluations:
             self._activity.enter("script")
             try:
-                made = evaluations.make(due, self._recipe.model, self._group, holder.step)
+                made = evaluations.make(due, self._recipe.modules, self._group, holder.step)
             except CollectiveFailed as failure:
                 self._rejoin(str(failure))
                 continue

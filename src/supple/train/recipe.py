@@ -78,6 +78,11 @@ class Recipe:
         return models[0] if len(models) == 1 else nn.ModuleDict(self._models)
 
     @property
+    def modules(self) -> list[nn.Module]:
+        """The model, and what is kept beside it and is a module, such as an average of it."""
+        return [self.model, *(kept for kept in self.kept.values() if isinstance(kept, nn.Module))]
+
+    @property
     def optimizer(self) -> AnyOptimizer:
         made = self._optimizers
         return made[0] if len(made) == 1 else Optimizers(made)
