@@ -330,3 +330,24 @@ def test_what_is_kept_is_in_evaluation_mode_too_and_as_before_after_it() -> None
 
     alone(train)
     assert modes == [False, True]
+
+
+def test_of_two_workers_at_one_step_the_one_that_has_evaluated_is_newer() -> None:
+    versions: list[tuple[int, int | None]] = []
+
+    def train(job: Job) -> None:
+        def compute(_batch: Any) -> dict[str, Metric]:
+            versions.append((job.step_count, job.holder.version))
+            return {"it": 1.0}
+
+        model = job.model(lambda: nn.Linear(3, 1))
+        job.optimizer(torch.optim.SGD, lr=0.1)
+        job.evaluate(TensorDataset(HELD), compute, batch_size=9, every_steps=2)
+        for x, _ in job.batches(TensorDataset(X, Y), batch_size=BATCH):
+            versions.append((job.step_count, job.holder.version))
+            job.step(model(x).mean())
+
+    alone(train)
+    at_two = [version for step, version in versions if step == 2]
+    assert len(at_two) == 2
+    assert None not in at_two and at_two[0] < at_two[1]  # type: ignore[operator]

@@ -69,6 +69,7 @@ class Gan:
 
     def __init__(self, every: int = 1) -> None:
         self.every = every
+        self.held_before_the_first = False
         self.models: dict[int, tuple[nn.Module, nn.Module]] = {}
         self.gate: dict[int, threading.Event] = {}
         self.reached: dict[int, threading.Event] = {}
@@ -87,14 +88,20 @@ class Gan:
         for x, z in job.batches(data, batch_size=BATCH, epochs=EPOCHS, shuffle=False):
             fake = generator(z)
             of_critic.zero_grad()
+            if self.held_before_the_first:
+                self._wait(job)
             job.step(critic_loss(critic, x, fake), optimizer=of_critic, clip_norm=0.3)
-            if job.generation == 1 and job.step_count in self.gate:
-                self.reached[job.step_count].set()
-                assert self.gate[job.step_count].wait(30)
+            if not self.held_before_the_first:
+                self._wait(job)
             if job.step_count % self.every == 0:
                 of_generator.zero_grad()
                 loss = F.softplus(-critic(fake)).mean()
                 job.step(loss, optimizer=of_generator, clip_norm=0.05)
+
+    def _wait(self, job: Job) -> None:
+        if job.generation == 1 and job.step_count in self.gate:
+            self.reached[job.step_count].set()
+            assert self.gate[job.step_count].wait(30)
 
     def trained(self, job: Job) -> Tensor:
         return flat(*self.models[id(job)])
@@ -143,13 +150,15 @@ def test_workers_train_a_gan_as_plain_pytorch_also_those_without_samples(
         assert gan.trained(world.jobs[name]).equal(gan.trained(world.jobs["a"]))
 
 
+@pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("after", [["a"], ["a", "b"], ["a", "b", "c"]])
-def test_a_step_that_fails_between_its_updates_makes_each_of_them_once(
-    worlds: list[World], after: list[str]
+def test_a_step_that_fails_before_or_between_its_updates_makes_each_of_them_once(
+    worlds: list[World], after: list[str], before: bool
 ) -> None:
     gan = Gan()
     gan.hold_at(3)
-    world = World(f"between-{len(after)}", gan)
+    gan.held_before_the_first = before
+    world = World(f"between-{len(after)}-{before}", gan)
     worlds.append(world)
     world.start("a", "b")
     world.form(1, ["a", "b"])
