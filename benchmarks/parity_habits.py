@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 PAUSE_ENV = "SUPPLE_PARITY_PAUSE"
 """Seconds to wait for each sample, so that a run is still going when it is resized."""
+EPOCHS_ENV = "SUPPLE_PARITY_EPOCHS"
 BATCH, EPOCHS, ROWS, FEATURES, CLASSES, TOKENS = 16, 3, 65, 8, 4, 12
 Reference = Literal["whole", "parts", "order"]
 """Plain PyTorch on the whole batch; on the parts that the workers compute, one after another, where
@@ -26,15 +27,13 @@ a part's result is not that of the whole (BatchNorm, bfloat16); on the whole bat
 order in which the job reads."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Habit:
     """A training function, and what it is compared with."""
 
     name: str
     train: Callable[[Any], None]
     reference: Reference = "whole"
-    plain: Callable[[Any], None] | None = None
-    """What the script was before, where its text differs."""
     refused: str = ""
     """Words of the message that refuses it."""
     spec: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +80,8 @@ EVEN = 64
 
 
 def batches(job: Any, data: Any = None, **options: Any) -> Any:
-    given = {"batch_size": BATCH, "epochs": EPOCHS, "shuffle": False} | options
+    epochs = int(os.environ.get(EPOCHS_ENV, EPOCHS))
+    given = {"batch_size": BATCH, "epochs": epochs, "shuffle": False} | options
     return job.batches(data or Rows(), **given)
 
 

@@ -1,4 +1,5 @@
-"""Habits that Supple refuses by name: each must raise, with words that say what to do instead."""
+"""Habits of ordinary scripts around the optimizer and the gradients. Most of them Supple refuses by
+name: such a one must raise at every number of workers, with words that say what to do instead."""
 
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.parity_habits import FEATURES, Rows, Words, batches, build, fit, habit, next_token
 
 
-@habit(refused="backward\\(\\) was called in the loop besides")
+@habit(refused="did not call job.step")
 def accumulates_by_hand(job: Any) -> None:
     model = job.model(build)
     job.optimizer(torch.optim.SGD, lr=0.1)
@@ -64,7 +65,7 @@ def lr_scheduler(job: Any) -> None:
         scheduler.step()
 
 
-@habit(refused="a torch.optim.lr_scheduler was made")
+@habit(refused="a ReduceLROnPlateau: the job sets the rates")
 def reduce_on_plateau(job: Any) -> None:
     model = job.model(build)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
@@ -106,7 +107,7 @@ def own_second_optimizer(job: Any) -> None:
         own.zero_grad()
 
 
-@habit(refused="DistributedDataParallel")
+@habit(refused="model is a DistributedDataParallel")
 def distributed_data_parallel(job: Any) -> None:
     store: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -115,7 +116,7 @@ def distributed_data_parallel(job: Any) -> None:
     fit(job, model)
 
 
-@habit(refused="clip_norm")
+@habit(refused="changed after job.step, by a clip")
 def clips_after_the_step(job: Any) -> None:
     model = job.model(build)
     job.optimizer(torch.optim.SGD, lr=0.5)
@@ -124,7 +125,7 @@ def clips_after_the_step(job: Any) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
 
 
-@habit(refused="register_step_pre_hook")
+@habit(refused="changed after job.step, by a clip")
 def scales_gradients_after_the_step(job: Any) -> None:
     model = job.model(build)
     job.optimizer(torch.optim.SGD, lr=0.5)
@@ -135,7 +136,7 @@ def scales_gradients_after_the_step(job: Any) -> None:
                 param.grad.mul_(0.1)
 
 
-@habit(refused="hook")
+@habit(refused="a hook on 0.weight")
 def hook_clamps_a_gradient(job: Any) -> None:
     model = job.model(build)
     for param in model.parameters():
@@ -154,7 +155,7 @@ def sets_the_rate_in_the_loop(job: Any) -> None:
         job.step(F.cross_entropy(model(x), y))
 
 
-@habit(refused="schedule=")
+@habit()
 def sets_the_rate_before_the_loop(job: Any) -> None:
     model = job.model(build)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1)
@@ -162,7 +163,7 @@ def sets_the_rate_before_the_loop(job: Any) -> None:
     fit(job, model)
 
 
-@habit(refused="add_param_group")
+@habit(refused="add_param_group was called in the loop")
 def adds_a_group_in_the_middle(job: Any) -> None:
     model = job.model(build)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1, params=lambda m: m[2].parameters())
@@ -172,7 +173,7 @@ def adds_a_group_in_the_middle(job: Any) -> None:
         job.step(F.cross_entropy(model(x), y))
 
 
-@habit(refused="add_param_group")
+@habit()
 def adds_a_group_before_the_loop(job: Any) -> None:
     model = job.model(build)
     optimizer = job.optimizer(torch.optim.SGD, lr=0.1, params=lambda m: m[2].parameters())
@@ -180,7 +181,7 @@ def adds_a_group_before_the_loop(job: Any) -> None:
     fit(job, model)
 
 
-@habit(refused="anchor")
+@habit(refused="that no model of the job has")
 def trains_a_parameter_beside_the_model(job: Any) -> None:
     model = job.model(build)
     scale = nn.Parameter(torch.ones(1))
@@ -189,7 +190,7 @@ def trains_a_parameter_beside_the_model(job: Any) -> None:
         job.step(F.cross_entropy(model(x) * scale, y))
 
 
-@habit(refused="job.model did not|closed|replaced")
+@habit()
 def replaces_a_layer_after_the_optimizer(job: Any) -> None:
     """In plain PyTorch the new layer is not trained: the optimizer has the old one."""
     model = job.model(build)

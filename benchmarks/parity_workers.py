@@ -11,7 +11,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -85,8 +85,8 @@ def initial(train: Callable[[Any], None]) -> Outcome:
 def run_workers(
     name: str, train: Callable[[Any], None], stages: Sequence[Stage], **spec: Any
 ) -> list[Outcome]:
-    """Train on worker processes through all stages; return what each of the last members has. If a
-    worker raises, its outcome alone is returned."""
+    """Train on worker processes through all stages; return what each of the last members has, with
+    the first the reads of those that left. If a worker raises, its outcome alone is returned."""
     cast = _Cast(name, train, stages, spec)
     try:
         return cast.play()
@@ -139,7 +139,14 @@ class _Cast:
                 )
             for name in stage.members:
                 self._await(name, GroupFormed, number)
-        return [self._await(name, Outcome) for name in self._stages[-1].members]
+        last = self._stages[-1].members
+        left = [name for stage in self._stages for name in stage.members if name not in last]
+        reads = [self._await(name, Outcome).reads for name in dict.fromkeys(left)]
+        first, *others = [self._await(name, Outcome) for name in last]
+        return [
+            replace(first, reads=[*first.reads, *(read for of in reads for read in of)]),
+            *others,
+        ]
 
     def close(self) -> None:
         for process in self._processes:
@@ -230,6 +237,7 @@ class _Cast:
             self._train(job)
             job.leave_loop()
         except LeaveLoop:
+            send(Outcome(reads=tape.reads))
             os._exit(0)
         except BaseException as error:
             send(Outcome(error=f"{type(error).__name__}: {error}"))

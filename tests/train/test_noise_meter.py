@@ -116,3 +116,20 @@ def test_with_adam_the_first_five_steps_are_measured_as_they_are() -> None:
         weights.step(step, PARTS[:1] * 7, weights=[1.0])
         weights.optimizer.step()
     assert_is(weights.step(8, PARTS, weights=[0.25] * 4), PARTS)
+
+
+def test_a_complex_gradient_is_measured_with_its_imaginary_part() -> None:
+    weights = Weights()
+    weights.param = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    optimizer = torch.optim.Adam([weights.param], lr=0.1)
+    weights.reducer = GradientReducer([weights.param], ChangedBuffers(nn.Module()), num_stats=2)
+    weights.meter = NoiseMeter(weights.reducer.buckets, optimizer)
+    gradients = torch.complex(PARTS[:2], PARTS[2:])
+    weights.reducer.zero()
+    weights.meter.begin(0, alone=True, num_micro_batches=2)
+    for gradient in gradients:
+        (weights.param @ gradient.conj()).real.mul(0.5).backward()
+        weights.meter.after_micro_batch(0.5)
+    sample = weights.meter.sample(0.0, 0.0, 16.0)
+    assert sample is not None
+    assert sample.local_sq_norm == pytest.approx(PARTS.square().sum().item() / 2)

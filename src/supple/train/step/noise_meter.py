@@ -121,6 +121,8 @@ class NoiseMeter:
 
     def _sq_norm_of(self, flat: Tensor, index: int) -> float:
         inverse = self._inverse[index]
+        if flat.is_complex():  # its scale, if there is one, is left out
+            flat, inverse = torch.view_as_real(flat).reshape(-1), None
         scaled = flat.float() if inverse is None else flat.float() * inverse
         return float(torch.dot(scaled, scaled))
 
@@ -140,7 +142,7 @@ def _inverse_scale(bucket: Bucket, optimizer: AnyOptimizer) -> Tensor | None:
             continue
         second = state.get("exp_avg_sq")
         steps = float(state.get("step", 0.0))
-        if second is None or steps < 5:
+        if second is None or second.is_complex() or steps < 5:
             return None
         group = settings[param]
         correction = 1.0 - float(group["betas"][1]) ** steps
