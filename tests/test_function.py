@@ -114,6 +114,8 @@ def test_a_script_hands_its_arguments_on_and_a_notebook_has_none(
     runs: list[tuple[TrainSpec, Options]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--epochs", "3"])
+    # A process of pytest-xdist has none.
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "train.py", raising=False)
     supple.run(loop, workers=2)
     supple.run(loop, workers=2, arguments=["--epochs", "4"])
     monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
