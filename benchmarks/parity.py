@@ -73,12 +73,14 @@ def difference(found: Outcome, wanted: Outcome, start: Outcome) -> float:
 def _distance(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
     if [one.shape for one in found] != [one.shape for one in wanted]:
         return math.inf
-    pairs = [(_wide(one), _wide(other)) for one, other in zip(found, wanted, strict=True)]
-    return max((float((one - other).abs().max()) for one, other in pairs if len(one)), default=0.0)
+    pairs = [(one, other) for one, other in zip(found, wanted, strict=True) if one.numel()]
+    return max((_gap(one, other) for one, other in pairs), default=0.0)
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).to(torch.complex128 if tensor.is_complex() else torch.float64)
+def _gap(one: torch.Tensor, other: torch.Tensor) -> float:
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    gaps = torch.where(one == other, 0.0, (one.to(wide) - other.to(wide)).abs())
+    return float(gaps.max())
 
 
 def _order_of(outcomes: Sequence[Outcome]) -> list[list[int]]:
@@ -142,7 +144,7 @@ def through_ray(name: str) -> float:
             now = wait_until_running(run, count)
         wait_until_stepping(run, now["generation"])
         send_request(run, {"ask": "stop"})
-        process.wait(60)
+        process.wait(180)
         found, steps = _saved(run_path)
     os.environ[EPOCHS_ENV] = _LONG[EPOCHS_ENV]
     wanted = run_plain(train, max_steps=steps)
@@ -215,7 +217,7 @@ def main() -> None:
     begun, table = time.monotonic(), Table()
     print(f"{'workers:':36} {'  '.join(f'{run:8}' for run in _RUNS)}")
     for habit in HABITS.values():
-        ways = [lambda habit=habit, run=run: compare(habit, run) for run in _RUNS]
+        ways = [lambda habit=habit, run=run: compare(habit, run) for run in habit.runs or _RUNS]
         table.add(habit.name, ways, habit.refused)
     for name in _THROUGH_RAY:
         table.add(f"supple train {name}", [lambda name=name: through_ray(name)], "")

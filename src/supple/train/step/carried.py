@@ -78,13 +78,32 @@ def _loop_of(frame: FrameType) -> ast.For | None:
 
 
 def _paths(node: ast.AST, kind: type[ast.expr_context] = ast.Load) -> set[str]:
-    """Return the variables, attributes and items that an expression reads (or assigns)."""
+    """Return the variables, attributes and items that an expression reads (or assigns), without
+    those of its own: of a comprehension or a lambda."""
     found: set[str] = set()
+    own = _own_names(node)
     for inner in ast.walk(node):
         is_path = isinstance(inner, ast.Name | ast.Attribute | ast.Subscript)
-        if is_path and isinstance(inner.ctx, kind):
+        if is_path and isinstance(inner.ctx, kind) and _root(inner) not in own:
             found.add(ast.unparse(inner))
     return found
+
+
+def _own_names(node: ast.AST) -> set[str]:
+    names: set[str] = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.comprehension):
+            names |= {of.id for of in ast.walk(inner.target) if isinstance(of, ast.Name)}
+        elif isinstance(inner, ast.Lambda):
+            names |= {of.arg for of in ast.walk(inner.args) if isinstance(of, ast.arg)}
+    return names
+
+
+def _root(path: ast.AST) -> str:
+    """Return the variable that a path begins with."""
+    while isinstance(path, ast.Attribute | ast.Subscript):
+        path = path.value
+    return path.id if isinstance(path, ast.Name) else ""
 
 
 def _carried(loop: ast.For) -> set[str]:
