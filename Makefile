@@ -3,8 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 export RAY_USAGE_STATS_ENABLED := 0
+# Without its compiled files every pytest would compile the tests anew, and every worker Supple.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo check test nightly lint types contract quick unit mutants venv clean
+.PHONY: demo check test nightly lint types contract quick long niced shared alone mutants venv clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -13,8 +15,11 @@ demo: $(VENV)/.installed
 check: $(VENV)/.installed
 	$(MAKE) --no-print-directory -j2 --output-sync lint types contract quick
 
-# All of it, and what CI runs.
-test: lint types contract unit
+# All of it, and what CI runs. Ray's processes wait for each other half of their time; what only
+# computes takes the cores meanwhile, and gives them back at once (nice).
+test: $(VENV)/.installed
+	$(MAKE) --no-print-directory -j2 --output-sync shared niced
+	$(MAKE) --no-print-directory alone
 
 # For hours at night: twenty times the examples, others each time; then mutations of core/.
 nightly: $(VENV)/.installed
@@ -34,10 +39,19 @@ contract: $(VENV)/.installed
 quick: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 -m "not ray and not slow"
 
-# Ray's workers and their deadlines want the cores to themselves.
-unit: $(VENV)/.installed
+# Tests on Ray, a file at a time in each of two processes.
+shared: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "ray and not alone"
+
+# Their outcome depends on times that are measured: the cores to themselves.
+alone: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m "ray and alone"
+
+niced: $(VENV)/.installed
+	nice $(MAKE) --no-print-directory lint types contract long
+
+long: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n 2 -m "not ray"
-	$(BIN)/python -m pytest -q -m ray
 
 # MUTATE='supple.core.job.stalls*' for one module; `.venv/bin/mutmut show NAME` shows a survivor.
 mutants: $(VENV)/.installed

@@ -47,8 +47,10 @@ def test_there_is_a_row_for_every_doubling_and_one_is_recommended_with_the_reaso
     planned: Planned,
 ) -> None:
     answer = planned.answer
-    assert [row["num_workers"] for row in answer["rows"]] == [1, 2, 4]
-    assert answer["recommended"]["num_workers"] in (1, 2, 4)
+    # Two are measured; where something else ran meanwhile, the plan goes no further than that.
+    counts = [1, 2] if answer["busy"] else [1, 2, 4]
+    assert [row["num_workers"] for row in answer["rows"]] == counts
+    assert answer["recommended"]["num_workers"] in counts
     assert answer["reason"].startswith(f"{answer['recommended']['num_workers']} worker")
     assert answer["knee_rule"] in answer["reason"]
 
@@ -72,7 +74,8 @@ def test_every_number_stands_in_an_interval_and_says_where_it_comes_from(planned
     alone = planned.answer["rows"][0]
     assert alone["step_time_s"]["source"] == "measured"
     assert alone["memory_bytes"]["source"] == "measured"
-    assert planned.answer["rows"][2]["step_time_s"]["source"] != "measured"
+    for beyond in planned.answer["rows"][2:]:
+        assert beyond["step_time_s"]["source"] != "measured"
 
 
 @pytest.mark.alone
