@@ -179,6 +179,17 @@ def test_what_the_optimizer_has_may_be_frozen_first_and_trained_later() -> None:
     assert alone(train).equal(plain(make, unfreeze))
 
 
+def test_what_the_rehearsed_turn_freezes_is_trained_in_the_first_step() -> None:
+    seen: list[bool] = []
+
+    def freeze(_step: int, _optimizer: Any, model: Any) -> None:
+        seen.append(model[0].weight.requires_grad)
+        model[0].requires_grad_(False)
+
+    alone(script(top=freeze))
+    assert seen == [True, True, False, False, False, False, False]
+
+
 @pytest.mark.parametrize(
     "change",
     [
