@@ -30,7 +30,15 @@ import benchmarks.parity_loops
 import benchmarks.parity_refused
 from benchmarks.machine import report
 from benchmarks.parity_habits import EPOCHS_ENV, HABITS, PAUSE_ENV, Habit
-from benchmarks.parity_workers import Outcome, Stage, initial, run_plain, run_workers, sizes
+from benchmarks.parity_workers import (
+    Outcome,
+    Stage,
+    initial,
+    run_plain,
+    run_workers,
+    sizes,
+    warm_up,
+)
 from benchmarks.runs import training, wait_until_running, wait_until_stepping
 from supple.control.socket import send_request
 from supple.train.checkpoint.folder import read_state
@@ -211,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Ordinary scripts, plain and under Supple.")
     parser.add_argument("--script", choices=sorted(HABITS), help="compare this one alone")
     only = parser.parse_args().script
+    warm_up()
     if only:
         show_one(only)
         return

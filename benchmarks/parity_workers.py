@@ -16,7 +16,6 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-import torch._dynamo
 
 from benchmarks.parity_plain import Plain
 from supple.core.spec import TrainSpec
@@ -36,7 +35,7 @@ from supple.train.generation.rendezvous import Address, Rendezvous
 from supple.train.job import Job
 from supple.train.start.seeding import seed_everything
 
-_LIMIT_S = 60.0
+_LIMIT_S = 300.0
 _FORK = multiprocessing.get_context("fork")
 _rendezvous: list[Address] = []
 """The rendezvous of all runs, once it has started."""
@@ -101,6 +100,11 @@ class _Held:
     """A worker is in the step in which a generation ends."""
 
     generation: int
+
+
+def warm_up() -> None:
+    """Import here what each worker would import by itself: torch.compile takes seconds."""
+    torch.compile(torch.nn.Linear(1, 1), backend="eager")(torch.zeros(1, 1))
 
 
 class _Raised(Exception):

@@ -48,7 +48,8 @@ def refuse_carried(frames: Sequence[FrameType], job: Any, kept: Iterable[Any]) -
             f"job.step depends on {found}, which the loop itself changes: the loop's first turn is "
             "rehearsed, so it would be a turn ahead, and a worker that joins would begin with the "
             "value from before the loop. Use job.step_count or job.epoch; or hold it in an object "
-            "with state_dict and load_state_dict that is given to job.keep."
+            "with state_dict and load_state_dict that is given to job.keep. To accumulate "
+            "gradients, step every batch and give job.batches(..., micro_batch_size=...)."
         )
 
 
