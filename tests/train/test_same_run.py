@@ -153,6 +153,7 @@ def compiled(model: nn.Module) -> Any:
     return torch.compile(model, backend="eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("there", "here"), [(compiled, None), (None, compiled)])
 def test_weights_of_a_compiled_model_load_into_a_plain_one_and_back(
     tmp_path: Path, there: Any, here: Any

@@ -343,6 +343,7 @@ def test_workers_whose_scripts_step_different_optimizers_stop_with_the_reason(
             world.finished([name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", [lambda: timed(), lambda: traced()])
 def test_a_script_that_takes_turns_is_measured_to_the_end(of: Callable[[], StandIn]) -> None:
     job = of()
