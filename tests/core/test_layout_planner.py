@@ -269,6 +269,7 @@ def test_speed_ups_hold_the_doubt_about_the_row_that_sets_the_unit() -> None:
         assert row.speedup.high / row.speedup.low == pytest.approx(ratio.high / ratio.low)
 
 
+@pytest.mark.slow
 def test_a_least_count_and_a_larger_batch_change_nothing_about_the_unit_of_speed_ups() -> None:
     unit = table(job_of(noise_scale=20_000.0)).rows[0]
     found = table(job_of(noise_scale=20_000.0), batch="adaptive", min_workers=128)
