@@ -316,20 +316,24 @@ def test_what_a_ray_left_behind_is_ended_and_nothing_else(tmp_path: Path) -> Non
     one, another = tmp_path / "one", tmp_path / "another"
     one.mkdir()
 
-    def titled(mark: str, log: Path) -> "subprocess.Popen[bytes]":
+    def begun(title: str, mark: str, log: Path) -> "subprocess.Popen[bytes]":
         with log.open("wb") as opened:
             return subprocess.Popen(
-                ["ray::Agent", *sleep[1:]],
+                [title, *sleep[1:]],
                 executable=sleep[0],
                 env=os.environ | {"SUPPLE_RAY": mark},
                 stdout=subprocess.PIPE,
                 stderr=opened,
             )
 
-    marked, other = (titled(str(folder), tmp_path / "log") for folder in (one, another))
+    marked = begun("ray::Agent", str(one), tmp_path / "log")
     # Its title has overwritten its environment; its log is open.
-    logging = titled("", one / "log")
-    started = (marked, logging, other)
+    logging = begun("ray::Agent", "", one / "log")
+    others = (
+        begun("ray::Agent", str(another), tmp_path / "log"),
+        begun("python", str(one), one / "other"),  # as what a script starts
+    )
+    started = (marked, logging, *others)
     try:
         for process in started:
             assert process.stdout is not None
@@ -337,7 +341,7 @@ def test_what_a_ray_left_behind_is_ended_and_nothing_else(tmp_path: Path) -> Non
         assert sorted(left_behind(str(one))) == sorted([marked.pid, logging.pid])
         end_left_behind(str(one), grace_s=0.0)
         assert {marked.wait(), logging.wait()} == {-signal.SIGKILL}
-        assert other.poll() is None
+        assert [other.poll() for other in others] == [None, None]
     finally:
         for process in started:
             process.kill()
