@@ -47,9 +47,11 @@ def test_there_is_a_row_for_every_doubling_and_one_is_recommended_with_the_reaso
     planned: Planned,
 ) -> None:
     answer = planned.answer
-    # Two are measured; where something else ran meanwhile, the plan goes no further than that.
-    counts = [1, 2] if answer["busy"] else [1, 2, 4]
-    assert [row["num_workers"] for row in answer["rows"]] == counts
+    counts = [row["num_workers"] for row in answer["rows"]]
+    assert counts[:2] == [1, 2]
+    # Two are measured; where something else ran meanwhile, no more than that are recommended.
+    assert counts == [1, 2, 4] or answer["busy"]
+    assert not answer["busy"] or answer["recommended"]["num_workers"] <= 2
     assert answer["recommended"]["num_workers"] in counts
     assert answer["reason"].startswith(f"{answer['recommended']['num_workers']} worker")
     assert answer["knee_rule"] in answer["reason"]
